@@ -1,0 +1,30 @@
+"""onelayer.compiler streams the original checkpoint, one unit at a time; names load on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onelayer.compiler.correct import correct_adapter as correct_adapter
+    from onelayer.compiler.emulator import compile_emulator as compile_emulator
+    from onelayer.compiler.errors import InputError as InputError
+    from onelayer.compiler.evaluate import evaluate as evaluate
+    from onelayer.compiler.inspect import inspect as inspect
+    from onelayer.compiler.merge import merge_adapter as merge_adapter
+    from onelayer.compiler.slice import slice_emulator as slice_emulator
+
+_HOME_OF = {
+    "InputError": "errors",
+    "compile_emulator": "emulator",
+    "correct_adapter": "correct",
+    "evaluate": "evaluate",
+    "inspect": "inspect",
+    "merge_adapter": "merge",
+    "slice_emulator": "slice",
+}
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
