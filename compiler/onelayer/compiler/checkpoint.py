@@ -1,0 +1,257 @@
+"""Safetensors in: a model directory becomes a checked table of tensors that are read one at a time.
+
+Every header is hostile until checked: sizes, offsets, dtypes and shapes must agree with the file before a byte of
+weight is read, and an index cannot name a file outside its directory. Only safetensors are read, never a pickle.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onelayer.compiler.digests import file_digest
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import read_json, sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    import torch
+
+# Bits per element of the safetensors format; 4- and 6-bit floats may share bytes.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+# The format's own cap on a header; a larger one is an attack or not a safetensors file.
+HEADER_LIMIT_BYTES = 100_000_000
+# In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
+SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
+INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `start` and `end` are absolute byte offsets in `file`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return self.end - self.start
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The checked tensor table of one safetensors file, and its metadata.
+
+    Raises `InputError` naming the file and the first thing wrong with it.
+    """
+    try:
+        size_bytes = file.stat().st_size
+        with open(file, "rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if size_bytes < 8 or header_bytes > min(HEADER_LIMIT_BYTES, size_bytes - 8):
+                raise InputError(f"{file}: truncated or not safetensors (header size); download the file again")
+            raw = stream.read(header_bytes)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); restore the file") from None
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: header is not valid JSON; download the file again") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{file}: header is not a table; download the file again")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{file}: header field __metadata__ is not a table of strings; download the file again")
+    data_start = 8 + header_bytes
+    table = {name: _checked(name, row, file, data_start, size_bytes) for name, row in header.items()}
+    _check_layout(file, table, data_start, size_bytes)
+    return table, metadata
+
+
+def _checked(name: str, row: Any, file: Path, data_start: int, size_bytes: int) -> TensorInfo:
+    """One row of a header as a `TensorInfo`, or an `InputError` naming the tensor."""
+    remedy = "download the file again"
+    if not isinstance(row, dict) or not {"dtype", "shape", "data_offsets"} <= row.keys():
+        raise InputError(f"{file}: tensor {name!r} lacks dtype, shape or data_offsets; {remedy}")
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise InputError(f"{file}: tensor {name!r} has unknown dtype {str(dtype)[:40]!r}; {remedy}")
+    for field, value in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+            raise InputError(f"{file}: tensor {name!r} has a malformed {field}; {remedy}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{file}: tensor {name!r} has malformed data_offsets; {remedy}")
+    if data_start + offsets[1] > size_bytes:
+        raise InputError(f"{file}: truncated, tensor {name!r} ends beyond the end of the file; {remedy}")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise InputError(f"{file}: tensor {name!r}: shape and dtype do not fit its bytes; {remedy}")
+    return TensorInfo(name, file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _check_layout(file: Path, table: dict[str, TensorInfo], data_start: int, size_bytes: int) -> None:
+    """Tensors must tile the data section: no overlap, no hole, nothing behind the last."""
+    position = data_start
+    for info in sorted(table.values(), key=lambda info: (info.start, info.end)):
+        if info.start != position:
+            raise InputError(f"{file}: tensor {info.name!r} overlaps another or leaves a hole; download the file again")
+        position = info.end
+    if position != size_bytes:
+        raise InputError(f"{file}: {size_bytes - position} bytes after the last tensor; download the file again")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory's tensors by checkpoint name; nothing is held but the headers."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[Path, dict[str, str]]
+    index_file: Path | None
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Checkpoint":
+        """Check every header below `directory`. Raises `InputError` naming the file and the remedy."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory; give a model directory with config.json")
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: has no config.json; give a transformers model directory")
+        index_file, placed = _find_files(directory)
+        files = tuple(sorted(set(placed.values()))) if placed else (_single_file(directory),)
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[Path, dict[str, str]] = {}
+        for file in files:
+            table, metadata[file] = read_header(file)
+            for name, info in table.items():
+                if placed and placed.get(name) != file:
+                    continue  # a tensor that the index places elsewhere, or not at all, is not part of the model
+                tensors[name] = info
+        for name, file in placed.items():
+            if name not in tensors:
+                raise InputError(f"{file}: tensor {name!r} is missing, {index_file} places it there; restore the file")
+        return cls(directory, files, tensors, metadata, index_file)
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        from safetensors import safe_open
+
+        # Positional reads, not a file mapping: mapped pages count as ours on some systems and fail on others.
+        return {file: safe_open(file, framework="pt", backend="pread") for file in self.files}
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weight read through this object so far."""
+        return self._counts["bytes"]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor, in its own dtype, on the host."""
+        info = self.tensors[name]
+        self._counts["bytes"] += info.size_bytes
+        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Rows `start:stop` of one tensor, in its own dtype, on the host."""
+        info = self.tensors[name]
+        self._counts["bytes"] += info.size_bytes // max(1, info.shape[0]) * (stop - start)
+        rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
+        return rows
+
+    def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
+        """The given rows of a matrix (n, width), in its own dtype, on the host; nothing else is read."""
+        import torch
+
+        info = self.tensors[name]
+        row_bytes = info.size_bytes // info.shape[0]
+        table = np.memmap(info.file, np.uint8, mode="r", offset=info.start, shape=(info.shape[0], row_bytes))
+        self._counts["bytes"] += row_bytes * len(rows)
+        dtype = self.read_rows(name, 0, 0).dtype
+        return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
+
+
+def _find_files(directory: Path) -> tuple[Path | None, dict[str, Path]]:
+    """The index of a sharded checkpoint and the file of each tensor; nothing for a single file."""
+    if any((directory / name).is_file() for name in SINGLE_FILES):
+        return None, {}
+    for name in INDEX_FILES:
+        index_file = directory / name
+        if index_file.is_file():
+            return index_file, dict(_index_rows(index_file))
+    return None, {}
+
+
+def _index_rows(index_file: Path) -> Iterator[tuple[str, Path]]:
+    document = read_json(index_file)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index_file}: field weight_map is missing or empty; download the file again")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+            raise InputError(f"{index_file}: {name!r} lies in {str(file_name)[:80]!r}, outside the directory; refused")
+        file = index_file.parent / file_name
+        if not file_name.endswith(".safetensors"):
+            raise InputError(f"{index_file}: {file_name!r} is not a safetensors file; convert the model to safetensors")
+        if not file.is_file():
+            raise InputError(f"{file}: missing shard, {index_file.name} names it; download the file again")
+        yield name, file
+
+
+def _single_file(directory: Path) -> Path:
+    for name in SINGLE_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    for name in PICKLES:
+        if (directory / name).exists():
+            raise InputError(
+                f"{directory / name}: a pickle can run code and is not read; convert the model to safetensors"
+            )
+    raise InputError(f"{directory}: has no model.safetensors or model.safetensors.index.json; give a model directory")
+
+
+def resolve_model(model: str | Path, revision: str | None = None) -> Path:
+    """A local directory as it stands, or a Hub id as its downloaded snapshot (weights, config and tokenizer only)."""
+    if Path(model).exists():
+        return Path(model)
+    name = str(model)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such directory; give a model directory or a Hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: no such directory, and not available from the Hub ({reason})") from None
+
+
+def model_digest(directory: str | Path) -> str:
+    """Digest of what a model computes: its weight files by name and content, and its config.json."""
+    checkpoint = Checkpoint.open(directory)
+    return sha256_json(
+        {
+            "files": {file.name: file_digest(file) for file in checkpoint.files},
+            "config": sha256_file(checkpoint.directory / "config.json"),
+        }
+    )

@@ -1,0 +1,153 @@
+"""Matrices that stay on disk (embeddings, the head) and logits that are not formed until somebody asks for a slice.
+
+Both stand in for tensors inside the model's own code: shape, dtype and device answer as usual, the few operations that
+models perform on them are done from slices, and any other operation either fails by name or forms the tensor in full.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from onelayer.compiler.checkpoint import Checkpoint
+
+# A matrix that is applied whole goes by slices of this size, so that it costs as much whatever the vocabulary.
+SLICE_BYTES = 64 << 20
+
+# What a stand-in may tell about itself without its values.
+METADATA = frozenset(
+    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")
+) | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
+     torch.Tensor.is_complex, torch.Tensor.ndimension}  # fmt: skip
+
+
+class DiskMatrix(torch.Tensor):
+    """A weight (rows, width) that is read by rows. Serves embedding look-ups, row slices and linear products."""
+
+    read: Callable[[int, int], torch.Tensor]
+    gather: Callable[[torch.Tensor], torch.Tensor]
+
+    @staticmethod
+    def over(checkpoint: Checkpoint, key: str, dtype: torch.dtype, device: torch.device) -> "DiskMatrix":
+        """The tensor `key` of a checkpoint, as if it lay on `device` in `dtype`."""
+        shape = checkpoint.tensors[key].shape
+        matrix = torch.empty((), dtype=dtype, device=device).expand(shape).as_subclass(DiskMatrix)
+        matrix.read = lambda start, stop: checkpoint.read_rows(key, start, stop).to(device, dtype)
+        matrix.gather = lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype)
+        return matrix
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Dispatch: metadata as it stands, the served operations from slices, everything else refused by name."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        if func is torch.Tensor.__getitem__:
+            matrix, index = args
+            rows = torch.arange(matrix.shape[0])[index]
+            return matrix.gather(rows.reshape(-1)).reshape(*rows.shape, *matrix.shape[1:])
+        raise TypeError(f"{getattr(func, '__name__', func)} needs the whole of a matrix that is read by rows")
+
+    def row_slices(self) -> Iterator[tuple[int, int]]:
+        """Bounds of consecutive row ranges of at most `SLICE_BYTES` each."""
+        rows, width = self.shape
+        step = max(1, SLICE_BYTES // (width * self.dtype.itemsize))
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _embedding(ids: torch.Tensor, matrix: DiskMatrix, *args: Any, **kwargs: Any) -> torch.Tensor:
+    rows, inverse = torch.unique(ids, return_inverse=True)
+    if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < matrix.shape[0]:
+        raise IndexError(f"index {int(rows[-1])} is outside an embedding of {matrix.shape[0]} rows")
+    # Padding index, frequency scaling and sparsity concern gradients only; a norm bound would edit the table in place.
+    max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
+    if max_norm is not None:
+        raise TypeError("an embedding with max_norm edits its table and cannot be read by rows")
+    return F.embedding(inverse, matrix.gather(rows))
+
+
+def _linear(x: torch.Tensor, matrix: DiskMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    parts = [
+        F.linear(x, matrix.read(start, stop), None if bias is None else bias[start:stop])
+        for start, stop in matrix.row_slices()
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+# Operations on logits that act on every element alone, so that they can be done on a slice later.
+ELEMENTWISE = frozenset(
+    {
+        torch.Tensor.mul, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.add, torch.Tensor.sub,
+        torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.Tensor.__add__,
+        torch.Tensor.__sub__, torch.Tensor.neg, torch.Tensor.tanh, torch.tanh, torch.mul, torch.div, torch.add,
+        torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to, torch.Tensor.type,
+        torch.Tensor.contiguous, torch.Tensor.detach, torch.clamp, torch.Tensor.clamp,
+        # In place or not, the slice that they act on is formed anew each time.
+        torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Tensor.__itruediv__,
+    }
+)  # fmt: skip
+
+
+class DeferredLogits(torch.Tensor):
+    """Logits (..., vocabulary) of a head whose weight stays on disk: the hidden states and what to do with them.
+
+    Elementwise operations (soft caps, scales, casts) are remembered and applied to each slice; any other operation
+    forms the logits in full, which is correct and costs their memory.
+    """
+
+    hidden: torch.Tensor
+    head: DiskMatrix
+    bias: torch.Tensor | None
+    steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+
+    @staticmethod
+    def over(hidden: torch.Tensor, head: DiskMatrix, bias: torch.Tensor | None) -> "DeferredLogits":
+        """`hidden @ head.T + bias`, not yet done."""
+        return _deferred(hidden, head, bias, (), hidden.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Dispatch: metadata as it stands, elementwise operations remembered, everything else on the full logits."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+        if func in ELEMENTWISE and isinstance(args[0], DeferredLogits) and all(t.dim() == 0 for t in tensors[1:]):
+            logits = args[0]
+            probe = func(torch.zeros(1, dtype=logits.dtype), *args[1:], **kwargs)
+            return _deferred(
+                logits.hidden, logits.head, logits.bias, (*logits.steps, (func, args[1:], kwargs)), probe.dtype
+            )
+        args = tuple(item.materialize() if isinstance(item, DeferredLogits) else item for item in args)
+        return func(*args, **kwargs)
+
+    def slice_of(self, hidden: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Logits `start:stop` of some hidden rows, given those rows of the head's weight."""
+        part = F.linear(hidden, weight, None if self.bias is None else self.bias[start:stop])
+        for func, args, kwargs in self.steps:
+            part = func(part, *args, **kwargs)
+        return part
+
+    def materialize(self) -> torch.Tensor:
+        """The logits in full."""
+        parts = [
+            self.slice_of(self.hidden, self.head.read(start, stop), start, stop)
+            for start, stop in self.head.row_slices()
+        ]
+        return torch.cat(parts, dim=-1)
+
+
+def _deferred(
+    hidden: torch.Tensor, head: DiskMatrix, bias: torch.Tensor | None, steps: tuple[Any, ...], dtype: torch.dtype
+) -> DeferredLogits:
+    shape = (*hidden.shape[:-1], head.shape[0])
+    logits = torch.empty((), dtype=dtype, device=hidden.device).expand(shape).as_subclass(DeferredLogits)
+    logits.hidden, logits.head, logits.bias, logits.steps = hidden, head, bias, steps
+    return logits

@@ -1,0 +1,132 @@
+"""One row of data as users write it, checked and turned into an Example; a fault is named by file, line and field."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onelayer.compiler.errors import InputError
+
+Message = dict[str, Any]
+
+FORMS = "'text', 'prompt' with 'completion', or 'messages'"
+# Columns that change what the model is shown and that nothing here renders: without them it would be another text.
+REFUSED_FIELDS = ("tools", "images", "image", "chat_template_kwargs")
+REFUSED_KEYS = ("tool_calls", "function_call", "tools")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example in exactly one of three forms: `text`; `prompt` and `completion`; `messages`.
+
+    `source` says where it came from ("file:line"). `prompt` and `completion` are both strings or both message lists.
+    """
+
+    source: str
+    text: str | None = None
+    prompt: str | list[Message] | None = None
+    completion: str | list[Message] | None = None
+    messages: list[Message] | None = None
+
+
+def example_from_row(row: object, source: str) -> Example:
+    """Check one row (a mapping of column to value; null counts as absent) and name the form it has.
+
+    Columns that belong to no form are ignored, except those which would change the text itself: they are refused.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{source}: a row must be an object with {FORMS}, not {_kind(row)}")
+    present = {name: value for name, value in row.items() if value is not None}
+    for name in REFUSED_FIELDS:
+        if present.get(name):
+            raise InputError(f"{source}: field '{name}' is not supported; remove it, or render the row into 'text'")
+    forms = [name for name in ("text", "messages") if name in present]
+    if "prompt" in present or "completion" in present:
+        forms.append("prompt+completion")
+    if not forms:
+        columns = ", ".join(f"'{name}'" for name in row) or "no fields"
+        raise InputError(f"{source}: has {columns}, but needs {FORMS}; rename its fields")
+    if len(forms) > 1:
+        raise InputError(f"{source}: ambiguous, has the forms {' and '.join(forms)}; keep one of {FORMS}")
+    if "text" in present:
+        return Example(source, text=_string(present["text"], source, "text"))
+    if "messages" in present:
+        messages = _messages(present["messages"], source, "messages")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise InputError(f"{source}: field 'messages' has no assistant turn to learn from; add one, or use 'text'")
+        return Example(source, messages=messages)
+    return _pair(present, source)
+
+
+def _pair(present: Mapping[str, Any], source: str) -> Example:
+    """A row with `prompt` and `completion`: both there, both of the same kind."""
+    for name, other in (("prompt", "completion"), ("completion", "prompt")):
+        if name not in present:
+            remedy = "" if name == "completion" else "; use 'text' for an example without a prompt"
+            raise InputError(f"{source}: field '{other}' needs a field '{name}' beside it{remedy}")
+    prompt, completion = present["prompt"], present["completion"]
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise InputError(
+            f"{source}: field 'prompt' is {_kind(prompt)} and 'completion' is {_kind(completion)}; "
+            "make both strings, or both lists of messages"
+        )
+    if not isinstance(prompt, list):
+        prompt = _string(prompt, source, "prompt", remedy="; use 'text' for an example without a prompt")
+        return Example(source, prompt=prompt, completion=_string(completion, source, "completion"))
+    completion = _messages(completion, source, "completion")
+    if completion[0]["role"] != "assistant":
+        raise InputError(
+            f"{source}: field 'completion[0].role' is '{completion[0]['role']}'; a completion starts with "
+            "an assistant message, move the others to 'prompt'"
+        )
+    return Example(source, prompt=_messages(prompt, source, "prompt"), completion=completion)
+
+
+def _messages(value: object, source: str, field: str) -> list[Message]:
+    """A non-empty list of messages, each with a role and a text; other keys are left for the chat template."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{source}: field '{field}' must be a non-empty list of messages, not {_kind(value)}")
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        where = f"{field}[{index}]"
+        if not isinstance(message, Mapping):
+            raise InputError(
+                f"{source}: field '{where}' must be an object with 'role' and 'content', not {_kind(message)}"
+            )
+        for key in REFUSED_KEYS:
+            if message.get(key):
+                raise InputError(f"{source}: field '{where}.{key}' is not supported; write the call into 'content'")
+        role = _string(message.get("role"), source, f"{where}.role")
+        content = message.get("content")
+        if not (role == "system" and content == ""):  # an empty system message is a habit of published data sets
+            content = _string(content, source, f"{where}.content")
+        # Arrow fills the keys that some rows lack with null; a chat template would take them for given.
+        others = {key: item for key, item in message.items() if item is not None}
+        messages.append({**others, "role": role, "content": content})
+    return messages
+
+
+def _string(value: object, source: str, field: str, remedy: str = "; remove the row or fill it in") -> str:
+    """A string that holds something, in characters that UTF-8 can carry."""
+    if not isinstance(value, str):
+        raise InputError(f"{source}: field '{field}' must be a string, not {_kind(value)}")
+    if not value.strip():
+        raise InputError(f"{source}: field '{field}' is empty{remedy}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{source}: field '{field}' holds half a surrogate pair at character {error.start}; remove it"
+        ) from None
+    return value
+
+
+def _kind(value: object) -> str:
+    """The value's type in the words of JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")

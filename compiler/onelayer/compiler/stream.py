@@ -1,0 +1,205 @@
+"""Lockstep: many batches run through the model's own forward, while each unit is loaded once and only one is held.
+
+Every batch runs in its own greenlet. A unit's forward is a stub that parks the batch with its arguments; when all are
+parked, the unit that comes first in module order is loaded, run for every batch parked at it, and dropped. The code
+between units is the model's own. It runs on the host, where parked hidden states lie; only units run on the device.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch.utils._pytree import tree_map_only
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.lazy import DeferredLogits
+from onelayer.compiler.measure import Meter, Progress
+from onelayer.compiler.units import StreamedModel, Unit
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Visit:
+    """One batch parked at one unit, with the arguments of the call."""
+
+    unit: Unit
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int = -1
+    resume: greenlet | None = None
+
+
+class BatchError(RuntimeError):
+    """A batch failed inside a unit or between units; says which, and keeps the cause."""
+
+
+@dataclass
+class Stream:
+    """One pass over the checkpoint. `around` may watch a unit while it runs for all its batches; `meter` counts.
+
+    `around(unit)` is a context manager entered once the unit's weights are held; it yields a callable that runs the
+    unit for one visit in place of the plain call, or None.
+    """
+
+    streamed: StreamedModel
+    device: torch.device
+    meter: Meter
+    around: Callable[[Unit], Any] | None = None
+    select: Callable[[int], None] | None = None
+    last: int | None = None
+    description: str = "stream"
+
+    def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
+        """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it is there.
+
+        With `last` set, the pass ends once every batch has gone beyond the unit at that position; outputs of batches
+        that were cut short are not delivered. Raises `BatchError` from the first failure; no batch is left hanging.
+        """
+        parked: list[Visit] = []
+        units = self.streamed.units
+
+        def advance(worker: greenlet, index: int, value: Any) -> None:
+            """Let one batch run until it parks again or ends."""
+            if self.select is not None:
+                self.select(index)
+            result = worker.switch(value)
+            if worker.dead:
+                consume(index, result)
+            else:
+                result.index, result.resume = index, worker
+                parked.append(result)
+
+        with torch.no_grad(), self.streamed.glue(), self._stubs(), _Reader(self.streamed) as reader:
+            try:
+                with Progress(len(units) if self.last is None else self.last + 1, self.description) as progress:
+                    for index, batch in enumerate(batches):
+                        worker = greenlet(lambda batch: self.streamed.root(**batch))
+                        with self._blame(index, None):
+                            advance(worker, index, batch)
+                    while parked:
+                        unit = min((visit.unit for visit in parked), key=lambda unit: unit.position)
+                        if self.last is not None and unit.position > self.last:
+                            break
+                        self._visit(unit, parked, reader, advance)
+                        progress.reached(unit.position + 1, unit.name, self.meter.sample())
+            finally:
+                for visit in parked:
+                    assert visit.resume is not None
+                    visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
+
+    def _visit(
+        self, unit: Unit, parked: list[Visit], reader: "_Reader", advance: Callable[[greenlet, int, Any], None]
+    ) -> None:
+        """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
+        here = sorted((visit for visit in parked if visit.unit is unit), key=lambda visit: visit.index)
+        with self.streamed.resident(unit, self.device, reader.take(unit)):
+            reader.read_ahead(unit)
+            with _watch(self.around, unit) as run:
+                for visit in here:
+                    assert visit.resume is not None
+                    with self._blame(visit.index, unit):
+                        if self.select is not None:
+                            self.select(visit.index)
+                        args, kwargs = _move((visit.args, visit.kwargs), self.device)
+                        output = _move(run(visit.index, args, kwargs), torch.device("cpu"))
+                        visit.args, visit.kwargs = (), {}
+                        del args, kwargs
+                    self.meter.sample()
+                    parked.remove(visit)
+                    with self._blame(visit.index, None):
+                        advance(visit.resume, visit.index, output)
+
+    @contextmanager
+    def _stubs(self) -> Iterator[None]:
+        """Replace the forward of every unit by one that parks its caller; the head answers without being loaded."""
+
+        def parking(unit: Unit) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                scheduler = getcurrent().parent
+                assert scheduler is not None, f"{unit.name} was called outside the stream"
+                return scheduler.switch(Visit(unit, args, kwargs))
+
+            return forward
+
+        stubbed = []
+        try:
+            for unit in self.streamed.units:
+                is_head = unit.module is self.streamed.head and any(name in unit.lazy for name in unit.parameters)
+                # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
+                unit.module.forward = self._deferred_head(unit) if is_head else parking(unit)  # type: ignore[method-assign]
+                stubbed.append(unit.module)
+            yield
+        finally:
+            for module in stubbed:
+                del module.forward
+
+    def _deferred_head(self, unit: Unit) -> Callable[[torch.Tensor], torch.Tensor]:
+        (weight,) = unit.lazy
+        small = [name for name in unit.parameters if name not in unit.lazy]
+        held = self.streamed.convert(small, self.streamed.read(small))
+        matrix = self.streamed.matrix(weight, torch.device("cpu"))
+        return lambda hidden: DeferredLogits.over(hidden, matrix, next(iter(held.values()), None))
+
+    @contextmanager
+    def _blame(self, index: int, unit: Unit | None) -> Iterator[None]:
+        where = f"unit {unit.name}" if unit else "the code between units"
+        try:
+            yield
+        except (InputError, BatchError, KeyboardInterrupt, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            kind = type(self.streamed.model).__name__
+            raise BatchError(f"{kind}, batch {index}, {where}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _watch(around: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
+    """The callable that runs a unit for one visit, inside whatever `around` wants to do about it."""
+    forward = type(unit.module).forward
+
+    def run(index: int, args: Any, kwargs: Any) -> Any:
+        return forward(unit.module, *args, **kwargs)
+
+    if around is None:
+        yield run
+    else:
+        with around(unit) as special:
+            yield special or run
+
+
+def _move(values: Any, device: torch.device) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)
+
+
+class _Reader:
+    """Reads the next unit's tensors into host memory while the current one computes; holds at most that one."""
+
+    def __init__(self, streamed: StreamedModel) -> None:
+        self.streamed = streamed
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self.pending: tuple[Unit, Future[dict[str, torch.Tensor]]] | None = None
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def read_ahead(self, unit: Unit) -> None:
+        """Start on the unit behind `unit`, where it is its twin: a block of another kind may never be visited."""
+        following = self.streamed.units[unit.position + 1 : unit.position + 2]
+        if self.pending is None and following and type(following[0].module) is type(unit.module):
+            names = [name for name in following[0].parameters if name not in following[0].lazy]
+            self.pending = (following[0], self.pool.submit(self.streamed.read, names))
+
+    def take(self, unit: Unit) -> dict[str, torch.Tensor] | None:
+        """What was read ahead for `unit`, or None; an error of the reading thread surfaces here."""
+        if self.pending is None or self.pending[0] is not unit:
+            return None
+        future, self.pending = self.pending[1], None
+        return future.result()

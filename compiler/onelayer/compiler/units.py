@@ -1,0 +1,239 @@
+"""A model without weights, cut into the units that are streamed: which tensors each needs, and how it gets them.
+
+In: a model directory. Out: the real model class on the meta device, its units in module order, and loading of one
+unit at a time. Held: headers and module objects; weights only inside `resident`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from onelayer.compiler import compat
+from onelayer.compiler.checkpoint import Checkpoint
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.lazy import DiskMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A module that is loaded, run for every batch and dropped as one.
+
+    `parameters` are the stored parameters and buffers below it by runtime name; `lazy` those of them that stay on
+    disk and are read by rows; `is_block` tells a repeated layer from an embedding, a norm or a head.
+    """
+
+    name: str
+    position: int
+    module: nn.Module
+    parameters: tuple[str, ...]
+    lazy: frozenset[str]
+    is_block: bool
+    weight_bytes: int
+
+
+class StreamedModel:
+    """A checkpoint and the model class it belongs to, without its weights.
+
+    `model` is what runs: its own code, on the host, with every parameter on the meta device until its unit is
+    resident. `keys` maps each runtime parameter name to the checkpoint keys that make it.
+    """
+
+    def __init__(
+        self, directory: str | Path, prepare: Callable[[PreTrainedModel], nn.Module] | None = None
+    ) -> None:
+        """Open `directory`; `prepare` may wrap modules of the empty model (adapters) before it is cut into units.
+
+        Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming what and why.
+        """
+        self.checkpoint = Checkpoint.open(directory)
+        self.config = compat.read_config(self.checkpoint.directory)
+        cls = compat.model_class(self.config, self.checkpoint.directory)
+        self.dtype = compat.compute_dtype(self.config, self.checkpoint)
+        # Loading rules go by the names of the bare model, so an untouched twin receives what is loaded.
+        self._twin = compat.build_skeleton(self.config, cls, self.dtype)
+        self._empty = {name: tensor for name, tensor in self._twin.state_dict(keep_vars=True).items()}
+        self._plan = compat.plan_loading(self._twin, self.checkpoint)
+        if missing := compat.missing_parameters(self._twin, self._plan):
+            raise InputError(
+                f"{self.checkpoint.directory}: {len(missing)} parameters of {cls.__name__} are not in the checkpoint, "
+                f"{missing[0]!r} first; give a checkpoint of this class"
+            )
+        self.model = compat.build_skeleton(self.config, cls, self.dtype)
+        self.root: nn.Module = self.model if prepare is None else prepare(self.model)
+        self._owners = {
+            bare_name(name): compat.owner_of(self.model, name)
+            for name in self.model.state_dict()
+            if bare_name(name) in self._empty
+        }
+        self.head = self._find_head()
+        self.units = self._cut()
+
+    @property
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """The checkpoint keys behind each stored runtime name; a tied name without its own goes by its partner's."""
+        keys = self._plan.keys
+        return {**keys, **{name: keys[source] for name, source in self._plan.alias.items()}}
+
+    @property
+    def plain(self) -> frozenset[str]:
+        """Runtime names that are one stored tensor, at most renamed; no operation makes them."""
+        return self._plan.plain
+
+    @property
+    def largest_unit_bytes(self) -> int:
+        """Weights of the largest unit, as they are held when it runs."""
+        return max(unit.weight_bytes for unit in self.units)
+
+    def bare_parameter(self, name: str) -> torch.Tensor:
+        """The empty (meta) parameter of a runtime name: its shape and dtype."""
+        return self._empty[name]
+
+    # ---- cutting --------------------------------------------------------------------------------------------------
+
+    def _find_head(self) -> nn.Module | None:
+        """The module that turns hidden states into logits, where it is a plain linear of its own."""
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        return head if type(head) is nn.Linear else None
+
+    def _cut(self) -> tuple[Unit, ...]:
+        names_below: dict[nn.Module, list[str]] = {}
+        for name, (owner, _) in self._owners.items():
+            names_below.setdefault(owner, []).append(name)
+        lazy = self._lazy_names()
+
+        def unit(name: str, module: nn.Module, is_block: bool) -> Unit:
+            below = tuple(item for part in module.modules() for item in names_below.get(part, ()) if self._is_stored(item))
+            held = sum(tensor_bytes(self._empty[item]) for item in below if item not in lazy)
+            return Unit(bare_name(name), len(units), module, below, lazy & frozenset(below), is_block, held)
+
+        def walk(name: str, module: nn.Module) -> None:
+            is_block = compat.is_block(self.model, module)
+            own = any(self._is_stored(item) for item in names_below.get(module, ()))
+            wrapped = getattr(module, "base_layer", None) is not None
+            if is_block or wrapped or (own and not self._has_blocks(module)):
+                units.append(unit(name, module, is_block))
+                return
+            self._resident.extend(item for item in names_below.get(module, ()) if self._is_stored(item))
+            for child_name, child in module.named_children():
+                walk(f"{name}.{child_name}" if name else child_name, child)
+
+        units: list[Unit] = []
+        self._resident: list[str] = []
+        walk("", self.model)
+        return tuple(units)
+
+    def _has_blocks(self, module: nn.Module) -> bool:
+        return any(compat.is_block(self.model, part) for part in module.modules() if part is not module)
+
+    def _is_stored(self, name: str) -> bool:
+        return name in self._plan.keys or name in self._plan.alias
+
+    def _lazy_names(self) -> frozenset[str]:
+        """Matrices that are only ever read by rows: embedding tables, and the head."""
+        lazy = set()
+        for name, (owner, leaf) in self._owners.items():
+            source = self._plan.alias.get(name, name)
+            table = isinstance(owner, nn.Embedding) and owner.max_norm is None
+            if leaf == "weight" and source in self._plan.plain and (table or owner is self.head):
+                lazy.add(name)
+        return frozenset(lazy)
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The checkpoint tensors behind some runtime names, as stored, on the host."""
+        keys = self.keys
+        wanted = dict.fromkeys(key for name in names for key in keys[name])
+        return {key: self.checkpoint.read(key) for key in wanted}
+
+    def convert(self, names: Iterable[str], stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters of some runtime names from their checkpoint tensors, on the host, in the compute dtype."""
+        names = tuple(names)
+        try:
+            compat.convert(self._twin, stored, self.dtype)
+            found = {}
+            for name in names:
+                owner, leaf = compat.owner_of(self._twin, self._plan.alias.get(name, name))
+                found[name] = getattr(owner, leaf).detach()
+        finally:
+            self._empty_twin(stored)
+        for name, tensor in found.items():
+            assert tensor.device.type != "meta", f"{name} was not loaded from {self.keys[name]}"
+        return found
+
+    def _empty_twin(self, stored: Iterable[str]) -> None:
+        loaded = set(stored)
+        for name, keys in self._plan.keys.items():
+            if not loaded.isdisjoint(keys):
+                set_tensor(*compat.owner_of(self._twin, name), self._empty[name])
+
+    @contextmanager
+    def loaded(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Some parameters by runtime name, read and converted, on the host; meant to be dropped on exit."""
+        names = tuple(names)
+        yield self.convert(names, self.read(names))
+
+    @contextmanager
+    def resident(
+        self, unit: Unit, device: torch.device, stored: dict[str, torch.Tensor] | None = None
+    ) -> Iterator[None]:
+        """Hold one unit's weights on `device`; on exit it is empty again. `stored` may have been read ahead."""
+        held = [name for name in unit.parameters if name not in unit.lazy]
+        tensors = self.convert(held, self.read(held) if stored is None else stored)
+        stored = None
+        buffers = {name: buffer for name, buffer in unit.module.named_buffers()}
+        try:
+            for name, buffer in buffers.items():
+                set_tensor(*compat.owner_of(unit.module, name), buffer.to(device))
+            for name in unit.parameters:
+                tensor = tensors.pop(name).to(device) if name in tensors else self.matrix(name, device)
+                set_tensor(*self._owners[name], tensor)
+            yield
+        finally:
+            for name in unit.parameters:
+                set_tensor(*self._owners[name], self._empty[name])
+            for name, buffer in buffers.items():
+                set_tensor(*compat.owner_of(unit.module, name), buffer)
+
+    def matrix(self, name: str, device: torch.device) -> DiskMatrix:
+        """A lazy parameter as a stand-in that reads its rows from disk."""
+        (key,) = self.keys[name]
+        return DiskMatrix.over(self.checkpoint, key, self._empty[name].dtype, device)
+
+    @contextmanager
+    def glue(self) -> Iterator[None]:
+        """Hold, on the host, the few parameters that lie outside every unit; the model's own code reads them."""
+        tensors = self.convert(self._resident, self.read(self._resident))
+        try:
+            for name, tensor in tensors.items():
+                set_tensor(*self._owners[name], tensor)
+            yield
+        finally:
+            for name in tensors:
+                set_tensor(*self._owners[name], self._empty[name])
+
+
+def bare_name(name: str) -> str:
+    """The runtime name in the unadapted model of a parameter or module that PEFT may have wrapped."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's values, on any device, the meta device included."""
+    return tensor.numel() * tensor.element_size()
+
+
+def set_tensor(owner: nn.Module, leaf: str, tensor: Any) -> None:
+    """Put a tensor in a module's slot as it stands; stand-ins for tensors are no `nn.Parameter`."""
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+        return
+    if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    owner._parameters[leaf] = tensor
