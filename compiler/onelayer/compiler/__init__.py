@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onelayer.compiler.correct import correct_adapter as correct_adapter
-    from onelayer.compiler.emulator import compile_emulator as compile_emulator
+    from onelayer.compiler.compile import compile_emulator as compile_emulator
     from onelayer.compiler.errors import InputError as InputError
     from onelayer.compiler.evaluate import evaluate as evaluate
     from onelayer.compiler.inspect import inspect as inspect
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "InputError": "errors",
-    "compile_emulator": "emulator",
+    "compile_emulator": "compile",
     "correct_adapter": "correct",
     "evaluate": "evaluate",
     "inspect": "inspect",

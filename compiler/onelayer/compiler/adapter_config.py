@@ -50,7 +50,7 @@ Rank = Annotated[int, Field(gt=0)]
 class AdapterConfig(BaseModel):
     """The fields that say what a plain LoRA computes; the rest is checked by name and dropped."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     peft_type: Literal["LORA"]
     r: Rank
@@ -117,7 +117,7 @@ def _refuse_variants(path: Path, document: dict[str, Any]) -> None:
     for prefix, variant in VARIANT_INITS.items():
         if isinstance(init, str) and init.lower().startswith(prefix):
             raise InputError(
-                f"{path}: field init_lora_weights is {init!r}: {variant} starts from or changes the base weight; {remedy}"
+                f"{path}: field init_lora_weights is {init!r}: {variant} builds on the base weight; {remedy}"
             )
     if init not in PLAIN_INITS:
         raise InputError(f"{path}: field init_lora_weights is {init!r}, which is not known here; {remedy}")

@@ -23,6 +23,18 @@ from onelayer.compiler.units import StreamedModel, Unit
 Batch = Mapping[str, torch.Tensor]
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The named device, by default the first GPU and else the CPU. Raises `InputError` where there is none such."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]}); use cpu or cuda") from None
+    return device
+
+
 @dataclass
 class Visit:
     """One batch parked at one unit, with the arguments of the call."""
@@ -96,11 +108,12 @@ class Stream:
         self, unit: Unit, parked: list[Visit], reader: "_Reader", advance: Callable[[greenlet, int, Any], None]
     ) -> None:
         """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
-        here = sorted((visit for visit in parked if visit.unit is unit), key=lambda visit: visit.index)
         with self.streamed.resident(unit, self.device, reader.take(unit)):
             reader.read_ahead(unit)
             with _watch(self.around, unit) as run:
-                for visit in here:
+                # A layer that calls itself again (shared layers) is parked here again at once, and stays resident.
+                while here := [visit for visit in parked if visit.unit is unit]:
+                    visit = min(here, key=lambda visit: visit.index)
                     assert visit.resume is not None
                     with self._blame(visit.index, unit):
                         if self.select is not None:

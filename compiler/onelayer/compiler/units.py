@@ -90,6 +90,20 @@ class StreamedModel:
         """Weights of the largest unit, as they are held when it runs."""
         return max(unit.weight_bytes for unit in self.units)
 
+    @property
+    def aliases(self) -> frozenset[str]:
+        """Tied runtime names that the checkpoint stores under their partner's name only."""
+        return frozenset(self._plan.alias)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The few stored parameters that lie outside every unit and are held throughout (see `glue`)."""
+        return tuple(self._resident)
+
+    def held(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """The tensors of a unit that is resident now, by runtime name; lazy ones as the stand-ins they are."""
+        return {name: getattr(*self._owners[name]) for name in unit.parameters}
+
     def bare_parameter(self, name: str) -> torch.Tensor:
         """The empty (meta) parameter of a runtime name: its shape and dtype."""
         return self._empty[name]
@@ -113,6 +127,9 @@ class StreamedModel:
             return Unit(bare_name(name), len(units), module, below, lazy & frozenset(below), is_block, held)
 
         def walk(name: str, module: nn.Module) -> None:
+            if module in seen:  # one module registered at several places is one unit
+                return
+            seen.add(module)
             is_block = compat.is_block(self.model, module)
             own = any(self._is_stored(item) for item in names_below.get(module, ()))
             wrapped = getattr(module, "base_layer", None) is not None
@@ -123,6 +140,7 @@ class StreamedModel:
             for child_name, child in module.named_children():
                 walk(f"{name}.{child_name}" if name else child_name, child)
 
+        seen: set[nn.Module] = set()
         units: list[Unit] = []
         self._resident: list[str] = []
         walk("", self.model)

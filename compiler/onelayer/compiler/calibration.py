@@ -1,0 +1,84 @@
+"""A data set becomes fixed batches that a model can be called with, and the digest that says which they were."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedConfig
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.examples import read_examples
+from onelayer.compiler.files import sha256_json
+from onelayer.compiler.tokens import IGNORED, Tokens, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DataSource = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Samples of equal length, so that nothing is padded: ids and labels (B, T), labels aligned with what predicts them.
+
+    `inputs` are the arguments of the model's forward. `targets[b, t]` is the token that output position t of sample b
+    predicts, or -100 where the loss does not count it.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+
+
+def read_tokens(
+    data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
+) -> list[Tokens]:
+    """Tokenised examples of `data`, all of them or `samples` drawn with a private generator; empty ones left out.
+
+    Raises `InputError` where nothing is left.
+    """
+    examples = read_examples(data)
+    if samples is not None and samples < len(examples):
+        examples = random.Random(seed).sample(examples, samples)
+    tokens = [tokenize(example, tokenizer, max_length) for example in examples]
+    kept = [item for item in tokens if item.labelled]
+    if not kept:
+        raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+    return kept
+
+
+def tokens_digest(tokens: Iterable[Tokens]) -> str:
+    """Digest of token ids and labels, in order."""
+    return sha256_json([[item.input_ids, item.labels] for item in tokens])
+
+
+def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
+    """Batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows at once."""
+    split = [_inputs(item, config) for item in tokens]
+    shapes = sorted(range(len(split)), key=lambda i: tuple(-len(ids) for ids in split[i][0].values()))
+    batches = []
+    for _, group in groupby(shapes, key=lambda i: tuple(len(ids) for ids in split[i][0].values())):
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            rows = [split[i] for i in indices[start : start + batch_size]]
+            inputs = {name: torch.tensor([row[0][name] for row in rows]) for name in rows[0][0]}
+            batches.append(TokenBatch(inputs, torch.tensor([row[1] for row in rows])))
+    return batches
+
+
+def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int]]:
+    """Model arguments and aligned targets of one sample.
+
+    A decoder predicts the next token. An encoder-decoder reads what is not labelled (all of a plain text) and predicts
+    what is, from it shifted right behind the decoder's start token.
+    """
+    if not config.is_encoder_decoder:
+        return {"input_ids": tokens.input_ids}, [*tokens.labels[1:], IGNORED]
+    asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
+    answer = [label for label in tokens.labels if label != IGNORED]
+    start = getattr(config, "decoder_start_token_id", None)
+    start = start if start is not None else config.pad_token_id
+    return {"input_ids": asked or tokens.input_ids, "decoder_input_ids": [start, *answer[:-1]]}, answer

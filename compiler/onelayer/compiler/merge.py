@@ -1,0 +1,205 @@
+"""An original and an adapter for it in, the merged checkpoint out: shard by shard, everything else byte for byte.
+
+Held: a block of rows of one weight, and the adapter's factors of that weight. The original is read once.
+
+Letters: r rank, out / in features.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onelayer.compiler.adapter import PROVENANCE_FILE, Adapter, adapter_digest
+from onelayer.compiler.adapter_fit import check_fit, is_transposed
+from onelayer.compiler.checkpoint import Checkpoint, TensorInfo, model_digest, resolve_model
+from onelayer.compiler.compat import FLOAT_DTYPES
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
+from onelayer.compiler.measure import GIB, Meter, Progress, Report, Result
+from onelayer.compiler.units import StreamedModel
+from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
+
+# A weight is changed by blocks of rows of about this size in float32.
+BLOCK_BYTES = 64 << 20
+# Weights in other formats would be the unmerged ones, so they are not copied; neither is a repository's history.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+
+class MergeResult(Result):
+    """What `merge_adapter` did: how many tensors it changed and how many it copied as they were.
+
+    `corrected` is false for an adapter trained on an emulator and never corrected, and null where there was no need.
+    """
+
+    output: str
+    corrected: bool | None
+    changed: int
+    copied: int
+    report: Report
+
+
+@dataclass
+class Change:
+    """What becomes of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced."""
+
+    parameter: str
+    transposed: bool = False
+    dense: str | None = None
+    lora: str | None = None
+    rows: tuple[str, list[int]] | None = None
+
+
+def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path) -> MergeResult:
+    """Write to `output` the original `model` with `adapter` merged into its weights, rounded once to their dtype.
+
+    Raises `InputError` where the adapter was made for another original, or any of its keys has no place to go.
+    """
+    output = Path(output)
+    check_output(output)
+    source, directory = Adapter.open(resolve_model(adapter)), resolve_model(model)
+    base_digest = model_digest(directory)
+    _check_pair(source, directory, base_digest)
+    with Meter(torch.device("cpu")) as meter:
+        streamed = StreamedModel(directory)
+        checkpoint = streamed.checkpoint
+        changes = _plan(source, streamed)
+        _check_space(output, checkpoint)
+        with atomic_directory(output) as partial:
+            _copy_rest(directory, partial)
+            _write_shards(partial, source, checkpoint, changes)
+            write_json(partial / PROVENANCE_FILE, _provenance(source, model, base_digest))
+        report = meter.report(streamed.largest_unit_bytes, 3 * BLOCK_BYTES, checkpoint.bytes_read)
+    copied = len(checkpoint.tensors) - len(changes)
+    return MergeResult(
+        output=str(output),
+        corrected=_corrected(source, base_digest),
+        changed=len(changes),
+        copied=copied,
+        report=report,
+    )
+
+
+def _check_pair(source: Adapter, model: Path, base_digest: str) -> None:
+    made_for = (source.provenance or {}).get("base", {}).get("digest")
+    if made_for is not None and made_for != base_digest:
+        raise InputError(
+            f"{source.directory}: was made for another original ({made_for[:12]}) than {model} ({base_digest[:12]}); "
+            "give the model it was made for"
+        )
+
+
+def _corrected(source: Adapter, base_digest: str) -> bool | None:
+    """None for an adapter that needed no correction: made elsewhere, or trained on this very model."""
+    record = source.provenance or {}
+    if not record or record.get("trained_on", {}).get("digest") == base_digest:
+        return None
+    return bool(record.get("corrected"))
+
+
+def _plan(source: Adapter, streamed: StreamedModel) -> dict[str, Change]:
+    """The change of each stored tensor by its key in the checkpoint; every key of the adapter is in exactly one."""
+    modules = check_fit(source, streamed)
+    changes: dict[str, Change] = {}
+    for parameter, key in source.dense.items():
+        _change_of(source, streamed, parameter, changes).dense = key
+    for name, module in modules.items():
+        change = _change_of(source, streamed, f"{name}.weight", changes)
+        change.lora, change.transposed = name, is_transposed(module)
+    for name, rows in source.token_rows.items():
+        # PEFT replaces the rows in every matrix tied to this one, so here a shared tensor is what is wanted.
+        _change_of(source, streamed, f"{name}.weight", changes, may_be_tied=True).rows = rows
+    return changes
+
+
+def _change_of(
+    source: Adapter, streamed: StreamedModel, parameter: str, changes: dict[str, Change], may_be_tied: bool = False
+) -> Change:
+    """The change of the one stored tensor behind `parameter`; refuses what is not one tensor of its own."""
+    keys = streamed.keys[parameter]
+    where = f"{source.directory}: {parameter}"
+    remedy = "load the adapter with PEFT instead of merging it"
+    sharing = [name for name, behind in streamed.keys.items() if name != parameter and not set(keys).isdisjoint(behind)]
+    tensor = streamed.bare_parameter(parameter)
+    sharing += [name for name in streamed.keys if name != parameter and streamed.bare_parameter(name) is tensor]
+    if sharing and not may_be_tied:
+        raise InputError(f"{where} shares its weight with {sharing[0]}, which a merge would change too; {remedy}")
+    if len(keys) != 1 or not (parameter in streamed.plain or may_be_tied):
+        raise InputError(f"{where} is stored in another form ({', '.join(keys[:3])}) and cannot be merged; {remedy}")
+    info = streamed.checkpoint.tensors[keys[0]]
+    if info.shape != tuple(tensor.shape) or info.dtype not in FLOAT_DTYPES:
+        raise InputError(f"{where} is stored as {info.dtype} {info.shape} and cannot be merged; {remedy}")
+    return changes.setdefault(keys[0], Change(parameter))
+
+
+def _check_space(output: Path, checkpoint: Checkpoint) -> None:
+    parent = next(path for path in output.absolute().parents if path.exists())
+    needed, free = sum(file.stat().st_size for file in checkpoint.files), shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"{output}: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; choose another --output or make room"
+        )
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Everything beside the weights as it stands: config, tokenizer, templates, licence, cards; hidden files stay."""
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
+            continue
+        if path.is_dir():
+            (target / path.name).mkdir()
+            _copy_rest(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def _write_shards(target: Path, source: Adapter, checkpoint: Checkpoint, changes: dict[str, Change]) -> None:
+    """The same tensors in files of the same names, then the index."""
+    with Progress(len(checkpoint.files), "merge") as progress:
+        for count, file in enumerate(checkpoint.files):
+            progress.reached(count, file.name, 0)
+            inside = [info for info in checkpoint.tensors.values() if info.file == file]
+            entries = [
+                _changed_entry(source, checkpoint, info, changes[info.name])
+                if info.name in changes
+                else copy_entry(info.name, info)
+                for info in inside
+            ]
+            write_safetensors(target / file.name, entries, checkpoint.metadata[file])
+    if checkpoint.index_file is not None:
+        tensors = checkpoint.tensors.values()
+        metadata = read_json(checkpoint.index_file).get("metadata") or {}
+        weight_map = {info.name: info.file.name for info in tensors}
+        write_index(target / checkpoint.index_file.name, weight_map, sum(info.size_bytes for info in tensors), metadata)
+
+
+def _changed_entry(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
+    dtype = FLOAT_DTYPES[info.dtype]
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for block in _changed_rows(source, checkpoint, info, change):
+            yield from tensor_entry(info.name, block.to(dtype)).chunks()
+
+    return Entry(info.name, info.dtype, info.shape, chunks)
+
+
+def _changed_rows(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Iterator[torch.Tensor]:
+    """The changed tensor in float32 (float64 if stored so), by blocks of rows."""
+    wide = torch.float64 if info.dtype == "F64" else torch.float32
+    read = _row_reader(source, checkpoint, info, change)
+    delta = _delta(source, change) if change.lora is not None else None
+    rows = len_or_one(info.shape)
+    step = max(1, BLOCK_BYTES // (4 * max(1, info.size_bytes // max(1, rows))))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = read(start, stop).to(wide)
+        if delta is not None:
+            block = block + delta(start, stop)
+        if change.rows is not None:
+            key, numbers = change.rows
+            inside = [position for position, row in enumerate(numbers) if start <= row < stop]
+            block[[numbers[position] - start for position in inside]] = source.read(key)[inside].to(wide)
+        yield block

@@ -1,0 +1,56 @@
+"""The file that lets tools which never import onelayer load an emulator with `trust_remote_code=True`.
+
+Without it they could not: transformers has no entry points, so nobody but the emulator's own folder can tell it how the
+folder is read. The text is written beside the weights, the map into config.json.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SHIM_FILE = "modeling_onelayer.py"
+
+# A subclass of the stock model would count as custom code, for which transformers switches its key conversions off. So
+# the class only hands over to the Auto class that was asked for. `auto_map` is deleted and not emptied: an empty one
+# would be saved with the model and break the next load.
+SHIM_TEXT = '''"""Loads this emulator with trust_remote_code=True; it needs `pip install onelayer`."""
+
+import transformers
+
+import onelayer.runtime  # registers the loader of emulators
+
+
+class EmulatorModel(transformers.PreTrainedModel):
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        stock = getattr(transformers, cls._auto_class)
+        del config.auto_map
+        kwargs["trust_remote_code"] = False
+        return stock.from_pretrained(path, *args, config=config, **kwargs)
+'''
+
+# Auto classes that load a model with weights, and the table in which transformers lists what each can load.
+AUTO_CLASSES = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
+
+
+def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
+    """The `auto_map` of an emulator's config.json: the shim for every Auto class that can load such a model."""
+    import transformers
+
+    module = SHIM_FILE.removesuffix(".py")
+    return {
+        auto_class: f"{module}.EmulatorModel"
+        for auto_class, mapping in AUTO_CLASSES.items()
+        if type(config) in getattr(transformers, mapping)
+    }
