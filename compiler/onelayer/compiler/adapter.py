@@ -84,6 +84,14 @@ class Adapter:
             tensor: torch.Tensor = file.get_tensor(key)
         return tensor
 
+    def read_rows(self, key: str, start: int, stop: int) -> "torch.Tensor":
+        """Rows `start:stop` of one tensor of the file, in its stored dtype, on the host."""
+        from safetensors import safe_open
+
+        with safe_open(self.tensors[key].file, framework="pt", backend="pread") as file:
+            rows: torch.Tensor = file.get_slice(key)[start:stop]
+        return rows
+
     def factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
         """A (r, in) and B (out, r) of a module in float32, on the host."""
         module = self.modules[name]

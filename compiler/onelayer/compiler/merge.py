@@ -8,6 +8,7 @@ Letters: r rank, out / in features.
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ class MergeResult(Result):
 class Change:
     """What becomes of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced."""
 
-    parameter: str
     transposed: bool = False
     dense: str | None = None
     lora: str | None = None
@@ -63,6 +63,7 @@ def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path)
     source, directory = Adapter.open(resolve_model(adapter)), resolve_model(model)
     base_digest = model_digest(directory)
     _check_pair(source, directory, base_digest)
+    corrected = _corrected(source, base_digest)
     with Meter(torch.device("cpu")) as meter:
         streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
@@ -71,16 +72,10 @@ def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path)
         with atomic_directory(output) as partial:
             _copy_rest(directory, partial)
             _write_shards(partial, source, checkpoint, changes)
-            write_json(partial / PROVENANCE_FILE, _provenance(source, model, base_digest))
+            write_json(partial / PROVENANCE_FILE, _provenance(source, model, base_digest, corrected))
         report = meter.report(streamed.largest_unit_bytes, 3 * BLOCK_BYTES, checkpoint.bytes_read)
     copied = len(checkpoint.tensors) - len(changes)
-    return MergeResult(
-        output=str(output),
-        corrected=_corrected(source, base_digest),
-        changed=len(changes),
-        copied=copied,
-        report=report,
-    )
+    return MergeResult(output=str(output), corrected=corrected, changed=len(changes), copied=copied, report=report)
 
 
 def _check_pair(source: Adapter, model: Path, base_digest: str) -> None:
@@ -101,38 +96,50 @@ def _corrected(source: Adapter, base_digest: str) -> bool | None:
 
 
 def _plan(source: Adapter, streamed: StreamedModel) -> dict[str, Change]:
-    """The change of each stored tensor by its key in the checkpoint; every key of the adapter is in exactly one."""
+    """The change of each stored tensor by its key in the checkpoint; every key of the adapter has its place there."""
     modules = check_fit(source, streamed)
     changes: dict[str, Change] = {}
     for parameter, key in source.dense.items():
-        _change_of(source, streamed, parameter, changes).dense = key
+        changes.setdefault(_own_tensor(source, streamed, parameter), Change()).dense = key
     for name, module in modules.items():
-        change = _change_of(source, streamed, f"{name}.weight", changes)
+        change = changes.setdefault(_own_tensor(source, streamed, f"{name}.weight"), Change())
         change.lora, change.transposed = name, is_transposed(module)
     for name, rows in source.token_rows.items():
         # PEFT replaces the rows in every matrix tied to this one, so here a shared tensor is what is wanted.
-        _change_of(source, streamed, f"{name}.weight", changes, may_be_tied=True).rows = rows
+        for parameter in (f"{name}.weight", *_sharing(streamed, f"{name}.weight")):
+            changes.setdefault(_stored_tensor(source, streamed, parameter), Change()).rows = rows
     return changes
 
 
-def _change_of(
-    source: Adapter, streamed: StreamedModel, parameter: str, changes: dict[str, Change], may_be_tied: bool = False
-) -> Change:
-    """The change of the one stored tensor behind `parameter`; refuses what is not one tensor of its own."""
+def _sharing(streamed: StreamedModel, parameter: str) -> list[str]:
+    """Other runtime names that the same weight serves: tied in the model, or made from the same stored tensor."""
+    keys, tensor = set(streamed.keys[parameter]), streamed.bare_parameter(parameter)
+    others = ((name, behind) for name, behind in streamed.keys.items() if name != parameter)
+    return [name for name, behind in others if keys & set(behind) or streamed.bare_parameter(name) is tensor]
+
+
+def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
+    """The key of the stored tensor that is `parameter` and nothing else."""
+    if sharing := _sharing(streamed, parameter):
+        raise InputError(
+            f"{source.directory}: {parameter} shares its weight with {sharing[0]}, which a merge would change too; "
+            "load the adapter with PEFT instead of merging it"
+        )
+    return _stored_tensor(source, streamed, parameter)
+
+
+def _stored_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
+    """The key of the stored tensor behind `parameter`; refuses one that is made from several, or not of floats."""
     keys = streamed.keys[parameter]
-    where = f"{source.directory}: {parameter}"
-    remedy = "load the adapter with PEFT instead of merging it"
-    sharing = [name for name, behind in streamed.keys.items() if name != parameter and not set(keys).isdisjoint(behind)]
-    tensor = streamed.bare_parameter(parameter)
-    sharing += [name for name in streamed.keys if name != parameter and streamed.bare_parameter(name) is tensor]
-    if sharing and not may_be_tied:
-        raise InputError(f"{where} shares its weight with {sharing[0]}, which a merge would change too; {remedy}")
-    if len(keys) != 1 or not (parameter in streamed.plain or may_be_tied):
-        raise InputError(f"{where} is stored in another form ({', '.join(keys[:3])}) and cannot be merged; {remedy}")
     info = streamed.checkpoint.tensors[keys[0]]
-    if info.shape != tuple(tensor.shape) or info.dtype not in FLOAT_DTYPES:
-        raise InputError(f"{where} is stored as {info.dtype} {info.shape} and cannot be merged; {remedy}")
-    return changes.setdefault(keys[0], Change(parameter))
+    fits = info.shape == tuple(streamed.bare_parameter(parameter).shape) and info.dtype in FLOAT_DTYPES
+    plain = any(name in streamed.plain for name in (parameter, *_sharing(streamed, parameter)))
+    if len(keys) != 1 or not (plain and fits):
+        raise InputError(
+            f"{source.directory}: {parameter} is stored in another form ({', '.join(keys[:3])}: {info.dtype} "
+            f"{info.shape}) and cannot be merged; load the adapter with PEFT instead of merging it"
+        )
+    return keys[0]
 
 
 def _check_space(output: Path, checkpoint: Checkpoint) -> None:
@@ -178,6 +185,9 @@ def _write_shards(target: Path, source: Adapter, checkpoint: Checkpoint, changes
 
 def _changed_entry(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
     dtype = FLOAT_DTYPES[info.dtype]
+    if not info.shape:
+        assert change.dense is not None, "a scalar is only ever replaced"
+        return tensor_entry(info.name, source.read(change.dense).to(dtype))
 
     def chunks() -> Iterator[bytes | memoryview]:
         for block in _changed_rows(source, checkpoint, info, change):
@@ -187,19 +197,37 @@ def _changed_entry(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, ch
 
 
 def _changed_rows(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Iterator[torch.Tensor]:
-    """The changed tensor in float32 (float64 if stored so), by blocks of rows."""
+    """The changed tensor by blocks of rows, computed in float32 (in float64 where it is stored so)."""
     wide = torch.float64 if info.dtype == "F64" else torch.float32
-    read = _row_reader(source, checkpoint, info, change)
-    delta = _delta(source, change) if change.lora is not None else None
-    rows = len_or_one(info.shape)
-    step = max(1, BLOCK_BYTES // (4 * max(1, info.size_bytes // max(1, rows))))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        block = read(start, stop).to(wide)
+    delta = None if change.lora is None else _delta(source, change.lora, change.transposed)
+    step = max(1, BLOCK_BYTES // (4 * prod(info.shape[1:])))
+    for start in range(0, info.shape[0], step):
+        stop = min(start + step, info.shape[0])
+        if change.dense is None:
+            block = checkpoint.read_rows(info.name, start, stop).to(wide)
+        else:
+            block = source.read_rows(change.dense, start, stop).to(wide)
         if delta is not None:
-            block = block + delta(start, stop)
+            block += delta(start, stop)
         if change.rows is not None:
             key, numbers = change.rows
             inside = [position for position, row in enumerate(numbers) if start <= row < stop]
             block[[numbers[position] - start for position in inside]] = source.read(key)[inside].to(wide)
         yield block
+
+
+def _delta(source: Adapter, name: str, transposed: bool) -> Callable[[int, int], torch.Tensor]:
+    """Rows of scaling * B A, or of its transpose, in float32."""
+    a, b = source.factors(name)
+    left, right = (a.T, b.T) if transposed else (b, a)
+    scaling = source.modules[name].scaling
+    return lambda start, stop: left[start:stop] @ right * scaling
+
+
+def _provenance(source: Adapter, model: str | Path, base_digest: str, corrected: bool | None) -> dict[str, Any]:
+    base = (source.provenance or {}).get("base", {})
+    return {
+        "kind": "merged",
+        "base": {"model": base.get("model", str(model)), "revision": base.get("revision"), "digest": base_digest},
+        "adapter": {"digest": adapter_digest(source.directory), "corrected": corrected},
+    }

@@ -62,7 +62,6 @@ class Stream:
     device: torch.device
     meter: Meter
     around: Callable[[Unit], Any] | None = None
-    select: Callable[[int], None] | None = None
     last: int | None = None
     description: str = "stream"
 
@@ -77,8 +76,6 @@ class Stream:
 
         def advance(worker: greenlet, index: int, value: Any) -> None:
             """Let one batch run until it parks again or ends."""
-            if self.select is not None:
-                self.select(index)
             result = worker.switch(value)
             if worker.dead:
                 consume(index, result)
@@ -90,7 +87,7 @@ class Stream:
             try:
                 with Progress(len(units) if self.last is None else self.last + 1, self.description) as progress:
                     for index, batch in enumerate(batches):
-                        worker = greenlet(lambda batch: self.streamed.root(**batch))
+                        worker = greenlet(lambda batch: self.streamed.model(**batch))
                         with self._blame(index, None):
                             advance(worker, index, batch)
                     while parked:
@@ -116,8 +113,6 @@ class Stream:
                     visit = min(here, key=lambda visit: visit.index)
                     assert visit.resume is not None
                     with self._blame(visit.index, unit):
-                        if self.select is not None:
-                            self.select(visit.index)
                         args, kwargs = _move((visit.args, visit.kwargs), self.device)
                         output = _move(run(visit.index, args, kwargs), torch.device("cpu"))
                         visit.args, visit.kwargs = (), {}

@@ -44,9 +44,7 @@ class StreamedModel:
     resident. `keys` maps each runtime parameter name to the checkpoint keys that make it.
     """
 
-    def __init__(
-        self, directory: str | Path, prepare: Callable[[PreTrainedModel], nn.Module] | None = None
-    ) -> None:
+    def __init__(self, directory: str | Path, prepare: Callable[[PreTrainedModel], None] | None = None) -> None:
         """Open `directory`; `prepare` may wrap modules of the empty model (adapters) before it is cut into units.
 
         Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming what and why.
@@ -65,14 +63,27 @@ class StreamedModel:
                 f"{missing[0]!r} first; give a checkpoint of this class"
             )
         self.model = compat.build_skeleton(self.config, cls, self.dtype)
-        self.root: nn.Module = self.model if prepare is None else prepare(self.model)
-        self._owners = {
-            bare_name(name): compat.owner_of(self.model, name)
-            for name in self.model.state_dict()
-            if bare_name(name) in self._empty
-        }
+        if prepare is not None:
+            self._wrap(prepare)
+        found = {name: bare_name(name) for name in self.model.state_dict()}
+        self._owners = {bare: compat.owner_of(self.model, name) for name, bare in found.items() if bare in self._empty}
+        # What an adapter wraps it may want whole, so only untouched matrices are left on disk.
+        self._wrapped = {bare for name, bare in found.items() if bare != name}
         self.head = self._find_head()
         self.units = self._cut()
+
+    def _wrap(self, prepare: Callable[[PreTrainedModel], None]) -> None:
+        """Let `prepare` see parameters that lie on the host, without storage: it puts its own where it finds these."""
+        names = list(self._empty)
+        owners = [compat.owner_of(self.model, name) for name in names]
+        for (owner, leaf), name in zip(owners, names, strict=True):
+            empty = self._empty[name]
+            if empty.is_meta:
+                set_tensor(owner, leaf, torch.empty((), dtype=empty.dtype).expand(empty.shape))
+        prepare(self.model)
+        for (owner, leaf), name in zip(owners, names, strict=True):
+            if self._empty[name].is_meta:
+                set_tensor(owner, leaf, self._empty[name])
 
     @property
     def keys(self) -> dict[str, tuple[str, ...]]:
@@ -158,7 +169,7 @@ class StreamedModel:
         for name, (owner, leaf) in self._owners.items():
             source = self._plan.alias.get(name, name)
             table = isinstance(owner, nn.Embedding) and owner.max_norm is None
-            if leaf == "weight" and source in self._plan.plain and (table or owner is self.head):
+            if leaf == "weight" and source in self._plan.plain and name not in self._wrapped and (table or owner is self.head):
                 lazy.add(name)
         return frozenset(lazy)
 
@@ -209,6 +220,9 @@ class StreamedModel:
         try:
             for name, buffer in buffers.items():
                 set_tensor(*compat.owner_of(unit.module, name), buffer.to(device))
+            for parameter in unit.module.parameters():
+                if not parameter.is_meta and parameter.device != device:  # an adapter's; it is small and stays there
+                    parameter.data = parameter.data.to(device)
             for name in unit.parameters:
                 tensor = tensors.pop(name).to(device) if name in tensors else self.matrix(name, device)
                 set_tensor(*self._owners[name], tensor)
