@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onelayer.compiler.correct import correct_adapter as correct_adapter
     from onelayer.compiler.compile import compile_emulator as compile_emulator
+    from onelayer.compiler.correct import correct_adapter as correct_adapter
     from onelayer.compiler.errors import InputError as InputError
     from onelayer.compiler.evaluate import evaluate as evaluate
     from onelayer.compiler.inspect import inspect as inspect
@@ -21,7 +21,7 @@ _HOME_OF = {
     "merge_adapter": "merge",
     "slice_emulator": "slice",
 }
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -93,9 +93,22 @@ class Adapter:
         return rows
 
     def factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        """A (r, in) and B (out, r) of a module in float32, on the host."""
+        """A (r, in) and B (out, r) of a module in float32, on the host; refuses values that are not finite."""
         module = self.modules[name]
-        return self.read(module.key_a).float(), self.read(module.key_b).float()
+        a, b = self.read(module.key_a).float(), self.read(module.key_b).float()
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise InputError(f"{self.directory}: {name}: holds values that are not finite; train the adapter again")
+        return a, b
+
+    def recorded_digest(self, part: str) -> str | None:
+        """The digest that the record gives for `base` or `trained_on`; None where there is no record of it."""
+        entry = (self.provenance or {}).get(part) or {}
+        digest = entry.get("digest") if isinstance(entry, dict) else entry
+        if not isinstance(digest, str | None):
+            raise InputError(
+                f"{self.directory / PROVENANCE_FILE}: field {part}.digest is not a digest; restore the file"
+            )
+        return digest
 
 
 @dataclass(frozen=True)

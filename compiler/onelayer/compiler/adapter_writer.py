@@ -62,7 +62,7 @@ def write_adapter(
     entries.extend(copy_entry(key, source.tensors[key]) for key in sorted(carried))
     write_safetensors(directory / WEIGHTS_FILE, entries, {"format": "pt", **_flat(provenance)})
     _write_config(directory, sorted(factors), rank, source, base)
-    write_text(directory / "README.md", _card(base, provenance))
+    write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)
 
 
@@ -110,7 +110,7 @@ def _flat(provenance: dict[str, Any], prefix: str = "onelayer") -> dict[str, str
     return flat
 
 
-def _card(base: Base, provenance: dict[str, Any]) -> str:
+def model_card(base: Base, provenance: dict[str, Any]) -> str:
     """A model card that leads to the original, whatever the trainer wrote."""
     from huggingface_hub import ModelCardData
 
@@ -118,6 +118,9 @@ def _card(base: Base, provenance: dict[str, Any]) -> str:
     data = ModelCardData(base_model=base.model, library_name="peft", tags=tags)
     revision = f", revision={base.revision!r}" if base.revision else ""
     state = "trained on an emulator of it and corrected for it" if provenance.get("corrected") else "made for it"
+    trained_on = provenance.get("trained_on")
+    if trained_on and not provenance.get("corrected") and trained_on["digest"] != provenance["base"]["digest"]:
+        state = "trained on an emulator of it and not yet corrected for it (`onelayer correct` does that)"
     return f"""---
 {data.to_yaml()}
 ---

@@ -23,7 +23,7 @@ DataSource = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Samples of equal length, so that nothing is padded: ids and labels (B, T), labels aligned with what predicts them.
+    """Samples of equal length, so that nothing is padded: ids (B, T) and what they predict.
 
     `inputs` are the arguments of the model's forward. `targets[b, t]` is the token that output position t of sample b
     predicts, or -100 where the loss does not count it.

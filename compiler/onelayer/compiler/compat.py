@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import transformers
@@ -100,7 +100,8 @@ def build_skeleton(config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: 
         owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.initialize_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -109,10 +110,22 @@ def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def is_block(model: PreTrainedModel, module: torch.nn.Module) -> bool:
-    """Whether transformers itself treats `module` as one indivisible layer."""
+def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
+    """The repeated layers: what transformers itself declares indivisible.
+
+    A model that declares nothing repeats what lies in its `ModuleList`s, the outermost of them.
+    """
     names = model._no_split_modules or ()
-    return type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer)
+    declared = frozenset(
+        module
+        for module in model.modules()
+        if type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer)
+    )
+    if declared:
+        return declared
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    inner = {part for module in lists for part in module.modules() if part is not module}
+    return frozenset(item for module in lists if module not in inner for item in module)
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,7 @@ def _aliases(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
     for members in groups.values():
         present = sorted(members & stored)
         if present:
-            alias.update({name: present[0] for name in members - stored})
+            alias.update(dict.fromkeys(members - stored, present[0]))
     return alias
 
 
@@ -183,7 +196,8 @@ def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: 
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         device_map={"": "cpu"},
-        weight_mapping=get_model_conversion_mapping(model),  # a fresh list: the rules collect state
+        # A fresh list each time: the rules collect state.
+        weight_mapping=cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model)),
     )
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)

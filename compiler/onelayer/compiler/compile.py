@@ -158,7 +158,7 @@ class _Compilation:
         self.ranks = ranks
         self.writer = writer
         self.device = device
-        self.dense: dict[str, str] = {name: "never visited by the calibration data" for name in ranks}
+        self.dense: dict[str, str] = dict.fromkeys(ranks, "never visited by the calibration data")
         self._hooks: dict[Unit, MomentHooks] = {}
 
     @contextmanager

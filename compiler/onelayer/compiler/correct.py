@@ -67,7 +67,7 @@ def correct_adapter(
         streamed = StreamedModel(directory)
         modules = check_fit(source, streamed)
         _check_shapes(source, small, directory)
-        factors, figures = _solve(streamed, small, source, limit)
+        factors, figures = _solve(streamed, small, source, limit, meter)
         base = _base(small, model, streamed, modules.values())
         with atomic_directory(output) as partial:
             record = _provenance(source, small, base, limit, figures)
@@ -79,12 +79,11 @@ def correct_adapter(
 
 def _check_pairs(source: Adapter, small: Emulator, model: Path) -> bool:
     """Refuse what does not belong together, by digest; true where the adapter says what it was trained on."""
-    record = source.provenance or {}
-    if record.get("corrected"):
+    if source.provenance is not None and source.provenance.get("corrected"):
         raise InputError(f"{source.directory}: is already corrected; use it as it is")
     if not source.modules:
         raise InputError(f"{source.directory}: adapts no module, there is nothing to correct; use it as it is")
-    trained_on = record.get("trained_on", {}).get("digest")
+    trained_on = source.recorded_digest("trained_on")
     if trained_on is not None and trained_on != small.digest:
         raise InputError(
             f"{source.directory}: was trained on another emulator ({trained_on[:12]}) than {small.directory} "
@@ -108,7 +107,7 @@ def _check_shapes(source: Adapter, small: Emulator, model: Path) -> None:
 
 
 def _solve(
-    streamed: StreamedModel, small: Emulator, source: Adapter, limit: float | None
+    streamed: StreamedModel, small: Emulator, source: Adapter, limit: float | None, meter: Meter
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[CorrectedLinear]]:
     """Factors and figures of every adapted module, in the order in which their weights lie on the disk."""
     factors, figures = {}, []
@@ -119,7 +118,7 @@ def _solve(
 
     with Progress(len(source.modules), "correct") as progress:
         for count, name in enumerate(sorted(source.modules, key=place)):
-            progress.reached(count, name, 0)
+            progress.reached(count, name, meter.sample())
             factors[name], figure = _solve_one(streamed, small, source, name, limit)
             figures.append(figure)
     return factors, figures
@@ -130,8 +129,6 @@ def _solve_one(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], CorrectedLinear]:
     scaling = source.modules[name].scaling
     a, b = source.factors(name)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise InputError(f"{source.directory}: {name}: holds values that are not finite; train the adapter again")
     if name not in small.facts.ranks:  # the emulator has the original's own weight: D = 0
         figure = CorrectedLinear(name=name, rank=len(a), compressed=False, ratio_mean=0.0, clamped=0)
         return (a, scaling * b), figure

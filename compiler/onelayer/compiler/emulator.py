@@ -5,7 +5,6 @@ the way back). Held: one unit at a time; matrices that stay on disk are copied i
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.checkpoint import model_digest
+from onelayer.compiler.companions import copy_companions
 from onelayer.compiler.emulator_reader import DOWN, UP
 from onelayer.compiler.factorize import Factors
 from onelayer.compiler.files import write_json, write_text
@@ -24,12 +24,6 @@ from onelayer.compiler.writer import TORCH_NAMES, Entry, tensor_entry, write_ind
 
 FORMAT_VERSION = 1
 INDEX_FILE = "emulator.safetensors.index.json"
-# Everything beside the weights is copied as it stands but these, which the writer makes or which hold weights.
-NOT_COPIED = (
-    "config.json", "README.md", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack",
-    "*.onnx", "*.py", ".*",
-)  # fmt: skip
-
 CARD = """---
 base_model: {model}
 tags:
@@ -46,7 +40,7 @@ any trainer that takes a PEFT adapter, then make the adapter fit the original wi
 
 
 class LinearFigures(Result):
-    """What became of one linear. `singular_values` of its output, the kept ones; `output_energy` the sum of all squares.
+    """What became of one linear. `singular_values`: its output's, the kept ones; `output_energy`: all their squares.
 
     A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data.
     """
@@ -150,13 +144,6 @@ class EmulatorWriter:
 
 def _digits(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what makes a model usable beside its weights: tokenizer, processor, templates, generation config, licence."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
-            shutil.copyfile(path, target / path.name)
 
 
 def _entry(name: str, tensor: torch.Tensor) -> Entry:

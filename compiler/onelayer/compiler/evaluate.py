@@ -69,7 +69,9 @@ def evaluate(
     streamed = StreamedModel(directory, _attach(adapters))
     if not streamed.model.can_generate():
         kind = type(streamed.model).__name__
-        raise InputError(f"{directory}: {kind} predicts no next token, so there is no loss to measure; give a language model")
+        raise InputError(
+            f"{directory}: {kind} predicts no next token, so there is no loss to measure; give a language model"
+        )
     tokens = read_tokens(data, load_tokenizer(directory), max_length)
     batches = make_batches(tokens, streamed.config, batch_size)
     candidates = [None, *(f"adapter{number}" for number in range(len(adapters)))]
@@ -82,7 +84,9 @@ def evaluate(
             streamed.largest_unit_bytes, _workspace_bytes(streamed, batches), streamed.checkpoint.bytes_read
         )
     names = [None, *(str(path) for path in adapters)]
-    return EvaluateResult(results=[_score(name, found) for name, found in zip(names, scores, strict=True)], report=report)
+    return EvaluateResult(
+        results=[_score(name, found) for name, found in zip(names, scores, strict=True)], report=report
+    )
 
 
 def _attach(adapters: Sequence[str | Path]) -> Callable[[PreTrainedModel], None]:

@@ -70,9 +70,7 @@ def _basis_from_output(C: torch.Tensor, rank: int, cutoff: float) -> tuple[torch
     return vectors[:, :kept], values
 
 
-def _basis_from_input(
-    W: torch.Tensor, G: torch.Tensor, rank: int, cutoff: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _basis_from_input(W: torch.Tensor, G: torch.Tensor, rank: int, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading left singular vectors (out, <= rank) of W S with S S^T = G (in x in), and all squared singular values.
 
     V are eigenvectors of S^T W^T W S (in x in, the narrow side), U = W S V / s; no inverse of S is needed.
@@ -119,7 +117,8 @@ def _lost_energy(
     if moments.of_input:
         E = W - up @ down
         return float(((E @ moments.gram.total_FF) * E).sum())
-    assert C is not None and moments.input_energy is not None
+    assert C is not None
+    assert moments.input_energy is not None
     projected = C @ basis
     lost = C.trace() - 2 * (up * projected).sum() + ((up.T @ up) * (basis.T @ projected)).sum()
     rounding = ((up @ (down - basis.T @ W)).square().sum(dim=0) * moments.input_energy).sum()

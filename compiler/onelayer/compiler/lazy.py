@@ -16,17 +16,18 @@ from onelayer.compiler.checkpoint import Checkpoint
 SLICE_BYTES = 64 << 20
 
 # What a stand-in may tell about itself without its values.
-METADATA = frozenset(
-    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")
-) | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.__len__,
-     torch.Tensor.is_complex, torch.Tensor.ndimension}  # fmt: skip
+PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")
+METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES) | {
+    getattr(torch.Tensor, name)
+    for name in ("size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "__len__")
+}
 
 
 class DiskMatrix(torch.Tensor):
     """A weight (rows, width) that is read by rows. Serves embedding look-ups, row slices and linear products."""
 
     read: Callable[[int, int], torch.Tensor]
-    gather: Callable[[torch.Tensor], torch.Tensor]
+    pick: Callable[[torch.Tensor], torch.Tensor]
 
     @staticmethod
     def over(checkpoint: Checkpoint, key: str, dtype: torch.dtype, device: torch.device) -> "DiskMatrix":
@@ -34,7 +35,7 @@ class DiskMatrix(torch.Tensor):
         shape = checkpoint.tensors[key].shape
         matrix = torch.empty((), dtype=dtype, device=device).expand(shape).as_subclass(DiskMatrix)
         matrix.read = lambda start, stop: checkpoint.read_rows(key, start, stop).to(device, dtype)
-        matrix.gather = lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype)
+        matrix.pick = lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype)
         return matrix
 
     @classmethod
@@ -51,7 +52,7 @@ class DiskMatrix(torch.Tensor):
         if func is torch.Tensor.__getitem__:
             matrix, index = args
             rows = torch.arange(matrix.shape[0])[index]
-            return matrix.gather(rows.reshape(-1)).reshape(*rows.shape, *matrix.shape[1:])
+            return matrix.pick(rows.reshape(-1)).reshape(*rows.shape, *matrix.shape[1:])
         raise TypeError(f"{getattr(func, '__name__', func)} needs the whole of a matrix that is read by rows")
 
     def row_slices(self) -> Iterator[tuple[int, int]]:
@@ -69,7 +70,7 @@ def _embedding(ids: torch.Tensor, matrix: DiskMatrix, *args: Any, **kwargs: Any)
     max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
     if max_norm is not None:
         raise TypeError("an embedding with max_norm edits its table and cannot be read by rows")
-    return F.embedding(inverse, matrix.gather(rows))
+    return F.embedding(inverse, matrix.pick(rows))
 
 
 def _linear(x: torch.Tensor, matrix: DiskMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,7 +7,6 @@ Letters: r rank, out / in features.
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 
 from onelayer.compiler.adapter import PROVENANCE_FILE, Adapter, adapter_digest
-from onelayer.compiler.adapter_fit import check_fit, is_transposed
 from onelayer.compiler.checkpoint import Checkpoint, TensorInfo, model_digest, resolve_model
+from onelayer.compiler.companions import copy_companions
 from onelayer.compiler.compat import FLOAT_DTYPES
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
 from onelayer.compiler.measure import GIB, Meter, Progress, Report, Result
+from onelayer.compiler.merge_plan import Change, plan_changes
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
 
 # A weight is changed by blocks of rows of about this size in float32.
 BLOCK_BYTES = 64 << 20
-# Weights in other formats would be the unmerged ones, so they are not copied; neither is a repository's history.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
 class MergeResult(Result):
@@ -41,16 +39,6 @@ class MergeResult(Result):
     changed: int
     copied: int
     report: Report
-
-
-@dataclass
-class Change:
-    """What becomes of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced."""
-
-    transposed: bool = False
-    dense: str | None = None
-    lora: str | None = None
-    rows: tuple[str, list[int]] | None = None
 
 
 def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path) -> MergeResult:
@@ -67,11 +55,11 @@ def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path)
     with Meter(torch.device("cpu")) as meter:
         streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
-        changes = _plan(source, streamed)
+        changes = plan_changes(source, streamed)
         _check_space(output, checkpoint)
         with atomic_directory(output) as partial:
-            _copy_rest(directory, partial)
-            _write_shards(partial, source, checkpoint, changes)
+            copy_companions(directory, partial)
+            _write_shards(partial, source, checkpoint, changes, meter)
             write_json(partial / PROVENANCE_FILE, _provenance(source, model, base_digest, corrected))
         report = meter.report(streamed.largest_unit_bytes, 3 * BLOCK_BYTES, checkpoint.bytes_read)
     copied = len(checkpoint.tensors) - len(changes)
@@ -79,7 +67,7 @@ def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path)
 
 
 def _check_pair(source: Adapter, model: Path, base_digest: str) -> None:
-    made_for = (source.provenance or {}).get("base", {}).get("digest")
+    made_for = source.recorded_digest("base")
     if made_for is not None and made_for != base_digest:
         raise InputError(
             f"{source.directory}: was made for another original ({made_for[:12]}) than {model} ({base_digest[:12]}); "
@@ -89,57 +77,9 @@ def _check_pair(source: Adapter, model: Path, base_digest: str) -> None:
 
 def _corrected(source: Adapter, base_digest: str) -> bool | None:
     """None for an adapter that needed no correction: made elsewhere, or trained on this very model."""
-    record = source.provenance or {}
-    if not record or record.get("trained_on", {}).get("digest") == base_digest:
+    if source.provenance is None or source.recorded_digest("trained_on") == base_digest:
         return None
-    return bool(record.get("corrected"))
-
-
-def _plan(source: Adapter, streamed: StreamedModel) -> dict[str, Change]:
-    """The change of each stored tensor by its key in the checkpoint; every key of the adapter has its place there."""
-    modules = check_fit(source, streamed)
-    changes: dict[str, Change] = {}
-    for parameter, key in source.dense.items():
-        changes.setdefault(_own_tensor(source, streamed, parameter), Change()).dense = key
-    for name, module in modules.items():
-        change = changes.setdefault(_own_tensor(source, streamed, f"{name}.weight"), Change())
-        change.lora, change.transposed = name, is_transposed(module)
-    for name, rows in source.token_rows.items():
-        # PEFT replaces the rows in every matrix tied to this one, so here a shared tensor is what is wanted.
-        for parameter in (f"{name}.weight", *_sharing(streamed, f"{name}.weight")):
-            changes.setdefault(_stored_tensor(source, streamed, parameter), Change()).rows = rows
-    return changes
-
-
-def _sharing(streamed: StreamedModel, parameter: str) -> list[str]:
-    """Other runtime names that the same weight serves: tied in the model, or made from the same stored tensor."""
-    keys, tensor = set(streamed.keys[parameter]), streamed.bare_parameter(parameter)
-    others = ((name, behind) for name, behind in streamed.keys.items() if name != parameter)
-    return [name for name, behind in others if keys & set(behind) or streamed.bare_parameter(name) is tensor]
-
-
-def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
-    """The key of the stored tensor that is `parameter` and nothing else."""
-    if sharing := _sharing(streamed, parameter):
-        raise InputError(
-            f"{source.directory}: {parameter} shares its weight with {sharing[0]}, which a merge would change too; "
-            "load the adapter with PEFT instead of merging it"
-        )
-    return _stored_tensor(source, streamed, parameter)
-
-
-def _stored_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
-    """The key of the stored tensor behind `parameter`; refuses one that is made from several, or not of floats."""
-    keys = streamed.keys[parameter]
-    info = streamed.checkpoint.tensors[keys[0]]
-    fits = info.shape == tuple(streamed.bare_parameter(parameter).shape) and info.dtype in FLOAT_DTYPES
-    plain = any(name in streamed.plain for name in (parameter, *_sharing(streamed, parameter)))
-    if len(keys) != 1 or not (plain and fits):
-        raise InputError(
-            f"{source.directory}: {parameter} is stored in another form ({', '.join(keys[:3])}: {info.dtype} "
-            f"{info.shape}) and cannot be merged; load the adapter with PEFT instead of merging it"
-        )
-    return keys[0]
+    return bool(source.provenance.get("corrected"))
 
 
 def _check_space(output: Path, checkpoint: Checkpoint) -> None:
@@ -147,27 +87,17 @@ def _check_space(output: Path, checkpoint: Checkpoint) -> None:
     needed, free = sum(file.stat().st_size for file in checkpoint.files), shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"{output}: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; choose another --output or make room"
+            f"{output}: needs {needed / GIB:.1f} GiB and has {free / GIB:.1f} GiB; make room or choose another --output"
         )
 
 
-def _copy_rest(source: Path, target: Path) -> None:
-    """Everything beside the weights as it stands: config, tokenizer, templates, licence, cards; hidden files stay."""
-    for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
-            continue
-        if path.is_dir():
-            (target / path.name).mkdir()
-            _copy_rest(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
-
-
-def _write_shards(target: Path, source: Adapter, checkpoint: Checkpoint, changes: dict[str, Change]) -> None:
+def _write_shards(
+    target: Path, source: Adapter, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter
+) -> None:
     """The same tensors in files of the same names, then the index."""
     with Progress(len(checkpoint.files), "merge") as progress:
         for count, file in enumerate(checkpoint.files):
-            progress.reached(count, file.name, 0)
+            progress.reached(count, file.name, meter.sample())
             inside = [info for info in checkpoint.tensors.values() if info.file == file]
             entries = [
                 _changed_entry(source, checkpoint, info, changes[info.name])
@@ -225,9 +155,8 @@ def _delta(source: Adapter, name: str, transposed: bool) -> Callable[[int, int],
 
 
 def _provenance(source: Adapter, model: str | Path, base_digest: str, corrected: bool | None) -> dict[str, Any]:
-    base = (source.provenance or {}).get("base", {})
     return {
         "kind": "merged",
-        "base": {"model": base.get("model", str(model)), "revision": base.get("revision"), "digest": base_digest},
+        "base": {"model": str(model), "digest": base_digest},
         "adapter": {"digest": adapter_digest(source.directory), "corrected": corrected},
     }

@@ -104,7 +104,7 @@ class MomentHooks:
     def _hook(self, name: str, linear: nn.Module) -> Any:
         out_features, in_features = weight_shape(linear)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if name not in self.moments:
                 self._settle(name, x, out_features, in_features)
@@ -113,8 +113,7 @@ class MomentHooks:
                 self._add_input(name, x)
                 return
             assert moments.input_energy is not None
-            bias = module.bias
-            moments.gram.add(output if bias is None else output - bias)
+            moments.gram.add(output if module.bias is None else output - module.bias)
             energy = x.reshape(-1, in_features).to(torch.float32).square().sum(dim=0, dtype=torch.float64)
             moments.input_energy += torch.nan_to_num(energy, nan=0.0, posinf=0.0)
 
@@ -151,6 +150,6 @@ def is_linear(module: nn.Module) -> bool:
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear; `Conv1D` stores its weight transposed."""
+    assert isinstance(linear.weight, torch.Tensor)
     rows, columns = linear.weight.shape
-    assert isinstance(rows, int) and isinstance(columns, int)
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)

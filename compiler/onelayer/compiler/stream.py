@@ -139,7 +139,7 @@ class Stream:
             for unit in self.streamed.units:
                 is_head = unit.module is self.streamed.head and any(name in unit.lazy for name in unit.parameters)
                 # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-                unit.module.forward = self._deferred_head(unit) if is_head else parking(unit)  # type: ignore[method-assign]
+                unit.module.forward = self._deferred_head(unit) if is_head else parking(unit)
                 stubbed.append(unit.module)
             yield
         finally:

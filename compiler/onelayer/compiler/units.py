@@ -55,7 +55,7 @@ class StreamedModel:
         self.dtype = compat.compute_dtype(self.config, self.checkpoint)
         # Loading rules go by the names of the bare model, so an untouched twin receives what is loaded.
         self._twin = compat.build_skeleton(self.config, cls, self.dtype)
-        self._empty = {name: tensor for name, tensor in self._twin.state_dict(keep_vars=True).items()}
+        self._empty = dict(self._twin.state_dict(keep_vars=True))
         self._plan = compat.plan_loading(self._twin, self.checkpoint)
         if missing := compat.missing_parameters(self._twin, self._plan):
             raise InputError(
@@ -117,7 +117,8 @@ class StreamedModel:
 
     def bare_parameter(self, name: str) -> torch.Tensor:
         """The empty (meta) parameter of a runtime name: its shape and dtype."""
-        return self._empty[name]
+        empty: torch.Tensor = self._empty[name]
+        return empty
 
     # ---- cutting --------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,9 @@ class StreamedModel:
         lazy = self._lazy_names()
 
         def unit(name: str, module: nn.Module, is_block: bool) -> Unit:
-            below = tuple(item for part in module.modules() for item in names_below.get(part, ()) if self._is_stored(item))
+            below = tuple(
+                item for part in module.modules() for item in names_below.get(part, ()) if self._is_stored(item)
+            )
             held = sum(tensor_bytes(self._empty[item]) for item in below if item not in lazy)
             return Unit(bare_name(name), len(units), module, below, lazy & frozenset(below), is_block, held)
 
@@ -141,24 +144,22 @@ class StreamedModel:
             if module in seen:  # one module registered at several places is one unit
                 return
             seen.add(module)
-            is_block = compat.is_block(self.model, module)
+            is_block = module in blocks
             own = any(self._is_stored(item) for item in names_below.get(module, ()))
             wrapped = getattr(module, "base_layer", None) is not None
-            if is_block or wrapped or (own and not self._has_blocks(module)):
+            if is_block or wrapped or (own and blocks.isdisjoint(module.modules())):
                 units.append(unit(name, module, is_block))
                 return
             self._resident.extend(item for item in names_below.get(module, ()) if self._is_stored(item))
             for child_name, child in module.named_children():
                 walk(f"{name}.{child_name}" if name else child_name, child)
 
+        blocks = compat.block_modules(self.model)
         seen: set[nn.Module] = set()
         units: list[Unit] = []
         self._resident: list[str] = []
         walk("", self.model)
         return tuple(units)
-
-    def _has_blocks(self, module: nn.Module) -> bool:
-        return any(compat.is_block(self.model, part) for part in module.modules() if part is not module)
 
     def _is_stored(self, name: str) -> bool:
         return name in self._plan.keys or name in self._plan.alias
@@ -169,7 +170,12 @@ class StreamedModel:
         for name, (owner, leaf) in self._owners.items():
             source = self._plan.alias.get(name, name)
             table = isinstance(owner, nn.Embedding) and owner.max_norm is None
-            if leaf == "weight" and source in self._plan.plain and name not in self._wrapped and (table or owner is self.head):
+            if (
+                leaf == "weight"
+                and source in self._plan.plain
+                and name not in self._wrapped
+                and (table or owner is self.head)
+            ):
                 lazy.add(name)
         return frozenset(lazy)
 
@@ -216,7 +222,7 @@ class StreamedModel:
         held = [name for name in unit.parameters if name not in unit.lazy]
         tensors = self.convert(held, self.read(held) if stored is None else stored)
         stored = None
-        buffers = {name: buffer for name, buffer in unit.module.named_buffers()}
+        buffers = dict(unit.module.named_buffers())
         try:
             for name, buffer in buffers.items():
                 set_tensor(*compat.owner_of(unit.module, name), buffer.to(device))

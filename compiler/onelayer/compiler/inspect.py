@@ -1,0 +1,57 @@
+"""A path in, what it is and where it came from out: an emulator, an adapter, an artifact or a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.adapter import adapter_digest, read_provenance
+from onelayer.compiler.adapter_config import read_config
+from onelayer.compiler.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import directory_bytes, read_json
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What `path` is, as plain JSON values; `kind` says which of the four. Raises `InputError` where it is none."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"{path}: no such directory; give an emulator, an adapter, an artifact or a model directory")
+    facts = {"path": str(directory), "bytes": directory_bytes(directory)}
+    if (directory / "artifact.json").is_file():
+        return {"kind": "artifact", **facts, **read_json(directory / "artifact.json")}
+    if (directory / "adapter_config.json").is_file():
+        return {"kind": "adapter", **facts, **_adapter(directory)}
+    if (directory / "emulator.json").is_file():
+        emulator = Emulator.open(directory)
+        return {"kind": "emulator", **facts, **read_json(directory / "emulator.json"), "digest": emulator.digest}
+    if (directory / "config.json").is_file():
+        return {"kind": "checkpoint", **facts, **_checkpoint(directory)}
+    raise InputError(f"{path}: holds no config.json, adapter_config.json or artifact.json; give another directory")
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    config = read_config(directory)
+    return {
+        "digest": adapter_digest(directory),
+        "base_model": config.base_model_name_or_path,
+        "rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "provenance": read_provenance(directory),
+    }
+
+
+def _checkpoint(directory: Path) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(directory)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    dtypes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.size_bytes
+    return {
+        "digest": model_digest(directory),
+        "architectures": config.get("architectures"),
+        "model_type": config.get("model_type"),
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "bytes_by_dtype": dtypes,
+    }

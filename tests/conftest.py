@@ -1,0 +1,26 @@
+"""Set-up of every test: no network, nothing written to the user's own store, serial small kernels."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+import transformers
+
+# On matrices this small a second thread only waits for the first.
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of its own for every test."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("ONELAYER_HOME", str(home))
+    return home

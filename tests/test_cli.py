@@ -1,0 +1,289 @@
+"""The command line: the frozen option set, exit codes, one line per mistake, and no torch where none is needed."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import onelayer.compiler
+import onelayer.runtime
+from fake_steps import FakeSteps, write_project
+from onelayer.compiler.errors import InputError
+from onelayer.runtime import cli_format
+from onelayer.runtime.cli import main
+from onelayer.runtime.cli_commands import app
+from onelayer.runtime.cli_options import parse_bytes, parse_limit, parse_target_modules
+
+# Scripts and manifests depend on these names: a change here is a change for every user.
+OPTIONS = {
+    "compile": "MODEL --batch-size --calibration --device --json --max-length --output --ratio --samples --seed",
+    "slice": "EMULATOR --json --output --ratio",
+    "train": (
+        "EMULATOR --batch-size --data --epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
+        "--max-length --max-steps --output --resume --seed --target-modules"
+    ),
+    "correct": "ADAPTER --emulator --json --limit --model --output",
+    "merge": "ADAPTER --json --model --output",
+    "evaluate": "MODEL --adapter --batch-size --data --device --json --max-length",
+    "inspect": "PATH --json",
+    "run": "MANIFEST --dry-run --json --task",
+    "artifacts list": "--json",
+    "artifacts verify": "--json",
+    "artifacts prune": "--dry-run --json --keep --max-size --older-than-days",
+}
+FUNCTIONS = {
+    "compile": "compile_emulator",
+    "slice": "slice_emulator",
+    "train": "train_lora",
+    "correct": "correct_adapter",
+    "merge": "merge_adapter",
+}
+
+
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
+def words(command: Any) -> str:
+    arguments = [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [name for p in command.params if p.param_type_name == "option" for name in p.opts if name != "--help"]
+    return " ".join([*arguments, *sorted(options)])
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ONELAYER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("ONELAYER_DEBUG", raising=False)
+    return write_project(tmp_path)
+
+
+@pytest.fixture
+def fakes(project: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
+    return FakeSteps(monkeypatch)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("onelayer: error: ")
+    return captured.err
+
+
+def test_the_option_set_is_frozen() -> None:
+    assert {name: words(command) for name, command in commands(typer.main.get_command(app))} == OPTIONS
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in commands(typer.main.get_command(app)):
+        assert call(*name.split(), "--help") == 0
+        assert "Usage: onelayer" in capsys.readouterr().out
+        assert all(parameter.help for parameter in command.params), name
+        if " " not in name:
+            assert f"onelayer {name}" in str(command.help), name
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_defaults_are_those_of_the_python_function(name: str) -> None:
+    module: Any = onelayer.runtime if name == "train" else onelayer.compiler
+    parameters = inspect.signature(getattr(module, FUNCTIONS[name])).parameters
+    command = dict(commands(typer.main.get_command(app)))[name]
+    for parameter in command.params:
+        if parameter.name not in ("as_json", "help"):
+            default = parameters[parameter.name].default
+            expected = None if default is inspect.Parameter.empty else default
+            assert parameter.default == expected, parameter.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("bogus", "No such command 'bogus' (see onelayer --help)"),
+        ("train", "Missing argument 'EMULATOR' (see onelayer train --help)"),
+        ("train e --data d --output o --lerning-rate 1", "--learning-rate"),
+        ("train e --data d --output o --seed many", "'--seed'"),
+        ("correct a --emulator e --model m --output o --limit x", "neither a number nor `none`"),
+        ("artifacts", "Missing command"),
+        ("artifacts prune", "--older-than-days, --max-size or --keep"),
+        ("artifacts prune --max-size 3q", "24GiB"),
+        ("run nowhere.yaml", "nowhere.yaml: cannot be read"),
+        ("inspect nowhere", "nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: str, part: str
+) -> None:
+    assert call(*arguments.split()) == 2
+    assert part in error_line(capsys)
+
+
+def test_an_input_error_is_one_line_and_exit_2(
+    fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, **settings: Any) -> None:
+        raise InputError("adapter: trained on\nanother emulator")
+
+    monkeypatch.setitem(onelayer.compiler.__dict__, "merge_adapter", refuse)
+    assert call("merge", "adapter", "--model", "m", "--output", "o") == 2
+    assert error_line(capsys) == "onelayer: error: adapter: trained on another emulator\n"
+
+
+def test_any_other_failure_is_one_line_and_exit_1(
+    fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_(*args: Any, **settings: Any) -> None:
+        raise RuntimeError("disk\nfull")
+
+    monkeypatch.setitem(onelayer.compiler.__dict__, "merge_adapter", break_)
+    arguments = ("merge", "adapter", "--model", "m", "--output", "o")
+    assert call(*arguments) == 1
+    expected = "onelayer: error: RuntimeError: disk full (set ONELAYER_DEBUG=1 for the traceback)\n"
+    assert error_line(capsys) == expected
+    monkeypatch.setenv("ONELAYER_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="disk"):
+        main(arguments)
+
+
+@pytest.mark.parametrize(("command", "advice"), [("train", "--resume"), ("merge", "run the same command again")])
+def test_an_interrupt_says_how_to_go_on_and_exits_130(
+    fakes: FakeSteps,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    advice: str,
+) -> None:
+    def interrupt(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(onelayer.compiler.__dict__, "merge_adapter", interrupt)
+    monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", interrupt)
+    assert call(command, "x", "--data" if command == "train" else "--model", "y", "--output", "o") == 130
+    captured = capsys.readouterr()
+    assert captured.err.startswith("onelayer: interrupted; ")
+    assert advice in captured.err
+
+
+def test_run_prints_steps_scores_and_results(
+    project: Path, fakes: FakeSteps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("run", project, "--dry-run") == 0
+    assert "compile          to run  never ran" in capsys.readouterr().out
+    assert call("run", project) == 0
+    captured = capsys.readouterr()
+    assert "[1/6] compile: runs, never ran" in captured.err
+    assert "corrected    1     2.7         0.5             10" in captured.out
+    assert call("run", project, "--task", "sql", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [step["state"] for step in document["steps"]] == ["cached"] * 4
+    assert set(document["steps"][0]) == {"name", "kind", "state", "reason", "key", "path"}
+    assert [row["name"] for row in document["evaluations"]["sql"]] == ["original", "uncorrected", "corrected"]
+
+
+def test_a_failed_task_ends_in_exit_1_and_names_the_error(
+    project: Path, fakes: FakeSteps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.fail["sql"] = MemoryError("out of memory")
+    assert call("run", project, "--json") == 1
+    captured = capsys.readouterr()
+    assert {step["name"]: step["state"] for step in json.loads(captured.out)["steps"]}["support.correct"] == "ran"
+    assert captured.err.splitlines()[-1] == "onelayer: error: sql.train: MemoryError: out of memory"
+
+
+def test_what_libraries_print_does_not_reach_the_result(
+    fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chatty(*args: Any, **settings: Any) -> dict[str, Any]:
+        print("{'loss': 1.0}")
+        return {"output": "o", "report": {"seconds": 1.5}}
+
+    monkeypatch.setitem(onelayer.compiler.__dict__, "merge_adapter", chatty)
+    assert call("merge", "a", "--model", "m", "--output", "o", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"output": "o", "report": {"seconds": 1.5}}
+    assert "loss" in captured.err
+
+
+def test_artifacts_are_listed_verified_and_pruned(
+    project: Path, fakes: FakeSteps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("run", project) == 0
+    capsys.readouterr()
+    assert call("artifacts", "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert sorted(row["kind"] for row in listed) == ["compile", "correct", "correct", "evaluate", "train", "train"]
+    assert call("artifacts", "verify") == 0
+    adapter = next(row["key"] for row in listed if row["kind"] == "train")
+    (project.parent / "home" / "artifacts" / adapter / "payload" / "adapter_model.safetensors").write_bytes(b"x")
+    capsys.readouterr()
+    assert call("artifacts", "verify") == 1
+    assert f"{adapter[:12]} (train): adapter_model.safetensors changed" in capsys.readouterr().out
+    assert call("artifacts", "prune", "--keep", project, "--dry-run") == 0
+    assert "0 artifacts would be removed" in capsys.readouterr().out
+    assert call("artifacts", "prune", "--max-size", "0") == 0
+    assert "6 artifacts removed" in capsys.readouterr().out
+    assert call("artifacts", "list") == 0
+    assert capsys.readouterr().out == "the store is empty\n"
+
+
+def test_text_becomes_values() -> None:
+    assert parse_bytes("24GiB") == 24 << 30
+    assert (parse_bytes("1.5kb"), parse_bytes("7")) == (1500, 7)
+    assert (parse_limit("none"), parse_limit("2.5")) == (None, 2.5)
+    assert parse_target_modules("q_proj,v_proj") == ["q_proj", "v_proj"]
+    assert parse_target_modules("q_proj") == ["q_proj"]
+    assert parse_target_modules("all-linear") == "all-linear"
+    assert parse_target_modules(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [cli_format.size(n) for n in (512, 1536, 3 << 29, 5 << 40)] == ["512 B", "1.50 KiB", "1.50 GiB", "5.00 TiB"]
+    assert cli_format.table([("a", 1), ("bbb", None)]) == "a    1\nbbb  -"
+
+
+def run_python(code: str, home: Path) -> str:
+    root = Path(__file__).parents[1]
+    environment = os.environ | {
+        "ONELAYER_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join([str(root / "compiler"), str(root / "runtime")]),
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "MANIFEST", "--dry-run"], ["artifacts", "list"]]
+)
+def test_no_torch_where_nothing_is_computed(project: Path, tmp_path: Path, arguments: list[str]) -> None:
+    arguments = [str(project) if argument == "MANIFEST" else argument for argument in arguments]
+    code = f"""
+import sys
+from onelayer.runtime.cli import main
+try:
+    main({arguments!r})
+except SystemExit as ending:
+    print("code", ending.code, sorted({{"torch", "transformers", "trl", "peft"}} & set(sys.modules)))
+"""
+    assert run_python(code, tmp_path / "home").splitlines()[-1] == "code 0 []"
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    code = "import runpy, sys; sys.argv = ['onelayer']; runpy.run_module('onelayer.runtime', run_name='__main__')"
+    assert "Usage: onelayer" in run_python(code, tmp_path)

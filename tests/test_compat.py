@@ -1,0 +1,87 @@
+"""Says which piece of transformers' semi-private surface broke, when it moves; each is used in `compat.py` only."""
+
+import inspect
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import conversion_mapping, core_model_loading, modeling_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from onelayer.compiler import compat
+from onelayer.compiler.checkpoint import Checkpoint
+from tiny import save_tiny, tiny_llama
+
+
+def parameters_of(function: object) -> set[str]:
+    assert callable(function)
+    return set(inspect.signature(function).parameters)
+
+
+def test_conversion_rules_are_given_for_a_model() -> None:
+    assert "model" in parameters_of(conversion_mapping.get_model_conversion_mapping)
+    assert isinstance(conversion_mapping.get_model_conversion_mapping(tiny_llama()), list)
+
+
+def test_a_key_is_renamed_by_rules_prefix_and_expected_names() -> None:
+    wanted = {"source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"}
+    assert wanted <= parameters_of(core_model_loading.rename_source_key)
+    renamed = core_model_loading.rename_source_key("norm.weight", [], [], "model", {"model.norm.weight": torch.ones(1)})
+    assert renamed == ("model.norm.weight", None)
+
+
+def test_loading_takes_a_partial_state_dict() -> None:
+    assert {"model", "state_dict", "load_config"} <= parameters_of(
+        core_model_loading.convert_and_load_state_dict_in_model
+    )
+    fields = set(modeling_utils.LoadStateDictConfig.__dataclass_fields__)
+    assert {"dtype", "dtype_plan", "device_map", "weight_mapping"} <= fields
+
+
+def test_models_tell_their_layers_ties_and_dtypes() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    assert "LlamaDecoderLayer" in (model._no_split_modules or ())
+    assert issubclass(type(model.model.layers[0]), GradientCheckpointingLayer)
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert isinstance(model._get_dtype_plan(torch.float16), dict)
+
+
+def test_a_skeleton_has_no_weights_and_real_buffers() -> None:
+    config = tiny_llama().config
+    before = torch.random.get_rng_state()
+    skeleton = compat.build_skeleton(config, transformers.LlamaForCausalLM, torch.bfloat16)
+    assert torch.equal(torch.random.get_rng_state(), before), "the user's random numbers must not move"
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in skeleton.parameters())
+    expected = tiny_llama().model.rotary_emb.inv_freq
+    assert torch.equal(skeleton.model.rotary_emb.inv_freq, expected)
+    assert not skeleton.training
+
+
+def test_renamed_stacked_and_tied_names_are_planned(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "moe")
+    config = compat.read_config(tmp_path / "moe")
+    skeleton = compat.build_skeleton(config, transformers.MixtralForCausalLM, torch.float32)
+    plan = compat.plan_loading(skeleton, Checkpoint.open(tmp_path / "moe"))
+    stacked = [name for name in plan.keys if name.endswith("experts.gate_up_proj")]
+    assert stacked
+    assert all(len(plan.keys[name]) == 8 and name not in plan.plain for name in stacked)
+    assert not compat.missing_parameters(skeleton, plan)
+    save_tiny("llama_tied", tmp_path / "tied")
+    config = compat.read_config(tmp_path / "tied")
+    skeleton = compat.build_skeleton(config, transformers.LlamaForCausalLM, torch.float32)
+    plan = compat.plan_loading(skeleton, Checkpoint.open(tmp_path / "tied"))
+    assert plan.alias == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_no_other_module_of_the_compiler_uses_that_surface() -> None:
+    private = (
+        "core_model_loading",
+        "conversion_mapping",
+        "LoadStateDictConfig",
+        "_no_split_modules",
+        "_get_dtype_plan",
+    )
+    for path in Path(compat.__file__).parent.glob("*.py"):
+        if path.name != "compat.py":
+            text = path.read_text()
+            assert not [name for name in private if name in text], path

@@ -1,0 +1,91 @@
+"""The correction of one linear: every formula against its dense form."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onelayer.compiler import correction
+from onelayer.compiler.correction import correct_linear, split_product
+
+
+def random_linear(
+    out_features: int, in_features: int, rank: int, adapter_rank: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight, up, down = normal(out_features, in_features), normal(out_features, rank), normal(rank, in_features)
+    return weight, up, down, normal(adapter_rank, in_features), normal(out_features, adapter_rank)
+
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=sizes, scaling=st.floats(0.01, 8))
+def test_without_limit_it_is_the_closed_form(sizes: tuple[int, int, int, int, int], scaling: float) -> None:
+    weight, up, down, a, b = random_linear(*sizes)
+    found = correct_linear(weight, up, down, a, b, scaling, None)
+    projector = a.T @ torch.linalg.pinv(a.T)  # P P^T, onto the row space of A
+    eye = torch.eye(len(projector), dtype=torch.float64)
+    wanted = weight @ (eye - projector) + up @ down @ projector + scaling * b @ a
+    torch.testing.assert_close(weight + found.b @ found.a, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.a @ found.a.T, torch.eye(len(found.a), dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=sizes, scaling=st.floats(0.01, 8), limit=st.floats(0, 10))
+def test_with_a_limit_it_is_the_paper_direction_by_direction(
+    sizes: tuple[int, int, int, int, int], scaling: float, limit: float
+) -> None:
+    weight, up, down, a, b = random_linear(*sizes)
+    found = correct_linear(weight, up, down, a, b, scaling, limit)
+    p, b_split = split_product(a, b, scaling)
+    torch.testing.assert_close(b_split @ p.T, scaling * b @ a, rtol=1e-9, atol=1e-9)
+    error = (weight - up @ down) @ p
+    clamped = 0
+    for i in range(p.shape[1]):
+        ratio = error[:, i].abs().mean() / b_split[:, i].abs().mean()
+        clamped += bool(ratio > limit)
+        wanted = b_split[:, i] - error[:, i] * min(1.0, limit / float(ratio))
+        torch.testing.assert_close(found.b[:, i], wanted, rtol=1e-6, atol=1e-8)
+    assert found.clamped == clamped
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = random_linear(11, 7, 3, 2)
+    whole = correct_linear(*parts, 2.0, 3.0)
+    monkeypatch.setattr(correction, "BLOCK_ROWS", 4)
+    torch.testing.assert_close(correct_linear(*parts, 2.0, 3.0).b, whole.b, rtol=1e-12, atol=1e-12)
+
+
+def test_an_exact_emulator_leaves_the_product_alone() -> None:
+    weight, _, _, a, b = random_linear(6, 8, 1, 3)
+    found = correct_linear(weight, weight, torch.eye(8, dtype=torch.float64), a, b, 0.5, None)
+    torch.testing.assert_close(found.b @ found.a, 0.5 * b @ a)
+
+
+def test_directions_that_a_lacks_are_not_invented() -> None:
+    weight, up, down, a, b = random_linear(6, 8, 2, 4)
+    a[1] = 2 * a[0]
+    a[3] = 0
+    found = correct_linear(weight, up, down, a, b, 1.0, None)
+    assert found.a.shape == (2, 8)
+    projector = a.T @ torch.linalg.pinv(a.T, rtol=1e-9)
+    torch.testing.assert_close(weight + found.b @ found.a, weight - (weight - up @ down) @ projector + b @ a)
+
+
+@pytest.mark.parametrize("limit", [3.0, None])
+def test_zeros_give_finite_numbers(limit: float | None) -> None:
+    weight, up, down, a, b = random_linear(5, 4, 2, 3)
+    untrained = correct_linear(weight, up, down, a, torch.zeros_like(b), 1.0, limit)
+    expected = (
+        torch.zeros(5, 4).double() if limit is not None else (up @ down - weight) @ (a.T @ torch.linalg.pinv(a.T))
+    )
+    torch.testing.assert_close(untrained.b @ untrained.a, expected)
+    empty = correct_linear(weight, up, down, torch.zeros_like(a), b, 1.0, limit)
+    assert empty.a.shape == (0, 4)
+    assert empty.b.shape == (5, 0)

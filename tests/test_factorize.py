@@ -1,0 +1,212 @@
+"""Moments and factors against their closed forms and against the published route, in dense arithmetic."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from onelayer.compiler.factorize import Factors, factorize
+from onelayer.compiler.moments import Gram, MomentHooks, Moments
+from onelayer.compiler.ranks import rank_for
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(rows: int, features: int, seed: int = 1) -> torch.Tensor:
+    return random(rows, features, seed=seed) @ (
+        random(features, features, seed=seed + 1) * 0.6 ** torch.arange(features)
+    )
+
+
+def moments_of(W: torch.Tensor, X: torch.Tensor) -> Moments:
+    """What the hooks would gather for y = W x."""
+    out_features, in_features = W.shape
+    if out_features >= in_features:
+        gram = Gram(in_features, CPU)
+        gram.add(X)
+        return Moments(gram, of_input=True)
+    gram = Gram(out_features, CPU)
+    gram.add(X @ W.T)
+    return Moments(gram, of_input=False, input_energy=X.square().sum(dim=0))
+
+
+def published(W: torch.Tensor, X: torch.Tensor, rank: int) -> torch.Tensor:
+    """SVD-LLM and EMLoC as published: whiten with S, SVD of W S, cut, un-whiten with the inverse of S."""
+    values, vectors = torch.linalg.eigh(X.T @ X)
+    S = vectors * values.clamp_min(1e-12).sqrt()
+    U, s, Vt = torch.linalg.svd(W @ S, full_matrices=False)
+    return (U[:, :rank] * s[:rank]) @ Vt[:rank] @ torch.linalg.inv(S)
+
+
+def output_error(W: torch.Tensor, W_k: torch.Tensor, X: torch.Tensor) -> float:
+    return float((X @ (W - W_k).T).norm() / (X @ W.T).norm())
+
+
+def product(factors: Factors) -> torch.Tensor:
+    return factors.up.double() @ factors.down.double()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_factors_reach_the_published_optimum(shape: tuple[int, int], rank: int) -> None:
+    W, X = random(*shape), correlated(500, shape[1])
+    factors = factorize(W, moments_of(W, X), rank, torch.float64)
+    singular = torch.linalg.svdvals(X @ W.T)
+    optimum = float((singular[rank:].square().sum() / singular.square().sum()).sqrt())
+    assert factors.up.shape == (shape[0], rank)
+    assert factors.down.shape == (rank, shape[1])
+    assert output_error(W, product(factors), X) == pytest.approx(optimum, rel=1e-6)
+    assert output_error(W, published(W, X, rank), X) == pytest.approx(optimum, rel=1e-6)
+    assert factors.error == pytest.approx(optimum, rel=1e-6)
+    assert factors.optimal_error == pytest.approx(optimum, rel=1e-6)
+    torch.testing.assert_close(factors.singular_values[:rank], singular[:rank], rtol=1e-6, atol=0)
+    assert factors.fallback is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 60), st.data())
+def test_any_shape_gives_finite_factors_and_a_true_error(
+    out_features: int, in_features: int, rows: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, min(out_features, in_features)))
+    W, X = random(out_features, in_features), random(rows, in_features, seed=rows)
+    factors = factorize(W, moments_of(W, X), rank, torch.float64)
+    assert torch.isfinite(product(factors)).all()
+    assert factors.error == pytest.approx(output_error(W, product(factors), X), rel=1e-5, abs=1e-6)
+    assert factors.error >= factors.optimal_error - 1e-6
+
+
+def test_a_prefix_is_the_smaller_optimum() -> None:
+    W, X = random(30, 20), correlated(300, 20)
+    large = factorize(W, moments_of(W, X), 12, torch.float64)
+    small = factorize(W, moments_of(W, X), 5, torch.float64)
+    torch.testing.assert_close(large.up[:, :5] @ large.down[:5], product(small), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16)])
+def test_the_error_of_rounded_factors_is_theirs_and_not_the_ideal_one(shape: tuple[int, int]) -> None:
+    W, X = random(*shape), correlated(400, shape[1])
+    factors = factorize(W, moments_of(W, X), min(shape) - 1, torch.bfloat16)
+    assert factors.up.dtype == torch.bfloat16
+    true = output_error(W, product(factors), X)
+    assert true > 1.5 * factors.optimal_error, "rounding should be visible here, or the test proves nothing"
+    assert factors.error == pytest.approx(true, rel=0.2)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
+def test_fewer_rows_than_features_spends_the_rest_on_the_weight(shape: tuple[int, int]) -> None:
+    W, X = random(*shape), random(4, shape[1], seed=3)
+    factors = factorize(W, moments_of(W, X), 9, torch.float64)
+    assert factors.fallback is not None
+    assert "4 of 9" in factors.fallback
+    assert factors.error < 1e-6
+    seen = factors.up[:, :4] @ factors.down[:4]
+    beyond = torch.linalg.svdvals(W - seen)
+    assert float((W - product(factors)).norm()) == pytest.approx(float(beyond[5:].norm()), rel=1e-8)
+    torch.testing.assert_close(factors.up.T @ factors.up, torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_no_energy_at_all_is_plain_svd(shape: tuple[int, int]) -> None:
+    W = random(*shape)
+    factors = factorize(W, moments_of(W, torch.zeros(6, shape[1], dtype=torch.float64)), 4, torch.float64)
+    U, s, Vt = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(product(factors), (U[:, :4] * s[:4]) @ Vt[:4], rtol=1e-8, atol=1e-8)
+    assert factors.error == factors.optimal_error == 0.0
+
+
+def test_a_weight_of_zeros_and_dead_channels_stay_finite() -> None:
+    X = correlated(50, 16)
+    X[:, 3:9] = 0
+    W = random(10, 16)
+    W[2:7] = 0
+    for weight in (W, torch.zeros(10, 16, dtype=torch.float64)):
+        factors = factorize(weight, moments_of(weight, X), 6, torch.float64)
+        assert torch.isfinite(product(factors)).all()
+        assert output_error(weight + 1e-30, product(factors), X) < 1 + 1e-6
+
+
+def test_non_finite_rows_are_dropped_and_counted() -> None:
+    X = random(20, 6)
+    X[3, 2], X[11, 0] = float("nan"), float("inf")
+    gram = Gram(6, CPU)
+    gram.add(X)
+    kept = X[torch.isfinite(X).all(dim=1)]
+    assert (gram.rows, gram.dropped_rows) == (20, 2)
+    torch.testing.assert_close(gram.total_FF, kept.T @ kept)
+
+
+class Attention(nn.Module):
+    """q, k, v of one input, k first and narrower than it reads; o of another; one linear nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.q, self.v = nn.Linear(16, 4), nn.Linear(16, 16), nn.Linear(16, 4, bias=False)
+        self.o, self.idle = Conv1D(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k = self.k(x)
+        mixed: torch.Tensor = self.o(self.q(x) + torch.cat([k, self.v(x), k, k], dim=-1))
+        return mixed
+
+
+def test_hooks_gather_the_narrow_side_and_share_what_is_shared() -> None:
+    torch.manual_seed(0)
+    module = Attention().double()
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    hooks = MomentHooks(linears, CPU)
+    xs = [random(2, 5, 16, seed=i) for i in range(3)]
+    with hooks.attached(), torch.no_grad():
+        for x in xs:
+            hooks.next_batch()
+            module(x)
+    X = torch.cat([x.reshape(-1, 16) for x in xs])
+    assert set(hooks.moments) == {"k", "q", "v", "o"}
+    assert not hooks.moments["k"].of_input, "narrower than its input, and first: its own output's moment"
+    assert hooks.moments["q"].gram is hooks.moments["v"].gram
+    torch.testing.assert_close(hooks.moments["q"].gram.total_FF, X.T @ X)
+    K = X @ module.k.weight.T
+    torch.testing.assert_close(hooks.moments["k"].gram.total_FF, K.T @ K)
+    torch.testing.assert_close(hooks.moments["k"].input_energy, X.square().sum(dim=0), rtol=1e-6, atol=0)
+    assert max(len(moments.gram.total_FF) for moments in hooks.moments.values()) <= 16
+    assert hooks.moments["o"].gram.total_FF.shape == (8, 8)
+    assert all(not part._forward_hooks for part in linears.values())
+
+
+def test_sharing_that_ends_is_an_error_and_not_a_wrong_sum() -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.together = nn.Linear(4, 4), nn.Linear(4, 4), True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first: torch.Tensor = self.a(x)
+            second: torch.Tensor = self.b(x if self.together else x + 1)
+            return first + second
+
+    module = Fickle()
+    hooks = MomentHooks({"a": module.a, "b": module.b}, CPU)
+    with hooks.attached(), torch.no_grad():
+        module(torch.ones(2, 4))
+        module.together = False
+        hooks.next_batch()
+        with pytest.raises(RuntimeError, match="b reads another tensor than a"):
+            module(torch.ones(2, 4))
+
+
+@given(st.floats(0.01, 0.99), st.integers(1, 4096), st.integers(1, 4096))
+def test_a_rank_never_costs_more_than_the_matrix(ratio: float, out_features: int, in_features: int) -> None:
+    rank = rank_for(ratio, out_features, in_features)
+    if rank is not None:
+        assert 1 <= rank <= min(out_features, in_features)
+        assert rank * (out_features + in_features) < out_features * in_features
+
+
+def test_ranks_of_the_paper() -> None:
+    assert (rank_for(0.4, 4096, 4096), rank_for(0.4, 4096, 14336)) == (819, 1274)
