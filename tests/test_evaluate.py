@@ -16,7 +16,7 @@ from adapters import random_adapter
 from onelayer.compiler import lazy
 from onelayer.compiler.calibration import make_batches, read_tokens
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.evaluate import evaluate
+from onelayer.compiler.evaluate import evaluate_model
 from onelayer.compiler.scores import TokenScores
 from onelayer.compiler.tokens import load_tokenizer
 from tiny import TINY, save_tiny
@@ -66,7 +66,7 @@ def test_base_and_adapters_in_one_pass_equal_the_resident_model(
     for number, path in enumerate(paths):
         options: dict[str, Any] = {"r": 3, "lora_alpha": 7, "use_rslora": number == 1, **fan}
         random_adapter(type(model).from_pretrained(directory), path, seed=number, target_modules=targets, **options)
-    result = evaluate(directory, data["text"], adapters=paths)
+    result = evaluate_model(directory, data["text"], adapters=paths)
     assert [score.adapter for score in result.results] == [None, *map(str, paths)]
     losses = set()
     for score, adapter in zip(result.results, [None, *paths], strict=True):
@@ -84,7 +84,7 @@ def test_base_and_adapters_in_one_pass_equal_the_resident_model(
 @pytest.mark.parametrize("form", ["pair", "chat"])
 def test_only_completions_and_assistant_turns_count(form: str, tmp_path: Path, data: dict[str, Path]) -> None:
     model = save_tiny("llama", tmp_path / "model")
-    score = evaluate(tmp_path / "model", data[form]).results[0]
+    score = evaluate_model(tmp_path / "model", data[form]).results[0]
     loss, _, count = resident_score(model, tmp_path / "model", data[form])
     assert score.loss == pytest.approx(loss, rel=1e-5)
     text = "".join(str(row) for row in ROWS[form])
@@ -95,24 +95,24 @@ def test_slices_of_the_head_and_of_the_rows_change_nothing(
     tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny("gemma2", tmp_path)
-    whole = evaluate(tmp_path, data["text"]).results[0]
+    whole = evaluate_model(tmp_path, data["text"]).results[0]
     monkeypatch.setattr(lazy, "SLICE_BYTES", 13 * 32 * 4)
     monkeypatch.setattr("onelayer.compiler.evaluate.SLICE_BYTES", 13 * 4 * 5)
-    sliced = evaluate(tmp_path, data["text"]).results[0]
+    sliced = evaluate_model(tmp_path, data["text"]).results[0]
     assert sliced.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (sliced.token_accuracy, sliced.tokens) == (whole.token_accuracy, whole.tokens)
 
 
 def test_texts_are_cut_at_max_length(tmp_path: Path, data: dict[str, Path]) -> None:
     save_tiny("llama", tmp_path)
-    assert evaluate(tmp_path, data["text"], max_length=5).results[0].tokens == 2 * 4
+    assert evaluate_model(tmp_path, data["text"], max_length=5).results[0].tokens == 2 * 4
 
 
 def test_one_more_adapter_reads_no_more_of_the_layers(tmp_path: Path, data: dict[str, Path]) -> None:
     model = save_tiny("llama", tmp_path / "model")
     random_adapter(model, tmp_path / "a", target_modules=["q_proj"])
-    alone = evaluate(tmp_path / "model", data["text"]).report.bytes_read
-    both = evaluate(tmp_path / "model", data["text"], adapters=[tmp_path / "a"]).report.bytes_read
+    alone = evaluate_model(tmp_path / "model", data["text"]).report.bytes_read
+    both = evaluate_model(tmp_path / "model", data["text"], adapters=[tmp_path / "a"]).report.bytes_read
     rows = sum(len(item.input_ids) for item in read_tokens(data["text"], load_tokenizer(tmp_path / "model"), 512))
     assert both - alone <= rows * 32 * 4, "only embedding rows may be read again"
 
@@ -120,14 +120,14 @@ def test_one_more_adapter_reads_no_more_of_the_layers(tmp_path: Path, data: dict
 def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path, data: dict[str, Path]) -> None:
     save_tiny("bert", tmp_path)
     with pytest.raises(InputError, match="predicts no next token"):
-        evaluate(tmp_path, data["text"])
+        evaluate_model(tmp_path, data["text"])
 
 
 def test_a_dora_adapter_is_refused_by_name(tmp_path: Path, data: dict[str, Path]) -> None:
     model = save_tiny("llama", tmp_path / "model")
     random_adapter(model, tmp_path / "a", target_modules=["q_proj"], use_dora=True)
     with pytest.raises(InputError, match="DoRA"):
-        evaluate(tmp_path / "model", data["text"], adapters=[tmp_path / "a"])
+        evaluate_model(tmp_path / "model", data["text"], adapters=[tmp_path / "a"])
 
 
 @settings(max_examples=50, deadline=None)

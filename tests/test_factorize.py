@@ -19,9 +19,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def correlated(rows: int, features: int, seed: int = 1) -> torch.Tensor:
-    return random(rows, features, seed=seed) @ (
-        random(features, features, seed=seed + 1) * 0.6 ** torch.arange(features)
-    )
+    decay = torch.logspace(0, -3, features, dtype=torch.float64)
+    return random(rows, features, seed=seed) @ (random(features, features, seed=seed + 1) * decay)
 
 
 def moments_of(W: torch.Tensor, X: torch.Tensor) -> Moments:
@@ -159,7 +158,9 @@ class Attention(nn.Module):
 def test_hooks_gather_the_narrow_side_and_share_what_is_shared() -> None:
     torch.manual_seed(0)
     module = Attention().double()
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    linears: dict[str, nn.Module] = {
+        name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)
+    }
     hooks = MomentHooks(linears, CPU)
     xs = [random(2, 5, 16, seed=i) for i in range(3)]
     with hooks.attached(), torch.no_grad():

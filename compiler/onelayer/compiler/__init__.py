@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from onelayer.compiler.compile import compile_emulator as compile_emulator
     from onelayer.compiler.correct import correct_adapter as correct_adapter
     from onelayer.compiler.errors import InputError as InputError
-    from onelayer.compiler.evaluate import evaluate as evaluate
-    from onelayer.compiler.inspect import inspect as inspect
+    from onelayer.compiler.evaluate import evaluate_model as evaluate_model
+    from onelayer.compiler.inspect import inspect_path as inspect_path
     from onelayer.compiler.merge import merge_adapter as merge_adapter
     from onelayer.compiler.slice import slice_emulator as slice_emulator
 
@@ -16,8 +16,8 @@ _HOME_OF = {
     "InputError": "errors",
     "compile_emulator": "compile",
     "correct_adapter": "correct",
-    "evaluate": "evaluate",
-    "inspect": "inspect",
+    "evaluate_model": "evaluate",
+    "inspect_path": "inspect",
     "merge_adapter": "merge",
     "slice_emulator": "slice",
 }

@@ -82,7 +82,9 @@ def compile_emulator(
     ranks = choose_ranks(streamed, ratio)
     tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
     batches = make_batches(tokens, streamed.config, batch_size)
-    base = {"model": str(model), "revision": revision, "digest": model_digest(directory)}
+    # A relative path would be taken for a Hub id from another working directory.
+    name = str(Path(model).absolute()) if Path(model).exists() else str(model)
+    base = {"model": name, "revision": revision, "digest": model_digest(directory)}
     with atomic_directory(output) as work, Meter(place) as meter:
         job = _Compilation(streamed, ranks, EmulatorWriter(work, streamed), place)
         last = max(unit.position for unit in streamed.units if unit.is_block)

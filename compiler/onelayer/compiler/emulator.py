@@ -96,9 +96,13 @@ class EmulatorWriter:
                 with self.streamed.resident(unit, torch.device("cpu")):
                     self.write_unit(unit, {})
         if self.streamed.outside:
-            with self.streamed.loaded(self.streamed.outside) as tensors:
-                kept = {name: tensor for name, tensor in tensors.items() if name not in self.streamed.aliases}
-                self._write_shard(len(self.streamed.units), [_entry(name, tensor) for name, tensor in kept.items()])
+            names = [name for name in self.streamed.outside if name not in self.streamed.aliases]
+            matrices = {
+                name: self.streamed.matrix(name, torch.device("cpu")) for name in names if name in self.streamed.lazy
+            }
+            with self.streamed.loaded([name for name in names if name not in matrices]) as small:
+                entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
+            self._write_shard(len(self.streamed.units), entries)
 
     def finish(self, base: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         """Index, config, companions and `emulator.json`; returns the emulator's digest."""

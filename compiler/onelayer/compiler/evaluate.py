@@ -45,7 +45,7 @@ class EvaluateResult(Result):
     report: Report
 
 
-def evaluate(
+def evaluate_model(
     model: str | Path,
     data: DataSource,
     *,

@@ -12,7 +12,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import directory_bytes, read_json
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect_path(path: str | Path) -> dict[str, Any]:
     """What `path` is, as plain JSON values; `kind` says which of the four. Raises `InputError` where it is none."""
     directory = Path(path)
     if not directory.is_dir():

@@ -1,7 +1,8 @@
 """Matrices that stay on disk (embeddings, the head) and logits that are not formed until somebody asks for a slice.
 
 Both stand in for tensors inside the model's own code: shape, dtype and device answer as usual, the few operations that
-models perform on them are done from slices, and any other operation either fails by name or forms the tensor in full.
+models perform on them are done from slices, and any other operation forms the tensor in full or, where that would be
+large, fails by name.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,17 +25,21 @@ METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES)
 
 
 class DiskMatrix(torch.Tensor):
-    """A weight (rows, width) that is read by rows. Serves embedding look-ups, row slices and linear products."""
+    """A weight (rows, width) that is read by rows. Serves embedding look-ups and linear products."""
 
     read: Callable[[int, int], torch.Tensor]
     pick: Callable[[torch.Tensor], torch.Tensor]
+    is_head: bool
 
     @staticmethod
-    def over(checkpoint: Checkpoint, key: str, dtype: torch.dtype, device: torch.device) -> "DiskMatrix":
-        """The tensor `key` of a checkpoint, as if it lay on `device` in `dtype`."""
+    def over(
+        checkpoint: Checkpoint, key: str, dtype: torch.dtype, device: torch.device, is_head: bool = False
+    ) -> "DiskMatrix":
+        """The tensor `key` of a checkpoint, as if it lay on `device` in `dtype`. A head's products are deferred."""
         shape = checkpoint.tensors[key].shape
         matrix = torch.empty((), dtype=dtype, device=device).expand(shape).as_subclass(DiskMatrix)
         matrix.read = lambda start, stop: checkpoint.read_rows(key, start, stop).to(device, dtype)
+        matrix.is_head = is_head
         matrix.pick = lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype)
         return matrix
 
@@ -49,11 +54,9 @@ class DiskMatrix(torch.Tensor):
             return _embedding(*args, **kwargs)
         if func is F.linear:
             return _linear(*args, **kwargs)
-        if func is torch.Tensor.__getitem__:
-            matrix, index = args
-            rows = torch.arange(matrix.shape[0])[index]
-            return matrix.pick(rows.reshape(-1)).reshape(*rows.shape, *matrix.shape[1:])
-        raise TypeError(f"{getattr(func, '__name__', func)} needs the whole of a matrix that is read by rows")
+        return func(
+            *(_whole(item, func) for item in args), **{name: _whole(item, func) for name, item in kwargs.items()}
+        )
 
     def row_slices(self) -> Iterator[tuple[int, int]]:
         """Bounds of consecutive row ranges of at most `SLICE_BYTES` each."""
@@ -73,7 +76,19 @@ def _embedding(ids: torch.Tensor, matrix: DiskMatrix, *args: Any, **kwargs: Any)
     return F.embedding(inverse, matrix.pick(rows))
 
 
+def _whole(item: Any, func: Any) -> Any:
+    """A small matrix in full, for code that does anything else with it; a large one is refused."""
+    if not isinstance(item, DiskMatrix):
+        return item
+    rows, width = item.shape
+    if rows * width * item.dtype.itemsize > SLICE_BYTES:
+        raise TypeError(f"{getattr(func, '__name__', func)} needs the whole of a matrix that is read by rows")
+    return item.read(0, rows)
+
+
 def _linear(x: torch.Tensor, matrix: DiskMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if matrix.is_head:
+        return DeferredLogits.over(x, matrix, bias)
     parts = [
         F.linear(x, matrix.read(start, stop), None if bias is None else bias[start:stop])
         for start, stop in matrix.row_slices()

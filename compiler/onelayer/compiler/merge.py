@@ -61,7 +61,7 @@ def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path)
             copy_companions(directory, partial)
             _write_shards(partial, source, checkpoint, changes, meter)
             write_json(partial / PROVENANCE_FILE, _provenance(source, model, base_digest, corrected))
-        report = meter.report(streamed.largest_unit_bytes, 3 * BLOCK_BYTES, checkpoint.bytes_read)
+        report = meter.report(streamed.largest_unit_bytes, _workspace_bytes(checkpoint, changes), checkpoint.bytes_read)
     copied = len(checkpoint.tensors) - len(changes)
     return MergeResult(output=str(output), corrected=corrected, changed=len(changes), copied=copied, report=report)
 
@@ -80,6 +80,12 @@ def _corrected(source: Adapter, base_digest: str) -> bool | None:
     if source.provenance is None or source.recorded_digest("trained_on") == base_digest:
         return None
     return bool(source.provenance.get("corrected"))
+
+
+def _workspace_bytes(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
+    """A block of the largest changed tensor: as read, in float32 with its delta, and rounded."""
+    largest = max(4 * prod(checkpoint.tensors[key].shape) for key in changes)
+    return 4 * min(BLOCK_BYTES, largest)
 
 
 def _check_space(output: Path, checkpoint: Checkpoint) -> None:

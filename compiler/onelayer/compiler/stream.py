@@ -16,7 +16,6 @@ from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.lazy import DeferredLogits
 from onelayer.compiler.measure import Meter, Progress
 from onelayer.compiler.units import StreamedModel, Unit
 
@@ -124,7 +123,7 @@ class Stream:
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:
-        """Replace the forward of every unit by one that parks its caller; the head answers without being loaded."""
+        """Replace the forward of every unit by one that parks its caller."""
 
         def parking(unit: Unit) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -137,21 +136,13 @@ class Stream:
         stubbed = []
         try:
             for unit in self.streamed.units:
-                is_head = unit.module is self.streamed.head and any(name in unit.lazy for name in unit.parameters)
                 # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-                unit.module.forward = self._deferred_head(unit) if is_head else parking(unit)
+                unit.module.forward = parking(unit)
                 stubbed.append(unit.module)
             yield
         finally:
             for module in stubbed:
                 del module.forward
-
-    def _deferred_head(self, unit: Unit) -> Callable[[torch.Tensor], torch.Tensor]:
-        (weight,) = unit.lazy
-        small = [name for name in unit.parameters if name not in unit.lazy]
-        held = self.streamed.convert(small, self.streamed.read(small))
-        matrix = self.streamed.matrix(weight, torch.device("cpu"))
-        return lambda hidden: DeferredLogits.over(hidden, matrix, next(iter(held.values()), None))
 
     @contextmanager
     def _blame(self, index: int, unit: Unit | None) -> Iterator[None]:

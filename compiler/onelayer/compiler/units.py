@@ -25,7 +25,7 @@ class Unit:
     """A module that is loaded, run for every batch and dropped as one.
 
     `parameters` are the stored parameters and buffers below it by runtime name; `lazy` those of them that stay on
-    disk and are read by rows; `is_block` tells a repeated layer from an embedding, a norm or a head.
+    disk and are read by rows; `is_block` tells a repeated layer from a norm or a projection.
     """
 
     name: str
@@ -108,7 +108,7 @@ class StreamedModel:
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """The few stored parameters that lie outside every unit and are held throughout (see `glue`)."""
+        """Stored parameters outside every unit: embeddings and the head, which stay on disk, and a few small ones."""
         return tuple(self._resident)
 
     def held(self, unit: Unit) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ class StreamedModel:
         names_below: dict[nn.Module, list[str]] = {}
         for name, (owner, _) in self._owners.items():
             names_below.setdefault(owner, []).append(name)
-        lazy = self._lazy_names()
+        lazy = self._lazy = self._lazy_names()
 
         def unit(name: str, module: nn.Module, is_block: bool) -> Unit:
             below = tuple(
@@ -145,7 +145,8 @@ class StreamedModel:
                 return
             seen.add(module)
             is_block = module in blocks
-            own = any(self._is_stored(item) for item in names_below.get(module, ()))
+            own = any(self._is_stored(item) and item not in lazy for item in names_below.get(module, ()))
+            own = own and module is not self.head
             wrapped = getattr(module, "base_layer", None) is not None
             if is_block or wrapped or (own and blocks.isdisjoint(module.modules())):
                 units.append(unit(name, module, is_block))
@@ -235,26 +236,36 @@ class StreamedModel:
             yield
         finally:
             for name in unit.parameters:
-                set_tensor(*self._owners[name], self._empty[name])
+                lazy = self.matrix(name, torch.device("cpu")) if name in unit.lazy else None
+                set_tensor(*self._owners[name], self._empty[name] if lazy is None else lazy)
             for name, buffer in buffers.items():
                 set_tensor(*compat.owner_of(unit.module, name), buffer)
 
     def matrix(self, name: str, device: torch.device) -> DiskMatrix:
         """A lazy parameter as a stand-in that reads its rows from disk."""
         (key,) = self.keys[name]
-        return DiskMatrix.over(self.checkpoint, key, self._empty[name].dtype, device)
+        is_head = self._owners[name][0] is self.head
+        return DiskMatrix.over(self.checkpoint, key, self._empty[name].dtype, device, is_head)
 
     @contextmanager
     def glue(self) -> Iterator[None]:
-        """Hold, on the host, the few parameters that lie outside every unit; the model's own code reads them."""
-        tensors = self.convert(self._resident, self.read(self._resident))
+        """Give the code between units what it reads, on the host: small parameters, and matrices that stay on disk."""
+        small = [name for name in self.outside if name not in self._lazy]
+        tensors = self.convert(small, self.read(small))
         try:
+            for name in self._lazy:
+                set_tensor(*self._owners[name], self.matrix(name, torch.device("cpu")))
             for name, tensor in tensors.items():
                 set_tensor(*self._owners[name], tensor)
             yield
         finally:
-            for name in tensors:
+            for name in (*tensors, *self._lazy):
                 set_tensor(*self._owners[name], self._empty[name])
+
+    @property
+    def lazy(self) -> frozenset[str]:
+        """Runtime names of the matrices that stay on disk and are read by rows."""
+        return self._lazy
 
 
 def bare_name(name: str) -> str:

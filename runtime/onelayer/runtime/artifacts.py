@@ -1,0 +1,288 @@
+"""The content-addressed store: the key of a step in, its finished artifact out, each made once and complete or absent.
+
+`<home>/artifacts/<key>/` holds `payload/` and, written last, `artifact.json`; the folder appears by one rename.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from onelayer.compiler.digests import file_digest
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import (
+    directory_bytes,
+    onelayer_home,
+    publish_directory,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from onelayer.compiler.measure import Result
+
+METADATA = "artifact.json"
+LIBRARIES = ("onelayer", "torch", "transformers", "peft", "trl", "safetensors")
+
+Notify = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """A `Notify` that says nothing."""
+
+
+class Artifact(Result):
+    """What `artifact.json` says about one finished step.
+
+    `digest` identifies what the payload computes and is what later steps build their keys from; `files` maps every
+    payload file to its SHA-256. Times and peaks are of the run that made it.
+    """
+
+    format_version: int = 1
+    key: str
+    kind: str
+    step_version: int
+    fields: dict[str, Any]
+    inputs: dict[str, str]
+    digest: str
+    files: dict[str, str]
+    total_bytes: int
+    seconds: float
+    peak_device_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    versions: dict[str, str]
+    created: str
+
+
+class StepSpec(Result):
+    """All that decides a step's result; the key is its hash. `inputs` maps what an input is for to its digest."""
+
+    kind: str
+    step_version: int
+    fields: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """The artifact's name in the store."""
+        return sha256_json(self.model_dump(mode="json"))
+
+
+class Fault(Result):
+    """One damaged file of one artifact."""
+
+    key: str
+    kind: str
+    file: str
+    problem: str
+
+
+class ArtifactStore:
+    """Artifacts below one folder, by default `$ONELAYER_HOME/artifacts`; safe for several processes at once."""
+
+    def __init__(self, home: str | Path | None = None) -> None:
+        self.home = Path(home) if home is not None else onelayer_home()
+        self.root = self.home / "artifacts"
+        self._locks = self.root / ".locks"
+
+    def payload(self, key: str) -> Path:
+        """Where the files of an artifact lie."""
+        return self.root / key / "payload"
+
+    def find(self, key: str) -> Artifact | None:
+        """The finished artifact of a key, if there is one. Its files are not looked at."""
+        if not (self.root / key / METADATA).is_file():
+            return None
+        return self._read(key)
+
+    def _read(self, key: str) -> Artifact:
+        file = self.root / key / METADATA
+        try:
+            return Artifact.model_validate(read_json(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{file}: {where}: {first['msg']}; remove the folder {file.parent}") from None
+
+    def damage(self, artifact: Artifact, digest: Callable[[Path], str] = file_digest) -> str | None:
+        """The first file that is missing, added or changed, with what is wrong; None for an intact artifact.
+
+        With the default `digest` a large file is read only where its size, time stamp or inode moved.
+        """
+        return next((f"{fault.file} {fault.problem}" for fault in self._faults(artifact, digest)), None)
+
+    def _faults(self, artifact: Artifact, digest: Callable[[Path], str]) -> Iterator[Fault]:
+        payload = self.payload(artifact.key)
+        present = set(_files(payload))
+        for file in sorted(present | set(artifact.files)):
+            if file not in artifact.files:
+                problem = "does not belong to the artifact"
+            elif file not in present:
+                problem = "is missing"
+            elif digest(payload / file) != artifact.files[file]:
+                problem = "changed since it was written"
+            else:
+                continue
+            yield Fault(key=artifact.key, kind=artifact.kind, file=file, problem=problem)
+
+    def ensure(
+        self,
+        spec: StepSpec,
+        make: Callable[[Path], Mapping[str, Any]],
+        digest: Callable[[Path], str] | None = None,
+        *,
+        resumable: bool = False,
+        notify: Notify = silent,
+    ) -> tuple[Artifact, bool]:
+        """The artifact of `spec`, and whether it had to be made: `make(folder)` makes and fills a folder.
+
+        Of several callers with the same spec one makes it and the others wait for it. Where `resumable`, what an
+        interrupted attempt left beside that folder stays for the next. `digest` names the payload's content
+        where it holds files that differ from run to run (reports); by default all files count.
+        """
+        with self._lock(spec.key, notify):
+            found = self.find(spec.key)
+            if found is not None:
+                if self.damage(found) is None:
+                    return found, False
+                remove_artifact(self.root / spec.key)
+            partial = self.root / f".{spec.key}.partial"
+            if partial.exists() and not resumable:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            try:
+                return self._fill(spec, partial, make, digest), True
+            except BaseException:
+                if not resumable:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+    def _fill(
+        self,
+        spec: StepSpec,
+        partial: Path,
+        make: Callable[[Path], Mapping[str, Any]],
+        digest: Callable[[Path], str] | None,
+    ) -> Artifact:
+        """Run `make` aside, describe what it left, and publish it under its key."""
+        payload = partial / "payload"
+        started = time.perf_counter()
+        document = make(payload)
+        seconds = time.perf_counter() - started
+        for leftover in partial.iterdir():
+            if leftover != payload:
+                shutil.rmtree(leftover)
+        files = {file: file_digest(payload / file) for file in _files(payload)}
+        assert files, f"step {spec.kind} left no file"
+        costs = document.get("report") or document
+        artifact = Artifact(
+            key=spec.key,
+            **spec.model_dump(mode="json"),
+            digest=digest(payload) if digest is not None else sha256_json(files),
+            files=files,
+            total_bytes=directory_bytes(payload),
+            seconds=round(seconds, 3),
+            peak_device_bytes=costs.get("peak_device_bytes"),
+            peak_host_bytes=costs.get("peak_host_bytes"),
+            versions=_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_json(partial / METADATA, artifact.model_dump(mode="json"))
+        publish_directory(partial, self.root / spec.key)
+        return artifact
+
+    @contextlib.contextmanager
+    def _lock(self, key: str, notify: Notify = silent) -> Iterator[None]:
+        """Hold the right to make or remove an artifact; says so where somebody else has it, and waits."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._locks / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            notify(f"another run is working on {key[:12]}, waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def use(self, key: str) -> Iterator[Path]:
+        """Yield an artifact's payload and keep `prune` away from it meanwhile; many runs may use it at once."""
+        with self._lock(key):
+            file = self.root / key / METADATA
+            if not file.exists():
+                raise RuntimeError(f"{file.parent} was removed meanwhile; run the command again")
+            os.utime(file)  # `prune --older-than-days` counts from the last use
+            mark = FileLock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
+            mark.acquire()
+        try:
+            yield self.payload(key)
+        finally:
+            mark.release()
+            Path(mark.lock_file).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Yield whether an artifact is free to remove: nobody makes it and nobody uses it. Never waits."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._locks / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield all(_abandoned(mark) for mark in self._locks.glob(f"{key}.*.use"))
+        finally:
+            lock.release()
+
+    def artifacts(self) -> list[Artifact]:
+        """Every finished artifact, oldest first."""
+        keys = [path.parent.name for path in self.root.glob(f"[!.]*/{METADATA}")]
+        return sorted((self._read(key) for key in keys), key=lambda artifact: (artifact.created, artifact.key))
+
+    def verify(self) -> list[Fault]:
+        """Read every byte of every artifact again; a fault per file that is not as it was written."""
+        return [fault for artifact in self.artifacts() for fault in self._faults(artifact, sha256_file)]
+
+
+def remove_artifact(folder: Path) -> None:
+    """Remove a folder of the store, metadata first: half removed it is no artifact any more."""
+    (folder / METADATA).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _abandoned(mark: Path) -> bool:
+    """Whether a use mark was left by a process that died; it is removed then."""
+    lock = FileLock(mark)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    mark.unlink(missing_ok=True)
+    return True
+
+
+def _files(payload: Path) -> list[str]:
+    """Relative names of all files below a folder, with forward slashes."""
+    return sorted(str(PurePosixPath(path.relative_to(payload))) for path in payload.rglob("*") if path.is_file())
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries a result may depend on: recorded, never part of a key."""
+    found = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found

@@ -1,0 +1,151 @@
+"""Result documents in, plain text for a person out: short aligned tables that fit a terminal and read well in a log."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import typer
+
+WORST_LINEARS = 5
+
+
+def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json: bool) -> Any:
+    """Do the work and print its result; what libraries print meanwhile goes to stderr, stdout is for the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        result = work()
+        document = result if isinstance(result, dict | list) else result.model_dump(mode="json")
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else summary(document))
+    return result
+
+
+def print_error(text: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"onelayer: error: {' '.join(text.split())}", err=True)
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells as aligned columns."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def size(size_bytes: int) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    amount = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.2f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} TiB"
+
+
+def _value(name: str, value: object) -> object:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return size(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else value
+
+
+def summary(document: Mapping[str, Any]) -> str:
+    """Every plain value of a document under its name, one level of nesting unfolded, lists counted."""
+    rows: list[tuple[str, object]] = []
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            inner = [(f"{name}.{key}", _value(key, item)) for key, item in value.items()]
+            rows += [(label, item) for label, item in inner if not isinstance(item, Mapping | list)]
+        elif isinstance(value, list):
+            rows.append((name, ", ".join(map(str, value)) if _is_short(value) else f"{len(value)} entries"))
+        else:
+            rows.append((name, _value(name, value)))
+    return table(rows) if rows else "nothing to show"
+
+
+def _is_short(values: list[Any]) -> bool:
+    return len(values) <= 8 and all(isinstance(value, str | int | float) for value in values)
+
+
+def compile_summary(document: Mapping[str, Any]) -> str:
+    """The sizes, the linears that lost most, and what it cost."""
+    before, after = document["parameters_before"], document["parameters_after"]
+    head = f"{document['output']}: {after:,} of {before:,} parameters ({after / before:.1%})"
+    worst = sorted(document["linears"], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
+    rows = [("largest errors", "rank", "error", "optimal")]
+    rows += [(row["name"], row["rank"], row["error"], row["optimal_error"]) for row in worst]
+    return "\n".join([head, *([table(rows)] if worst else []), _report(document["report"])])
+
+
+def correct_summary(document: Mapping[str, Any]) -> str:
+    """Where the adapter is, how much was corrected, and what it cost."""
+    limit = "none" if document["limit"] is None else document["limit"]
+    head = f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}"
+    return f"{head}\n{_report(document['report'])}"
+
+
+def evaluate_summary(document: Mapping[str, Any]) -> str:
+    """One row per model scored."""
+    rows = [(row["adapter"] or "original", row) for row in document["results"]]
+    return f"{_scores(rows)}\n{_report(document['report'])}"
+
+
+def _scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    head = ("", "loss", "perplexity", "token accuracy", "tokens")
+    body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
+    return table([head, *body])
+
+
+def _report(report: Mapping[str, Any]) -> str:
+    """The memory contract in one line: what was measured beside what was promised."""
+    promised = report["largest_unit_bytes"] + report["workspace_bytes"]
+    return (
+        f"device peak {size(report['peak_device_bytes'])} "
+        f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
+        f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, {report['seconds']:.1f} s"
+    )
+
+
+def run_summary(document: Mapping[str, Any]) -> str:
+    """The steps with their states and reasons, then the scores of every task."""
+    steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
+    parts = [table(steps)]
+    for task, rows in document.get("evaluations", {}).items():
+        parts.append(f"{task}\n{_scores([(row['name'], row) for row in rows])}")
+    parts.append("\n".join(f"{row['name']}: {row['path']}" for row in document["steps"] if _is_product(row)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _is_product(row: Mapping[str, Any]) -> bool:
+    """Whether a step leaves what people came for."""
+    return row["kind"] in ("correct", "merge") and row["state"] in ("cached", "ran")
+
+
+def artifacts(document: Sequence[Mapping[str, Any]]) -> str:
+    """One row per artifact and the total."""
+    rows = [(row["key"][:12], row["kind"], size(row["total_bytes"]), row["created"]) for row in document]
+    total = f"{len(document)} artifacts, {size(sum(row['total_bytes'] for row in document))}"
+    return "\n".join([table([("key", "kind", "size", "created"), *rows]), total]) if rows else "the store is empty"
+
+
+def faults(document: Sequence[Mapping[str, Any]]) -> str:
+    """One line per damaged file."""
+    lines = [f"{row['key'][:12]} ({row['kind']}): {row['file']} {row['problem']}" for row in document]
+    return "\n".join(lines) or "every file is as it was written"
+
+
+def pruned(document: Mapping[str, Any]) -> str:
+    """What went, what stayed because it is in use, and the bytes."""
+    verb = "would be removed" if document["dry_run"] else "removed"
+    lines = [f"{len(document['removed'])} artifacts {verb}, {size(document['freed_bytes'])}"]
+    lines += [f"{key[:12]} is in use and stays" for key in document["in_use"]]
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""The options of the commands, each with its help and its parser: text in, checked values out."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_BYTES_PER_UNIT = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES_PER_UNIT |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_limit(text: str | float | None) -> float | None:
+    """A number, or None for "none"."""
+    if text is None or text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor `none`") from None
+
+
+def parse_target_modules(text: str) -> str | list[str]:
+    """Plain names separated by commas become a list; anything else ("all-linear", a regular expression) stays."""
+    names = text.split(",")
+    return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else text
+
+
+def parse_bytes(text: str | int) -> int:
+    """A size like 24GiB, 500MB or 1000 in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?", str(text).strip(), re.IGNORECASE)
+    unit = (match[2] or "B").upper() if match else ""
+    if match is None or unit not in _BYTES_PER_UNIT:
+        raise typer.BadParameter(f"{text!r} is not a size; write 24GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * _BYTES_PER_UNIT[unit])
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must not hold files yet.")]
+Data = Annotated[str, typer.Option(metavar="DATA", help="A .jsonl, .txt or .parquet file, a directory, or a Hub id.")]
+Calibration = Annotated[
+    list[str],
+    typer.Option(metavar="DATA", help="Text like that of your tasks: file, directory or Hub id; may be repeated."),
+]
+Ratio = Annotated[float, typer.Option(help="Share of each linear's parameters that the emulator keeps, 0 to 1.")]
+MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples computed at once; more needs more memory.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+LearningRate = Annotated[float, typer.Option(help="Learning rate; the default is meant for LoRA.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps; give this or --epochs.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data; give this or --max-steps.")]
+Adapters = Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter to score too; may be repeated.")]
+Limit = Annotated[
+    float | None,
+    typer.Option(parser=parse_limit, metavar="NUMBER|none", help="How far a correction may exceed the adapter."),
+]
+TargetModules = Annotated[
+    str,
+    typer.Option(
+        parser=parse_target_modules,
+        metavar="NAMES",
+        help="`all-linear`, names separated by commas, or a regular expression.",
+    ),
+]
+MaxSize = Annotated[
+    int | None,
+    typer.Option(parser=parse_bytes, metavar="SIZE", help="Remove the least recently used until this much is left."),
+]

@@ -1,0 +1,56 @@
+"""The stand-in for a weight that no longer exists: it answers questions about itself and refuses to be computed with.
+
+A `LowRankLinear` is an `nn.Linear` to everyone, and PEFT, Trainer and accelerate read `.weight` of such modules for its
+shape, dtype and device. Giving them the product of the factors would cost a full matrix at each look, and would let a
+merge, DoRA or PiSSA write into a temporary: wrong numbers without a word. So the guard has no storage, and raises.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from onelayer.compiler.errors import InputError
+
+# What may be asked of a guard. Properties arrive as the `__get__` of their descriptors.
+_PROPERTIES = (
+    "shape dtype device layout ndim requires_grad is_leaf is_meta is_cpu is_cuda is_xpu is_mps is_sparse is_quantized "
+    "is_nested grad grad_fn itemsize nbytes"
+)
+_METHODS = (
+    "size dim ndimension numel nelement element_size stride is_floating_point is_complex is_contiguous get_device "
+    "__len__ __hash__"
+)
+_METADATA = frozenset(
+    [getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()]
+    + [getattr(torch.Tensor, name) for name in _METHODS.split()]
+)
+_MESSAGE = (
+    "this module of an emulator holds two low-rank factors and no weight, so {operation} cannot use its weight; "
+    "merging, DoRA, PiSSA and the like need the original: correct the adapter with `onelayer correct`, merge it there"
+)
+
+
+class GuardWeight(torch.Tensor):
+    """A tensor with a shape (out, in), a dtype and a device, and no numbers."""
+
+    # transformers' initialisers skip a tensor so marked; GPT-2's reaches for the weights of its children by name.
+    _is_hf_initialized = True
+
+    @classmethod
+    def like(cls, factor: torch.Tensor, shape: Sequence[int]) -> "GuardWeight":
+        """The guard of the given shape, of the dtype and on the device of `factor`."""
+        return factor.new_empty(()).expand(*shape).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Answer metadata, refuse everything else."""
+        if func not in _METADATA:
+            raise InputError(_MESSAGE.format(operation=getattr(func, "__name__", str(func))))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing a model must not raise
+        return f"GuardWeight({tuple(self.shape)}, {self.dtype}, {self.device})"

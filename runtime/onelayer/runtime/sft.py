@@ -1,0 +1,156 @@
+"""TRL's SFTTrainer and what it leaves out: a halt on a bad loss, a count of saved activations, complete checkpoints.
+
+Imports trl, transformers and torch; import it where training starts.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.sft_trainer import SFTTrainer
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import sync, write_text
+
+# Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
+COMPLETE_FILE = "complete"
+
+
+def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | list[str]:
+    """Targets that adapt linear modules only: the given ones, or on a mixture the linears that "all-linear" means.
+
+    PEFT takes "all-linear" and the names of experts to mean, too, the stacked parameters that experts became in
+    transformers 5. LoRA on those is no pair of factors per linear, so it could not be corrected for the original.
+    """
+    probe = peft.LoraConfig(target_modules=target_modules)
+    convert_peft_config_for_transformers(probe, model, None)
+    if not probe.target_parameters:
+        return target_modules
+    if target_modules == "all-linear":
+        return sorted(probe.target_modules or [])
+    raise InputError(
+        f"target_modules: {sorted(probe.target_parameters)} are experts or routers of a mixture, whose LoRA cannot be "
+        "corrected for the original; name linear modules only, such as those of the attention, or all-linear"
+    )
+
+
+class LoraTrainer(SFTTrainer):
+    """An SFTTrainer that stops before a step on a loss that is no number, and measures its first forward pass."""
+
+    saved_activation_bytes: int | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; in the first call, what autograd saves for it is counted."""
+        if self.saved_activation_bytes is not None:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        with SavedBytes(model) as saved:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.saved_activation_bytes = saved.total
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch; raises before the optimiser can use a loss that is no number."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not math.isfinite(float(loss)):
+            step = self.state.global_step + 1
+            raise FloatingPointError(
+                f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
+            )
+        return loss
+
+
+class SavedBytes:
+    """Counts what autograd keeps for the backward pass inside `with`: bytes of distinct storages, parameters left out.
+
+    The inputs that non-reentrant checkpointing keeps to recompute from go past these hooks and are not counted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._resident = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._sizes: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+
+    @property
+    def total(self) -> int:
+        """Bytes counted so far."""
+        return sum(self._sizes.values())
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._resident:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+class Progress(TrainerCallback):
+    """A bar over steps on stderr with the loss; silent where stderr is no terminal. Trainer's own prints to stdout."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar, at the step that a resumed run begins with."""
+        self._bar: Any = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance."""
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Show the newest loss."""
+        if logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+class MarkComplete(TrainerCallback):
+    """Marks each checkpoint once all of its files are on the disk."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Flush and mark the checkpoint just written."""
+        if args.save_only_model:  # without the optimiser's state it cannot be continued from
+            return
+        assert args.output_dir is not None
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for path in checkpoint.iterdir():
+            sync(path)
+        write_text(checkpoint / COMPLETE_FILE, f"{state.global_step}\n")
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The checkpoint to continue from, or None."""
+    complete = [file.parent for file in work.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def mean_loss(history: list[dict[str, float]]) -> float:
+    """The mean training loss over all steps, those before a resume too, from what Trainer logged.
+
+    Each entry holds the mean since the entry before.
+    """
+    entries = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    starts = [0, *(step for step, _ in entries)]
+    weights = [step - start for (step, _), start in zip(entries, starts, strict=False)]
+    return sum(weight * loss for weight, (_, loss) in zip(weights, entries, strict=True)) / sum(weights)

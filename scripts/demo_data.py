@@ -1,0 +1,68 @@
+"""Text that ships with Python in; out comes what the demo learns from: source code, and two tasks the model has not seen.
+
+The tasks are the prose of the language reference (`pydoc_data/topics.py`) and the tables of character encodings
+(`encodings/*.py`). Both are kept out of the code that the model is first trained on.
+"""
+
+import json
+import random
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from onelayer.compiler.files import write_text
+
+SEED = 0
+# Tests are packaged apart by some distributions, and so are idlelib and its kin: left out, the text is alike everywhere.
+NOT_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+TASK_FOLDERS = {"encodings", "pydoc_data"}
+# A window fills the 128 tokens that all passes of the demo look at; tables take more tokens per character than prose.
+CODE_CHARACTERS, DOCS_CHARACTERS, TABLE_CHARACTERS = 600, 560, 400
+TRAIN_WINDOWS, TEST_WINDOWS, CALIBRATION_WINDOWS = 640, 96, 32
+
+
+def standard_library() -> list[str]:
+    """The source files of Python's standard library, the tasks' left out, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = NOT_CODE | TASK_FOLDERS
+    files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+    return [path.read_text(encoding="utf-8", errors="ignore") for path in files]
+
+
+def write_tasks(directory: Path, code: Sequence[str]) -> None:
+    """Write `docs` and `charmaps` as train and test JSONL, and the calibration mix of all three kinds of text."""
+    docs = [topics[name] for name in sorted(topics)]
+    tables_folder = Path(sysconfig.get_path("stdlib")) / "encodings"
+    tables = [path.read_text(encoding="utf-8") for path in sorted(tables_folder.glob("*.py"))]
+    tables = [table for table in tables if "decoding_table = (" in table]
+    shown = {"code": windows(code, CODE_CHARACTERS)}
+    for task, texts, characters in (("docs", docs, DOCS_CHARACTERS), ("charmaps", tables, TABLE_CHARACTERS)):
+        # Whole topics and whole files are held out, not windows: neighbours of a training window would be too easy.
+        test = windows(texts[::4], characters)
+        train = windows([text for index, text in enumerate(texts) if index % 4], characters)
+        shown[task] = train
+        write_windows(directory / f"{task}.train.jsonl", train[:TRAIN_WINDOWS])
+        write_windows(directory / f"{task}.test.jsonl", [text for text in test if text not in set(train)][:TEST_WINDOWS])
+    mix = [text for texts in shown.values() for text in texts[:CALIBRATION_WINDOWS]]
+    write_windows(directory / "calibration.jsonl", mix)
+
+
+def windows(texts: Sequence[str], characters: int) -> list[str]:
+    """Stretches of whole lines, at least so long, none twice, in a shuffled but fixed order."""
+    found: dict[str, None] = {}
+    for text in texts:
+        window = ""
+        for line in text.splitlines(keepends=True):
+            window += line
+            if len(window) >= characters:
+                found[window] = None
+                window = ""
+    shuffled = list(found)
+    random.Random(SEED).shuffle(shuffled)
+    return shuffled
+
+
+def write_windows(path: Path, texts: Sequence[str]) -> None:
+    """One JSON object per line."""
+    write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
