@@ -44,6 +44,7 @@ FUNCTIONS = {
     "train": "train_lora",
     "correct": "correct_adapter",
     "merge": "merge_adapter",
+    "evaluate": "evaluate_model",
 }
 
 

@@ -40,7 +40,8 @@ def published(W: torch.Tensor, X: torch.Tensor, rank: int) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(X.T @ X)
     S = vectors * values.clamp_min(1e-12).sqrt()
     U, s, Vt = torch.linalg.svd(W @ S, full_matrices=False)
-    return (U[:, :rank] * s[:rank]) @ Vt[:rank] @ torch.linalg.inv(S)
+    W_k: torch.Tensor = (U[:, :rank] * s[:rank]) @ Vt[:rank] @ torch.linalg.inv(S)
+    return W_k
 
 
 def output_error(W: torch.Tensor, W_k: torch.Tensor, X: torch.Tensor) -> float:
@@ -90,8 +91,9 @@ def test_a_prefix_is_the_smaller_optimum() -> None:
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16)])
 def test_the_error_of_rounded_factors_is_theirs_and_not_the_ideal_one(shape: tuple[int, int]) -> None:
-    W, X = random(*shape), correlated(400, shape[1])
-    factors = factorize(W, moments_of(W, X), min(shape) - 1, torch.bfloat16)
+    rank = min(shape) - 1
+    W, X = random(shape[0], rank) @ random(rank, shape[1], seed=7), correlated(400, shape[1])
+    factors = factorize(W, moments_of(W, X), rank, torch.bfloat16)
     assert factors.up.dtype == torch.bfloat16
     true = output_error(W, product(factors), X)
     assert true > 1.5 * factors.optimal_error, "rounding should be visible here, or the test proves nothing"

@@ -327,10 +327,7 @@ def test_a_damaged_record_only_costs_the_explanation(project: Project) -> None:
     assert project.run() == ["train sql", "correct", "evaluate 2"]
 
 
-def test_a_hub_model_that_is_not_here_is_waited_for_not_fetched(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_hub_model_that_is_not_here_is_waited_for_not_fetched(project: Project) -> None:
     project.edit("path: model", "path: onelayer-tests/no-such-model")
     reasons = project.reasons()
     assert reasons["compile"] == "to run: never ran; after the model onelayer-tests/no-such-model is downloaded"

@@ -230,10 +230,12 @@ def evaluate(
     Example:
       onelayer evaluate ./llama-8b --data test.jsonl --adapter corrected
     """
-    from onelayer.compiler.evaluate import evaluate_model
+    from onelayer.compiler import evaluate_model
 
     print_result(
-        lambda: evaluate_model(model, data, adapters=adapter or (), max_length=max_length, batch_size=batch_size, device=device),
+        lambda: evaluate_model(
+            model, data, adapters=adapter or (), max_length=max_length, batch_size=batch_size, device=device
+        ),
         cli_format.evaluate_summary,
         as_json,
     )
@@ -250,7 +252,7 @@ def inspect(
     Example:
       onelayer inspect emulator
     """
-    from onelayer.compiler.inspect import inspect_path
+    from onelayer.compiler import inspect_path
 
     print_result(lambda: inspect_path(path), cli_format.summary, as_json)
 

@@ -189,8 +189,8 @@ def _evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
     max_length = manifest.training(task).max_length
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import evaluate_model
         from onelayer.compiler.checkpoint import resolve_model
-        from onelayer.compiler.evaluate import evaluate_model
 
         result = evaluate_model(
             resolve_model(model.text, model.revision),
