@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import gc
 import io
-import re
 import signal
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from onelayer.compiler.errors import InputError
@@ -30,6 +29,7 @@ from onelayer.compiler.lazy import DeferredLogits
 from onelayer.compiler.measure import Meter
 from onelayer.compiler.stream import BatchError, Stream
 from onelayer.compiler.units import StreamedModel
+from sweep_configs import tiny_config
 
 REGISTRIES = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -38,44 +38,6 @@ REGISTRIES = {
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
-# Field name (whole, as a regular expression) -> tiny value. First match wins.
-TINY_FIELDS: list[tuple[str, Any]] = [
-    (r"vocab_size|text_vocab_size|n_vocab", 128),
-    (r"(pad|bos|eos|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos|image|video|audio)_token_(id|index)", 1),
-    (r"num_(key_value|kv|query)_(heads|groups)|num_kv_heads|n_head_kv|multi_query_group_num|num_key_value_heads", 2),
-    (r".*(num|n)_?.*heads?|num_attention_heads|attention_heads|n_head|encoder_attention_heads|mamba_num_heads", 4),
-    (r"num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_decoder_layers|depth", 2),
-    (r"(qk_nope|qk_rope|v|qk)_head_dim|head_dim|mamba_head_dim|attention_head_dim|d_kv|kv_channels|head_size", 8),
-    (r"(q|kv|o)_lora_rank|lora_rank.*", 16),
-    (r".*(intermediate|ffn|ff)_(size|dim|hidden_size)|d_ff|n_inner|ffn_hidden_size|encoder_ffn_dim|decoder_ffn_dim|d_inner", 64),
-    (r"moe_.*size|expert_.*size|shared_expert_.*size", 32),
-    (r"(n|num)_(routed_|local_|total_)?experts|moe_num_experts", 4),
-    (r"num_experts_per_tok|num_selected_experts|moe_k|moe_top_?k|top_k|num_experts_per_token", 2),
-    (r"n_group|topk_group|num_expert_groups", 1),
-    (r"first_k_dense_replace", 1),
-    (r"(hidden|embedding|model|projection|embed|word_embed_proj|attention_hidden|lru|emb)_?_?(size|dim|width)|d_model|n_embd|dim", 32),
-    (r"(max|n)_position(s|_embeddings)?|max_sequence_length|max_seq_len|n_ctx|seq_length|context_length", 128),
-    (r"(sliding|attention)_window(_size)?|window", 8),
-    (r"image_size", 32),
-    (r"patch_size", 8),
-    (r"(state|ssm_state|mamba_d_state)_?(size|dim)?|mamba_d_state|time_step_rank", 16),
-    (r".*dropout.*|.*pdrop.*", 0.0),
-]
-
-
-def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A configuration of `cls` whose sizes are small and fit each other, as far as names tell."""
-    fields: dict[str, Any] = {}
-    default = cls()
-    for name, value in vars(default).items():
-        if isinstance(value, PreTrainedConfig):
-            fields[name] = tiny_config(type(value)).to_dict()
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            small = next((small for pattern, small in TINY_FIELDS if re.fullmatch(pattern, name)), None)
-            if small is not None and (not isinstance(value, float) or isinstance(small, float)):
-                fields[name] = min(small, value) if value > 0 else value
-    return cls(**fields)
-
 
 def tiny_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """A seeded random model; norms and biases get noise, since ones and zeros would hide mistakes."""
@@ -126,13 +88,13 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
         batches = inputs_for(model, registry)
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
-            resident = model_class.from_pretrained(directory).eval()
+            resident = model_class.from_pretrained(directory).eval().requires_grad_(False)
             without_cache(resident)
             with torch.no_grad():
                 expected = [resident(**batch) for batch in batches]
             return compare(Path(directory), batches, expected)
     except Exception as error:
-        return "not runnable", f"{type(error).__name__}: {str(error).splitlines()[0][:110] if str(error) else ''}"
+        return "not runnable", f"{type(error).__name__}: {str(error).splitlines()[0][:180] if str(error) else ''}"
 
 
 def compare(directory: Path, batches: list[dict[str, torch.Tensor]], expected: list[Any]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onelayer.compiler import correction
-from onelayer.compiler.correction import correct_linear, split_product
+from onelayer.compiler.correction import Correction, measure_gap, split_product
 
 
 def random_linear(
@@ -19,6 +19,18 @@ def random_linear(
 
     weight, up, down = normal(out_features, in_features), normal(out_features, rank), normal(rank, in_features)
     return weight, up, down, normal(adapter_rank, in_features), normal(out_features, adapter_rank)
+
+
+def correct_linear(
+    weight: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    limit: float | None,
+) -> Correction:
+    return measure_gap([weight], up, down, a, b, scaling).limited(limit)
 
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
@@ -55,11 +67,20 @@ def test_with_a_limit_it_is_the_paper_direction_by_direction(
     assert found.clamped == clamped
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = random_linear(11, 7, 3, 2)
-    whole = correct_linear(*parts, 2.0, 3.0)
-    monkeypatch.setattr(correction, "BLOCK_ROWS", 4)
-    torch.testing.assert_close(correct_linear(*parts, 2.0, 3.0).b, whole.b, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_chunks_and_blocks_of_rows_change_nothing(
+    transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, up, down, a, b = random_linear(11, 7, 3, 2)
+    weight = weight.to(dtype)
+    whole = measure_gap([weight.double()], up, down, a, b, 2.0)
+    monkeypatch.setattr(correction, "BLOCK_BYTES", 100)
+    stored = weight.T.contiguous() if transposed else weight
+    found = measure_gap(stored.split(3), up, down, a, b, 2.0, transposed)
+    torch.testing.assert_close(found.error, whole.error, rtol=1e-5, atol=1e-5)
+    exact = dtype is torch.float64
+    torch.testing.assert_close(found.b, whole.b, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-5)
 
 
 def test_an_exact_emulator_leaves_the_product_alone() -> None:

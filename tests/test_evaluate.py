@@ -97,7 +97,7 @@ def test_slices_of_the_head_and_of_the_rows_change_nothing(
     save_tiny("gemma2", tmp_path)
     whole = evaluate_model(tmp_path, data["text"]).results[0]
     monkeypatch.setattr(lazy, "SLICE_BYTES", 13 * 32 * 4)
-    monkeypatch.setattr("onelayer.compiler.evaluate.SLICE_BYTES", 13 * 4 * 5)
+    monkeypatch.setattr("onelayer.compiler.scoring.SLICE_BYTES", 13 * 4 * 5)
     sliced = evaluate_model(tmp_path, data["text"]).results[0]
     assert sliced.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (sliced.token_accuracy, sliced.tokens) == (whole.token_accuracy, whole.tokens)
@@ -146,5 +146,5 @@ def test_scores_by_slices_equal_the_whole(count: int, vocabulary: int, width: in
     for start in range(0, vocabulary, width):
         scores.update(slice(None), logits[:, start : start + width], start)
     expected = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-    assert scores.loss_sum == pytest.approx(expected, rel=1e-6, abs=1e-5)
-    assert scores.correct == int((logits.argmax(-1) == labels).sum())
+    assert float(scores.losses_N.sum()) == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert int(scores.hits_N.sum()) == int((logits.argmax(-1) == labels).sum())

@@ -82,6 +82,21 @@ def test_any_shape_gives_finite_factors_and_a_true_error(
     assert factors.error >= factors.optimal_error - 1e-6
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (64, 160), (160, 64)], ids=["square", "wide", "tall"])
+def test_the_fast_solver_is_within_a_percent_and_says_what_it_does_not_know(shape: tuple[int, int]) -> None:
+    W, X = random(*shape), correlated(800, shape[1])
+    moments, rank = moments_of(W, X), min(shape) // 8
+    exact = factorize(W, moments, rank, torch.float64)
+    fast = factorize(W, moments, rank, torch.float64, "fast", seed=3)
+    assert fast.optimal_error is None
+    assert exact.error <= output_error(W, product(fast), X) <= 1.01 * exact.error
+    assert fast.error == pytest.approx(output_error(W, product(fast), X), rel=1e-4)
+    assert fast.energy == pytest.approx(exact.energy, rel=1e-5)
+    torch.testing.assert_close(fast.up.T @ fast.up, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-5)
+    again = factorize(W, moments, rank, torch.float64, "fast", seed=3)
+    assert torch.equal(fast.up, again.up)
+
+
 def test_a_prefix_is_the_smaller_optimum() -> None:
     W, X = random(30, 20), correlated(300, 20)
     large = factorize(W, moments_of(W, X), 12, torch.float64)

@@ -26,11 +26,12 @@ class TokenBatch:
     """Samples of equal length, so that nothing is padded: ids (B, T) and what they predict.
 
     `inputs` are the arguments of the model's forward. `targets[b, t]` is the token that output position t of sample b
-    predicts, or -100 where the loss does not count it.
+    predicts, or -100 where the loss does not count it. `order[b]` is the place of sample b in the list given.
     """
 
     inputs: dict[str, torch.Tensor]
     targets: torch.Tensor
+    order: tuple[int, ...]
 
 
 def read_tokens(
@@ -63,9 +64,10 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
     for _, group in groupby(shapes, key=lambda i: tuple(len(ids) for ids in split[i][0].values())):
         indices = list(group)
         for start in range(0, len(indices), batch_size):
-            rows = [split[i] for i in indices[start : start + batch_size]]
+            order = tuple(indices[start : start + batch_size])
+            rows = [split[i] for i in order]
             inputs = {name: torch.tensor([row[0][name] for row in rows]) for name in rows[0][0]}
-            batches.append(TokenBatch(inputs, torch.tensor([row[1] for row in rows])))
+            batches.append(TokenBatch(inputs, torch.tensor([row[1] for row in rows]), order))
     return batches
 
 

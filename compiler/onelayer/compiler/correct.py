@@ -6,21 +6,25 @@ else; the original is read once. The adapter given is left as it is.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.adapter import Adapter, adapter_digest
-from onelayer.compiler.adapter_fit import check_fit, is_transposed
+from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
+from onelayer.compiler.calibration import DataSource
 from onelayer.compiler.checkpoint import model_digest, resolve_model
-from onelayer.compiler.correction import BLOCK_ROWS, correct_linear
+from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, try_limits
+from onelayer.compiler.correct_pass import read_gaps, workspace_bytes
+from onelayer.compiler.correction import Correction, Gap
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output
-from onelayer.compiler.measure import Meter, Progress, Report, Result
+from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.stream import pick_device
 from onelayer.compiler.units import StreamedModel
 
 
@@ -38,43 +42,78 @@ class CorrectedLinear(Result):
 
 
 class CorrectResult(Result):
-    """What `correct_adapter` did; `provenance_checked` tells whether the adapter named the emulator it came from."""
+    """What `correct_adapter` did. `limit` is the one used; `candidates` says what it was chosen from, and how they did.
+
+    `provenance_checked` tells whether the adapter named the emulator it came from.
+    """
 
     output: str
     limit: float | None
     linears: list[CorrectedLinear]
-    candidates: None = None
+    candidates: list[Candidate] | None
     provenance_checked: bool
     report: Report
 
 
 def correct_adapter(
-    adapter: str | Path, *, emulator: str | Path, model: str | Path, output: str | Path, limit: float | None = 3.0
+    adapter: str | Path,
+    *,
+    emulator: str | Path,
+    model: str | Path,
+    output: str | Path,
+    limit: float | Literal["auto"] | None = 3.0,
+    data: DataSource | None = None,
+    max_length: int = 512,
+    batch_size: int = 1,
+    device: str | None = None,
 ) -> CorrectResult:
     """Write to `output` the adapter that does to the original `model` what `adapter` did to `emulator`.
 
-    `limit` bounds the correction of each direction relative to the adapter (3 in the paper); None sets no bound.
-    Raises `InputError` where the three do not belong together or the adapter is already corrected.
+    `limit` bounds the correction of each direction relative to the adapter (3 in the paper); None sets no bound; "auto"
+    chooses by the loss on the held-out `data`, which is read for nothing else, as are the arguments after it. Raises
+    `InputError` where the three do not belong together or the adapter is already corrected.
     """
-    if limit is not None and not 0 <= limit < float("inf"):
-        raise InputError(f"--limit {limit}: must be at least 0; leave the bound out with none")
+    _check_limit(limit, data)
     output = Path(output)
     check_output(output)
     source, small = Adapter.open(resolve_model(adapter)), Emulator.open(emulator)
     directory = resolve_model(model, small.facts.base_revision)
     checked = _check_pairs(source, small, directory)
-    with Meter(torch.device("cpu")) as meter:
+    held_out = None if data is None else HeldOut(data, max_length, batch_size, pick_device(device))
+    with Meter(torch.device("cpu") if held_out is None else held_out.device) as meter:
         streamed = StreamedModel(directory)
         modules = check_fit(source, streamed)
         _check_shapes(source, small, directory)
-        factors, figures = _solve(streamed, small, source, limit, meter)
+        choice = None if held_out is None else try_limits(source, small, directory, held_out, meter)
+        chosen = limit if choice is None else choice.limit
+        assert not isinstance(chosen, str)
+        solved = _solve(streamed, small, source, chosen, {} if choice is None else choice.gaps, meter)
+        figures = [_figure(name, module.rank, solved.get(name)) for name, module in source.modules.items()]
         base = _base(small, model, streamed, modules.values())
         with atomic_directory(output) as partial:
-            record = _provenance(source, small, base, limit, figures)
+            record = _provenance(source, small, base, chosen, figures, choice)
+            factors = {name: _factors(source, name, solved.get(name)) for name in source.modules}
             write_adapter(partial, factors, source=source, base=base, provenance=record)
-        bytes_read = streamed.checkpoint.bytes_read + small.checkpoint.bytes_read
-        report = meter.report(streamed.largest_unit_bytes, _workspace_bytes(streamed, small, source), bytes_read)
-    return CorrectResult(output=str(output), limit=limit, linears=figures, provenance_checked=checked, report=report)
+        report = _report(streamed, small, source, choice, meter)
+    return CorrectResult(
+        output=str(output),
+        limit=chosen,
+        linears=figures,
+        candidates=None if choice is None else choice.candidates,
+        provenance_checked=checked,
+        report=report,
+    )
+
+
+def _check_limit(limit: float | str | None, data: DataSource | None) -> None:
+    if isinstance(limit, str) and limit != "auto":
+        raise InputError(f"--limit {limit}: must be a number, none or auto")
+    if limit == "auto" and data is None:
+        raise InputError("--limit auto: chooses by the loss on held-out data; name some with --data")
+    if limit != "auto" and data is not None:
+        raise InputError(f"--data: serves only --limit auto, not --limit {limit}; leave it out")
+    if isinstance(limit, float | int) and not 0 <= limit < float("inf"):
+        raise InputError(f"--limit {limit}: must be at least 0; leave the bound out with none")
 
 
 def _check_pairs(source: Adapter, small: Emulator, model: Path) -> bool:
@@ -107,45 +146,39 @@ def _check_shapes(source: Adapter, small: Emulator, model: Path) -> None:
 
 
 def _solve(
-    streamed: StreamedModel, small: Emulator, source: Adapter, limit: float | None, meter: Meter
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[CorrectedLinear]]:
-    """Factors and figures of every adapted module, in the order in which their weights lie on the disk."""
-    factors, figures = {}, []
-
-    def place(name: str) -> tuple[Path, int]:
-        info = streamed.checkpoint.tensors[streamed.keys[f"{name}.weight"][0]]
-        return info.file, info.start
-
-    with Progress(len(source.modules), "correct") as progress:
-        for count, name in enumerate(sorted(source.modules, key=place)):
-            progress.reached(count, name, meter.sample())
-            factors[name], figure = _solve_one(streamed, small, source, name, limit)
-            figures.append(figure)
-    return factors, figures
+    streamed: StreamedModel,
+    small: Emulator,
+    source: Adapter,
+    limit: float | None,
+    gaps: dict[str, Gap],
+    meter: Meter,
+) -> dict[str, Correction]:
+    """The corrections of every compressed module; weights whose gaps are not known yet are read, once, and dropped."""
+    solved = {name: gap.limited(limit) for name, gap in gaps.items()}
+    names = [name for name in source.modules if name in small.facts.ranks and name not in gaps]
+    for name, gap in read_gaps(streamed, small, source, names, meter):
+        solved[name] = gap.limited(limit)
+    return solved
 
 
-def _solve_one(
-    streamed: StreamedModel, small: Emulator, source: Adapter, name: str, limit: float | None
-) -> tuple[tuple[torch.Tensor, torch.Tensor], CorrectedLinear]:
-    scaling = source.modules[name].scaling
-    a, b = source.factors(name)
-    if name not in small.facts.ranks:  # the emulator has the original's own weight: D = 0
-        figure = CorrectedLinear(name=name, rank=len(a), compressed=False, ratio_mean=0.0, clamped=0)
-        return (a, scaling * b), figure
-    with streamed.loaded([f"{name}.weight"]) as tensors:
-        (weight,) = tensors.values()
-        if is_transposed(streamed.model.get_submodule(name)):
-            weight = weight.T
-        solved = correct_linear(weight, *small.factors(name), a, b, scaling, limit)
+def _figure(name: str, rank: int, solved: Correction | None) -> CorrectedLinear:
+    if solved is None:  # the emulator has the original's own weight: D = 0
+        return CorrectedLinear(name=name, rank=rank, compressed=False, ratio_mean=0.0, clamped=0)
     finite = solved.ratios[solved.ratios.isfinite()]
-    figure = CorrectedLinear(
+    return CorrectedLinear(
         name=name,
         rank=len(solved.a),
         compressed=True,
         ratio_mean=float(finite.mean()) if len(finite) else None,
         clamped=solved.clamped,
     )
-    return (solved.a.float(), solved.b.float()), figure
+
+
+def _factors(source: Adapter, name: str, solved: Correction | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if solved is not None:
+        return solved.a.float(), solved.b.float()
+    a, b = source.factors(name)
+    return a, source.modules[name].scaling * b
 
 
 def _base(small: Emulator, model: str | Path, streamed: StreamedModel, modules: Iterable[nn.Module]) -> Base:
@@ -163,9 +196,14 @@ def _base(small: Emulator, model: str | Path, streamed: StreamedModel, modules: 
 
 
 def _provenance(
-    source: Adapter, small: Emulator, base: Base, limit: float | None, figures: list[CorrectedLinear]
+    source: Adapter,
+    small: Emulator,
+    base: Base,
+    limit: float | None,
+    figures: list[CorrectedLinear],
+    choice: Choice | None,
 ) -> dict[str, Any]:
-    return {
+    record = {
         "kind": "adapter",
         "corrected": True,
         "base": {"model": base.model, "revision": base.revision, "digest": small.facts.base_digest},
@@ -175,16 +213,16 @@ def _provenance(
         "solver": "span",
         "linears": [figure.model_dump(mode="json") for figure in figures],
     }
+    if choice is not None:
+        record["validation"] = choice.validation
+        record["candidates"] = [candidate.model_dump(mode="json") for candidate in choice.candidates]
+    return record
 
 
-def _workspace_bytes(streamed: StreamedModel, small: Emulator, source: Adapter) -> int:
-    """What the largest linear costs at most: weight, a block of it and factors in float64, and four (out, r)."""
-
-    def cost(name: str) -> int:
-        module, rank = source.modules[name], small.facts.ranks[name]
-        weight = streamed.bare_parameter(f"{name}.weight")
-        wide = BLOCK_ROWS * module.in_features + rank * (module.in_features + module.out_features)
-        wide += 4 * module.rank * (module.in_features + module.out_features)
-        return weight.numel() * weight.element_size() + 8 * wide
-
-    return max((cost(name) for name in source.modules if name in small.facts.ranks), default=0)
+def _report(streamed: StreamedModel, small: Emulator, source: Adapter, choice: Choice | None, meter: Meter) -> Report:
+    workspace = workspace_bytes(streamed, small, source)
+    bytes_read = streamed.checkpoint.bytes_read + small.checkpoint.bytes_read
+    if choice is not None:
+        workspace = max(workspace, choice.workspace_bytes)
+        bytes_read += choice.bytes_read
+    return meter.report(streamed.largest_unit_bytes, workspace, bytes_read)

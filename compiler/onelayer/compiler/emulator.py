@@ -5,8 +5,7 @@ the way back). Held: one unit at a time; matrices that stay on disk are copied i
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from onelayer.compiler.lazy import DiskMatrix
 from onelayer.compiler.measure import Result
 from onelayer.compiler.shim import SHIM_FILE, SHIM_TEXT, auto_map
 from onelayer.compiler.units import StreamedModel, Unit
+from onelayer.compiler.workdir import UnitRecord, WorkDirectory
 from onelayer.compiler.writer import TORCH_NAMES, Entry, tensor_entry, write_index, write_safetensors
 
 FORMAT_VERSION = 1
@@ -39,19 +39,32 @@ any trainer that takes a PEFT adapter, then make the adapter fit the original wi
 """
 
 
-class LinearFigures(Result):
-    """What became of one linear. `singular_values`: its output's, the kept ones; `output_energy`: all their squares.
+class LinearSummary(Result):
+    """One factorised linear; errors are relative Frobenius errors of its output over the calibration rows.
 
-    A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data.
+    `optimal_error` is the least that any factors of this rank can have; the `fast` solver does not know it.
     """
 
     name: str
     rank: int
     error: float
-    optimal_error: float
+    optimal_error: float | None
+
+
+class LinearFigures(LinearSummary):
+    """What became of one linear. `singular_values`: its output's, the kept ones; `output_energy`: all their squares.
+
+    A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data.
+    """
+
     singular_values: list[float]
     output_energy: float
     fallback: str | None
+
+    @property
+    def summary(self) -> LinearSummary:
+        """Without the spectrum."""
+        return LinearSummary(**self.model_dump(include=set(LinearSummary.model_fields)))
 
     @classmethod
     def of(cls, name: str, factors: Factors) -> "LinearFigures":
@@ -61,54 +74,70 @@ class LinearFigures(Result):
             name=name,
             rank=rank,
             error=_digits(factors.error),
-            optimal_error=_digits(factors.optimal_error),
+            optimal_error=None if factors.optimal_error is None else _digits(factors.optimal_error),
             singular_values=[_digits(value) for value in factors.singular_values[:rank].tolist()],
-            output_energy=_digits(float(factors.singular_values.square().sum())),
+            output_energy=_digits(factors.energy),
             fallback=factors.fallback,
         )
 
 
 class EmulatorWriter:
-    """Writes one emulator into `directory`, a shard for each unit."""
+    """Writes one emulator into a work directory, a shard and a record for each unit; takes up what is there."""
 
-    def __init__(self, directory: Path, streamed: StreamedModel) -> None:
-        self.directory = directory
+    def __init__(self, work: WorkDirectory, streamed: StreamedModel) -> None:
+        self.work = work
+        self.directory = work.path
         self.streamed = streamed
-        self.linears: dict[str, LinearFigures] = {}
-        self._written: dict[int, dict[str, int]] = {}
         self._shards = len(streamed.units) + bool(streamed.outside)
 
-    def write_unit(self, unit: Unit, factors: Mapping[str, Factors]) -> None:
-        """One shard from a unit that is resident: factors in place of the weights of the linears they belong to."""
+    @property
+    def records(self) -> list[UnitRecord]:
+        """The units that are written, in module order."""
+        return [self.work.finished[position] for position in sorted(self.work.finished)]
+
+    @property
+    def linears(self) -> dict[str, LinearFigures]:
+        """Figures of every linear that is factorised, by name."""
+        return {row["name"]: LinearFigures(**row) for record in self.records for row in record.linears}
+
+    def has(self, unit: Unit) -> bool:
+        """Whether a unit is written."""
+        return unit.position in self.work.finished
+
+    def write_unit(self, unit: Unit, factors: Mapping[str, Factors], dense: Mapping[str, str]) -> None:
+        """One shard from a unit that is resident: factors in place of the weights of the linears they belong to.
+
+        `dense` says of linears that were to be factorised why they were not.
+        """
         tensors = self.streamed.held(unit)
         entries = []
         for name, found in factors.items():
             del tensors[f"{name}.weight"]
             entries += [tensor_entry(name + UP, found.up.cpu()), tensor_entry(name + DOWN, found.down.cpu())]
         entries += [_entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.aliases]
-        self._write_shard(unit.position, entries)
-        self.linears.update({name: LinearFigures.of(name, found) for name, found in factors.items()})
+        figures = [LinearFigures.of(name, found) for name, found in factors.items()]
+        self._write_shard(unit.position, entries, figures, dense)
 
     def write_rest(self) -> None:
         """The units that no batch visited or that hold nothing to factorise, dense, and what lies outside all units."""
         for unit in self.streamed.units:
-            if unit.position not in self._written:
+            if not self.has(unit):
                 with self.streamed.resident(unit, torch.device("cpu")):
-                    self.write_unit(unit, {})
-        if self.streamed.outside:
+                    self.write_unit(unit, {}, {})
+        last = len(self.streamed.units)
+        if self.streamed.outside and last not in self.work.finished:
             names = [name for name in self.streamed.outside if name not in self.streamed.aliases]
-            matrices = {
-                name: self.streamed.matrix(name, torch.device("cpu")) for name in names if name in self.streamed.lazy
-            }
+            lazy = [name for name in names if name in self.streamed.lazy]
+            matrices = {name: self.streamed.matrix(name, torch.device("cpu")) for name in lazy}
             with self.streamed.loaded([name for name in names if name not in matrices]) as small:
                 entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
-            self._write_shard(len(self.streamed.units), entries)
+                self._write_shard(last, entries, [], {})
 
     def finish(self, base: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         """Index, config, companions and `emulator.json`; returns the emulator's digest."""
-        written = {name: size for shard in self._written.values() for name, size in shard.items()}
-        shard_of = {name: self._shard_name(position) for position, names in self._written.items() for name in names}
-        write_index(self.directory / INDEX_FILE, shard_of, sum(written.values()))
+        shard_of = {name: record.shard for record in self.records for name in record.tensor_bytes}
+        total_bytes = sum(size for record in self.records for size in record.tensor_bytes.values())
+        write_index(self.directory / INDEX_FILE, shard_of, total_bytes)
         copy_companions(self.streamed.checkpoint.directory, self.directory)
         write_text(self.directory / SHIM_FILE, SHIM_TEXT)
         write_json(self.directory / "config.json", self._config(base))
@@ -137,13 +166,16 @@ class EmulatorWriter:
         }
         return document
 
-    def _write_shard(self, position: int, entries: list[Entry]) -> None:
-        self._written[position] = {entry.name: entry.size_bytes for entry in entries}
+    def _write_shard(
+        self, position: int, entries: list[Entry], figures: Sequence[LinearFigures], dense: Mapping[str, str]
+    ) -> None:
+        shard = f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
         if entries:
-            write_safetensors(self.directory / self._shard_name(position), entries, {"format": "pt"})
-
-    def _shard_name(self, position: int) -> str:
-        return f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors"
+            write_safetensors(self.directory / shard, entries, {"format": "pt"})
+        linears = [row.model_dump(mode="json") for row in figures]
+        sizes = {entry.name: entry.size_bytes for entry in entries}
+        record = UnitRecord(position=position, shard=shard, tensor_bytes=sizes, linears=linears, dense=dict(dense))
+        self.work.finish_unit(record)
 
 
 def _digits(value: float) -> float:

@@ -1,47 +1,60 @@
-"""The scoring pass: loss, perplexity and token accuracy of the original, without and with adapters, in one stream.
+"""The scoring pass: loss, perplexity and accuracy of the original, with adapters and as its emulator, in one stream.
 
-In: a checkpoint, a data set, PEFT adapters. Out: one row of figures each. Held on the device: one unit, the adapters,
-one micro-batch; the head goes by in slices of the vocabulary, each applied to every batch.
+In: a checkpoint, a data set, PEFT adapters, an emulator. Out: one row of figures each. Held on the device: one unit,
+the adapters, one micro-batch; the head goes by in slices of the vocabulary, each applied to every batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from transformers import PreTrainedModel
 
 from onelayer.compiler.adapter import Adapter
-from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches, read_tokens
-from onelayer.compiler.checkpoint import resolve_model
+from onelayer.compiler.calibration import DataSource
+from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.lazy import SLICE_BYTES, DeferredLogits
 from onelayer.compiler.measure import Meter, Report, Result
-from onelayer.compiler.scores import TokenScores
+from onelayer.compiler.moments import is_linear
+from onelayer.compiler.scoring import Samples, SampleScores, Scoring, workspace_bytes
 from onelayer.compiler.stream import Stream, pick_device
-from onelayer.compiler.tokens import IGNORED, load_tokenizer
-from onelayer.compiler.units import StreamedModel, Unit
+from onelayer.compiler.tokens import load_tokenizer
+from onelayer.compiler.units import StreamedModel
+from onelayer.compiler.variants import Variant, attach, named_parts, switching
 
 
 class Score(Result):
-    """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labelled token."""
+    """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labelled token.
+
+    `choice_accuracy` is the share of multiple-choice examples whose right choice has the highest log-likelihood; None
+    where there are no such examples.
+    """
 
     adapter: str | None
     loss: float
     perplexity: float
     token_accuracy: float
     tokens: int
+    choice_accuracy: float | None
+    questions: int
+
+
+class Against(Result):
+    """How far an emulator's predictions are from the original's, over the labelled tokens: `kl_per_token` in nats from
+    the original's distribution to the emulator's, `top1_agreement` the share of tokens with the same best guess."""
+
+    emulator: str
+    kl_per_token: float
+    top1_agreement: float
+    loss: float
+    perplexity: float
+    token_accuracy: float
 
 
 class EvaluateResult(Result):
-    """One score for the original and one for each adapter, in the order given."""
+    """One score for the original and one for each adapter, in the order given; `against` where an emulator was given."""
 
     results: list[Score]
+    against: Against | None
     report: Report
 
 
@@ -50,6 +63,7 @@ def evaluate_model(
     data: DataSource,
     *,
     adapters: Sequence[str | Path] = (),
+    against: str | Path | None = None,
     max_length: int = 512,
     batch_size: int = 1,
     device: str | None = None,
@@ -58,7 +72,8 @@ def evaluate_model(
     """Score the original and each of `adapters` on the labelled tokens of `data`, reading the checkpoint once.
 
     A `text` example is cut at `max_length` tokens, all but the first labelled; of `prompt`+`completion` and `messages`
-    the completion and the assistant turns are. Raises `InputError` for what the caller can mend.
+    the completion and the assistant turns are, of `prompt`+`choices` the right choice. `against` compares an emulator
+    of the original with it, in the same pass. Raises `InputError` for what the caller can mend.
     """
     if min(max_length, batch_size) < 1:
         raise InputError("--max-length and --batch-size must be at least 1")
@@ -66,122 +81,89 @@ def evaluate_model(
     directory = resolve_model(model, revision)
     for path in adapters:
         Adapter.open(path)  # refuses by name what is no plain LoRA
-    streamed = StreamedModel(directory, _attach(adapters))
+    named = {f"adapter{number}": path for number, path in enumerate(adapters)}
+    streamed = open_language_model(directory, named)
+    emulator = None if against is None else _open_emulator(against, directory, streamed)
+    samples = Samples.read(data, load_tokenizer(directory), max_length)
+    batches = samples.batches(streamed.config, batch_size)
+    variants = [Variant(), *(Variant(adapter=name) for name in named)]
+    if emulator is not None:
+        variants.append(Variant(emulator=emulator))
+    job = Scoring(batches, len(variants), None if emulator is None else len(variants) - 1)
+    with Meter(place) as meter:
+        stream = Stream(streamed, place, meter, around=switching(variants, place), description="evaluate")
+        stream.run(job.inputs(), job.take)
+        found = job.finish(place)
+        workspace, bytes_read = workspace_bytes(streamed, batches), streamed.checkpoint.bytes_read
+        if emulator is not None:
+            workspace += _factor_bytes(emulator, streamed)
+            bytes_read += emulator.checkpoint.bytes_read
+        report = meter.report(streamed.largest_unit_bytes, workspace, bytes_read)
+    scores = [
+        score_of(name, scores, samples)
+        for name, scores in zip([None, *(str(path) for path in adapters)], found, strict=False)
+    ]
+    compared = None if emulator is None else _compare(str(against), job, score_of(None, found[-1], samples))
+    return EvaluateResult(results=scores, against=compared, report=report)
+
+
+def open_language_model(directory: Path, adapters: dict[str, str | Path]) -> StreamedModel:
+    """The original with adapters attached by name. Raises `InputError` where it predicts no next token."""
+    streamed = StreamedModel(directory, attach(adapters))
     if not streamed.model.can_generate():
         kind = type(streamed.model).__name__
         raise InputError(
             f"{directory}: {kind} predicts no next token, so there is no loss to measure; give a language model"
         )
-    tokens = read_tokens(data, load_tokenizer(directory), max_length)
-    batches = make_batches(tokens, streamed.config, batch_size)
-    candidates = [None, *(f"adapter{number}" for number in range(len(adapters)))]
-    job = _Scoring(batches, len(candidates))
-    with Meter(place) as meter:
-        stream = Stream(streamed, place, meter, around=_switching(candidates), description="evaluate")
-        stream.run([batch.inputs for batch in batches for _ in candidates], job.take)
-        scores = job.scores(place)
-        report = meter.report(
-            streamed.largest_unit_bytes, _workspace_bytes(streamed, batches), streamed.checkpoint.bytes_read
-        )
-    names = [None, *(str(path) for path in adapters)]
-    return EvaluateResult(
-        results=[_score(name, found) for name, found in zip(names, scores, strict=True)], report=report
-    )
+    return streamed
 
 
-def _attach(adapters: Sequence[str | Path]) -> Callable[[PreTrainedModel], None]:
-    """Lets PEFT wrap the empty model in every adapter; their own small weights are real, on the host."""
-
-    def prepare(model: PreTrainedModel) -> None:
-        wrapped: Any = None
-        for number, path in enumerate(adapters):
-            name = f"adapter{number}"
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)
-            else:
-                wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
-        model.eval()
-
-    return prepare
-
-
-def _switching(candidates: Sequence[str | None]) -> Callable[[Unit], Any]:
-    """Runs a unit with the adapter of the batch at hand: stream index i is batch i // n with candidate i % n."""
-
-    @contextmanager
-    def around(unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
-        layers = [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        forward = type(unit.module).forward
-
-        def run(index: int, args: Any, kwargs: Any) -> Any:
-            name = candidates[index % len(candidates)]
-            for layer in layers:
-                layer.enable_adapters(name is not None)
-                if name is not None:
-                    layer.set_adapter([name] if isinstance(layer, BaseTunerLayer) else name)
-            return forward(unit.module, *args, **kwargs)
-
-        yield run
-
-    return around
-
-
-class _Scoring:
-    """Collects what the stream hands out, and scores it: deferred logits by slices of the head, once all are there."""
-
-    def __init__(self, batches: Sequence[TokenBatch], candidates: int) -> None:
-        self.batches = batches
-        self.candidates = candidates
-        self._found: dict[int, TokenScores] = {}
-        self._waiting: dict[int, tuple[DeferredLogits, torch.Tensor]] = {}
-
-    def take(self, index: int, output: Any) -> None:
-        """One batch with one candidate has run through; keeps only what its labelled positions need."""
-        targets = self.batches[index // self.candidates].targets
-        rows = targets != IGNORED
-        logits = output.logits
-        self._found[index] = scores = TokenScores(targets[rows])
-        if isinstance(logits, DeferredLogits):
-            self._waiting[index] = (logits, logits.hidden[rows])
-        else:
-            scores.update(slice(None), logits[rows], 0)
-
-    def scores(self, device: torch.device) -> list[list[TokenScores]]:
-        """For each candidate the scores of all its batches."""
-        if self._waiting:
-            head = next(iter(self._waiting.values()))[0].head
-            for start, stop in head.row_slices():
-                weight = head.read(start, stop).to(device)
-                for index, (logits, hidden) in self._waiting.items():
-                    step = max(1, SLICE_BYTES // (4 * (stop - start)))
-                    for first in range(0, len(hidden), step):
-                        rows = slice(first, min(first + step, len(hidden)))
-                        part = logits.slice_of(hidden[rows].to(device), weight, start, stop)
-                        self._found[index].update(rows, part.cpu(), start)
-        return [
-            [scores for index, scores in sorted(self._found.items()) if index % self.candidates == number]
-            for number in range(self.candidates)
-        ]
-
-
-def _score(adapter: str | None, found: Sequence[TokenScores]) -> Score:
-    count = sum(len(scores.labels_N) for scores in found)
-    loss = sum(scores.loss_sum for scores in found) / count
+def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Score:
+    """The figures of one model from the sums of every sample."""
+    tokens = sum(found.chosen(found.counts, samples.counted))
+    loss = found.loss(samples.counted)
+    questions = len(samples.questions)
     return Score(
         adapter=adapter,
         loss=loss,
         perplexity=math.exp(loss),
-        token_accuracy=sum(scores.correct for scores in found) / count,
-        tokens=count,
+        token_accuracy=sum(found.chosen(found.hits, samples.counted)) / tokens,
+        tokens=tokens,
+        choice_accuracy=found.right_answers(samples.questions) / questions if questions else None,
+        questions=questions,
     )
 
 
-def _workspace_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch]) -> int:
-    """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
-    and the activations of one micro-batch in the widest unit."""
-    tokens = max(batch.targets.numel() for batch in batches)
-    widths = [
-        sum(streamed.bare_parameter(name).shape[0] for name in unit.parameters if name not in unit.lazy)
-        for unit in streamed.units
-    ]
-    return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * max(widths) * 4
+def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Emulator:
+    """An emulator of this original. Raises `InputError` where it is of another, or not of linears alone."""
+    emulator = Emulator.open(path)
+    if (found := model_digest(model)) != emulator.facts.base_digest:
+        raise InputError(
+            f"{emulator.directory}: is an emulator of {emulator.facts.base_model} ({emulator.facts.base_digest[:12]}), "
+            f"not of {model} ({found[:12]}); give the original it was compiled from"
+        )
+    linears = {name for unit in streamed.units for name, module in named_parts(unit) if is_linear(module)}
+    if unknown := emulator.facts.ranks.keys() - linears:
+        raise InputError(f"{emulator.directory}: {min(unknown)} is no linear of {model}; compile the emulator again")
+    return emulator
+
+
+def _factor_bytes(emulator: Emulator, streamed: StreamedModel) -> int:
+    """The factors of the unit that has most of them, and their inner activations, which are smaller than its own."""
+    tensors = emulator.checkpoint.tensors.values()
+    return max(
+        (sum(info.size_bytes for info in tensors if info.name.startswith(f"{unit.name}.")) for unit in streamed.units),
+        default=0,
+    )
+
+
+def _compare(path: str, job: Scoring, score: Score) -> Against:
+    kl_per_token, agreement = job.divergence()
+    return Against(
+        emulator=path,
+        kl_per_token=kl_per_token,
+        top1_agreement=agreement,
+        loss=score.loss,
+        perplexity=score.perplexity,
+        token_accuracy=score.token_accuracy,
+    )

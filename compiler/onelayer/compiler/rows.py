@@ -1,14 +1,14 @@
 """One row of data as users write it, checked and turned into an Example; a fault is named by file, line and field."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onelayer.compiler.errors import InputError
 
 Message = dict[str, Any]
 
-FORMS = "'text', 'prompt' with 'completion', or 'messages'"
+FORMS = "'text', 'prompt' with 'completion', 'prompt' with 'choices' and 'answer', or 'messages'"
 # Columns that change what the model is shown and that nothing here renders: without them it would be another text.
 REFUSED_FIELDS = ("tools", "images", "image", "chat_template_kwargs")
 REFUSED_KEYS = ("tool_calls", "function_call", "tools")
@@ -19,6 +19,8 @@ class Example:
     """One example in exactly one of three forms: `text`; `prompt` and `completion`; `messages`.
 
     `source` says where it came from ("file:line"). `prompt` and `completion` are both strings or both message lists.
+    A multiple-choice example is a prompt and completion, the right choice, with all its `choices` and the number of
+    the right one (`answer`) beside.
     """
 
     source: str
@@ -26,6 +28,13 @@ class Example:
     prompt: str | list[Message] | None = None
     completion: str | list[Message] | None = None
     messages: list[Message] | None = None
+    choices: tuple[str, ...] | None = None
+    answer: int | None = None
+
+    def with_choice(self, number: int) -> "Example":
+        """The same prompt, completed by one of its choices."""
+        assert self.choices is not None
+        return replace(self, completion=_completed(self.prompt, self.choices[number]))
 
 
 def example_from_row(row: object, source: str) -> Example:
@@ -40,8 +49,9 @@ def example_from_row(row: object, source: str) -> Example:
         if present.get(name):
             raise InputError(f"{source}: field '{name}' is not supported; remove it, or render the row into 'text'")
     forms = [name for name in ("text", "messages") if name in present]
+    is_question = {"prompt", "choices"} <= present.keys() and "completion" not in present
     if "prompt" in present or "completion" in present:
-        forms.append("prompt+completion")
+        forms.append("prompt+choices" if is_question else "prompt+completion")
     if not forms:
         columns = ", ".join(f"'{name}'" for name in row) or "no fields"
         raise InputError(f"{source}: has {columns}, but needs {FORMS}; rename its fields")
@@ -54,7 +64,7 @@ def example_from_row(row: object, source: str) -> Example:
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError(f"{source}: field 'messages' has no assistant turn to learn from; add one, or use 'text'")
         return Example(source, messages=messages)
-    return _pair(present, source)
+    return _question(present, source) if is_question else _pair(present, source)
 
 
 def _pair(present: Mapping[str, Any], source: str) -> Example:
@@ -79,6 +89,30 @@ def _pair(present: Mapping[str, Any], source: str) -> Example:
             "an assistant message, move the others to 'prompt'"
         )
     return Example(source, prompt=_messages(prompt, source, "prompt"), completion=completion)
+
+
+def _question(present: Mapping[str, Any], source: str) -> Example:
+    """A row with `prompt`, `choices` and `answer`: the number of the right choice from 0, or its text."""
+    choices = present["choices"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError(f"{source}: field 'choices' must be a list of two texts or more, not {_kind(choices)}")
+    texts = tuple(_string(choice, source, f"choices[{index}]") for index, choice in enumerate(choices))
+    if len(set(texts)) < len(texts):
+        raise InputError(f"{source}: field 'choices' holds a text twice; remove one")
+    answer = present.get("answer")
+    number = texts.index(answer) if isinstance(answer, str) and answer in texts else answer
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(texts):
+        raise InputError(
+            f"{source}: field 'answer' is {answer!r}; write the number of the right choice, counted from 0, or its text"
+        )
+    prompt = present["prompt"]
+    checked = _messages(prompt, source, "prompt") if isinstance(prompt, list) else _string(prompt, source, "prompt")
+    completion = _completed(checked, texts[number])
+    return Example(source, prompt=checked, completion=completion, choices=texts, answer=number)
+
+
+def _completed(prompt: str | list[Message] | None, choice: str) -> str | list[Message]:
+    return choice if isinstance(prompt, str) else [{"role": "assistant", "content": choice}]
 
 
 def _messages(value: object, source: str, field: str) -> list[Message]:

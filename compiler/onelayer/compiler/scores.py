@@ -1,4 +1,4 @@
-"""Cross-entropy and accuracy of next-token predictions, from logits that come by slices of the vocabulary. Pure.
+"""Cross-entropy, accuracy and divergence of next-token predictions, from logits by slices of the vocabulary. Pure.
 
 Shape letters: N predicted tokens, S a slice of the vocabulary.
 """
@@ -7,10 +7,7 @@ import torch
 
 
 class TokenScores:
-    """Log-sum-exp, label logit and best token of N predictions, updated slice by slice, in float32 and better.
-
-    loss = sum of next-token cross-entropies over the labelled tokens / their number.
-    """
+    """Log-sum-exp, label logit and best token of N predictions, updated slice by slice, in float32 and better."""
 
     def __init__(self, labels: torch.Tensor) -> None:
         """`labels` (N,) are token ids."""
@@ -19,7 +16,7 @@ class TokenScores:
         self._highest_N = torch.full((count,), -torch.inf, device=device)
         self._sum_N = torch.zeros(count, dtype=torch.float64, device=device)
         self._label_logit_N = torch.zeros(count, device=device)
-        self._best_N = torch.zeros(count, dtype=torch.long, device=device)
+        self.best_N = torch.zeros(count, dtype=torch.long, device=device)
 
     def update(self, rows: slice, logits_NS: torch.Tensor, start: int) -> None:
         """Take in the logits of the tokens `start`, `start` + 1, ... for the predictions in `rows`."""
@@ -27,7 +24,7 @@ class TokenScores:
         highest_N, best_N = logits_NS.max(dim=-1)
         before_N = self._highest_N[rows]
         # Strictly greater: among equals the first token wins, as it does in an argmax over the whole.
-        self._best_N[rows] = torch.where(highest_N > before_N, best_N + start, self._best_N[rows])
+        self.best_N[rows] = torch.where(highest_N > before_N, best_N + start, self.best_N[rows])
         now_N = torch.maximum(before_N, highest_N)
         grown_N = (logits_NS - now_N[:, None]).exp().sum(dim=-1, dtype=torch.float64)
         self._sum_N[rows] = self._sum_N[rows] * (before_N - now_N).double().exp() + grown_N
@@ -37,11 +34,45 @@ class TokenScores:
         self._label_logit_N[rows] = torch.where(inside_N, picked_N, self._label_logit_N[rows])
 
     @property
-    def loss_sum(self) -> float:
-        """Sum of the cross-entropies in nats."""
-        return float((self._highest_N.double() + self._sum_N.log() - self._label_logit_N.double()).sum())
+    def log_sums_N(self) -> torch.Tensor:
+        """Logarithm of the sum of the exponentials of all logits."""
+        return self._highest_N.double() + self._sum_N.log()
 
     @property
-    def correct(self) -> int:
-        """How many labels are the most likely token."""
-        return int((self._best_N == self.labels_N).sum())
+    def losses_N(self) -> torch.Tensor:
+        """Cross-entropies in nats, float64."""
+        return self.log_sums_N - self._label_logit_N.double()
+
+    @property
+    def hits_N(self) -> torch.Tensor:
+        """Whether the label is the most likely token."""
+        return self.best_N == self.labels_N
+
+
+class Divergence:
+    """Kullback-Leibler divergence of N predictions of one model (q) from those of another (p), slice by slice.
+
+    KL(p || q) = sum p (z_p - z_q) - log-sum-exp z_p + log-sum-exp z_q, with z the logits.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._highest_N = torch.full((count,), -torch.inf)
+        self._weight_N = torch.zeros(count, dtype=torch.float64)
+        self._weighted_N = torch.zeros(count, dtype=torch.float64)
+
+    def update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
+        """Take in the same slice of both models' logits for the predictions in `rows`."""
+        p_NS, q_NS = p_logits_NS.double(), q_logits_NS.double()
+        before_N = self._highest_N[rows]
+        now_N = torch.maximum(before_N, p_NS.amax(dim=-1).float())
+        weights_NS = (p_NS - now_N[:, None].double()).exp()
+        # A token that the first model excludes counts nothing, whatever the second one thinks of it.
+        gaps_NS = torch.where(weights_NS > 0, p_NS - q_NS, 0.0)
+        shrink_N = (before_N - now_N).double().exp()
+        self._weight_N[rows] = self._weight_N[rows] * shrink_N + weights_NS.sum(dim=-1)
+        self._weighted_N[rows] = self._weighted_N[rows] * shrink_N + (weights_NS * gaps_NS).sum(dim=-1)
+        self._highest_N[rows] = now_N
+
+    def divergences_N(self, p: TokenScores, q: TokenScores) -> torch.Tensor:
+        """The divergences in nats, given the scores of both models over the same slices; never below zero."""
+        return (self._weighted_N / self._weight_N - p.log_sums_N + q.log_sums_N).clamp_min(0.0)

@@ -4,7 +4,7 @@ Held: one factor at a time. Letters: k rank, out / in features.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.companions import copy_companions
-from onelayer.compiler.compile import LinearSummary
-from onelayer.compiler.emulator import LinearFigures
+from onelayer.compiler.emulator import LinearFigures, LinearSummary
 from onelayer.compiler.emulator_reader import DOWN, UP, Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
@@ -45,6 +44,7 @@ class SliceResult(Result):
     output: str
     parameters_before: int
     parameters_after: int
+    layer_parameters_after: int
     linears: list[LinearSummary]
     report: Report
 
@@ -57,35 +57,46 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
+    source = Emulator.open(emulator)
+    figures, _ = _read_figures(source)
+    if ratio > (stored := figures.settings.ratio):
+        raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
+    ranks = {item.name: rank_for(ratio, *source.shape(item.name)) or item.rank for item in figures.linears}
+    return cut_emulator(emulator, ranks, output, {"ratio": ratio})
+
+
+def cut_emulator(
+    emulator: str | Path, ranks: Mapping[str, int], output: str | Path, settings: Mapping[str, Any]
+) -> SliceResult:
+    """Write the emulator with shorter factors: at most `ranks` directions of each linear; `settings` are recorded."""
     output = Path(output)
     check_output(output)
     source = Emulator.open(emulator)
     figures, document = _read_figures(source)
-    if ratio > (stored := figures.settings.ratio):
-        raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
-    sliced = [_slice_figures(source, item, ratio) for item in figures.linears]
-    ranks = {item.name: item.rank for item in sliced}
-    removed = sum((item.rank - ranks[item.name]) * sum(source.shape(item.name)) for item in figures.linears)
+    sliced = [_cut_figures(item, ranks[item.name]) for item in figures.linears]
+    kept = {item.name: item.rank for item in sliced}
+    removed = sum((item.rank - kept[item.name]) * sum(source.shape(item.name)) for item in figures.linears)
     with atomic_directory(output) as partial, Meter(torch.device("cpu")) as meter:
         copy_companions(source.directory, partial)
-        shard_sizes = _write_shards(partial, source, ranks, meter)
-        _write_config(partial, source, ranks)
+        shard_sizes = _write_shards(partial, source, kept, meter)
+        _write_config(partial, source, kept)
         largest = max(info.size_bytes for info in source.checkpoint.tensors.values())
         report = meter.report(max(shard_sizes), 2 * largest, source.checkpoint.bytes_read)
         result = SliceResult(
             output=str(output),
             parameters_before=figures.parameters_before,
             parameters_after=figures.parameters_after - removed,
-            linears=[LinearSummary(**item.model_dump(include=set(LinearSummary.model_fields))) for item in sliced],
+            layer_parameters_after=figures.layer_parameters_after - removed,
+            linears=[item.summary for item in sliced],
             report=report,
         )
         record = {
             **document,
             "digest": model_digest(partial),
-            "settings": {**document["settings"], "ratio": ratio},
+            "settings": {**document["settings"], **settings},
             "sliced_from": {"digest": source.digest, "ratio": figures.settings.ratio},
-            **result.model_dump(mode="json", exclude={"output", "linears"}),
-            "layer_parameters_after": figures.layer_parameters_after - removed,
+            **result.model_dump(mode="json", exclude={"output", "linears", "report"}),
+            "report": document["report"],
             "linears": [item.model_dump(mode="json") for item in sliced],
         }
         write_json(partial / FIGURES_FILE, record)
@@ -107,10 +118,9 @@ def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
     return figures, document
 
 
-def _slice_figures(source: Emulator, item: LinearFigures, ratio: float) -> LinearFigures:
+def _cut_figures(item: LinearFigures, rank: int) -> LinearFigures:
     """The figures of a prefix: its relative error is sqrt(1 - kept energy / output energy), whatever the data."""
-    rank = min(item.rank, rank_for(ratio, *source.shape(item.name)) or item.rank)
-    if rank == item.rank:
+    if rank >= item.rank:
         return item
     kept = item.singular_values[:rank]
     lost = 1 - sum(value * value for value in kept) / item.output_energy if item.output_energy else 0.0

@@ -8,7 +8,7 @@ between units is the model's own. It runs on the host, where parked hidden state
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.measure import Meter, Progress
+from onelayer.compiler.parking import Parking
 from onelayer.compiler.units import StreamedModel, Unit
 
 Batch = Mapping[str, torch.Tensor]
@@ -61,6 +62,7 @@ class Stream:
     device: torch.device
     meter: Meter
     around: Callable[[Unit], Any] | None = None
+    parking: Parking = field(default_factory=Parking)
     last: int | None = None
     description: str = "stream"
 
@@ -80,6 +82,7 @@ class Stream:
                 consume(index, result)
             else:
                 result.index, result.resume = index, worker
+                self.parking.hold((result.args, result.kwargs))
                 parked.append(result)
 
         with torch.no_grad(), self.streamed.glue(), self._stubs(), _Reader(self.streamed) as reader:

@@ -1,0 +1,92 @@
+"""What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.measure import GIB
+from onelayer.compiler.moments import is_linear, weight_shape
+from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.units import StreamedModel, Unit
+
+# A linear that holds less than this share of its layer's linear weights stays dense: a router or a gate saves nothing
+# and decides much.
+SMALL_SHARE = 0.005
+
+
+def unit_linears(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
+    """The linears below a unit by runtime module name."""
+    for name, module in unit.module.named_modules():
+        if is_linear(module):
+            yield (f"{unit.name}.{name}" if name else unit.name), module
+
+
+def choose_ranks(streamed: StreamedModel, ratio: float) -> dict[str, int]:
+    """The rank of every linear of the repeated layers that is worth factorising, by runtime module name.
+
+    Raises `InputError` where there is none.
+    """
+    ranks = {}
+    for unit in streamed.units:
+        shapes = {name: weight_shape(module) for name, module in unit_linears(unit)}
+        total = sum(out_features * in_features for out_features, in_features in shapes.values())
+        for name, (out_features, in_features) in shapes.items():
+            rank = rank_for(ratio, out_features, in_features)
+            if unit.is_block and rank is not None and out_features * in_features >= SMALL_SHARE * total:
+                ranks[name] = rank
+    if not ranks:
+        kind = type(streamed.model).__name__
+        raise InputError(f"{streamed.checkpoint.directory}: {kind} has no linears in repeated layers to factorise")
+    return ranks
+
+
+def saved_parameters(streamed: StreamedModel, ranks: Mapping[str, int]) -> int:
+    """How many weights fewer an emulator of these ranks holds."""
+    saved = 0
+    for unit in streamed.units:
+        for name, module in unit_linears(unit):
+            if name in ranks:
+                out_features, in_features = weight_shape(module)
+                saved += out_features * in_features - ranks[name] * (out_features + in_features)
+    return saved
+
+
+def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int:
+    """Parameters of the model, tied ones once; of its repeated layers alone if asked."""
+    names = [name for unit in streamed.units if unit.is_block or not blocks_only for name in unit.parameters]
+    names += () if blocks_only else streamed.outside
+    return sum(streamed.bare_parameter(name).numel() for name in names if name not in streamed.aliases)
+
+
+def workspace_bytes(streamed: StreamedModel, ranks: Mapping[str, int], batch_tokens: int) -> int:
+    """What compile holds beside the weights of the largest unit, predicted from shapes alone.
+
+    Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
+    unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead.
+    """
+    worst = 0
+    for unit in streamed.units:
+        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
+        moments = sum(8 * min(shape) ** 2 for shape in shapes)
+        solver = max((8 * (4 * min(shape) ** 2 + 4 * shape[0] * shape[1]) for shape in shapes), default=0)
+        batch = batch_tokens * sum(out_features + in_features for out_features, in_features in shapes) * 8
+        worst = max(worst, moments + solver + batch + unit.weight_bytes)
+    return worst
+
+
+def check_disk(output: Path, streamed: StreamedModel, ranks: Mapping[str, int], copies: int = 1) -> None:
+    """Refuse, before any work, an emulator that the disk has no room for."""
+    parameters = stored_parameters(streamed) - saved_parameters(streamed, ranks)
+    needed_bytes = copies * parameters * streamed.dtype.itemsize
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free_bytes = shutil.disk_usage(parent).free
+    if needed_bytes > free_bytes:
+        raise InputError(
+            f"{output}: needs {needed_bytes / GIB:.1f} GiB and {parent} has {free_bytes / GIB:.1f} GiB free; make "
+            "room, lower --ratio or choose another --output"
+        )

@@ -1,0 +1,83 @@
+"""Where parked hidden states lie: in host memory up to a budget, beyond it in mapped files, with the same values.
+
+A tensor is moved by giving the very same tensor object another storage, so that every reference to it, those in the
+frames of the model's own code included, follows.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import onelayer_home
+
+# Smaller tensors cost less to keep than to file.
+SMALLEST_BYTES = 16 << 10
+# By default parked states may take this share of the memory that is free when the pass begins.
+DEFAULT_SHARE = 0.5
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_bytes(text: str | int, field: str) -> int:
+    """Bytes of a quantity like `24GiB`, `500MB` or a plain number. Raises `InputError` naming the field."""
+    if isinstance(text, int):
+        return text
+    digits = text.strip().rstrip("ABGIKMabgikm")
+    unit = text.strip()[len(digits) :].upper() or "B"
+    try:
+        amount = float(digits)
+    except ValueError:
+        amount = -1.0
+    if unit not in UNITS or amount < 0:
+        raise InputError(f"{field} {text!r}: not a size; write it like 8GiB or 500MB")
+    return int(amount * UNITS[unit])
+
+
+class Parking:
+    """Holds the tensors of parked batches within `budget_bytes` of host memory; the rest goes to mapped files."""
+
+    def __init__(self, budget_bytes: int | None = None) -> None:
+        available = psutil.virtual_memory().available
+        self.budget_bytes = int(available * DEFAULT_SHARE) if budget_bytes is None else budget_bytes
+        self.spilled_bytes = 0
+        # Bytes in host memory of every tensor seen that still lives: none, once it lies in a file.
+        self._held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @property
+    def held_bytes(self) -> int:
+        """Host memory of the parked tensors that live now."""
+        return sum(self._held.values())
+
+    def hold(self, arguments: Any) -> None:
+        """Take in what one parked call holds on to; what is known already is not counted again."""
+        for tensor in tree_leaves(arguments):
+            if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor in self._held:
+                continue
+            size_bytes = tensor.untyped_storage().nbytes()
+            if size_bytes < SMALLEST_BYTES:
+                continue
+            if self.held_bytes + size_bytes > self.budget_bytes and tensor.is_contiguous():
+                self._spill(tensor)
+                size_bytes = 0
+            self._held[tensor] = size_bytes
+
+    def _spill(self, tensor: torch.Tensor) -> None:
+        directory = onelayer_home() / "spill"
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=directory)
+        try:
+            os.truncate(descriptor, tensor.nbytes)
+            mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        finally:
+            os.close(descriptor)
+            Path(name).unlink()  # the mapping keeps the bytes for as long as the tensor lives, and no longer
+        with torch.no_grad():
+            mapped.copy_(tensor.reshape(-1))
+            tensor.set_(mapped.untyped_storage(), 0, tensor.shape, tensor.stride())
+        self.spilled_bytes += tensor.nbytes

@@ -1,0 +1,111 @@
+"""One unit of the original that is held, run as several models: alone, with an adapter, or as its emulator would."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.moments import is_linear
+from onelayer.compiler.units import Unit, bare_name
+
+Run = Callable[[int, Any, Any], Any]
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a unit runs as: with the named adapter, or with an emulator's factors for weights; the original if neither.
+
+    An emulator differs from its original in nothing but these factors, so it needs no model of its own.
+    """
+
+    adapter: str | None = None
+    emulator: Emulator | None = None
+
+
+def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], None]:
+    """Lets PEFT wrap the empty model in every adapter, by name; their own small weights are real, on the host."""
+
+    def prepare(model: PreTrainedModel) -> None:
+        wrapped: Any = None
+        for name, path in adapters.items():
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)
+            else:
+                wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
+        model.eval()
+
+    return prepare
+
+
+def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
+    """Runs a unit as the variant of the batch at hand: stream index i is variant i % n."""
+
+    @contextmanager
+    def around(unit: Unit) -> Iterator[Run]:
+        layers = [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        emulators = {item.emulator.directory: item.emulator for item in variants if item.emulator is not None}
+        factors = {directory: _factors(unit, emulator, device) for directory, emulator in emulators.items()}
+
+        def run(index: int, args: Any, kwargs: Any) -> Any:
+            variant = variants[index % len(variants)]
+            for layer in layers:
+                layer.enable_adapters(variant.adapter is not None)
+                if variant.adapter is not None:
+                    layer.set_adapter([variant.adapter] if isinstance(layer, BaseTunerLayer) else variant.adapter)
+            if variant.emulator is None:
+                return type(unit.module).forward(unit.module, *args, **kwargs)
+            with _standing_in(unit.module, factors[variant.emulator.directory]) as forward:
+                return forward(*args, **kwargs)
+
+        yield run
+
+    return around
+
+
+def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a unit with their names in the unadapted model; what PEFT wraps has that of its wrapper."""
+    for name, module in unit.module.named_modules():
+        yield bare_name(f"{unit.name}.{name}" if name else unit.name), module
+
+
+def _factors(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Factors]:
+    """Up and down of the compressed linears of a unit."""
+    found = {}
+    for name, module in named_parts(unit):
+        if name in emulator.facts.ranks and is_linear(module):
+            up, down = emulator.factors(name)
+            found[module] = (up.to(device), down.to(device))
+    return found
+
+
+@contextmanager
+def _standing_in(module: nn.Module, factors: Mapping[nn.Module, Factors]) -> Iterator[Callable[..., Any]]:
+    """The forward of `module`, its compressed linears replaced by their factors meanwhile."""
+
+    def low_rank(linear: nn.Module, up: torch.Tensor, down: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        bias = linear.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return lambda x: F.linear(F.linear(x, down), up, bias)
+
+    replaced = {linear: low_rank(linear, *pair) for linear, pair in factors.items()}
+    inner = [linear for linear in replaced if linear is not module]
+    for linear in inner:
+        linear.forward = replaced[linear]
+    try:
+        # The unit's own forward is the stream's stub, so it is called past that.
+        own = type(module).forward
+        yield replaced.get(module) or (lambda *args, **kwargs: own(module, *args, **kwargs))
+    finally:
+        for linear in inner:
+            del linear.forward

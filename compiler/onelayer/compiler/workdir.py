@@ -1,0 +1,155 @@
+"""The directory in which a compile grows: one durable file per finished unit, so that a kill costs at most one unit.
+
+Beside the output lies `.NAME.compile` with the shards of finished units, a record for each (written after its shard)
+and `identity.json`, which says what the run was begun with. It becomes the output in one rename, or is taken up again.
+"""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onelayer.compiler.checkpoint import read_header
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import check_output, publish_directory, read_json, write_json
+
+IDENTITY_FILE = "identity.json"
+RECORD_PATTERN = "unit-*.json"
+
+
+class UnitRecord(BaseModel):
+    """What a finished unit left: its shard, the bytes of each tensor in it, and figures for the final report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    position: int
+    shard: str
+    tensor_bytes: dict[str, int]
+    linears: list[dict[str, Any]]
+    dense: dict[str, str]
+
+
+class WorkDirectory:
+    """A compile in progress. `finished` are the records of units that need not be done again, by position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.finished: dict[int, UnitRecord] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, output: Path, identity: Mapping[str, Any], resume: bool) -> Iterator["WorkDirectory"]:
+        """Begin or take up the work for `output`; on an error it is kept if any unit is finished.
+
+        Raises `InputError` where the work was begun with something else, naming the fields, or is being done by
+        another process.
+        """
+        check_output(output)
+        path = output.absolute().with_name(f".{output.absolute().name}.compile")
+        lock = FileLock(path.with_suffix(".compile.lock"), timeout=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with lock:
+                work = cls._begin(path, identity, resume)
+                try:
+                    yield work
+                finally:
+                    if not any(path.glob(RECORD_PATTERN)):
+                        shutil.rmtree(path, ignore_errors=True)
+        except Timeout:
+            raise InputError(
+                f"{output}: another process is compiling it now; wait for it or choose another --output"
+            ) from None
+        finally:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+
+    @classmethod
+    def _begin(cls, path: Path, identity: Mapping[str, Any], resume: bool) -> "WorkDirectory":
+        work = cls(path)
+        if path.exists() and not resume:
+            shutil.rmtree(path)
+        if (path / IDENTITY_FILE).is_file():
+            work._check_identity(identity)
+            work._read_records()
+            return work
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+        try:
+            path.mkdir()
+        except OSError as error:
+            raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another --output") from None
+        write_json(path / IDENTITY_FILE, dict(identity))
+        return work
+
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+        begun = read_json(self.path / IDENTITY_FILE)
+        differing = [name for name in {**begun, **identity} if begun.get(name) != identity.get(name)]
+        if differing:
+            told = ", ".join(
+                f"{name} was {begun.get(name)!r} and is {identity.get(name)!r}" for name in sorted(differing)
+            )
+            raise InputError(f"{self.path}: begun with other input ({told}); give --no-resume to start anew")
+
+    def _read_records(self) -> None:
+        """Take up the units whose record and shard are whole; anything else is done again."""
+        for file in sorted(self.path.glob(RECORD_PATTERN)):
+            try:
+                record = UnitRecord.model_validate(read_json(file))
+                table, _ = read_header(self.path / record.shard) if record.shard else ({}, {})
+            except (InputError, ValidationError):
+                continue
+            if {name: info.size_bytes for name, info in table.items()} == record.tensor_bytes:
+                self.finished[record.position] = record
+
+    def finish_unit(self, record: UnitRecord) -> None:
+        """Record a unit whose shard is on the disk."""
+        write_json(self.path / f"unit-{record.position:05d}.json", record.model_dump(mode="json"))
+        self.finished[record.position] = record
+
+    def discard(self) -> None:
+        """Remove the work, once what it led to is safe elsewhere."""
+        shutil.rmtree(self.path)
+
+    def publish(self, output: Path) -> None:
+        """Make the finished directory the output, in one step."""
+        for file in (self.path / IDENTITY_FILE, *self.path.glob(RECORD_PATTERN)):
+            file.unlink()
+        publish_directory(self.path, output)
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a stop at the next unit boundary; a second signal stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if a stop was asked for."""
+        if self._asked:
+            raise KeyboardInterrupt

@@ -1,0 +1,140 @@
+"""Normalisation layers, recognised by what they compute, whose backward pass needs the normalised tokens alone.
+
+A norm is y = x̂ * scale + bias with x̂ = (x - mean) * r, r the inverse root mean square per token (inverse standard
+deviation where the mean is taken off). x̂ is kept compressed and r exactly; y is rebuilt from x̂ for whatever the norm
+feeds, and the gradient of x follows from x̂ and r. Nothing is divided by the weight, which may be zero.
+Shapes: (..., n) for x, x̂ and y, (..., 1) for r.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from onelayer.runtime.qb import Compressed
+
+_DEFAULT_EPSILON = 1e-6
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}  # of x̂'s size, which is 1; shorter floats get the next line
+_SHORT_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a module computes: is the mean taken off, is the scale 1 + weight, and the epsilon under the root."""
+
+    centred: bool
+    plus_one: bool
+    epsilon: float
+
+    def normalise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x̂ in the precision of x, and r in float32 or better."""
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * inverse).to(x.dtype), inverse
+
+    def scale(self, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """What x̂ is multiplied by."""
+        return weight if weight is None or not self.plus_one else 1.0 + weight.float()
+
+
+@dataclass(frozen=True)
+class NormCopy:
+    """The one stored copy of a norm's output: it serves the norm's backward and the recomputation of what follows."""
+
+    normalised: Compressed
+    norm: Norm
+    module: nn.Module
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def rebuild(self) -> torch.Tensor:
+        """y, from the approximated x̂."""
+        y = self.normalised.rebuild()
+        scale, bias = self.norm.scale(_parameter(self.module, "weight")), _parameter(self.module, "bias")
+        y = y if scale is None else y * scale
+        return (y if bias is None else y + bias).to(self.dtype)
+
+
+def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
+    """The norm that turns x into y by the module's parameters, or None.
+
+    Tried on the tensors of a real call, whatever the module is called: with and without the mean, weight and
+    1 + weight, and every small number among its attributes as epsilon.
+    """
+    shape = (x.shape[-1],)
+    parameters = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+    if next(module.children(), None) is not None or x.shape != y.shape or not x.is_floating_point():
+        return None
+    if not parameters.keys() <= {"weight", "bias"} or any(size != shape for size in parameters.values()):
+        return None
+    numbers = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
+    tolerance = _TOLERANCE.get(y.dtype, _SHORT_TOLERANCE)
+    for epsilon in dict.fromkeys([*numbers, _DEFAULT_EPSILON]):
+        for centred in (False, True):
+            for plus_one in (False, True):
+                norm = Norm(centred, plus_one, epsilon)
+                if _error(norm, module, x, y) < tolerance:
+                    return norm
+    return None
+
+
+@torch.no_grad()
+def _error(norm: Norm, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest difference between y and what `norm` gives, relative to the largest entry of y."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    normalised, _ = norm.normalise(x.to(wide))
+    scale, bias = norm.scale(_parameter(module, "weight")), _parameter(module, "bias")
+    expected = normalised if scale is None else normalised * scale
+    expected = expected if bias is None else expected + bias
+    largest = y.abs().max().item()
+    return (expected - y).abs().max().item() / largest if largest else float("inf")
+
+
+def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    value = getattr(module, name, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+class CompressedNorm(torch.autograd.Function):
+    """The module's own forward, and a backward from the compressed x̂ and the exact r."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        copy: NormCopy,
+        inverse: torch.Tensor,
+    ) -> torch.Tensor:
+        """y, bit for bit what the module gives."""
+        ctx.copy, ctx.inverse = copy, inverse
+        ctx.save_for_backward(weight)
+        ctx.x_dtype = x.dtype
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, and of weight and bias where they are trained."""
+        (weight,) = ctx.saved_tensors
+        norm: Norm = ctx.copy.norm
+        wide = gradient.to(ctx.inverse.dtype)
+        normalised = ctx.copy.normalised.rebuild().to(wide.dtype)
+        leading = tuple(range(gradient.ndim - 1))
+        weight_gradient = (wide * normalised).sum(leading).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        bias_gradient = wide.sum(leading).to(gradient.dtype) if ctx.needs_input_grad[2] else None
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            scale = norm.scale(weight)
+            wide = wide if scale is None else wide * scale
+            inner = wide - normalised * (wide * normalised).mean(-1, keepdim=True)
+            inner = inner - wide.mean(-1, keepdim=True) if norm.centred else inner
+            x_gradient = (inner * ctx.inverse).to(ctx.x_dtype)
+        return x_gradient, weight_gradient, bias_gradient, None, None, None

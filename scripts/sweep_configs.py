@@ -1,0 +1,147 @@
+"""Tiny configurations for the sweep: a model type's config class goes in, a small one whose sizes fit each other comes out.
+
+Sizes go by the meaning of the fields' names. Where a class relates its fields in a way that no name tells, `OVERRIDES`
+holds what is needed for that one class; the product itself knows no model by name.
+"""
+
+import re
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCABULARY = 32, 4, 8, 2, 128
+# Ids from here on are kept for special tokens; plain text uses lower ones.
+FIRST_SPECIAL_ID = 101
+
+# Field name (whole, as a regular expression) -> tiny value. First match wins.
+TINY_FIELDS: list[tuple[str, Any]] = [
+    (r"(pad|bos|eos|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_(id|index)", 1),
+    (r"vocab_size|text_vocab_size|n_vocab|vocab_size_per_layer_input", VOCABULARY),
+    (r"num_(key_value|kv|query)_(heads|groups)|num_kv_heads|n_head_kv|multi_query_group_num|.*_key_value_heads", 2),
+    (r".*(num|n)_?.*heads?|num_attention_heads|attention_heads|n_head|encoder_attention_heads|mamba_num_heads", HEADS),
+    (r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth|.*_num_hidden_layers", LAYERS),
+    (r"num_(temporal|local|global|shared|dense|fusion|query_encoder|audio_|formula_)*_?(hidden_)?layers", LAYERS),
+    (r"qk_head_dim", 2 * HEAD_DIM),
+    (r"(qk_nope|qk_rope|v)_head_dim|head_dim|.*_head_dim|attention_head_dim|d_kv|kv_channels|head_size|rotary_dim", HEAD_DIM),
+    (r"(q|kv|o)_lora_rank|lora_rank.*|.*_lora_rank|laurel_rank|adapter_rank", 16),
+    (r".*(intermediate|ffn|ff)_(size|dim|hidden_size)|d_ff|n_inner|ffn_hidden_size|d_inner", 64),
+    (r"moe_.*size|expert_.*size|shared_expert_.*size", 32),
+    (r"(n|num)_(routed_|local_|total_)?experts|moe_num_experts", 4),
+    (r"num_experts_per_tok|num_selected_experts|moe_k|moe_top_?k|top_k|num_experts_per_token|top_k_experts", 2),
+    (r"n_groups|mamba_ngroups", 2),
+    (r"n_group|topk_group|num_expert_groups?", 1),
+    (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
+    (r"(hidden|embedding|model|projection|embed|word_embed_proj|attention_hidden|lru|emb)_?_?(size|dim|width)", HIDDEN),
+    (r"d_model|n_embd|dim|out_hidden_size|text_hidden_size|text_embed_dim|output_dim|projector_.*size|backbone_hidden_size", HIDDEN),
+    (r"(encoder|decoder|audio|vision|text|mm|cross_attention|vit|global|per_layer)_hidden_(size|dim)|hidden_size_\w+", HIDDEN),
+    (r"(max|n)_position(s|_embeddings)?|max_sequence_length|max_seq_len|n_ctx|seq_length|context_length", 128),
+    (r"max_(source|target)_positions", 64),
+    (r"(sliding|attention)_window(_size)?|window|window_size", 8),
+    (r"image_size|img_size", 32),
+    (r"(spatial_)?patch_size", 8),
+    (r"(state|ssm_state|mamba_d_state)_?(size|dim)?|mamba_d_state|time_step_rank", 16),
+    (r"num_mel_bins|feature_size", 16),
+    (r".*dropout.*|.*pdrop.*|.*drop_rate|layerdrop|.*layerdrop|drop_path.*", 0.0),
+]  # fmt: skip
+LAYER_INDEXES = r".*(index|indexes|indices|_ids|layers)"
+
+
+def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A configuration of `cls` whose sizes are small and fit each other, as far as names and `OVERRIDES` tell."""
+    special = OVERRIDES.get(cls.model_type, {})
+    default = _default(cls, special)
+    fields: dict[str, Any] = {}
+    specials: dict[Any, int] = {}
+    declared = cls.__dataclass_fields__
+    for name, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            fields[name] = tiny_config(type(value)).to_dict()
+        elif name in declared:
+            small = _tiny_value(name, value, default, specials)
+            if small is not None:
+                fields[name] = small
+    for name, value in special.items():
+        fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
+    return cls(**fields)
+
+
+def _default(cls: type[PreTrainedConfig], special: dict[str, Any]) -> PreTrainedConfig:
+    """The class's own configuration; a few classes have none that they accept."""
+    try:
+        return cls()
+    except (ValueError, StrictDataclassError):
+        return cls(**special)
+
+
+def _layers(*kinds: str) -> dict[str, list[str]]:
+    return {"layer_types": [f"{kind}_attention" for kind in kinds]}
+
+
+def _tiny_value(name: str, value: Any, default: PreTrainedConfig, specials: dict[Any, int]) -> Any:
+    """The small value of one field, or None where the default may stay."""
+    if re.fullmatch(r".*(num_)?(key_value|kv)_heads", name):
+        heads = vars(default).get("num_attention_heads", vars(default).get("num_heads"))
+        if value is not None:
+            return HEADS if value == heads else min(2, value)
+        return HEADS if name == "num_key_value_heads" else None
+    if name == "head_dim" and value is None:
+        return HEAD_DIM
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, list | tuple):
+        return _tiny_list(name, list(value), default)
+    if isinstance(value, dict):
+        return _tiny_rope(value) if "rope" in name else None
+    small = next((small for pattern, small in TINY_FIELDS if re.fullmatch(pattern, name)), None)
+    if small is None and re.fullmatch(r"\w+_token_(id|index)", name) and isinstance(value, int):
+        return specials.setdefault(value, FIRST_SPECIAL_ID + len(specials))
+    if small is None or not isinstance(value, int | float) or (isinstance(value, float) != isinstance(small, float)):
+        return None
+    return min(small, value) if value > 0 else value
+
+
+def _tiny_list(name: str, value: list[Any], default: PreTrainedConfig) -> list[Any] | None:
+    """One entry for each layer that is left: every kind of layer first, as far as there is room."""
+    layers = vars(default).get("num_hidden_layers")
+    if layers and len(value) == layers and layers > LAYERS and "token" not in name:
+        kinds = list(dict.fromkeys(value)) if all(isinstance(item, str | int | float) for item in value) else value
+        return (kinds + value)[:LAYERS]
+    if value and all(type(item) is int for item in value) and re.fullmatch(LAYER_INDEXES, name):
+        return sorted({min(item, index) for index, item in enumerate(value)} & set(range(LAYERS)))
+    return None
+
+
+def _tiny_rope(value: dict[str, Any]) -> dict[str, Any]:
+    found = {key: _tiny_rope(item) if isinstance(item, dict) else item for key, item in value.items()}
+    if "mrope_section" in found:
+        found |= {"mrope_section": [2, 1, 1]}
+        found.pop("partial_rotary_factor", None)
+    return found
+
+
+# What one config class relates in a way that no name tells, by its `model_type`; nested configs are merged.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full"),
+    },
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full")},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
+    "mamba2": {"head_dim": 16},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+}  # fmt: skip
