@@ -9,14 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from demo_model import demo_directory
 from onelayer.compiler.files import read_json
 from onelayer.runtime import pipeline
+from onelayer.runtime.artifacts import ArtifactStore
 from onelayer.runtime.cli_format import size, table
 from onelayer.runtime.manifest import load_manifest
-from tqdm import tqdm
 
 MANIFEST = Path(__file__).parent.parent / "manifests" / "demo.yaml"
+STREAMED = ("compile", "correct", "evaluate")
 ROWS = {
     "original": "the original model",
     "uncorrected": "+ adapter trained on the emulator, as it is",
@@ -67,7 +70,19 @@ def costs(result: pipeline.RunResult) -> str:
     """The emulator's size, and what the streamed passes held beside what one layer weighs."""
     payload = {step.name: Path(step.path) for step in result.steps if step.path}
     emulator = read_json(payload["compile"] / "emulator.json")
-    return str(sorted(emulator))
+    before, after = emulator["layer_parameters_before"], emulator["layer_parameters_after"]
+    reports = {"compile": emulator["report"]}
+    for name, path in payload.items():
+        if name.endswith("evaluate"):
+            reports[name] = read_json(path / "evaluation.json")["report"]
+    lines = [["Memory", "largest unit", "workspace, predicted", "peak, measured"]]
+    for name, report in reports.items():
+        fields = ("largest_unit_bytes", "workspace_bytes", "peak_device_bytes")
+        lines.append([name, *(size(report[field]) for field in fields)])
+    return (
+        f"Emulator: {after:,} of the original's {before:,} layer parameters ({after / before:.0%})\n\n{table(lines)}\n"
+        "(peak: how far the process's memory grew while the layers streamed by; the CPU is the device here)"
+    )
 
 
 if __name__ == "__main__":

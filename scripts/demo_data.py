@@ -1,4 +1,4 @@
-"""Text that ships with Python in; out comes what the demo learns from: source code, and two tasks the model has not seen.
+"""Text that ships with Python in; out comes what the demo learns from: source code, and two tasks unlike it.
 
 The tasks are the prose of the language reference (`pydoc_data/topics.py`) and the tables of character encodings
 (`encodings/*.py`). Both are kept out of the code that the model is first trained on.
@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 from onelayer.compiler.files import write_text
 
 SEED = 0
-# Tests are packaged apart by some distributions, and so are idlelib and its kin: left out, the text is alike everywhere.
+# Some distributions package tests, idlelib and the like apart: without them the text is alike everywhere.
 NOT_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 TASK_FOLDERS = {"encodings", "pydoc_data"}
 # A window fills the 128 tokens that all passes of the demo look at; tables take more tokens per character than prose.
@@ -43,7 +43,9 @@ def write_tasks(directory: Path, code: Sequence[str]) -> None:
         train = windows([text for index, text in enumerate(texts) if index % 4], characters)
         shown[task] = train
         write_windows(directory / f"{task}.train.jsonl", train[:TRAIN_WINDOWS])
-        write_windows(directory / f"{task}.test.jsonl", [text for text in test if text not in set(train)][:TEST_WINDOWS])
+        write_windows(
+            directory / f"{task}.test.jsonl", [text for text in test if text not in set(train)][:TEST_WINDOWS]
+        )
     mix = [text for texts in shown.values() for text in texts[:CALIBRATION_WINDOWS]]
     write_windows(directory / "calibration.jsonl", mix)
 

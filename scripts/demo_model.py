@@ -8,15 +8,20 @@ import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from demo_data import SEED, standard_library, write_tasks
-from filelock import FileLock
 from onelayer.compiler.files import atomic_directory, onelayer_home, sha256_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 VERSION = 1  # raised by hand when this file or demo_data.py starts to make something else
 END_OF_TEXT = "<|end|>"
 VOCABULARY = 2048
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -63,7 +68,7 @@ def train_model(code: Sequence[str], directory: Path) -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
+        tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SHAPE, **tokens))
     # Muon for the layers' matrices: on so few steps it gets twice as far as AdamW alone.
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]

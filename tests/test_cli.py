@@ -26,12 +26,12 @@ OPTIONS = {
     "compile": "MODEL --batch-size --calibration --device --json --max-length --output --ratio --samples --seed",
     "slice": "EMULATOR --json --output --ratio",
     "train": (
-        "EMULATOR --batch-size --data --epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
+        "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
         "--max-length --max-steps --output --resume --seed --target-modules"
     ),
-    "correct": "ADAPTER --emulator --json --limit --model --output",
-    "merge": "ADAPTER --json --model --output",
-    "evaluate": "MODEL --adapter --batch-size --data --device --json --max-length",
+    "correct": "ADAPTER --data --emulator --json --limit --model --output",
+    "merge": "ADAPTER... --json --model --output --weight",
+    "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",
     "inspect": "PATH --json",
     "run": "MANIFEST --dry-run --json --task",
     "artifacts list": "--json",

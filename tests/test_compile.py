@@ -14,7 +14,7 @@ from onelayer.compiler.compile import compile_emulator
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.tokens import load_tokenizer
-from tiny import TINY, save_tiny
+from tiny import TINY, causal, save_tiny, tiny_tokenizer
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
 
@@ -204,3 +204,37 @@ def test_a_killed_writer_leaves_no_emulator(tmp_path: Path, data: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         compile_emulator(tmp_path / "model", data, tmp_path / "emulator", ratio=0.5, max_length=24)
     assert not (tmp_path / "emulator").exists()
+
+
+def test_ranks_by_spectrum_cost_no_more_and_err_less(tmp_path: Path, data: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    uniform, spectrum = (
+        compile_emulator(tmp_path / "model", data, tmp_path / kind, ratio=0.3, max_length=24, rank_allocation=kind)
+        for kind in ("uniform", "spectrum")
+    )
+    assert 0 <= uniform.parameters_after - spectrum.parameters_after < 96
+    errors = [sum(linear.error**2 for linear in result.linears) for result in (uniform, spectrum)]
+    assert errors[1] < errors[0]
+    assert Emulator.open(tmp_path / "spectrum").facts.ranks == {item.name: item.rank for item in spectrum.linears}
+
+
+def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"text": " ".join(TEXTS) * 2 + str(i)}) + "\n" for i in range(24)))
+    for layers in (2, 8):
+        causal("Llama", num_hidden_layers=layers, **shape).save_pretrained(tmp_path / str(layers))
+        tiny_tokenizer(tmp_path / str(layers))
+    grown = {}
+    for layers, samples in ((2, 4), (2, 24), (8, 4), (8, 24)):
+        name = f"{layers}-{samples}"
+        settings: dict[str, Any] = {"samples": samples, "max_length": 100, "host_memory": 0, "ratio": 0.2}
+        result = compile_emulator(tmp_path / str(layers), data, tmp_path / f"emulator-{name}", **settings)
+        grown[name] = result.report.peak_device_bytes
+        assert result.report.peak_device_bytes <= 1.5 * (
+            result.report.largest_unit_bytes + result.report.workspace_bytes
+        )
+    layer_bytes = result.report.largest_unit_bytes
+    assert max(grown.values()) - min(grown.values()) < 3 * layer_bytes, (
+        "six more layers, or twenty more samples, are held"
+    )

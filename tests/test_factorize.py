@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.factorize import Factors, factorize
 from onelayer.compiler.moments import Gram, MomentHooks, Moments
-from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.ranks import Spectrum, rank_for, ranks_by_spectrum
 
 CPU = torch.device("cpu")
 
@@ -228,3 +228,39 @@ def test_a_rank_never_costs_more_than_the_matrix(ratio: float, out_features: int
 
 def test_ranks_of_the_paper() -> None:
     assert (rank_for(0.4, 4096, 4096), rank_for(0.4, 4096, 14336)) == (819, 1274)
+
+
+def spectra_of(shapes: dict[str, tuple[int, int]], decay: dict[str, float]) -> dict[str, Spectrum]:
+    found = {}
+    for name, (out_features, in_features) in shapes.items():
+        values = [(k + 1) ** -decay[name] for k in range(min(out_features, in_features))]
+        found[name] = Spectrum(out_features, in_features, values, sum(value * value for value in values))
+    return found
+
+
+def summed_error(spectra: dict[str, Spectrum], ranks: dict[str, int]) -> float:
+    return sum(
+        1 - sum(v * v for v in item.singular_values[: ranks[name]]) / item.energy for name, item in spectra.items()
+    )
+
+
+def test_ranks_by_spectrum_spend_no_more_and_lose_less() -> None:
+    shapes = {"flat": (64, 64), "steep": (64, 64), "tall": (128, 32), "wide": (32, 128)}
+    spectra = spectra_of(shapes, {"flat": 0.1, "steep": 2.0, "tall": 0.5, "wide": 1.0})
+    uniform = {name: rank_for(0.4, *shape) or 0 for name, shape in shapes.items()}
+    chosen = ranks_by_spectrum(spectra, 0.4)
+    weights = [sum(ranks[name] * sum(shapes[name]) for name in shapes) for ranks in (chosen, uniform)]
+    assert weights[1] - max(map(sum, shapes.values())) < weights[0] <= weights[1]
+    assert summed_error(spectra, chosen) < summed_error(spectra, uniform)
+    assert chosen["steep"] < uniform["steep"]
+    assert min(chosen.values()) >= 1
+
+
+def test_ranks_by_spectrum_are_the_best_of_all_for_a_small_case() -> None:
+    from itertools import product as every
+
+    spectra = spectra_of({"a": (4, 4), "b": (4, 4)}, {"a": 0.3, "b": 1.5})
+    budget = 8 * sum(rank_for(0.9, 4, 4) or 0 for _ in spectra)
+    allowed = [ranks for ranks in every(range(1, 5), repeat=2) if 8 * sum(ranks) <= budget]
+    best = min(allowed, key=lambda ranks: summed_error(spectra, dict(zip(spectra, ranks, strict=True))))
+    assert tuple(ranks_by_spectrum(spectra, 0.9).values()) == best

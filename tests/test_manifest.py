@@ -139,7 +139,7 @@ def test_duplicate_keys_are_refused_wherever_they_are(folder: Path) -> None:
         ("a: !!python/object:os.system {}", "not valid YAML"),
         (GOOD.replace("sql:", "no/path:"), "tasks"),
         (GOOD.replace("tasks:", "tasks: {}\nother:"), "tasks: "),
-        (GOOD + "correct: {limit: null}", "correct.limit: write a number, or `none`"),
+        (GOOD + "correct: {limit: null}", "correct.limit: write a number, `none`"),
         (GOOD + "correct: {limit: -1}", "correct.limit: "),
         (GOOD + "correct: {limit: .nan}", "correct.limit: "),
         (GOOD.replace("mix.jsonl", "model.csv"), "model.csv: no such file"),

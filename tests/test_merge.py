@@ -56,7 +56,8 @@ def merged_by_peft(directory: Path, adapter: Path, dtype: torch.dtype) -> dict[s
 def test_it_is_what_peft_merges(
     config: dict[str, Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "BLOCK_BYTES", 1 << 10)  # a few rows at a time
+    monkeypatch.setattr(merge, "CHUNK_BYTES", 1 << 10)  # a few rows at a time
+    monkeypatch.setattr(merge, "BLOCK_BYTES", 500)
     save_tiny("qwen2", tmp_path / "original", dtype, shards=3)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", **config)
     result = merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "merged")
@@ -77,13 +78,13 @@ def test_it_is_what_peft_merges(
 def test_no_weight_is_ever_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "original", torch.bfloat16)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules="all-linear")
-    monkeypatch.setattr(merge, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(merge, "CHUNK_BYTES", 1 << 10)
     monkeypatch.setattr(Checkpoint, "read", None)
     spans = []
     read_rows = Checkpoint.read_rows
 
     def recorded(self: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
-        spans.append((stop - start) * self.tensors[name].shape[1] * 4)
+        spans.append((stop - start) * self.tensors[name].shape[1] * 2)
         return read_rows(self, name, start, stop)
 
     monkeypatch.setattr(Checkpoint, "read_rows", recorded)
@@ -206,7 +207,7 @@ def test_a_corrected_adapter_says_so_and_an_uncorrected_one_too(tmp_path: Path) 
         result = merge_adapter(adapter, model=tmp_path / "original", output=tmp_path / name)
         written = read_json(tmp_path / name / "onelayer.json")
         assert written["base"]["digest"] == digest
-        assert written["adapter"]["corrected"] == result.corrected
+        assert [part["corrected"] for part in written["adapters"]] == [result.corrected]
         return result.corrected
 
     assert merged(tmp_path / "adapter", "foreign") is None

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import causal, tiny_tokenizer
 
 from onelayer.compiler.compile import compile_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import sha256_file
+from tiny import causal, tiny_tokenizer
 
 LAYERS = 6
 

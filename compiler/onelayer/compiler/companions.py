@@ -13,7 +13,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
             continue
         if path.is_dir():
-            (target / path.name).mkdir()
+            (target / path.name).mkdir(exist_ok=True)
             copy_companions(path, target / path.name)
         else:
             shutil.copyfile(path, target / path.name)

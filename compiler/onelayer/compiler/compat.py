@@ -3,11 +3,12 @@
 Goes in: a model directory. Comes out: the real model class without weights, and its own rules for turning checkpoint
 tensors into parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
 `convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `initialize_weights`, `_no_split_modules`,
-`_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`. `tests/test_compat.py` says which one broke.
+`_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`. `tests/test_compat.py` says which one broke.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,20 @@ def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dty
     return next(stored, torch.float32)
 
 
-def build_skeleton(config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
-    """The real model on the meta device, in evaluation mode; buffers that no checkpoint holds are real, on the host."""
+def build_skeleton(
+    config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype, computed: Collection[str] = ()
+) -> PreTrainedModel:
+    """The real model on the meta device, in evaluation mode.
+
+    Buffers that no checkpoint holds are real, on the host, and so are the parameters named in `computed`.
+    """
     with torch.device("meta"):
         model: PreTrainedModel = cls._from_config(config, dtype=dtype)
-    for parameter in model.parameters():
+    for name, parameter in list(model.named_parameters()):
+        if name in computed:
+            owner, leaf = owner_of(model, name)
+            owner._parameters[leaf] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            continue
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps the initialiser from touching it
         parameter.requires_grad_(False)
     for name, buffer in list(model.named_buffers()):
@@ -125,7 +135,20 @@ def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
         return declared
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     inner = {part for module in lists for part in module.modules() if part is not module}
-    return frozenset(item for module in lists if module not in inner for item in module)
+    return frozenset(part for module in lists if module not in inner for item in module for part in _callable(item))
+
+
+def has_forward(module: torch.nn.Module) -> bool:
+    """Whether a module is called at all: lists and other containers only hold what is."""
+    return type(module).forward is not torch.nn.Module.forward
+
+
+def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    if has_forward(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _callable(child)
 
 
 @dataclass(frozen=True)
@@ -185,6 +208,12 @@ def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
     """Parameters that neither the checkpoint nor a tie provides."""
     known = plan.keys.keys() | plan.alias.keys()
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in known]
+
+
+def computed_parameters(model: PreTrainedModel, missing: Iterable[str]) -> frozenset[str]:
+    """Those of some missing parameters that the model's class says no checkpoint need hold: it computes them."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return frozenset(name for name in missing if any(re.search(pattern, name) for pattern in patterns))
 
 
 def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -92,6 +92,12 @@ class Compilation:
         self.revisited: set[str] = set()
         self._watched: set[str] = set()
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of the moments' products: float64 where it is affordable and the solver makes use of it."""
+        exact_on_host = self.settings.solver == "exact" and self.device.type == "cpu"
+        return torch.float64 if exact_on_host else torch.float32
+
     def stream(self, batches: Sequence[TokenBatch], stream: Stream) -> None:
         """Run the pass up to the last unit that is still to be done."""
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
@@ -108,7 +114,7 @@ class Compilation:
             yield None
             return
         self._watched.add(unit.name)
-        hooks = MomentHooks(linears, self.device)
+        hooks = MomentHooks(linears, self.device, self.product_dtype)
         forward = type(unit.module).forward
 
         def run(index: int, args: Any, kwargs: Any) -> Any:

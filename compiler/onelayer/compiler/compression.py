@@ -15,6 +15,8 @@ from onelayer.compiler.units import StreamedModel, Unit
 # A linear that holds less than this share of its layer's linear weights stays dense: a router or a gate saves nothing
 # and decides much.
 SMALL_SHARE = 0.005
+# What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
+RESERVE_BYTES = 64 << 20
 
 
 def unit_linears(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
@@ -65,7 +67,7 @@ def workspace_bytes(streamed: StreamedModel, ranks: Mapping[str, int], batch_tok
     """What compile holds beside the weights of the largest unit, predicted from shapes alone.
 
     Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
-    unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead.
+    unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead; a reserve.
     """
     worst = 0
     for unit in streamed.units:
@@ -74,7 +76,7 @@ def workspace_bytes(streamed: StreamedModel, ranks: Mapping[str, int], batch_tok
         solver = max((8 * (4 * min(shape) ** 2 + 4 * shape[0] * shape[1]) for shape in shapes), default=0)
         batch = batch_tokens * sum(out_features + in_features for out_features, in_features in shapes) * 8
         worst = max(worst, moments + solver + batch + unit.weight_bytes)
-    return worst
+    return worst + RESERVE_BYTES
 
 
 def check_disk(output: Path, streamed: StreamedModel, ranks: Mapping[str, int], copies: int = 1) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.adapter_fit import is_transposed
@@ -106,9 +107,9 @@ class _Trials:
     @contextmanager
     def around(self, unit: Unit) -> Iterator[Run]:
         """Stream index i runs with the limit i % n. The adapter's own values are back on exit."""
-        layers = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
+        layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
         compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.ranks}
-        weights = {layer: self._candidates(name, layer) for name, layer in compressed.items()}
+        weights = {layer: self._candidates(name, layer.get_base_layer()) for name, layer in compressed.items()}
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in weights}
         scalings = {layer: layer.scaling[NAME] for layer in weights}
 
@@ -125,10 +126,10 @@ class _Trials:
             for layer, scaling in scalings.items():
                 layer.scaling[NAME] = scaling
 
-    def _candidates(self, name: str, layer: LoraLayer) -> list[Weights]:
+    def _candidates(self, name: str, linear: nn.Module) -> list[Weights]:
         """A' and B_c under every limit, in float32, where the linear's weight is."""
-        linear = layer.get_base_layer()
         weight = linear.weight
+        assert isinstance(weight, torch.Tensor)
         if name not in self.gaps:  # a unit may be held again
             rows = iter([weight.detach()])
             self.gaps[name] = gap_of(self.source, name, rows, self.small.factors(name), is_transposed(linear))
@@ -137,6 +138,6 @@ class _Trials:
         return [(a, item.b.to(weight.device, torch.float32)) for item in solved]
 
 
-def _set(weights: Mapping[LoraLayer, Weights]) -> None:
+def _set(weights: Mapping[Any, Weights]) -> None:
     for layer, (a, b) in weights.items():
         layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data = a, b

@@ -37,8 +37,13 @@ def read_gaps(
 
     ordered = sorted(names, key=place)
     chunks = {name: _weight_jobs(streamed, name) for name in ordered}
-    jobs = (job for name in ordered for job in (partial(small.factors, name), *chunks[name]))
-    results = ahead(jobs, READ_AHEAD)
+
+    def jobs() -> Iterator[Job]:
+        for name in ordered:
+            yield partial(small.factors, name)
+            yield from chunks[name]
+
+    results = ahead(jobs(), READ_AHEAD)
     with Progress(len(ordered), "correct") as progress:
         for count, name in enumerate(ordered):
             progress.reached(count, name, meter.sample())

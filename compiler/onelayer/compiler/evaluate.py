@@ -15,7 +15,7 @@ from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.moments import is_linear
-from onelayer.compiler.scoring import Samples, SampleScores, Scoring, workspace_bytes
+from onelayer.compiler.scoring import Samples, SampleScores, Scoring, total, workspace_bytes
 from onelayer.compiler.stream import Stream, pick_device
 from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import StreamedModel
@@ -120,14 +120,14 @@ def open_language_model(directory: Path, adapters: dict[str, str | Path]) -> Str
 
 def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Score:
     """The figures of one model from the sums of every sample."""
-    tokens = sum(found.chosen(found.counts, samples.counted))
+    tokens = int(total(found.counts, samples.counted))
     loss = found.loss(samples.counted)
     questions = len(samples.questions)
     return Score(
         adapter=adapter,
         loss=loss,
         perplexity=math.exp(loss),
-        token_accuracy=sum(found.chosen(found.hits, samples.counted)) / tokens,
+        token_accuracy=total(found.hits, samples.counted) / tokens,
         tokens=tokens,
         choice_accuracy=found.right_answers(samples.questions) / questions if questions else None,
         questions=questions,

@@ -1,6 +1,6 @@
-"""Matrices that stay on disk (embeddings, the head) and logits that are not formed until somebody asks for a slice.
+"""Matrices that stay on disk (embeddings, the head), logits not formed until somebody asks for a slice, absent weights.
 
-Both stand in for tensors inside the model's own code: shape, dtype and device answer as usual, the few operations that
+They stand in for tensors inside the model's own code: shape, dtype and device answer as usual, the few operations that
 models perform on them are done from slices, and any other operation forms the tensor in full or, where that would be
 large, fails by name.
 """
@@ -22,6 +22,25 @@ METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES)
     getattr(torch.Tensor, name)
     for name in ("size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "__len__")
 }
+
+
+class AbsentWeight(torch.Tensor):
+    """A weight of a unit that is not resident. The code between units may ask what it is like, not for its values."""
+
+    @staticmethod
+    def like(tensor: torch.Tensor) -> "AbsentWeight":
+        """The stand-in for an empty (meta) parameter."""
+        return tensor.detach().as_subclass(AbsentWeight)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Metadata as it stands, but the host for a device: models move inputs to where their weights seem to be."""
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cpu")
+        if func not in METADATA:
+            raise TypeError(f"{getattr(func, '__name__', func)} needs the values of a weight outside its unit")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class DiskMatrix(torch.Tensor):

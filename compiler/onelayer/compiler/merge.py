@@ -1,12 +1,15 @@
-"""An original and an adapter for it in, the merged checkpoint out: shard by shard, everything else byte for byte.
+"""An original and adapters for it in, the merged checkpoint out: shard by shard, everything else byte for byte.
 
-Held: a block of rows of one weight, and the adapter's factors of that weight. The original is read once.
+Held: some blocks of rows of one weight, and the adapters' factors of that weight. The original is read once. A merge
+that was stopped goes on behind its last finished shard.
 
-Letters: r rank, out / in features.
+Letters: R rank of all adapters together, out / in features.
 """
 
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,20 +21,25 @@ from onelayer.compiler.checkpoint import Checkpoint, TensorInfo, model_digest, r
 from onelayer.compiler.companions import copy_companions
 from onelayer.compiler.compat import FLOAT_DTYPES
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
+from onelayer.compiler.files import check_output, read_json, write_json
 from onelayer.compiler.measure import GIB, Meter, Progress, Report, Result
-from onelayer.compiler.merge_plan import Change, plan_changes
+from onelayer.compiler.merge_plan import Change, Part, plan_changes
+from onelayer.compiler.merge_work import merge_directory
+from onelayer.compiler.prefetch import ahead
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
 
-# A weight is changed by blocks of rows of about this size in float32.
-BLOCK_BYTES = 64 << 20
+# A weight is read by rows in chunks of about this size, ahead in a thread, ...
+CHUNK_BYTES = 8 << 20
+READ_AHEAD = 2
+# ... and changed by blocks of this size in float32, which stay in a core's cache.
+BLOCK_BYTES = 1 << 20
 
 
 class MergeResult(Result):
     """What `merge_adapter` did: how many tensors it changed and how many it copied as they were.
 
-    `corrected` is false for an adapter trained on an emulator and never corrected, and null where there was no need.
+    `corrected` is false where an adapter was trained on an emulator and never corrected, null where none needed to be.
     """
 
     output: str
@@ -41,29 +49,54 @@ class MergeResult(Result):
     report: Report
 
 
-def merge_adapter(adapter: str | Path, *, model: str | Path, output: str | Path) -> MergeResult:
-    """Write to `output` the original `model` with `adapter` merged into its weights, rounded once to their dtype.
+def merge_adapter(
+    adapter: str | Path | Sequence[str | Path],
+    *,
+    model: str | Path,
+    output: str | Path,
+    weight: Sequence[float] | None = None,
+) -> MergeResult:
+    """Write to `output` the original `model` with `adapter`, or several, merged into it, rounded once to its dtype.
 
-    Raises `InputError` where the adapter was made for another original, or any of its keys has no place to go.
+    What each adapter adds is multiplied by its `weight`, 1 by default. Raises `InputError` where an adapter was made
+    for another original, or any of its keys has no place to go.
     """
     output = Path(output)
     check_output(output)
-    source, directory = Adapter.open(resolve_model(adapter)), resolve_model(model)
+    parts, directory = _parts(adapter, weight), resolve_model(model)
     base_digest = model_digest(directory)
-    _check_pair(source, directory, base_digest)
-    corrected = _corrected(source, base_digest)
+    for part in parts:
+        _check_pair(part.source, directory, base_digest)
+    corrected = [_corrected(part.source, base_digest) for part in parts]
+    record = _provenance(parts, model, base_digest, corrected)
     with Meter(torch.device("cpu")) as meter:
         streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
-        changes = plan_changes(source, streamed)
-        _check_space(output, checkpoint)
-        with atomic_directory(output) as partial:
-            copy_companions(directory, partial)
-            _write_shards(partial, source, checkpoint, changes, meter)
-            write_json(partial / PROVENANCE_FILE, _provenance(source, model, base_digest, corrected))
+        changes = plan_changes(parts, streamed)
+        with merge_directory(output, record) as work:
+            _check_space(output, work, checkpoint)
+            _write_shards(work, checkpoint, changes, meter)
+            copy_companions(directory, work)
+            write_json(work / PROVENANCE_FILE, record)
         report = meter.report(streamed.largest_unit_bytes, _workspace_bytes(checkpoint, changes), checkpoint.bytes_read)
-    copied = len(checkpoint.tensors) - len(changes)
-    return MergeResult(output=str(output), corrected=corrected, changed=len(changes), copied=copied, report=report)
+    needed = [state for state in corrected if state is not None]
+    return MergeResult(
+        output=str(output),
+        corrected=all(needed) if needed else None,
+        changed=len(changes),
+        copied=len(checkpoint.tensors) - len(changes),
+        report=report,
+    )
+
+
+def _parts(adapter: str | Path | Sequence[str | Path], weight: Sequence[float] | None) -> list[Part]:
+    paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    weights = [1.0] * len(paths) if not weight else list(weight)
+    if not paths or len(weights) != len(paths):
+        raise InputError(f"--weight: {len(weights)} given for {len(paths)} adapters; give one for each, or none")
+    if bad := [value for value in weights if not math.isfinite(value)]:
+        raise InputError(f"--weight {bad[0]}: must be a finite number")
+    return [Part(Adapter.open(resolve_model(path)), value) for path, value in zip(paths, weights, strict=True)]
 
 
 def _check_pair(source: Adapter, model: Path, base_digest: str) -> None:
@@ -83,30 +116,30 @@ def _corrected(source: Adapter, base_digest: str) -> bool | None:
 
 
 def _workspace_bytes(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
-    """A block of the largest changed tensor: as read, in float32 with its delta, and rounded."""
-    largest = max(4 * prod(checkpoint.tensors[key].shape) for key in changes)
-    return 4 * min(BLOCK_BYTES, largest)
+    """The chunks of the largest changed tensor that are held at once, one of them rounded, and a block in float32."""
+    largest = max(checkpoint.tensors[key].size_bytes for key in changes)
+    return (READ_AHEAD + 3) * min(CHUNK_BYTES, largest) + BLOCK_BYTES
 
 
-def _check_space(output: Path, checkpoint: Checkpoint) -> None:
-    parent = next(path for path in output.absolute().parents if path.exists())
-    needed, free = sum(file.stat().st_size for file in checkpoint.files), shutil.disk_usage(parent).free
+def _check_space(output: Path, work: Path, checkpoint: Checkpoint) -> None:
+    missing = [file for file in checkpoint.files if not (work / file.name).exists()]
+    needed, free = sum(file.stat().st_size for file in missing), shutil.disk_usage(work).free
     if free < needed:
         raise InputError(
             f"{output}: needs {needed / GIB:.1f} GiB and has {free / GIB:.1f} GiB; make room or choose another --output"
         )
 
 
-def _write_shards(
-    target: Path, source: Adapter, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter
-) -> None:
-    """The same tensors in files of the same names, then the index."""
+def _write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter) -> None:
+    """The same tensors in files of the same names, those that are there already left out, then the index."""
     with Progress(len(checkpoint.files), "merge") as progress:
         for count, file in enumerate(checkpoint.files):
             progress.reached(count, file.name, meter.sample())
+            if (target / file.name).exists():  # by its name alone: it got that when it was complete
+                continue
             inside = [info for info in checkpoint.tensors.values() if info.file == file]
             entries = [
-                _changed_entry(source, checkpoint, info, changes[info.name])
+                _changed_entry(checkpoint, info, changes[info.name])
                 if info.name in changes
                 else copy_entry(info.name, info)
                 for info in inside
@@ -119,50 +152,63 @@ def _write_shards(
         write_index(target / checkpoint.index_file.name, weight_map, sum(info.size_bytes for info in tensors), metadata)
 
 
-def _changed_entry(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
+def _changed_entry(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
     dtype = FLOAT_DTYPES[info.dtype]
     if not info.shape:
         assert change.dense is not None, "a scalar is only ever replaced"
-        return tensor_entry(info.name, source.read(change.dense).to(dtype))
+        source, key = change.dense
+        return tensor_entry(info.name, source.read(key).to(dtype))
 
     def chunks() -> Iterator[bytes | memoryview]:
-        for block in _changed_rows(source, checkpoint, info, change):
-            yield from tensor_entry(info.name, block.to(dtype)).chunks()
+        for chunk in _changed_rows(checkpoint, info, change):
+            yield from tensor_entry(info.name, chunk).chunks()
 
     return Entry(info.name, info.dtype, info.shape, chunks)
 
 
-def _changed_rows(source: Adapter, checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Iterator[torch.Tensor]:
-    """The changed tensor by blocks of rows, computed in float32 (in float64 where it is stored so)."""
-    wide = torch.float64 if info.dtype == "F64" else torch.float32
-    delta = None if change.lora is None else _delta(source, change.lora, change.transposed)
-    step = max(1, BLOCK_BYTES // (4 * prod(info.shape[1:])))
-    for start in range(0, info.shape[0], step):
-        stop = min(start + step, info.shape[0])
+def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Iterator[torch.Tensor]:
+    """The changed tensor by chunks of rows, rounded once to its dtype."""
+    dtype, rows = FLOAT_DTYPES[info.dtype], info.shape[0]
+    product = change.product() if change.lora else None
+    step = max(1, CHUNK_BYTES // (dtype.itemsize * prod(info.shape[1:])))
+
+    def read(start: int) -> tuple[int, torch.Tensor]:
+        stop = min(start + step, rows)
         if change.dense is None:
-            block = checkpoint.read_rows(info.name, start, stop).to(wide)
-        else:
-            block = source.read_rows(change.dense, start, stop).to(wide)
-        if delta is not None:
-            block += delta(start, stop)
+            return start, checkpoint.read_rows(info.name, start, stop)
+        source, key = change.dense
+        return start, source.read_rows(key, start, stop)
+
+    for start, chunk in ahead((partial(read, start) for start in range(0, rows, step)), READ_AHEAD):
+        merged = chunk.to(dtype) if product is None else _added(chunk, product, start, dtype)
         if change.rows is not None:
-            key, numbers = change.rows
-            inside = [position for position, row in enumerate(numbers) if start <= row < stop]
-            block[[numbers[position] - start for position in inside]] = source.read(key)[inside].to(wide)
-        yield block
+            source, key, numbers = change.rows
+            inside = [position for position, row in enumerate(numbers) if start <= row < start + len(chunk)]
+            merged[[numbers[position] - start for position in inside]] = source.read(key)[inside].to(dtype)
+        yield merged
 
 
-def _delta(source: Adapter, name: str, transposed: bool) -> Callable[[int, int], torch.Tensor]:
-    """Rows of scaling * B A, or of its transpose, in float32."""
-    a, b = source.factors(name)
-    left, right = (a.T, b.T) if transposed else (b, a)
-    scaling = source.modules[name].scaling
-    return lambda start, stop: left[start:stop] @ right * scaling
+def _added(
+    chunk: torch.Tensor, product: tuple[torch.Tensor, torch.Tensor], start: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows `start`, ... of a weight plus those of left (rows, R) @ right (R, width), added in float32 or better."""
+    wide = torch.promote_types(torch.promote_types(chunk.dtype, dtype), torch.float32)
+    left, right = (part.to(wide) for part in product)
+    merged = torch.empty(chunk.shape, dtype=dtype)
+    step = max(1, BLOCK_BYTES // (wide.itemsize * chunk.shape[1]))
+    buffer = torch.empty(min(step, len(chunk)), chunk.shape[1], dtype=wide)
+    for first in range(0, len(chunk), step):
+        block = buffer[: min(step, len(chunk) - first)].copy_(chunk[first : first + step])
+        block.addmm_(left[start + first : start + first + len(block)], right)
+        merged[first : first + step].copy_(block)
+    return merged
 
 
-def _provenance(source: Adapter, model: str | Path, base_digest: str, corrected: bool | None) -> dict[str, Any]:
-    return {
-        "kind": "merged",
-        "base": {"model": str(model), "digest": base_digest},
-        "adapter": {"digest": adapter_digest(source.directory), "corrected": corrected},
-    }
+def _provenance(
+    parts: Sequence[Part], model: str | Path, base_digest: str, corrected: Sequence[bool | None]
+) -> dict[str, Any]:
+    adapters = [
+        {"digest": adapter_digest(part.source.directory), "weight": part.weight, "corrected": state}
+        for part, state in zip(parts, corrected, strict=True)
+    ]
+    return {"kind": "merged", "base": {"model": str(model), "digest": base_digest}, "adapters": adapters}

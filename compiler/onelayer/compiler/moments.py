@@ -19,17 +19,16 @@ NON_FINITE_LIMIT = 0.1
 
 
 class Gram:
-    """X^T X (F x F) over many batches of rows, totals in float64.
+    """X^T X (F x F) over many batches of rows: products in `product_dtype`, totals in float64.
 
-    Products are float64 on a CPU and float32 elsewhere, where float64 units are rare. Rows with a non-finite entry are
-    left out and counted.
+    Rows with a non-finite entry are left out and counted.
     """
 
-    def __init__(self, features: int, device: torch.device) -> None:
+    def __init__(self, features: int, device: torch.device, product_dtype: torch.dtype = torch.float64) -> None:
         self.total_FF = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.rows = 0
         self.dropped_rows = 0
-        self.product_dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.product_dtype = product_dtype
 
     def add(self, x: torch.Tensor) -> None:
         """Add the rows of `x` (..., F)."""
@@ -81,6 +80,7 @@ class MomentHooks:
 
     linears: dict[str, nn.Module]
     device: torch.device
+    product_dtype: torch.dtype = torch.float64
     moments: dict[str, Moments] = field(default_factory=dict)
     _sites: dict[str, _Site] = field(default_factory=dict)
 
@@ -125,12 +125,15 @@ class MomentHooks:
         if shared is not None:
             self._sites[name] = shared
         elif out_features >= in_features:
-            self._sites[name] = _Site(Gram(in_features, self.device), name)
+            self._sites[name] = _Site(self._gram(in_features), name)
         if name in self._sites:
             self.moments[name] = Moments(self._sites[name].gram, of_input=True)
         else:
             energy = torch.zeros(in_features, dtype=torch.float64, device=self.device)
-            self.moments[name] = Moments(Gram(out_features, self.device), of_input=False, input_energy=energy)
+            self.moments[name] = Moments(self._gram(out_features), of_input=False, input_energy=energy)
+
+    def _gram(self, features: int) -> Gram:
+        return Gram(features, self.device, self.product_dtype)
 
     def _add_input(self, name: str, x: torch.Tensor) -> None:
         site = self._sites[name]

@@ -84,12 +84,7 @@ class SampleScores:
 
     def loss(self, counted: Sequence[bool]) -> float:
         """Mean cross-entropy in nats over the labelled tokens of the samples that count."""
-        return sum(self.chosen(self.losses, counted)) / sum(self.chosen(self.counts, counted))
-
-    @staticmethod
-    def chosen(values: Sequence[Any], counted: Sequence[bool]) -> list[Any]:
-        """The values of the samples that count."""
-        return [value for value, counts in zip(values, counted, strict=True) if counts]
+        return total(self.losses, counted) / total(self.counts, counted)
 
     def right_answers(self, questions: Sequence[Question]) -> int:
         """How many questions have their right choice as the one of highest log-likelihood; the first wins a tie."""
@@ -97,6 +92,11 @@ class SampleScores:
             min(question.samples, key=lambda index: self.losses[index]) == question.samples[question.answer]
             for question in questions
         )
+
+
+def total(values: Sequence[float], counted: Sequence[bool]) -> float:
+    """Sum over the samples that count."""
+    return sum(value for value, counts in zip(values, counted, strict=True) if counts)
 
 
 class Scoring:

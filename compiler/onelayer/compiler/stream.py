@@ -1,7 +1,8 @@
 """Lockstep: many batches run through the model's own forward, while each unit is loaded once and only one is held.
 
 Every batch runs in its own greenlet. A unit's forward is a stub that parks the batch with its arguments; when all are
-parked, the unit that comes first in module order is loaded, run for every batch parked at it, and dropped. The code
+parked, one unit is loaded, run for every batch parked at it, and dropped: the first in module order of those where no
+batch of few inputs waits, so that images are through with their own units before text enters the shared ones. The code
 between units is the model's own. It runs on the host, where parked hidden states lie; only units run on the device.
 """
 
@@ -69,11 +70,13 @@ class Stream:
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it is there.
 
-        With `last` set, the pass ends once every batch has gone beyond the unit at that position; outputs of batches
-        that were cut short are not delivered. Raises `BatchError` from the first failure; no batch is left hanging.
+        With `last` set, the pass ends once every unit up to that position has run and every batch has gone beyond;
+        outputs of batches that were cut short are not delivered. Raises `BatchError` from the first failure; no batch is left hanging.
         """
         parked: list[Visit] = []
-        units = self.streamed.units
+        units, last = self.streamed.units, self.last
+        ahead = {unit for unit in units if last is not None and unit.position <= last}
+        inputs = [len(batch) for batch in batches]
 
         def advance(worker: greenlet, index: int, value: Any) -> None:
             """Let one batch run until it parks again or ends."""
@@ -87,15 +90,16 @@ class Stream:
 
         with torch.no_grad(), self.streamed.glue(), self._stubs(), _Reader(self.streamed) as reader:
             try:
-                with Progress(len(units) if self.last is None else self.last + 1, self.description) as progress:
+                with Progress(len(units) if last is None else last + 1, self.description) as progress:
                     for index, batch in enumerate(batches):
                         worker = greenlet(lambda batch: self.streamed.model(**batch))
                         with self._blame(index, None):
                             advance(worker, index, batch)
                     while parked:
-                        unit = min((visit.unit for visit in parked), key=lambda unit: unit.position)
-                        if self.last is not None and unit.position > self.last:
+                        unit = _next_unit(parked, inputs)
+                        if last is not None and not ahead and all(visit.unit.position > last for visit in parked):
                             break
+                        ahead.discard(unit)
                         self._visit(unit, parked, reader, advance)
                         progress.reached(unit.position + 1, unit.name, self.meter.sample())
             finally:
@@ -157,6 +161,14 @@ class Stream:
         except Exception as error:
             kind = type(self.streamed.model).__name__
             raise BatchError(f"{kind}, batch {index}, {where}: {type(error).__name__}: {error}") from error
+
+
+def _next_unit(parked: Sequence[Visit], inputs: Sequence[int]) -> Unit:
+    """The unit to run. `inputs` counts each batch's inputs: one with more of them is likely to come where others wait."""
+    fewest: dict[Unit, int] = {}
+    for visit in parked:
+        fewest[visit.unit] = min(inputs[visit.index], fewest.get(visit.unit, inputs[visit.index]))
+    return min(fewest, key=lambda unit: (-fewest[unit], unit.position))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ In: a model directory. Out: the real model class on the meta device, its units i
 unit at a time. Held: headers and module objects; weights only inside `resident`.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from onelayer.compiler import compat
 from onelayer.compiler.checkpoint import Checkpoint
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.lazy import DiskMatrix
+from onelayer.compiler.lazy import AbsentWeight, DiskMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +58,21 @@ class StreamedModel:
         self._twin = compat.build_skeleton(self.config, cls, self.dtype)
         self._empty = dict(self._twin.state_dict(keep_vars=True))
         self._plan = compat.plan_loading(self._twin, self.checkpoint)
-        if missing := compat.missing_parameters(self._twin, self._plan):
+        missing = compat.missing_parameters(self._twin, self._plan)
+        computed = compat.computed_parameters(self._twin, missing)
+        if missing := [name for name in missing if name not in computed]:
             raise InputError(
                 f"{self.checkpoint.directory}: {len(missing)} parameters of {cls.__name__} are not in the checkpoint, "
                 f"{missing[0]!r} first; give a checkpoint of this class"
             )
-        self.model = compat.build_skeleton(self.config, cls, self.dtype)
+        self.model = compat.build_skeleton(self.config, cls, self.dtype, computed)
         if prepare is not None:
             self._wrap(prepare)
         found = {name: bare_name(name) for name in self.model.state_dict()}
         self._owners = {bare: compat.owner_of(self.model, name) for name, bare in found.items() if bare in self._empty}
+        self._absent = {name: AbsentWeight.like(empty) for name, empty in self._empty.items() if empty.is_meta}
+        for name in self._owners.keys() & self._absent.keys() - computed:
+            set_tensor(*self._owners[name], self._absent[name])
         # What an adapter wraps it may want whole, so only untouched matrices are left on disk.
         self._wrapped = {bare for name, bare in found.items() if bare != name}
         self.head = self._find_head()
@@ -146,7 +152,7 @@ class StreamedModel:
             seen.add(module)
             is_block = module in blocks
             own = any(self._is_stored(item) and item not in lazy for item in names_below.get(module, ()))
-            own = own and module is not self.head
+            own = own and module is not self.head and compat.has_forward(module)
             wrapped = getattr(module, "base_layer", None) is not None
             if is_block or wrapped or (own and blocks.isdisjoint(module.modules())):
                 units.append(unit(name, module, is_block))
@@ -228,7 +234,8 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 set_tensor(*compat.owner_of(unit.module, name), buffer.to(device))
             for parameter in unit.module.parameters():
-                if not parameter.is_meta and parameter.device != device:  # an adapter's; it is small and stays there
+                # An adapter's, or computed: it is small and stays there. Stand-ins for tensors are no `nn.Parameter`.
+                if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.device != device:
                     parameter.data = parameter.data.to(device)
             for name in unit.parameters:
                 tensor = tensors.pop(name).to(device) if name in tensors else self.matrix(name, device)
@@ -237,7 +244,7 @@ class StreamedModel:
         finally:
             for name in unit.parameters:
                 lazy = self.matrix(name, torch.device("cpu")) if name in unit.lazy else None
-                set_tensor(*self._owners[name], self._empty[name] if lazy is None else lazy)
+                set_tensor(*self._owners[name], self._without(name) if lazy is None else lazy)
             for name, buffer in buffers.items():
                 set_tensor(*compat.owner_of(unit.module, name), buffer)
 
@@ -260,7 +267,11 @@ class StreamedModel:
             yield
         finally:
             for name in (*tensors, *self._lazy):
-                set_tensor(*self._owners[name], self._empty[name])
+                set_tensor(*self._owners[name], self._without(name))
+
+    def _without(self, name: str) -> torch.Tensor:
+        """What lies in a parameter's place while it is not held; buffers go back to their first values."""
+        return self._absent.get(name, self._empty[name])
 
     @property
     def lazy(self) -> frozenset[str]:
@@ -270,7 +281,7 @@ class StreamedModel:
 
 def bare_name(name: str) -> str:
     """The runtime name in the unadapted model of a parameter or module that PEFT may have wrapped."""
-    return name.replace(".base_layer", "").replace(".original_module", "")
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", name)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 from onelayer.runtime.registration import register_loader
 
 if TYPE_CHECKING:
+    from onelayer.runtime.activations import ActivationCompression as ActivationCompression
+    from onelayer.runtime.activations import compress_activations as compress_activations
     from onelayer.runtime.model import LowRankLinear as LowRankLinear
     from onelayer.runtime.model import load_emulator as load_emulator
     from onelayer.runtime.train import TrainResult as TrainResult
     from onelayer.runtime.train import train_lora as train_lora
 
 _HOME_OF = {
+    "ActivationCompression": "activations",
     "LowRankLinear": "model",
     "TrainResult": "train",
+    "compress_activations": "activations",
     "load_emulator": "model",
     "train_lora": "train",
 }

@@ -100,9 +100,10 @@ class Engine:
                 given = replaced((args, kwargs), torch.Tensor, lambda tensor: stranger if tensor is hidden else tensor)
                 return call(*given[0], **given[1])
 
+            shared = [tensor for tensor in tensors_in((args, kwargs)) if tensor is not hidden]
             make = tuple((part, type(module)) for part, module in layer.named_modules())
             if make not in self._plans_of_makes:
-                self._plans_of_makes[make] = plan_layer(layer, once, hidden)
+                self._plans_of_makes[make] = plan_layer(layer, once, hidden, shared)
             plan = self.plans[name] = self._plans_of_makes[make]
             if isinstance(plan, str):
                 self.fell_back(name, plan)

@@ -5,32 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from onelayer.compiler.measure import Result
 from onelayer.runtime.qb import Compressed
-
-
-class LayerFigures(Result):
-    """One decoder layer: how it is recomputed, the relative Frobenius errors of what is stored of it, and their ranks.
-
-    `fallback` says why a layer is recomputed as a whole where sub-layers were asked for. A rank of None is a tensor
-    kept as it is.
-    """
-
-    name: str
-    where: str
-    errors: list[float]
-    ranks: list[int | None]
-    fallback: str | None
-
-
-class ActivationReport(Result):
-    """Compression measured on one batch. `gradient_cosine` is that with the exact gradient of all trained parameters."""
-
-    where: str
-    rank: int | float | None
-    saved_bytes: dict[str, int]
-    gradient_cosine: float
-    layers: list[LayerFigures]
 
 
 @dataclass

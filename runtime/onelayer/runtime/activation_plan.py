@@ -6,7 +6,7 @@ beside norms and sub-blocks decides whether the pattern holds.
 """
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,14 +34,16 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 
 def plan_layer(
-    layer: nn.Module, call: Callable[[torch.Tensor], Any], hidden: torch.Tensor
+    layer: nn.Module, call: Callable[[torch.Tensor], Any], hidden: torch.Tensor, shared: Sequence[torch.Tensor]
 ) -> LayerPlan | str:
     """Run `layer` once by `call(hidden)` and say how it is built; a reason where it does not fit.
+
+    `shared` are the layer's other inputs: masks, positions, an encoder's output. They are there for all layers alike.
 
     The run leaves no trace: random state is put back, nothing is kept for backward, and it happens in an empty
     context, where transformers' recorders of router logits and hidden states do not see it.
     """
-    trace = _Trace(layer, hidden)
+    trace = _Trace(layer, list(shared))
     devices = [hidden.device] if hidden.device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=hidden.device.type if devices else "cuda"), trace.watching():
         # As if a trained layer lay below, so that the first layer is judged like the others.
@@ -49,7 +51,7 @@ def plan_layer(
     if not trace.blocks:
         return "no norm feeds a sub-block"
     if trace.leftover_bytes > _LEFTOVER_SHARE * hidden.numel() * hidden.element_size():
-        return f"{trace.leftover_bytes} bytes per call would be kept beside norms and sub-blocks"
+        return f"{trace.leftover_bytes} bytes in a call would be kept beside what its norms feed"
     return LayerPlan(trace.norms, tuple(trace.blocks))
 
 
@@ -58,7 +60,7 @@ class _Trace:
     """Watches one run of a layer. `owner` is the norm candidate or sub-block that is running, if any."""
 
     layer: nn.Module
-    hidden: torch.Tensor
+    shared: list[torch.Tensor]
     norms: dict[str, Norm] = field(default_factory=dict)
     blocks: dict[str, None] = field(default_factory=dict)
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -69,7 +71,8 @@ class _Trace:
     @property
     def leftover_bytes(self) -> int:
         """What autograd would keep outside norms and sub-blocks."""
-        resident = {storage_of(tensor) for tensor in (*self.layer.parameters(), *self.layer.buffers())}
+        lasting = (*self.layer.parameters(), *self.layer.buffers(), *self.shared)
+        resident = {storage_of(tensor) for tensor in lasting}
         kept = {pointer: tensor for pointer, tensor in self.leftovers.items() if pointer not in resident}
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

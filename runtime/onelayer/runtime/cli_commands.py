@@ -14,21 +14,21 @@ from onelayer.runtime.cli_artifacts import app as artifacts_app
 from onelayer.runtime.cli_format import print_error, print_result
 from onelayer.runtime.cli_options import (
     Adapters,
+    Against,
     BatchSize,
     Calibration,
     Data,
     Device,
-    Epochs,
+    HeldOut,
     Json,
-    LearningRate,
     Limit,
     MaxLength,
-    MaxSteps,
     Output,
     Ratio,
     Seed,
-    TargetModules,
+    Weights,
 )
+from onelayer.runtime.cli_train import train
 
 app = typer.Typer(
     add_completion=False,
@@ -116,54 +116,7 @@ def slice_(
     print_result(lambda: slice_emulator(emulator, ratio=ratio, output=output), cli_format.summary, as_json)
 
 
-@app.command()
-def train(
-    emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],
-    data: Data,
-    output: Output,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
-    lora_alpha: Annotated[int, typer.Option(min=1, help="The adapter is scaled by alpha / rank.")] = 8,
-    target_modules: TargetModules = "all-linear",
-    learning_rate: LearningRate = 2e-4,
-    max_steps: MaxSteps = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = 8,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
-    max_length: MaxLength = 512,
-    seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Train a LoRA adapter on EMULATOR.
-
-    PEFT and TRL do the training; `onelayer correct` then fits the adapter to the original.
-
-    \b
-    Example:
-      onelayer train emulator --data train.jsonl --max-steps 500 --output adapter
-    """
-    from onelayer.runtime import train_lora
-
-    print_result(
-        lambda: train_lora(
-            emulator,
-            data,
-            output,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            target_modules=target_modules,
-            learning_rate=learning_rate,
-            max_steps=max_steps,
-            epochs=epochs,
-            batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation,
-            max_length=max_length,
-            seed=seed,
-            resume=resume,
-        ),
-        cli_format.summary,
-        as_json,
-    )
+app.command()(train)
 
 
 @app.command()
@@ -173,6 +126,7 @@ def correct(
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
     output: Output,
     limit: Limit = 3.0,
+    data: HeldOut = None,
     as_json: Json = False,
 ) -> None:
     """Fit an adapter trained on an emulator to the original.
@@ -182,11 +136,12 @@ def correct(
     \b
     Example:
       onelayer correct adapter --emulator emulator --model ./llama-8b --output corrected
+      onelayer correct adapter --emulator emulator --model ./llama-8b --limit auto --data dev.jsonl --output corrected
     """
     from onelayer.compiler import correct_adapter
 
     print_result(
-        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, limit=limit),
+        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, limit=limit, data=data),
         cli_format.correct_summary,
         as_json,
     )
@@ -194,22 +149,24 @@ def correct(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Corrected adapter.")],
+    adapter: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Corrected adapter; one or several.")],
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
     output: Output,
+    weight: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Write the original model with an adapter added to it.
+    """Write the original model with adapters added to it.
 
-    The weights are read and written one tensor at a time.
+    The weights are read and written one tensor at a time. A merge that was stopped goes on where it was.
 
     \b
     Example:
       onelayer merge corrected --model ./llama-8b --output merged
+      onelayer merge sql support --weight 0.7 --weight 0.3 --model ./llama-8b --output merged
     """
     from onelayer.compiler import merge_adapter
 
-    print_result(lambda: merge_adapter(adapter, model=model, output=output), cli_format.summary, as_json)
+    print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), cli_format.summary, as_json)
 
 
 @app.command()
@@ -217,6 +174,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],
     data: Data,
     adapter: Adapters = None,
+    against: Against = None,
     max_length: MaxLength = 512,
     batch_size: BatchSize = 1,
     device: Device = None,
@@ -224,17 +182,24 @@ def evaluate(
 ) -> None:
     """Score MODEL, and MODEL with each adapter, layer by layer.
 
-    Prints loss, perplexity and token accuracy; all adapters share one pass over the layers.
+    Prints loss, perplexity and accuracy; everything shares one pass over the layers.
 
     \b
     Example:
       onelayer evaluate ./llama-8b --data test.jsonl --adapter corrected
+      onelayer evaluate ./llama-8b --data test.jsonl --against emulator
     """
     from onelayer.compiler import evaluate_model
 
     print_result(
         lambda: evaluate_model(
-            model, data, adapters=adapter or (), max_length=max_length, batch_size=batch_size, device=device
+            model,
+            data,
+            adapters=adapter or (),
+            against=against,
+            max_length=max_length,
+            batch_size=batch_size,
+            device=device,
         ),
         cli_format.evaluate_summary,
         as_json,

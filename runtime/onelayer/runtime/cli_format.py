@@ -89,20 +89,29 @@ def compile_summary(document: Mapping[str, Any]) -> str:
 def correct_summary(document: Mapping[str, Any]) -> str:
     """Where the adapter is, how much was corrected, and what it cost."""
     limit = "none" if document["limit"] is None else document["limit"]
-    head = f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}"
-    return f"{head}\n{_report(document['report'])}"
+    parts = [f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}"]
+    if document["candidates"]:
+        rows = [("none" if row["limit"] is None else row["limit"], row["loss"]) for row in document["candidates"]]
+        parts.append(table([("limit tried", "held-out loss"), *rows]))
+    return "\n".join([*parts, _report(document["report"])])
 
 
 def evaluate_summary(document: Mapping[str, Any]) -> str:
     """One row per model scored."""
     rows = [(row["adapter"] or "original", row) for row in document["results"]]
-    return f"{_scores(rows)}\n{_report(document['report'])}"
+    parts = [_scores(rows), _report(document["report"])]
+    if against := document["against"]:
+        parts.insert(1, f"against the original\n{table([*against.items()])}")
+    return "\n".join(parts)
 
 
 def _scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     head = ("", "loss", "perplexity", "token accuracy", "tokens")
     body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
-    return table([head, *body])
+    if not any(row.get("questions") for _, row in rows):
+        return table([head, *body])
+    answers = [("choice accuracy", "questions"), *((row["choice_accuracy"], row["questions"]) for _, row in rows)]
+    return table([(*left, *right) for left, right in zip([head, *body], answers, strict=True)])
 
 
 def _report(report: Mapping[str, Any]) -> str:

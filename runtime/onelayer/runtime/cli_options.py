@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,14 +10,33 @@ _BYTES_PER_UNIT = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES_PER_UNIT |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
-def parse_limit(text: str | float | None) -> float | None:
-    """A number, or None for "none"."""
+def parse_limit(text: str | float | None) -> float | str | None:
+    """A number, None for "none", or "auto"."""
     if text is None or text == "none":
         return None
+    if text == "auto":
+        return text
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number nor `none`") from None
+        raise typer.BadParameter(f"{text!r} is neither a number nor `none` nor `auto`") from None
+
+
+def parse_activations(text: str) -> str:
+    """One of the three modes."""
+    if text not in ("none", "layer", "sublayer"):
+        raise typer.BadParameter(f"{text!r} is none of none, layer, sublayer")
+    return text
+
+
+def parse_activation_rank(text: str | float) -> int | float | str:
+    """A whole number, a share below 1, or "auto"."""
+    if text == "auto" or not isinstance(text, str):
+        return text
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of rows, nor a share like 0.125, nor `auto`") from None
 
 
 def parse_target_modules(text: str) -> str | list[str]:
@@ -52,8 +71,43 @@ MaxSteps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps; give
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data; give this or --max-steps.")]
 Adapters = Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter to score too; may be repeated.")]
 Limit = Annotated[
-    float | None,
-    typer.Option(parser=parse_limit, metavar="NUMBER|none", help="How far a correction may exceed the adapter."),
+    Any,  # float | "auto" | None: typer takes no unions
+    typer.Option(
+        parser=parse_limit,
+        metavar="NUMBER|none|auto",
+        help="How far a correction may exceed the adapter; auto chooses by the loss on --data.",
+    ),
+]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(metavar="DATA", help="For --limit auto: held-out data, a file, a directory or a Hub id."),
+]
+Weights = Annotated[
+    list[float] | None,
+    typer.Option(metavar="FACTOR", help="Factor of what an adapter adds, 1 if not given; one for each adapter."),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Emulator of MODEL: how far are its predictions from the original's?"),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        parser=parse_activations,
+        metavar="none|layer|sublayer",
+        help="Compress what is stored for backward: inputs of layers, or outputs of norms; the rest is recomputed.",
+    ),
+]
+ActivationRank = Annotated[
+    Any,  # int | float | "auto"
+    typer.Option(
+        parser=parse_activation_rank,
+        metavar="K|SHARE|auto",
+        help="Rows kept of a stored matrix, or their share of the hidden size; auto measures what the gradient needs.",
+    ),
+]
+ActivationReport = Annotated[
+    bool, typer.Option("--activation-report", help="Measure errors and the gradient's cosine on the first batch.")
 ]
 TargetModules = Annotated[
     str,

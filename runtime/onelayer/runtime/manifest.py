@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import KINDS, SUFFIXES
 from onelayer.runtime.manifest_reader import Fault, Location, faults_of, read_yaml, unknown_name, written
-from onelayer.runtime.train_settings import REFUSED_ARGS
+from onelayer.runtime.train_settings import REFUSED_ARGS, ActivationRank, Where
 from onelayer.runtime.trainer_args import trainer_args_model
 
 # Arguments of SFTConfig that a manifest decides elsewhere, with the place; beside those that training always refuses.
@@ -64,8 +64,8 @@ def _model_source(text: str, info: ValidationInfo) -> str:
 
 
 def _limit(value: Any) -> Any:
-    if value is None:
-        raise ValueError("write a number, or `none` for no limit")
+    if value is None or (isinstance(value, str) and value not in ("none", "auto")):
+        raise ValueError("write a number, `none` for no limit, or `auto`")
     return None if value == "none" else value
 
 
@@ -85,6 +85,16 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SectionT = TypeVar("SectionT", bound=_Section)
+
+
+def _overridden(defaults: SectionT, own: SectionT | None) -> SectionT:
+    """The defaults with what a task sets itself."""
+    if own is None:
+        return defaults
+    return defaults.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 class Model(_Section):
@@ -123,18 +133,26 @@ class Lora(_Section):
     alpha_pattern: dict[str, PositiveFloat] = {}
 
 
+class Activations(_Section):
+    """What is stored for the backward pass: `where` to compress it, and to which rank (number, share or `auto`)."""
+
+    where: Where = "none"
+    rank: ActivationRank = 0.125
+
+
 class Training(_Section):
     """How an adapter is trained; `args` are SFTConfig's own arguments."""
 
     lora: Lora = Lora()
+    activations: Activations = Activations()
     args: dict[str, Any] = {}
     max_length: Annotated[int, Field(ge=2)] = 512
 
 
 class Correct(_Section):
-    """The correction's clamp (lambda in the paper); None, written `none`, for no clamp."""
+    """The correction's clamp (lambda in the paper); None, written `none`, for no clamp; `auto` chooses per task."""
 
-    limit: Annotated[PositiveFloat | None, BeforeValidator(_limit)] = 3.0
+    limit: Annotated[PositiveFloat | Literal["auto"] | None, BeforeValidator(_limit)] = 3.0
 
 
 class Stream(_Section):
@@ -148,8 +166,10 @@ class Task(_Section):
     """One adapter: its data, and what differs from the `train` defaults."""
 
     train: DataSource
+    validation: DataSource | None = None
     test: DataSource | None = None
     lora: Lora | None = None
+    activations: Activations | None = None
     args: dict[str, Any] = {}
     max_length: Annotated[int | None, Field(ge=2)] = None
     merge: bool = False
@@ -175,17 +195,18 @@ class Manifest(_Section):
         return self._path
 
     def training(self, task_name: str) -> Training:
-        """A task's training: `lora` and `args` merged key by key over the defaults, `max_length` replaced.
+        """A task's training: sections merged key by key over the defaults, `max_length` replaced.
 
         An argument set to null takes the default of that name away.
         """
         task = self.tasks[task_name]
-        lora = self.train.lora
-        if task.lora is not None:
-            lora = lora.model_copy(update={name: getattr(task.lora, name) for name in task.lora.model_fields_set})
+        lora = _overridden(self.train.lora, task.lora)
+        activations = _overridden(self.train.activations, task.activations)
         merged = {**self.train.args, **task.args}
         args = {name: value for name, value in merged.items() if value is not None}
-        return Training(lora=lora, args=args, max_length=task.max_length or self.train.max_length)
+        return Training(
+            lora=lora, activations=activations, args=args, max_length=task.max_length or self.train.max_length
+        )
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -203,7 +224,7 @@ def load_manifest(path: str | Path) -> Manifest:
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
-        faults += _stopping_twice(manifest)
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest._path = path.resolve()
@@ -242,6 +263,15 @@ def _stopping_twice(manifest: Manifest) -> list[Fault]:
         (("tasks", name, "args"), "max_steps and num_train_epochs both say when to stop, set one of them to null")
         for name in manifest.tasks
         if {"max_steps", "num_train_epochs"} <= manifest.training(name).args.keys()
+    ]
+
+
+def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
+    """A fault per task without the data by which `correct.limit: auto` chooses."""
+    return [
+        (("tasks", name, "validation"), "is missing, `correct.limit: auto` chooses by the loss on held-out data")
+        for name, task in manifest.tasks.items()
+        if manifest.correct.limit == "auto" and task.validation is None
     ]
 
 

@@ -4,6 +4,7 @@ Imports trl, transformers and torch; import it where training starts.
 """
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import sync, write_text
+from onelayer.runtime.train_activations import TrainActivations
 
 # Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
 COMPLETE_FILE = "complete"
@@ -44,19 +46,23 @@ class LoraTrainer(SFTTrainer):
     """An SFTTrainer that stops before a step on a loss that is no number, and measures its first forward pass."""
 
     saved_activation_bytes: int | None = None
+    activations: TrainActivations | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss; in the first call, what autograd saves for it is counted."""
+        """The loss; in the first call, what is saved for its backward pass is counted."""
         if self.saved_activation_bytes is not None:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
-        with SavedBytes(model) as saved:
+        compressed = nullcontext(None) if self.activations is None else self.activations.counted()
+        with SavedBytes(model) as saved, compressed as figures:
             loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
-        self.saved_activation_bytes = saved.total
+        self.saved_activation_bytes = saved.total + (0 if figures is None else figures.total_bytes)
         return loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; raises before the optimiser can use a loss that is no number."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.activations is not None and self.activations.unseen:
+            self.activations.look(lambda: self._plain_loss(model, inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
         if not math.isfinite(float(loss)):
             step = self.state.global_step + 1
             raise FloatingPointError(
@@ -64,11 +70,19 @@ class LoraTrainer(SFTTrainer):
             )
         return loss
 
+    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The model's own loss of a batch, past the metrics that TRL collects and past DDP's bookkeeping."""
+        bare = self.accelerator.unwrap_model(model).train()
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = bare(**self._prepare_inputs(inputs)).loss
+        return loss
+
 
 class SavedBytes:
     """Counts what autograd keeps for the backward pass inside `with`: bytes of distinct storages, parameters left out.
 
-    The inputs that non-reentrant checkpointing keeps to recompute from go past these hooks and are not counted.
+    The inputs that torch's checkpointing keeps to recompute from are among them; what compression keeps is not, since
+    it counts that itself.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -124,7 +124,10 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
     semantic = {name: value for name, value in training.args.items() if name not in NON_SEMANTIC_ARGS}
     further = _further_lora_fields(training.lora)
-    fields = {**lora, **further, **semantic, "max_length": training.max_length, "seed": manifest.seed}
+    # Left out where nothing is compressed, so that results from before there was a choice are found.
+    compressed = training.activations.where != "none"
+    activations = {"activations": training.activations.model_dump(mode="json")} if compressed else {}
+    fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
     if direct:
         return Step(f"{task}.direct", "train", execute, fields, {"model": model, "train data": data}, task=task)
     return Step(
@@ -140,6 +143,8 @@ def train_arguments(training: Training) -> dict[str, Any]:
         "lora_alpha": training.lora.alpha,
         "target_modules": modules if isinstance(modules, str) else list(modules),
         "max_length": training.max_length,
+        "activations": training.activations.where,
+        "activation_rank": training.activations.rank,
         "lora": _further_lora_fields(training.lora),
         "args": dict(training.args),
     }
@@ -151,6 +156,10 @@ def _further_lora_fields(lora: Lora) -> dict[str, Any]:
 
 
 def _correct_step(manifest: Manifest, task: str, model: Source) -> Step:
+    held_out: dict[str, Any] = {}
+    if manifest.correct.limit == "auto":
+        held_out = {"data": manifest.tasks[task].validation, **manifest.stream.model_dump()}
+
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import correct_adapter
         from onelayer.compiler.checkpoint import resolve_model
@@ -161,12 +170,17 @@ def _correct_step(manifest: Manifest, task: str, model: Source) -> Step:
             model=resolve_model(model.text, model.revision),
             output=output,
             limit=manifest.correct.limit,
+            **held_out,
         )
         return result.model_dump(mode="json")
 
     needs = {"emulator": "compile", "adapter": f"{task}.train"}
-    fields = {"limit": manifest.correct.limit}
-    return Step(f"{task}.correct", "correct", execute, fields, {"model": model}, needs=needs, task=task)
+    fields: dict[str, Any] = {"limit": manifest.correct.limit}
+    sources = {"model": model}
+    if manifest.correct.limit == "auto":
+        fields["max_length"] = held_out["max_length"] = manifest.training(task).max_length
+        sources["validation data"] = Source(held_out["data"])
+    return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
 
 
 def _merge_step(task: str, model: Source) -> Step:

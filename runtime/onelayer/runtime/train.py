@@ -17,8 +17,16 @@ from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
 from onelayer.compiler.measure import Meter, Result
+from onelayer.runtime.activation_report import ActivationReport
 from onelayer.runtime.train_inputs import TrainData, TrainModel, read_model, tokenized
-from onelayer.runtime.train_settings import INSTALL, LoraFields, lora_fields, train_settings, trainer_arguments
+from onelayer.runtime.train_settings import (
+    INSTALL,
+    LoraFields,
+    TrainSettings,
+    lora_fields,
+    train_settings,
+    trainer_arguments,
+)
 from onelayer.runtime.trainer_args import NON_SEMANTIC_ARGS
 
 if TYPE_CHECKING:
@@ -32,7 +40,8 @@ class TrainResult(Result):
 
     `saved_activation_bytes`: kept by autograd for one batch's backward pass, without parameters. `peak_device_bytes`:
     on a GPU what its allocator handed out at most, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labelled token within the length limit.
+    `skipped_examples`: those without a labelled token within the length limit. `activations`: how they were
+    compressed, if they were.
     """
 
     output: str
@@ -43,6 +52,7 @@ class TrainResult(Result):
     peak_device_bytes: int
     seconds: float
     skipped_examples: int
+    activations: ActivationReport | None = None
 
 
 def train_lora(
@@ -60,6 +70,9 @@ def train_lora(
     gradient_accumulation: int = 1,
     max_length: int = 512,
     seed: int = 0,
+    activations: str = "none",
+    activation_rank: int | float | str = 0.125,
+    activation_report: bool = False,
     resume: bool = False,
     lora: dict[str, Any] | None = None,
     args: dict[str, Any] | None = None,
@@ -68,8 +81,9 @@ def train_lora(
 
     `lora` and `args` hold further fields of PEFT's LoraConfig and TRL's SFTConfig, by their own names. `resume`
     continues an interrupted run from its newest checkpoint, and starts anew where there is none. "all-linear" leaves
-    out the head, and the experts and routers of mixtures, which are no linear modules. Raises `InputError` for any
-    input that cannot be used.
+    out the head, and the experts and routers of mixtures, which are no linear modules. `activations` ("none", "layer",
+    "sublayer") are compressed to `activation_rank`: a number, a share of the hidden size, or "auto", the smallest that
+    keeps the first batch's gradient; a report measures that gradient. Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
     settings = train_settings(
@@ -83,6 +97,9 @@ def train_lora(
         gradient_accumulation=gradient_accumulation,
         max_length=max_length,
         seed=seed,
+        activations=activations,
+        activation_rank=activation_rank,
+        activation_report=activation_report,
     )
     output = Path(output)
     check_output(output)
@@ -102,9 +119,10 @@ def train_lora(
         "data": {"path": str(data), "digest": examples.digest, "examples": len(examples.rows)},
         "lora": fields.model_dump(mode="json"),
         "args": {name: value for name, value in arguments.items() if name not in NON_SEMANTIC_ARGS},
+        "activations": {"where": activations, "rank": activation_rank} if activations != "none" else None,
     }
     with _work_directory(output, record, resume) as work:
-        return _train(model, examples, fields, arguments, record, work, output, started)
+        return _train(model, examples, fields, arguments, settings, record, work, output, started)
 
 
 def _train(
@@ -112,6 +130,7 @@ def _train(
     examples: TrainData,
     fields: LoraFields,
     arguments: dict[str, Any],
+    settings: TrainSettings,
     record: dict[str, Any],
     work: Path,
     output: Path,
@@ -122,15 +141,19 @@ def _train(
 
     from onelayer.runtime.adapter_directory import write_adapter_directory
     from onelayer.runtime.sft import mean_loss, newest_checkpoint
+    from onelayer.runtime.train_activations import TrainActivations
 
     cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
     with _global_random_state(), Meter(torch.device("cuda" if cuda else "cpu")) as meter:
         trainer = _trainer(model, examples, fields, arguments, work, cuda)
+        if settings.activations != "none":
+            trainer.activations = TrainActivations(trainer.model, settings, work)
         checkpoint = newest_checkpoint(work)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         peak_device_bytes = meter.sample()
     adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
     assert trainer.saved_activation_bytes is not None
+    compressed = trainer.activations.measured if trainer.activations is not None else None
     figures = {
         "train_loss": mean_loss(trainer.state.log_history),
         "steps": trainer.state.global_step,
@@ -139,10 +162,11 @@ def _train(
         "peak_device_bytes": peak_device_bytes,
         "seconds": round(time.perf_counter() - started, 3),
         "skipped_examples": examples.skipped,
+        "activations": compressed.model_dump(mode="json") if compressed is not None else None,
     }
     with atomic_directory(output) as partial:
         write_adapter_directory(partial, adapted, model, {**record, "training": figures})
-    return TrainResult(output=str(output), **figures)
+    return TrainResult.model_validate({"output": str(output), **figures})
 
 
 def _trainer(

@@ -5,9 +5,9 @@ can be passed under its own name in `args` and `lora`, and is checked here befor
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationError
 
 from onelayer.compiler.adapter_config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
@@ -15,6 +15,11 @@ from onelayer.runtime.manifest_reader import faults_of, written
 from onelayer.runtime.trainer_args import trainer_args_model
 
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
+
+
+Where = Literal["none", "layer", "sublayer"]
+# A number of rows (strict, so that 1.0 is not taken for one row), a share of the hidden size, or by measurement.
+ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
 
 
 class TrainSettings(BaseModel):
@@ -32,6 +37,9 @@ class TrainSettings(BaseModel):
     gradient_accumulation: PositiveInt = 1
     max_length: int = Field(512, ge=2)
     seed: NonNegativeInt = 0
+    activations: Where = "none"
+    activation_rank: ActivationRank = 0.125
+    activation_report: bool = False
 
 
 # Our names, and the names that SFTConfig and LoraConfig have for the same.
@@ -106,6 +114,8 @@ def train_settings(**values: Any) -> TrainSettings:
     settings: TrainSettings = _checked(TrainSettings, values, "")
     if settings.max_steps is not None and settings.epochs is not None:
         raise InputError("max_steps and epochs both say when to stop; give one of them")
+    if settings.activation_report and settings.activations == "none":
+        raise InputError("activation_report: nothing is compressed; set activations to layer or sublayer")
     return settings
 
 
@@ -147,6 +157,10 @@ def trainer_arguments(settings: TrainSettings, args: Mapping[str, Any] | None) -
         raise InputError(INSTALL)
     given = _checked(model, given, "args").model_dump(exclude_unset=True)
     given = {RENAMED_ARGS.get(name, name): value for name, value in given.items()}
+    if settings.activations != "none" and given.get("activation_checkpointing"):
+        raise InputError(
+            f"args.activation_checkpointing: activations={settings.activations} recomputes layers already; leave it out"
+        )
     own = {name: value for name, value in _once(settings, given, TRAINER_NAMES, "args").items() if value is not None}
     fixed = {"max_length": settings.max_length, "seed": settings.seed, "disable_tqdm": True}
     return {**TRAINER_DEFAULTS, **own, **given, **fixed}

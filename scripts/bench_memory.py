@@ -1,0 +1,80 @@
+"""Memory of a compile over a checkpoint that is larger than its allowance: peak anonymous bytes against bytes on disk.
+
+    python scripts/bench_memory.py [--gigabytes 8] [--allowance 2] [--directory DIR]
+
+Makes a checkpoint of random bfloat16 weights, a layer at a time (nothing of its size is ever held), compiles it, and
+prints what the process held at most. Exits with 1 above the allowance. The directory needs twice the space.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from bench_compile import make_model
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from onelayer.compiler.compile import compile_emulator
+
+WIDTH, WIDE = 2048, 5632
+
+
+def make_checkpoint(directory: Path, gigabytes: float) -> Path:
+    """A Llama of as many layers as it takes, one shard each."""
+    model, _ = make_model(directory, WIDTH, 1, samples=8, tokens=128)
+    config = json.loads((model / "config.json").read_text())
+    head = transformers.LlamaForCausalLM.from_pretrained(model).state_dict()
+    (model / "model.safetensors").unlink()
+    shapes = {name: tensor.shape for name, tensor in head.items() if ".layers.0." in name}
+    layer_bytes = 2 * sum(shape.numel() for shape in shapes.values())
+    layers = int(gigabytes * 1e9 / layer_bytes) + 1
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for number in tqdm(range(layers), desc="make the checkpoint", disable=None, leave=False):
+        shard = {}
+        for name, shape in shapes.items():
+            noise = torch.randn(shape, generator=generator) / WIDTH**0.5 if len(shape) == 2 else torch.ones(shape)
+            shard[name.replace(".layers.0.", f".layers.{number}.")] = noise.bfloat16()
+        file = f"model-{number + 1:05d}.safetensors"
+        save_file(shard, model / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    rest = {name: tensor.bfloat16().clone() for name, tensor in head.items() if name not in shapes}
+    save_file(rest, model / "model-rest.safetensors", {"format": "pt"})
+    weight_map |= dict.fromkeys(rest, "model-rest.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers, "dtype": "bfloat16"}))
+    return model
+
+
+def main() -> int:
+    """Make, compile, print, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser.add_argument("--allowance", type=float, default=2.0, help="GB of anonymous memory")
+    parser.add_argument(
+        "--directory", type=Path, help="where the checkpoint goes; by default the system's temporary one"
+    )
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        model = make_checkpoint(Path(name), arguments.gigabytes)
+        disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        settings = {"ratio": 0.25, "samples": 8, "max_length": 128}
+        result = compile_emulator(model, Path(name) / "data.jsonl", Path(name) / "emulator", solver="fast", **settings)
+    report = result.report
+    print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
+    print(f"bytes read                {report.bytes_read / 1e9:8.2f} GB")
+    print(f"largest unit              {report.largest_unit_bytes / 1e9:8.3f} GB")
+    print(f"workspace, predicted      {report.workspace_bytes / 1e9:8.3f} GB")
+    print(f"growth during the pass    {report.peak_device_bytes / 1e9:8.3f} GB")
+    print(f"peak of the whole process {report.peak_host_bytes / 1e9:8.3f} GB, allowed {arguments.allowance} GB")
+    print(f"seconds                   {report.seconds:8.0f}")
+    return int(report.peak_host_bytes > arguments.allowance * 1e9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

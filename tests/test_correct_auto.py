@@ -1,0 +1,158 @@
+"""The limit chosen on held-out data: the losses are those of the adapters that each limit would write, in one stream."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters import load_original, random_adapter
+from emulators import write_emulator
+from onelayer.compiler import correct_auto
+from onelayer.compiler.checkpoint import Checkpoint
+from onelayer.compiler.correct import CorrectResult, correct_adapter
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate import evaluate_model
+from onelayer.compiler.files import read_json
+from onelayer.compiler.units import StreamedModel
+from tiny import save_tiny
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "what is the sum of two and three ?", "name a city"]
+LORA: dict[str, dict[str, Any]] = {
+    "llama": {"r": 3, "lora_alpha": 12, "target_modules": "all-linear"},
+    "gpt2": {"r": 3, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"]},
+    "qwen3_moe": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]},
+    "gemma2": {"r": 2, "use_rslora": True, "target_modules": ["up_proj"], "modules_to_save": ["norm"]},
+    "llama_tied": {"r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [5, 3]},
+}
+
+
+class Setting:
+    def __init__(self, root: Path, family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> None:
+        self.root = root
+        model = save_tiny(family, root / "original", dtype, shards=2)
+        skip = ("gate", "experts") if "moe" in family else ()
+        write_emulator(model, root / "original", root / "emulator", ratio=0.3, skip=skip)
+        random_adapter(load_original(root / "original"), root / "adapter", **lora)
+        self.data = root / "held-out.jsonl"
+        self.data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+    def correct(self, name: str, **changes: Any) -> CorrectResult:
+        paths = {"emulator": self.root / "emulator", "model": self.root / "original", "output": self.root / name}
+        return correct_adapter(self.root / "adapter", **{**paths, **changes})
+
+
+@pytest.mark.parametrize("family", LORA)
+def test_every_loss_is_that_of_the_adapter_the_limit_would_write(family: str, tmp_path: Path) -> None:
+    setting = Setting(tmp_path, family, **LORA[family])
+    result = setting.correct("auto", limit="auto", data=setting.data, batch_size=2)
+    assert result.candidates is not None
+    assert [candidate.limit for candidate in result.candidates] == list(correct_auto.LIMITS)
+    alone = [setting.correct(f"limit-{limit}", limit=limit) for limit in correct_auto.LIMITS]
+    paths = [Path(item.output) for item in alone]
+    scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "adapter", *paths]).results[1:]
+    for candidate, score in zip(result.candidates, scores[1:], strict=True):
+        assert candidate.loss == pytest.approx(score.loss, rel=1e-5)
+    assert scores[0].loss == pytest.approx(result.candidates[0].loss, rel=1e-5), "limit 0 is the adapter as trained"
+    assert len({round(candidate.loss, 5) for candidate in result.candidates}) > 1
+    best = min(result.candidates, key=lambda candidate: candidate.loss)
+    assert result.limit == best.limit
+    same = paths[correct_auto.LIMITS.index(best.limit)]
+    assert (tmp_path / "auto/adapter_config.json").read_bytes() == (same / "adapter_config.json").read_bytes()
+    chosen, wanted = (Checkpointless(path) for path in (tmp_path / "auto", same))
+    assert chosen.close_to(wanted)
+    record = read_json(tmp_path / "auto/onelayer.json")
+    assert record["limit"] == best.limit
+    assert record["candidates"] == [candidate.model_dump() for candidate in result.candidates]
+    assert len(record["validation"]["digest"]) == 64
+
+
+class Checkpointless:
+    """The tensors of a written adapter."""
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.tensors = load_file(directory / "adapter_model.safetensors")
+
+    def close_to(self, other: "Checkpointless") -> bool:
+        assert self.tensors.keys() == other.tensors.keys()
+        return all(
+            torch.allclose(tensor, other.tensors[name], rtol=1e-4, atol=1e-5) for name, tensor in self.tensors.items()
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: torch.dtype, tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", dtype, **LORA["llama"])
+    result = setting.correct("auto", limit="auto", data=setting.data)
+    adapters = [tmp_path / "adapter"] * (len(correct_auto.LIMITS) - 1)
+    one_pass = evaluate_model(tmp_path / "original", setting.data, adapters=adapters).report.bytes_read
+    tensors = Checkpoint.open(tmp_path / "emulator").tensors.values()
+    factors = sum(info.size_bytes for info in tensors if info.name.endswith((".lr_up", ".lr_down")))
+    assert result.report.bytes_read == one_pass + factors
+    assert result.report.peak_host_bytes > 0
+
+
+def test_linears_that_the_data_never_reaches_are_corrected_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    around = correct_auto._Trials.around
+    seen: list[str] = []
+
+    def forgetful(self: Any, unit: Any) -> Any:
+        seen.append(unit.name)
+        return around(self, unit)
+
+    monkeypatch.setattr(correct_auto._Trials, "around", forgetful)
+    gap_of = correct_auto.gap_of
+    monkeypatch.setattr(correct_auto, "gap_of", gap_of)
+    result = setting.correct("auto", limit="auto", data=setting.data)
+    assert seen
+    choice = correct_auto.try_limits
+    monkeypatch.setattr(correct_auto._Trials, "around", around)
+
+    def without_last(*arguments: Any) -> Any:
+        found = choice(*arguments)
+        found.gaps = {name: gap for name, gap in found.gaps.items() if "layers.1" not in name}
+        return found
+
+    monkeypatch.setattr("onelayer.compiler.correct.try_limits", without_last)
+    again = setting.correct("again", limit="auto", data=setting.data)
+    assert again.limit == result.limit
+    assert Checkpointless(tmp_path / "again").close_to(Checkpointless(tmp_path / "auto"))
+
+
+def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    for changes, message in (
+        ({"limit": "auto"}, "name some with --data"),
+        ({"limit": 2.0, "data": setting.data}, "serves only --limit auto"),
+        ({"limit": "most"}, "must be a number, none or auto"),
+        ({"limit": "auto", "data": setting.data, "max_length": 1}, "no example has a labelled token"),
+        ({"limit": "auto", "data": setting.data, "batch_size": 0}, "at least 1"),
+        ({"limit": "auto", "data": tmp_path / "nowhere.jsonl"}, "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            setting.correct("out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_original_is_opened_without_weights(tmp_path: Path) -> None:
+    """Two skeletons are built (with and without PEFT), and both are empty when the pass is over."""
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    opened: list[StreamedModel] = []
+    build = StreamedModel.__init__
+
+    def noted(self: StreamedModel, *arguments: Any, **named: Any) -> None:
+        opened.append(self)
+        build(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StreamedModel, "__init__", noted)
+        setting.correct("auto", limit="auto", data=setting.data)
+    for streamed in opened:
+        for name, parameter in streamed.model.named_parameters():
+            assert parameter.is_meta or "lora_" in name, name
