@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,7 +64,7 @@ def bench_solvers(width: int, rounds: int) -> None:
     generator = torch.Generator().manual_seed(0)
     broad = int(2.75 * width)
     print(
-        f"{'linear (out x in)':22} {'rank':>5} {'route':10} {'seconds':>8} {'ratio':>6} {'error':>11} {'above best':>13}"
+        f"{'linear, out x in':22} {'rank':>5} {'route':10} {'seconds':>8} {'ratio':>6} {'error':>11} {'above best':>13}"
     )
     for kind, (rows, columns) in {"square": (width, width), "wide": (width, broad), "tall": (broad, width)}.items():
         W = torch.randn(rows, columns, generator=generator) / columns**0.5
@@ -78,9 +79,9 @@ def bench_solvers(width: int, rounds: int) -> None:
         energy = None if of_input else X.square().sum(dim=0, dtype=torch.float64)
         moments = Moments(gram, of_input, energy)
         routes: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {
-            "published": lambda W=W, G=G, rank=rank: published(W, G, rank),
-            "exact": lambda W=W, m=moments, rank=rank: _pair(W, m, rank, "exact"),
-            "fast": lambda W=W, m=moments, rank=rank: _pair(W, m, rank, "fast"),
+            "published": partial(published, W, G, rank),
+            "exact": partial(_pair, W, moments, rank, "exact"),
+            "fast": partial(_pair, W, moments, rank, "fast"),
         }
         seconds: dict[str, list[float]] = {name: [] for name in routes}
         errors = {}
@@ -105,13 +106,13 @@ def _pair(W: torch.Tensor, moments: Moments, rank: int, solver: Any) -> tuple[to
 
 def make_model(directory: Path, width: int, layers: int, samples: int, tokens: int) -> tuple[Path, Path]:
     """A random Llama, a tokenizer of one word per token, and texts of exactly so many tokens."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": int(2.75 * width),
         "num_hidden_layers": layers,
         "vocab_size": 512,
     }
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
+    heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
     config = transformers.LlamaConfig(**shape, **heads, max_position_embeddings=tokens, tie_word_embeddings=False)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(directory / "model")
@@ -140,7 +141,7 @@ def bench_pass(width: int, layers: int, samples: int, tokens: int, rounds: int) 
                 return timed(lambda: stream.run([batch.inputs for batch in batches], lambda index, output: None))[0]
 
         def compiled(solver: Any, output: str) -> float:
-            settings = {"ratio": RATIO, "samples": samples, "max_length": tokens, "device": "cpu"}
+            settings: dict[str, Any] = {"ratio": RATIO, "samples": samples, "max_length": tokens, "device": "cpu"}
             return compile_emulator(model, data, directory / output, solver=solver, **settings).report.seconds
 
         passes: dict[str, list[float]] = {"bare forward": [], "compile fast": [], "compile exact": []}

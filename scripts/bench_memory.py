@@ -11,13 +11,14 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from bench_compile import make_model
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from bench_compile import make_model
 from onelayer.compiler.compile import compile_emulator
 
 WIDTH, WIDE = 2048, 5632
@@ -33,7 +34,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> Path:
     layer_bytes = 2 * sum(shape.numel() for shape in shapes.values())
     layers = int(gigabytes * 1e9 / layer_bytes) + 1
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in tqdm(range(layers), desc="make the checkpoint", disable=None, leave=False):
         shard = {}
         for name, shape in shapes.items():
@@ -63,7 +64,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         model = make_checkpoint(Path(name), arguments.gigabytes)
         disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        settings = {"ratio": 0.25, "samples": 8, "max_length": 128}
+        settings: dict[str, Any] = {"ratio": 0.25, "samples": 8, "max_length": 128}
         result = compile_emulator(model, Path(name) / "data.jsonl", Path(name) / "emulator", solver="fast", **settings)
     report = result.report
     print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from demo_model import demo_directory
 from onelayer.compiler.files import read_json
 from onelayer.runtime import pipeline
-from onelayer.runtime.artifacts import ArtifactStore
 from onelayer.runtime.cli_format import size, table
 from onelayer.runtime.manifest import load_manifest
 

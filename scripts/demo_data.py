@@ -19,7 +19,7 @@ NOT_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2t
 TASK_FOLDERS = {"encodings", "pydoc_data"}
 # A window fills the 128 tokens that all passes of the demo look at; tables take more tokens per character than prose.
 CODE_CHARACTERS, DOCS_CHARACTERS, TABLE_CHARACTERS = 600, 560, 400
-TRAIN_WINDOWS, TEST_WINDOWS, CALIBRATION_WINDOWS = 640, 96, 32
+TRAIN_WINDOWS, VALIDATION_WINDOWS, TEST_WINDOWS, CALIBRATION_WINDOWS = 640, 48, 96, 32
 
 
 def standard_library() -> list[str]:
@@ -31,22 +31,25 @@ def standard_library() -> list[str]:
 
 
 def write_tasks(directory: Path, code: Sequence[str]) -> None:
-    """Write `docs` and `charmaps` as train and test JSONL, and the calibration mix of all three kinds of text."""
+    """Write `docs` and `charmaps` as train, validation and test JSONL, and the calibration mix of all three texts."""
     docs = [topics[name] for name in sorted(topics)]
-    tables_folder = Path(sysconfig.get_path("stdlib")) / "encodings"
-    tables = [path.read_text(encoding="utf-8") for path in sorted(tables_folder.glob("*.py"))]
+    encodings = sorted((Path(sysconfig.get_path("stdlib")) / "encodings").glob("*.py"))
+    tables = [path.read_text(encoding="utf-8") for path in encodings]
     tables = [table for table in tables if "decoding_table = (" in table]
-    shown = {"code": windows(code, CODE_CHARACTERS)}
+    mix = windows(code, CODE_CHARACTERS)[:CALIBRATION_WINDOWS]
     for task, texts, characters in (("docs", docs, DOCS_CHARACTERS), ("charmaps", tables, TABLE_CHARACTERS)):
         # Whole topics and whole files are held out, not windows: neighbours of a training window would be too easy.
-        test = windows(texts[::4], characters)
-        train = windows([text for index, text in enumerate(texts) if index % 4], characters)
-        shown[task] = train
+        train = windows([text for index, text in enumerate(texts) if index % 8 not in (0, 1, 4)], characters)
+        seen = set(train)
+        for name, held_out, count in (
+            ("validation", texts[1::8], VALIDATION_WINDOWS),
+            ("test", texts[::4], TEST_WINDOWS),
+        ):
+            new = [window for window in windows(held_out, characters) if window not in seen]
+            seen.update(new)
+            write_windows(directory / f"{task}.{name}.jsonl", new[:count])
         write_windows(directory / f"{task}.train.jsonl", train[:TRAIN_WINDOWS])
-        write_windows(
-            directory / f"{task}.test.jsonl", [text for text in test if text not in set(train)][:TEST_WINDOWS]
-        )
-    mix = [text for texts in shown.values() for text in texts[:CALIBRATION_WINDOWS]]
+        mix += train[:CALIBRATION_WINDOWS]
     write_windows(directory / "calibration.jsonl", mix)
 
 

@@ -29,8 +29,8 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-STEPS, BATCH, LENGTH = 400, 8, 128
-WARM_UP, DECAY = 20, 240  # steps
+STEPS, BATCH, LENGTH = 320, 8, 128
+WARM_UP, DECAY = 20, 200  # steps
 MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 
 

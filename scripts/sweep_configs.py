@@ -44,7 +44,7 @@ TINY_FIELDS: list[tuple[str, Any]] = [
     (r"num_mel_bins|feature_size", 16),
     (r".*dropout.*|.*pdrop.*|.*drop_rate|layerdrop|.*layerdrop|drop_path.*", 0.0),
 ]  # fmt: skip
-LAYER_INDEXES = r".*(index|indexes|indices|_ids|layers)"
+LAYER_INDEXES = r".*(index|indexes|indices|_ids|layers?)"
 
 
 def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
@@ -55,6 +55,8 @@ def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     specials: dict[Any, int] = {}
     declared = cls.__dataclass_fields__
     for name, value in vars(default).items():
+        if value is None and name in cls.sub_configs_defaults:  # an encoder that a checkpoint may lack
+            value = cls.sub_configs_defaults[name].default_config
         if isinstance(value, PreTrainedConfig):
             fields[name] = tiny_config(type(value)).to_dict()
         elif name in declared:
@@ -87,12 +89,16 @@ def _tiny_value(name: str, value: Any, default: PreTrainedConfig, specials: dict
         return HEADS if name == "num_key_value_heads" else None
     if name == "head_dim" and value is None:
         return HEAD_DIM
+    if name in ("image_token_id", "image_token_index") and value is None:
+        return FIRST_SPECIAL_ID
+    if name == "window_size" and "patch_size" in vars(default):  # in pixels, not in tokens
+        return 32
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, list | tuple):
         return _tiny_list(name, list(value), default)
     if isinstance(value, dict):
-        return _tiny_rope(value) if "rope" in name else None
+        return _tiny_rope(value, "mrope_section" in default.ignore_keys_at_rope_validation) if "rope" in name else None
     small = next((small for pattern, small in TINY_FIELDS if re.fullmatch(pattern, name)), None)
     if small is None and re.fullmatch(r"\w+_token_(id|index)", name) and isinstance(value, int):
         return specials.setdefault(value, FIRST_SPECIAL_ID + len(specials))
@@ -108,13 +114,16 @@ def _tiny_list(name: str, value: list[Any], default: PreTrainedConfig) -> list[A
         kinds = list(dict.fromkeys(value)) if all(isinstance(item, str | int | float) for item in value) else value
         return (kinds + value)[:LAYERS]
     if value and all(type(item) is int for item in value) and re.fullmatch(LAYER_INDEXES, name):
+        if min(value) < 0:
+            return [-2, -1]
         return sorted({min(item, index) for index, item in enumerate(value)} & set(range(LAYERS)))
     return None
 
 
-def _tiny_rope(value: dict[str, Any]) -> dict[str, Any]:
-    found = {key: _tiny_rope(item) if isinstance(item, dict) else item for key, item in value.items()}
-    if "mrope_section" in found:
+def _tiny_rope(value: dict[str, Any], many_axes: bool) -> dict[str, Any]:
+    """Rotary parameters whose shares for several axes, where there are several, fit a tiny head."""
+    found = {key: _tiny_rope(item, many_axes) if isinstance(item, dict) else item for key, item in value.items()}
+    if "mrope_section" in found or (many_axes and "rope_type" in found):
         found |= {"mrope_section": [2, 1, 1]}
         found.pop("partial_rotary_factor", None)
     return found
@@ -122,25 +131,42 @@ def _tiny_rope(value: dict[str, Any]) -> dict[str, Any]:
 
 # What one config class relates in a way that no name tells, by its `model_type`; nested configs are merged.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "hidden_size": 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {
         "num_hidden_layers": 4, "intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full"),
     },
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full")},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "glm4v_moe_text": {"head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {"image_grid_pinpoints": [[32, 32]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_vision_model": {
+        "intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32,
+    },
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "mllama_vision_model": {"vision_output_dim": 96},
     "mamba2": {"head_dim": 16},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
+    "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
     },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
+    "rwkv": {"rescale_every": 0},
+    "step3p5": {"sliding_window": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},

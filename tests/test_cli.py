@@ -23,7 +23,10 @@ from onelayer.runtime.cli_options import parse_bytes, parse_limit, parse_target_
 
 # Scripts and manifests depend on these names: a change here is a change for every user.
 OPTIONS = {
-    "compile": "MODEL --batch-size --calibration --device --json --max-length --output --ratio --samples --seed",
+    "compile": (
+        "MODEL --batch-size --calibration --device --host-memory --json --max-length --output --rank-allocation "
+        "--ratio --resume --samples --seed --solver"
+    ),
     "slice": "EMULATOR --json --output --ratio",
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
@@ -32,7 +35,7 @@ OPTIONS = {
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
     "merge": "ADAPTER... --json --model --output --weight",
     "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",
-    "inspect": "PATH --json",
+    "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",
     "artifacts list": "--json",
     "artifacts verify": "--json",

@@ -1,6 +1,8 @@
 """The compile pass: an emulator on disk that is what it says, for every architecture, or nothing at all."""
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +122,15 @@ def test_a_bfloat16_model_compiles_and_loads_in_bfloat16(tmp_path: Path, data: P
     result = compile_emulator(tmp_path / "model", data, tmp_path / "emulator", ratio=0.5, max_length=24)
     emulator = type(model).from_pretrained(tmp_path / "emulator")
     assert {parameter.dtype for parameter in emulator.parameters()} == {torch.bfloat16}
-    assert all(linear.optimal_error <= linear.error < 1 for linear in result.linears)
+    assert all((linear.optimal_error or 0) <= linear.error < 1 for linear in result.linears)
 
 
 def test_experts_and_routers_stay_dense(tmp_path: Path, data: Path) -> None:
     model = save_tiny("mixtral", tmp_path / "model")
     result = compile_emulator(tmp_path / "model", data, tmp_path / "emulator", ratio=0.5, max_length=24)
     assert all(".self_attn." in linear.name for linear in result.linears)
+    experts = [tensor for name, tensor in model.state_dict().items() if ".experts." in name]
+    assert result.layer_parameters_stacked == sum(tensor.numel() for tensor in experts) > 0
     emulator = type(model).from_pretrained(tmp_path / "emulator")
     before, after = model.state_dict(), emulator.state_dict()
     experts = [name for name in before if ".experts." in name]
@@ -218,23 +222,33 @@ def test_ranks_by_spectrum_cost_no_more_and_err_less(tmp_path: Path, data: Path)
     assert Emulator.open(tmp_path / "spectrum").facts.ranks == {item.name: item.rank for item in spectrum.linears}
 
 
-def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path) -> None:
+def compile_in_child(model: Path, data: Path, output: Path, samples: int, home: str) -> None:
+    os.environ["ONELAYER_HOME"] = home
+    torch.set_num_threads(1)
+    result = compile_emulator(model, data, output, samples=samples, max_length=100, host_memory_bytes=0, ratio=0.2)
+    (output / "report.json").write_text(result.report.model_dump_json())
+
+
+def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path, own_store: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps({"text": " ".join(TEXTS) * 2 + str(i)}) + "\n" for i in range(24)))
     for layers in (2, 8):
         causal("Llama", num_hidden_layers=layers, **shape).save_pretrained(tmp_path / str(layers))
         tiny_tokenizer(tmp_path / str(layers))
+    # A process that has computed before holds free memory, which would hide what the next pass takes: one child each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["onelayer.compiler.compile", "transformers.models.llama.modeling_llama"])
     grown = {}
     for layers, samples in ((2, 4), (2, 24), (8, 4), (8, 24)):
-        name = f"{layers}-{samples}"
-        settings: dict[str, Any] = {"samples": samples, "max_length": 100, "host_memory": 0, "ratio": 0.2}
-        result = compile_emulator(tmp_path / str(layers), data, tmp_path / f"emulator-{name}", **settings)
-        grown[name] = result.report.peak_device_bytes
-        assert result.report.peak_device_bytes <= 1.5 * (
-            result.report.largest_unit_bytes + result.report.workspace_bytes
-        )
-    layer_bytes = result.report.largest_unit_bytes
-    assert max(grown.values()) - min(grown.values()) < 3 * layer_bytes, (
-        "six more layers, or twenty more samples, are held"
-    )
+        output = tmp_path / f"emulator-{layers}-{samples}"
+        arguments = (tmp_path / str(layers), data, output, samples, str(own_store))
+        process = context.Process(target=compile_in_child, args=arguments)
+        process.start()
+        process.join()
+        report = json.loads((output / "report.json").read_text())
+        grown[layers, samples] = report["peak_device_bytes"]
+        assert report["peak_device_bytes"] <= report["largest_unit_bytes"] + report["workspace_bytes"]
+    layer_bytes = report["largest_unit_bytes"]
+    assert grown[8, 4] - grown[2, 4] < 2 * layer_bytes, "six more layers are held"
+    assert grown[8, 24] - grown[8, 4] < 2 * layer_bytes, "twenty more samples are held"

@@ -95,9 +95,7 @@ def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: tor
     assert result.report.peak_host_bytes > 0
 
 
-def test_linears_that_the_data_never_reaches_are_corrected_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(tmp_path, "llama", **LORA["llama"])
     around = correct_auto._Trials.around
     seen: list[str] = []

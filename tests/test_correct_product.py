@@ -57,7 +57,9 @@ def corrected(root: Path, dtype: torch.dtype = torch.float32, limit: float | Non
 def dense_logits(root: Path, limit: float | None, computed_in: torch.dtype = torch.float32) -> torch.Tensor:
     """The original with W + (B' - D) P^T for weights, everything formed in full, in float64 up to the weight."""
     model = load_original(root / "original")
-    factors = {name: part for file in (root / "emulator").glob("*.safetensors") for name, part in load_file(file).items()}
+    factors = {
+        name: part for file in (root / "emulator").glob("*.safetensors") for name, part in load_file(file).items()
+    }
     trained = Adapter.open(root / "adapter")
     weights = dict(model.named_parameters())
     for name, module in trained.modules.items():
@@ -132,7 +134,9 @@ def test_every_reader_scales_it_alike(tmp_path: Path) -> None:
             torch.testing.assert_close(delta, wanted[name], rtol=1e-5, atol=1e-6)
     # The adapter as trained is the counter-example: its patterns are what these readers do not see.
     trained = deltas(random_adapter(load_original(tmp_path / "original"), tmp_path / "again", **PATTERNS))
-    assert any(not torch.allclose(trained[name], delta) for name, delta in read_as_vllm_does(tmp_path / "again").items())
+    assert any(
+        not torch.allclose(trained[name], delta) for name, delta in read_as_vllm_does(tmp_path / "again").items()
+    )
 
 
 def test_it_is_the_same_every_time_and_takes_no_random_number(tmp_path: Path) -> None:
@@ -196,7 +200,9 @@ def test_for_any_rank_scaling_and_dtype_it_is_the_formula(
         root / "adapter", emulator=root / "emulator", model=root / "original", output=root / "out", limit=limit
     )
     ranks = read_json(root / "emulator/config.json")["quantization_config"]["ranks"]
-    factors = {name: part for file in (root / "emulator").glob("*.safetensors") for name, part in load_file(file).items()}
+    factors = {
+        name: part for file in (root / "emulator").glob("*.safetensors") for name, part in load_file(file).items()
+    }
     original = dict(load_original(root / "original").named_parameters())
     found = deltas(load_adapter(load_original(root / "original"), root / "out"))
     assert found.keys() == trained.keys() == {linear.name for linear in result.linears}

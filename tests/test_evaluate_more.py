@@ -64,7 +64,11 @@ def test_the_choice_of_highest_likelihood_is_taken(name: str, batch_size: int, t
     for score, reference in zip(result.results, (None, adapted), strict=True):
         with adapted.disable_adapter() if reference is None else torch.no_grad():
             found = likelihoods(adapted, tmp_path / "model", data)
-        right = [max(range(len(row)), key=row.__getitem__) == answer for row, answer in zip(found, answers, strict=True) if row]
+        right = [
+            max(range(len(row)), key=row.__getitem__) == answer
+            for row, answer in zip(found, answers, strict=True)
+            if row
+        ]
         assert (score.choice_accuracy, score.questions) == (sum(right) / 4, 4)
 
 
@@ -75,7 +79,9 @@ def test_the_loss_counts_the_right_choice_as_if_it_were_the_completion(tmp_path:
         number = row["answer"] if isinstance(row["answer"], int) else row["choices"].index(row["answer"])
         choice = row["choices"][number]
         chat = isinstance(row["prompt"], list)
-        rows.append({"prompt": row["prompt"], "completion": [{"role": "assistant", "content": choice}] if chat else choice})
+        rows.append(
+            {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": choice}] if chat else choice}
+        )
     plain = tmp_path / "plain.jsonl"
     plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with_choices, without = (evaluate_model(tmp_path / "model", file).results[0] for file in (data, plain))
@@ -159,7 +165,9 @@ def test_an_exact_emulator_agrees_and_adapters_are_scored_beside_it(tmp_path: Pa
     assert result.results[1].loss != pytest.approx(result.results[0].loss, rel=1e-2)
     alone = evaluate_model(tmp_path / "original", tmp_path / "text.jsonl", adapters=[tmp_path / "adapter"])
     assert alone.results == result.results
-    factors = sum(info.size_bytes for info in Checkpoint.open(tmp_path / "emulator").tensors.values() if ".lr_" in info.name)
+    factors = sum(
+        info.size_bytes for info in Checkpoint.open(tmp_path / "emulator").tensors.values() if ".lr_" in info.name
+    )
     rows = len(load_tokenizer(tmp_path / "original")(TEXT["text"])["input_ids"])
     assert 0 <= result.report.bytes_read - alone.report.bytes_read - factors <= rows * 32 * 4
 

@@ -79,6 +79,7 @@ def test_any_shape_gives_finite_factors_and_a_true_error(
     factors = factorize(W, moments_of(W, X), rank, torch.float64)
     assert torch.isfinite(product(factors)).all()
     assert factors.error == pytest.approx(output_error(W, product(factors), X), rel=1e-5, abs=1e-6)
+    assert factors.optimal_error is not None
     assert factors.error >= factors.optimal_error - 1e-6
 
 
@@ -111,6 +112,7 @@ def test_the_error_of_rounded_factors_is_theirs_and_not_the_ideal_one(shape: tup
     factors = factorize(W, moments_of(W, X), rank, torch.bfloat16)
     assert factors.up.dtype == torch.bfloat16
     true = output_error(W, product(factors), X)
+    assert factors.optimal_error is not None
     assert true > 1.5 * factors.optimal_error, "rounding should be visible here, or the test proves nothing"
     assert factors.error == pytest.approx(true, rel=0.2)
 

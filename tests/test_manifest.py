@@ -11,6 +11,7 @@ import yaml
 
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest import Manifest, check_tasks, load_manifest, manifest_schema
+from onelayer.runtime.steps import steps_of
 from onelayer.runtime.train_settings import REFUSED_ARGS
 from onelayer.runtime.trainer_args import NON_SEMANTIC_ARGS, trainer_args_model
 
@@ -157,6 +158,27 @@ def test_an_alias_of_itself_is_refused_not_followed(folder: Path) -> None:
 def test_a_missing_manifest_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         load_manifest(tmp_path / "none.yaml")
+
+
+def test_limit_auto_needs_held_out_data_for_every_task(folder: Path) -> None:
+    text = complaint(folder, GOOD + "correct: {limit: auto}")
+    assert "tasks.sql.validation: is missing" in text
+    assert "tasks.support.validation: is missing" in text
+    with_data = GOOD.replace("{train: sql.jsonl,", "{train: sql.jsonl, validation: mix.jsonl,")
+    manifest = load(folder, with_data + "correct: {limit: auto}")
+    assert manifest.correct.limit == "auto"
+    assert manifest.tasks["sql"].validation == str(folder / "mix.jsonl")
+    assert "correct.limit: write a number" in complaint(folder, GOOD + "correct: {limit: most}")
+
+
+def test_the_choice_of_a_limit_reads_the_held_out_data(folder: Path) -> None:
+    with_data = GOOD.replace("{train: sql.jsonl,", "{train: sql.jsonl, validation: mix.jsonl,")
+    manifest = load(folder, with_data + "correct: {limit: auto}")
+    step = next(step for step in steps_of(manifest, ["support"]) if step.kind == "correct")
+    assert step.fields == {"limit": "auto", "max_length": 64}
+    assert step.sources["validation data"].text == str(folder / "mix.jsonl")
+    plain = next(step for step in steps_of(load(folder, with_data), ["support"]) if step.kind == "correct")
+    assert (plain.fields, set(plain.sources)) == ({"limit": 3.0}, {"model"})
 
 
 def test_limit_none_is_no_limit_and_a_task_may_be_called_no(folder: Path) -> None:

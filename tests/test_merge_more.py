@@ -154,7 +154,9 @@ def test_work_on_something_else_is_never_taken_up(tmp_path: Path, monkeypatch: p
     save_tiny("llama", tmp_path / "original", shards=4)
     for name in ("one", "two"):
         seed = len(name) + ord(name[0])
-        random_adapter(load_original(tmp_path / "original"), tmp_path / name, r=2, target_modules="all-linear", seed=seed)
+        random_adapter(
+            load_original(tmp_path / "original"), tmp_path / name, r=2, target_modules="all-linear", seed=seed
+        )
     merge_adapter(tmp_path / "two", model=tmp_path / "original", output=tmp_path / "wanted")
     with monkeypatch.context() as patched:
         stop_after(2, patched)
@@ -271,9 +273,7 @@ def test_remote_code_is_carried_and_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "was-run").exists()
 
 
-def test_the_disk_holds_one_copy_and_no_random_number_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_disk_holds_one_copy_and_no_random_number_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "original", shards=3)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
     largest, publish = [], merge_work.publish_directory

@@ -3,7 +3,8 @@
 Goes in: a model directory. Comes out: the real model class without weights, and its own rules for turning checkpoint
 tensors into parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
 `convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `initialize_weights`, `_no_split_modules`,
-`_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`. `tests/test_compat.py` says which one broke.
+`_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`.
+`tests/test_compat.py` says which one broke.
 """
 
 import json
@@ -202,6 +203,11 @@ def _aliases(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
         if present:
             alias.update(dict.fromkeys(members - stored, present[0]))
     return alias
+
+
+def tied_names(model: PreTrainedModel) -> frozenset[str]:
+    """Runtime names that share their values with another name."""
+    return frozenset(model.all_tied_weights_keys) | frozenset(model.all_tied_weights_keys.values())
 
 
 def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:

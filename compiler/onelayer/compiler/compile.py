@@ -20,7 +20,7 @@ from onelayer.compiler.emulator import EmulatorWriter
 from onelayer.compiler.factorize import Solver
 from onelayer.compiler.files import check_output
 from onelayer.compiler.measure import Meter
-from onelayer.compiler.parking import Parking, parse_bytes
+from onelayer.compiler.parking import Parking
 from onelayer.compiler.slice import cut_emulator
 from onelayer.compiler.stream import Stream, pick_device
 from onelayer.compiler.tokens import Tokens, load_tokenizer
@@ -40,7 +40,7 @@ def compile_emulator(
     rank_allocation: Allocation = "uniform",
     solver: Solver = "exact",
     device: str | None = None,
-    host_memory: str | int | None = None,
+    host_memory_bytes: int | None = None,
     seed: int = 0,
     resume: bool = True,
     revision: str | None = None,
@@ -48,7 +48,7 @@ def compile_emulator(
     """Compile the emulator of a model that keeps `ratio` of the weights of each linear in its repeated layers.
 
     `samples` examples of at most `max_length` tokens are drawn from `calibration`. `rank_allocation="spectrum"` spends
-    the same number of weights where the spectra ask for them. Parked states beyond `host_memory` bytes go to disk. An
+    the same number of weights where the spectra ask for them. Parked states beyond `host_memory_bytes` go to disk. An
     interrupted compile is taken up where it stopped. Raises `InputError` for what the caller can mend; `output` exists
     only once the whole emulator does.
     """
@@ -56,7 +56,7 @@ def compile_emulator(
     output = Path(output)
     check_output(output)
     place = pick_device(device)
-    parking = Parking(None if host_memory is None else parse_bytes(host_memory, "--host-memory"))
+    parking = Parking(host_memory_bytes)
     directory = resolve_model(model, revision)
     streamed = StreamedModel(directory)
     ranks = choose_ranks(streamed, settings.widest_ratio)

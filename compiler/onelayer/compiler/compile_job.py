@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from onelayer.compiler.calibration import TokenBatch
-from onelayer.compiler.compression import saved_parameters, stored_parameters, unit_linears
+from onelayer.compiler.compression import saved_parameters, stacked_parameters, stored_parameters, unit_linears
 from onelayer.compiler.emulator import EmulatorWriter, LinearSummary
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factorize import Factors, Solver, factorize
@@ -59,13 +59,17 @@ class Settings:
 
 
 class CompileResult(Result):
-    """What compile made. Parameters are counted over the whole model, layer parameters over its repeated layers."""
+    """What compile made. Parameters are counted over the whole model, layer parameters over its repeated layers.
+
+    `layer_parameters_stacked` are those in stacks of matrices, the experts of a mixture, which stay dense.
+    """
 
     output: str
     parameters_before: int
     parameters_after: int
     layer_parameters_before: int
     layer_parameters_after: int
+    layer_parameters_stacked: int
     linears: list[LinearSummary]
     report: Report
 
@@ -174,6 +178,7 @@ class Compilation:
             parameters_after=before - saved,
             layer_parameters_before=layers,
             layer_parameters_after=layers - saved,
+            layer_parameters_stacked=stacked_parameters(self.streamed),
             linears=[found.summary for found in self.writer.linears.values()],
             report=report,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from onelayer.compiler import compat
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.measure import GIB
 from onelayer.compiler.moments import is_linear, weight_shape
@@ -29,15 +30,18 @@ def unit_linears(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
 def choose_ranks(streamed: StreamedModel, ratio: float) -> dict[str, int]:
     """The rank of every linear of the repeated layers that is worth factorising, by runtime module name.
 
-    Raises `InputError` where there is none.
+    One whose weight is shared with another layer stays dense: factors of either would not serve both. Raises
+    `InputError` where there is none.
     """
     ranks = {}
+    tied = compat.tied_names(streamed.model)
     for unit in streamed.units:
         shapes = {name: weight_shape(module) for name, module in unit_linears(unit)}
         total = sum(out_features * in_features for out_features, in_features in shapes.values())
         for name, (out_features, in_features) in shapes.items():
             rank = rank_for(ratio, out_features, in_features)
-            if unit.is_block and rank is not None and out_features * in_features >= SMALL_SHARE * total:
+            free = unit.is_block and f"{name}.weight" not in tied
+            if free and rank is not None and out_features * in_features >= SMALL_SHARE * total:
                 ranks[name] = rank
     if not ranks:
         kind = type(streamed.model).__name__
@@ -61,6 +65,13 @@ def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int
     names = [name for unit in streamed.units if unit.is_block or not blocks_only for name in unit.parameters]
     names += () if blocks_only else streamed.outside
     return sum(streamed.bare_parameter(name).numel() for name in names if name not in streamed.aliases)
+
+
+def stacked_parameters(streamed: StreamedModel) -> int:
+    """Parameters of the repeated layers that lie in stacks of matrices: experts, which are no linears of their own."""
+    names = [name for unit in streamed.units if unit.is_block for name in unit.parameters]
+    tensors = [streamed.bare_parameter(name) for name in names if name not in streamed.aliases]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
 def workspace_bytes(streamed: StreamedModel, ranks: Mapping[str, int], batch_tokens: int) -> int:

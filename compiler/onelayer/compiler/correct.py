@@ -17,13 +17,14 @@ from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.calibration import DataSource
 from onelayer.compiler.checkpoint import model_digest, resolve_model
-from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, try_limits
+from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, Solver, try_limits
 from onelayer.compiler.correct_pass import read_gaps, workspace_bytes
 from onelayer.compiler.correction import Correction, Gap
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output
 from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.prefetch import one_thread
 from onelayer.compiler.stream import pick_device
 from onelayer.compiler.units import StreamedModel
 
@@ -49,6 +50,7 @@ class CorrectResult(Result):
 
     output: str
     limit: float | None
+    solver: Solver
     linears: list[CorrectedLinear]
     candidates: list[Candidate] | None
     provenance_checked: bool
@@ -85,12 +87,12 @@ def correct_adapter(
         modules = check_fit(source, streamed)
         _check_shapes(source, small, directory)
         choice = None if held_out is None else try_limits(source, small, directory, held_out, meter)
-        chosen = limit if choice is None else choice.limit
+        chosen = limit if choice is None else choice.best.limit
         assert not isinstance(chosen, str)
-        solved = _solve(streamed, small, source, chosen, {} if choice is None else choice.gaps, meter)
-        figures = [_figure(name, module.rank, solved.get(name)) for name, module in source.modules.items()]
         base = _base(small, model, streamed, modules.values())
-        with atomic_directory(output) as partial:
+        with one_thread(), atomic_directory(output) as partial:
+            solved = _solve(streamed, small, source, chosen, {} if choice is None else choice.gaps, meter)
+            figures = [_figure(name, module.rank, solved.get(name)) for name, module in source.modules.items()]
             record = _provenance(source, small, base, chosen, figures, choice)
             factors = {name: _factors(source, name, solved.get(name)) for name in source.modules}
             write_adapter(partial, factors, source=source, base=base, provenance=record)
@@ -98,6 +100,7 @@ def correct_adapter(
     return CorrectResult(
         output=str(output),
         limit=chosen,
+        solver="span" if choice is None else choice.best.solver,
         linears=figures,
         candidates=None if choice is None else choice.candidates,
         provenance_checked=checked,
@@ -210,7 +213,7 @@ def _provenance(
         "emulator": {"digest": small.digest},
         "source_adapter": {"digest": adapter_digest(source.directory)},
         "limit": limit,
-        "solver": "span",
+        "solver": "span" if choice is None else choice.best.solver,
         "linears": [figure.model_dump(mode="json") for figure in figures],
     }
     if choice is not None:

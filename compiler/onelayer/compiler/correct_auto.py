@@ -1,24 +1,30 @@
-"""The limit of the correction, chosen on held-out data: every candidate scored in one stream of the original.
+"""The limit and the solver of the correction, chosen on held-out data: every candidate scored in one stream.
 
-While a unit is held, the corrections of its linears are computed from its own weights, and each batch runs through it
-once for every candidate. So the pass reads what one evaluation reads, and the emulator's factors.
+While a unit of the original is held, all batches run through it as it is, which shows what its linears read; then the
+corrections are computed from its own weights, and every batch runs with each. So the pass reads what one evaluation
+reads, and the emulator's factors; nothing about the inputs is stored.
+
+Letters: N rows (tokens), in features, r rank of the adapter.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.adapter_fit import is_transposed
 from onelayer.compiler.calibration import DataSource, tokens_digest
 from onelayer.compiler.correct_pass import gap_of
-from onelayer.compiler.correction import Gap
+from onelayer.compiler.correction import Gap, oblique_gap
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate import open_language_model
@@ -29,16 +35,21 @@ from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import Unit
 from onelayer.compiler.variants import Run, named_parts
 
-# 0 leaves the adapter as trained; None is the whole correction; 3 is the paper's choice.
-LIMITS: tuple[float | None, ...] = (0.0, 1.0, 3.0, 10.0, None)
+Solver = Literal["span", "oblique"]
+# Limit 0 leaves the adapter as trained; None is the whole correction; span with 3 is the paper's choice.
+CANDIDATES: tuple[tuple[Solver, float | None], ...] = (
+    ("span", 0.0), ("span", 1.0), ("span", 3.0), ("span", 10.0), ("span", None),
+    ("oblique", 1.0), ("oblique", 3.0), ("oblique", None),
+)  # fmt: skip
 NAME = "trained"  # of the one adapter that PEFT attaches
 
 Weights = tuple[torch.Tensor, torch.Tensor]
 
 
 class Candidate(Result):
-    """One limit that was tried, 0 for the adapter as trained and None for no limit, and the held-out loss with it."""
+    """One correction that was tried, limit 0 for the adapter as trained and None for no limit, and its held-out loss."""
 
+    solver: Solver
     limit: float | None
     loss: float
 
@@ -53,89 +64,144 @@ class HeldOut:
     device: torch.device
 
 
-@dataclass
+@dataclass(frozen=True)
 class Choice:
-    """What the stream found: the gaps of the linears that it held, the losses, and what it cost.
+    """What the stream found: the best candidate, the gaps by which to solve it, and what it cost.
 
-    `validation` says what the losses were measured on.
+    `gaps` are those of the linears that the data reached. `validation` says what the losses were measured on.
     """
 
+    best: Candidate
     candidates: list[Candidate]
     gaps: dict[str, Gap]
     validation: dict[str, Any]
     workspace_bytes: int
     bytes_read: int
 
-    @property
-    def limit(self) -> float | None:
-        """The candidate of the lowest loss; the smaller limit of two that are equal."""
-        return min(self.candidates, key=lambda candidate: candidate.loss).limit
-
 
 def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
-    """Score the corrections of `source` under every limit on the original. Raises `InputError` on unusable data."""
+    """Score the corrections of `source` on the original. Raises `InputError` on unusable data."""
     if min(held_out.max_length, held_out.batch_size) < 1:
         raise InputError("max_length and batch_size must be at least 1")
     streamed = open_language_model(model, {NAME: source.directory})
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length)
     batches = samples.batches(streamed.config, held_out.batch_size)
-    trials, scoring = _Trials(source, small), Scoring(batches, len(LIMITS))
+    variants, count = 1 + len(CANDIDATES), len(batches)
+    trials, scoring = _Trials(source, small, count), Scoring(batches, variants)
     stream = Stream(streamed, held_out.device, meter, around=trials.around, description="correct")
-    stream.run(scoring.inputs(), scoring.take)
-    found = scoring.finish(held_out.device)
+    # Variant by variant: a unit runs the lowest index first, so all batches as they are before any with a correction.
+    inputs = [batch.inputs for _ in range(variants) for batch in batches]
+    stream.run(inputs, lambda index, output: scoring.take(index % count * variants + index // count, output))
+    found = scoring.finish(held_out.device)[1:]
     losses = [scores.loss(samples.counted) for scores in found]
-    # Of every adapted linear A', B', D and, for one unit at a time, the candidates' B_c; of one linear its factors.
+    candidates = [
+        Candidate(solver=solver, limit=limit, loss=loss)
+        for (solver, limit), loss in zip(CANDIDATES, losses, strict=True)
+    ]
+    best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
+    # Of every adapted linear p, b and two errors; for one unit at a time the candidates; of one linear its factors.
     sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
     largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.ranks.items()), default=0)
     return Choice(
-        candidates=[Candidate(limit=limit, loss=loss) for limit, loss in zip(LIMITS, losses, strict=True)],
-        gaps=trials.gaps,
+        best=best,
+        candidates=candidates,
+        gaps=trials.gaps[best.solver],
         validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
-        workspace_bytes=workspace_bytes(streamed, batches) + 8 * 2 * len(LIMITS) * sides + 2 * largest,
+        workspace_bytes=workspace_bytes(streamed, batches) + 8 * (4 + len(CANDIDATES)) * sides + 2 * largest,
         bytes_read=streamed.checkpoint.bytes_read,
     )
 
 
 @dataclass
 class _Trials:
-    """Computes the corrections of a unit when it is held, and runs it with each."""
+    """Watches a unit while it runs as it is, computes its corrections, and runs it with each."""
 
     source: Adapter
     small: Emulator
-    gaps: dict[str, Gap] = field(default_factory=dict)
+    batches: int
+    gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
 
     @contextmanager
     def around(self, unit: Unit) -> Iterator[Run]:
-        """Stream index i runs with the limit i % n. The adapter's own values are back on exit."""
+        """Stream index i is variant i // batches: 0 the original, then the candidates. All is put back on exit."""
         layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
         compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.ranks}
-        weights = {layer: self._candidates(name, layer.get_base_layer()) for name, layer in compressed.items()}
-        before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in weights}
-        scalings = {layer: layer.scaling[NAME] for layer in weights}
+        switches = [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in compressed.values()}
+        scalings = {layer: layer.scaling[NAME] for layer in before}
+        factors = {name: self.small.factors(name) for name in compressed}
+        watch = _Watch()
+        for name, layer in compressed.items():
+            linear = layer.get_base_layer()
+            if name not in self.gaps["span"]:  # a unit may be held again
+                rows = iter([linear.weight.detach()])
+                self.gaps["span"][name] = gap_of(self.source, name, rows, factors[name], is_transposed(linear))
+            watch.attach(name, linear, self.gaps["span"][name].p)
+        weights: dict[Any, list[Weights]] = {}
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
-            _set({layer: candidates[index % len(LIMITS)] for layer, candidates in weights.items()})
+            variant = index // self.batches
+            for part in switches:
+                part.enable_adapters(variant > 0)
+            if variant == 0:
+                return type(unit.module).forward(unit.module, *args, **kwargs)
+            if not weights:
+                watch.detach()
+                weights.update(self._solve(compressed, factors, watch))
+            _set({layer: solved[variant - 1] for layer, solved in weights.items()})
             return type(unit.module).forward(unit.module, *args, **kwargs)
 
         try:
-            for layer in weights:
+            for layer in before:
                 layer.scaling[NAME] = 1.0
             yield run
         finally:
+            watch.detach()
             _set(before)
             for layer, scaling in scalings.items():
                 layer.scaling[NAME] = scaling
 
-    def _candidates(self, name: str, linear: nn.Module) -> list[Weights]:
-        """A' and B_c under every limit, in float32, where the linear's weight is."""
+    def _solve(
+        self, compressed: Mapping[str, Any], factors: Mapping[str, Weights], watch: "_Watch"
+    ) -> Iterator[tuple[Any, list[Weights]]]:
+        """A' and B_c of every candidate, in float32, where the weights are."""
+        for name, layer in compressed.items():
+            linear = layer.get_base_layer()
+            rows, span = [linear.weight.detach()], self.gaps["span"][name]
+            if name not in self.gaps["oblique"]:
+                seen, transposed = watch.seen[name].to(span.p), is_transposed(linear)
+                self.gaps["oblique"][name] = oblique_gap(span, rows, *factors[name], seen, transposed)
+            solved = [self.gaps[solver][name].limited(limit) for solver, limit in CANDIDATES]
+            place = {"device": linear.weight.device, "dtype": torch.float32}
+            a = solved[0].a.to(**place)
+            yield layer, [(a, item.b.to(**place)) for item in solved]
+
+
+class _Watch:
+    """Sums x x^T p (in, r) over the inputs that linears read, in float64; rows that are not finite are left out."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, name: str, linear: nn.Module, p: torch.Tensor) -> None:
+        """Watch one linear in the directions `p` (in, r)."""
         weight = linear.weight
         assert isinstance(weight, torch.Tensor)
-        if name not in self.gaps:  # a unit may be held again
-            rows = iter([weight.detach()])
-            self.gaps[name] = gap_of(self.source, name, rows, self.small.factors(name), is_transposed(linear))
-        solved = [self.gaps[name].limited(limit) for limit in LIMITS]
-        a = solved[0].a.to(weight.device, torch.float32)
-        return [(a, item.b.to(weight.device, torch.float32)) for item in solved]
+        p = p.to(weight.device, torch.float32)
+        self.seen[name] = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_NF = args[0].reshape(-1, len(p)).float()
+            x_NF = x_NF[torch.isfinite(x_NF).all(dim=-1)]
+            self.seen[name] += x_NF.T @ (x_NF @ p)
+
+        self._handles.append(linear.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Stop watching."""
+        while self._handles:
+            self._handles.pop().remove()
 
 
 def _set(weights: Mapping[Any, Weights]) -> None:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from onelayer.compiler.prefetch import one_thread
+
 # Rows of W are widened by blocks of about this size: they stay in a core's cache, which triples the speed.
 BLOCK_BYTES = 1 << 20
 # Directions of A weaker than this share of the strongest are none: their basis vectors are arbitrary.
 RELATIVE_CUTOFF = 1e-6
+# Added to the inputs' energy in every direction, as a share of its mean: few samples leave some directions unseen.
+RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,33 @@ def measure_gap(
     weight: consecutive rows of the original's, (out, in), or (in, out) where `transposed`; up (out, k) and down
     (k, in), the emulator's; a (r, in), b (out, r), scaling: the adapter as trained.
     """
-    p, b_split = split_product(a, b, scaling)
-    of_original = project(weight, p, transposed)
-    device, wide = of_original.device, of_original.dtype
-    of_emulator = up.to(device, wide) @ (down.to(device, wide) @ p.to(device, wide))
+    with one_thread():
+        p, b_split = split_product(a, b, scaling)
+        of_original = project(weight, p, transposed)
+        device, wide = of_original.device, of_original.dtype
+        of_emulator = up.to(device, wide) @ (down.to(device, wide) @ p.to(device, wide))
     return Gap(p, b_split, (of_original - of_emulator).to(p))
+
+
+def oblique_gap(
+    span: Gap, weight: Iterable[torch.Tensor], up: torch.Tensor, down: torch.Tensor, seen: torch.Tensor, transposed: bool
+) -> Gap:
+    """The gap whose full correction is best on average over inputs x, not only for those in the span of p.
+
+    seen (in, r'): E[x x^T] p up to a factor. error = argmin_K E |(W - E) x - K p^T x|^2 = (W - E) seen (p^T seen)^-1.
+    Where nothing was seen, or what was seen is not finite, `span` itself.
+    """
+    inner = span.p.T @ seen
+    energy = float(inner.trace()) / max(1, len(inner))
+    if not 0 < energy < math.inf:
+        return span
+    inner = inner + RIDGE * energy * torch.eye(len(inner), dtype=inner.dtype)
+    with one_thread():
+        of_original = project(weight, seen / energy, transposed)
+        device, wide = of_original.device, of_original.dtype
+        of_emulator = up.to(device, wide) @ (down.to(device, wide) @ (seen / energy).to(device, wide))
+    error = torch.linalg.solve(inner / energy, (of_original - of_emulator).to(seen).T).T
+    return Gap(span.p, span.b, error)
 
 
 def project(weight: Iterable[torch.Tensor], p: torch.Tensor, transposed: bool = False) -> torch.Tensor:

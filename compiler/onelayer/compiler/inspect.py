@@ -12,8 +12,15 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import directory_bytes, read_json
 
 
-def inspect_path(path: str | Path) -> dict[str, Any]:
-    """What `path` is, as plain JSON values; `kind` says which of the four. Raises `InputError` where it is none."""
+def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, Any]:
+    """What `path` is, as plain JSON values; `kind` says which of the four. An emulator is drawn into `plot`, if given.
+
+    Raises `InputError` where it is none of the four.
+    """
+    if plot is not None:
+        from onelayer.compiler.plot import plot_emulator
+
+        plot_emulator(path, plot)
     directory = Path(path)
     if not directory.is_dir():
         raise InputError(f"{path}: no such directory; give an emulator, an adapter, an artifact or a model directory")

@@ -1,6 +1,8 @@
 """What a pass costs: peak bytes, bytes read, seconds, shown while it runs and reported when it ends."""
 
+import ctypes
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -46,6 +48,14 @@ def anonymous_bytes() -> int:
         _, resident, shared, *_ = _STATM.read_text().split()
         return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
     return int(psutil.Process().memory_info().rss)
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system; glibc keeps it per thread, where the next layer may not find it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing
+        if trim is not None:
+            trim(0)
 
 
 class Meter:

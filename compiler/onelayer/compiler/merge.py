@@ -25,7 +25,7 @@ from onelayer.compiler.files import check_output, read_json, write_json
 from onelayer.compiler.measure import GIB, Meter, Progress, Report, Result
 from onelayer.compiler.merge_plan import Change, Part, plan_changes
 from onelayer.compiler.merge_work import merge_directory
-from onelayer.compiler.prefetch import ahead
+from onelayer.compiler.prefetch import ahead, one_thread
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
 
@@ -73,7 +73,7 @@ def merge_adapter(
         streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
         changes = plan_changes(parts, streamed)
-        with merge_directory(output, record) as work:
+        with merge_directory(output, record) as work, one_thread():
             _check_space(output, work, checkpoint)
             _write_shards(work, checkpoint, changes, meter)
             copy_companions(directory, work)

@@ -147,8 +147,11 @@ class MomentHooks:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map of its input with a 2-D weight: `nn.Linear`, or GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module is a linear map of its input with a 2-D weight: `nn.Linear`, or GPT-2's `Conv1D`.
+
+    A subclass with a forward of its own is none: it may return more, or use its weight in another way.
+    """
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:

@@ -14,29 +14,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import onelayer_home
 
 # Smaller tensors cost less to keep than to file.
 SMALLEST_BYTES = 16 << 10
 # By default parked states may take this share of the memory that is free when the pass begins.
 DEFAULT_SHARE = 0.5
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def parse_bytes(text: str | int, field: str) -> int:
-    """Bytes of a quantity like `24GiB`, `500MB` or a plain number. Raises `InputError` naming the field."""
-    if isinstance(text, int):
-        return text
-    digits = text.strip().rstrip("ABGIKMabgikm")
-    unit = text.strip()[len(digits) :].upper() or "B"
-    try:
-        amount = float(digits)
-    except ValueError:
-        amount = -1.0
-    if unit not in UNITS or amount < 0:
-        raise InputError(f"{field} {text!r}: not a size; write it like 8GiB or 500MB")
-    return int(amount * UNITS[unit])
 
 
 class Parking:

@@ -34,6 +34,7 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
         _spectrum(spectra, rows, line.get_color(), kind)
     settings = document["settings"]
     errors.set(xlabel="layer", ylabel="relative error of the output", title="Error by depth", ylim=(0, None))
+    errors.xaxis.get_major_locator().set_params(integer=True)
     errors.legend(fontsize="small", ncols=2)
     spectra.set(
         xlabel="directions kept",

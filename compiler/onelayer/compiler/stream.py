@@ -17,7 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.measure import Meter, Progress
+from onelayer.compiler.measure import Meter, Progress, return_free_memory
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.units import StreamedModel, Unit
 
@@ -101,6 +101,7 @@ class Stream:
                             break
                         ahead.discard(unit)
                         self._visit(unit, parked, reader, advance)
+                        return_free_memory()
                         progress.reached(unit.position + 1, unit.name, self.meter.sample())
             finally:
                 for visit in parked:

@@ -20,12 +20,17 @@ from onelayer.runtime.cli_options import (
     Data,
     Device,
     HeldOut,
+    HostMemory,
     Json,
     Limit,
     MaxLength,
     Output,
+    Plot,
+    RankAllocation,
     Ratio,
+    Resume,
     Seed,
+    Solver,
     Weights,
 )
 from onelayer.runtime.cli_train import train
@@ -65,8 +70,12 @@ def compile_(
     samples: Annotated[int, typer.Option(min=1, help="How many calibration examples to use.")] = 64,
     max_length: MaxLength = 512,
     batch_size: BatchSize = 1,
+    solver: Solver = "exact",
+    rank_allocation: RankAllocation = "uniform",
     device: Device = None,
+    host_memory_bytes: HostMemory = None,
     seed: Seed = 0,
+    resume: Resume = True,
     as_json: Json = False,
 ) -> None:
     """Write a compact emulator of MODEL, layer by layer.
@@ -88,8 +97,12 @@ def compile_(
             samples=samples,
             max_length=max_length,
             batch_size=batch_size,
+            solver=solver,
+            rank_allocation=rank_allocation,
             device=device,
+            host_memory_bytes=host_memory_bytes,
             seed=seed,
+            resume=resume,
         ),
         cli_format.compile_summary,
         as_json,
@@ -209,6 +222,7 @@ def evaluate(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Emulator, adapter, artifact or checkpoint.")],
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Say what a directory holds and where it came from.
@@ -219,7 +233,7 @@ def inspect(
     """
     from onelayer.compiler import inspect_path
 
-    print_result(lambda: inspect_path(path), cli_format.summary, as_json)
+    print_result(lambda: inspect_path(path, plot), cli_format.inspect_summary, as_json)
 
 
 @app.command()

@@ -72,6 +72,18 @@ def summary(document: Mapping[str, Any]) -> str:
     return table(rows) if rows else "nothing to show"
 
 
+def inspect_summary(document: Mapping[str, Any]) -> str:
+    """What a directory is; of an emulator also the rank and error of every linear."""
+    if document["kind"] != "emulator":
+        return summary(document)
+    rows = [("linear", "rank", "error", "optimal", "remark")]
+    for row in document["linears"]:
+        rows.append((row["name"], row["rank"], row["error"], row["optimal_error"], row["fallback"] or ""))
+    rows += [(row["name"], "dense", 0.0, 0.0, row["reason"]) for row in document["dense"]]
+    head = {name: value for name, value in document.items() if name not in ("linears", "dense")}
+    return f"{summary(head)}\n\n{table(rows)}"
+
+
 def _is_short(values: list[Any]) -> bool:
     return len(values) <= 8 and all(isinstance(value, str | int | float) for value in values)
 
@@ -91,8 +103,9 @@ def correct_summary(document: Mapping[str, Any]) -> str:
     limit = "none" if document["limit"] is None else document["limit"]
     parts = [f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}"]
     if document["candidates"]:
-        rows = [("none" if row["limit"] is None else row["limit"], row["loss"]) for row in document["candidates"]]
-        parts.append(table([("limit tried", "held-out loss"), *rows]))
+        tried = document["candidates"]
+        rows = [(row["solver"], "none" if row["limit"] is None else row["limit"], row["loss"]) for row in tried]
+        parts.append(table([("solver tried", "limit", "held-out loss"), *rows]))
     return "\n".join([*parts, _report(document["report"])])
 
 

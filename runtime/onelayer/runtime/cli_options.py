@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,6 +64,28 @@ Calibration = Annotated[
 Ratio = Annotated[float, typer.Option(help="Share of each linear's parameters that the emulator keeps, 0 to 1.")]
 MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples computed at once; more needs more memory.")]
+Solver = Annotated[
+    Literal["exact", "fast"], typer.Option(help="Exact eigenvectors, or a randomised sketch within a percent of them.")
+]
+RankAllocation = Annotated[
+    Literal["uniform", "spectrum"],
+    typer.Option(help="The same ratio for every linear, or the same total where it buys most."),
+]
+HostMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--host-memory",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Memory for the states of waiting examples, like 8GiB; the rest goes to disk. Default: half the free.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Take up an interrupted run with the same settings, or start anew.")
+]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also draw an emulator's errors and spectra (.png, .svg or .pdf).")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 LearningRate = Annotated[float, typer.Option(help="Learning rate; the default is meant for LoRA.")]

@@ -1,9 +1,11 @@
-"""One matrix of activations in, two thin factors out: the sampled orthogonal decomposition, pure numerics.
+"""One matrix of activations in, two thin factors of short numbers out: the sampled orthogonal decomposition, pure numerics.
 
-Shapes: T tokens (rows), n features (columns), k the rank, A (T, n) the activations. LoRAct (arXiv 2509.23472) sketches A
-with some of its own rows. What differs here is measured in manifests/LOG.md: rows are drawn by their norm, so that a
-massive one is not missed; the sample is orthonormalised before it meets A, so that singular values are not squared
-in the precision of A; rows of padding are left out altogether.
+Shapes: T tokens (rows), n features (columns), k the rank, A (T, n) the activations, A_S (k, n) rows sampled of it.
+LoRAct (arXiv 2509.23472) sketches A with its own rows, Y = A A_S^T, and keeps Q = orth(Y) and Q^T A. What differs here
+is measured in manifests/LOG.md: rows are drawn by their norm, so that a massive one is not missed; A is projected onto
+orth(A^T A orth(A_S^T)), which is closer to A at no greater cost, and asks for no decomposition as long as T; the long
+factor is stored in 8 bits and the other in 16, whose rounding is far below what the rank leaves out; rows of padding
+are left out altogether.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch
 
 # Others (8-bit floats, integers) are kept as they are: they are small already, or no activations.
 FACTORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEVELS = 127  # of int8, on either side of zero
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,22 @@ class Kept:
 
 @dataclass(frozen=True)
 class Factors:
-    """A as `left_tk @ right_kn`. `tokens` are the rows that `left_tk` stands for, None for all; the others are zero."""
+    """A as `left_tk @ (scale_k1 * right_kn)`. `tokens` are the rows `left_tk` stands for, None for all; others are zero.
+
+    `left_tk` holds bytes; `right_kn` bfloat16, since one massive channel must not take the precision of all others.
+    """
 
     left_tk: torch.Tensor
     right_kn: torch.Tensor
+    scale_k1: torch.Tensor
     tokens: torch.Tensor | None
     shape: torch.Size
+    dtype: torch.dtype
 
     @property
     def saved_bytes(self) -> int:
-        """What is stored; `tokens` is one list for all layers and counted by who made it."""
-        return sum(factor.numel() * factor.element_size() for factor in (self.left_tk, self.right_kn))
+        """What is stored; `tokens` is one list for all layers and not counted."""
+        return sum(part.numel() * part.element_size() for part in (self.left_tk, self.right_kn, self.scale_k1))
 
     @property
     def rank(self) -> int | None:
@@ -56,12 +64,13 @@ class Factors:
 
     def rebuild(self) -> torch.Tensor:
         """The approximation, in the shape and precision of the tensor it stands for."""
+        work = _work_dtype(self.dtype)
         with torch.autocast(self.left_tk.device.type, enabled=False):
-            product_tn = self.left_tk @ self.right_kn
+            product_tn = self.left_tk.to(work) @ (self.scale_k1 * self.right_kn.float()).to(work)
         if self.tokens is not None:
             rows = self.shape.numel() // self.shape[-1]
             product_tn = product_tn.new_zeros(rows, self.shape[-1]).index_copy_(0, self.tokens, product_tn)
-        return product_tn.reshape(self.shape)
+        return product_tn.to(self.dtype).reshape(self.shape)
 
 
 Compressed = Kept | Factors
@@ -76,47 +85,61 @@ def compress(
     `tokens` (of int64, over the flattened leading dimensions) are the rows that matter. Rows beside them are padding,
     carry no weight and come back as zeros; as long as the tensor is factored at all.
     """
-    features = tensor.shape[-1]
     if rank is None or tensor.dtype not in FACTORED_DTYPES or tensor.ndim < 2 or tensor.numel() == 0:
         return Kept(tensor.detach())
+    features = tensor.shape[-1]
     rows = len(tokens) if tokens is not None else tensor.numel() // features
-    if rows <= rank or rank * (rows + features) >= tensor.numel():
+    if min(rows, features) <= rank or rank * (rows + 2 * features + 4) >= tensor.numel() * tensor.element_size():
         return Kept(tensor.detach())
     activations_tn = tensor.detach().reshape(-1, features)
     if tokens is not None:
         activations_tn = activations_tn.index_select(0, tokens)
-    left_tk, right_kn = qb(activations_tn, rank, generator)
-    return Factors(left_tk, right_kn, tokens, tensor.shape)
+    left_tk, right_kn = project(activations_tn, rank, generator)
+    bytes_tk, scale_k = _to_bytes(left_tk)
+    return Factors(bytes_tk, right_kn.bfloat16(), scale_k.unsqueeze(1), tokens, tensor.shape, tensor.dtype)
 
 
-def qb(
+def project(
     activations_tn: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q (T, k) and B (k, n) with A close to Q B; Q's columns are orthogonal and of length sqrt(T).
+    """C (T, k) and V (k, n), the rows of V orthonormal, with A close to C V = A V^T V; rank below both T and n.
 
-    Q spans A A_S^T, A_S the sampled rows: the best approximation of A within that span. A number that is not finite in
-    A leaves numbers that are not finite in the result. The length keeps both factors near the size of A, within the
-    range of float16.
+    A number that is not finite in A leaves numbers that are not finite in the result.
     """
-    # A product in float16 overflows where A itself does not.
-    work = torch.float32 if activations_tn.dtype == torch.float16 else activations_tn.dtype
+    work = _work_dtype(activations_tn.dtype)
     exact = torch.float64 if work == torch.float64 else torch.float32
     with torch.autocast(activations_tn.device.type, enabled=False):
         a_tn = activations_tn.to(work)
         sample_kn = a_tn.index_select(0, sample_rows(a_tn, rank, generator))
-        basis_nk = torch.linalg.qr(sample_kn.T.to(exact)).Q
-        q_tk = torch.linalg.qr((a_tn @ basis_nk.to(work)).to(exact)).Q
-        length = a_tn.shape[0] ** 0.5
-        b_kn = q_tk.to(work).T @ a_tn / length
-        return (q_tk * length).to(activations_tn.dtype), b_kn.to(activations_tn.dtype)
+        basis_nk = torch.linalg.qr(sample_kn.T.to(exact)).Q.to(work)
+        sketch_tk = a_tn @ basis_nk
+        # Scaled, so that no product of two activations leaves the range of the precision.
+        sketch_tk = sketch_tk / sketch_tk.abs().amax(0).clamp_min(torch.finfo(work).tiny)
+        basis_nk = torch.linalg.qr((a_tn.T @ sketch_tk).to(exact)).Q.to(work)
+        return a_tn @ basis_nk, basis_nk.T
 
 
 def sample_rows(activations_tn: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Indices of `count` different rows, drawn with probabilities as their squared norms (Efraimidis and Spirakis).
 
-    A row far longer than the others is as good as certain to be among them.
+    A row far longer than the others is as good as certain to be among them. The longest come first: where the sample
+    is orthonormalised in this order, they do not leave their traces in all the other directions.
     """
     norms_t = torch.linalg.vector_norm(activations_tn.float(), dim=1)
     noise_t = torch.empty_like(norms_t).exponential_(generator=generator)
     # Logarithms of norm^2 / noise, since squares leave float32's range.
-    return (2 * norms_t.log() - noise_t.log()).topk(count, sorted=False).indices
+    rows = (2 * norms_t.log() - noise_t.log()).topk(count, sorted=False).indices
+    return rows[norms_t[rows].argsort(descending=True)]
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What to multiply in: products in float16 overflow where their factors do not."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _to_bytes(factor_tk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers from -127 to 127, and the scale of each column in float32."""
+    scale_k = factor_tk.abs().amax(0).float() / _LEVELS
+    # A column of zeros has no scale. What is not finite is no byte either; it lives on in the scale of its column.
+    steps_tk = torch.where(scale_k > 0, factor_tk / scale_k, 0).nan_to_num(0)
+    return steps_tk.round().to(torch.int8), scale_k

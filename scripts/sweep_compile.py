@@ -1,0 +1,81 @@
+"""The sweep's check of compile: a tiny model goes in, its emulator is compiled from random tokens, loaded and judged."""
+
+import json
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from sweep_inputs import random_ids
+from transformers import PreTrainedModel
+
+from onelayer.compiler import compile as compiling
+from onelayer.compiler.tokens import Tokens
+
+SAMPLES, LENGTH = 24, 16
+# Achieved errors differ from the optimum only by the rounding of factors to float32.
+SLACK = 1e-3
+
+
+def random_tokens() -> list[Tokens]:
+    """Samples of random ids, each of which is predicted."""
+    rows = random_ids(SAMPLES, LENGTH).tolist()
+    return [Tokens(row, row) for row in rows]
+
+
+def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
+    """('optimal' | 'worse', detail) of a tiny model's emulator; what compile or loading raises passes through."""
+    from onelayer.runtime import load_emulator
+
+    with tempfile.TemporaryDirectory() as name:
+        original, output = Path(name, "original"), Path(name, "emulator")
+        model.save_pretrained(original)
+        replaced = {"load_tokenizer": lambda path: None, "read_tokens": lambda *_: random_tokens()}
+        with mock.patch.multiple(compiling, **replaced):
+            result = compiling.compile_emulator(original, "random tokens", output, ratio=0.5, batch_size=4, device="cpu")
+        told = json.loads((output / "emulator.json").read_text())
+        emulator = load_emulator(output)
+        with torch.no_grad():
+            answer = emulator(**first_inputs(model))
+        assert torch.isfinite(answer[0]).all(), "the emulator's answer is not finite"
+    excess = largest_excess(model, emulator, [item.name for item in result.linears])
+    reasons = sorted({f"{item['name']}: {item['reason']}" for item in told["dense"]})
+    detail = f"{len(result.linears)} linears, error at most {excess:.0e} above the optimum"
+    detail += f"; {len(reasons)} dense, {reasons[0]}" if reasons else ""
+    detail += f"; {len(told['revisited'])} units visited again" if told["revisited"] else ""
+    return ("optimal" if excess < SLACK else "worse"), detail
+
+
+def largest_excess(model: PreTrainedModel, emulator: PreTrainedModel, names: list[str]) -> float:
+    """How far the outputs of the emulator's linears are from the best of their rank, by the outputs' own SVD.
+
+    The resident original's linears see all samples again; errors are relative to their outputs Y (N, out).
+    """
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: inputs[name].append([*args, *kwargs.values()][0]), with_kwargs=True
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for row in random_tokens():
+            batch = dict.fromkeys(first_inputs(model), torch.tensor([row.input_ids]))
+            model(**batch)
+        for handle in handles:
+            handle.remove()
+        worst = 0.0
+        for name in names:
+            x_NI = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs[name]]).double()
+            original, copy = model.get_submodule(name).double(), emulator.get_submodule(name).double()
+            y_NO = original(x_NI) - (0.0 if original.bias is None else original.bias)
+            error = (copy(x_NI) - (0.0 if copy.bias is None else copy.bias) - y_NO).norm() / y_NO.norm()
+            best = torch.linalg.svdvals(y_NO)[copy.lr_up.shape[1] :].norm() / y_NO.norm()
+            worst = max(worst, float(error - best))
+    return worst
+
+
+def first_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """One batch of text, and for a pair of encoder and decoder the same for both."""
+    ids = random_ids(2, 9)
+    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
