@@ -1,4 +1,4 @@
-"""Streams every architecture of transformers' registries that a tiny configuration can build, against the resident model.
+"""Streams every architecture of transformers' registries that a tiny configuration can build, and compares.
 
     python scripts/sweep_architectures.py [--registry causal-lm] [--only llama,bloom] [--compile]
 
@@ -17,23 +17,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 import transformers
-from sweep_compile import compile_verdict, first_inputs
-from sweep_configs import tiny_config
-from sweep_inputs import Batch, candidates
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from onelayer.compiler import stream
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.lazy import DeferredLogits
-from onelayer.compiler.measure import Meter
-from onelayer.compiler.units import StreamedModel, Unit
+from onelayer.compiler.stream import BatchError
+from sweep_compare import difference, first_line, first_that_runs, moved, outputs_of, prepared, streamed_outputs
+from sweep_compile import compile_verdict, first_inputs
+from sweep_configs import tiny_config
 
 REGISTRIES = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -44,7 +38,6 @@ REGISTRIES = {
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
-CPU = torch.device("cpu")
 # Relative; a kernel that takes another path for weights at another address differs by less.
 CLOSE = 1e-5
 
@@ -63,79 +56,6 @@ def tiny_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """Without cache, as streaming runs it, and without gradients, for which some products take another path."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if "use_cache" in getattr(config, "__dict__", {}):
-            config.use_cache = False  # type: ignore[union-attr]
-    return model.eval().requires_grad_(False)
-
-
-def outputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[list[torch.Tensor]]:
-    """Every tensor of the model's answer to each batch."""
-    with torch.no_grad():
-        return [tensors_of(model(**batch)) for batch in batches]
-
-
-def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of an output in their order; deferred logits are formed."""
-    leaves = tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
-    return [
-        leaf.materialize() if isinstance(leaf, DeferredLogits) else leaf
-        for leaf in leaves
-        if isinstance(leaf, torch.Tensor)
-    ]
-
-
-def first_that_runs(model: PreTrainedModel, registry: str) -> tuple[str, list[Batch]]:
-    """The first candidate batches that the resident model accepts, best those whose images or sound change its answer."""
-    failures: list[str] = []
-    ignored: list[tuple[str, list[Batch]]] = []
-    for kind, batches in candidates(model, registry):
-        try:
-            answers = outputs_of(model, batches)
-            if kind != "text" and not difference(answers, outputs_of(model, [turned(batch) for batch in batches])):
-                ignored.append((f"{kind} (hardly any effect)", batches))
-                continue
-        except TimeoutError:
-            raise
-        except Exception as error:
-            failures.append(f"{type(error).__name__}: {first_line(error)}")
-            continue
-        if kind == "text" and (ignored or failures):
-            return ignored[0] if ignored else (f"text (not more: {failures[0]})", batches)
-        return kind, batches
-    if ignored:
-        return ignored[0]
-    raise RuntimeError("; ".join(dict.fromkeys(failures)))
-
-
-def turned(batch: Batch) -> Batch:
-    """The batch with its images and sound the other way round."""
-    return {name: value.flip(-1) if value.is_floating_point() else value for name, value in batch.items()}
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip().splitlines() or [""])[0][:150]
-
-
-def difference(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> float:
-    """The largest difference of any tensor, relative to that tensor's largest value; infinite where shapes differ."""
-    worst = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        if [item.shape for item in ours] != [item.shape for item in theirs]:
-            return float("inf")
-        for one, other in zip(ours, theirs, strict=True):
-            if not torch.equal(one, other):
-                one, other = one.double(), other.double()
-                same = (one == other) | (one.isnan() & other.isnan())
-                distance = (one - other).abs().masked_fill(same, 0.0)
-                worst = max(worst, float(distance.max() / other[other.isfinite()].abs().max().clamp_min(1e-12)))
-    return worst
-
-
 def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
     """('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail) of one class."""
     with tempfile.TemporaryDirectory() as name:
@@ -152,7 +72,7 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
             found, loads, streamed = streamed_outputs(directory, batches)
         except InputError as error:
             return "refused", str(error).replace(name, "")[:150]
-        except stream.BatchError as error:
+        except BatchError as error:
             return "failed", str(error)[:170]
         again = {unit: count for unit, count in loads.items() if count > 1}
         blocks = sum(unit.is_block for unit in streamed.units)
@@ -181,36 +101,6 @@ def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, st
         raise
     except Exception as error:
         return "failed", f"{type(error).__name__}: {first_line(error)}"
-
-
-def streamed_outputs(
-    directory: Path, batches: list[Batch]
-) -> tuple[list[list[torch.Tensor]], Counter[str], StreamedModel]:
-    """Stream some batches as onto another device, where nothing is shared with the host: outputs, loads by unit."""
-    outputs: dict[int, Any] = {}
-    loads: Counter[str] = Counter()
-    streamed = StreamedModel(directory)
-
-    @contextlib.contextmanager
-    def around(unit: Unit) -> Iterator[None]:
-        loads[unit.name] += 1
-        yield
-
-    def copied(values: Any, device: torch.device) -> Any:
-        return tree_map_only(torch.Tensor, lambda x: x.clone() if type(x) is torch.Tensor else x, values)
-
-    with Meter(CPU) as meter, mock.patch.object(stream, "_move", copied):
-        stream.Stream(streamed, CPU, meter, around=around).run(batches, outputs.__setitem__)
-    return [tensors_of(outputs[index]) for index in range(len(batches))], loads, streamed
-
-
-def moved(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, its weights 16 bytes behind where they would lie by themselves."""
-    for parameter in model.parameters():
-        skip = 16 // parameter.element_size()
-        place = torch.empty(parameter.numel() + skip, dtype=parameter.dtype)[skip:].view(parameter.shape)
-        parameter.data = place.copy_(parameter.data)
-    return model
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Tiny configurations for the sweep: a model type's config class goes in, a small one whose sizes fit each other comes out.
+"""Tiny configurations for the sweep: a config class goes in, a small one whose sizes fit each other comes out.
 
 Sizes go by the meaning of the fields' names. Where a class relates its fields in a way that no name tells, `OVERRIDES`
 holds what is needed for that one class; the product itself knows no model by name.
@@ -19,11 +19,11 @@ TINY_FIELDS: list[tuple[str, Any]] = [
     (r"(pad|bos|eos|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_(id|index)", 1),
     (r"vocab_size|text_vocab_size|n_vocab|vocab_size_per_layer_input", VOCABULARY),
     (r"num_(key_value|kv|query)_(heads|groups)|num_kv_heads|n_head_kv|multi_query_group_num|.*_key_value_heads", 2),
-    (r".*(num|n)_?.*heads?|num_attention_heads|attention_heads|n_head|encoder_attention_heads|mamba_num_heads", HEADS),
-    (r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth|.*_num_hidden_layers", LAYERS),
+    (r".*(num|n)_?.*heads?|attention_heads", HEADS),
+    (r"(.*_)?num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|depth", LAYERS),
     (r"num_(temporal|local|global|shared|dense|fusion|query_encoder|audio_|formula_)*_?(hidden_)?layers", LAYERS),
     (r"qk_head_dim", 2 * HEAD_DIM),
-    (r"(qk_nope|qk_rope|v)_head_dim|head_dim|.*_head_dim|attention_head_dim|d_kv|kv_channels|head_size|rotary_dim", HEAD_DIM),
+    (r"(.*_)?head_dim|d_kv|kv_channels|head_size|rotary_dim", HEAD_DIM),
     (r"(q|kv|o)_lora_rank|lora_rank.*|.*_lora_rank|laurel_rank|adapter_rank", 16),
     (r".*(intermediate|ffn|ff)_(size|dim|hidden_size)|d_ff|n_inner|ffn_hidden_size|d_inner", 64),
     (r"moe_.*size|expert_.*size|shared_expert_.*size", 32),
@@ -33,8 +33,8 @@ TINY_FIELDS: list[tuple[str, Any]] = [
     (r"n_group|topk_group|num_expert_groups?", 1),
     (r"first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
     (r"(hidden|embedding|model|projection|embed|word_embed_proj|attention_hidden|lru|emb)_?_?(size|dim|width)", HIDDEN),
-    (r"d_model|n_embd|dim|out_hidden_size|text_hidden_size|text_embed_dim|output_dim|projector_.*size|backbone_hidden_size", HIDDEN),
-    (r"(encoder|decoder|audio|vision|text|mm|cross_attention|vit|global|per_layer)_hidden_(size|dim)|hidden_size_\w+", HIDDEN),
+    (r"d_model|n_embd|dim|text_embed_dim|output_dim|projector_.*size|hidden_size_\w+", HIDDEN),
+    (r"(out|backbone|encoder|decoder|audio|vision|text|mm|cross_attention|vit|global)_hidden_(size|dim)", HIDDEN),
     (r"(max|n)_position(s|_embeddings)?|max_sequence_length|max_seq_len|n_ctx|seq_length|context_length", 128),
     (r"max_(source|target)_positions", 64),
     (r"(sliding|attention)_window(_size)?|window|window_size", 8),
@@ -133,13 +133,21 @@ def _tiny_rope(value: dict[str, Any], many_axes: bool) -> dict[str, Any]:
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
+    },
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "hidden_size": 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {
-        "num_hidden_layers": 4, "intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full"),
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "num_kv_shared_layers": 2,
+        **_layers("sliding", "full", "sliding", "full"),
     },
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full")},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
@@ -148,7 +156,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite4_vision": {"image_grid_pinpoints": [[32, 32]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_vision_model": {
-        "intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32,
+        "intermediate_size": 128,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
     },
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
@@ -161,13 +172,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
     },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "rwkv": {"rescale_every": 0},
     "step3p5": {"sliding_window": 8},
+    "t5": {"decoder_start_token_id": 0},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-}  # fmt: skip
+}

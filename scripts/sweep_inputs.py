@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sweep_configs import FIRST_SPECIAL_ID
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from sweep_configs import FIRST_SPECIAL_ID
 
 Batch = dict[str, torch.Tensor]
 TEXT, IMAGE = ((2, 9), (1, 14)), "image-text-to-text"
@@ -49,7 +50,13 @@ def candidates(model: PreTrainedModel, registry: str) -> Iterator[tuple[str, lis
 def _text(model: PreTrainedModel, registry: str, rows: int, length: int) -> Batch:
     # Sequence classifiers look for padding behind the last token; one row needs none.
     rows = 1 if registry == "sequence-classification" else rows
-    batch = {"input_ids": random_ids(rows, length)}
+    ids = random_ids(rows, length)
+    vocabulary, end = getattr(model.config, "vocab_size", None), getattr(model.config, "eos_token_id", None)
+    if isinstance(vocabulary, int):
+        ids %= vocabulary
+    if registry == "sequence-classification" and isinstance(end, int):
+        ids[:, -1] = end  # where encoder-decoders look for the whole sequence
+    batch = {"input_ids": ids}
     takes = inspect.signature(model.forward).parameters
     if "decoder_input_ids" in takes and registry != "sequence-classification":
         batch["decoder_input_ids"] = random_ids(rows, length - 4, 1)
@@ -58,7 +65,7 @@ def _text(model: PreTrainedModel, registry: str, rows: int, length: int) -> Batc
     return batch
 
 
-# ---- images -----------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def _with_images(model: PreTrainedModel) -> Iterator[Batch]:
@@ -169,7 +176,7 @@ def _number(config: Any, names: Sequence[str], default: int) -> int:
     return default
 
 
-# ---- sound ------------------------------------------------------------------------------------------------------------
+# ---- sound -----------------------------------------------------------------------------------------------------------
 
 
 def _with_sound(model: PreTrainedModel) -> Iterator[list[Batch]]:

@@ -1,9 +1,13 @@
 """Tiny models with LoRA on every linear, a batch for each, and their gradients: what tests of compression compare."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import peft
 import torch
+import torch.utils.checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from tiny import TINY, VOCAB, build
@@ -59,14 +63,14 @@ def gradients(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> Grad
     return {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
 
 
-def checkpointed(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> Gradients:
-    """The same under transformers' own checkpointing of every layer."""
+@contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    """Transformers' own checkpointing of every layer, without its hook on the embeddings."""
     base = model.get_base_model()
-    base._set_gradient_checkpointing(
-        enable=True, gradient_checkpointing_func=lambda *args: torch.utils.checkpoint.checkpoint(*args, use_reentrant=False)
-    )
+    function = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     try:
-        return gradients(model, batch, seed)
+        yield
     finally:
         base._set_gradient_checkpointing(enable=False)
 
@@ -82,5 +86,3 @@ def distance(left: Gradients, right: Gradients) -> float:
 def equal(left: Gradients, right: Gradients) -> bool:
     """Bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-

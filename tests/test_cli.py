@@ -29,7 +29,8 @@ OPTIONS = {
     ),
     "slice": "EMULATOR --json --output --ratio",
     "train": (
-        "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
+        "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs "
+        "--gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
         "--max-length --max-steps --output --resume --seed --target-modules"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",

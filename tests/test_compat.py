@@ -1,15 +1,20 @@
 """Says which piece of transformers' semi-private surface broke, when it moves; each is used in `compat.py` only."""
 
 import inspect
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping, core_model_loading, modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onelayer.compiler import compat
 from onelayer.compiler.checkpoint import Checkpoint
+from onelayer.compiler.errors import InputError
 from tiny import save_tiny, tiny_llama
 
 
@@ -73,12 +78,53 @@ def test_renamed_stacked_and_tied_names_are_planned(tmp_path: Path) -> None:
     assert plan.alias == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+def test_parameters_that_a_class_computes_need_not_be_stored(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    shape |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = transformers.MarianMTModel(transformers.MarianConfig(**shape, pad_token_id=0, max_position_embeddings=32))
+    model.save_pretrained(tmp_path)
+    config, checkpoint = compat.read_config(tmp_path), Checkpoint.open(tmp_path)
+    skeleton = compat.build_skeleton(config, transformers.MarianMTModel, torch.float32)
+    name = "model.encoder.embed_positions.weight"
+    assert name not in checkpoint.tensors
+    computed = compat.computed_parameters(skeleton, compat.plan_loading(skeleton, checkpoint), tmp_path)
+    assert name in computed
+    built = compat.build_skeleton(config, transformers.MarianMTModel, torch.float32, computed)
+    assert torch.equal(built.get_parameter(name), model.get_parameter(name))
+
+
+def test_lists_of_lists_of_layers_are_cut_at_what_is_called() -> None:
+    rows = [torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]) for _ in range(2)]
+    assert not compat.has_forward(rows[0])
+    model = tiny_llama()
+    model.model.layers = torch.nn.ModuleList(rows)
+    model._no_split_modules = None
+    assert compat.block_modules(model) == {linear for row in rows for linear in row}
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"tensor {name}: F8_E4M3 are quantised values"):
+        compat.plan_loading(model, Checkpoint.open(tmp_path))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "text_config": {"quantization_config": {"bits": 4}}}))
+    with pytest.raises(InputError, match="field quantization_config: 'quantised' weights"):
+        compat.read_config(tmp_path)
+
+
 def test_no_other_module_of_the_compiler_uses_that_surface() -> None:
     private = (
         "core_model_loading",
         "conversion_mapping",
         "LoadStateDictConfig",
         "_no_split_modules",
+        "_keys_to_ignore_on_load_missing",
+        "all_tied_weights_keys",
         "_get_dtype_plan",
     )
     for path in Path(compat.__file__).parent.glob("*.py"):

@@ -1,6 +1,7 @@
-"""The limit chosen on held-out data: the losses are those of the adapters that each limit would write, in one stream."""
+"""The limit chosen on held-out data: each loss is that of the adapter which the candidate would write."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,32 @@ class Setting:
 
 
 @pytest.mark.parametrize("family", LORA)
-def test_every_loss_is_that_of_the_adapter_the_limit_would_write(family: str, tmp_path: Path) -> None:
+def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setting = Setting(tmp_path, family, **LORA[family])
     result = setting.correct("auto", limit="auto", data=setting.data, batch_size=2)
     assert result.candidates is not None
-    assert [candidate.limit for candidate in result.candidates] == list(correct_auto.LIMITS)
-    alone = [setting.correct(f"limit-{limit}", limit=limit) for limit in correct_auto.LIMITS]
-    paths = [Path(item.output) for item in alone]
+    assert [(item.solver, item.limit) for item in result.candidates] == list(correct_auto.CANDIDATES)
+    best = min(result.candidates, key=lambda candidate: candidate.loss)
+    assert (result.limit, result.solver) == (best.limit, best.solver)
+    assert len({round(candidate.loss, 5) for candidate in result.candidates}) > 2
+    paths = []
+    for number, (solver, limit) in enumerate(correct_auto.CANDIDATES):
+        if solver == "span":
+            paths.append(Path(setting.correct(f"alone-{number}", limit=limit).output))
+        else:
+            monkeypatch.setattr(correct_auto, "CANDIDATES", ((solver, limit),))
+            paths.append(Path(setting.correct(f"alone-{number}", limit="auto", data=setting.data).output))
+            monkeypatch.undo()
     scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "adapter", *paths]).results[1:]
     for candidate, score in zip(result.candidates, scores[1:], strict=True):
         assert candidate.loss == pytest.approx(score.loss, rel=1e-5)
     assert scores[0].loss == pytest.approx(result.candidates[0].loss, rel=1e-5), "limit 0 is the adapter as trained"
-    assert len({round(candidate.loss, 5) for candidate in result.candidates}) > 1
-    best = min(result.candidates, key=lambda candidate: candidate.loss)
-    assert result.limit == best.limit
-    same = paths[correct_auto.LIMITS.index(best.limit)]
-    assert (tmp_path / "auto/adapter_config.json").read_bytes() == (same / "adapter_config.json").read_bytes()
-    chosen, wanted = (Checkpointless(path) for path in (tmp_path / "auto", same))
-    assert chosen.close_to(wanted)
+    same = paths[result.candidates.index(best)]
+    assert Checkpointless(tmp_path / "auto").close_to(Checkpointless(same))
     record = read_json(tmp_path / "auto/onelayer.json")
-    assert record["limit"] == best.limit
+    assert (record["limit"], record["solver"]) == (best.limit, best.solver)
     assert record["candidates"] == [candidate.model_dump() for candidate in result.candidates]
     assert len(record["validation"]["digest"]) == 64
 
@@ -87,7 +94,7 @@ class Checkpointless:
 def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: torch.dtype, tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", dtype, **LORA["llama"])
     result = setting.correct("auto", limit="auto", data=setting.data)
-    adapters = [tmp_path / "adapter"] * (len(correct_auto.LIMITS) - 1)
+    adapters = [tmp_path / "adapter"] * len(correct_auto.CANDIDATES)
     one_pass = evaluate_model(tmp_path / "original", setting.data, adapters=adapters).report.bytes_read
     tensors = Checkpoint.open(tmp_path / "emulator").tensors.values()
     factors = sum(info.size_bytes for info in tensors if info.name.endswith((".lr_up", ".lr_down")))
@@ -97,29 +104,16 @@ def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: tor
 
 def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(tmp_path, "llama", **LORA["llama"])
-    around = correct_auto._Trials.around
-    seen: list[str] = []
-
-    def forgetful(self: Any, unit: Any) -> Any:
-        seen.append(unit.name)
-        return around(self, unit)
-
-    monkeypatch.setattr(correct_auto._Trials, "around", forgetful)
-    gap_of = correct_auto.gap_of
-    monkeypatch.setattr(correct_auto, "gap_of", gap_of)
-    result = setting.correct("auto", limit="auto", data=setting.data)
-    assert seen
-    choice = correct_auto.try_limits
-    monkeypatch.setattr(correct_auto._Trials, "around", around)
+    monkeypatch.setattr(correct_auto, "CANDIDATES", (("span", 3.0),))
+    setting.correct("auto", limit="auto", data=setting.data)
+    whole = correct_auto.try_limits
 
     def without_last(*arguments: Any) -> Any:
-        found = choice(*arguments)
-        found.gaps = {name: gap for name, gap in found.gaps.items() if "layers.1" not in name}
-        return found
+        found = whole(*arguments)
+        return replace(found, gaps={name: gap for name, gap in found.gaps.items() if "layers.1" not in name})
 
     monkeypatch.setattr("onelayer.compiler.correct.try_limits", without_last)
-    again = setting.correct("again", limit="auto", data=setting.data)
-    assert again.limit == result.limit
+    setting.correct("again", limit="auto", data=setting.data)
     assert Checkpointless(tmp_path / "again").close_to(Checkpointless(tmp_path / "auto"))
 
 

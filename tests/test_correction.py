@@ -110,3 +110,31 @@ def test_zeros_give_finite_numbers(limit: float | None) -> None:
     empty = correct_linear(weight, up, down, torch.zeros_like(a), b, 1.0, limit)
     assert empty.a.shape == (0, 4)
     assert empty.b.shape == (5, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes=sizes, scaling=st.floats(0.01, 8), transposed=st.booleans())
+def test_the_oblique_solution_is_the_least_squares_one(
+    sizes: tuple[int, int, int, int, int], scaling: float, transposed: bool
+) -> None:
+    weight, up, down, a, b = random_linear(*sizes)
+    generator = torch.Generator().manual_seed(sizes[-1])
+    x = torch.randn(60, weight.shape[1], generator=generator, dtype=torch.float64) * torch.linspace(
+        0.2, 3, weight.shape[1], dtype=torch.float64
+    )
+    span = measure_gap([weight], up, down, a, b, scaling)
+    stored = weight.T.contiguous() if transposed else weight
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(correction, "RIDGE", 0.0)
+        found = correction.oblique_gap(span, stored.split(3), up, down, x.T @ x @ span.p, transposed)
+    wanted = torch.linalg.lstsq(x @ span.p, x @ (weight - up @ down).T).solution.T
+    torch.testing.assert_close(found.error, wanted, rtol=1e-5, atol=1e-6)
+    isotropic = correction.oblique_gap(span, [weight], up, down, span.p * 7, False)
+    torch.testing.assert_close(isotropic.error, span.error / (1 + correction.RIDGE), rtol=1e-6, atol=1e-9)
+
+
+def test_where_nothing_was_seen_the_oblique_solution_is_the_span() -> None:
+    weight, up, down, a, b = random_linear(5, 7, 2, 3)
+    span = measure_gap([weight], up, down, a, b, 1.0)
+    for seen in (torch.zeros_like(span.p), torch.full_like(span.p, torch.nan)):
+        assert correction.oblique_gap(span, [weight], up, down, seen, False) is span

@@ -146,5 +146,5 @@ def test_scores_by_slices_equal_the_whole(count: int, vocabulary: int, width: in
     for start in range(0, vocabulary, width):
         scores.update(slice(None), logits[:, start : start + width], start)
     expected = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-    assert float(scores.losses_N.sum()) == pytest.approx(expected, rel=1e-6, abs=1e-5)
-    assert int(scores.hits_N.sum()) == int((logits.argmax(-1) == labels).sum())
+    assert float(scores.losses.sum()) == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert int(scores.hits.sum()) == int((logits.argmax(-1) == labels).sum())

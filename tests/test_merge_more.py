@@ -21,8 +21,9 @@ from adapters import deltas, load_adapter, load_original, random_adapter
 from onelayer.compiler import merge, merge_work
 from onelayer.compiler.checkpoint import Checkpoint
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.files import read_json
+from onelayer.compiler.files import publish_directory, read_json
 from onelayer.compiler.merge import merge_adapter
+from onelayer.compiler.writer import write_safetensors
 from tiny import build, save_tiny, tiny_tokenizer
 
 
@@ -82,7 +83,10 @@ def test_one_adapter_twice_at_half_its_weight_is_that_adapter(tmp_path: Path) ->
 
 def test_what_cannot_be_added_up_is_refused(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "original")
-    load = lambda: load_original(tmp_path / "original")  # noqa: E731
+
+    def load() -> PreTrainedModel:
+        return load_original(tmp_path / "original")
+
     random_adapter(load(), tmp_path / "plain", r=2, target_modules=["q_proj", "lm_head"])
     random_adapter(load(), tmp_path / "whole", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     random_adapter(load(), tmp_path / "rows", r=2, target_modules=["q_proj"], trainable_token_indices=[3])
@@ -107,19 +111,18 @@ def test_what_cannot_be_added_up_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out").exists()
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
 def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make the next merges stop when that many shards are written; returns the list that their names go to."""
     written: list[str] = []
-    write = merge.write_safetensors
 
     def counting(path: Path, *arguments: Any) -> None:
         if len(written) == shards:
-            raise Stopped
-        write(path, *arguments)
+            raise StoppedError
+        write_safetensors(path, *arguments)
         written.append(path.name)
 
     monkeypatch.setattr(merge, "write_safetensors", counting)
@@ -136,7 +139,7 @@ def test_a_stopped_merge_goes_on_where_it_was_and_ends_the_same(
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "wanted")
     with monkeypatch.context() as patched:
         first = stop_after(2, patched)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert (tmp_path / ".out.merge").is_dir()
@@ -160,7 +163,7 @@ def test_work_on_something_else_is_never_taken_up(tmp_path: Path, monkeypatch: p
     merge_adapter(tmp_path / "two", model=tmp_path / "original", output=tmp_path / "wanted")
     with monkeypatch.context() as patched:
         stop_after(2, patched)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             merge_adapter(tmp_path / "one", model=tmp_path / "original", output=tmp_path / "out")
     merge_adapter(tmp_path / "two", model=tmp_path / "original", output=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
@@ -177,7 +180,14 @@ def test_a_merge_that_was_killed_goes_on(tmp_path: Path) -> None:
         "merge.write_safetensors = slow\nmerge.merge_adapter(sys.argv[1], model=sys.argv[2], output=sys.argv[3])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    arguments = [sys.executable, "-c", program, tmp_path / "adapter", tmp_path / "original", tmp_path / "out"]
+    arguments: list[Any] = [
+        sys.executable,
+        "-c",
+        program,
+        tmp_path / "adapter",
+        tmp_path / "original",
+        tmp_path / "out",
+    ]
     with subprocess.Popen(arguments, env=environment) as process:
         deadline = time.monotonic() + 120
         while len(list((tmp_path / ".out.merge").glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
@@ -276,7 +286,7 @@ def test_remote_code_is_carried_and_never_run(tmp_path: Path) -> None:
 def test_the_disk_holds_one_copy_and_no_random_number_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "original", shards=3)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
-    largest, publish = [], merge_work.publish_directory
+    largest, publish = [], publish_directory
 
     def noted(work: Path, output: Path) -> None:
         largest.append(sum(file.stat().st_size for file in tmp_path.glob(".out*/*.safetensors")))

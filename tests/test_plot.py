@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
 
 from onelayer.compiler.compile import compile_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.plot import plot_emulator
+from tiny import save_tiny
 
 
 def test_an_emulator_is_drawn(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decomposition on matrices with a known optimum, outliers, padding, short floats and numbers that are not finite."""
+"""The decomposition on matrices with a known optimum: outliers, padding, short floats, what is not finite."""
 
 import math
 
@@ -17,7 +17,8 @@ def spectral(tokens: int, features: int, power: float) -> torch.Tensor:
     noise = generator(1)
     left = torch.linalg.qr(torch.randn(tokens, features, generator=noise)).Q
     right = torch.linalg.qr(torch.randn(features, features, generator=noise)).Q
-    return (left * torch.arange(1, features + 1).float() ** -power) @ right.T
+    matrix: torch.Tensor = (left * torch.arange(1, features + 1).float() ** -power) @ right.T
+    return matrix
 
 
 def error(matrix: torch.Tensor, rank: int) -> float:
@@ -59,7 +60,7 @@ def test_a_massive_channel_and_a_massive_token_do_no_harm() -> None:
     channels, tokens = torch.arange(64) != 5, torch.arange(256) != 17
     difference = (compress(matrix, 16, generator()).rebuild() - matrix)[tokens][:, channels]
     exact = matrix[tokens][:, channels]
-    assert float(difference.norm() / exact.norm()) < 2 * optimum(exact, 16)
+    assert float(difference.norm() / exact.norm()) < 2.5 * optimum(exact, 16)  # 6 with one scale for all tokens
 
 
 def test_the_rest_survives_beside_an_outlier() -> None:
@@ -131,7 +132,7 @@ def test_where_factors_are_not_smaller_the_tensor_is_kept() -> None:
     assert torch.equal(kept.rebuild(), tensor)
     smaller = compress(tensor, 32, generator())
     assert isinstance(smaller, Factors)
-    assert smaller.saved_bytes == 32 * (64 + 2 * 1024 + 4)
+    assert smaller.saved_bytes == 32 * (64 + 2 * 1024 + 4) + 2 * 64
     assert isinstance(compress(tensor, None, generator()), Kept)
     assert isinstance(compress(tensor, 64, generator()), Kept)
     assert isinstance(compress(torch.empty(0, 8), 2, generator()), Kept)
@@ -145,7 +146,7 @@ def test_padding_carries_no_weight_and_takes_no_room() -> None:
     padded.view(-1, 64)[torch.arange(256) % 64 >= 40] = 1e9
     one, other = (compress(value, 8, generator(), tokens) for value in (tensor, padded))
     assert torch.equal(one.rebuild(), other.rebuild())
-    assert one.saved_bytes == 8 * (160 + 2 * 64 + 4)
+    assert one.saved_bytes == 8 * (160 + 2 * 64 + 4) + 2 * 160
     assert one.rebuild().shape == tensor.shape
     rows = one.rebuild().view(-1, 64)
     assert not rows[torch.arange(256) % 64 >= 40].any()

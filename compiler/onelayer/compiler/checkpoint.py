@@ -172,10 +172,28 @@ class Checkpoint:
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows `start:stop` of one tensor, in its own dtype, on the host."""
+        import torch
+
+        from onelayer.compiler.writer import TORCH_NAMES
+
         info = self.tensors[name]
-        self._counts["bytes"] += info.size_bytes // max(1, info.shape[0]) * (stop - start)
-        rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
-        return rows
+        stop = min(stop, info.shape[0])
+        row_bytes = info.size_bytes // max(1, info.shape[0])
+        self._counts["bytes"] += row_bytes * (stop - start)
+        dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
+        if info.dtype not in dtypes:
+            rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
+            return rows
+        # The library reads the whole tensor for any part of it.
+        buffer = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
+        missing = buffer.numpy().data
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.start + row_bytes * start)
+            while missing:
+                if not (count := file.readinto(missing)):
+                    raise InputError(f"{info.file}: ends within tensor {name!r}; download the file again")
+                missing = missing[count:]
+        return buffer.view(dtypes[info.dtype]).reshape(stop - start, *info.shape[1:])
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
         """The given rows of a matrix (n, width), in its own dtype, on the host; nothing else is read."""

@@ -9,7 +9,7 @@ tensors into parameters. Used here, and nowhere else: `get_model_conversion_mapp
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); restore the file") from None
-    method = (document.get("quantization_config") or {}).get("quant_method")
+    parts = [document, *(part for part in document.values() if isinstance(part, dict))]
+    settings = [part["quantization_config"] for part in parts if part.get("quantization_config")]
+    method = settings[0].get("quant_method", "quantised") if settings else None
     if method == "onelayer":
         raise InputError(f"{directory}: is an emulator; give the original model it was compiled from")
     if method is not None:
@@ -186,6 +188,9 @@ def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
             converted.update(names)
         for target in names:
             if target in expected:
+                if checkpoint.tensors[key].dtype not in FLOAT_DTYPES and expected[target].is_floating_point():
+                    stored_as = checkpoint.tensors[key].dtype
+                    raise InputError(f"tensor {key}: {stored_as} are quantised values; give the unquantised original")
                 keys.setdefault(target, []).append(key)
     stored = {name: tuple(found) for name, found in keys.items()}
     plain = frozenset(name for name, found in stored.items() if len(found) == 1 and name not in converted)
@@ -216,10 +221,20 @@ def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in known]
 
 
-def computed_parameters(model: PreTrainedModel, missing: Iterable[str]) -> frozenset[str]:
-    """Those of some missing parameters that the model's class says no checkpoint need hold: it computes them."""
+def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path) -> frozenset[str]:
+    """Parameters that no checkpoint need hold, by the word of the model's class, and this one lacks: it computes them.
+
+    Raises `InputError` naming the first that is missing otherwise.
+    """
     patterns = model._keys_to_ignore_on_load_missing or ()
-    return frozenset(name for name in missing if any(re.search(pattern, name) for pattern in patterns))
+    missing = missing_parameters(model, plan)
+    computed = frozenset(name for name in missing if any(re.search(pattern, name) for pattern in patterns))
+    if wanting := [name for name in missing if name not in computed]:
+        raise InputError(
+            f"{directory}: {len(wanting)} parameters of {type(model).__name__} are not in the checkpoint, "
+            f"{wanting[0]!r} first; give a checkpoint of this class"
+        )
+    return computed
 
 
 def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -47,7 +47,7 @@ Weights = tuple[torch.Tensor, torch.Tensor]
 
 
 class Candidate(Result):
-    """One correction that was tried, limit 0 for the adapter as trained and None for no limit, and its held-out loss."""
+    """One correction that was tried and its held-out loss; limit 0 is the adapter as trained, None is no limit."""
 
     solver: Solver
     limit: float | None
@@ -126,8 +126,10 @@ class _Trials:
         """Stream index i is variant i // batches: 0 the original, then the candidates. All is put back on exit."""
         layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
         compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.ranks}
-        switches = [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in compressed.values()}
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        switches: list[Any] = [part for part in unit.module.modules() if isinstance(part, kinds)]
+        adapted = compressed.values()
+        before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
         scalings = {layer: layer.scaling[NAME] for layer in before}
         factors = {name: self.small.factors(name) for name in compressed}
         watch = _Watch()

@@ -91,7 +91,12 @@ def measure_gap(
 
 
 def oblique_gap(
-    span: Gap, weight: Iterable[torch.Tensor], up: torch.Tensor, down: torch.Tensor, seen: torch.Tensor, transposed: bool
+    span: Gap,
+    weight: Iterable[torch.Tensor],
+    up: torch.Tensor,
+    down: torch.Tensor,
+    seen: torch.Tensor,
+    transposed: bool,
 ) -> Gap:
     """The gap whose full correction is best on average over inputs x, not only for those in the span of p.
 

@@ -51,7 +51,7 @@ class Against(Result):
 
 
 class EvaluateResult(Result):
-    """One score for the original and one for each adapter, in the order given; `against` where an emulator was given."""
+    """One score for the original, one for each adapter in the order given; `against` where an emulator was given."""
 
     results: list[Score]
     against: Against | None

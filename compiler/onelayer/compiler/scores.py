@@ -34,17 +34,17 @@ class TokenScores:
         self._label_logit_N[rows] = torch.where(inside_N, picked_N, self._label_logit_N[rows])
 
     @property
-    def log_sums_N(self) -> torch.Tensor:
+    def log_sums(self) -> torch.Tensor:
         """Logarithm of the sum of the exponentials of all logits."""
         return self._highest_N.double() + self._sum_N.log()
 
     @property
-    def losses_N(self) -> torch.Tensor:
+    def losses(self) -> torch.Tensor:
         """Cross-entropies in nats, float64."""
-        return self.log_sums_N - self._label_logit_N.double()
+        return self.log_sums - self._label_logit_N.double()
 
     @property
-    def hits_N(self) -> torch.Tensor:
+    def hits(self) -> torch.Tensor:
         """Whether the label is the most likely token."""
         return self.best_N == self.labels_N
 
@@ -73,6 +73,6 @@ class Divergence:
         self._weighted_N[rows] = self._weighted_N[rows] * shrink_N + (weights_NS * gaps_NS).sum(dim=-1)
         self._highest_N[rows] = now_N
 
-    def divergences_N(self, p: TokenScores, q: TokenScores) -> torch.Tensor:
+    def divergences(self, p: TokenScores, q: TokenScores) -> torch.Tensor:
         """The divergences in nats, given the scores of both models over the same slices; never below zero."""
-        return (self._weighted_N / self._weight_N - p.log_sums_N + q.log_sums_N).clamp_min(0.0)
+        return (self._weighted_N / self._weight_N - p.log_sums + q.log_sums).clamp_min(0.0)

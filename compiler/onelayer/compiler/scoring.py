@@ -161,7 +161,7 @@ class Scoring:
         result = SampleScores([0.0] * count, [0] * count, [0] * count)
         for number, batch in enumerate(self.batches):
             scores, lengths = self._scores[number * self.variants + variant], self._rows[number].sum(dim=1).tolist()
-            parts = zip(scores.losses_N.split(lengths), scores.hits_N.split(lengths), strict=True)
+            parts = zip(scores.losses.split(lengths), scores.hits.split(lengths), strict=True)
             for index, (losses, hits) in zip(batch.order, parts, strict=True):
                 result.losses[index] = float(losses.sum())
                 result.hits[index] = int(hits.sum())
@@ -174,7 +174,7 @@ class Scoring:
         total, agreed, count = 0.0, 0, 0
         for number, gap in enumerate(self._gaps):
             p, q = (self._scores[number * self.variants + variant] for variant in (0, self.against))
-            total += float(gap.divergences_N(p, q).sum())
+            total += float(gap.divergences(p, q).sum())
             agreed += int((p.best_N == q.best_N).sum())
             count += len(p.labels_N)
         return total / count, agreed / count

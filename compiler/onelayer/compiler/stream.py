@@ -71,7 +71,8 @@ class Stream:
         """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it is there.
 
         With `last` set, the pass ends once every unit up to that position has run and every batch has gone beyond;
-        outputs of batches that were cut short are not delivered. Raises `BatchError` from the first failure; no batch is left hanging.
+        outputs of batches that were cut short are not delivered. Raises `BatchError` from the first failure; no batch
+        is left hanging.
         """
         parked: list[Visit] = []
         units, last = self.streamed.units, self.last
@@ -165,7 +166,7 @@ class Stream:
 
 
 def _next_unit(parked: Sequence[Visit], inputs: Sequence[int]) -> Unit:
-    """The unit to run. `inputs` counts each batch's inputs: one with more of them is likely to come where others wait."""
+    """The unit to run. `inputs` counts each batch's inputs: one with more will likely come where others wait."""
     fewest: dict[Unit, int] = {}
     for visit in parked:
         fewest[visit.unit] = min(inputs[visit.index], fewest.get(visit.unit, inputs[visit.index]))

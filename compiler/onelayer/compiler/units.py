@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from onelayer.compiler import compat
 from onelayer.compiler.checkpoint import Checkpoint
-from onelayer.compiler.errors import InputError
 from onelayer.compiler.lazy import AbsentWeight, DiskMatrix
 
 
@@ -56,21 +55,17 @@ class StreamedModel:
         self.dtype = compat.compute_dtype(self.config, self.checkpoint)
         # Loading rules go by the names of the bare model, so an untouched twin receives what is loaded.
         self._twin = compat.build_skeleton(self.config, cls, self.dtype)
-        self._empty = dict(self._twin.state_dict(keep_vars=True))
+        self._empty: dict[str, torch.Tensor] = dict(self._twin.state_dict(keep_vars=True))
         self._plan = compat.plan_loading(self._twin, self.checkpoint)
-        missing = compat.missing_parameters(self._twin, self._plan)
-        computed = compat.computed_parameters(self._twin, missing)
-        if missing := [name for name in missing if name not in computed]:
-            raise InputError(
-                f"{self.checkpoint.directory}: {len(missing)} parameters of {cls.__name__} are not in the checkpoint, "
-                f"{missing[0]!r} first; give a checkpoint of this class"
-            )
+        computed = compat.computed_parameters(self._twin, self._plan, self.checkpoint.directory)
         self.model = compat.build_skeleton(self.config, cls, self.dtype, computed)
         if prepare is not None:
             self._wrap(prepare)
         found = {name: bare_name(name) for name in self.model.state_dict()}
         self._owners = {bare: compat.owner_of(self.model, name) for name, bare in found.items() if bare in self._empty}
-        self._absent = {name: AbsentWeight.like(empty) for name, empty in self._empty.items() if empty.is_meta}
+        self._absent: dict[str, torch.Tensor] = {
+            name: AbsentWeight.like(empty) for name, empty in self._empty.items() if empty.is_meta
+        }
         for name in self._owners.keys() & self._absent.keys() - computed:
             set_tensor(*self._owners[name], self._absent[name])
         # What an adapter wraps it may want whole, so only untouched matrices are left on disk.
@@ -123,8 +118,7 @@ class StreamedModel:
 
     def bare_parameter(self, name: str) -> torch.Tensor:
         """The empty (meta) parameter of a runtime name: its shape and dtype."""
-        empty: torch.Tensor = self._empty[name]
-        return empty
+        return self._empty[name]
 
     # ---- cutting --------------------------------------------------------------------------------------------------
 

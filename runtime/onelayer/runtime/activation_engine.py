@@ -69,7 +69,7 @@ class Engine:
             else:
                 module.forward = own
 
-    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+    def run(self, call: Any, *args: Any) -> Any:
         """`call(*args)`, where `call` is a layer's forward with its keyword arguments bound."""
         kwargs: dict[str, Any] = {}
         if isinstance(call, partial):
@@ -122,7 +122,7 @@ class Engine:
 
     def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._patched.append((module, vars(module).get("forward")))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def _norm(
         self, layer: nn.Module, name: str, module: nn.Module, norm: Norm, forward: Callable[..., Any], x: torch.Tensor
@@ -137,7 +137,7 @@ class Engine:
         if x.requires_grad or trains(module):
             self._count("inverse norms", inverse)
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            output = CompressedNorm.apply(x, weight, bias, forward, copy, inverse)
+            output = CompressedNorm.apply(x, weight, bias, forward, copy, inverse)  # type: ignore[no-untyped-call]
         else:
             output = forward(x)
         self._copies[output] = copy

@@ -29,6 +29,7 @@ class Norm:
     plus_one: bool
     epsilon: float
 
+    @torch.no_grad()
     def normalise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x̂ in the precision of x, and r in float32 or better."""
         wide = x.double() if x.dtype == torch.float64 else x.float()

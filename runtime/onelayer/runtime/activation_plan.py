@@ -20,6 +20,7 @@ from onelayer.runtime.activation_norms import Norm, recognise
 # More than this share of the hidden state kept beside the sub-blocks, and the pattern does not hold.
 _LEFTOVER_SHARE = 0.5
 
+
 @dataclass(frozen=True)
 class LayerPlan:
     """Names inside a layer: its norms with what they compute, and the modules to recompute from a norm's output."""

@@ -16,7 +16,7 @@ from onelayer.runtime.activations import ActivationCompression, Rank
 logger = logging.getLogger("onelayer")
 
 # `auto` takes the first of these shares of the hidden size with which the gradient's cosine with the exact one reaches
-# the threshold. Neighbouring batches of a fine-tuning agree far less, see manifests/LOG.md, so 0.99 is on the safe side.
+# the threshold. Neighbouring batches of a fine-tuning agree far less, see manifests/LOG.md: 0.99 is on the safe side.
 AUTO_COSINE = 0.99
 AUTO_SHARES: tuple[Rank, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
@@ -44,7 +44,7 @@ def cosine(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float
 def choose_rank(
     compression: ActivationCompression, parameters: Sequence[nn.Parameter], loss: Loss, threshold: float = AUTO_COSINE
 ) -> Rank | None:
-    """The smallest share of `AUTO_SHARES` that reaches the threshold, set and returned; None, all exact, if none does."""
+    """The smallest share of `AUTO_SHARES` that reaches the threshold, set and returned; None (exact) if none does."""
     with compression.exact():
         exact = gradients(parameters, loss)
     for share in AUTO_SHARES:
@@ -52,7 +52,9 @@ def choose_rank(
         if cosine(exact, gradients(parameters, loss)) >= threshold:
             return share
     compression.rank = None
-    logger.warning("no rank keeps a gradient cosine of %s on the first batch, so activations are kept exactly", threshold)
+    logger.warning(
+        "no rank keeps a gradient cosine of %s on the first batch, so activations are kept exactly", threshold
+    )
     return None
 
 

@@ -26,7 +26,7 @@ DEFAULT_RANK: Rank = 0.125
 
 
 class ActivationCompression:
-    """What `compress_activations` returns: the setting, what it fell back from, its figures, and the way to remove it."""
+    """What `compress_activations` returns: the setting, what fell back, its figures, and the way to remove it."""
 
     def __init__(self, model: PreTrainedModel, rank: Rank, where: Where, seed: int) -> None:
         self.model = model
@@ -91,7 +91,7 @@ class ActivationCompression:
         self._engine.remove()
 
     def _keep(self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1) -> None:
-        """Stands in for the model's own switch: two ways to recompute cannot both be on, and a trainer's must not win."""
+        """Stands in for the model's own switch: two ways to recompute cannot both be on, a trainer's must not win."""
         if enable:
             self._say("activations are compressed, which takes the place of the checkpointing that was switched on")
         self._enable(enable=enable, gradient_checkpointing_func=self._engine.run)

@@ -76,7 +76,7 @@ def inspect_summary(document: Mapping[str, Any]) -> str:
     """What a directory is; of an emulator also the rank and error of every linear."""
     if document["kind"] != "emulator":
         return summary(document)
-    rows = [("linear", "rank", "error", "optimal", "remark")]
+    rows: list[tuple[object, ...]] = [("linear", "rank", "error", "optimal", "remark")]
     for row in document["linears"]:
         rows.append((row["name"], row["rank"], row["error"], row["optimal_error"], row["fallback"] or ""))
     rows += [(row["name"], "dense", 0.0, 0.0, row["reason"]) for row in document["dense"]]

@@ -1,4 +1,4 @@
-"""One matrix of activations in, two thin factors of short numbers out: the sampled orthogonal decomposition, pure numerics.
+"""One matrix of activations in, two thin factors of short numbers out: sampled orthogonal decomposition, pure numerics.
 
 Shapes: T tokens (rows), n features (columns), k the rank, A (T, n) the activations, A_S (k, n) rows sampled of it.
 LoRAct (arXiv 2509.23472) sketches A with its own rows, Y = A A_S^T, and keeps Q = orth(Y) and Q^T A. What differs here
@@ -40,13 +40,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Factors:
-    """A as `left_tk @ (scale_k1 * right_kn)`. `tokens` are the rows `left_tk` stands for, None for all; others are zero.
+    """A as `scale_t1 * left_tk @ (scale_k1 * right_kn)`. `tokens` are the rows of it, None for all; others are zero.
 
-    `left_tk` holds bytes; `right_kn` bfloat16, since one massive channel must not take the precision of all others.
+    `left_tk` holds bytes, with a scale per token and one per direction, and `right_kn` is bfloat16: so a massive token
+    or channel does not take the precision of all others.
     """
 
     left_tk: torch.Tensor
     right_kn: torch.Tensor
+    scale_t1: torch.Tensor
     scale_k1: torch.Tensor
     tokens: torch.Tensor | None
     shape: torch.Size
@@ -55,7 +57,8 @@ class Factors:
     @property
     def saved_bytes(self) -> int:
         """What is stored; `tokens` is one list for all layers and not counted."""
-        return sum(part.numel() * part.element_size() for part in (self.left_tk, self.right_kn, self.scale_k1))
+        parts = (self.left_tk, self.right_kn, self.scale_t1, self.scale_k1)
+        return sum(part.numel() * part.element_size() for part in parts)
 
     @property
     def rank(self) -> int | None:
@@ -67,6 +70,7 @@ class Factors:
         work = _work_dtype(self.dtype)
         with torch.autocast(self.left_tk.device.type, enabled=False):
             product_tn = self.left_tk.to(work) @ (self.scale_k1 * self.right_kn.float()).to(work)
+            product_tn = product_tn.mul_(self.scale_t1)
         if self.tokens is not None:
             rows = self.shape.numel() // self.shape[-1]
             product_tn = product_tn.new_zeros(rows, self.shape[-1]).index_copy_(0, self.tokens, product_tn)
@@ -89,19 +93,20 @@ def compress(
         return Kept(tensor.detach())
     features = tensor.shape[-1]
     rows = len(tokens) if tokens is not None else tensor.numel() // features
-    if min(rows, features) <= rank or rank * (rows + 2 * features + 4) >= tensor.numel() * tensor.element_size():
+    if (
+        min(rows, features) <= rank
+        or rank * (rows + 2 * features + 4) + 2 * rows >= tensor.numel() * tensor.element_size()
+    ):
         return Kept(tensor.detach())
     activations_tn = tensor.detach().reshape(-1, features)
     if tokens is not None:
         activations_tn = activations_tn.index_select(0, tokens)
     left_tk, right_kn = project(activations_tn, rank, generator)
-    bytes_tk, scale_k = _to_bytes(left_tk)
-    return Factors(bytes_tk, right_kn.bfloat16(), scale_k.unsqueeze(1), tokens, tensor.shape, tensor.dtype)
+    bytes_tk, scale_t1, scale_k = _to_bytes(left_tk)
+    return Factors(bytes_tk, right_kn.bfloat16(), scale_t1, scale_k.unsqueeze(1), tokens, tensor.shape, tensor.dtype)
 
 
-def project(
-    activations_tn: torch.Tensor, rank: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def project(activations_tn: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """C (T, k) and V (k, n), the rows of V orthonormal, with A close to C V = A V^T V; rank below both T and n.
 
     A number that is not finite in A leaves numbers that are not finite in the result.
@@ -128,7 +133,7 @@ def sample_rows(activations_tn: torch.Tensor, count: int, generator: torch.Gener
     norms_t = torch.linalg.vector_norm(activations_tn.float(), dim=1)
     noise_t = torch.empty_like(norms_t).exponential_(generator=generator)
     # Logarithms of norm^2 / noise, since squares leave float32's range.
-    rows = (2 * norms_t.log() - noise_t.log()).topk(count, sorted=False).indices
+    rows: torch.Tensor = (2 * norms_t.log() - noise_t.log()).topk(count, sorted=False).indices
     return rows[norms_t[rows].argsort(descending=True)]
 
 
@@ -137,9 +142,16 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _to_bytes(factor_tk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers from -127 to 127, and the scale of each column in float32."""
-    scale_k = factor_tk.abs().amax(0).float() / _LEVELS
-    # A column of zeros has no scale. What is not finite is no byte either; it lives on in the scale of its column.
-    steps_tk = torch.where(scale_k > 0, factor_tk / scale_k, 0).nan_to_num(0)
-    return steps_tk.round().to(torch.int8), scale_k
+def _to_bytes(factor_tk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whole numbers from -127 to 127, the scale of each row in bfloat16 and of each column in float32."""
+    scale_t1 = factor_tk.abs().amax(1, keepdim=True).bfloat16()
+    rows_tk = _divided(factor_tk, scale_t1)
+    scale_k = rows_tk.abs().amax(0).float() / _LEVELS
+    # What is not finite is no byte; it lives on in the scale of its row.
+    steps_tk = _divided(rows_tk, scale_k).nan_to_num(0).round().clamp_(-_LEVELS, _LEVELS)
+    return steps_tk.to(torch.int8), scale_t1, scale_k
+
+
+def _divided(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The quotient, with zeros where the scale is zero."""
+    return torch.where(scale == 0, 0, values / scale)

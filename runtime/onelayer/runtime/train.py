@@ -147,6 +147,7 @@ def _train(
     with _global_random_state(), Meter(torch.device("cuda" if cuda else "cpu")) as meter:
         trainer = _trainer(model, examples, fields, arguments, work, cuda)
         if settings.activations != "none":
+            assert trainer.model is not None
             trainer.activations = TrainActivations(trainer.model, settings, work)
         checkpoint = newest_checkpoint(work)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,4 +1,4 @@
-"""Compressed activations as a training run uses them: the rank found or remembered, and what was measured at its start."""
+"""Compressed activations as a training run uses them: the rank found or remembered, what was measured at first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ RANK_FILE = "activation_rank.json"
 
 
 class TrainActivations:
-    """Installed on a trainer's model. A rank found by measurement is kept in `work`, for a resumed run to use it too."""
+    """Installed on a trainer's model. A rank found by measurement is kept in `work`, so a resumed run uses it too."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, work: Path) -> None:
         assert settings.activations != "none"
