@@ -1,5 +1,7 @@
 """One LoRA step under every way to save activations, side by side: saved bytes, peak bytes, seconds, gradient cosine.
 
+Saved bytes are those of the decoder layers; what the head and the loss keep is the same for all, and printed once.
+
     python scripts/bench_activations.py
     python scripts/bench_activations.py --model DIR --data texts.jsonl     a trained model, whose activations are real
     python scripts/bench_activations.py --device cuda --dtype bfloat16 --hidden 2048 --batch 8 --length 2048
@@ -47,12 +49,14 @@ def main() -> None:
     velora = adapted(base_model(arguments), dtype, device, velora_config=peft.VeloraConfig())
     velora.load_state_dict(model.state_dict(), strict=False)
     variants["VeLoRA (PEFT)"] = (velora, nullcontext)
-    rows = {name: costs(owner, enter, ids) for name, (owner, enter) in variants.items()}
+    fixed_bytes = bytes_beside_layers(model, ids)
+    rows = {name: costs(owner, enter, ids, fixed_bytes) for name, (owner, enter) in variants.items()}
     for name, seconds in timings(variants, ids, arguments.rounds).items():
         rows[name] |= seconds
     exact = rows[PLAIN]["gradients"]
     for row in rows.values():
         row["cosine"] = cosine(exact, row.pop("gradients"))
+    print(f"\n{ids.numel()} tokens; final norm, head and loss keep {fixed_bytes / 1e6:.1f} MB, counted in peaks only")
     print_table(rows)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(arguments).items()}, **rows}))
@@ -102,14 +106,26 @@ def step(model: Any, ids: torch.Tensor) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def costs(model: Any, enter: Variant, ids: torch.Tensor) -> dict[str, Any]:
+def bytes_beside_layers(model: Any, ids: torch.Tensor) -> int:
+    """What is kept for the backward pass of a model without its layers."""
+    decoder = model.get_base_model().get_decoder()
+    layers, decoder.layers = decoder.layers, torch.nn.ModuleList()
+    try:
+        embedded = decoder.get_input_embeddings()(ids).detach().requires_grad_()
+        with SavedBytes(model) as saved:
+            model(inputs_embeds=embedded, labels=ids, use_cache=False)
+    finally:
+        decoder.layers = layers
+    return saved.total
+
+
+def costs(model: Any, enter: Variant, ids: torch.Tensor, fixed_bytes: int) -> dict[str, Any]:
     """Saved bytes, peak bytes and the gradient of one step."""
     with enter() as compression:
         measured = compression.measure(with_errors=False) if compression is not None else nullcontext()
         with SavedBytes(model) as saved, measured as figures:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        del loss
-        total = saved.total + (figures.total_bytes if figures is not None else 0)
+            model(input_ids=ids, labels=ids, use_cache=False)
+        total = saved.total - fixed_bytes + (figures.total_bytes if figures is not None else 0)
         peak_bytes = peak(partial(step, model, ids), ids.device)
         gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
     return {"saved_bytes": total, "peak_bytes": peak_bytes, "gradients": gradients}

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from onelayer.compiler import compile as compiling
+from onelayer.compiler.calibration import make_batches
 from onelayer.compiler.tokens import Tokens
 from sweep_inputs import random_ids
 
@@ -63,9 +64,8 @@ def largest_excess(model: PreTrainedModel, emulator: PreTrainedModel, names: lis
         for name in names
     ]
     with torch.no_grad():
-        for row in random_tokens():
-            batch = dict.fromkeys(first_inputs(model), torch.tensor([row.input_ids]))
-            model(**batch)
+        for batch in make_batches(random_tokens(), model.config, batch_size=4):
+            model(**batch.inputs)
         for handle in handles:
             handle.remove()
         worst = 0.0

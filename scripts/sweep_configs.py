@@ -83,7 +83,8 @@ def _layers(*kinds: str) -> dict[str, list[str]]:
 def _tiny_value(name: str, value: Any, default: PreTrainedConfig, specials: dict[Any, int]) -> Any:
     """The small value of one field, or None where the default may stay."""
     if re.fullmatch(r".*(num_)?(key_value|kv)_heads", name):
-        heads = vars(default).get("num_attention_heads", vars(default).get("num_heads"))
+        own = name.replace("key_value_heads", "attention_heads")
+        heads = vars(default).get(own, vars(default).get("num_heads"))
         if value is not None:
             return HEADS if value == heads else min(2, value)
         return HEADS if name == "num_key_value_heads" else None
@@ -140,6 +141,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "hidden_size": 32},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "encoder-decoder": {"decoder_start_token_id": 2},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {

@@ -241,6 +241,8 @@ def test_settings_reach_training(project: Project) -> None:
         "max_length": 512,
         "lora": {"dropout": 0.1},
         "args": {"learning_rate": 1e-4, "per_device_train_batch_size": 2, "weight_decay": 0.1},
+        "activations": "none",
+        "activation_rank": 0.125,
         "seed": 0,
         "resume": True,
     }

@@ -174,7 +174,7 @@ def test_other_settings_are_refused_by_name_and_no_resume_starts_anew(
 
 def test_a_damaged_shard_is_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = interrupted(source, tmp_path / "out", monkeypatch)
-    shard = sorted(work.glob("*.safetensors"))[1]
+    shard = sorted(work.glob("payload/*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-7])
     compile_to(source, tmp_path / "out")
     compile_to(source, tmp_path / "calm")

@@ -84,7 +84,7 @@ def compile_emulator(
         if rank_allocation == "uniform":
             work.publish(output)
             return result
-        cut = cut_emulator(work.path, job.spectrum_ranks(), output, {"ratio": ratio})
+        cut = cut_emulator(work.payload, job.spectrum_ranks(), output, {"ratio": ratio})
         work.discard()
     after = {name: getattr(cut, name) for name in ("parameters_after", "layer_parameters_after", "linears")}
     return result.model_copy(update=after)

@@ -86,7 +86,7 @@ class EmulatorWriter:
 
     def __init__(self, work: WorkDirectory, streamed: StreamedModel) -> None:
         self.work = work
-        self.directory = work.path
+        self.directory = work.payload
         self.streamed = streamed
         self._shards = len(streamed.units) + bool(streamed.outside)
 

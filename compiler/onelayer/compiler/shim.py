@@ -13,7 +13,8 @@ SHIM_FILE = "modeling_onelayer.py"
 
 # A subclass of the stock model would count as custom code, for which transformers switches its key conversions off. So
 # the class only hands over to the Auto class that was asked for. `auto_map` is deleted and not emptied: an empty one
-# would be saved with the model and break the next load.
+# would be saved with the model and break the next load. Some tools (`trl sft`) load by the class that the architecture
+# names, past the Auto classes, but read the configuration first: so the configuration, too, comes by way of this file.
 SHIM_TEXT = '''"""Loads this emulator with trust_remote_code=True; it needs `pip install onelayer`."""
 
 import transformers
@@ -28,6 +29,13 @@ class EmulatorModel(transformers.PreTrainedModel):
         del config.auto_map
         kwargs["trust_remote_code"] = False
         return stock.from_pretrained(path, *args, config=config, **kwargs)
+
+
+class EmulatorConfig(transformers.PreTrainedConfig):
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        kwargs["trust_remote_code"] = False
+        return transformers.AutoConfig.from_pretrained(path, *args, **kwargs)
 '''
 
 # Auto classes that load a model with weights, and the table in which transformers lists what each can load.
@@ -45,12 +53,13 @@ AUTO_CLASSES = {
 
 
 def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
-    """The `auto_map` of an emulator's config.json: the shim for every Auto class that can load such a model."""
+    """The `auto_map` of an emulator's config.json: the shim for AutoConfig and every Auto class that can load it."""
     import transformers
 
     module = SHIM_FILE.removesuffix(".py")
-    return {
+    models = {
         auto_class: f"{module}.EmulatorModel"
         for auto_class, mapping in AUTO_CLASSES.items()
         if type(config) in getattr(transformers, mapping)
     }
+    return {"AutoConfig": f"{module}.EmulatorConfig", **models}

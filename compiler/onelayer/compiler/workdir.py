@@ -1,7 +1,8 @@
 """The directory in which a compile grows: one durable file per finished unit, so that a kill costs at most one unit.
 
-Beside the output lies `.NAME.compile` with the shards of finished units, a record for each (written after its shard)
-and `identity.json`, which says what the run was begun with. It becomes the output in one rename, or is taken up again.
+Beside the output lies `.NAME.compile`: in `payload/` the shards of finished units, beside it a record for each (written
+after its shard) and `identity.json`, which says what the run was begun with. The payload becomes the output in one
+rename, or is taken up again.
 """
 
 import os
@@ -42,6 +43,7 @@ class WorkDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.payload = path / "payload"
         self.finished: dict[int, UnitRecord] = {}
 
     @classmethod
@@ -64,13 +66,12 @@ class WorkDirectory:
                 finally:
                     if not any(path.glob(RECORD_PATTERN)):
                         shutil.rmtree(path, ignore_errors=True)
+                    with suppress(OSError):  # while it is held: another process may wait for this very file
+                        Path(lock.lock_file).unlink()
         except Timeout:
             raise InputError(
                 f"{output}: another process is compiling it now; wait for it or choose another --output"
             ) from None
-        finally:
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()
 
     @classmethod
     def _begin(cls, path: Path, identity: Mapping[str, Any], resume: bool) -> "WorkDirectory":
@@ -80,11 +81,12 @@ class WorkDirectory:
         if (path / IDENTITY_FILE).is_file():
             work._check_identity(identity)
             work._read_records()
+            work.payload.mkdir(exist_ok=True)
             return work
         with suppress(FileNotFoundError):
             shutil.rmtree(path)
         try:
-            path.mkdir()
+            work.payload.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another --output") from None
         write_json(path / IDENTITY_FILE, dict(identity))
@@ -104,7 +106,7 @@ class WorkDirectory:
         for file in sorted(self.path.glob(RECORD_PATTERN)):
             try:
                 record = UnitRecord.model_validate(read_json(file))
-                table, _ = read_header(self.path / record.shard) if record.shard else ({}, {})
+                table, _ = read_header(self.payload / record.shard) if record.shard else ({}, {})
             except (InputError, ValidationError):
                 continue
             if {name: info.size_bytes for name, info in table.items()} == record.tensor_bytes:
@@ -120,10 +122,9 @@ class WorkDirectory:
         shutil.rmtree(self.path)
 
     def publish(self, output: Path) -> None:
-        """Make the finished directory the output, in one step."""
-        for file in (self.path / IDENTITY_FILE, *self.path.glob(RECORD_PATTERN)):
-            file.unlink()
-        publish_directory(self.path, output)
+        """Make the finished payload the output, in one step; only then forget the records."""
+        publish_directory(self.payload, output)
+        self.discard()
 
 
 class StopRequest:

@@ -16,7 +16,7 @@ from onelayer.runtime.activations import ActivationCompression, Rank
 logger = logging.getLogger("onelayer")
 
 # `auto` takes the first of these shares of the hidden size with which the gradient's cosine with the exact one reaches
-# the threshold. Neighbouring batches of a fine-tuning agree far less, see manifests/LOG.md: 0.99 is on the safe side.
+# the threshold. Two batches of a fine-tuning agree far less (0.4 to 0.5, see manifests/LOG.md).
 AUTO_COSINE = 0.99
 AUTO_SHARES: tuple[Rank, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 

@@ -101,7 +101,20 @@ def train_lora(
         activation_rank=activation_rank,
         activation_report=activation_report,
     )
-    output = Path(output)
+    return _train_checked(settings, emulator, data, Path(output), resume, lora, args, started)
+
+
+def _train_checked(
+    settings: TrainSettings,
+    emulator: str | Path,
+    data: str | Path,
+    output: Path,
+    resume: bool,
+    lora: dict[str, Any] | None,
+    args: dict[str, Any] | None,
+    started: float,
+) -> TrainResult:
+    """Find model and data, say what the run is of, and train in the work directory beside `output`."""
     check_output(output)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)
@@ -117,12 +130,20 @@ def train_lora(
         "trained_on": {"path": str(directory), "digest": model.digest},
         "base": model.base,
         "data": {"path": str(data), "digest": examples.digest, "examples": len(examples.rows)},
-        "lora": fields.model_dump(mode="json"),
-        "args": {name: value for name, value in arguments.items() if name not in NON_SEMANTIC_ARGS},
-        "activations": {"where": activations, "rank": activation_rank} if activations != "none" else None,
+        **_choices(settings, fields, arguments),
     }
     with _work_directory(output, record, resume) as work:
         return _train(model, examples, fields, arguments, settings, record, work, output, started)
+
+
+def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a person chose that can change the adapter; a run can be taken up only where all of it is the same."""
+    compressed = settings.activations != "none"
+    return {
+        "lora": fields.model_dump(mode="json"),
+        "args": {name: value for name, value in arguments.items() if name not in NON_SEMANTIC_ARGS},
+        "activations": {"where": settings.activations, "rank": settings.activation_rank} if compressed else None,
+    }
 
 
 def _train(
