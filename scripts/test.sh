@@ -8,8 +8,6 @@ scripts/setup.sh
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # No test may reach a hub: one that tries fails at once, and the same way on a machine with a network.
 export HF_HUB_OFFLINE=1
-# Threads that wait for work on a busy machine would otherwise spin and slow everybody down.
-export OMP_WAIT_POLICY=passive
 python=.venv/bin/python
 
 "$python" -m ruff check compiler runtime scripts tests
