@@ -184,7 +184,7 @@ def test_a_damaged_shard_is_done_again(source: Path, tmp_path: Path, monkeypatch
 def test_a_second_process_is_told_to_wait(source: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    with FileLock(tmp_path / ".out.compile.lock"), pytest.raises(InputError, match="another process is compiling"):
+    with FileLock(tmp_path / ".out.compile.lock"), pytest.raises(InputError, match="another process is at work"):
         compile_to(source, tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from onelayer.compiler.evaluate import evaluate_model as evaluate_model
     from onelayer.compiler.inspect import inspect_path as inspect_path
     from onelayer.compiler.merge import merge_adapter as merge_adapter
+    from onelayer.compiler.polish import polish_adapter as polish_adapter
     from onelayer.compiler.slice import slice_emulator as slice_emulator
 
 _HOME_OF = {
@@ -19,6 +20,7 @@ _HOME_OF = {
     "evaluate_model": "evaluate",
     "inspect_path": "inspect",
     "merge_adapter": "merge",
+    "polish_adapter": "polish",
     "slice_emulator": "slice",
 }
 __all__ = sorted(_HOME_OF)

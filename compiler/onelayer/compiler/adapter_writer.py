@@ -121,6 +121,8 @@ def model_card(base: Base, provenance: dict[str, Any]) -> str:
     trained_on = provenance.get("trained_on")
     if trained_on and not provenance.get("corrected") and trained_on["digest"] != provenance["base"]["digest"]:
         state = "trained on an emulator of it and not yet corrected for it (`onelayer correct` does that)"
+    if provenance.get("polished"):
+        state = "trained with exact steps on it, streamed layer by layer,"
     return f"""---
 {data.to_yaml()}
 ---

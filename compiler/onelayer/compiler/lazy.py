@@ -59,7 +59,8 @@ class DiskMatrix(torch.Tensor):
         matrix = torch.empty((), dtype=dtype, device=device).expand(shape).as_subclass(DiskMatrix)
         matrix.read = lambda start, stop: checkpoint.read_rows(key, start, stop).to(device, dtype)
         matrix.is_head = is_head
-        matrix.pick = lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype)
+        # Variants of a model ask for one batch's rows one after the other.
+        matrix.pick = _remembering_last(lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype))
         return matrix
 
     @classmethod
@@ -82,6 +83,18 @@ class DiskMatrix(torch.Tensor):
         rows, width = self.shape
         step = max(1, SLICE_BYTES // (width * self.dtype.itemsize))
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _remembering_last(pick: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def remembered(rows: torch.Tensor) -> torch.Tensor:
+        nonlocal last
+        if last is None or not torch.equal(last[0], rows):
+            last = rows, pick(rows)
+        return last[1]
+
+    return remembered
 
 
 def _embedding(ids: torch.Tensor, matrix: DiskMatrix, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -169,6 +182,10 @@ class DeferredLogits(torch.Tensor):
         for func, args, kwargs in self.steps:
             part = func(part, *args, **kwargs)
         return part
+
+    def over_other(self, hidden: torch.Tensor) -> "DeferredLogits":
+        """The same head and operations over other hidden states."""
+        return _deferred(hidden, self.head, self.bias, self.steps, self.dtype)
 
     def materialize(self) -> torch.Tensor:
         """The logits in full."""

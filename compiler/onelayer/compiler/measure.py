@@ -111,6 +111,7 @@ class Progress:
     """A bar over units on stderr with an ETA, the current unit and the peak; silent where stderr is no terminal."""
 
     def __init__(self, total: int, description: str) -> None:
+        self.base = 0  # what earlier passes of the same work have reached
         self._bar: Any = tqdm(total=total, desc=description, unit="unit", disable=None, leave=False)
 
     def __enter__(self) -> "Progress":
@@ -119,8 +120,13 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
+    def begin(self, base: int, description: str) -> None:
+        """The next pass begins: where it stands in the whole, and its name."""
+        self.base = base
+        self._bar.set_description(description, refresh=False)
+
     def reached(self, count: int, unit: str, peak_bytes: int) -> None:
         """The pass stands behind the unit number `count`; units that no batch visits are passed over."""
-        if count > self._bar.n:
-            self._bar.update(count - self._bar.n)
+        if self.base + count > self._bar.n:
+            self._bar.update(self.base + count - self._bar.n)
         self._bar.set_postfix_str(f"{unit}, peak {peak_bytes / GIB:.2f} GiB", refresh=False)

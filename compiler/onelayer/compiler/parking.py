@@ -6,11 +6,14 @@ frames of the model's own code included, follows.
 
 import os
 import tempfile
+import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserved_version
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -29,26 +32,33 @@ class Parking:
         available = psutil.virtual_memory().available
         self.budget_bytes = int(available * DEFAULT_SHARE) if budget_bytes is None else budget_bytes
         self.spilled_bytes = 0
-        # Bytes in host memory of every tensor seen that still lives: none, once it lies in a file.
-        self._held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    @property
-    def held_bytes(self) -> int:
-        """Host memory of the parked tensors that live now."""
-        return sum(self._held.values())
+        self.held_bytes = 0  # host memory of the storages behind all tensors seen that still live
+        self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._users: Counter[int] = Counter()  # how many of them share a storage, by its address
 
     def hold(self, arguments: Any) -> None:
         """Take in what one parked call holds on to; what is known already is not counted again."""
         for tensor in tree_leaves(arguments):
-            if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor in self._held:
+            if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor in self._seen:
                 continue
             size_bytes = tensor.untyped_storage().nbytes()
             if size_bytes < SMALLEST_BYTES:
                 continue
-            if self.held_bytes + size_bytes > self.budget_bytes and tensor.is_contiguous():
+            self._seen[tensor] = True
+            address = tensor.untyped_storage().data_ptr()
+            known = self._users[address] > 0
+            if not known and self.held_bytes + size_bytes > self.budget_bytes and tensor.is_contiguous():
                 self._spill(tensor)
-                size_bytes = 0
-            self._held[tensor] = size_bytes
+                continue
+            self._users[address] += 1
+            self.held_bytes += 0 if known else size_bytes
+            weakref.finalize(tensor, self._release, address, size_bytes).atexit = False
+
+    def _release(self, address: int, size_bytes: int) -> None:
+        self._users[address] -= 1
+        if not self._users[address]:
+            del self._users[address]
+            self.held_bytes -= size_bytes
 
     def _spill(self, tensor: torch.Tensor) -> None:
         directory = onelayer_home() / "spill"
@@ -60,7 +70,8 @@ class Parking:
         finally:
             os.close(descriptor)
             Path(name).unlink()  # the mapping keeps the bytes for as long as the tensor lives, and no longer
-        with torch.no_grad():
+        # The values stay what they were, so autograd need not think that they have changed.
+        with torch.no_grad(), preserved_version(tensor):
             mapped.copy_(tensor.reshape(-1))
             tensor.set_(mapped.untyped_storage(), 0, tensor.shape, tensor.stride())
         self.spilled_bytes += tensor.nbytes

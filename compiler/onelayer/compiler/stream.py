@@ -7,8 +7,7 @@ between units is the model's own. It runs on the host, where parked hidden state
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.loading import Loader
 from onelayer.compiler.measure import Meter, Progress, return_free_memory
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.units import StreamedModel, Unit
@@ -38,11 +38,12 @@ def pick_device(name: str | None) -> torch.device:
 
 @dataclass
 class Visit:
-    """One batch parked at one unit, with the arguments of the call."""
+    """One batch parked at one unit, with the arguments of the call, and whether its code records gradients there."""
 
     unit: Unit
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad_enabled: bool
     index: int = -1
     resume: greenlet | None = None
 
@@ -56,7 +57,7 @@ class Stream:
     """One pass over the checkpoint. `around` may watch a unit while it runs for all its batches; `meter` counts.
 
     `around(unit)` is a context manager entered once the unit's weights are held; it yields a callable that runs the
-    unit for one visit in place of the plain call, or None.
+    unit for one visit in place of the plain call, or None. Batches parked at a unit run by `order` of their index.
     """
 
     streamed: StreamedModel
@@ -65,6 +66,7 @@ class Stream:
     around: Callable[[Unit], Any] | None = None
     parking: Parking = field(default_factory=Parking)
     last: int | None = None
+    order: Callable[[int], Any] = int
     description: str = "stream"
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
@@ -75,13 +77,14 @@ class Stream:
         is left hanging.
         """
         parked: list[Visit] = []
-        units, last = self.streamed.units, self.last
-        ahead = {unit for unit in units if last is not None and unit.position <= last}
+        last = self.last
+        ahead = {unit for unit in self.streamed.units if last is not None and unit.position <= last}
         inputs = [len(batch) for batch in batches]
 
-        def advance(worker: greenlet, index: int, value: Any) -> None:
+        def advance(worker: greenlet, index: int, value: Any, grad_enabled: bool) -> None:
             """Let one batch run until it parks again or ends."""
-            result = worker.switch(value)
+            with self._blame(index, None), self.scope(index), torch.set_grad_enabled(grad_enabled):
+                result = worker.switch(value)
             if worker.dead:
                 consume(index, result)
             else:
@@ -89,46 +92,69 @@ class Stream:
                 self.parking.hold((result.args, result.kwargs))
                 parked.append(result)
 
-        with torch.no_grad(), self.streamed.glue(), self._stubs(), _Reader(self.streamed) as reader:
+        with torch.no_grad(), self.streamed.glue(), self._stubs(), self.loading() as loader, self.progress() as bar:
             try:
-                with Progress(len(units) if last is None else last + 1, self.description) as progress:
-                    for index, batch in enumerate(batches):
-                        worker = greenlet(lambda batch: self.streamed.model(**batch))
-                        with self._blame(index, None):
-                            advance(worker, index, batch)
-                    while parked:
-                        unit = _next_unit(parked, inputs)
-                        if last is not None and not ahead and all(visit.unit.position > last for visit in parked):
-                            break
-                        ahead.discard(unit)
-                        self._visit(unit, parked, reader, advance)
-                        return_free_memory()
-                        progress.reached(unit.position + 1, unit.name, self.meter.sample())
+                for index, batch in enumerate(batches):
+                    worker = greenlet(lambda batch: self.streamed.model(**batch))
+                    advance(worker, index, batch, self.records_gradients(index))
+                while parked:
+                    unit = _next_unit(parked, inputs)
+                    if last is not None and not ahead and all(visit.unit.position > last for visit in parked):
+                        break
+                    ahead.discard(unit)
+                    self._visit(unit, parked, loader, advance)
+                    return_free_memory()
+                    bar.reached(unit.position + 1, unit.name, self.meter.sample())
             finally:
                 for visit in parked:
                     assert visit.resume is not None
                     visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
 
     def _visit(
-        self, unit: Unit, parked: list[Visit], reader: "_Reader", advance: Callable[[greenlet, int, Any], None]
+        self, unit: Unit, parked: list[Visit], loader: Loader, advance: Callable[[greenlet, int, Any, bool], None]
     ) -> None:
         """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
-        with self.streamed.resident(unit, self.device, reader.take(unit)):
-            reader.read_ahead(unit)
+        with loader.hold(unit):
+            loader.read_ahead(self._twin_behind(unit))
             with _watch(self.around, unit) as run:
                 # A layer that calls itself again (shared layers) is parked here again at once, and stays resident.
                 while here := [visit for visit in parked if visit.unit is unit]:
-                    visit = min(here, key=lambda visit: visit.index)
+                    visit = min(here, key=lambda visit: self.order(visit.index))
                     assert visit.resume is not None
-                    with self._blame(visit.index, unit):
-                        args, kwargs = _move((visit.args, visit.kwargs), self.device)
-                        output = _move(run(visit.index, args, kwargs), torch.device("cpu"))
+                    with self._blame(visit.index, unit), self.scope(visit.index):
+                        output = self.call(visit, run)
                         visit.args, visit.kwargs = (), {}
-                        del args, kwargs
                     self.meter.sample()
                     parked.remove(visit)
-                    with self._blame(visit.index, None):
-                        advance(visit.resume, visit.index, output)
+                    advance(visit.resume, visit.index, output, visit.grad_enabled)
+
+    def _twin_behind(self, unit: Unit) -> Unit | None:
+        """The unit behind this one, where it is of the same kind: a block of another kind may never be visited."""
+        following = self.streamed.units[unit.position + 1 : unit.position + 2]
+        return following[0] if following and type(following[0].module) is type(unit.module) else None
+
+    # ---- what a pass that keeps more than outputs does otherwise ---------------------------------------------------
+
+    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+        """Run the unit that is held for one visit; what comes out lies on the host."""
+        args, kwargs = move((visit.args, visit.kwargs), self.device)
+        return move(run(visit.index, args, kwargs), torch.device("cpu"))
+
+    def records_gradients(self, index: int) -> bool:
+        """Whether autograd follows the code between units for a batch."""
+        return False
+
+    def scope(self, index: int) -> AbstractContextManager[Any]:
+        """What holds while any code of one batch runs."""
+        return nullcontext()
+
+    def loading(self) -> AbstractContextManager[Loader]:
+        """Where the weights of units come from during the pass."""
+        return Loader(self.streamed, self.device)
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """The bar that shows how far the pass is."""
+        return Progress(len(self.streamed.units) if self.last is None else self.last + 1, self.description)
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:
@@ -138,7 +164,7 @@ class Stream:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 scheduler = getcurrent().parent
                 assert scheduler is not None, f"{unit.name} was called outside the stream"
-                return scheduler.switch(Visit(unit, args, kwargs))
+                return scheduler.switch(Visit(unit, args, kwargs, torch.is_grad_enabled()))
 
             return forward
 
@@ -188,34 +214,6 @@ def _watch(around: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callabl
             yield special or run
 
 
-def _move(values: Any, device: torch.device) -> Any:
+def move(values: Any, device: torch.device) -> Any:
+    """A tree of values with its tensors on `device`."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)
-
-
-class _Reader:
-    """Reads the next unit's tensors into host memory while the current one computes; holds at most that one."""
-
-    def __init__(self, streamed: StreamedModel) -> None:
-        self.streamed = streamed
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self.pending: tuple[Unit, Future[dict[str, torch.Tensor]]] | None = None
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def read_ahead(self, unit: Unit) -> None:
-        """Start on the unit behind `unit`, where it is its twin: a block of another kind may never be visited."""
-        following = self.streamed.units[unit.position + 1 : unit.position + 2]
-        if self.pending is None and following and type(following[0].module) is type(unit.module):
-            names = [name for name in following[0].parameters if name not in following[0].lazy]
-            self.pending = (following[0], self.pool.submit(self.streamed.read, names))
-
-    def take(self, unit: Unit) -> dict[str, torch.Tensor] | None:
-        """What was read ahead for `unit`, or None; an error of the reading thread surfaces here."""
-        if self.pending is None or self.pending[0] is not unit:
-            return None
-        future, self.pending = self.pending[1], None
-        return future.result()

@@ -215,14 +215,22 @@ class StreamedModel:
         names = tuple(names)
         yield self.convert(names, self.read(names))
 
+    def on_device(
+        self, names: Iterable[str], stored: dict[str, torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Parameters from their checkpoint tensors, converted, on `device`; never all of them in both places."""
+        tensors = self.convert(names, stored)
+        stored.clear()
+        return {name: tensors.pop(name).to(device) for name in tuple(tensors)}
+
     @contextmanager
     def resident(
-        self, unit: Unit, device: torch.device, stored: dict[str, torch.Tensor] | None = None
+        self, unit: Unit, device: torch.device, tensors: dict[str, torch.Tensor] | None = None
     ) -> Iterator[None]:
-        """Hold one unit's weights on `device`; on exit it is empty again. `stored` may have been read ahead."""
-        held = [name for name in unit.parameters if name not in unit.lazy]
-        tensors = self.convert(held, self.read(held) if stored is None else stored)
-        stored = None
+        """Hold one unit's weights on `device`; on exit it is empty again. `tensors` may have been loaded before."""
+        if tensors is None:
+            held = [name for name in unit.parameters if name not in unit.lazy]
+            tensors = self.on_device(held, self.read(held), device)
         buffers = dict(unit.module.named_buffers())
         try:
             for name, buffer in buffers.items():
@@ -232,8 +240,7 @@ class StreamedModel:
                 if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.device != device:
                     parameter.data = parameter.data.to(device)
             for name in unit.parameters:
-                tensor = tensors.pop(name).to(device) if name in tensors else self.matrix(name, device)
-                set_tensor(*self._owners[name], tensor)
+                set_tensor(*self._owners[name], tensors[name] if name in tensors else self.matrix(name, device))
             yield
         finally:
             for name in unit.parameters:

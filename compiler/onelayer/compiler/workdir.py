@@ -54,52 +54,15 @@ class WorkDirectory:
         Raises `InputError` where the work was begun with something else, naming the fields, or is being done by
         another process.
         """
-        check_output(output)
-        path = output.absolute().with_name(f".{output.absolute().name}.compile")
-        lock = FileLock(path.with_suffix(".compile.lock"), timeout=0)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with lock:
-                work = cls._begin(path, identity, resume)
-                try:
-                    yield work
-                finally:
-                    if not any(path.glob(RECORD_PATTERN)):
-                        shutil.rmtree(path, ignore_errors=True)
-                    with suppress(OSError):  # while it is held: another process may wait for this very file
-                        Path(lock.lock_file).unlink()
-        except Timeout:
-            raise InputError(
-                f"{output}: another process is compiling it now; wait for it or choose another --output"
-            ) from None
-
-    @classmethod
-    def _begin(cls, path: Path, identity: Mapping[str, Any], resume: bool) -> "WorkDirectory":
-        work = cls(path)
-        if path.exists() and not resume:
-            shutil.rmtree(path)
-        if (path / IDENTITY_FILE).is_file():
-            work._check_identity(identity)
-            work._read_records()
+        with claimed(output, "compile", identity, resume) as path:
+            work = cls(path)
             work.payload.mkdir(exist_ok=True)
-            return work
-        with suppress(FileNotFoundError):
-            shutil.rmtree(path)
-        try:
-            work.payload.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another --output") from None
-        write_json(path / IDENTITY_FILE, dict(identity))
-        return work
-
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
-        begun = read_json(self.path / IDENTITY_FILE)
-        differing = [name for name in {**begun, **identity} if begun.get(name) != identity.get(name)]
-        if differing:
-            told = ", ".join(
-                f"{name} was {begun.get(name)!r} and is {identity.get(name)!r}" for name in sorted(differing)
-            )
-            raise InputError(f"{self.path}: begun with other input ({told}); give --no-resume to start anew")
+            work._read_records()
+            try:
+                yield work
+            finally:
+                if not any(path.glob(RECORD_PATTERN)):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _read_records(self) -> None:
         """Take up the units whose record and shard are whole; anything else is done again."""
@@ -125,6 +88,53 @@ class WorkDirectory:
         """Make the finished payload the output, in one step; only then forget the records."""
         publish_directory(self.payload, output)
         self.discard()
+
+
+@contextmanager
+def claimed(output: Path, kind: str, identity: Mapping[str, Any], resume: bool) -> Iterator[Path]:
+    """The directory `.NAME.kind` in which `output` grows, locked: taken up where it was begun with `identity`, or new.
+
+    Raises `InputError` where it was begun with something else, naming the fields, or another process holds it.
+    """
+    check_output(output)
+    path = output.absolute().with_name(f".{output.absolute().name}.{kind}")
+    lock = FileLock(path.with_suffix(f".{kind}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            _begin(path, identity, resume)
+            try:
+                yield path
+            finally:
+                with suppress(OSError):  # while it is held: another process may wait for this very file
+                    Path(lock.lock_file).unlink()
+    except Timeout:
+        raise InputError(
+            f"{output}: another process is at work on it now; wait for it or choose another --output"
+        ) from None
+
+
+def _begin(path: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    if path.exists() and not resume:
+        shutil.rmtree(path)
+    if (path / IDENTITY_FILE).is_file():
+        _check_identity(path, identity)
+        return
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another --output") from None
+    write_json(path / IDENTITY_FILE, dict(identity))
+
+
+def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    begun = read_json(path / IDENTITY_FILE)
+    differing = [name for name in {**begun, **identity} if begun.get(name) != identity.get(name)]
+    if differing:
+        told = ", ".join(f"{name} was {begun.get(name)!r} and is {identity.get(name)!r}" for name in sorted(differing))
+        raise InputError(f"{path}: begun with other input ({told}); give --no-resume to start anew")
 
 
 class StopRequest:

@@ -1,0 +1,146 @@
+"""Polish: a few exact LoRA steps on the original, with one layer of it in memory.
+
+In: a checkpoint, an adapter (or none), training data. Out: an adapter of the original, in the form of `correct`.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.calibration import DataSource
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import check_output
+from onelayer.compiler.gradients import GradientStream
+from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.parking import Parking
+from onelayer.compiler.polish_start import Fresh
+from onelayer.compiler.polish_job import PolishJob, Settings
+from onelayer.compiler.polish_memory import workspace_bytes
+from onelayer.compiler.polish_state import PolishState
+from onelayer.compiler.polish_task import PolishTask
+from onelayer.compiler.stream import pick_device
+from onelayer.compiler.workdir import StopRequest, claimed
+
+
+class PolishStep(Result):
+    """Figures of one exact step: mean loss of its batch before the step, and what the step cost."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    bytes_read: int
+
+
+class HeldOutLoss(Result):
+    """Loss on held-out data after a number of steps."""
+
+    step: int
+    loss: float
+
+
+class PolishResult(Result):
+    """What polish made. `chosen_step`: after how many steps the adapter handed out was the best on held-out data.
+
+    `kept_bytes` is the host memory of kept unit inputs at most, `spilled_bytes` what went to files beyond the budget.
+    """
+
+    output: str
+    steps: list[PolishStep]
+    held_out: list[HeldOutLoss]
+    chosen_step: int
+    trainable_parameters: int
+    kept_bytes: int
+    spilled_bytes: int
+    report: Report
+
+
+def polish_adapter(
+    adapter: str | Path | None,
+    *,
+    model: str | Path,
+    data: DataSource,
+    output: str | Path,
+    steps: int = 10,
+    batch_size: int = 64,
+    micro_batch_size: int = 1,
+    learning_rate: float = 1e-3,
+    warmup_steps: int = 0,
+    max_gradient_norm: float = 1.0,
+    max_length: int = 512,
+    eval_data: DataSource | None = None,
+    eval_steps: int = 1,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    target_modules: str | list[str] = "all-linear",
+    device: str | None = None,
+    host_memory_bytes: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    revision: str | None = None,
+) -> PolishResult:
+    """Train a LoRA adapter of `model` by exact steps, each of `batch_size` examples, and write it to `output`.
+
+    `adapter` may be corrected or not, or any plain LoRA of the original; with None a fresh one of `lora_rank` is
+    trained. With `eval_data`, its loss is measured every `eval_steps` steps and the best adapter is handed out. A run
+    that was stopped goes on behind its last finished step. Raises `InputError` for what the caller can mend, and
+    `RuntimeError` where the loss is lost; what the steps before it made is then in `output`.
+    """
+    settings = Settings(
+        steps,
+        batch_size,
+        micro_batch_size,
+        learning_rate,
+        warmup_steps,
+        max_gradient_norm,
+        max_length,
+        eval_steps,
+        seed,
+    )
+    if (adapter is None) == (lora_rank is None):
+        raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
+    check_output(Path(output))
+    fresh = None if lora_rank is None else Fresh(lora_rank, lora_alpha or lora_rank, target_modules, seed)
+    place, parking = pick_device(device), Parking(host_memory_bytes)
+    task = PolishTask.read(model, revision, fresh if adapter is None else adapter, data, eval_data, settings, place)
+    with claimed(Path(output), "polish", task.identity, resume) as work, Meter(place) as meter, StopRequest() as stop:
+        source, streamed, state = task.open(work)
+        state.restore(work)
+        stream = GradientStream(streamed, place, meter, around=_stopping(stop), parking=parking)
+        job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), settings, work)
+        failure = job.run()
+        task.publish(Path(output), source, streamed, state, failure)
+        workspace = workspace_bytes(streamed, task.rows, settings, state)
+        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+        shutil.rmtree(work)
+    if failure is not None:
+        raise RuntimeError(f"{failure}; {output} holds the adapter of the {len(state.steps)} steps before it")
+    return _result(Path(output), state, job, report)
+
+
+@contextmanager
+def _watching(stop: StopRequest) -> Iterator[None]:
+    yield
+    stop.check()
+
+
+def _stopping(stop: StopRequest) -> Any:
+    """Lets a stop take effect at the next unit; the step in progress is lost."""
+    return lambda unit: _watching(stop)
+
+
+def _result(output: Path, state: PolishState, job: PolishJob, report: Report) -> PolishResult:
+    best = min(state.held_out, key=lambda item: float(item["loss"]), default={"step": len(state.steps)})
+    return PolishResult(
+        output=str(output),
+        steps=[PolishStep(**step) for step in state.steps],
+        held_out=[HeldOutLoss(**item) for item in state.held_out],
+        chosen_step=best["step"],
+        trainable_parameters=sum(parameter.numel() for parameter in state.parameters.values()),
+        kept_bytes=job.kept_bytes,
+        spilled_bytes=job.stream.parking.spilled_bytes,
+        report=report,
+    )

@@ -1,0 +1,53 @@
+"""Rows of tokens become the large batches of exact steps, the same ones in every run with the same seed."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from onelayer.compiler.calibration import DataSource, tokens_digest
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.examples import read_examples
+from onelayer.compiler.tokens import Tokens, tokenize
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """Tokenised training examples, and the order in which steps take them: a new shuffle for every round."""
+
+    rows: Sequence[Tokens]
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def read(
+        cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, seed: int
+    ) -> "TrainRows":
+        """Every example with a labelled token, ended as in training. Raises `InputError` where there is none."""
+        tokens = [tokenize(example, tokenizer, max_length, append_eos=True) for example in read_examples(data)]
+        rows = [item for item in tokens if item.labelled]
+        if not rows:
+            raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+        return cls(rows, batch_size, seed)
+
+    @property
+    def digest(self) -> str:
+        """Digest of ids and labels, in the order of the data."""
+        return tokens_digest(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.input_ids) for row in self.rows)
+
+    def batch(self, step: int) -> list[Tokens]:
+        """The examples of a step, counted from 0. Depends on nothing but the step, the rows and the seed."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {turn: self._order(turn) for turn in {place // len(self.rows) for place in places}}
+        return [self.rows[orders[place // len(self.rows)][place % len(self.rows)]] for place in places]
+
+    def _order(self, turn: int) -> list[int]:
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.seed} {turn}").shuffle(order)
+        return order

@@ -1,0 +1,162 @@
+"""One polish in progress: every step streams the original forward and back, then moves the adapter once.
+
+In: the original with its adapter attached, training rows, held-out batches. Out: the state after the last step. Held on
+the device: one unit, its recomputation for one micro-batch, the adapter and its optimiser; kept unit inputs lie on the
+host and, beyond the budget, in mapped files.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onelayer.compiler.calibration import TokenBatch, make_batches
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.gradients import GradientStream
+from onelayer.compiler.measure import Progress
+from onelayer.compiler.polish_data import TrainRows
+from onelayer.compiler.polish_state import PolishState
+from onelayer.compiler.token_loss import TokenLoss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person chose, checked; everything here can change the adapter."""
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    max_gradient_norm: float
+    max_length: int
+    eval_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.micro_batch_size, self.max_length, self.eval_steps) < 1:
+            raise InputError(
+                "--steps, --batch-size, --micro-batch-size, --max-length, --eval-steps: must be at least 1"
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise InputError(f"--warmup-steps {self.warmup_steps}: must lie between 0 and --steps {self.steps}")
+        for option, value in (
+            ("--learning-rate", self.learning_rate),
+            ("--max-gradient-norm", self.max_gradient_norm),
+        ):
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{option} {value}: must be greater than 0")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear up over the warm-up, then linear down to zero behind the last step (Trainer's default schedule)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        return self.learning_rate * (self.steps - step) / (self.steps - self.warmup_steps)
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; the adapter is as the last good step left it."""
+
+
+class PolishJob:
+    """The loop over steps. `kept_bytes` is what the host held of unit inputs at most."""
+
+    def __init__(
+        self,
+        stream: GradientStream,
+        state: PolishState,
+        rows: TrainRows,
+        held_out: Sequence[TokenBatch],
+        settings: Settings,
+        directory: Path,
+    ) -> None:
+        self.stream = stream
+        self.state = state
+        self.rows = rows
+        self.held_out = list(held_out)
+        self.settings = settings
+        self.directory = directory
+        self.kept_bytes = 0
+
+    def run(self) -> str | None:
+        """All steps that are not done yet, each durable. Returns why it stopped early, if it did.
+
+        Raises `NotFiniteError` where not one step was good, so that there is nothing to hand out.
+        """
+        try:
+            self._run()
+        except NotFiniteError as error:
+            if not self.state.steps:
+                raise
+            return str(error)
+        return None
+
+    def _run(self) -> None:
+        units = len(self.stream.streamed.units)
+        first = len(self.state.steps)
+        total = 2 * units * (self.settings.steps - first) + (units if self.held_out else 0)
+        with Progress(total, "polish") as bar, self.stream:
+            self.stream.bar = bar
+            for step in range(first, self.settings.steps):
+                bar.begin(2 * units * (step - first), self._describe(step))
+                self.state.steps.append(self._step(step))
+                self.state.save(self.directory)
+            if self.held_out and not any(item["step"] == self.settings.steps for item in self.state.held_out):
+                bar.begin(2 * units * (self.settings.steps - first), "held-out loss")
+                self._measure()
+                self.state.save(self.directory)
+
+    def _describe(self, step: int) -> str:
+        last = self.state.steps[-1] if self.state.steps else None
+        told = (
+            f", loss {last['loss']:.3f}, {last['seconds']:.0f} s and {last['bytes_read'] / 1e9:.2f} GB" if last else ""
+        )
+        return f"polish step {step + 1}/{self.settings.steps}{told}"
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Gradients of one large batch, one move of the optimiser; returns the figures of the step."""
+        start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
+        batches = make_batches(self.rows.batch(step), self.stream.streamed.config, self.settings.micro_batch_size)
+        asked = self.held_out if step % self.settings.eval_steps == 0 else []
+        self.stream.trained, self.stream.seed = len(batches), self.settings.seed * 1_000_003 + step
+        loss = TokenLoss([*batches, *asked], len(batches), self.stream.device)
+        self.stream.run([batch.inputs for batch in [*batches, *asked]], loss.take)
+        self.kept_bytes = max(self.kept_bytes, self.stream.parking.held_bytes)
+        if not loss.finish():
+            raise NotFiniteError(f"step {step + 1}: the loss is not finite")
+        if loss.held_out_loss is not None:
+            self.state.measured(loss.held_out_loss)
+        self.stream.reverse()
+        return {
+            "loss": loss.loss,
+            "gradient_norm": self._move(step),
+            "learning_rate": self.settings.learning_rate_at(step),
+            "tokens": loss.trained_tokens,
+            "seconds": round(time.perf_counter() - start_seconds, 3),
+            "bytes_read": self.stream.streamed.checkpoint.bytes_read - start_bytes,
+        }
+
+    def _move(self, step: int) -> float:
+        """Clip, step, forget the gradients; returns their norm before clipping."""
+        parameters = list(self.state.parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_gradient_norm))
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"step {step + 1}: the gradient is not finite")
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(step)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _measure(self) -> None:
+        """The held-out loss of the adapter as it is, in a forward stream of its own."""
+        self.stream.trained = 0
+        loss = TokenLoss(self.held_out, 0, self.stream.device)
+        self.stream.run([batch.inputs for batch in self.held_out], loss.take)
+        loss.finish()
+        assert loss.held_out_loss is not None
+        self.state.measured(loss.held_out_loss)

@@ -1,0 +1,113 @@
+"""The adapter that exact steps train: one made before, or a fresh one, attached to the empty model by PEFT itself."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from onelayer.compiler.adapter import Adapter, adapter_digest
+from onelayer.compiler.adapter_fit import check_fit
+from onelayer.compiler.adapter_writer import Base, write_adapter
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.polish_state import Parameters
+from onelayer.compiler.units import StreamedModel
+
+NAME = "default"
+LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A LoRA adapter that does not exist yet."""
+
+    rank: int
+    alpha: float
+    target_modules: str | list[str]
+    seed: int
+
+    def write(self, directory: Path, model: Path) -> None:
+        """Write it as PEFT initialises it (B is zero), from a generator of its own.
+
+        Raises `InputError` where the targets name nothing that can be adapted.
+        """
+
+        def prepare(empty: PreTrainedModel) -> None:
+            config = LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, and says int
+                target_modules=self.target_modules,
+                task_type="CAUSAL_LM" if empty.can_generate() and not empty.config.is_encoder_decoder else None,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in empty.modules()),
+            )
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PEFT's, about Conv1D and ties
+                torch.manual_seed(self.seed)
+                try:
+                    adapted = get_peft_model(empty, config)
+                except ValueError as error:
+                    raise InputError(f"--target-modules {self.target_modules}: {str(error).splitlines()[0]}") from None
+                adapted.save_pretrained(str(directory), save_embedding_layers=False)
+
+        StreamedModel(model, prepare)
+
+
+def open_trained(model: Path, source: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
+    """The original with `source` attached, and A and B of every adapted module: float32, on `device`.
+
+    What the adapter replaces besides is attached too and stays as it is. Raises `InputError` where it does not fit.
+    """
+    check_fit(source, StreamedModel(model))
+    streamed = StreamedModel(model, _attaching(source.directory))
+    trained: Parameters = {}
+    for name, parameter in streamed.model.named_parameters():
+        # Stand-ins for weights that are elsewhere are no `nn.Parameter`, and were never trained.
+        if type(parameter) is torch.nn.Parameter and not parameter.is_meta:
+            is_lora = any(mark in name for mark in LORA_MARKS)
+            parameter.requires_grad_(is_lora)
+            if is_lora:
+                parameter.data = parameter.data.to(device, torch.float32)
+                trained[name] = parameter
+    assert len(trained) == 2 * len(source.modules), "PEFT attached every module that the file names"
+    return streamed, trained
+
+
+def _attaching(directory: Path) -> Callable[[PreTrainedModel], None]:
+    def prepare(model: PreTrainedModel) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is checked by `check_fit`
+            PeftModel.from_pretrained(model, directory, adapter_name=NAME, is_trainable=True)
+
+    return prepare
+
+
+def factors_of(source: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
+    found = {}
+    for name, module in source.modules.items():
+        a, b = (tensors[key].cpu() for key in _parameter_names(name, module.embedding))
+        found[name] = (a, module.scaling * b)
+    return found
+
+
+def _parameter_names(module: str, embedding: bool) -> tuple[str, str]:
+    if embedding:
+        return f"{module}.lora_embedding_A.{NAME}", f"{module}.lora_embedding_B.{NAME}"
+    return f"{module}.lora_A.{NAME}.weight", f"{module}.lora_B.{NAME}.weight"
+
+
+def write_polished(
+    directory: Path, source: Adapter, tensors: dict[str, torch.Tensor], base: Base, record: dict[str, Any]
+) -> None:
+    """Write the trained parameters as an adapter of the original, in the form that everybody scales alike."""
+    factors = factors_of(source, tensors)
+    assert all(math.isfinite(float(part.sum())) for pair in factors.values() for part in pair)
+    origin = {"digest": adapter_digest(source.directory), "corrected": bool((source.provenance or {}).get("corrected"))}
+    provenance = {"kind": "adapter", "corrected": True, "polished": True, "source_adapter": origin, **record}
+    write_adapter(directory, factors, source=source, base=base, provenance=provenance)

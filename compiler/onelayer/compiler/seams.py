@@ -1,0 +1,130 @@
+"""The cuts between units in a graph of gradients: what a unit takes in and gives out, without what lies inside it.
+
+The code in front of a unit and behind it builds graphs of its own. A unit's inputs are kept as plain values, each with
+the place in the graph in front that its gradient belongs to; its outputs are the beginnings of the graph behind, where
+gradients are caught as they arrive. The inside exists only while the unit is run again.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from onelayer.compiler.lazy import DeferredLogits
+
+Slots = list[torch.Tensor | None]
+
+
+def differentiable(values: Any) -> list[torch.Tensor]:
+    """The tensors of a tree that can have gradients, each once, in the order of the tree.
+
+    Logits that are not formed yet count by the hidden states that they are of.
+    """
+    leaves = (leaf.hidden if isinstance(leaf, DeferredLogits) else leaf for leaf in tree_leaves(values))
+    found = {
+        id(tensor): tensor
+        for tensor in leaves
+        if isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+    }
+    return list(found.values())
+
+
+def _replaced(values: Any, others: dict[int, torch.Tensor]) -> Any:
+    """A tree with some of its differentiable tensors replaced, by identity."""
+
+    def other(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, DeferredLogits):
+            return tensor.over_other(others.get(id(tensor.hidden), tensor.hidden))
+        return others.get(id(tensor), tensor)
+
+    return tree_map_only(torch.Tensor, other, values)
+
+
+class _Seam(torch.autograd.Function):
+    """Values without history in, the same values as the beginning of a graph out; gradients end in `slots`."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Slots, anchor: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.slots = slots
+        ctx.set_materialize_grads(False)
+        # `.data` is no view to autograd, so that the model's code may change it in place as it may any output.
+        return tuple(value.data for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                before = ctx.slots[place]
+                ctx.slots[place] = gradient.detach() if before is None else before + gradient
+        return (None,) * (len(gradients) + 2)
+
+
+def cut(outputs: Any) -> tuple[Any, Slots]:
+    """The outputs of a unit as beginnings of a graph, and the slots that catch their gradients."""
+    tensors = differentiable(outputs)
+    slots: Slots = [None] * len(tensors)
+    if not tensors:
+        return outputs, slots
+    with torch.enable_grad():
+        begun = _Seam.apply(slots, torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
+    return _replaced(outputs, dict(zip(map(id, tensors), begun, strict=True))), slots
+
+
+@dataclass
+class Kept:
+    """The arguments of one call of a unit as plain values, and where their gradients go.
+
+    `edges[i]` belongs to the i-th differentiable tensor; None where nothing in front of it wants a gradient.
+    """
+
+    arguments: Any
+    edges: list[GradientEdge | None]
+    versions: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, arguments: Any, known: WeakTensorKeyDictionary) -> "Kept":
+        """Keep `arguments`. `known` maps tensors met before to what was kept of them, so that shared ones stay so."""
+        leaves, tree = tree_flatten(arguments)
+        edges = [get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in differentiable(arguments)]
+        for place, leaf in enumerate(leaves):
+            if type(leaf) is torch.Tensor:
+                if leaf not in known:
+                    known[leaf] = leaf.detach()
+                leaves[place] = known[leaf]
+        kept = tree_unflatten(leaves, tree)
+        return cls(kept, edges, [tensor._version for tensor in differentiable(kept)])
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether anything in front of the unit wants a gradient."""
+        return any(edge is not None for edge in self.edges)
+
+    def check_unchanged(self) -> None:
+        """Raise `RuntimeError` where an input was changed in place after the unit had read it."""
+        if self.versions != [tensor._version for tensor in differentiable(self.arguments)]:
+            raise RuntimeError("an input was changed in place after the unit had read it, so it cannot be run again")
+
+    def again(self, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
+        """The arguments on `device` for another run, and the leaves among them whose gradients `push` takes."""
+        originals = differentiable(self.arguments)
+        leaves = [
+            tensor.to(device).detach().requires_grad_(edge is not None)
+            for tensor, edge in zip(originals, self.edges, strict=True)
+        ]
+        arguments = _replaced(self.arguments, dict(zip(map(id, originals), leaves, strict=True)))
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments), leaves
+
+    def push(self, leaves: list[torch.Tensor]) -> None:
+        """Send the gradients of the leaves through the graph in front of the unit, into the slots of earlier units."""
+        pairs = [
+            (edge, leaf.grad.cpu())
+            for edge, leaf in zip(self.edges, leaves, strict=True)
+            if edge is not None and leaf.grad is not None
+        ]
+        if pairs:
+            edges, gradients = zip(*pairs, strict=True)
+            # Several units may share a piece of graph, so it is kept; it goes when the last of them is done.
+            torch.autograd.backward(edges, gradients, retain_graph=True)
