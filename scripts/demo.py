@@ -23,6 +23,7 @@ ROWS = {
     "original": "the original model",
     "uncorrected": "+ adapter trained on the emulator, as it is",
     "corrected": "+ the same adapter, corrected",
+    "polished": "+ six exact steps on the original, streamed",
     "direct": "+ LoRA trained on the original itself",
 }
 
@@ -34,7 +35,8 @@ def main() -> int:
     # 1. A small language model, trained here on source code, and two kinds of text that it has not seen.
     directory = demo_directory()
 
-    # 2. What a user does: one manifest, one run. Compile the emulator, then per task train, correct and score.
+    # 2. What a user does: one manifest, one run. Compile the emulator, then per task train, correct,
+    #    polish and score.
     manifest = load_manifest(shutil.copy(MANIFEST, directory / MANIFEST.name))
     result = pipeline.run(manifest, notify=lambda text: tqdm.write(text, file=sys.stderr))
     for step in result.failed:

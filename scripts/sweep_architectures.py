@@ -1,6 +1,6 @@
 """Streams every architecture of transformers' registries that a tiny configuration can build, and compares.
 
-    python scripts/sweep_architectures.py [--registry causal-lm] [--only llama,bloom] [--compile]
+    python scripts/sweep_architectures.py [--registry causal-lm] [--only llama,bloom] [--compile | --gradients]
 
 One line per model type: identical, close (with the largest difference), refused (with the reason), or not runnable even
 when resident. The configurations are shrunk by the meaning of their fields' names; no model is special.
@@ -8,6 +8,7 @@ when resident. The configurations are shrunk by the meaning of their fields' nam
 
 import argparse
 import contextlib
+import copy
 import gc
 import io
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from onelayer.compiler.errors import InputError
@@ -28,6 +29,7 @@ from onelayer.compiler.stream import BatchError
 from sweep_compare import difference, first_line, first_that_runs, moved, outputs_of, prepared, streamed_outputs
 from sweep_compile import compile_verdict, first_inputs
 from sweep_configs import tiny_config
+from sweep_gradients import gradient_verdict
 
 REGISTRIES = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -40,17 +42,29 @@ REGISTRIES = {
 }
 # Relative; a kernel that takes another path for weights at another address differs by less.
 CLOSE = 1e-5
+# What ignores the fields that would make it small is left alone: nothing here may take more than a few GB.
+MOST_PARAMETERS = 300_000_000
 
 
-def tiny_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """A seeded random model; norms and biases get noise, since ones and zeros would hide mistakes."""
-    torch.manual_seed(0)
+def small_models(model_class: type[PreTrainedModel]) -> Iterator[Callable[[], PreTrainedModel]]:
+    """Ways to make a small model, each of which may fail: of a tiny configuration, and of the class's own default."""
     config_class = model_class.config_class
     assert config_class is not None
-    model = model_class(tiny_config(config_class))
+    yield lambda: random_model(model_class, tiny_config(config_class))
+    yield lambda: random_model(model_class, config_class())
+
+
+def random_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A seeded random model; norms, biases and zeros get noise, since ones and zeros would hide mistakes."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"{count:,} parameters, more than {MOST_PARAMETERS:,}")
+    torch.manual_seed(0)
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1 and parameter.is_floating_point():
+            if parameter.is_floating_point() and (parameter.ndim == 1 or not parameter.any()):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.eval()
     return model
@@ -60,14 +74,18 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
     """('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail) of one class."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        try:
-            model = prepared(tiny_model(model_class))
-            model.save_pretrained(directory)
-            resident = prepared(model_class.from_pretrained(directory))
-            kind, batches = first_that_runs(resident, registry)
-            expected = outputs_of(resident, batches)
-        except Exception as error:
-            return "not runnable", f"{type(error).__name__}: {first_line(error)}"
+        reasons = []
+        for make in small_models(model_class):
+            try:
+                prepared(make()).save_pretrained(directory)
+                resident = prepared(model_class.from_pretrained(directory))
+                kind, batches = first_that_runs(resident, registry)
+                expected = outputs_of(resident, batches)
+                break
+            except Exception as error:
+                reasons.append(f"{type(error).__name__}: {first_line(error)}")
+        else:
+            return "not runnable", " | ".join(reasons)
         try:
             found, loads, streamed = streamed_outputs(directory, batches)
         except InputError as error:
@@ -89,7 +107,7 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
 def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
     """('optimal' | 'worse' | 'refused' | 'failed' | 'not runnable', detail) of compiling one class from text."""
     try:
-        model = prepared(tiny_model(model_class))
+        model = prepared(next(small_models(model_class))())
         outputs_of(model, [first_inputs(model)])
     except Exception as error:
         return "not runnable", f"{type(error).__name__}: {first_line(error)}"
@@ -97,10 +115,23 @@ def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, st
         return compile_verdict(model)
     except InputError as error:
         return "refused", first_line(error)
-    except TimeoutError:
-        raise
     except Exception as error:
         return "failed", f"{type(error).__name__}: {first_line(error)}"
+
+
+def backward(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+    """('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail) of one class's gradients."""
+    reasons = []
+    for make in small_models(model_class):
+        try:
+            return gradient_verdict(prepared(make()), registry)
+        except InputError as error:
+            return "refused", first_line(error)
+        except BatchError as error:
+            return "failed", first_line(error)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {first_line(error)}")
+    return "not runnable", " | ".join(reasons)
 
 
 @contextlib.contextmanager
@@ -127,7 +158,7 @@ def sweep(registry: str, only: set[str], judge: Callable[..., tuple[str, str]] =
         model_class = getattr(transformers, class_name, None)
         if model_class is None or (only and model_type not in only):
             continue
-        with limited(60), contextlib.redirect_stderr(io.StringIO()):
+        with limited(120), contextlib.redirect_stderr(io.StringIO()):
             result, detail = judge(model_class, registry)
         counts[result] += 1
         print(f"{registry:24} {model_type:28} {result:13} {detail}", flush=True)
@@ -141,13 +172,14 @@ def main() -> int:
     parser.add_argument("--registry", choices=[*REGISTRIES, "all"], default="causal-lm")
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--compile", action="store_true", help="compile emulators instead of comparing outputs")
+    parser.add_argument("--gradients", action="store_true", help="compare LoRA gradients, streamed forward and back")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     bad = 0
-    judge = compiled if arguments.compile else verdict
+    judge = compiled if arguments.compile else backward if arguments.gradients else verdict
     for registry in REGISTRIES if arguments.registry == "all" else [arguments.registry]:
         counts = sweep(registry, {name for name in arguments.only.split(",") if name}, judge)
         runnable = sum(counts.values()) - counts["not runnable"]

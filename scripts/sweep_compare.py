@@ -76,8 +76,14 @@ def first_that_runs(model: PreTrainedModel, registry: str) -> tuple[str, list[Ba
 
 
 def turned(batch: Batch) -> Batch:
-    """The batch with its images and sound the other way round."""
-    return {name: value.flip(-1) if value.is_floating_point() else value for name, value in batch.items()}
+    """The batch with its images and sound the other way round; patches that begin with where they lie, negative."""
+
+    def one(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name == "flattened_patches":
+            return torch.cat([value[..., :2], -value[..., 2:]], dim=-1)
+        return value.flip(-1) if value.is_floating_point() else value
+
+    return {name: one(name, value) for name, value in batch.items()}
 
 
 def difference(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> float:
@@ -111,7 +117,7 @@ def streamed_outputs(
     def copied(values: Any, device: torch.device) -> Any:
         return tree_map_only(torch.Tensor, lambda x: x.clone() if type(x) is torch.Tensor else x, values)
 
-    with Meter(CPU) as meter, mock.patch.object(stream, "_move", copied):
+    with Meter(CPU) as meter, mock.patch.object(stream, "move", copied):
         stream.Stream(streamed, CPU, meter, around=around).run(batches, outputs.__setitem__)
     return [tensors_of(outputs[index]) for index in range(len(batches))], loads, streamed
 

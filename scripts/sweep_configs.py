@@ -133,16 +133,41 @@ def _tiny_rope(value: dict[str, Any], many_axes: bool) -> dict[str, Any]:
 # What one config class relates in a way that no name tells, by its `model_type`; nested configs are merged.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": FIRST_SPECIAL_ID, **{f"IMGIMG{chr(65 + i)}Z": 3 + i for i in range(8)}}
+    },
+    "chameleon_vqgan": {"num_embeddings": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
     },
-    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "hidden_size": 32},
+    "dia_decoder": {"cross_hidden_size": HIDDEN},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32, "hidden_size": 32},
+    "dots3_note_audio_encoder": {
+        "adapter_in_dim": 32,
+        "adapter_input_size": 32,
+        "adapter_out_dim": 32,
+        "hidden_size": 32,
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": FIRST_SPECIAL_ID,
+            "<|extra_200|>": FIRST_SPECIAL_ID + 1,
+            **{f"<|visual token {i:06d}|>": 3 + i for i in range(8)},
+        }
+    },
+    "emu3_vqgan": {"codebook_size": 8},
     "encoder-decoder": {"decoder_start_token_id": 2},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    },
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -152,11 +177,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **_layers("sliding", "full", "sliding", "full"),
     },
     "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, **_layers("sliding", "full", "sliding", "full")},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "glm4v_moe_text": {"head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granite4_vision": {"image_grid_pinpoints": [[32, 32]]},
+    "granite4_vision": {
+        "image_grid_pinpoints": [[32, 32]],
+        "deepstack_layer_map": [[-1, 0]],
+        "downsample_rate": "2/4",
+        "vision_config": {"hidden_size": 64},
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "lilt": {"hidden_size": 48},
     "llama4_vision_model": {
         "intermediate_size": 128,
         "projector_input_dim": 32,
@@ -167,12 +198,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
+    "mimi": {"num_filters": 8, "upsample_groups": 32},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": {"vision_output_dim": 96},
     "mamba2": {"head_dim": 16},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "neomme": {"head_dim": 16},
     "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -183,8 +219,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "rwkv": {"rescale_every": 0},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6, "mm_tokens_per_image": 4},
     "step3p5": {"sliding_window": 8},
     "t5": {"decoder_start_token_id": 0},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attention_hidden_size": 64,

@@ -33,12 +33,13 @@ def noise(*shape: int) -> torch.Tensor:
 
 def candidates(model: PreTrainedModel, registry: str) -> Iterator[tuple[str, list[Batch]]]:
     """Sets of batches for a kind of model, the most telling first, each with a word for what it holds."""
-    if registry == "image-classification":
-        for pixels in _images(model, inspect.signature(model.forward).parameters):
+    takes = inspect.signature(model.forward).parameters
+    if registry == "image-classification" and "input_ids" not in takes:
+        for pixels in _images(model, takes):
             yield "images", [pixels, {name: value.flip(0, -1) for name, value in pixels.items()}]
         return
     text = [_text(model, registry, rows, length) for rows, length in TEXT]
-    if registry == IMAGE:
+    if registry in (IMAGE, "image-classification"):
         seen = list(_with_images(model))
         yield from (("mixed", [text[0], batch, text[1], batch]) for batch in seen)
         yield from (("images", [batch, batch]) for batch in seen)
@@ -56,13 +57,23 @@ def _text(model: PreTrainedModel, registry: str, rows: int, length: int) -> Batc
         ids %= vocabulary
     if registry == "sequence-classification" and isinstance(end, int):
         ids[:, -1] = end  # where encoder-decoders look for the whole sequence
+    books = getattr(model.config, "num_codebooks", None)
+    if registry == "speech-seq2seq" and isinstance(books, int):  # text and sound side by side, position by position
+        ids = torch.stack([ids, *(random_ids(rows, length, 2 + book) for book in range(books))], dim=-1)
     batch = {"input_ids": ids}
     takes = inspect.signature(model.forward).parameters
     if "decoder_input_ids" in takes and registry != "sequence-classification":
-        batch["decoder_input_ids"] = random_ids(rows, length - 4, 1)
+        batch["decoder_input_ids"] = _decoder_ids(model, rows, length - 4)
     if "bbox" in takes:
-        batch["bbox"] = torch.zeros(rows, length, 4, dtype=torch.long)
+        batch["bbox"] = torch.zeros(rows, length, 4, dtype=torch.float if "visual_bbox" in takes else torch.long)
     return batch
+
+
+def _decoder_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+    """What a decoder begins with: ids (rows, length), or (rows, length, channels) where it speaks in several."""
+    ids = random_ids(rows, length, 1)
+    channels = getattr(getattr(model.config, "decoder_config", None), "num_channels", None)
+    return ids if channels is None else ids[..., None].expand(-1, -1, channels)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -74,7 +85,8 @@ def _with_images(model: PreTrainedModel) -> Iterator[Batch]:
     counting = getattr(model, "get_image_features", getattr(model.base_model, "get_image_features", None))
     for pixels in _images(model, takes):
         length = _count_features(model, counting, pixels)
-        guesses = [length] if length else [16, 4, 17, 1]
+        known = _number(model.config, ("latent_query_num", "num_query_tokens"), 16)
+        guesses = [length] if length else list(dict.fromkeys((known, 16, 4, 17, 1)))
         for ids in (ids for guess in guesses for ids in _placeholders(model.config, guess)):
             batch = {"input_ids": ids, **pixels}
             marks = ids >= FIRST_SPECIAL_ID
@@ -85,14 +97,23 @@ def _with_images(model: PreTrainedModel) -> Iterator[Batch]:
                 batch["qformer_input_ids"] = random_ids(1, 5)
             if "decoder_input_ids" in takes:
                 batch["decoder_input_ids"] = random_ids(1, 6, 1)
+            if "image_attention_mask" in takes:
+                batch["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
+            if "visual_bbox" in takes:
+                batch["bbox"] = torch.zeros(1, ids.shape[1], 4)
+            if "state" in takes:
+                batch |= {"state": noise(1, 32), "noise": noise(1, 50, 32), "timestep": torch.full((1,), 0.5)}
             yield batch
 
 
 def _placeholders(config: PreTrainedConfig, length: int) -> Iterator[torch.Tensor]:
     """Text with room for `length` image features, or for none where the image goes elsewhere."""
     before, after = random_ids(1, 4, 2), random_ids(1, 7, 3)
-    for name, value in vars(config).items():
-        if re.fullmatch(r"(image|im|img|media|vision)_?(patch|placeholder|context)?_?token_?(id|index)", name):
+    marks = {name: value for name, value in vars(config).items() if isinstance(value, int)}
+    if hasattr(config, "latent_query_num"):  # the place of an image is told by a mask, not by an id
+        marks["image_token_id"] = FIRST_SPECIAL_ID
+    for name, value in marks.items():
+        if re.fullmatch(r"(image|im|img|media|vision|video)_?(patch|placeholder|context)?_?token_?(id|index)", name):
             yield torch.cat([before, torch.full((1, length), value), after], dim=1)
     yield torch.cat([before, after], dim=1)
 
@@ -155,6 +176,7 @@ def _images(model: PreTrainedModel, takes: Any) -> Iterator[Batch]:
     ]
     for name in mask:
         layouts.insert(0, {**layouts[1], name: torch.ones(1, 1, size, size, dtype=torch.long)})
+        layouts.append({"pixel_values": crops, **extra, name: torch.ones(1, 1, dtype=torch.bool)})
     if "flattened_patches" in takes:
         patches = torch.cat([places[0] + 1, flat], dim=1)[None]
         layouts = [{"flattened_patches": patches, **extra}]
@@ -200,7 +222,7 @@ def _with_sound(model: PreTrainedModel) -> Iterator[list[Batch]]:
             layouts.append({name: noise(1, SAMPLES)})
     for layout in layouts:
         if "decoder_input_ids" in takes:
-            yield [{**layout, "decoder_input_ids": random_ids(1, length, length)} for length in (5, 8)]
+            yield [{**layout, "decoder_input_ids": _decoder_ids(model, 1, length)} for length in (5, 8)]
         else:
             length = _count_features(model, getattr(model, "get_audio_features", None), layout)
             tokens = getattr(config, "audio_token_id", getattr(config, "audio_token_index", None))
@@ -208,6 +230,8 @@ def _with_sound(model: PreTrainedModel) -> Iterator[list[Batch]]:
                 sound = torch.full((1, length), tokens)
                 ids = torch.cat([random_ids(1, 4, 2), sound, random_ids(1, 7, 3)], dim=1)
                 yield [_text(model, "", 2, 9), {"input_ids": ids, **layout}, _text(model, "", 1, 14)]
+            elif length:  # sound that is added to the text, token by token
+                yield [{"input_ids": random_ids(1, length, seed), **layout} for seed in (2, 3)]
 
 
 AUDIO_CONFIGS = ("audio_config", "encoder_config", "encoder", "audio_encoder_config")

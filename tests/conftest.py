@@ -1,6 +1,7 @@
 """Set-up of every test: no network, nothing written to the user's own store, serial small kernels."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 
+from emulators import FACTOR_DTYPES, stored_as
+
 # On matrices this small a second thread only waits for the first.
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(params=FACTOR_DTYPES, ids=str)
+def factor_dtype(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The test runs with emulators of every factor dtype."""
+    with stored_as(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,39 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.checkpoint import model_digest
+from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.factor_dtypes import FactorDtype
+from onelayer.compiler.quantize import pack
 from onelayer.compiler.shim import SHIM_FILE, SHIM_TEXT, auto_map
+
+# How factors can be stored; None stands for plain tensors.
+FACTOR_DTYPES: tuple[FactorDtype | None, ...] = (None, "bf16", "int8", "nf4")
+_STORED: ContextVar[FactorDtype | None] = ContextVar("factor_dtype", default=None)
+
+
+@contextmanager
+def stored_as(kind: FactorDtype | None) -> Iterator[None]:
+    """Emulators written meanwhile have packed factors, and every third of their weights packed whole."""
+    token = _STORED.set(kind)
+    try:
+        yield
+    finally:
+        _STORED.reset(token)
+
+
+def products(directory: Path) -> dict[str, torch.Tensor]:
+    """What an emulator has for a weight (out, in), in full, by module."""
+    emulator = Emulator.open(directory)
+    pairs = {name: emulator.factors(name) for name in emulator.facts.compressed}
+    return {name: up if down is None else up @ down for name, (up, down) in pairs.items()}
+
+
+def dense_reference(model: Any, directory: Path) -> Any:
+    """`model`, in place, with what an emulator has for weights."""
+    for name, product in products(directory).items():
+        module = model.get_submodule(name)
+        module.weight.data = (product.T if isinstance(module, Conv1D) else product).to(module.weight).contiguous()
+    return model
 
 
 def rank_for(out_features: int, in_features: int, ratio: float) -> int:
@@ -51,15 +86,24 @@ def write_emulator(
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for alias in model.all_tied_weights_keys:
         tensors.pop(alias, None)
-    ranks = {}
-    for name, module in compressible(model, skip).items():
+    ranks, shapes, kind = {}, {}, _STORED.get()
+    for number, (name, module) in enumerate(compressible(model, skip).items()):
         stored = tensors.pop(f"{name}.weight")
         weight_oi = stored.T if isinstance(module, Conv1D) else stored
-        ranks[name] = rank_for(weight_oi.shape[0], weight_oi.shape[1], ratio)
+        shapes[name] = (weight_oi.shape[0], weight_oi.shape[1])
+        if kind is not None and number % 3 == 2:
+            tensors[f"{name}.lr_dense"] = pack(weight_oi, kind)
+            continue
+        ranks[name] = rank_for(*shapes[name], ratio)
         up, down = svd_factors(weight_oi, ranks[name])
+        if kind is not None:
+            up, down = pack(up.T, kind), pack(down, kind)
         tensors[f"{name}.lr_up"], tensors[f"{name}.lr_down"] = up.contiguous(), down.contiguous()
     _write_shards(tensors, directory)
-    _write_config(model, Path(original), directory, ranks, base_model, base_revision)
+    dtype = str(model.dtype).removeprefix("torch.")
+    packed = {"unpacked_dtype": dtype, "shapes": shapes, "quantized_dense": sorted(shapes.keys() - ranks.keys())}
+    stored_fields = {"ranks": ranks, "factor_dtype": kind or dtype, **(packed if kind is not None else {})}
+    _write_config(model, Path(original), directory, stored_fields, base_model, base_revision)
     for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"):
         for file in Path(original).glob(pattern):
             shutil.copy(file, directory)
@@ -82,15 +126,14 @@ def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
 
 
 def _write_config(
-    model: Any, original: Path, directory: Path, ranks: dict[str, int], base_model: str, base_revision: str | None
+    model: Any, original: Path, directory: Path, stored: dict[str, Any], base_model: str, base_revision: str | None
 ) -> None:
     document = json.loads((original / "config.json").read_text())
     document["auto_map"] = auto_map(model.config)
     document["quantization_config"] = {
         "quant_method": "onelayer",
         "format_version": 1,
-        "ranks": ranks,
-        "factor_dtype": str(model.dtype).removeprefix("torch."),
+        **stored,
         "base_model": base_model,
         "base_revision": base_revision,
         "base_digest": model_digest(original),

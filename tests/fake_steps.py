@@ -56,13 +56,20 @@ def content_of(folder: Path, name: str) -> str:
 
 
 class FakeSteps:
-    """Stands in for the five step functions; `calls` lists what ran, `fail` names training data that cannot be used."""
+    """Stands in for the step functions; `calls` lists what ran, `fail` names training data that cannot be used."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
         self.fail: dict[str, BaseException] = {}
         self.arguments: dict[str, dict[str, Any]] = {}
-        for name in ("compile_emulator", "correct_adapter", "merge_adapter", "evaluate_model"):
+        for name in (
+            "compile_emulator",
+            "slice_emulator",
+            "correct_adapter",
+            "polish_adapter",
+            "merge_adapter",
+            "evaluate_model",
+        ):
             monkeypatch.setitem(onelayer.compiler.__dict__, name, getattr(self, name))
         monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", self.train_lora)
 
@@ -80,6 +87,11 @@ class FakeSteps:
         (output / "emulator.json").write_text(json.dumps({"seconds": len(self.calls)}))
         return Document(report=REPORT)
 
+    def slice_emulator(self, emulator: Path, *, ratio: float, output: Path) -> Document:
+        self.calls.append(f"slice {ratio}")
+        write_model(output, f"{content_of(emulator, 'model.safetensors')} {ratio}")
+        return Document(output=str(output))
+
     def train_lora(self, emulator: Path, data: str, output: Path, **settings: Any) -> Document:
         self.calls.append(f"train {Path(data).stem}" + (" direct" if Path(emulator).name == "model" else ""))
         self.arguments[self.calls[-1]] = settings
@@ -94,6 +106,12 @@ class FakeSteps:
     def correct_adapter(self, adapter: Path, *, output: Path, limit: float | None, **settings: Any) -> Document:
         self.calls.append("correct")
         write_adapter(output, f"{content_of(adapter, 'adapter_model.safetensors')} corrected {limit}")
+        return Document(report=REPORT)
+
+    def polish_adapter(self, adapter: Path, *, data: str, output: Path, **settings: Any) -> Document:
+        self.calls.append(f"polish {Path(data).stem}")
+        self.arguments[self.calls[-1]] = settings
+        write_adapter(output, f"{content_of(adapter, 'adapter_model.safetensors')} polished {settings['steps']}")
         return Document(report=REPORT)
 
     def merge_adapter(self, adapter: Path, *, model: Path, output: Path) -> Document:

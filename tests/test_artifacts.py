@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from onelayer.compiler.errors import InputError
-from onelayer.runtime.artifacts import ArtifactStore, StepSpec
+from onelayer.runtime.artifact_record import StepSpec
+from onelayer.runtime.artifacts import ArtifactStore
 from onelayer.runtime.prune import prune
 
 PATHS = [str(Path(__file__).parents[1] / name) for name in ("compiler", "runtime")]
@@ -104,7 +105,8 @@ def test_a_kill_in_the_middle_leaves_nothing_visible(store: ArtifactStore) -> No
     code = f"""
 import sys, time; sys.path[:0] = {PATHS}
 from pathlib import Path
-from onelayer.runtime.artifacts import ArtifactStore, StepSpec
+from onelayer.runtime.artifact_record import StepSpec
+from onelayer.runtime.artifacts import ArtifactStore
 def make(payload):
     payload.mkdir(); (payload / "weights.bin").write_bytes(b"half"); print("half", flush=True); time.sleep(60)
 ArtifactStore({str(store.home)!r}).ensure(StepSpec.model_validate({spec().model_dump()!r}), make)
@@ -150,7 +152,8 @@ def test_two_processes_make_it_once(store: ArtifactStore, tmp_path: Path) -> Non
     log = tmp_path / "log"
     code = f"""
 import sys, time; sys.path[:0] = {PATHS}
-from onelayer.runtime.artifacts import ArtifactStore, StepSpec
+from onelayer.runtime.artifact_record import StepSpec
+from onelayer.runtime.artifacts import ArtifactStore
 def make(payload):
     with open({str(log)!r}, "a") as file: file.write("made\\n")
     time.sleep(0.3); payload.mkdir(); (payload / "f").write_text("x"); return {{}}

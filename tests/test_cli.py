@@ -23,9 +23,10 @@ from onelayer.runtime.cli_options import parse_bytes, parse_limit, parse_target_
 
 # Scripts and manifests depend on these names: a change here is a change for every user.
 OPTIONS = {
+    "plan": "MODEL --batch-size --emulator --json --lora-rank --max-length --memory",
     "compile": (
-        "MODEL --batch-size --calibration --device --host-memory --json --max-length --output --rank-allocation "
-        "--ratio --resume --samples --seed --solver"
+        "MODEL --batch-size --calibration --device --factor-dtype --host-memory --json --keep-bytes --max-length "
+        "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"
     ),
     "slice": "EMULATOR --json --output --ratio",
     "train": (
@@ -34,6 +35,11 @@ OPTIONS = {
         "--max-length --max-steps --output --resume --seed --target-modules"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
+    "polish": (
+        "ADAPTER --activations --batch-size --data --device --eval-data --eval-steps --host-memory --json "
+        "--learning-rate --lora-alpha --lora-rank --max-gradient-norm --max-length --micro-batch-size --model --output "
+        "--resume --seed --steps --target-modules --warmup-steps"
+    ),
     "merge": "ADAPTER... --json --model --output --weight",
     "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",
     "inspect": "PATH --json --plot",
@@ -43,10 +49,12 @@ OPTIONS = {
     "artifacts prune": "--dry-run --json --keep --max-size --older-than-days",
 }
 FUNCTIONS = {
+    "plan": "plan_run",
     "compile": "compile_emulator",
     "slice": "slice_emulator",
     "train": "train_lora",
     "correct": "correct_adapter",
+    "polish": "polish_adapter",
     "merge": "merge_adapter",
     "evaluate": "evaluate_model",
 }
@@ -108,11 +116,13 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_defaults_are_those_of_the_python_function(name: str) -> None:
-    module: Any = onelayer.runtime if name == "train" else onelayer.compiler
+    module: Any = onelayer.runtime if name in ("plan", "train") else onelayer.compiler
     parameters = inspect.signature(getattr(module, FUNCTIONS[name])).parameters
     command = dict(commands(typer.main.get_command(app)))[name]
+    # `--adapter` repeated is `adapters`; `compile --memory` only chooses the ratio.
+    own = {"as_json", "help", "adapter", *({"memory_bytes"} if name == "compile" else ())}
     for parameter in command.params:
-        if parameter.name not in ("as_json", "help", "adapter"):  # `--adapter` repeated is `adapters`
+        if parameter.name not in own:
             default = parameters[parameter.name].default
             expected = None if default is inspect.Parameter.empty else default
             assert parameter.default == expected, parameter.name
@@ -126,6 +136,9 @@ def test_defaults_are_those_of_the_python_function(name: str) -> None:
         ("train e --data d --output o --lerning-rate 1", "--learning-rate"),
         ("train e --data d --output o --seed many", "'--seed'"),
         ("correct a --emulator e --model m --output o --limit x", "neither a number nor `none`"),
+        ("compile m --calibration c --output o --memory 1GiB --ratio 0.2", "leave --ratio and --keep-bytes out"),
+        ("plan nowhere", "Missing option '--memory'"),
+        ("plan nowhere --memory 8GiB", "nowhere"),
         ("artifacts", "Missing command"),
         ("artifacts prune", "--older-than-days, --max-size or --keep"),
         ("artifacts prune --max-size 3q", "24GiB"),
@@ -190,7 +203,8 @@ def test_run_prints_steps_scores_and_results(
     project: Path, fakes: FakeSteps, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("run", project, "--dry-run") == 0
-    assert "compile          to run  never ran" in capsys.readouterr().out
+    assert "compile          to run  -      -       -            never ran" in (planned := capsys.readouterr().out)
+    assert planned.endswith("6 of 6 steps to run; bytes and peaks are predictions\n")
     assert call("run", project) == 0
     captured = capsys.readouterr()
     assert "[1/6] compile: runs, never ran" in captured.err
@@ -233,6 +247,7 @@ def test_artifacts_are_listed_verified_and_pruned(
     capsys.readouterr()
     assert call("artifacts", "list", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
+    assert all(row["used_by"] and row["age_seconds"] >= 0 for row in listed)
     assert sorted(row["kind"] for row in listed) == ["compile", "correct", "correct", "evaluate", "train", "train"]
     assert call("artifacts", "verify") == 0
     adapter = next(row["key"] for row in listed if row["kind"] == "train")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from adapters import deltas, load_adapter, load_original, random_adapter
-from emulators import write_emulator
+from emulators import products, write_emulator
 from onelayer.compiler.adapter import Adapter, adapter_digest
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.correct import CorrectResult, correct_adapter
@@ -50,37 +50,37 @@ class Setting:
         paths = {"emulator": self.root / "emulator", "model": self.root / "original", "output": self.root / "out"}
         return correct_adapter(self.root / "adapter", limit=limit, **{**paths, **changes})
 
-    def factors(self) -> dict[str, torch.Tensor]:
+    def stored_bytes(self, part: str) -> int:
         files = (self.root / "emulator").glob("*.safetensors")
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+        return sum(tensor.nbytes for file in files for name, tensor in load_file(file).items() if part in name)
 
 
+@pytest.mark.usefixtures("factor_dtype")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=[name.replace(" ", "_") for name in CONFIGS])
 def test_the_corrected_adapter_is_the_closed_form_on_the_original(config: dict[str, Any], tmp_path: Path) -> None:
     setting = Setting(tmp_path, "qwen2", 0.4, **config)
     trained = deltas(random_adapter(setting.reload(), tmp_path / "again", **config))
     result = setting.correct(limit=None)
     corrected = load_adapter(setting.reload(), tmp_path / "out")
-    emulator, weights = setting.factors(), dict(setting.model.named_parameters())
+    emulator, weights = products(tmp_path / "emulator"), dict(setting.model.named_parameters())
     found = deltas(corrected)
     assert found.keys() == trained.keys() == {linear.name for linear in result.linears}
     for name, delta in found.items():
         projector = (a := Adapter.open(tmp_path / "adapter").factors(name)[0]).T @ torch.linalg.pinv(a.T)
-        low_rank = emulator[f"{name}.lr_up"] @ emulator[f"{name}.lr_down"]
-        wanted = (low_rank - weights[f"{name}.weight"]) @ projector + trained[name]
+        wanted = (emulator[name] - weights[f"{name}.weight"]) @ projector + trained[name]
         torch.testing.assert_close(delta, wanted.detach(), rtol=1e-4, atol=1e-5)
     assert all(linear.compressed and linear.clamped == 0 for linear in result.linears)
 
 
+@pytest.mark.usefixtures("factor_dtype")
 def test_each_adapted_weight_is_read_once_and_nothing_else(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", 0.3, r=2, target_modules=["up_proj", "lm_head"])
     result = setting.correct()
-    weights = dict(setting.model.named_parameters()).items()
-    adapted = [*(item for item in weights if "up_proj" in item[0]), *setting.factors().items()]
-    wanted = sum(tensor.numel() * 4 for name, tensor in adapted if "up_proj" in name)
-    assert result.report.bytes_read == wanted
+    weights = sum(weight.nbytes for name, weight in setting.model.named_parameters() if "up_proj" in name)
+    assert result.report.bytes_read == weights + setting.stored_bytes("up_proj")
 
 
+@pytest.mark.usefixtures("factor_dtype")
 def test_on_the_span_of_a_the_original_does_what_the_emulator_did(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", 0.3, r=4, lora_alpha=16, target_modules=["o_proj"])
     setting.correct(limit=None)
@@ -88,8 +88,8 @@ def test_on_the_span_of_a_the_original_does_what_the_emulator_did(tmp_path: Path
     trained, out = Adapter.open(tmp_path / "adapter"), Adapter.open(tmp_path / "out")
     (a, b), (a_c, b_c) = trained.factors(name), out.factors(name)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(3)) @ a
-    emulator, weight = setting.factors(), dict(setting.model.named_parameters())[f"{name}.weight"]
-    on_emulator = x @ (emulator[f"{name}.lr_up"] @ emulator[f"{name}.lr_down"] + 4.0 * b @ a).T
+    emulator, weight = products(tmp_path / "emulator"), dict(setting.model.named_parameters())[f"{name}.weight"]
+    on_emulator = x @ (emulator[name] + 4.0 * b @ a).T
     torch.testing.assert_close(x @ (weight + b_c @ a_c).T, on_emulator, rtol=1e-3, atol=1e-3)
 
 
@@ -107,6 +107,7 @@ def test_an_exact_emulator_changes_no_logit(family: str, limit: float | None, tm
     assert result.report.largest_unit_bytes > 0
 
 
+@pytest.mark.usefixtures("factor_dtype")
 def test_modules_that_the_emulator_kept_stay_as_trained(tmp_path: Path) -> None:
     config: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "lm_head", "embed_tokens"]}
     setting = Setting(tmp_path, "llama", 0.3, skip=("layers.0",), **config)
@@ -120,6 +121,7 @@ def test_modules_that_the_emulator_kept_stay_as_trained(tmp_path: Path) -> None:
         torch.testing.assert_close(b_c @ a_c, 2.0 * b @ a)
 
 
+@pytest.mark.usefixtures("factor_dtype")
 def test_the_record_names_everything_that_went_in(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", 0.3, r=2, target_modules=["q_proj"])
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
@@ -142,6 +144,7 @@ def test_the_record_names_everything_that_went_in(tmp_path: Path) -> None:
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
 
+@pytest.mark.usefixtures("factor_dtype")
 def test_an_untrained_adapter_changes_nothing_under_a_limit(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", 0.3, size=0.0, r=2, target_modules=["q_proj"])
     result = setting.correct()
@@ -197,6 +200,7 @@ def _record(**changes: Any) -> Callable[[Path], None]:
     return lambda root: write_json(root / "adapter/onelayer.json", trained_on(root / "emulator", **changes))
 
 
+@pytest.mark.usefixtures("factor_dtype")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -16,6 +16,9 @@ from onelayer.compiler.correct import CorrectResult, correct_adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate import evaluate_model
 from onelayer.compiler.files import read_json
+from onelayer.compiler.parking import Parking
+from onelayer.compiler.scoring import Samples, parked_bytes
+from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import StreamedModel
 from tiny import save_tiny
 
@@ -90,16 +93,65 @@ class Checkpointless:
         )
 
 
+@pytest.mark.usefixtures("factor_dtype")
+def test_the_losses_are_those_of_the_emulators_own_weights(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    found = setting.correct("auto", limit="auto", data=setting.data).candidates
+    assert found is not None
+    alone = setting.correct("alone", limit=None).output
+    (score,) = evaluate_model(tmp_path / "original", setting.data, adapters=[alone]).results[1:]
+    whole = next(item for item in found if (item.solver, item.limit) == ("span", None))
+    assert whole.loss == pytest.approx(score.loss, rel=1e-5)
+
+
+@pytest.mark.usefixtures("factor_dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: torch.dtype, tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", dtype, **LORA["llama"])
     result = setting.correct("auto", limit="auto", data=setting.data)
-    adapters = [tmp_path / "adapter"] * len(correct_auto.CANDIDATES)
-    one_pass = evaluate_model(tmp_path / "original", setting.data, adapters=adapters).report.bytes_read
+    one_pass = evaluate_model(tmp_path / "original", setting.data).report.bytes_read
     tensors = Checkpoint.open(tmp_path / "emulator").tensors.values()
-    factors = sum(info.size_bytes for info in tensors if info.name.endswith((".lr_up", ".lr_down")))
+    factors = sum(info.size_bytes for info in tensors if ".lr_" in info.name)
     assert result.report.bytes_read == one_pass + factors
     assert result.report.peak_host_bytes > 0
+
+
+def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide enough for tensors that are worth filing: what every variant parks fits the prediction, or the budget."""
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    setting.data.write_text("".join(json.dumps({"text": f"{text} " * 20}) + "\n" for text in TEXTS * 2))
+    made: list[Parking] = []
+    held: list[int] = []
+    own = Parking.hold
+
+    class Noted(Parking):
+        def __init__(self, budget_bytes: int | None = None) -> None:
+            super().__init__(budget_bytes)
+            made.append(self)
+
+        def hold(self, arguments: Any) -> None:
+            own(self, arguments)
+            held.append(self.held_bytes)
+
+    monkeypatch.setattr(correct_auto, "Parking", Noted)
+    free = setting.correct("free", limit="auto", data=setting.data)
+    most = max(held)
+    assert most > 0
+    tokenizer = load_tokenizer(tmp_path / "original")
+    batches = Samples.read(setting.data, tokenizer, 512).batches(StreamedModel(tmp_path / "original").config, 1)
+    streamed, variants = StreamedModel(tmp_path / "original"), 1 + len(correct_auto.CANDIDATES)
+    predicted = parked_bytes(streamed, batches, variants, made[0])
+    assert most <= predicted
+    assert free.report.workspace_bytes >= predicted
+    held.clear()
+    tight = setting.correct("tight", limit="auto", data=setting.data, host_memory_bytes=most // 4)
+    assert max(held) <= most // 4
+    assert made[1].spilled_bytes > most // 4
+    assert free.report.workspace_bytes - tight.report.workspace_bytes >= most // 2
+    assert tight.candidates == free.candidates
+    assert Checkpointless(tmp_path / "tight").close_to(Checkpointless(tmp_path / "free"))
 
 
 def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

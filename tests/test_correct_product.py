@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters import deltas, load_adapter, load_original, random_adapter
-from emulators import write_emulator
+from emulators import FACTOR_DTYPES, stored_as, write_emulator
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.correct import correct_adapter
+from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.files import read_json
+from onelayer.compiler.factor_dtypes import FactorDtype
 from tiny import save_tiny, tiny_llama
 
 PATTERNS: dict[str, Any] = {
@@ -54,22 +55,27 @@ def corrected(root: Path, dtype: torch.dtype = torch.float32, limit: float | Non
     return root / "out"
 
 
+def unrounded(directory: Path) -> dict[str, torch.Tensor]:
+    """What an emulator has for a weight, the product of its factors formed in float64."""
+    emulator = Emulator.open(directory)
+    pairs = {name: emulator.factors(name) for name in emulator.facts.compressed}
+    return {name: up.double() if down is None else up.double() @ down.double() for name, (up, down) in pairs.items()}
+
+
 def dense_logits(root: Path, limit: float | None, computed_in: torch.dtype = torch.float32) -> torch.Tensor:
     """The original with W + (B' - D) P^T for weights, everything formed in full, in float64 up to the weight."""
     model = load_original(root / "original")
-    factors = {
-        name: part for file in (root / "emulator").glob("*.safetensors") for name, part in load_file(file).items()
-    }
+    emulator = unrounded(root / "emulator")
     trained = Adapter.open(root / "adapter")
     weights = dict(model.named_parameters())
     for name, module in trained.modules.items():
         weight = weights[f"{name}.weight"].data
         a, b = (part.double() for part in trained.factors(name))
-        if f"{name}.lr_up" not in factors:
+        if name not in emulator:
             weight += (module.scaling * b @ a).float()
             continue
         p = torch.linalg.svd(a.T, full_matrices=False)[0]
-        error = (weight.double() - factors[f"{name}.lr_up"].double() @ factors[f"{name}.lr_down"].double()) @ p
+        error = (weight.double() - emulator[name].double()) @ p
         own = module.scaling * b @ a @ p
         for i in range(error.shape[1]):
             ratio = float(error[:, i].abs().mean() / own[:, i].abs().mean())
@@ -81,9 +87,15 @@ def dense_logits(root: Path, limit: float | None, computed_in: torch.dtype = tor
     return logits.float()
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 3.0), (torch.float32, None), (torch.bfloat16, 1.0)])
-def test_stock_peft_computes_the_dense_reference(dtype: torch.dtype, limit: float | None, tmp_path: Path) -> None:
-    adapter = corrected(tmp_path, dtype, limit, **PATTERNS)
+@pytest.mark.parametrize(
+    ("dtype", "limit", "kind"),
+    [(torch.float32, None, None), (torch.bfloat16, 1.0, None), *((torch.float32, 3.0, kind) for kind in FACTOR_DTYPES)],
+)
+def test_stock_peft_computes_the_dense_reference(
+    dtype: torch.dtype, limit: float | None, kind: FactorDtype | None, tmp_path: Path
+) -> None:
+    with stored_as(kind):
+        adapter = corrected(tmp_path, dtype, limit, **PATTERNS)
     wanted = dense_logits(tmp_path, limit)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -198,23 +210,23 @@ def test_a_value_that_is_not_finite_is_named_and_never_replaced(part: str, tmp_p
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     limit=st.one_of(st.none(), st.floats(0, 20)),
     family=st.sampled_from(["llama", "gpt2", "phi3"]),
+    kind=st.sampled_from(FACTOR_DTYPES),
 )
 def test_for_any_rank_scaling_and_dtype_it_is_the_formula(
     rank: int, alpha: int, rslora: bool, ratio: float, dtype: torch.dtype, limit: float | None, family: str,
+    kind: FactorDtype | None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     root = tmp_path_factory.mktemp("any")
     model = save_tiny(family, root / "original", dtype)
-    write_emulator(model, root / "original", root / "emulator", ratio=ratio)
+    with stored_as(kind):
+        write_emulator(model, root / "original", root / "emulator", ratio=ratio)
     lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora, "target_modules": "all-linear"}
     trained = deltas(random_adapter(load_original(root / "original"), root / "adapter", **lora))
     result = correct_adapter(
         root / "adapter", emulator=root / "emulator", model=root / "original", output=root / "out", limit=limit
     )
-    ranks = read_json(root / "emulator/config.json")["quantization_config"]["ranks"]
-    factors = {
-        name: part for file in (root / "emulator").glob("*.safetensors") for name, part in load_file(file).items()
-    }
+    emulator = unrounded(root / "emulator")
     original = dict(load_original(root / "original").named_parameters())
     found = deltas(load_adapter(load_original(root / "original"), root / "out"))
     assert found.keys() == trained.keys() == {linear.name for linear in result.linears}
@@ -223,9 +235,8 @@ def test_for_any_rank_scaling_and_dtype_it_is_the_formula(
         weight = original[f"{name}.weight"].detach().double()
         weight, own = (weight.T, trained[name].T.double()) if transposed else (weight, trained[name].double())
         p = torch.linalg.svd(Adapter.open(root / "adapter").factors(name)[0].double().T, full_matrices=False)[0]
-        error = (weight - factors[f"{name}.lr_up"].double() @ factors[f"{name}.lr_down"].double()) @ p
+        error = (weight - emulator[name]) @ p
         ratios = error.abs().mean(0) / (own @ p).abs().mean(0)
         wanted = own - error * ((math.inf if limit is None else limit) / ratios).clamp(max=1.0) @ p.T
         scale = float(wanted.norm())
-        assert name in ranks
         assert float((delta.double() - (wanted.T if transposed else wanted)).norm()) <= 2e-5 * scale + 1e-6

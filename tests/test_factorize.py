@@ -4,11 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.factorize import Factors, factorize
-from onelayer.compiler.moments import Gram, MomentHooks, Moments
+from onelayer.compiler.moments import Gram, Moments
 from onelayer.compiler.ranks import Spectrum, rank_for, ranks_by_spectrum
 
 CPU = torch.device("cpu")
@@ -158,66 +156,6 @@ def test_non_finite_rows_are_dropped_and_counted() -> None:
     kept = X[torch.isfinite(X).all(dim=1)]
     assert (gram.rows, gram.dropped_rows) == (20, 2)
     torch.testing.assert_close(gram.total_FF, kept.T @ kept)
-
-
-class Attention(nn.Module):
-    """q, k, v of one input, k first and narrower than it reads; o of another; one linear nobody calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.k, self.q, self.v = nn.Linear(16, 4), nn.Linear(16, 16), nn.Linear(16, 4, bias=False)
-        self.o, self.idle = Conv1D(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k = self.k(x)
-        mixed: torch.Tensor = self.o(self.q(x) + torch.cat([k, self.v(x), k, k], dim=-1))
-        return mixed
-
-
-def test_hooks_gather_the_narrow_side_and_share_what_is_shared() -> None:
-    torch.manual_seed(0)
-    module = Attention().double()
-    linears: dict[str, nn.Module] = {
-        name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)
-    }
-    hooks = MomentHooks(linears, CPU)
-    xs = [random(2, 5, 16, seed=i) for i in range(3)]
-    with hooks.attached(), torch.no_grad():
-        for x in xs:
-            hooks.next_batch()
-            module(x)
-    X = torch.cat([x.reshape(-1, 16) for x in xs])
-    assert set(hooks.moments) == {"k", "q", "v", "o"}
-    assert not hooks.moments["k"].of_input, "narrower than its input, and first: its own output's moment"
-    assert hooks.moments["q"].gram is hooks.moments["v"].gram
-    torch.testing.assert_close(hooks.moments["q"].gram.total_FF, X.T @ X)
-    K = X @ module.k.weight.T
-    torch.testing.assert_close(hooks.moments["k"].gram.total_FF, K.T @ K)
-    torch.testing.assert_close(hooks.moments["k"].input_energy, X.square().sum(dim=0), rtol=1e-6, atol=0)
-    assert max(len(moments.gram.total_FF) for moments in hooks.moments.values()) <= 16
-    assert hooks.moments["o"].gram.total_FF.shape == (8, 8)
-    assert all(not part._forward_hooks for part in linears.values())
-
-
-def test_sharing_that_ends_is_an_error_and_not_a_wrong_sum() -> None:
-    class Fickle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.together = nn.Linear(4, 4), nn.Linear(4, 4), True
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first: torch.Tensor = self.a(x)
-            second: torch.Tensor = self.b(x if self.together else x + 1)
-            return first + second
-
-    module = Fickle()
-    hooks = MomentHooks({"a": module.a, "b": module.b}, CPU)
-    with hooks.attached(), torch.no_grad():
-        module(torch.ones(2, 4))
-        module.together = False
-        hooks.next_batch()
-        with pytest.raises(RuntimeError, match="b reads another tensor than a"):
-            module(torch.ones(2, 4))
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 4096), st.integers(1, 4096))

@@ -99,7 +99,8 @@ def check_equal(found: Gradients, expected: Gradients) -> None:
     assert any(gradient.abs().max() > 0 for gradient in expected.values())
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6 * max(scale, 1e-3), msg=name)
+        # Where several consumers' gradients add up, their order differs; how far depends on the number of threads.
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=4e-6 * max(scale, 1e-3), msg=name)
 
 
 @pytest.mark.parametrize("name", [*TINY, "vit"])
@@ -185,7 +186,7 @@ def test_dropout_gradients_are_those_of_the_numbers_drawn(tmp_path: Path) -> Non
     for sign in (1, -2):
         with torch.no_grad():
             for name, gradient in gradients.items():
-                trained[name] += sign * step * gradient
+                trained[name].add_(gradient, alpha=sign * step)
         values.append(loss_and_gradients()[0])
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(squared, rel=0.02)
 
@@ -267,3 +268,28 @@ def test_batches_that_are_only_scored_leave_no_gradients(tmp_path: Path) -> None
     resident = load(type(streamed.model).from_pretrained(tmp_path / "model"), tmp_path / "adapter").eval()
     for index, logits in outputs.items():
         assert torch.equal(logits, resident(**batches[index]).logits)
+
+
+def test_compressed_inputs_take_less_and_keep_the_direction(tmp_path: Path) -> None:
+    resident = save_adapted("llama", tmp_path)
+    batches = [{"input_ids": torch.randint(3, VOCAB, (4, 32), generator=torch.Generator().manual_seed(3))}]
+    expected = resident_gradients(resident, batches)
+    cosines, held = [], []
+    for rank in (None, 24, 0.25):
+        room = Parking(1 << 30)
+        streamed = open_streamed(tmp_path)
+        with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=1, rank=rank, parking=room) as stream:
+            stream.run(batches, lambda index, output: some_loss_with_gradient(index, output))
+            held.append(sum(tensor.nbytes for _, records in stream._records for tensor in records[0].kept.tensors))
+            stream.reverse()
+        found = collected(streamed.model)
+        first, second = (torch.cat([part[name].flatten() for name in sorted(expected)]) for part in (found, expected))
+        cosines.append(float(torch.nn.functional.cosine_similarity(first, second, dim=0)))
+    assert cosines[0] == pytest.approx(1, abs=1e-6)
+    assert cosines[0] > cosines[1] > cosines[2] > 0.3
+    assert held[0] > held[1] > held[2]
+
+
+def some_loss_with_gradient(index: int, output: Any) -> None:
+    with torch.enable_grad():
+        some_loss(index, output).backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from emulators import write_emulator
+from emulators import FACTOR_DTYPES, dense_reference, stored_as, write_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.runtime import LowRankLinear, load_emulator
 from onelayer.runtime.guard import GuardWeight
@@ -18,12 +18,13 @@ from tiny import save_tiny
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Originals, and beside each an exact emulator of it: `llama`, `llama.emulator`, `gpt2`, `gpt2.emulator`."""
+@pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Originals, and beside each a full-rank emulator of it: `llama`, `llama.emulator`, `gpt2`, `gpt2.emulator`."""
     root: Path = tmp_path_factory.mktemp("guard")
     for name in ("llama", "gpt2"):
-        write_emulator(save_tiny(name, root / name), root / name, root / f"{name}.emulator")
+        with stored_as(request.param):
+            write_emulator(save_tiny(name, root / name), root / name, root / f"{name}.emulator")
     return root
 
 
@@ -85,7 +86,7 @@ def test_peft_attaches_and_the_adapter_fits_the_original(place: Path, target: An
     assert all(".lora_" in name for name in trainable)
     assert (logits(adapted) - logits(load_emulator(emulator))).abs().max() > 1e-3
     adapted.save_pretrained(str(tmp_path / "adapter"))
-    fresh = transformers.AutoModelForCausalLM.from_pretrained(original)
+    fresh = dense_reference(transformers.AutoModelForCausalLM.from_pretrained(original), emulator)
     on_original = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(on_original), logits(adapted), atol=1e-4, rtol=0)
 

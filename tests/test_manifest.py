@@ -11,6 +11,7 @@ import yaml
 
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest import Manifest, check_tasks, load_manifest, manifest_schema
+from onelayer.runtime.manifest_sections import Emulator
 from onelayer.runtime.steps import steps_of
 from onelayer.runtime.train_settings import REFUSED_ARGS
 from onelayer.runtime.trainer_args import NON_SEMANTIC_ARGS, trainer_args_model
@@ -39,6 +40,11 @@ def load(folder: Path, text: str) -> Manifest:
     return load_manifest(folder / "m.yaml")
 
 
+def emulator_of(manifest: Manifest) -> Emulator:
+    assert manifest.emulator is not None
+    return manifest.emulator
+
+
 def complaint(folder: Path, text: str) -> str:
     with pytest.raises(InputError) as caught:
         load(folder, text)
@@ -50,15 +56,15 @@ def test_paths_are_relative_to_the_manifest(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir("/")
     manifest = load(folder, GOOD)
     assert manifest.model.path == str(folder / "model")
-    assert manifest.emulator.calibration.data == (str(folder / "mix.jsonl"),)
+    assert emulator_of(manifest).calibration.data == (str(folder / "mix.jsonl"),)
     assert manifest.tasks["sql"].train == str(folder / "sql.jsonl")
     assert manifest.path == folder / "m.yaml"
 
 
 def test_defaults_are_those_of_the_commands(folder: Path) -> None:
     manifest = load(folder, GOOD)
-    calibration = manifest.emulator.calibration
-    assert (manifest.emulator.ratio, calibration.samples, calibration.max_length) == (0.25, 64, 512)
+    calibration = emulator_of(manifest).calibration
+    assert (emulator_of(manifest).ratio, calibration.samples, calibration.max_length) == (0.25, 64, 512)
     assert (manifest.correct.limit, manifest.seed, manifest.direct) == (3.0, 0, False)
 
 
@@ -100,7 +106,7 @@ def test_every_error_at_once_each_with_its_place(folder: Path) -> None:
     text = """
 version: 2
 model: {path: ./nowhere}
-emulator: {calibration: {data: [mix.jsonl, gone.jsonl]}, ratio: 7, memory: 24GiB}
+emulator: {calibration: {data: [mix.jsonl, gone.jsonl]}, ratio: 7, memery: 24GiB}
 correct: {limt: 3}
 train: {lora: {r: eight}, args: {seed: 3, max_steps: many}}
 tasks:
@@ -112,7 +118,7 @@ tasks:
         "model.path: ./nowhere: no such directory",
         "emulator.calibration.data[1]: gone.jsonl: no such file",
         "emulator.ratio: input should be less than 1, not 7",
-        "emulator.memory: unknown field, valid are calibration, ratio",
+        "emulator.memery: unknown field, nearest is `memory`",
         "correct.limt: unknown field, nearest is `limit`",
         "train.lora.r: input should be a valid integer",
         "train.args.seed: not here, set the manifest's top-level `seed`",
@@ -189,7 +195,7 @@ def test_limit_none_is_no_limit_and_a_task_may_be_called_no(folder: Path) -> Non
 
 def test_hub_ids_pass_but_a_near_miss_of_a_path_does_not(folder: Path) -> None:
     manifest = load(folder, GOOD.replace("path: model", "path: org/model").replace("data: mix.jsonl", "data: org/set"))
-    assert (manifest.model.path, manifest.emulator.calibration.data) == ("org/model", ("org/set",))
+    assert (manifest.model.path, emulator_of(manifest).calibration.data) == ("org/model", ("org/set",))
     assert "no such file" in complaint(folder, GOOD.replace("data: mix.jsonl", "data: org/set.jsonl"))
 
 

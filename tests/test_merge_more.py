@@ -1,5 +1,6 @@
 """Merging several adapters, merging on after a kill, converted checkpoints, and mistakes that other tools make."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -116,11 +117,12 @@ class StoppedError(Exception):
 
 
 def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make the next merges stop when that many shards are written; returns the list that their names go to."""
+    """Make the next merges stop when that many shards are begun; returns the list that finished ones' names go to."""
     written: list[str] = []
+    begun = itertools.count()
 
     def counting(path: Path, *arguments: Any) -> None:
-        if len(written) == shards:
+        if next(begun) >= shards:
             raise StoppedError
         write_safetensors(path, *arguments)
         written.append(path.name)

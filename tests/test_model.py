@@ -16,18 +16,25 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from emulators import compressible, write_emulator
+from emulators import FACTOR_DTYPES, compressible, dense_reference, stored_as, write_emulator
+from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.runtime import LowRankLinear, load_emulator
+from onelayer.runtime import load_emulator
+from onelayer.runtime.model import CompressedLinear
 from tiny import TINY, save_tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20]])
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Path, Path]]:
-    """(original model, its directory, emulator directory) by family and ratio, made once."""
+@pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
+def folders(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Any, Path, Path]]:
+    """(what the emulator must compute as, as a dense model; the original's and the emulator's directory), made once.
+
+    For every factor dtype, by family and ratio. Plain factors of full rank compute as the original itself.
+    """
     made: dict[tuple[str, float], tuple[Any, Path, Path]] = {}
 
     def folder(name: str, ratio: float = 1.0) -> tuple[Any, Path, Path]:
@@ -35,7 +42,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any
             base = tmp_path_factory.mktemp(name)
             model = save_tiny(name, base / "original")
             made[name, ratio] = (model, base / "original", base / "emulator")
-            write_emulator(model, base / "original", base / "emulator", ratio)
+            with stored_as(request.param):
+                write_emulator(model, base / "original", base / "emulator", ratio)
+            if request.param is not None or ratio < 1:
+                dense_reference(model, base / "emulator")
         return made[name, ratio]
 
     return folder
@@ -69,30 +79,45 @@ def run_python(code: str, *arguments: object) -> "subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_full_rank_emulator_equals_the_original(folders: Folders, name: str) -> None:
+def test_full_rank_emulator_equals_the_dense_model(folders: Folders, name: str) -> None:
     model, _, emulator = folders(name)
     loaded, info = type(model).from_pretrained(emulator, output_loading_info=True)
     assert not any(info.values())
-    replaced = {name for name, module in loaded.named_modules() if isinstance(module, LowRankLinear)}
+    replaced = {name for name, module in loaded.named_modules() if isinstance(module, CompressedLinear)}
     assert replaced == set(compressible(model))
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
 
 
 def test_low_rank_emulator_computes_with_the_product_of_its_factors(folders: Folders) -> None:
-    model, _, emulator = folders("qwen2", 0.5)
-    dense = copy.deepcopy(model)
-    for name, module in load_emulator(emulator).named_modules():
-        if isinstance(module, LowRankLinear):
-            assert module.rank < min(module.in_features, module.out_features)
-            dense.get_submodule(name).weight.data = module.lr_up @ module.lr_down
-    torch.testing.assert_close(logits(load_emulator(emulator)), logits(dense), atol=1e-5, rtol=0)
-    assert (logits(dense) - logits(model)).abs().max() > 1e-2
+    dense, original, emulator = folders("qwen2", 0.5)
+    loaded = load_emulator(emulator)
+    low_rank = [module for module in loaded.modules() if isinstance(module, CompressedLinear)]
+    assert any(getattr(module, "rank", None) for module in low_rank)
+    torch.testing.assert_close(logits(loaded), logits(dense), atol=1e-5, rtol=0)
+    assert (logits(dense) - logits(transformers.AutoModelForCausalLM.from_pretrained(original))).abs().max() > 1e-2
+
+
+def test_gradients_reach_the_input_as_through_the_dense_weight(folders: Folders) -> None:
+    dense, _, emulator = folders("qwen2", 0.5)
+    loaded: Any = load_emulator(emulator)
+    for name, module in loaded.named_modules():
+        if isinstance(module, CompressedLinear):
+            x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
+            twin = x.detach().clone().requires_grad_()
+            module(x).square().sum().backward()
+            reference = dense.get_submodule(name)
+            torch.nn.functional.linear(twin, reference.weight.detach(), reference.bias).square().sum().backward()
+            assert x.grad is not None
+            torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_factors_are_frozen_after_loading(folders: Folders) -> None:
-    names = [name for name, p in load_emulator(folders("llama")[2]).named_parameters() if not p.requires_grad]
-    assert len(names) == 2 * 14
-    assert all(name.endswith((".lr_up", ".lr_down")) for name in names)
+    emulator = folders("llama")[2]
+    names = [name for name, p in load_emulator(emulator).named_parameters() if not p.requires_grad]
+    facts = Emulator.open(emulator).facts
+    assert len(names) == 2 * len(facts.ranks) + len(facts.quantized_dense)
+    assert len(facts.compressed) == 14
+    assert all(name.endswith((".lr_up", ".lr_down", ".lr_dense")) for name in names)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "gpt2"])
@@ -121,7 +146,7 @@ def test_other_heads_load_from_the_same_folder(folders: Folders) -> None:
         expected = model.model(input_ids=IDS).last_hidden_state
         torch.testing.assert_close(bare(input_ids=IDS).last_hidden_state, expected, atol=1e-5, rtol=0)
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(emulator, num_labels=3)
-    assert sum(isinstance(module, LowRankLinear) for module in classifier.modules()) == 14
+    assert sum(isinstance(module, CompressedLinear) for module in classifier.modules()) == 14
     assert logits(classifier).shape == (2, 3)
 
 
@@ -154,7 +179,7 @@ def test_copies_casts_generates_and_prints(folders: Folders) -> None:
     assert logits(twin).dtype == torch.bfloat16
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     assert torch.equal(loaded.generate(IDS, **settings), model.generate(IDS, **settings))
-    assert "LowRankLinear(in=32, out=64, rank=32, bias=False)" in str(loaded)
+    assert "Linear(in=32, out=64, rank=32, bias=False" in str(loaded)
 
 
 def test_dtype_of_the_checkpoint_and_of_the_call(tmp_path: Path) -> None:
@@ -245,10 +270,10 @@ def test_a_missing_factor_is_refused(folders: Folders, tmp_path: Path) -> None:
     file = next(
         file
         for file in sorted((tmp_path / "torn").glob("*.safetensors"))
-        if "model.layers.0.mlp.up_proj.lr_down" in load_file(file)
+        if "model.layers.0.mlp.gate_proj.lr_down" in load_file(file)
     )
     tensors = load_file(file)
-    del tensors["model.layers.0.mlp.up_proj.lr_down"]
+    del tensors["model.layers.0.mlp.gate_proj.lr_down"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"\*\.lr_down"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "torn")

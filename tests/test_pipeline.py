@@ -8,7 +8,7 @@ import pytest
 
 from fake_steps import FakeSteps, write_model, write_project
 from onelayer.compiler.errors import InputError
-from onelayer.runtime import steps as steps_module
+from onelayer.runtime import step_kinds as steps_module
 from onelayer.runtime.artifacts import ArtifactStore
 from onelayer.runtime.manifest import Manifest, load_manifest
 from onelayer.runtime.pipeline import RunResult, plan, reachable_keys, run
@@ -346,3 +346,16 @@ def test_a_folder_of_data_counts_by_what_is_in_it(project: Project) -> None:
     assert source_digest(Source(str(data))) == before
     (data / "b.jsonl").write_text('{"text": "b"}\n')
     assert source_digest(Source(str(data))) != before
+
+
+def test_exact_steps_run_behind_the_correction_and_are_what_is_merged(project: Project) -> None:
+    project.edit("version: 1", "version: 1\npolish: {steps: 4}")
+    project.edit("  support: {", "  support: {polish: {steps: 7}, merge: true, ")
+    calls = project.run()
+    assert [call for call in calls if "polish" in call] == ["polish sql", "polish support"]
+    assert calls.index("correct") < calls.index("polish sql") < calls.index("evaluate 3")
+    assert project.fakes.arguments["polish support"]["steps"] == 7
+    assert calls.index("merge") > calls.index("polish support")
+    project.edit("polish: {steps: 7}", "polish: {steps: 8}")
+    assert project.reasons()["support.polish"] == "to run: field steps 7 -> 8"
+    assert project.run() == ["polish support", "merge"]

@@ -51,7 +51,7 @@ def polished(setup: Path, **fields: Any) -> PolishResult:
 def resident_steps(setup: Path, steps: int = 3, learning_rate: float = 1e-2) -> dict[str, torch.Tensor]:
     """The same steps with PEFT, torch and the whole model in memory; B A of every module."""
     model = load_adapter(load_original(setup / "model"), setup / "adapter").train()
-    settings = Settings(steps, 5, 1, learning_rate, 0, 1.0, 64, 1, 0)
+    settings = Settings(steps, 5, 1, learning_rate, 0, 1.0, 64, 1, None, 0)
     rows = TrainRows.read(setup / "train.jsonl", load_tokenizer(setup / "model"), 64, 5, 0)
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for parameter in trained:
@@ -187,14 +187,14 @@ KILLED = """
 import sys
 from onelayer.compiler import polish_adapter
 polish_adapter(sys.argv[1] + "/adapter", model=sys.argv[1] + "/model", data=sys.argv[1] + "/train.jsonl",
-    output=sys.argv[1] + "/out", steps=40, batch_size=5, learning_rate=1e-2, max_length=64)
+    output=sys.argv[1] + "/out", steps=14, batch_size=5, learning_rate=1e-2, max_length=64)
 """
 
 
 def test_a_kill_loses_the_step_in_progress_and_no_more(setup: Path) -> None:
-    whole = polished(setup, output=setup / "whole", steps=40)
+    whole = polished(setup, output=setup / "whole", steps=14)
     state = setup / ".out.polish" / "state.safetensors"
-    for finished in (1, 12):
+    for finished in (1, 5):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(setup)], env={**os.environ})
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline and steps_in(state) < finished:
@@ -203,7 +203,7 @@ def test_a_kill_loses_the_step_in_progress_and_no_more(setup: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert steps_in(state) >= finished
-    result = polished(setup, steps=40)
+    result = polished(setup, steps=14)
     assert same(setup / "whole", setup / "out")
     assert [step.loss for step in result.steps] == [step.loss for step in whole.steps]
 
@@ -265,7 +265,14 @@ def test_rank_and_alpha_patterns_keep_their_meaning(setup: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"warmup_steps": 3}, {"learning_rate": float("nan")}],
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"warmup_steps": 3},
+        {"learning_rate": float("nan")},
+        {"activations": 1.5},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(setup: Path, fields: dict[str, Any]) -> None:
     name = next(iter(fields)).replace("_", "-")
@@ -282,6 +289,16 @@ def test_every_row_is_taken_once_in_a_round(setup: Path) -> None:
 
 
 def test_the_rate_rises_then_falls_to_zero_behind_the_last_step() -> None:
-    settings = Settings(6, 1, 1, 1.0, 2, 1.0, 8, 1, 0)
+    settings = Settings(6, 1, 1, 1.0, 2, 1.0, 8, 1, None, 0)
     rates = [settings.learning_rate_at(step) for step in range(6)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+
+
+def test_compressed_inputs_say_what_they_cost(setup: Path) -> None:
+    exact = polished(setup, output=setup / "exact")
+    result = polished(setup, activations=0.2, micro_batch_size=5)
+    assert exact.gradient_cosine is None
+    assert result.gradient_cosine is not None
+    assert 0.3 < result.gradient_cosine < 1
+    assert result.kept_bytes <= exact.kept_bytes
+    assert result.steps[-1].loss < result.steps[0].loss

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from onelayer.runtime.qb import Factors, Kept, compress, project, sample_rows
+from onelayer.compiler.qb import Factors, Kept, compress, project, sample_rows
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -25,6 +25,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Gemma3nForCausalLM", "causal-lm", "text"),  # layers that share keys and values; projections around the stack
         ("ZambaForCausalLM", "causal-lm", "text"),  # one layer's weights tied into others
         ("MarianMTModel", "seq2seq-lm", "text"),  # parameters that the checkpoint lacks and the class computes
+        ("NeoMMEForMaskedLM", "masked-lm", "text"),  # multiplies by the weight of a module that it never calls
         ("FunnelForMaskedLM", "masked-lm", "text"),  # lists of lists of layers
         ("Idefics3ForConditionalGeneration", "image-text-to-text", "mixed"),  # asks where its weights are
         ("Lfm3VlForConditionalGeneration", "image-text-to-text", "mixed"),  # text layers registered before vision
@@ -51,10 +52,10 @@ def test_compiled_linears_are_the_best_of_their_rank(class_name: str) -> None:
 
 
 def test_code_that_edits_weights_between_units_is_refused_by_name(tmp_path: Path) -> None:
-    from sweep_architectures import tiny_model
+    from sweep_architectures import small_models
     from sweep_compare import streamed_outputs
 
-    model = tiny_model(transformers.RwkvForCausalLM)
+    model = next(small_models(transformers.RwkvForCausalLM))()
     model.config.rescale_every = 1  # weakens the weights of later layers in place, on the first call
     model.save_pretrained(tmp_path)
     with pytest.raises(BatchError, match="div_ needs the values of a weight outside its unit"):

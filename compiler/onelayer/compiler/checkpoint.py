@@ -8,9 +8,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,9 +91,9 @@ def _checked(name: str, row: Any, file: Path, data_start: int, size_bytes: int) 
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{file}: tensor {name!r} has unknown dtype {str(dtype)[:40]!r}; {remedy}")
-    for field, value in (("shape", shape), ("data_offsets", offsets)):
+    for part, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-            raise InputError(f"{file}: tensor {name!r} has a malformed {field}; {remedy}")
+            raise InputError(f"{file}: tensor {name!r} has a malformed {part}; {remedy}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{file}: tensor {name!r} has malformed data_offsets; {remedy}")
     if data_start + offsets[1] > size_bytes:
@@ -123,6 +124,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[Path, dict[str, str]]
     index_file: Path | None
+    _counts: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
@@ -154,19 +157,19 @@ class Checkpoint:
         # Positional reads, not a file mapping: mapped pages count as ours on some systems and fail on others.
         return {file: safe_open(file, framework="pt", backend="pread") for file in self.files}
 
-    @cached_property
-    def _counts(self) -> Counter[str]:
-        return Counter()
-
     @property
     def bytes_read(self) -> int:
         """Bytes of weight read through this object so far."""
         return self._counts["bytes"]
 
+    def _count(self, size_bytes: int) -> None:
+        with self._lock:  # several threads read
+            self._counts["bytes"] += size_bytes
+
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, in its own dtype, on the host."""
         info = self.tensors[name]
-        self._counts["bytes"] += info.size_bytes
+        self._count(info.size_bytes)
         tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
         return tensor
 
@@ -179,7 +182,7 @@ class Checkpoint:
         info = self.tensors[name]
         stop = min(stop, info.shape[0])
         row_bytes = info.size_bytes // max(1, info.shape[0])
-        self._counts["bytes"] += row_bytes * (stop - start)
+        self._count(row_bytes * (stop - start))
         dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
         if info.dtype not in dtypes:
             rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
@@ -202,7 +205,7 @@ class Checkpoint:
         info = self.tensors[name]
         row_bytes = info.size_bytes // info.shape[0]
         table = np.memmap(info.file, np.uint8, mode="r", offset=info.start, shape=(info.shape[0], row_bytes))
-        self._counts["bytes"] += row_bytes * len(rows)
+        self._count(row_bytes * len(rows))
         dtype = self.read_rows(name, 0, 0).dtype
         return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
 

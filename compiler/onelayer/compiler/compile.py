@@ -5,7 +5,7 @@ one micro-batch. Read: every tensor once, embeddings by rows.
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,22 @@ import transformers
 from onelayer.compiler.calibration import DataSource, make_batches, read_tokens, tokens_digest
 from onelayer.compiler.checkpoint import model_digest, resolve_model
 from onelayer.compiler.compile_job import Allocation, Compilation, CompileResult, Settings
-from onelayer.compiler.compression import check_disk, choose_ranks, workspace_bytes
+from onelayer.compiler.compression import Ranks, check_disk, choose_ranks, emulator_bytes, workspace_bytes
 from onelayer.compiler.emulator import EmulatorWriter
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import FactorDtype, checked_kind, keep_ratio
 from onelayer.compiler.factorize import Solver
 from onelayer.compiler.files import check_output
 from onelayer.compiler.measure import Meter
 from onelayer.compiler.parking import Parking
+from onelayer.compiler.quantize import require
 from onelayer.compiler.slice import cut_emulator
 from onelayer.compiler.stream import Stream, pick_device
 from onelayer.compiler.tokens import Tokens, load_tokenizer
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.workdir import StopRequest, WorkDirectory
+
+DEFAULT_RATIO = 0.25
 
 
 def compile_emulator(
@@ -33,7 +38,9 @@ def compile_emulator(
     calibration: DataSource,
     output: str | Path,
     *,
-    ratio: float = 0.25,
+    ratio: float | None = None,
+    keep_bytes: float | None = None,
+    factor_dtype: FactorDtype | None = None,
     samples: int = 64,
     max_length: int = 512,
     batch_size: int = 1,
@@ -45,49 +52,82 @@ def compile_emulator(
     resume: bool = True,
     revision: str | None = None,
 ) -> CompileResult:
-    """Compile the emulator of a model that keeps `ratio` of the weights of each linear in its repeated layers.
+    """Compile the emulator of a model that keeps a part of each linear in its repeated layers.
 
+    How much is said by `ratio`, the share of the linear's values whatever their dtype (0.25 if neither is given), or by
+    `keep_bytes`, the share of its bytes at 16 bits. `factor_dtype` ("bf16", "int8", "nf4") is how factors are stored,
+    None for the original's dtype; where factors would not be smaller, a linear is then quantised whole.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`. `rank_allocation="spectrum"` spends
     the same number of weights where the spectra ask for them. Parked states beyond `host_memory_bytes` go to disk. An
     interrupted compile is taken up where it stopped. Raises `InputError` for what the caller can mend; `output` exists
     only once the whole emulator does.
     """
-    settings = Settings(ratio, samples, max_length, batch_size, rank_allocation, solver, seed)
     output = Path(output)
     check_output(output)
+    kind = checked_kind(factor_dtype)
+    _check_budget(ratio, keep_bytes)
+    require(kind)
     place = pick_device(device)
     parking = Parking(host_memory_bytes)
-    directory = resolve_model(model, revision)
-    streamed = StreamedModel(directory)
-    ranks = choose_ranks(streamed, settings.widest_ratio)
-    check_disk(output, streamed, ranks, copies=1 if rank_allocation == "uniform" else 2)
-    tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
-    batches = make_batches(tokens, streamed.config, batch_size)
+    streamed = StreamedModel(resolve_model(model, revision))
+    if kind == "bf16" and streamed.dtype == torch.bfloat16:
+        kind = None  # what it stands for
+    if ratio is None:
+        ratio = DEFAULT_RATIO if keep_bytes is None else keep_ratio(keep_bytes, kind, streamed.dtype.itemsize)
+    settings = Settings(ratio, kind, samples, max_length, batch_size, rank_allocation, solver, seed)
+    ranks = choose_ranks(streamed, settings.widest_ratio, quantised=kind is not None)
+    check_disk(output, settings.copies * emulator_bytes(streamed, ranks, kind))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
-    base = {"model": name, "revision": revision, "digest": model_digest(directory)}
+    base = {"model": name, "revision": revision, "digest": model_digest(streamed.checkpoint.directory)}
+    return _compile(streamed, ranks, calibration, output, base, settings, place, parking, resume)
+
+
+def _compile(
+    streamed: StreamedModel,
+    ranks: Ranks,
+    calibration: DataSource,
+    output: Path,
+    base: Mapping[str, Any],
+    settings: Settings,
+    place: torch.device,
+    parking: Parking,
+    resume: bool,
+) -> CompileResult:
+    """Stream the original, write the emulator behind it, publish it whole."""
+    tokenizer = load_tokenizer(streamed.checkpoint.directory)
+    tokens = read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed)
+    batches = make_batches(tokens, streamed.config, settings.batch_size)
     facts = _facts(settings, tokens, place)
     with (
         WorkDirectory.open(output, {"base": base, **facts}, resume) as work,
         Meter(place) as meter,
         StopRequest() as stop,
     ):
-        job = Compilation(streamed, ranks, EmulatorWriter(work, streamed), place, settings, stop)
+        writer = EmulatorWriter(work, streamed, settings.factor_dtype)
+        job = Compilation(streamed, ranks, writer, place, settings, stop)
         job.stream(batches, Stream(streamed, place, meter, around=job.around, parking=parking, description="compile"))
-        job.writer.write_rest()
+        writer.write_rest()
         workspace = workspace_bytes(streamed, ranks, max(batch.targets.numel() for batch in batches))
         result = job.result(
             output, meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         )
         figures = result.model_dump(mode="json", exclude={"output", "linears"})
-        job.writer.finish(base, {**facts, **job.remarks(), **figures})
-        if rank_allocation == "uniform":
+        writer.finish(base, {**facts, **job.remarks(), **figures})
+        if settings.rank_allocation == "uniform":
             work.publish(output)
             return result
-        cut = cut_emulator(work.payload, job.spectrum_ranks(), output, {"ratio": ratio})
+        cut = cut_emulator(work.payload, job.spectrum_ranks(), output, {"ratio": settings.ratio})
         work.discard()
-    after = {name: getattr(cut, name) for name in ("parameters_after", "layer_parameters_after", "linears")}
-    return result.model_copy(update=after)
+    changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears")
+    return result.model_copy(update={name: getattr(cut, name) for name in changed})
+
+
+def _check_budget(ratio: float | None, keep_bytes: float | None) -> None:
+    if ratio is not None and keep_bytes is not None:
+        raise InputError("--ratio and --keep-bytes say the same in two ways; give one of them")
+    if keep_bytes is not None and not 0 < keep_bytes < 1:
+        raise InputError(f"--keep-bytes {keep_bytes}: must lie between 0 and 1, for example 0.15")
 
 
 def _facts(settings: Settings, tokens: Sequence[Tokens], place: torch.device) -> dict[str, Any]:

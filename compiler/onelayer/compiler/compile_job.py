@@ -12,13 +12,23 @@ from typing import Any, Literal, get_args
 import torch
 
 from onelayer.compiler.calibration import TokenBatch
-from onelayer.compiler.compression import saved_parameters, stacked_parameters, stored_parameters, unit_linears
-from onelayer.compiler.emulator import EmulatorWriter, LinearSummary
+from onelayer.compiler.compression import (
+    Ranks,
+    saved_parameters,
+    stacked_parameters,
+    stored_parameters,
+    unit_linears,
+)
+from onelayer.compiler.emulator import EmulatorWriter, StoredLinear
+from onelayer.compiler.emulator_reader import DENSE, DOWN, UP
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factorize import Factors, Solver, factorize
-from onelayer.compiler.measure import Report, Result
-from onelayer.compiler.moments import NON_FINITE_LIMIT, MomentHooks, weight_shape
-from onelayer.compiler.ranks import Spectrum, ranks_by_spectrum
+from onelayer.compiler.factor_dtypes import FactorDtype
+from onelayer.compiler.factorize import Solver, factorize
+from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, kept_bytes_share
+from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.moments import NON_FINITE_LIMIT, MomentHooks, Moments, weight_shape
+from onelayer.compiler.quantised_factors import output_energy, pack_dense, pack_factors
+from onelayer.compiler.ranks import Spectrum, allocate_by_spectrum
 from onelayer.compiler.stream import Stream
 from onelayer.compiler.units import StreamedModel, Unit
 from onelayer.compiler.workdir import StopRequest
@@ -30,9 +40,13 @@ SPECTRUM_HEADROOM = 2.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person chose, checked; everything here can change the emulator's bytes."""
+    """What a person chose, checked; everything here can change the emulator's bytes.
+
+    `ratio` is the kept share of each linear's values; with a `factor_dtype` it may be 1, where all are kept, quantised.
+    """
 
     ratio: float
+    factor_dtype: FactorDtype | None
     samples: int
     max_length: int
     batch_size: int
@@ -41,7 +55,7 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
+        if not (0 < self.ratio < 1 or (self.ratio == 1 and self.factor_dtype is not None)):
             raise InputError(f"--ratio {self.ratio}: must lie between 0 and 1, for example 0.25")
         if min(self.samples, self.max_length, self.batch_size) < 1:
             raise InputError("--samples, --max-length and --batch-size must be at least 1")
@@ -55,13 +69,22 @@ class Settings:
     @property
     def widest_ratio(self) -> float:
         """The keep-ratio at which factors are computed."""
-        return self.ratio if self.rank_allocation == "uniform" else min(0.999, SPECTRUM_HEADROOM * self.ratio)
+        if self.rank_allocation == "uniform" or self.ratio == 1:
+            return self.ratio
+        return min(0.999, SPECTRUM_HEADROOM * self.ratio)
+
+    @property
+    def copies(self) -> int:
+        """How many emulators lie on the disk at once: with ranks by spectrum the wide one, quantised weights beside its
+        factors, and the one cut from it."""
+        return 1 if self.rank_allocation == "uniform" else 2 if self.factor_dtype is None else 3
 
 
 class CompileResult(Result):
     """What compile made. Parameters are counted over the whole model, layer parameters over its repeated layers.
 
     `layer_parameters_stacked` are those in stacks of matrices, the experts of a mixture, which stay dense.
+    `kept_bytes_share`: the bytes of the compressed linears, as a share of what they took at 16 bits.
     """
 
     output: str
@@ -70,6 +93,7 @@ class CompileResult(Result):
     layer_parameters_before: int
     layer_parameters_after: int
     layer_parameters_stacked: int
+    kept_bytes_share: float
     linears: list[LinearSummary]
     report: Report
 
@@ -80,7 +104,7 @@ class Compilation:
     def __init__(
         self,
         streamed: StreamedModel,
-        ranks: dict[str, int],
+        ranks: Ranks,
         writer: EmulatorWriter,
         device: torch.device,
         settings: Settings,
@@ -95,6 +119,7 @@ class Compilation:
         # Units that some batch reached after they were written; those visits are not in their moments.
         self.revisited: set[str] = set()
         self._watched: set[str] = set()
+        self._meter: Meter | None = None
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -106,7 +131,7 @@ class Compilation:
         """Run the pass up to the last unit that is still to be done."""
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
         if wanted:
-            stream.last = max(wanted)
+            stream.last, self._meter = max(wanted), stream.meter
             stream.run([batch.inputs for batch in batches], lambda index, output: None)
 
     @contextmanager
@@ -127,12 +152,13 @@ class Compilation:
 
         with hooks.attached():
             yield run
-        factors = dict(self._factors(linears, hooks))
-        unused = "never called; its weight may be used in another way"
-        self.writer.write_unit(unit, factors, {name: unused for name in linears if name not in factors})
+        stored = dict(self._factors(linears, hooks))
+        self.writer.write_unit(unit, stored, {name: hooks.reason(name) for name in linears if name not in stored})
+        if self._meter is not None and stored:
+            self._meter.note = f"error at most {max(item.figures.error for item in stored.values()):.3f}"
         self.stop.check()
 
-    def _factors(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, Factors]]:
+    def _factors(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, StoredLinear]]:
         for name, linear in linears.items():
             moments = hooks.moments.get(name)
             if moments is None:
@@ -145,18 +171,39 @@ class Compilation:
                 )
             weight = linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
             assert isinstance(weight, torch.Tensor)
-            solver, seed = self.settings.solver, self.settings.seed
-            yield name, factorize(weight, moments, self.ranks[name], self.streamed.dtype, solver, seed)
+            yield name, self._compress(name, weight, moments)
 
-    def spectrum_ranks(self) -> dict[str, int]:
+    def _compress(self, name: str, weight: torch.Tensor, moments: Moments) -> StoredLinear:
+        """A weight (out, in) as it will be stored. With ranks by spectrum, quantised, as factors and whole: both."""
+        settings, kind, rank, dtype = self.settings, self.settings.factor_dtype, self.ranks[name], self.streamed.dtype
+        if kind is None:
+            assert rank is not None, "a linear that would stay as it is, is not compressed"
+            factors = factorize(weight, moments, rank, dtype, settings.solver, settings.seed)
+            figures = LinearFigures.of(name, factors, None, None)
+            return StoredLinear(figures, {UP: factors.up, DOWN: factors.down})
+        if rank is None:
+            energy = output_energy(weight, moments)
+            dense = pack_dense(weight, moments, energy, kind, dtype)
+            return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
+        factors = factorize(weight, moments, rank, torch.float32, settings.solver, settings.seed)
+        packed = pack_factors(weight, moments, factors, kind, dtype)
+        tensors = {UP: packed.up, DOWN: packed.down}
+        if settings.rank_allocation == "uniform":
+            return StoredLinear(LinearFigures.of(name, factors, packed, None), tensors)
+        dense = pack_dense(weight, moments, factors.energy, kind, dtype)
+        return StoredLinear(LinearFigures.of(name, factors, packed, dense), {**tensors, DENSE: dense.weight})
+
+    def spectrum_ranks(self) -> dict[str, int | None]:
         """Ranks that spend the budget of the asked ratio by the singular values found."""
-        spectra = {}
+        spectra, linears = {}, self.writer.linears
         for unit in self.streamed.units:
             for name, module in unit_linears(unit):
-                if (found := self.writer.linears.get(name)) is not None:
-                    out_features, in_features = weight_shape(module)
-                    spectra[name] = Spectrum(out_features, in_features, found.singular_values, found.output_energy)
-        return ranks_by_spectrum(spectra, self.settings.ratio)
+                found = linears.get(name)
+                if found is not None and found.form == "factors":
+                    values, energy = found.singular_values, found.output_energy
+                    errors = (found.prefix_errors, found.dense_error)
+                    spectra[name] = Spectrum(*weight_shape(module), values, energy, *errors)
+        return allocate_by_spectrum(spectra, self.settings.ratio)
 
     def remarks(self) -> dict[str, Any]:
         """What a reader of `emulator.json` should know: linears that stayed dense and why, units seen only in part."""
@@ -170,7 +217,11 @@ class Compilation:
 
     def result(self, output: Path, report: Report) -> CompileResult:
         """The figures of the finished pass."""
-        saved = saved_parameters(self.streamed, {name: found.rank for name, found in self.writer.linears.items()})
+        linears = self.writer.linears
+        factored = {name: found.rank for name, found in linears.items() if found.form == "factors"}
+        saved = saved_parameters(self.streamed, factored)
+        weights = {name: weight_shape(self.streamed.model.get_submodule(name)) for name in linears}
+        sizes = {name: size for record in self.writer.records for name, size in record.tensor_bytes.items()}
         before, layers = stored_parameters(self.streamed), stored_parameters(self.streamed, blocks_only=True)
         return CompileResult(
             output=str(output),
@@ -179,6 +230,7 @@ class Compilation:
             layer_parameters_before=layers,
             layer_parameters_after=layers - saved,
             layer_parameters_stacked=stacked_parameters(self.streamed),
-            linears=[found.summary for found in self.writer.linears.values()],
+            kept_bytes_share=kept_bytes_share(sizes, weights),
+            linears=[found.summary for found in linears.values()],
             report=report,
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from onelayer.compiler import compat
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import FactorDtype, linear_bytes
 from onelayer.compiler.measure import GIB
 from onelayer.compiler.moments import is_linear, weight_shape
 from onelayer.compiler.ranks import rank_for
@@ -27,13 +28,17 @@ def unit_linears(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
             yield (f"{unit.name}.{name}" if name else unit.name), module
 
 
-def choose_ranks(streamed: StreamedModel, ratio: float) -> dict[str, int]:
-    """The rank of every linear of the repeated layers that is worth factorising, by runtime module name.
+Ranks = Mapping[str, int | None]
 
-    One whose weight is shared with another layer stays dense: factors of either would not serve both. Raises
+
+def choose_ranks(streamed: StreamedModel, ratio: float, quantised: bool = False) -> dict[str, int | None]:
+    """The rank of every linear of the repeated layers that is worth compressing, by runtime module name.
+
+    One whose factors would not be smaller is left out, or if `quantised` has the rank None: it is quantised whole. One
+    whose weight is shared with another layer stays as it is: factors of either would not serve both. Raises
     `InputError` where there is none.
     """
-    ranks = {}
+    ranks: dict[str, int | None] = {}
     tied = compat.tied_names(streamed.model)
     for unit in streamed.units:
         shapes = {name: weight_shape(module) for name, module in unit_linears(unit)}
@@ -41,7 +46,7 @@ def choose_ranks(streamed: StreamedModel, ratio: float) -> dict[str, int]:
         for name, (out_features, in_features) in shapes.items():
             rank = rank_for(ratio, out_features, in_features)
             free = unit.is_block and f"{name}.weight" not in tied
-            if free and rank is not None and out_features * in_features >= SMALL_SHARE * total:
+            if free and (quantised or rank is not None) and out_features * in_features >= SMALL_SHARE * total:
                 ranks[name] = rank
     if not ranks:
         kind = type(streamed.model).__name__
@@ -49,15 +54,27 @@ def choose_ranks(streamed: StreamedModel, ratio: float) -> dict[str, int]:
     return ranks
 
 
-def saved_parameters(streamed: StreamedModel, ranks: Mapping[str, int]) -> int:
+def saved_parameters(streamed: StreamedModel, ranks: Ranks) -> int:
     """How many weights fewer an emulator of these ranks holds."""
     saved = 0
     for unit in streamed.units:
         for name, module in unit_linears(unit):
-            if name in ranks:
+            if (rank := ranks.get(name)) is not None:
                 out_features, in_features = weight_shape(module)
-                saved += out_features * in_features - ranks[name] * (out_features + in_features)
+                saved += out_features * in_features - rank * (out_features + in_features)
     return saved
+
+
+def emulator_bytes(streamed: StreamedModel, ranks: Ranks, kind: FactorDtype | None) -> int:
+    """Bytes of the weights of an emulator of these ranks."""
+    dtype_bytes = streamed.dtype.itemsize
+    total = stored_parameters(streamed) * dtype_bytes
+    for unit in streamed.units:
+        for name, module in unit_linears(unit):
+            if name in ranks:
+                shape = weight_shape(module)
+                total += linear_bytes(*shape, ranks[name], kind, dtype_bytes) - dtype_bytes * shape[0] * shape[1]
+    return total
 
 
 def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int:
@@ -74,7 +91,7 @@ def stacked_parameters(streamed: StreamedModel) -> int:
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
-def workspace_bytes(streamed: StreamedModel, ranks: Mapping[str, int], batch_tokens: int) -> int:
+def workspace_bytes(streamed: StreamedModel, ranks: Ranks, batch_tokens: int) -> int:
     """What compile holds beside the weights of the largest unit, predicted from shapes alone.
 
     Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
@@ -90,10 +107,8 @@ def workspace_bytes(streamed: StreamedModel, ranks: Mapping[str, int], batch_tok
     return worst + RESERVE_BYTES
 
 
-def check_disk(output: Path, streamed: StreamedModel, ranks: Mapping[str, int], copies: int = 1) -> None:
+def check_disk(output: Path, needed_bytes: int) -> None:
     """Refuse, before any work, an emulator that the disk has no room for."""
-    parameters = stored_parameters(streamed) - saved_parameters(streamed, ranks)
-    needed_bytes = copies * parameters * streamed.dtype.itemsize
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -68,6 +68,7 @@ def correct_adapter(
     max_length: int = 512,
     batch_size: int = 1,
     device: str | None = None,
+    host_memory_bytes: int | None = None,
 ) -> CorrectResult:
     """Write to `output` the adapter that does to the original `model` what `adapter` did to `emulator`.
 
@@ -81,7 +82,7 @@ def correct_adapter(
     source, small = Adapter.open(resolve_model(adapter)), Emulator.open(emulator)
     directory = resolve_model(model, small.facts.base_revision)
     checked = _check_pairs(source, small, directory)
-    held_out = None if data is None else HeldOut(data, max_length, batch_size, pick_device(device))
+    held_out = None if data is None else HeldOut(data, max_length, batch_size, pick_device(device), host_memory_bytes)
     with Meter(torch.device("cpu") if held_out is None else held_out.device) as meter:
         streamed = StreamedModel(directory)
         modules = check_fit(source, streamed)
@@ -141,7 +142,7 @@ def _check_pairs(source: Adapter, small: Emulator, model: Path) -> bool:
 
 def _check_shapes(source: Adapter, small: Emulator, model: Path) -> None:
     for name, module in source.modules.items():
-        if name in small.facts.ranks and small.shape(name) != (module.out_features, module.in_features):
+        if name in small.facts.compressed and small.shape(name) != (module.out_features, module.in_features):
             raise InputError(
                 f"{small.directory}: {name} is {small.shape(name)}, but {model} and the adapter have "
                 f"{(module.out_features, module.in_features)}; compile the emulator again"
@@ -158,7 +159,7 @@ def _solve(
 ) -> dict[str, Correction]:
     """The corrections of every compressed module; weights whose gaps are not known yet are read, once, and dropped."""
     solved = {name: gap.limited(limit) for name, gap in gaps.items()}
-    names = [name for name in source.modules if name in small.facts.ranks and name not in gaps]
+    names = [name for name in source.modules if name in small.facts.compressed and name not in gaps]
     for name, gap in read_gaps(streamed, small, source, names, meter):
         solved[name] = gap.limited(limit)
     return solved

@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -29,11 +27,12 @@ from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate import open_language_model
 from onelayer.compiler.measure import Meter, Result
+from onelayer.compiler.parking import Parking
 from onelayer.compiler.scoring import Samples, Scoring, workspace_bytes
 from onelayer.compiler.stream import Stream
 from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import Unit
-from onelayer.compiler.variants import Run, named_parts
+from onelayer.compiler.variants import Factors, Run, named_parts, tuner_layers
 
 Solver = Literal["span", "oblique"]
 # Limit 0 leaves the adapter as trained; None is the whole correction; span with 3 is the paper's choice.
@@ -56,12 +55,13 @@ class Candidate(Result):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The data that a limit is chosen on, and how it is run."""
+    """The data that a limit is chosen on, and how it is run; hidden states beyond `host_memory_bytes` wait on disk."""
 
     data: DataSource
     max_length: int
     batch_size: int
     device: torch.device
+    host_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,19 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
     streamed = open_language_model(model, {NAME: source.directory})
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length)
     batches = samples.batches(streamed.config, held_out.batch_size)
-    variants, count = 1 + len(CANDIDATES), len(batches)
-    trials, scoring = _Trials(source, small, count), Scoring(batches, variants)
-    stream = Stream(streamed, held_out.device, meter, around=trials.around, description="correct")
-    # Variant by variant: a unit runs the lowest index first, so all batches as they are before any with a correction.
-    inputs = [batch.inputs for _ in range(variants) for batch in batches]
-    stream.run(inputs, lambda index, output: scoring.take(index % count * variants + index // count, output))
+    variants, parking = 1 + len(CANDIDATES), Parking(held_out.host_memory_bytes)
+    trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, parking)
+    stream = Stream(
+        streamed,
+        held_out.device,
+        meter,
+        around=trials.around,
+        parking=parking,
+        # In every unit all batches as they are come before any with a correction.
+        order=lambda index: (index % variants, index),
+        description="correct",
+    )
+    stream.run(scoring.inputs(), scoring.take)
     found = scoring.finish(held_out.device)[1:]
     losses = [scores.loss(samples.counted) for scores in found]
     candidates = [
@@ -101,13 +108,14 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
     # Of every adapted linear p, b and two errors; for one unit at a time the candidates; of one linear its factors.
     sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
-    largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.ranks.items()), default=0)
+    largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.compressed.items()), default=0)
+    workspace = workspace_bytes(streamed, batches, variants, held_out.device, parking)
     return Choice(
         best=best,
         candidates=candidates,
         gaps=trials.gaps[best.solver],
         validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
-        workspace_bytes=workspace_bytes(streamed, batches) + 8 * (4 + len(CANDIDATES)) * sides + 2 * largest,
+        workspace_bytes=workspace + 8 * (4 + len(CANDIDATES)) * sides + 2 * largest,
         bytes_read=streamed.checkpoint.bytes_read,
     )
 
@@ -118,16 +126,15 @@ class _Trials:
 
     source: Adapter
     small: Emulator
-    batches: int
+    variants: int
     gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
 
     @contextmanager
     def around(self, unit: Unit) -> Iterator[Run]:
-        """Stream index i is variant i // batches: 0 the original, then the candidates. All is put back on exit."""
+        """Stream index i is variant i % variants: 0 the original, then the candidates. All is put back on exit."""
         layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
-        compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.ranks}
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        switches: list[Any] = [part for part in unit.module.modules() if isinstance(part, kinds)]
+        compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.compressed}
+        switches = tuner_layers(unit)
         adapted = compressed.values()
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
         scalings = {layer: layer.scaling[NAME] for layer in before}
@@ -142,7 +149,7 @@ class _Trials:
         weights: dict[Any, list[Weights]] = {}
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
-            variant = index // self.batches
+            variant = index % self.variants
             for part in switches:
                 part.enable_adapters(variant > 0)
             if variant == 0:
@@ -164,7 +171,7 @@ class _Trials:
                 layer.scaling[NAME] = scaling
 
     def _solve(
-        self, compressed: Mapping[str, Any], factors: Mapping[str, Weights], watch: "_Watch"
+        self, compressed: Mapping[str, Any], factors: Mapping[str, Factors], watch: "_Watch"
     ) -> Iterator[tuple[Any, list[Weights]]]:
         """A' and B_c of every candidate, in float32, where the weights are."""
         for name, layer in compressed.items():

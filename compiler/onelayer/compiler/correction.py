@@ -71,7 +71,7 @@ def split_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[tor
 def measure_gap(
     weight: Iterable[torch.Tensor],
     up: torch.Tensor,
-    down: torch.Tensor,
+    down: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     scaling: float,
@@ -80,13 +80,13 @@ def measure_gap(
     """The gap of one linear, computed on the device of its weight.
 
     weight: consecutive rows of the original's, (out, in), or (in, out) where `transposed`; up (out, k) and down
-    (k, in), the emulator's; a (r, in), b (out, r), scaling: the adapter as trained.
+    (k, in), the emulator's, or its whole weight (out, in) and None; a (r, in), b (out, r), scaling: the adapter as
+    trained.
     """
     with one_thread():
         p, b_split = split_product(a, b, scaling)
         of_original = project(weight, p, transposed)
-        device, wide = of_original.device, of_original.dtype
-        of_emulator = up.to(device, wide) @ (down.to(device, wide) @ p.to(device, wide))
+        of_emulator = _emulated(up, down, p.to(of_original))
     return Gap(p, b_split, (of_original - of_emulator).to(p))
 
 
@@ -94,7 +94,7 @@ def oblique_gap(
     span: Gap,
     weight: Iterable[torch.Tensor],
     up: torch.Tensor,
-    down: torch.Tensor,
+    down: torch.Tensor | None,
     seen: torch.Tensor,
     transposed: bool,
 ) -> Gap:
@@ -110,10 +110,14 @@ def oblique_gap(
     inner = inner + RIDGE * energy * torch.eye(len(inner), dtype=inner.dtype)
     with one_thread():
         of_original = project(weight, seen / energy, transposed)
-        device, wide = of_original.device, of_original.dtype
-        of_emulator = up.to(device, wide) @ (down.to(device, wide) @ (seen / energy).to(device, wide))
+        of_emulator = _emulated(up, down, (seen / energy).to(of_original))
     error = torch.linalg.solve(inner / energy, (of_original - of_emulator).to(seen).T).T
     return Gap(span.p, span.b, error)
+
+
+def _emulated(up: torch.Tensor, down: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
+    """E p (out, r), where and as wide as p is; E = up down, or `up` alone."""
+    return up.to(p) @ (p if down is None else down.to(p) @ p)
 
 
 def project(weight: Iterable[torch.Tensor], p: torch.Tensor, transposed: bool = False) -> torch.Tensor:

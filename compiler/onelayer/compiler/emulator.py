@@ -1,22 +1,23 @@
 """The emulator as a directory: unit shards written as they finish, then index, config and figures, metadata last.
 
-Goes in: resident units and their factors. Comes out: an ordinary transformers directory (see `emulator_reader.py` for
-the way back). Held: one unit at a time; matrices that stay on disk are copied in slices.
+Goes in: resident units and what their linears became. Comes out: an ordinary transformers directory (the way back is in
+`emulator_reader.py`). Held: one unit at a time; matrices that stay on disk are copied in slices.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.companions import copy_companions
-from onelayer.compiler.emulator_reader import DOWN, UP
-from onelayer.compiler.factorize import Factors
+from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.files import write_json, write_text
 from onelayer.compiler.lazy import DiskMatrix
-from onelayer.compiler.measure import Result
+from onelayer.compiler.linear_figures import LinearFigures
+from onelayer.compiler.moments import weight_shape
 from onelayer.compiler.shim import SHIM_FILE, SHIM_TEXT, auto_map
 from onelayer.compiler.units import StreamedModel, Unit
 from onelayer.compiler.workdir import UnitRecord, WorkDirectory
@@ -39,53 +40,20 @@ any trainer that takes a PEFT adapter, then make the adapter fit the original wi
 """
 
 
-class LinearSummary(Result):
-    """One factorised linear; errors are relative Frobenius errors of its output over the calibration rows.
+@dataclass(frozen=True)
+class StoredLinear:
+    """What takes the place of one linear's weight: tensors by the ending of their names, and the figures."""
 
-    `optimal_error` is the least that any factors of this rank can have; the `fast` solver does not know it.
-    """
-
-    name: str
-    rank: int
-    error: float
-    optimal_error: float | None
-
-
-class LinearFigures(LinearSummary):
-    """What became of one linear. `singular_values`: its output's, the kept ones; `output_energy`: all their squares.
-
-    A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data.
-    """
-
-    singular_values: list[float]
-    output_energy: float
-    fallback: str | None
-
-    @property
-    def summary(self) -> LinearSummary:
-        """Without the spectrum."""
-        return LinearSummary(**self.model_dump(include=set(LinearSummary.model_fields)))
-
-    @classmethod
-    def of(cls, name: str, factors: Factors) -> "LinearFigures":
-        """The figures of some factors, to six digits."""
-        rank = factors.up.shape[1]
-        return cls(
-            name=name,
-            rank=rank,
-            error=_digits(factors.error),
-            optimal_error=None if factors.optimal_error is None else _digits(factors.optimal_error),
-            singular_values=[_digits(value) for value in factors.singular_values[:rank].tolist()],
-            output_energy=_digits(factors.energy),
-            fallback=factors.fallback,
-        )
+    figures: LinearFigures
+    tensors: Mapping[str, torch.Tensor]
 
 
 class EmulatorWriter:
     """Writes one emulator into a work directory, a shard and a record for each unit; takes up what is there."""
 
-    def __init__(self, work: WorkDirectory, streamed: StreamedModel) -> None:
+    def __init__(self, work: WorkDirectory, streamed: StreamedModel, factor_dtype: FactorDtype | None) -> None:
         self.work = work
+        self.factor_dtype = factor_dtype
         self.directory = work.payload
         self.streamed = streamed
         self._shards = len(streamed.units) + bool(streamed.outside)
@@ -97,26 +65,25 @@ class EmulatorWriter:
 
     @property
     def linears(self) -> dict[str, LinearFigures]:
-        """Figures of every linear that is factorised, by name."""
+        """Figures of every linear that is compressed, by name."""
         return {row["name"]: LinearFigures(**row) for record in self.records for row in record.linears}
 
     def has(self, unit: Unit) -> bool:
         """Whether a unit is written."""
         return unit.position in self.work.finished
 
-    def write_unit(self, unit: Unit, factors: Mapping[str, Factors], dense: Mapping[str, str]) -> None:
-        """One shard from a unit that is resident: factors in place of the weights of the linears they belong to.
+    def write_unit(self, unit: Unit, linears: Mapping[str, StoredLinear], dense: Mapping[str, str]) -> None:
+        """One shard from a unit that is resident: `linears` in place of the weights that they stand for.
 
-        `dense` says of linears that were to be factorised why they were not.
+        `dense` says of linears that were to be compressed why they were not.
         """
         tensors = self.streamed.held(unit)
         entries = []
-        for name, found in factors.items():
+        for name, stored in linears.items():
             del tensors[f"{name}.weight"]
-            entries += [tensor_entry(name + UP, found.up.cpu()), tensor_entry(name + DOWN, found.down.cpu())]
+            entries += [tensor_entry(name + ending, tensor.cpu()) for ending, tensor in stored.tensors.items()]
         entries += [_entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.aliases]
-        figures = [LinearFigures.of(name, found) for name, found in factors.items()]
-        self._write_shard(unit.position, entries, figures, dense)
+        self._write_shard(unit.position, entries, [stored.figures for stored in linears.values()], dense)
 
     def write_rest(self) -> None:
         """The units that no batch visited or that hold nothing to factorise, dense, and what lies outside all units."""
@@ -154,11 +121,18 @@ class EmulatorWriter:
         dtype = str(self.streamed.dtype).removeprefix("torch.")
         document["dtype"] = dtype
         document["auto_map"] = auto_map(self.streamed.config)
+        linears = self.linears
+        packed = {
+            "unpacked_dtype": dtype,
+            "shapes": {name: weight_shape(self.streamed.model.get_submodule(name)) for name in linears},
+            "quantized_dense": [name for name, found in linears.items() if found.form == "dense"],
+        }
         document["quantization_config"] = {
             "quant_method": "onelayer",
             "format_version": FORMAT_VERSION,
-            "ranks": {name: found.rank for name, found in self.linears.items()},
-            "factor_dtype": dtype,
+            "ranks": {name: found.rank for name, found in linears.items() if found.form == "factors"},
+            "factor_dtype": self.factor_dtype or dtype,
+            **(packed if self.factor_dtype is not None else {}),
             "base_model": base["model"],
             "base_revision": base["revision"],
             "base_digest": base["digest"],
@@ -176,10 +150,6 @@ class EmulatorWriter:
         sizes = {entry.name: entry.size_bytes for entry in entries}
         record = UnitRecord(position=position, shard=shard, tensor_bytes=sizes, linears=linears, dense=dict(dense))
         self.work.finish_unit(record)
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _entry(name: str, tensor: torch.Tensor) -> Entry:

@@ -2,31 +2,57 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from onelayer.compiler.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import FactorDtype, known_kind, row_bytes
 from onelayer.compiler.files import read_json
 
 if TYPE_CHECKING:
     import torch
 
-UP, DOWN = ".lr_up", ".lr_down"
+UP, DOWN, DENSE = ".lr_up", ".lr_down", ".lr_dense"
 
 
 class EmulatorFacts(BaseModel):
-    """The `quantization_config` of an emulator: the rank of every compressed module, and the original it stands for."""
+    """The `quantization_config` of an emulator: the rank of every factorised module, and the original it stands for.
+
+    Where the factors are packed, `shapes` holds (out, in) of every compressed module, those in `quantized_dense` keep
+    their whole weight, and all are used as `unpacked_dtype`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     quant_method: Literal["onelayer"]
     format_version: Literal[1]
     ranks: dict[str, int]
+    factor_dtype: str | None = None
+    unpacked_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    shapes: dict[str, tuple[int, int]] = {}
+    quantized_dense: tuple[str, ...] = ()
     base_model: str
     base_revision: str | None = None
     base_digest: str
+
+    @model_validator(mode="after")
+    def _packed_has_shapes(self) -> Self:
+        named = {*self.ranks, *self.quantized_dense}
+        if self.packed is not None and (self.unpacked_dtype is None or not named <= self.shapes.keys()):
+            raise ValueError(f"{self.factor_dtype} factors need unpacked_dtype and the shapes of all modules")
+        return self
+
+    @property
+    def packed(self) -> FactorDtype | None:
+        """How factors are packed; None where they are plain tensors."""
+        return known_kind(self.factor_dtype)
+
+    @property
+    def compressed(self) -> dict[str, int]:
+        """The rank of every module that does not have the original's weight; a quantised one has its full rank."""
+        return {**self.ranks, **{name: min(self.shapes[name]) for name in self.quantized_dense}}
 
 
 @dataclass(frozen=True)
@@ -55,12 +81,7 @@ class Emulator:
             field = ".".join(str(part) for part in ("quantization_config", *first["loc"]))
             raise InputError(f"{config_file}: field {field}: {first['msg']}; compile the emulator again") from None
         checkpoint = Checkpoint.open(directory)
-        for module, rank in facts.ranks.items():
-            up, down = checkpoint.tensors.get(module + UP), checkpoint.tensors.get(module + DOWN)
-            if up is None or down is None or (up.shape[1:], down.shape[:1]) != ((rank,), (rank,)):
-                raise InputError(
-                    f"{directory}: module {module!r} lacks factors of rank {rank} (config.json, ranks); restore it"
-                )
+        _check_tensors(directory, facts, checkpoint)
         return cls(directory, facts, checkpoint)
 
     @property
@@ -70,8 +91,43 @@ class Emulator:
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a compressed module."""
+        if self.facts.packed is not None:
+            return self.facts.shapes[module]
         return self.checkpoint.tensors[module + UP].shape[0], self.checkpoint.tensors[module + DOWN].shape[1]
 
-    def factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Up (out, k) and down (k, in) of a module as stored, which is what training used."""
-        return self.checkpoint.read(module + UP), self.checkpoint.read(module + DOWN)
+    def factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Up (out, k) and down (k, in) of a module, exactly as training used them; or its weight (out, in) and None."""
+        read, kind = self.checkpoint.read, self.facts.packed
+        if kind is None:
+            return read(module + UP), read(module + DOWN)
+        import torch
+
+        from onelayer.compiler.quantize import unpack
+
+        out_features, in_features = self.facts.shapes[module]
+        dtype = getattr(torch, str(self.facts.unpacked_dtype))
+        if module in self.facts.quantized_dense:
+            return unpack(read(module + DENSE), in_features, kind, dtype), None
+        up = unpack(read(module + UP), out_features, kind, dtype)
+        return up.T, unpack(read(module + DOWN), in_features, kind, dtype)
+
+
+def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint) -> None:
+    """Refuse files that do not hold what the configuration says of them."""
+    kind = facts.packed
+    for module in facts.compressed:
+        wanted: dict[str, tuple[int | None, int | None]]
+        rank = facts.ranks.get(module)
+        if kind is None:
+            wanted = {UP: (None, rank), DOWN: (rank, None)}
+        else:
+            out_features, in_features = facts.shapes[module]
+            wanted = {UP: (rank, row_bytes(out_features, kind)), DOWN: (rank, row_bytes(in_features, kind))}
+            if module in facts.quantized_dense:
+                wanted = {DENSE: (out_features, row_bytes(in_features, kind))}
+        for ending, sizes in wanted.items():
+            found = checkpoint.tensors.get(module + ending)
+            shape = () if found is None else found.shape
+            if len(shape) != 2 or any(size not in (None, real) for size, real in zip(sizes, shape, strict=True)):
+                what = f"factors of rank {rank} (config.json, ranks)" if rank is not None else "its quantised weight"
+                raise InputError(f"{directory}: module {module!r} lacks {what}; restore it")

@@ -15,6 +15,7 @@ from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.moments import is_linear
+from onelayer.compiler.parking import Parking
 from onelayer.compiler.scoring import Samples, SampleScores, Scoring, total, workspace_bytes
 from onelayer.compiler.stream import Stream, pick_device
 from onelayer.compiler.tokens import load_tokenizer
@@ -68,12 +69,14 @@ def evaluate_model(
     batch_size: int = 1,
     device: str | None = None,
     revision: str | None = None,
+    host_memory_bytes: int | None = None,
 ) -> EvaluateResult:
     """Score the original and each of `adapters` on the labelled tokens of `data`, reading the checkpoint once.
 
     A `text` example is cut at `max_length` tokens, all but the first labelled; of `prompt`+`completion` and `messages`
     the completion and the assistant turns are, of `prompt`+`choices` the right choice. `against` compares an emulator
-    of the original with it, in the same pass. Raises `InputError` for what the caller can mend.
+    of the original with it, in the same pass. Hidden states beyond `host_memory_bytes` wait on disk. Raises
+    `InputError` for what the caller can mend.
     """
     if min(max_length, batch_size) < 1:
         raise InputError("--max-length and --batch-size must be at least 1")
@@ -89,12 +92,15 @@ def evaluate_model(
     variants = [Variant(), *(Variant(adapter=name) for name in named)]
     if emulator is not None:
         variants.append(Variant(emulator=emulator))
-    job = Scoring(batches, len(variants), None if emulator is None else len(variants) - 1)
+    parking = Parking(host_memory_bytes)
+    job = Scoring(batches, len(variants), parking, None if emulator is None else len(variants) - 1)
     with Meter(place) as meter:
-        stream = Stream(streamed, place, meter, around=switching(variants, place), description="evaluate")
+        around = switching(variants, place)
+        stream = Stream(streamed, place, meter, around=around, parking=parking, description="evaluate")
         stream.run(job.inputs(), job.take)
         found = job.finish(place)
-        workspace, bytes_read = workspace_bytes(streamed, batches), streamed.checkpoint.bytes_read
+        workspace = workspace_bytes(streamed, batches, len(variants), place, parking)
+        bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)
             bytes_read += emulator.checkpoint.bytes_read
@@ -143,7 +149,7 @@ def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Em
             f"not of {model} ({found[:12]}); give the original it was compiled from"
         )
     linears = {name for unit in streamed.units for name, module in named_parts(unit) if is_linear(module)}
-    if unknown := emulator.facts.ranks.keys() - linears:
+    if unknown := emulator.facts.compressed.keys() - linears:
         raise InputError(f"{emulator.directory}: {min(unknown)} is no linear of {model}; compile the emulator again")
     return emulator
 

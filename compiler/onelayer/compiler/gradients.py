@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.loading import Loader
 from onelayer.compiler.measure import Progress, return_free_memory
+from onelayer.compiler.qb import Compressed, compress
 from onelayer.compiler.seams import Kept, Slots, cut, differentiable
-from onelayer.compiler.stream import Batch, BatchError, Stream, Visit, move
+from onelayer.compiler.side_channels import closed, containers_of, opened, written
+from onelayer.compiler.stream import Batch, Stream, Visit, move
 from onelayer.compiler.units import Unit
 
 HOST = torch.device("cpu")
@@ -41,11 +44,14 @@ class GradientStream(Stream):
     """Two passes over the checkpoint: `run` forward, then `reverse`. Used again and again, as one `with` block.
 
     Batches from number `trained` on are only scored: they leave no records, and run in evaluation mode. `seed` fixes
-    dropout and other noise: each call of a unit has its own, so that it comes out alike when it is run again.
+    dropout and other noise: each call of a unit has its own, so that it comes out alike when it is run again. With
+    `rank` (a number, or a share of the features), unit inputs are kept as factors of that rank, so that gradients are
+    approximate; the forward pass is exact all the same.
     """
 
     trained: int = 0
     seed: int = 0
+    rank: int | float | None = None
     bar: Progress | None = None
     _records: list[tuple[Unit, list[Record]]] = field(default_factory=list)
     _known: dict[int, WeakTensorKeyDictionary] = field(default_factory=dict)
@@ -102,8 +108,10 @@ class GradientStream(Stream):
     def _reverse_call(self, unit: Unit, record: Record) -> None:
         record.kept.check_unchanged()
         with torch.enable_grad():
-            (args, kwargs), leaves = record.kept.again(self.device)
-            outputs = differentiable(type(unit.module).forward(unit.module, *args, **kwargs))
+            (arguments, contents), leaves = record.kept.again(self.device)
+            (args, kwargs), containers = closed(arguments, contents)
+            returned = type(unit.module).forward(unit.module, *args, **kwargs)
+            outputs = differentiable((returned, written(containers, contents)))
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)
@@ -121,20 +129,30 @@ class GradientStream(Stream):
         """Run a unit without its inside's graph; keep its inputs and cut the graph behind it."""
         if visit.index >= self.trained:
             return super().call(visit, run)
-        kept = Kept.of((visit.args, visit.kwargs), self._known[visit.index])
-        visit.args, visit.kwargs = (), {}
-        self.parking.hold(kept.arguments)
         seed = self._next_seed(visit.index)
+        shrink = None if self.rank is None else partial(self._shrunk, seed)
+        inputs = opened((visit.args, visit.kwargs))
+        kept = Kept.of(inputs, self._known[visit.index], shrink)
+        self.parking.hold(kept.tensors)
         with self._random(seed):
-            args, kwargs = move(kept.arguments, self.device)
-            outputs = move(run(visit.index, args, kwargs), HOST)
-        if not visit.grad_enabled or not (kept.wants_gradients or _is_trained(visit.unit)):
-            return outputs
-        outputs, slots = cut(outputs)
-        if not self._records or self._records[-1][0] is not visit.unit:
-            self._records.append((visit.unit, []))
-        self._records[-1][1].append(Record(visit.index, seed, kept, slots))
-        return outputs
+            arguments, contents = move(inputs, self.device)
+            (args, kwargs), containers = closed(arguments, contents)
+            returned = run(visit.index, args, kwargs)
+            outputs = move((returned, written(containers, contents)), HOST)
+        if visit.grad_enabled and (kept.wants_gradients or _is_trained(visit.unit)):
+            outputs, slots = cut(outputs)
+            if not self._records or self._records[-1][0] is not visit.unit:
+                self._records.append((visit.unit, []))
+            self._records[-1][1].append(Record(visit.index, seed, kept, slots))
+        output, side_outputs = outputs
+        for container, found in zip(containers_of(inputs[0]), side_outputs, strict=True):
+            container.update(found)
+        return output
+
+    def _shrunk(self, seed: int, tensor: torch.Tensor) -> Compressed:
+        assert self.rank is not None
+        rank = self.rank if isinstance(self.rank, int) else max(1, round(self.rank * tensor.shape[-1]))
+        return compress(tensor, rank, torch.Generator().manual_seed(seed))
 
     def records_gradients(self, index: int) -> bool:
         """Autograd follows the code between units for the batches that are trained on."""
@@ -188,6 +206,3 @@ def training(model: nn.Module, mode: bool) -> Iterator[None]:
             if isinstance(module, _BatchNorm):
                 module.eval()
     yield
-
-
-__all__ = ["BatchError", "GradientStream", "Record", "training"]

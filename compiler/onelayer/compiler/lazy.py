@@ -5,7 +5,9 @@ models perform on them are done from slices, and any other operation forms the t
 large, fails by name.
 """
 
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,23 +26,48 @@ METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES)
 }
 
 
+# What code between units may do with a small weight of a unit that is not resident: read it. The stored weight stays.
+READING = frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT")) | {
+    torch.Tensor.t, torch.Tensor.transpose, torch.Tensor.__getitem__, torch.Tensor.matmul, torch.matmul,
+    torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, F.linear, F.embedding,
+}  # fmt: skip
+
+
 class AbsentWeight(torch.Tensor):
-    """A weight of a unit that is not resident. The code between units may ask what it is like, not for its values."""
+    """A weight of a unit that is not resident. The code between units may ask what it is like; where it wants to read
+    the values of a small one, they are read from disk."""
+
+    values: Callable[[], torch.Tensor]
 
     @staticmethod
-    def like(tensor: torch.Tensor) -> "AbsentWeight":
-        """The stand-in for an empty (meta) parameter."""
-        return tensor.detach().as_subclass(AbsentWeight)
+    def like(tensor: torch.Tensor, name: str, values: Callable[[str], torch.Tensor]) -> "AbsentWeight":
+        """The stand-in for an empty (meta) parameter, whose `values` can be had on the host by its name."""
+        weight = tensor.detach().as_subclass(AbsentWeight)
+        weight.values = partial(values, name)
+        return weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Metadata as it stands, but the host for a device: models move inputs to where their weights seem to be."""
+        kwargs = kwargs or {}
         if func == torch.Tensor.device.__get__:
             return torch.device("cpu")
-        if func not in METADATA:
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func not in READING:
             raise TypeError(f"{getattr(func, '__name__', func)} needs the values of a weight outside its unit")
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return func(
+            *(_values(item, func) for item in args), **{name: _values(item, func) for name, item in kwargs.items()}
+        )
+
+
+def _values(item: Any, func: Any) -> Any:
+    if not isinstance(item, AbsentWeight):
+        return item
+    if item.numel() * item.dtype.itemsize > SLICE_BYTES:
+        raise TypeError(f"{getattr(func, '__name__', func)} needs the values of a large weight outside its unit")
+    return item.values()
 
 
 class DiskMatrix(torch.Tensor):
@@ -136,7 +163,6 @@ ELEMENTWISE = frozenset(
         torch.Tensor.__sub__, torch.Tensor.neg, torch.Tensor.tanh, torch.tanh, torch.mul, torch.div, torch.add,
         torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to, torch.Tensor.type,
         torch.Tensor.contiguous, torch.Tensor.detach, torch.clamp, torch.Tensor.clamp,
-        # In place or not, the slice that they act on is formed anew each time.
         torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Tensor.__itruediv__,
     }
 )  # fmt: skip
@@ -145,8 +171,9 @@ ELEMENTWISE = frozenset(
 class DeferredLogits(torch.Tensor):
     """Logits (..., vocabulary) of a head whose weight stays on disk: the hidden states and what to do with them.
 
-    Elementwise operations (soft caps, scales, casts) are remembered and applied to each slice; any other operation
-    forms the logits in full, which is correct and costs their memory.
+    Elementwise operations (soft caps, scales, casts) and values set for some tokens are remembered and applied to each
+    slice; any other operation forms the logits in full, which is correct and costs their memory. One that would change
+    them in place is refused by name: what it changed would be lost.
     """
 
     hidden: torch.Tensor
@@ -167,12 +194,22 @@ class DeferredLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
-        if func in ELEMENTWISE and isinstance(args[0], DeferredLogits) and all(t.dim() == 0 for t in tensors[1:]):
-            logits = args[0]
+        logits, name = args[0], getattr(func, "__name__", str(func))
+        # Operators like += that are not served fall back to their plain form, and give a tensor of its own.
+        in_place = name in ("__setitem__", "__imul__", "__itruediv__") or re.fullmatch(r".*[^_]_", name) is not None
+        if func in ELEMENTWISE and isinstance(logits, DeferredLogits) and all(t.dim() == 0 for t in tensors[1:]):
             probe = func(torch.zeros(1, dtype=logits.dtype), *args[1:], **kwargs)
-            return _deferred(
-                logits.hidden, logits.head, logits.bias, (*logits.steps, (func, args[1:], kwargs)), probe.dtype
-            )
+            steps = (*logits.steps, (func, args[1:], kwargs))
+            if not in_place:
+                return _deferred(logits.hidden, logits.head, logits.bias, steps, probe.dtype)
+            logits.steps = steps
+            return logits
+        if in_place and isinstance(logits, DeferredLogits):
+            columns = _columns(logits, args[1]) if name == "__setitem__" else None
+            if columns is None or not isinstance(args[2], int | float):
+                raise TypeError(f"{name} changes logits that are not formed yet")
+            logits.steps = (*logits.steps, (_fill, (columns, args[2]), {}))
+            return None
         args = tuple(item.materialize() if isinstance(item, DeferredLogits) else item for item in args)
         return func(*args, **kwargs)
 
@@ -180,7 +217,7 @@ class DeferredLogits(torch.Tensor):
         """Logits `start:stop` of some hidden rows, given those rows of the head's weight."""
         part = F.linear(hidden, weight, None if self.bias is None else self.bias[start:stop])
         for func, args, kwargs in self.steps:
-            part = func(part, *args, **kwargs)
+            part = _fill(part, *args, start) if func is _fill else func(part, *args, **kwargs)
         return part
 
     def over_other(self, hidden: torch.Tensor) -> "DeferredLogits":
@@ -194,6 +231,20 @@ class DeferredLogits(torch.Tensor):
             for start, stop in self.head.row_slices()
         ]
         return torch.cat(parts, dim=-1)
+
+
+def _columns(logits: DeferredLogits, key: Any) -> torch.Tensor | None:
+    """The tokens that `logits[key]` selects for every position; None where it also selects positions."""
+    *before, last = key if isinstance(key, tuple) else (key,)
+    whole = [Ellipsis] if before == [Ellipsis] else [slice(None)] * (logits.dim() - 1)
+    return torch.arange(logits.shape[-1])[last].reshape(-1) if before == whole else None
+
+
+def _fill(part: torch.Tensor, columns: torch.Tensor, value: float, start: int) -> torch.Tensor:
+    """A slice of the logits, from token `start` on, with `value` in those of `columns` that it holds."""
+    columns = columns.to(part.device)
+    inside = columns[(columns >= start) & (columns < start + part.shape[-1])] - start
+    return part.index_fill(-1, inside, value)
 
 
 def _deferred(

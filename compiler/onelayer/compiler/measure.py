@@ -63,6 +63,7 @@ class Meter:
 
     def __init__(self, device: "torch.device") -> None:
         self.device = device
+        self.note = ""  # what the pass has to say about the unit behind it, for whoever watches
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="meter", daemon=True)
         self._start_seconds = time.perf_counter()
@@ -125,8 +126,9 @@ class Progress:
         self.base = base
         self._bar.set_description(description, refresh=False)
 
-    def reached(self, count: int, unit: str, peak_bytes: int) -> None:
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
         """The pass stands behind the unit number `count`; units that no batch visits are passed over."""
         if self.base + count > self._bar.n:
             self._bar.update(self.base + count - self._bar.n)
-        self._bar.set_postfix_str(f"{unit}, peak {peak_bytes / GIB:.2f} GiB", refresh=False)
+        parts = (unit, note, f"peak {peak_bytes / GIB:.2f} GiB")
+        self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)

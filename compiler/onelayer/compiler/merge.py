@@ -1,7 +1,7 @@
 """An original and adapters for it in, the merged checkpoint out: shard by shard, everything else byte for byte.
 
-Held: some blocks of rows of one weight, and the adapters' factors of that weight. The original is read once. A merge
-that was stopped goes on behind its last finished shard.
+Held: some blocks of rows of a few weights, and the adapters' factors of those weights. The original is read once. A
+merge that was stopped goes on with the shards that were not finished.
 
 Letters: R rank of all adapters together, out / in features.
 """
@@ -29,11 +29,12 @@ from onelayer.compiler.prefetch import ahead, one_thread
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
 
-# A weight is read by rows in chunks of about this size, ahead in a thread, ...
+# A weight is read by rows in chunks of about this size, and changed by blocks of this size in float32, which stay in a
+# core's cache.
 CHUNK_BYTES = 8 << 20
-READ_AHEAD = 2
-# ... and changed by blocks of this size in float32, which stay in a core's cache.
 BLOCK_BYTES = 1 << 20
+# Chunks of a weight that are worked on at once, and shards: while one is flushed to the disk, the next is computed.
+CHUNKS_AT_ONCE = SHARDS_AT_ONCE = 2
 
 
 class MergeResult(Result):
@@ -116,9 +117,10 @@ def _corrected(source: Adapter, base_digest: str) -> bool | None:
 
 
 def _workspace_bytes(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
-    """The chunks of the largest changed tensor that are held at once, one of them rounded, and a block in float32."""
+    """The chunks of the largest changed tensor that are held at once in every shard, as read and as changed, those that
+    wait to be written, and a block of each in float32."""
     largest = max(checkpoint.tensors[key].size_bytes for key in changes)
-    return (READ_AHEAD + 3) * min(CHUNK_BYTES, largest) + BLOCK_BYTES
+    return SHARDS_AT_ONCE * ((3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES)
 
 
 def _check_space(output: Path, work: Path, checkpoint: Checkpoint) -> None:
@@ -132,24 +134,27 @@ def _check_space(output: Path, work: Path, checkpoint: Checkpoint) -> None:
 
 def _write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter) -> None:
     """The same tensors in files of the same names, those that are there already left out, then the index."""
-    with Progress(len(checkpoint.files), "merge") as progress:
-        for count, file in enumerate(checkpoint.files):
+    # By its name alone: a shard gets that when it is complete.
+    missing = [file for file in checkpoint.files if not (target / file.name).exists()]
+    jobs = (partial(_write_shard, target, file, checkpoint, changes) for file in missing)
+    with Progress(len(missing), "merge") as progress:
+        for count, file in enumerate(ahead(jobs, SHARDS_AT_ONCE, SHARDS_AT_ONCE), start=1):
             progress.reached(count, file.name, meter.sample())
-            if (target / file.name).exists():  # by its name alone: it got that when it was complete
-                continue
-            inside = [info for info in checkpoint.tensors.values() if info.file == file]
-            entries = [
-                _changed_entry(checkpoint, info, changes[info.name])
-                if info.name in changes
-                else copy_entry(info.name, info)
-                for info in inside
-            ]
-            write_safetensors(target / file.name, entries, checkpoint.metadata[file])
     if checkpoint.index_file is not None:
         tensors = checkpoint.tensors.values()
         metadata = read_json(checkpoint.index_file).get("metadata") or {}
         weight_map = {info.name: info.file.name for info in tensors}
         write_index(target / checkpoint.index_file.name, weight_map, sum(info.size_bytes for info in tensors), metadata)
+
+
+def _write_shard(target: Path, file: Path, checkpoint: Checkpoint, changes: dict[str, Change]) -> Path:
+    inside = [info for info in checkpoint.tensors.values() if info.file == file]
+    entries = [
+        _changed_entry(checkpoint, info, changes[info.name]) if info.name in changes else copy_entry(info.name, info)
+        for info in inside
+    ]
+    write_safetensors(target / file.name, entries, checkpoint.metadata[file])
+    return file
 
 
 def _changed_entry(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
@@ -172,20 +177,18 @@ def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> I
     product = change.product() if change.lora else None
     step = max(1, CHUNK_BYTES // (dtype.itemsize * prod(info.shape[1:])))
 
-    def read(start: int) -> tuple[int, torch.Tensor]:
+    def work(start: int) -> torch.Tensor:
         stop = min(start + step, rows)
-        if change.dense is None:
-            return start, checkpoint.read_rows(info.name, start, stop)
-        source, key = change.dense
-        return start, source.read_rows(key, start, stop)
-
-    for start, chunk in ahead((partial(read, start) for start in range(0, rows, step)), READ_AHEAD):
+        source, key = change.dense or (checkpoint, info.name)
+        chunk = source.read_rows(key, start, stop)
         merged = chunk.to(dtype) if product is None else _added(chunk, product, start, dtype)
         if change.rows is not None:
-            source, key, numbers = change.rows
-            inside = [position for position, row in enumerate(numbers) if start <= row < start + len(chunk)]
-            merged[[numbers[position] - start for position in inside]] = source.read(key)[inside].to(dtype)
-        yield merged
+            replaced, key, numbers = change.rows
+            inside = [position for position, row in enumerate(numbers) if start <= row < stop]
+            merged[[numbers[position] - start for position in inside]] = replaced.read(key)[inside].to(dtype)
+        return merged
+
+    return ahead((partial(work, start) for start in range(0, rows, step)), CHUNKS_AT_ONCE, CHUNKS_AT_ONCE)
 
 
 def _added(

@@ -5,6 +5,7 @@ input, G = X^T X (in x in), which every linear reading the same tensor shares (q
 (tokens), F features.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 # More rows than this share with an infinite or NaN entry mean a broken model or broken data, not an outlier.
 NON_FINITE_LIMIT = 0.1
+# By this many rows a subclass of a linear is told from a linear.
+CHECKED_ROWS = 16
 
 
 class Gram:
@@ -43,6 +46,13 @@ class Gram:
             product_FF = x_NF.T @ x_NF
         self.total_FF += product_FF
 
+    def without(self, part: "Gram") -> "Gram":
+        """This Gram as it was before the rows of `part` were added."""
+        rest = copy.copy(self)
+        rest.total_FF = self.total_FF - part.total_FF
+        rest.rows, rest.dropped_rows = self.rows - part.rows, self.dropped_rows - part.dropped_rows
+        return rest
+
 
 @dataclass
 class Moments:
@@ -58,24 +68,33 @@ class Moments:
 
 @dataclass
 class _Site:
-    """One input tensor that several linears read: the Gram they share and who brought it."""
+    """One input tensor that several linears read: the Gram they share, and who of them has read the tensor at hand."""
 
     gram: Gram
-    owner: str
+    members: set[str]
+    tensors: int = 0
     current: torch.Tensor | None = None
     current_version: int = -1
-    owner_came: bool = False
+    readers: set[str] = field(default_factory=set)
 
     def is_current(self, x: torch.Tensor) -> bool:
         """Whether `x` is the very tensor that was added last, unchanged since."""
         return self.current is x and self.current_version == x._version
+
+    def read(self, name: str, x: torch.Tensor) -> None:
+        """A member reads `x`, which is added once for all."""
+        if not self.is_current(x) or name in self.readers:
+            self.gram.add(x)
+            self.tensors += 1
+            self.current, self.current_version, self.readers = x, x._version, set()
+        self.readers.add(name)
 
 
 @dataclass
 class MomentHooks:
     """Gathers the moments of the linears of one unit while the unit runs for its batches.
 
-    `linears` by name. A linear that is never called gets no moments: its weight, if used, is used behind its back.
+    `linears` by name. One that is never called, or does another thing than a linear, gets none: `reason` says so.
     """
 
     linears: dict[str, nn.Module]
@@ -83,6 +102,7 @@ class MomentHooks:
     product_dtype: torch.dtype = torch.float64
     moments: dict[str, Moments] = field(default_factory=dict)
     _sites: dict[str, _Site] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -92,26 +112,43 @@ class MomentHooks:
             for name, linear in self.linears.items():
                 handles.append(linear.register_forward_hook(self._hook(name, linear), with_kwargs=True))
             yield
+            self.next_batch()
         finally:
             for handle in handles:
                 handle.remove()
 
     def next_batch(self) -> None:
-        """Forget the tensors of the batch before."""
-        for site in self._sites.values():
-            site.current, site.owner_came = None, False
+        """The batch before is through: part those that did not read what they shared, and forget its tensors."""
+        for site in list(self._sites.values()):
+            self._part_absent(site)
+            site.current, site.readers = None, set()
+
+    def reason(self, name: str) -> str:
+        """Why a linear has no moments."""
+        if name in self._refused:
+            return "its forward is not that of a linear"
+        return "never called; its weight may be used in another way"
 
     def _hook(self, name: str, linear: nn.Module) -> Any:
-        out_features, in_features = weight_shape(linear)
+        in_features = weight_shape(linear)[1]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if name not in self.moments:
-                self._settle(name, x, out_features, in_features)
-            moments = self.moments[name]
-            if moments.of_input:
-                self._add_input(name, x)
+            if name in self._refused:
                 return
+            if name not in self.moments:
+                if not acts_as_linear(linear, x, output):
+                    self._refused.add(name)
+                    return
+                self._settle(name, x)
+            shared = self._sites.get(name)
+            if shared is not None and not shared.is_current(x):
+                self._part_absent(shared)
+            # Parted or not, this linear's own place now is where its input belongs.
+            if name in self._sites:
+                self._sites[name].read(name, x)
+                return
+            moments = self.moments[name]
             assert moments.input_energy is not None
             moments.gram.add(output if module.bias is None else output - module.bias)
             energy = x.reshape(-1, in_features).to(torch.float32).square().sum(dim=0, dtype=torch.float64)
@@ -119,39 +156,76 @@ class MomentHooks:
 
         return hook
 
-    def _settle(self, name: str, x: torch.Tensor, out_features: int, in_features: int) -> None:
-        """Choose, at the first call, the moment that costs least and is never wider than min(in, out)."""
-        shared = next((site for site in self._sites.values() if site.is_current(x)), None)
+    def _settle(self, name: str, x: torch.Tensor) -> None:
+        """Choose, at the first call, the moment that costs least and is never wider than min(in, out).
+
+        A site that has seen more than the tensor at hand has seen what this linear did not read.
+        """
+        out_features, in_features = weight_shape(self.linears[name])
+        sites = self._sites.values()
+        shared = next((site for site in sites if site.is_current(x) and site.tensors == 1), None)
         if shared is not None:
-            self._sites[name] = shared
+            shared.members.add(name)
+            self._place(name, shared)
         elif out_features >= in_features:
-            self._sites[name] = _Site(self._gram(in_features), name)
-        if name in self._sites:
-            self.moments[name] = Moments(self._sites[name].gram, of_input=True)
+            self._place(name, _Site(Gram(in_features, self.device, self.product_dtype), {name}))
         else:
             energy = torch.zeros(in_features, dtype=torch.float64, device=self.device)
-            self.moments[name] = Moments(self._gram(out_features), of_input=False, input_energy=energy)
+            gram = Gram(out_features, self.device, self.product_dtype)
+            self.moments[name] = Moments(gram, of_input=False, input_energy=energy)
 
-    def _gram(self, features: int) -> Gram:
-        return Gram(features, self.device, self.product_dtype)
+    def _place(self, name: str, site: _Site) -> None:
+        self._sites[name], self.moments[name] = site, Moments(site.gram, of_input=True)
 
-    def _add_input(self, name: str, x: torch.Tensor) -> None:
-        site = self._sites[name]
-        site.owner_came |= name == site.owner
-        if site.is_current(x):
+    def _part_absent(self, site: _Site) -> None:
+        """Sharing ends for members that have not read the site's last tensor: each goes on from what it did read."""
+        if site.current is None or site.readers == site.members:
             return
-        if name != site.owner and site.owner_came:
-            raise RuntimeError(f"{name} reads another tensor than {site.owner}, with which it shared its input before")
-        site.gram.add(x)
-        site.current, site.current_version = x, x._version
+        if not site.is_current(site.current):
+            raise RuntimeError(f"{min(site.members)}: its input was changed in place between linears that share it")
+        last = Gram(len(site.gram.total_FF), self.device, self.product_dtype)
+        last.add(site.current)
+        for name in site.members - site.readers:
+            gram = site.gram.without(last)
+            out_features, in_features = weight_shape(self.linears[name])
+            if out_features >= in_features:
+                self._place(name, _Site(gram, {name}, site.tensors - 1))
+            else:
+                del self._sites[name]
+                self.moments[name] = of_output(gram, self.linears[name])
+        site.members = set(site.readers)
+
+
+def of_output(gram: Gram, linear: nn.Module) -> Moments:
+    """The moment of a linear's outputs, bias left out, from that of its inputs: W G W^T."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    weight_OI = (weight.T if isinstance(linear, Conv1D) else weight).to(gram.total_FF)
+    outputs = copy.copy(gram)
+    outputs.total_FF = weight_OI @ gram.total_FF @ weight_OI.T
+    return Moments(outputs, of_input=False, input_energy=gram.total_FF.diagonal().clone())
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map of its input with a 2-D weight: `nn.Linear`, or GPT-2's `Conv1D`.
+    """Whether a module has the weight of a linear: `nn.Linear`, or GPT-2's `Conv1D`, or a subclass of theirs."""
+    return isinstance(module, nn.Linear | Conv1D)
 
-    A subclass with a forward of its own is none: it may return more, or use its weight in another way.
-    """
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+def acts_as_linear(linear: nn.Module, x: torch.Tensor, output: Any) -> bool:
+    """Whether a call did what a linear does; a subclass may return more than that, or use its weight in another way."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    out_features, in_features = weight_shape(linear)
+    if not isinstance(output, torch.Tensor) or output.shape != (*x.shape[:-1], out_features):
+        return False
+    x_NI, y_NO = x.reshape(-1, in_features), output.reshape(-1, out_features)
+    finite = torch.isfinite(x_NI).all(dim=-1) & torch.isfinite(y_NO).all(dim=-1)
+    x_NI, y_NO = x_NI[finite][:CHECKED_ROWS], y_NO[finite][:CHECKED_ROWS]
+    assert isinstance(linear.weight, torch.Tensor)
+    weight_OI = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    wanted_NO = nn.functional.linear(x_NI, weight_OI, linear.bias if isinstance(linear.bias, torch.Tensor) else None)
+    tolerance = 1e-3 + 2 * torch.finfo(wanted_NO.dtype).eps
+    return bool((y_NO.float() - wanted_NO.float()).norm() <= tolerance * wanted_NO.float().norm())
 
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:

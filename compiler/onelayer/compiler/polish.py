@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onelayer.compiler.calibration import DataSource
 from onelayer.compiler.errors import InputError
@@ -15,9 +15,9 @@ from onelayer.compiler.files import check_output
 from onelayer.compiler.gradients import GradientStream
 from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.parking import Parking
-from onelayer.compiler.polish_start import Fresh
 from onelayer.compiler.polish_job import PolishJob, Settings
 from onelayer.compiler.polish_memory import workspace_bytes
+from onelayer.compiler.polish_start import Fresh
 from onelayer.compiler.polish_state import PolishState
 from onelayer.compiler.polish_task import PolishTask
 from onelayer.compiler.stream import pick_device
@@ -45,6 +45,7 @@ class HeldOutLoss(Result):
 class PolishResult(Result):
     """What polish made. `chosen_step`: after how many steps the adapter handed out was the best on held-out data.
 
+    `gradient_cosine`: between gradients with compressed and with exact unit inputs, where they are compressed.
     `kept_bytes` is the host memory of kept unit inputs at most, `spilled_bytes` what went to files beyond the budget.
     """
 
@@ -52,6 +53,7 @@ class PolishResult(Result):
     steps: list[PolishStep]
     held_out: list[HeldOutLoss]
     chosen_step: int
+    gradient_cosine: float | None
     trainable_parameters: int
     kept_bytes: int
     spilled_bytes: int
@@ -73,6 +75,7 @@ def polish_adapter(
     max_length: int = 512,
     eval_data: DataSource | None = None,
     eval_steps: int = 1,
+    activations: int | float | Literal["exact"] = "exact",
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     target_modules: str | list[str] = "all-linear",
@@ -85,27 +88,20 @@ def polish_adapter(
     """Train a LoRA adapter of `model` by exact steps, each of `batch_size` examples, and write it to `output`.
 
     `adapter` may be corrected or not, or any plain LoRA of the original; with None a fresh one of `lora_rank` is
-    trained. With `eval_data`, its loss is measured every `eval_steps` steps and the best adapter is handed out. A run
+    trained. With `eval_data`, its loss is measured every `eval_steps` steps and the best adapter is handed out. Unit
+    inputs are kept as they are, or with `activations` as factors of that rank (or share of the features). A run
     that was stopped goes on behind its last finished step. Raises `InputError` for what the caller can mend, and
     `RuntimeError` where the loss is lost; what the steps before it made is then in `output`.
     """
-    settings = Settings(
-        steps,
-        batch_size,
-        micro_batch_size,
-        learning_rate,
-        warmup_steps,
-        max_gradient_norm,
-        max_length,
-        eval_steps,
-        seed,
-    )
-    if (adapter is None) == (lora_rank is None):
-        raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
+    rank = None if activations == "exact" else activations
+    pace = (steps, batch_size, micro_batch_size, learning_rate, warmup_steps, max_gradient_norm)
+    settings = Settings(*pace, max_length, eval_steps, rank, seed)
     check_output(Path(output))
-    fresh = None if lora_rank is None else Fresh(lora_rank, lora_alpha or lora_rank, target_modules, seed)
+    start = adapter if lora_rank is None else Fresh(lora_rank, lora_alpha or lora_rank, target_modules, seed)
+    if start is None or (adapter is not None and lora_rank is not None):
+        raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
     place, parking = pick_device(device), Parking(host_memory_bytes)
-    task = PolishTask.read(model, revision, fresh if adapter is None else adapter, data, eval_data, settings, place)
+    task = PolishTask.read(model, revision, start, data, eval_data, settings, place)
     with claimed(Path(output), "polish", task.identity, resume) as work, Meter(place) as meter, StopRequest() as stop:
         source, streamed, state = task.open(work)
         state.restore(work)
@@ -139,6 +135,7 @@ def _result(output: Path, state: PolishState, job: PolishJob, report: Report) ->
         steps=[PolishStep(**step) for step in state.steps],
         held_out=[HeldOutLoss(**item) for item in state.held_out],
         chosen_step=best["step"],
+        gradient_cosine=state.gradient_cosine,
         trainable_parameters=sum(parameter.numel() for parameter in state.parameters.values()),
         kept_bytes=job.kept_bytes,
         spilled_bytes=job.stream.parking.spilled_bytes,

@@ -35,6 +35,7 @@ class Settings:
     max_gradient_norm: float
     max_length: int
     eval_steps: int
+    activations: int | float | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -44,6 +45,10 @@ class Settings:
             )
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(f"--warmup-steps {self.warmup_steps}: must lie between 0 and --steps {self.steps}")
+        if self.activations is not None and not (
+            self.activations >= 1 if isinstance(self.activations, int) else 0 < self.activations < 1
+        ):
+            raise InputError(f"--activations {self.activations}: must be a number of rows, or a share between 0 and 1")
         for option, value in (
             ("--learning-rate", self.learning_rate),
             ("--max-gradient-norm", self.max_gradient_norm),
@@ -101,6 +106,8 @@ class PolishJob:
         total = 2 * units * (self.settings.steps - first) + (units if self.held_out else 0)
         with Progress(total, "polish") as bar, self.stream:
             self.stream.bar = bar
+            if self.settings.activations is not None and self.state.gradient_cosine is None:
+                self.state.gradient_cosine = self._cosine()
             for step in range(first, self.settings.steps):
                 bar.begin(2 * units * (step - first), self._describe(step))
                 self.state.steps.append(self._step(step))
@@ -123,6 +130,7 @@ class PolishJob:
         batches = make_batches(self.rows.batch(step), self.stream.streamed.config, self.settings.micro_batch_size)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
         self.stream.trained, self.stream.seed = len(batches), self.settings.seed * 1_000_003 + step
+        self.stream.rank = self.settings.activations
         loss = TokenLoss([*batches, *asked], len(batches), self.stream.device)
         self.stream.run([batch.inputs for batch in [*batches, *asked]], loss.take)
         self.kept_bytes = max(self.kept_bytes, self.stream.parking.held_bytes)
@@ -151,6 +159,21 @@ class PolishJob:
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _cosine(self) -> float:
+        """Cosine between the gradients of the first micro-batch with compressed inputs and with exact ones."""
+        (batch, *_) = make_batches(self.rows.batch(0), self.stream.streamed.config, self.settings.micro_batch_size)
+        found = []
+        for rank in (None, self.settings.activations):
+            self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
+            loss = TokenLoss([batch], 1, self.stream.device)
+            self.stream.run([batch.inputs], loss.take)
+            loss.finish()
+            self.stream.reverse()
+            gradients = [parameter.grad for parameter in self.state.parameters.values()]
+            found.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
+            self.state.optimizer.zero_grad(set_to_none=True)
+        return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
 
     def _measure(self) -> None:
         """The held-out loss of the adapter as it is, in a forward stream of its own."""

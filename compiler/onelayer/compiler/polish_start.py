@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,9 +17,9 @@ from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.polish_state import Parameters
 from onelayer.compiler.units import StreamedModel
+from onelayer.compiler.variants import attach, factor_names
 
 NAME = "default"
-LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
 
 
 @dataclass(frozen=True)
@@ -64,42 +63,26 @@ def open_trained(model: Path, source: Adapter, device: torch.device) -> tuple[St
     What the adapter replaces besides is attached too and stays as it is. Raises `InputError` where it does not fit.
     """
     check_fit(source, StreamedModel(model))
-    streamed = StreamedModel(model, _attaching(source.directory))
+    streamed = StreamedModel(model, attach({NAME: source.directory}))
+    for parameter in streamed.model.parameters():
+        if type(parameter) is torch.nn.Parameter:  # stand-ins for weights that are elsewhere never were
+            parameter.requires_grad_(False)
     trained: Parameters = {}
-    for name, parameter in streamed.model.named_parameters():
-        # Stand-ins for weights that are elsewhere are no `nn.Parameter`, and were never trained.
-        if type(parameter) is torch.nn.Parameter and not parameter.is_meta:
-            is_lora = any(mark in name for mark in LORA_MARKS)
-            parameter.requires_grad_(is_lora)
-            if is_lora:
-                parameter.data = parameter.data.to(device, torch.float32)
-                trained[name] = parameter
-    assert len(trained) == 2 * len(source.modules), "PEFT attached every module that the file names"
+    for name, module in source.modules.items():
+        for key in factor_names(name, module.embedding, NAME):
+            parameter = streamed.model.get_parameter(key)
+            parameter.data = parameter.data.to(device, torch.float32)
+            trained[key] = parameter.requires_grad_(True)
     return streamed, trained
-
-
-def _attaching(directory: Path) -> Callable[[PreTrainedModel], None]:
-    def prepare(model: PreTrainedModel) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT warns of is checked by `check_fit`
-            PeftModel.from_pretrained(model, directory, adapter_name=NAME, is_trainable=True)
-
-    return prepare
 
 
 def factors_of(source: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
     found = {}
     for name, module in source.modules.items():
-        a, b = (tensors[key].cpu() for key in _parameter_names(name, module.embedding))
+        a, b = (tensors[key].cpu() for key in factor_names(name, module.embedding, NAME))
         found[name] = (a, module.scaling * b)
     return found
-
-
-def _parameter_names(module: str, embedding: bool) -> tuple[str, str]:
-    if embedding:
-        return f"{module}.lora_embedding_A.{NAME}", f"{module}.lora_embedding_B.{NAME}"
-    return f"{module}.lora_A.{NAME}.weight", f"{module}.lora_B.{NAME}.weight"
 
 
 def write_polished(

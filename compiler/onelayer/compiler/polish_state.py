@@ -25,6 +25,7 @@ class PolishState:
     """Trained parameters by name, AdamW's state of them, and what happened so far.
 
     `steps` are the figures of finished steps. `best` are the parameters of the lowest held-out loss, `best_loss` it.
+    `gradient_cosine` tells what compressed unit inputs cost, where they are.
     """
 
     parameters: Parameters
@@ -33,6 +34,7 @@ class PolishState:
     held_out: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
     best_loss: float | None = None
+    gradient_cosine: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -42,7 +44,7 @@ class PolishState:
     @property
     def history(self) -> dict[str, Any]:
         """Figures of the finished steps and the held-out losses so far."""
-        return {"steps": self.steps, "held_out": self.held_out}
+        return {"steps": self.steps, "held_out": self.held_out, "gradient_cosine": self.gradient_cosine}
 
     def measured(self, loss: float) -> None:
         """The held-out loss of the parameters as they are now; remembers them if there was none better."""
@@ -78,6 +80,7 @@ class PolishState:
         _, metadata = read_header(path)
         history = json.loads(metadata["history"])
         self.steps, self.held_out, self.best_loss = history["steps"], history["held_out"], history["best_loss"]
+        self.gradient_cosine = history["gradient_cosine"]
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
             for name, parameter in self.parameters.items():

@@ -17,9 +17,9 @@ from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches, 
 from onelayer.compiler.checkpoint import model_digest, resolve_model
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory
-from onelayer.compiler.polish_start import Fresh, open_trained, write_polished
 from onelayer.compiler.polish_data import TrainRows
 from onelayer.compiler.polish_job import Settings
+from onelayer.compiler.polish_start import Fresh, open_trained, write_polished
 from onelayer.compiler.polish_state import PolishState
 from onelayer.compiler.tokens import Tokens, load_tokenizer
 from onelayer.compiler.units import StreamedModel

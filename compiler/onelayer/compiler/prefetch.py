@@ -1,4 +1,4 @@
-"""Reading that overlaps computing: callables in, their results out in order, done ahead in a thread of their own."""
+"""Reading that overlaps computing: callables in, their results out in order, done ahead in threads of their own."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,12 @@ import torch
 T = TypeVar("T")
 
 
-def ahead(jobs: Iterable[Callable[[], T]], depth: int = 2) -> Iterator[T]:
+def ahead(jobs: Iterable[Callable[[], T]], depth: int = 2, threads: int = 1) -> Iterator[T]:
     """Results of `jobs` in their order, at most `depth` of them waiting; an error surfaces where its result would.
 
-    One thread does the jobs, one after the other. Leaving the loop early cancels those that have not begun.
+    `threads` of them are done at once. Leaving the loop early cancels those that have not begun.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for job in jobs:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
+from typing import Any
+
+import numpy as np
 
 
 def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
@@ -10,18 +13,36 @@ def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
 
     k = floor(ratio * in * out / (in + out)), so that k * (in + out) weights replace in * out.
     """
+    if ratio >= 1:
+        return None
     rank = max(1, int(ratio * in_features * out_features / (in_features + out_features)))
     return None if rank * (in_features + out_features) >= in_features * out_features else rank
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What decides a linear's rank: its shape, the leading singular values of its output, the energy of all of them."""
+    """What decides a linear's rank: its shape, the leading singular values of its output, the energy of all of them.
+
+    `prefix_errors` of its factors by rank and `dense_error` of its whole weight where they are quantised: such a linear
+    may also stay whole.
+    """
 
     out_features: int
     in_features: int
     singular_values: Sequence[float]
     energy: float
+    prefix_errors: Sequence[float] | None = None
+    dense_error: float | None = None
+
+    @property
+    def price(self) -> int:
+        """Weights per direction."""
+        return self.out_features + self.in_features
+
+    @property
+    def weights(self) -> int:
+        """Of the whole matrix."""
+        return self.out_features * self.in_features
 
 
 def ranks_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int]:
@@ -30,22 +51,76 @@ def ranks_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str
     Direction k of a linear takes s_k^2 / energy off the sum and costs in + out weights. Gains fall with k, so taking
     the best directions of all linears until the budget is spent is optimal, and each linear gets a prefix, at least 1.
     """
-    budget = 0
+    return _spend(spectra, _budget(spectra, ratio))
+
+
+def allocate_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int | None]:
+    """The same, where a linear may also be quantised whole: None for those whose bytes are worth more so."""
+    budget = _budget(spectra, ratio)
+    whole = _whole(spectra, budget)
+    budget -= sum(spectra[name].weights for name in whole)
+    factored = _spend({name: item for name, item in spectra.items() if name not in whole}, budget)
+    return {name: factored.get(name) for name in spectra}
+
+
+def _budget(spectra: Mapping[str, Spectrum], ratio: float) -> int:
+    """The weights of a uniform `ratio`."""
+    total = 0
     for item in spectra.values():
         uniform = rank_for(ratio, item.out_features, item.in_features)
-        assert uniform is not None, "linears that stay dense have no spectrum"
-        budget += (uniform - 1) * (item.out_features + item.in_features)
+        total += item.weights if uniform is None else uniform * item.price
+    return total
+
+
+def _spend(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
+    """One direction for each linear, then the best of all while the budget lasts."""
+    budget -= sum(item.price for item in spectra.values())
     ranks = dict.fromkeys(spectra, 1)
     for _, name in merge(*(_gains(name, item) for name, item in spectra.items())):
-        cost = spectra[name].out_features + spectra[name].in_features
-        if cost > budget:
+        if spectra[name].price > budget:
             break
-        budget -= cost
+        budget -= spectra[name].price
         ranks[name] += 1
     return ranks
 
 
+def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
+    """The linears that stay whole: those for which that is best at the lowest price per weight that keeps the budget.
+
+    At a price, each linear alone takes what costs least: its squared error plus the price of its weights. The price is
+    found by bisection; what the chosen ones leave of the budget goes to the ranks of the others.
+    """
+    if all(item.dense_error is None for item in spectra.values()):
+        return set()
+    choices = {name: _choices(item) for name, item in spectra.items()}
+    chosen: set[str] = set()
+    low, high = -60.0, 10.0  # powers of two; errors lie between 0 and 1 and weights are at least 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        best = {name: int(np.argmin(errors + 2.0**middle * weights)) for name, (weights, errors) in choices.items()}
+        if sum(choices[name][0][index] for name, index in best.items()) <= budget:
+            # Whole comes last of the choices of a linear that has it.
+            chosen = {name for name, index in best.items() if index == len(spectra[name].singular_values)}
+            high = middle
+        else:
+            low = middle
+    return chosen
+
+
+def _choices(item: Spectrum) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+    """Weights and squared relative error of a linear at every rank, then whole if that was tried."""
+    values = np.asarray(item.singular_values, dtype=np.float64)
+    weights = item.price * np.arange(1, len(values) + 1)
+    if item.prefix_errors is None:
+        errors = np.maximum(0.0, 1 - np.cumsum(values**2) / (item.energy or 1.0))
+    else:
+        errors = np.asarray(item.prefix_errors, dtype=np.float64) ** 2
+    if item.dense_error is None:
+        return weights, errors
+    return np.append(weights, item.weights), np.append(errors, item.dense_error**2)
+
+
 def _gains(name: str, item: Spectrum) -> list[tuple[float, str]]:
     """What each direction after the first brings per weight, negated so that the best sorts first."""
-    price = (item.out_features + item.in_features) * (item.energy or 1.0)
+    price = item.price * (item.energy or 1.0)
     return [(-value * value / price, name) for value in item.singular_values[1:]]

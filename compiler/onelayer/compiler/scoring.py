@@ -14,6 +14,7 @@ from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import read_examples
 from onelayer.compiler.lazy import SLICE_BYTES, DeferredLogits
+from onelayer.compiler.parking import SMALLEST_BYTES, Parking
 from onelayer.compiler.rows import Example
 from onelayer.compiler.scores import Divergence, TokenScores
 from onelayer.compiler.tokens import IGNORED, Tokens, tokenize
@@ -102,17 +103,21 @@ def total(values: Sequence[float], counted: Sequence[bool]) -> float:
 class Scoring:
     """Collects what the stream hands out, and scores it: deferred logits by slices of the head, once all are there.
 
-    With `against` set, the predictions of that variant are compared with those of variant 0.
+    With `against` set, the predictions of that variant are compared with those of variant 0. Hidden states that wait
+    for the head are parked where the stream parks its own.
     """
 
-    def __init__(self, batches: Sequence[TokenBatch], variants: int, against: int | None = None) -> None:
+    def __init__(
+        self, batches: Sequence[TokenBatch], variants: int, parking: Parking, against: int | None = None
+    ) -> None:
         self.batches = batches
         self.variants = variants
+        self.parking = parking
         self.against = against
         self._rows = [batch.targets != IGNORED for batch in batches]
         self._scores: dict[int, TokenScores] = {}
         self._gaps = [Divergence(int(rows.sum())) for rows in self._rows] if against is not None else []
-        self._waiting: dict[int, tuple[DeferredLogits, torch.Tensor]] = {}
+        self._waiting: dict[int, DeferredLogits] = {}
         self._reference: torch.Tensor | None = None
 
     def inputs(self) -> list[dict[str, torch.Tensor]]:
@@ -125,7 +130,9 @@ class Scoring:
         rows = self._rows[number]
         self._scores[index] = TokenScores(self.batches[number].targets[rows])
         if isinstance(logits, DeferredLogits):
-            self._waiting[index] = (logits, logits.hidden[rows])
+            logits.hidden = logits.hidden[rows]  # no other position is ever asked for
+            self.parking.hold(logits.hidden)
+            self._waiting[index] = logits
         else:
             self._update(index, slice(0, int(rows.sum())), logits[rows], 0)
 
@@ -143,15 +150,16 @@ class Scoring:
     def finish(self, device: torch.device) -> list[SampleScores]:
         """The scores of every variant, once the stream has ended."""
         if self._waiting:
-            head = next(iter(self._waiting.values()))[0].head
+            head = next(iter(self._waiting.values())).head
             for start, stop in head.row_slices():
                 weight = head.read(start, stop).to(device)
                 step = max(1, SLICE_BYTES // (4 * (stop - start)))
                 for number, rows in enumerate(self._rows):
                     for first in range(0, int(rows.sum()), step):
                         for index in range(number * self.variants, (number + 1) * self.variants):
-                            logits, hidden = self._waiting[index]
-                            part = logits.slice_of(hidden[first : first + step].to(device), weight, start, stop)
+                            logits = self._waiting[index]
+                            hidden = logits.hidden[first : first + step].to(device)
+                            part = logits.slice_of(hidden, weight, start, stop)
                             self._update(index, slice(first, first + len(part)), part.cpu(), start)
             self._waiting.clear()
         return [self._by_sample(variant) for variant in range(self.variants)]
@@ -180,12 +188,32 @@ class Scoring:
         return total / count, agreed / count
 
 
-def workspace_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch]) -> int:
+def workspace_bytes(
+    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, parking: Parking
+) -> int:
     """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
-    and the activations of one micro-batch in the widest unit."""
+    the activations of one micro-batch in the widest unit and, where the host is the device, the parked batches."""
     tokens = max(batch.targets.numel() for batch in batches)
     widths = [
         sum(streamed.bare_parameter(name).shape[0] for name in unit.parameters if name not in unit.lazy)
         for unit in streamed.units
     ]
-    return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * max(widths) * 4
+    parked = parked_bytes(streamed, batches, variants, parking) if device.type == "cpu" else 0
+    return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * max(widths) * 4 + parked
+
+
+def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, parking: Parking) -> int:
+    """The most that `variants` of all batches hold on the host while they wait, at most what `parking` lets them.
+
+    Of every token its embedding and its hidden state, its place in rotary angles (as wide as a head, sine and cosine)
+    and its row of an attention mask; of every batch the small tensors and frames of the model's own code.
+    """
+    config = streamed.config.get_text_config()
+    width = int(config.hidden_size)
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    head_width = int(getattr(config, "head_dim", None) or width // heads)
+    itemsize = max(4, streamed.dtype.itemsize)
+    states = sum(
+        batch.targets.numel() * (2 * width + 2 * head_width + batch.targets.shape[1]) * itemsize for batch in batches
+    )
+    return min(parking.budget_bytes, variants * states) + variants * len(batches) * 2 * SMALLEST_BYTES

@@ -5,15 +5,18 @@ the place in the graph in front that its gradient belongs to; its outputs are th
 gradients are caught as they arrive. The inside exists only while the unit is run again.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.lazy import DeferredLogits
+from onelayer.compiler.qb import Compressed, Factors
+from onelayer.compiler.qb import Kept as Unfactored
 
 Slots = list[torch.Tensor | None]
 
@@ -73,11 +76,16 @@ def cut(outputs: Any) -> tuple[Any, Slots]:
     return _replaced(outputs, dict(zip(map(id, tensors), begun, strict=True))), slots
 
 
+# What is kept of a tensor in its stead.
+Shrink = Callable[[torch.Tensor], Compressed]
+
+
 @dataclass
 class Kept:
-    """The arguments of one call of a unit as plain values, and where their gradients go.
+    """The arguments of one call of a unit without their history, and where their gradients go.
 
-    `edges[i]` belongs to the i-th differentiable tensor; None where nothing in front of it wants a gradient.
+    `arguments` is the tree of them, compressed tensors in place of some. `edges[i]` belongs to the i-th differentiable
+    tensor; None where nothing in front of it wants a gradient.
     """
 
     arguments: Any
@@ -85,36 +93,59 @@ class Kept:
     versions: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, arguments: Any, known: WeakTensorKeyDictionary) -> "Kept":
-        """Keep `arguments`. `known` maps tensors met before to what was kept of them, so that shared ones stay so."""
+    def of(cls, arguments: Any, known: WeakTensorKeyDictionary, shrink: Shrink | None = None) -> "Kept":
+        """Keep `arguments`. `known` maps tensors met before to what was kept of them, so that shared ones stay so.
+
+        With `shrink`, that is what is kept of tensors whose gradient is wanted.
+        """
         leaves, tree = tree_flatten(arguments)
         edges = [get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in differentiable(arguments)]
         for place, leaf in enumerate(leaves):
             if type(leaf) is torch.Tensor:
                 if leaf not in known:
-                    known[leaf] = leaf.detach()
+                    known[leaf] = shrink(leaf) if shrink is not None and leaf.requires_grad else leaf.detach()
                 leaves[place] = known[leaf]
-        kept = tree_unflatten(leaves, tree)
-        return cls(kept, edges, [tensor._version for tensor in differentiable(kept)])
+        return cls(tree_unflatten(leaves, tree), edges, _versions(leaves))
 
     @property
     def wants_gradients(self) -> bool:
         """Whether anything in front of the unit wants a gradient."""
         return any(edge is not None for edge in self.edges)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that takes memory."""
+        found: list[torch.Tensor] = []
+        for leaf in tree_leaves(self.arguments):
+            if isinstance(leaf, Factors):
+                found += [leaf.left_tk, leaf.right_kn, leaf.scale_t1, leaf.scale_k1]
+            elif isinstance(leaf, Unfactored | torch.Tensor):
+                found.append(leaf.tensor if isinstance(leaf, Unfactored) else leaf)
+        return found
+
     def check_unchanged(self) -> None:
         """Raise `RuntimeError` where an input was changed in place after the unit had read it."""
-        if self.versions != [tensor._version for tensor in differentiable(self.arguments)]:
+        if self.versions != _versions(tree_leaves(self.arguments)):
             raise RuntimeError("an input was changed in place after the unit had read it, so it cannot be run again")
 
     def again(self, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
         """The arguments on `device` for another run, and the leaves among them whose gradients `push` takes."""
-        originals = differentiable(self.arguments)
+        rebuilt: dict[int, torch.Tensor] = {}
+
+        def plain(leaf: Any) -> Any:
+            if isinstance(leaf, Factors | Unfactored):
+                if id(leaf) not in rebuilt:
+                    rebuilt[id(leaf)] = leaf.rebuild()
+                return rebuilt[id(leaf)]
+            return leaf
+
+        arguments = tree_map(plain, self.arguments)
+        originals = differentiable(arguments)
         leaves = [
             tensor.to(device).detach().requires_grad_(edge is not None)
             for tensor, edge in zip(originals, self.edges, strict=True)
         ]
-        arguments = _replaced(self.arguments, dict(zip(map(id, originals), leaves, strict=True)))
+        arguments = _replaced(arguments, dict(zip(map(id, originals), leaves, strict=True)))
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments), leaves
 
     def push(self, leaves: list[torch.Tensor]) -> None:
@@ -128,3 +159,7 @@ class Kept:
             edges, gradients = zip(*pairs, strict=True)
             # Several units may share a piece of graph, so it is kept; it goes when the last of them is done.
             torch.autograd.backward(edges, gradients, retain_graph=True)
+
+
+def _versions(leaves: Iterable[Any]) -> list[int]:
+    return [leaf._version for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -1,22 +1,23 @@
 """An emulator in, a smaller one out, without the original: factors are ordered by energy, so a prefix is the smaller.
 
-Held: one factor at a time. Letters: k rank, out / in features.
+Quantised factors are cut in their packed rows, so a slice never quantises anew. Held: one factor at a time. Letters:
+k rank, out / in features.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ValidationError
 
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.companions import copy_companions
-from onelayer.compiler.emulator import LinearFigures, LinearSummary
-from onelayer.compiler.emulator_reader import DOWN, UP, Emulator
+from onelayer.compiler.emulator_reader import DENSE, DOWN, UP, Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
+from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, digits, kept_bytes_share
 from onelayer.compiler.measure import Meter, Progress, Report, Result
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
@@ -39,12 +40,17 @@ class _Figures(BaseModel):
 
 
 class SliceResult(Result):
-    """What `slice_emulator` made. `parameters_before` are the original's; errors follow from the singular values."""
+    """What `slice_emulator` made. `parameters_before` are the original's; errors follow from the emulator's records.
+
+    `requantised` says whether stored codes had to be changed, which no dtype asks for: every row has its own scales.
+    """
 
     output: str
     parameters_before: int
     parameters_after: int
     layer_parameters_after: int
+    kept_bytes_share: float
+    requantised: Literal[False] = False
     linears: list[LinearSummary]
     report: Report
 
@@ -52,8 +58,8 @@ class SliceResult(Result):
 def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> SliceResult:
     """Write the emulator that keeps `ratio` of each linear's weights, cut from one that keeps more.
 
-    Linears that the larger emulator holds dense stay dense: there is nothing to cut. Raises `InputError` where `ratio`
-    is larger than the emulator's own.
+    Linears that the larger emulator holds dense, quantised or not, stay dense: there is nothing to cut. Raises
+    `InputError` where `ratio` is larger than the emulator's own, or all linears are dense.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
@@ -61,25 +67,34 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     figures, _ = _read_figures(source)
     if ratio > (stored := figures.settings.ratio):
         raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
-    ranks = {item.name: rank_for(ratio, *source.shape(item.name)) or item.rank for item in figures.linears}
+    factored = [item for item in figures.linears if item.form == "factors"]
+    if not factored:
+        raise InputError(f"{source.directory}: holds whole weights, which cannot be cut; compile a smaller emulator")
+    ranks = {item.name: rank_for(ratio, *source.shape(item.name)) or item.rank for item in factored}
     return cut_emulator(emulator, ranks, output, {"ratio": ratio})
 
 
 def cut_emulator(
-    emulator: str | Path, ranks: Mapping[str, int], output: str | Path, settings: Mapping[str, Any]
+    emulator: str | Path, ranks: Mapping[str, int | None], output: str | Path, settings: Mapping[str, Any]
 ) -> SliceResult:
-    """Write the emulator with shorter factors: at most `ranks` directions of each linear; `settings` are recorded."""
+    """Write the emulator with shorter factors: at most `ranks` directions of each linear; `settings` are recorded.
+
+    A rank None takes the quantised weight that the emulator holds beside the factors.
+    """
     output = Path(output)
     check_output(output)
     source = Emulator.open(emulator)
     figures, document = _read_figures(source)
-    sliced = [_cut_figures(item, ranks[item.name]) for item in figures.linears]
-    kept = {item.name: item.rank for item in sliced}
-    removed = sum((item.rank - kept[item.name]) * sum(source.shape(item.name)) for item in figures.linears)
+    sliced = [_cut_figures(item, ranks, source.shape(item.name)) for item in figures.linears]
+    removed = sum(
+        _weights(before, source) - _weights(after, source)
+        for before, after in zip(figures.linears, sliced, strict=True)
+    )
     with atomic_directory(output) as partial, Meter(torch.device("cpu")) as meter:
         copy_companions(source.directory, partial)
-        shard_sizes = _write_shards(partial, source, kept, meter)
-        _write_config(partial, source, kept)
+        by_file = _plan_shards(source, sliced)
+        shard_sizes = _write_shards(partial, source, by_file, meter)
+        _write_config(partial, source, sliced)
         largest = max(info.size_bytes for info in source.checkpoint.tensors.values())
         report = meter.report(max(shard_sizes), 2 * largest, source.checkpoint.bytes_read)
         result = SliceResult(
@@ -87,6 +102,10 @@ def cut_emulator(
             parameters_before=figures.parameters_before,
             parameters_after=figures.parameters_after - removed,
             layer_parameters_after=figures.layer_parameters_after - removed,
+            kept_bytes_share=kept_bytes_share(
+                {entry.name: entry.size_bytes for entries in by_file.values() for entry in entries},
+                {item.name: source.shape(item.name) for item in sliced},
+            ),
             linears=[item.summary for item in sliced],
             report=report,
         )
@@ -95,7 +114,7 @@ def cut_emulator(
             "digest": model_digest(partial),
             "settings": {**document["settings"], **settings},
             "sliced_from": {"digest": source.digest, "ratio": figures.settings.ratio},
-            **result.model_dump(mode="json", exclude={"output", "linears", "report"}),
+            **result.model_dump(mode="json", exclude={"output", "linears", "report", "requantised"}),
             "report": document["report"],
             "linears": [item.model_dump(mode="json") for item in sliced],
         }
@@ -113,27 +132,67 @@ def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: field {field}: {first['msg']}; compile the emulator again") from None
-    if {item.name: item.rank for item in figures.linears} != source.facts.ranks:
+    if {item.name: item.rank for item in figures.linears} != source.facts.compressed:
         raise InputError(f"{path}: field linears: does not agree with the ranks of config.json; compile it again")
     return figures, document
 
 
-def _cut_figures(item: LinearFigures, rank: int) -> LinearFigures:
+def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], shape: tuple[int, int]) -> LinearFigures:
     """The figures of a prefix: its relative error is sqrt(1 - kept energy / output energy), whatever the data."""
-    if rank >= item.rank:
+    if item.form == "dense":
         return item
+    rank = ranks[item.name]
+    if rank is None:
+        return item.as_dense(shape)
+    if rank >= item.rank:
+        return item.model_copy(update={"dense_error": None})
     kept = item.singular_values[:rank]
     lost = 1 - sum(value * value for value in kept) / item.output_energy if item.output_energy else 0.0
-    error = float(f"{math.sqrt(max(0.0, lost)):.6g}")
-    return item.model_copy(update={"rank": rank, "error": error, "optimal_error": error, "singular_values": kept})
+    optimal = digits(math.sqrt(max(0.0, lost)))
+    packed = {} if item.prefix_errors is None else {"prefix_errors": item.prefix_errors[:rank], "dense_error": None}
+    error = optimal if item.prefix_errors is None else item.prefix_errors[rank - 1]
+    unquantised = None if item.prefix_errors is None else optimal
+    figures = {"rank": rank, "error": error, "optimal_error": optimal, "unquantised_error": unquantised}
+    return item.model_copy(update={**figures, "singular_values": kept, **packed})
 
 
-def _write_shards(target: Path, source: Emulator, ranks: dict[str, int], meter: Meter) -> list[int]:
-    """The same shards with shorter factors, then the index; returns the bytes of each shard."""
-    checkpoint = source.checkpoint
+def _weights(item: LinearFigures, source: Emulator) -> int:
+    out_features, in_features = source.shape(item.name)
+    return out_features * in_features if item.form == "dense" else item.rank * (out_features + in_features)
+
+
+def _plan_shards(source: Emulator, sliced: Sequence[LinearFigures]) -> dict[Path, list[Entry]]:
+    """The same shards with shorter factors."""
+    checkpoint, linears = source.checkpoint, {item.name: item for item in sliced}
     by_file: dict[Path, list[Entry]] = {file: [] for file in checkpoint.files}
     for name, info in checkpoint.tensors.items():
-        by_file[info.file].append(_entry(source, name, ranks))
+        module, _, leaf = name.rpartition(".")
+        item = linears.get(module)
+        if item is None or f".{leaf}" not in (UP, DOWN, DENSE):
+            by_file[info.file].append(copy_entry(name, info))
+        elif (f".{leaf}" == DENSE) == (item.form == "dense"):
+            rows_first = source.facts.packed is not None or f".{leaf}" == DOWN
+            by_file[info.file].append(_prefix(source, name, item, rows_first))
+    return by_file
+
+
+def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) -> Entry:
+    """A whole weight as it stands, or the first `rank` rows of a factor; columns of a plain up (out, k)."""
+    checkpoint, info, rank = source.checkpoint, source.checkpoint.tensors[name], item.rank
+    if item.form == "dense":
+        return copy_entry(name, info)
+    shape = (rank, info.shape[1]) if rows_first else (info.shape[0], rank)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        factor = checkpoint.read_rows(name, 0, rank) if rows_first else checkpoint.read(name)[:, :rank]
+        yield from tensor_entry(name, factor).chunks()
+
+    return Entry(name, info.dtype, shape, chunks)
+
+
+def _write_shards(target: Path, source: Emulator, by_file: Mapping[Path, list[Entry]], meter: Meter) -> list[int]:
+    """The shards, then the index; returns the bytes of each shard."""
+    checkpoint = source.checkpoint
     with Progress(len(by_file), "slice") as progress:
         for count, (file, entries) in enumerate(by_file.items()):
             progress.reached(count, file.name, meter.sample())
@@ -145,23 +204,10 @@ def _write_shards(target: Path, source: Emulator, ranks: dict[str, int], meter: 
     return sizes
 
 
-def _entry(source: Emulator, name: str, ranks: dict[str, int]) -> Entry:
-    """A tensor as it stands, or the first columns of an up (out, k), or the first rows of a down (k, in)."""
-    checkpoint, info = source.checkpoint, source.checkpoint.tensors[name]
-    module, _, leaf = name.rpartition(".")
-    if f".{leaf}" not in (UP, DOWN) or module not in ranks:
-        return copy_entry(name, info)
-    rank = ranks[module]
-    shape = (info.shape[0], rank) if f".{leaf}" == UP else (rank, info.shape[1])
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        factor = checkpoint.read(name)[:, :rank] if f".{leaf}" == UP else checkpoint.read_rows(name, 0, rank)
-        yield from tensor_entry(name, factor).chunks()
-
-    return Entry(name, info.dtype, shape, chunks)
-
-
-def _write_config(target: Path, source: Emulator, ranks: dict[str, int]) -> None:
+def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:
     document: dict[str, Any] = read_json(source.directory / "config.json")
-    document["quantization_config"]["ranks"] = ranks
+    section = document["quantization_config"]
+    section["ranks"] = {item.name: item.rank for item in sliced if item.form == "factors"}
+    if source.facts.packed is not None:
+        section["quantized_dense"] = [item.name for item in sliced if item.form == "dense"]
     write_json(target / "config.json", document)

@@ -104,7 +104,7 @@ class Stream:
                     ahead.discard(unit)
                     self._visit(unit, parked, loader, advance)
                     return_free_memory()
-                    bar.reached(unit.position + 1, unit.name, self.meter.sample())
+                    bar.reached(unit.position + 1, unit.name, self.meter.sample(), self.meter.note)
             finally:
                 for visit in parked:
                     assert visit.resume is not None

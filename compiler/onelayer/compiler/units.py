@@ -64,7 +64,9 @@ class StreamedModel:
         found = {name: bare_name(name) for name in self.model.state_dict()}
         self._owners = {bare: compat.owner_of(self.model, name) for name, bare in found.items() if bare in self._empty}
         self._absent: dict[str, torch.Tensor] = {
-            name: AbsentWeight.like(empty) for name, empty in self._empty.items() if empty.is_meta
+            name: AbsentWeight.like(empty, name, lambda name: self.convert([name], self.read([name]))[name])
+            for name, empty in self._empty.items()
+            if empty.is_meta
         }
         for name in self._owners.keys() & self._absent.keys() - computed:
             set_tensor(*self._owners[name], self._absent[name])
@@ -75,16 +77,12 @@ class StreamedModel:
 
     def _wrap(self, prepare: Callable[[PreTrainedModel], None]) -> None:
         """Let `prepare` see parameters that lie on the host, without storage: it puts its own where it finds these."""
-        names = list(self._empty)
-        owners = [compat.owner_of(self.model, name) for name in names]
-        for (owner, leaf), name in zip(owners, names, strict=True):
-            empty = self._empty[name]
-            if empty.is_meta:
-                set_tensor(owner, leaf, torch.empty((), dtype=empty.dtype).expand(empty.shape))
+        found = [(*compat.owner_of(self.model, name), empty) for name, empty in self._empty.items() if empty.is_meta]
+        for owner, leaf, empty in found:
+            set_tensor(owner, leaf, torch.empty((), dtype=empty.dtype).expand(empty.shape))
         prepare(self.model)
-        for (owner, leaf), name in zip(owners, names, strict=True):
-            if self._empty[name].is_meta:
-                set_tensor(owner, leaf, self._empty[name])
+        for owner, leaf, empty in found:
+            set_tensor(owner, leaf, empty)
 
     @property
     def keys(self) -> dict[str, tuple[str, ...]]:

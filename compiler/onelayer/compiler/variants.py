@@ -1,5 +1,6 @@
 """One unit of the original that is held, run as several models: alone, with an adapter, or as its emulator would."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.moments import is_linear
 from onelayer.compiler.units import Unit, bare_name
 
 Run = Callable[[int, Any, Any], Any]
-Factors = tuple[torch.Tensor, torch.Tensor]
+Factors = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,42 @@ class Variant:
 
 
 def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], None]:
-    """Lets PEFT wrap the empty model in every adapter, by name; their own small weights are real, on the host."""
+    """Lets PEFT wrap the empty model in every adapter, by name; their own small weights are real, on the host.
+
+    The factors are then read from the files anew: for some architectures PEFT renames keys that it wrote itself, warns
+    that they are missing, and goes on with random ones.
+    """
 
     def prepare(model: PreTrainedModel) -> None:
         wrapped: Any = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            for name, path in adapters.items():
+                if wrapped is None:
+                    wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)
+                else:
+                    wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
         for name, path in adapters.items():
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)
-            else:
-                wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
+            _fill(model, Adapter.open(path), name)
         model.eval()
 
     return prepare
+
+
+def factor_names(module: str, embedding: bool, adapter: str) -> tuple[str, str]:
+    """The parameters A and B of an adapted module, as PEFT names them in the model."""
+    if embedding:
+        return f"{module}.lora_embedding_A.{adapter}", f"{module}.lora_embedding_B.{adapter}"
+    return f"{module}.lora_A.{adapter}.weight", f"{module}.lora_B.{adapter}.weight"
+
+
+def _fill(model: PreTrainedModel, source: Adapter, adapter: str) -> None:
+    for name, module in source.modules.items():
+        names = factor_names(name, module.embedding, adapter)
+        for parameter, key in zip(names, (module.key_a, module.key_b), strict=True):
+            found = model.get_parameter(parameter)
+            tensor = source.read(key)
+            found.data = tensor.to(torch.float32 if found.is_meta else found.dtype)
 
 
 def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
@@ -53,7 +79,7 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
 
     @contextmanager
     def around(unit: Unit) -> Iterator[Run]:
-        layers = [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        layers = tuner_layers(unit)
         emulators = {item.emulator.directory: item.emulator for item in variants if item.emulator is not None}
         factors = {directory: _factors(unit, emulator, device) for directory, emulator in emulators.items()}
 
@@ -63,14 +89,20 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
                 layer.enable_adapters(variant.adapter is not None)
                 if variant.adapter is not None:
                     layer.set_adapter([variant.adapter] if isinstance(layer, BaseTunerLayer) else variant.adapter)
-            if variant.emulator is None:
+            replaced = factors[variant.emulator.directory] if variant.emulator is not None else {}
+            if not replaced:
                 return type(unit.module).forward(unit.module, *args, **kwargs)
-            with _standing_in(unit.module, factors[variant.emulator.directory]) as forward:
-                return forward(*args, **kwargs)
+            with _standing_in(unit.module, replaced) as stand_in:
+                return stand_in(*args, **kwargs)
 
         yield run
 
     return around
+
+
+def tuner_layers(unit: Unit) -> list[Any]:
+    """The modules of a unit that PEFT has wrapped."""
+    return [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
 def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
@@ -80,12 +112,12 @@ def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _factors(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Factors]:
-    """Up and down of the compressed linears of a unit."""
+    """Up and down of the compressed linears of a unit; a whole weight and None of those that were only quantised."""
     found = {}
     for name, module in named_parts(unit):
-        if name in emulator.facts.ranks and is_linear(module):
+        if name in emulator.facts.compressed and is_linear(module):
             up, down = emulator.factors(name)
-            found[module] = (up.to(device), down.to(device))
+            found[module] = (up.to(device), None if down is None else down.to(device))
     return found
 
 
@@ -93,12 +125,14 @@ def _factors(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Mo
 def _standing_in(module: nn.Module, factors: Mapping[nn.Module, Factors]) -> Iterator[Callable[..., Any]]:
     """The forward of `module`, its compressed linears replaced by their factors meanwhile."""
 
-    def low_rank(linear: nn.Module, up: torch.Tensor, down: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def replacement(
+        linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         bias = linear.bias
         assert bias is None or isinstance(bias, torch.Tensor)
-        return lambda x: F.linear(F.linear(x, down), up, bias)
+        return lambda x: F.linear(x if down is None else F.linear(x, down), up, bias)
 
-    replaced = {linear: low_rank(linear, *pair) for linear, pair in factors.items()}
+    replaced = {linear: replacement(linear, *pair) for linear, pair in factors.items()}
     inner = [linear for linear in replaced if linear is not module]
     for linear in inner:
         linear.forward = replaced[linear]

@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from onelayer.runtime.activations import compress_activations as compress_activations
     from onelayer.runtime.model import LowRankLinear as LowRankLinear
     from onelayer.runtime.model import load_emulator as load_emulator
+    from onelayer.runtime.plan import PlanResult as PlanResult
+    from onelayer.runtime.plan import plan_run as plan_run
     from onelayer.runtime.train import TrainResult as TrainResult
     from onelayer.runtime.train import train_lora as train_lora
 
 _HOME_OF = {
     "ActivationCompression": "activations",
     "LowRankLinear": "model",
+    "PlanResult": "plan",
     "TrainResult": "train",
     "compress_activations": "activations",
     "load_emulator": "model",
+    "plan_run": "plan",
     "train_lora": "train",
 }
 __all__ = sorted(_HOME_OF)

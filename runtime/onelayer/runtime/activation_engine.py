@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from onelayer.compiler.qb import Compressed, compress
 from onelayer.runtime.activation_calls import StandIn, recomputed, replaced, tensors_in
 from onelayer.runtime.activation_figures import Figures
 from onelayer.runtime.activation_norms import CompressedNorm, Norm, NormCopy
 from onelayer.runtime.activation_padding import PaddingMask
 from onelayer.runtime.activation_plan import LayerPlan, plan_layer
 from onelayer.runtime.activation_routing import Routing
-from onelayer.runtime.qb import Compressed, compress
 
 Where = Literal["layer", "sublayer"]
 
@@ -93,7 +93,8 @@ class Engine:
         self, layer: nn.Module, call: Callable[..., Any], hidden: torch.Tensor, args: tuple[Any, ...], kwargs: Any
     ) -> LayerPlan | str:
         """How the layer is built, found out in its first call; layers of one make share the answer."""
-        name = self._names[layer]
+        # A layer that came into the model later has no name in it.
+        name = self._names.setdefault(layer, f"{type(layer).__name__} {len(self._names)}")
         if name not in self.plans:
 
             def once(stranger: torch.Tensor) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from onelayer.runtime.qb import Compressed
+from onelayer.compiler.qb import Compressed
 
 
 @dataclass

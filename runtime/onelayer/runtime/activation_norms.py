@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from onelayer.runtime.qb import Compressed
+from onelayer.compiler.qb import Compressed
 
 _DEFAULT_EPSILON = 1e-6
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}  # of x̂'s size, which is 1; shorter floats get the next line

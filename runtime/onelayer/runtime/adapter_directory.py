@@ -7,7 +7,7 @@ from onelayer.compiler.adapter import PROVENANCE_FILE
 from onelayer.compiler.adapter_config import CONFIG_FILE
 from onelayer.compiler.adapter_writer import Base, model_card
 from onelayer.compiler.files import read_json, write_json, write_text
-from onelayer.runtime.model import LowRankLinear
+from onelayer.runtime.model import CompressedLinear
 from onelayer.runtime.train_inputs import TrainModel
 
 if TYPE_CHECKING:
@@ -47,5 +47,5 @@ def write_adapter_directory(
 def _was_conv1d(adapted: "PeftModel") -> bool:
     """Whether every adapted linear is a `Conv1D` in the original, which PEFT is told by `fan_in_fan_out`."""
     bases = [getattr(module, "base_layer", None) for module in adapted.modules()]
-    linears = [base for base in bases if isinstance(base, LowRankLinear)]
+    linears = [base for base in bases if isinstance(base, CompressedLinear)]
     return bool(linears) and all(base.was_conv1d for base in linears)

@@ -4,17 +4,13 @@
 """
 
 import contextlib
-import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from onelayer.compiler.digests import file_digest
@@ -28,62 +24,11 @@ from onelayer.compiler.files import (
     sha256_json,
     write_json,
 )
-from onelayer.compiler.measure import Result
+from onelayer.runtime.artifact_locks import ArtifactLocks
+from onelayer.runtime.artifact_record import METADATA, Artifact, Fault, Notify, StepSpec, library_versions, silent
 
-METADATA = "artifact.json"
-LIBRARIES = ("onelayer", "torch", "transformers", "peft", "trl", "safetensors")
-
-Notify = Callable[[str], None]
-
-
-def silent(message: str) -> None:
-    """A `Notify` that says nothing."""
-
-
-class Artifact(Result):
-    """What `artifact.json` says about one finished step.
-
-    `digest` identifies what the payload computes and is what later steps build their keys from; `files` maps every
-    payload file to its SHA-256. Times and peaks are of the run that made it.
-    """
-
-    format_version: int = 1
-    key: str
-    kind: str
-    step_version: int
-    fields: dict[str, Any]
-    inputs: dict[str, str]
-    digest: str
-    files: dict[str, str]
-    total_bytes: int
-    seconds: float
-    peak_device_bytes: int | None = None
-    peak_host_bytes: int | None = None
-    versions: dict[str, str]
-    created: str
-
-
-class StepSpec(Result):
-    """All that decides a step's result; the key is its hash. `inputs` maps what an input is for to its digest."""
-
-    kind: str
-    step_version: int
-    fields: dict[str, Any]
-    inputs: dict[str, str]
-
-    @property
-    def key(self) -> str:
-        """The artifact's name in the store."""
-        return sha256_json(self.model_dump(mode="json"))
-
-
-class Fault(Result):
-    """One damaged file of one artifact."""
-
-    key: str
-    kind: str
-    file: str
-    problem: str
+# Beside an unfinished payload: the versions of the libraries it was begun with.
+BEGUN_WITH = "versions.json"
 
 
 class ArtifactStore:
@@ -92,7 +37,7 @@ class ArtifactStore:
     def __init__(self, home: str | Path | None = None) -> None:
         self.home = Path(home) if home is not None else onelayer_home()
         self.root = self.home / "artifacts"
-        self._locks = self.root / ".locks"
+        self._locks = ArtifactLocks(self.root)
 
     def payload(self, key: str) -> Path:
         """Where the files of an artifact lie."""
@@ -149,22 +94,28 @@ class ArtifactStore:
         interrupted attempt left beside that folder stays for the next. `digest` names the payload's content
         where it holds files that differ from run to run (reports); by default all files count.
         """
-        with self._lock(spec.key, notify):
+        with self._locks.making(spec.key, notify):
             found = self.find(spec.key)
             if found is not None:
                 if self.damage(found) is None:
                     return found, False
                 remove_artifact(self.root / spec.key)
             partial = self.root / f".{spec.key}.partial"
-            if partial.exists() and not resumable:
+            if partial.exists() and not (resumable and self._goes_on(partial)):
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
+            write_json(partial / BEGUN_WITH, library_versions())
             try:
                 return self._fill(spec, partial, make, digest), True
             except BaseException:
                 if not resumable:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
+
+    def _goes_on(self, partial: Path) -> bool:
+        """Whether an interrupted attempt was begun with the libraries of today; another's would not fit to ours."""
+        file = partial / BEGUN_WITH
+        return file.is_file() and read_json(file) == library_versions()
 
     def _fill(
         self,
@@ -179,8 +130,10 @@ class ArtifactStore:
         document = make(payload)
         seconds = time.perf_counter() - started
         for leftover in partial.iterdir():
-            if leftover != payload:
+            if leftover.is_dir() and leftover != payload:
                 shutil.rmtree(leftover)
+            elif leftover.is_file():
+                leftover.unlink()
         files = {file: file_digest(payload / file) for file in _files(payload)}
         assert files, f"step {spec.kind} left no file"
         costs = document.get("report") or document
@@ -193,7 +146,7 @@ class ArtifactStore:
             seconds=round(seconds, 3),
             peak_device_bytes=costs.get("peak_device_bytes"),
             peak_host_bytes=costs.get("peak_host_bytes"),
-            versions=_versions(),
+            versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_json(partial / METADATA, artifact.model_dump(mode="json"))
@@ -201,50 +154,14 @@ class ArtifactStore:
         return artifact
 
     @contextlib.contextmanager
-    def _lock(self, key: str, notify: Notify = silent) -> Iterator[None]:
-        """Hold the right to make or remove an artifact; says so where somebody else has it, and waits."""
-        self._locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._locks / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            notify(f"another run is working on {key[:12]}, waiting for it")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @contextlib.contextmanager
     def use(self, key: str) -> Iterator[Path]:
         """Yield an artifact's payload and keep `prune` away from it meanwhile; many runs may use it at once."""
-        with self._lock(key):
-            file = self.root / key / METADATA
-            if not file.exists():
-                raise RuntimeError(f"{file.parent} was removed meanwhile; run the command again")
-            os.utime(file)  # `prune --older-than-days` counts from the last use
-            mark = FileLock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
-            mark.acquire()
-        try:
+        with self._locks.use(key):
             yield self.payload(key)
-        finally:
-            mark.release()
-            Path(mark.lock_file).unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def claim(self, key: str) -> Iterator[bool]:
-        """Yield whether an artifact is free to remove: nobody makes it and nobody uses it. Never waits."""
-        self._locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._locks / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield all(_abandoned(mark) for mark in self._locks.glob(f"{key}.*.use"))
-        finally:
-            lock.release()
+    def claim(self, key: str) -> contextlib.AbstractContextManager[bool]:
+        """Whether an artifact is free to remove, held while it is removed: nobody makes it, nobody uses it."""
+        return self._locks.claim(key)
 
     def artifacts(self) -> list[Artifact]:
         """Every finished artifact, oldest first."""
@@ -262,27 +179,6 @@ def remove_artifact(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _abandoned(mark: Path) -> bool:
-    """Whether a use mark was left by a process that died; it is removed then."""
-    lock = FileLock(mark)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    lock.release()
-    mark.unlink(missing_ok=True)
-    return True
-
-
 def _files(payload: Path) -> list[str]:
     """Relative names of all files below a folder, with forward slashes."""
     return sorted(str(PurePosixPath(path.relative_to(payload))) for path in payload.rglob("*") if path.is_file())
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries a result may depend on: recorded, never part of a key."""
-    found = {}
-    for library in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[library] = version(library)
-    return found

@@ -13,6 +13,7 @@ from onelayer.runtime.cli_format import print_error
 
 RESUME = {
     "merge": "finished files are kept, run the same command again to go on",
+    "polish": "finished steps are kept, run the same command again to go on",
     "run": "finished steps are kept, run the same command again to go on",
     "train": "run the same command again with --resume to go on from the last checkpoint",
 }

@@ -10,17 +10,15 @@ from onelayer.runtime.artifacts import ArtifactStore
 from onelayer.runtime.cli_format import print_result
 from onelayer.runtime.cli_options import Json, MaxSize
 from onelayer.runtime.prune import prune_by_rules
+from onelayer.runtime.reasons import listing
 
 app = typer.Typer(rich_markup_mode=None, help="List, verify and prune what `onelayer run` keeps.")
 
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List every finished artifact, oldest first."""
-    store = ArtifactStore()
-    print_result(
-        lambda: [artifact.model_dump(mode="json") for artifact in store.artifacts()], cli_format.artifacts, as_json
-    )
+    """List every finished artifact with its size, its age and the manifests that used it last, oldest first."""
+    print_result(lambda: listing(ArtifactStore()), cli_format.artifacts, as_json)
 
 
 @app.command("verify")

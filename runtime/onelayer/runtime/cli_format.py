@@ -95,7 +95,7 @@ def compile_summary(document: Mapping[str, Any]) -> str:
     worst = sorted(document["linears"], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
     rows = [("largest errors", "rank", "error", "optimal")]
     rows += [(row["name"], row["rank"], row["error"], row["optimal_error"]) for row in worst]
-    return "\n".join([head, *([table(rows)] if worst else []), _report(document["report"])])
+    return "\n".join([head, *([table(rows)] if worst else []), report_line(document["report"])])
 
 
 def correct_summary(document: Mapping[str, Any]) -> str:
@@ -106,19 +106,20 @@ def correct_summary(document: Mapping[str, Any]) -> str:
         tried = document["candidates"]
         rows = [(row["solver"], "none" if row["limit"] is None else row["limit"], row["loss"]) for row in tried]
         parts.append(table([("solver tried", "limit", "held-out loss"), *rows]))
-    return "\n".join([*parts, _report(document["report"])])
+    return "\n".join([*parts, report_line(document["report"])])
 
 
 def evaluate_summary(document: Mapping[str, Any]) -> str:
     """One row per model scored."""
     rows = [(row["adapter"] or "original", row) for row in document["results"]]
-    parts = [_scores(rows), _report(document["report"])]
+    parts = [scores(rows), report_line(document["report"])]
     if against := document["against"]:
         parts.insert(1, f"against the original\n{table([*against.items()])}")
     return "\n".join(parts)
 
 
-def _scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """One row of figures per model, by name."""
     head = ("", "loss", "perplexity", "token accuracy", "tokens")
     body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
     if not any(row.get("questions") for _, row in rows):
@@ -127,7 +128,7 @@ def _scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return table([(*left, *right) for left, right in zip([head, *body], answers, strict=True)])
 
 
-def _report(report: Mapping[str, Any]) -> str:
+def report_line(report: Mapping[str, Any]) -> str:
     """The memory contract in one line: what was measured beside what was promised."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
     return (
@@ -137,26 +138,26 @@ def _report(report: Mapping[str, Any]) -> str:
     )
 
 
-def run_summary(document: Mapping[str, Any]) -> str:
-    """The steps with their states and reasons, then the scores of every task."""
-    steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
-    parts = [table(steps)]
-    for task, rows in document.get("evaluations", {}).items():
-        parts.append(f"{task}\n{_scores([(row['name'], row) for row in rows])}")
-    parts.append("\n".join(f"{row['name']}: {row['path']}" for row in document["steps"] if _is_product(row)))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _is_product(row: Mapping[str, Any]) -> bool:
-    """Whether a step leaves what people came for."""
-    return row["kind"] in ("correct", "merge") and row["state"] in ("cached", "ran")
-
-
 def artifacts(document: Sequence[Mapping[str, Any]]) -> str:
-    """One row per artifact and the total."""
-    rows = [(row["key"][:12], row["kind"], size(row["total_bytes"]), row["created"]) for row in document]
+    """One row per artifact, with those who used it last, and the total."""
+    rows = [
+        (row["key"][:12], row["kind"], size(row["total_bytes"]), age(row["age_seconds"]), ", ".join(row["used_by"]))
+        for row in document
+    ]
+    if not rows:
+        return "the store is empty"
     total = f"{len(document)} artifacts, {size(sum(row['total_bytes'] for row in document))}"
-    return "\n".join([table([("key", "kind", "size", "created"), *rows]), total]) if rows else "the store is empty"
+    return (
+        "\n".join([table([("key", "kind", "size", "age", "used by"), *rows]), total]) if rows else "the store is empty"
+    )
+
+
+def age(seconds: float) -> str:
+    """A duration in the largest unit of which there are two."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def faults(document: Sequence[Mapping[str, Any]]) -> str:

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-_BYTES_PER_UNIT = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_BYTES_PER_UNIT |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+from onelayer.runtime.sizes import parse_size
 
 
 def parse_limit(text: str | float | None) -> float | str | None:
@@ -47,11 +46,10 @@ def parse_target_modules(text: str) -> str | list[str]:
 
 def parse_bytes(text: str | int) -> int:
     """A size like 24GiB, 500MB or 1000 in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?", str(text).strip(), re.IGNORECASE)
-    unit = (match[2] or "B").upper() if match else ""
-    if match is None or unit not in _BYTES_PER_UNIT:
-        raise typer.BadParameter(f"{text!r} is not a size; write 24GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * _BYTES_PER_UNIT[unit])
+    try:
+        return parse_size(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -62,6 +60,23 @@ Calibration = Annotated[
     typer.Option(metavar="DATA", help="Text like that of your tasks: file, directory or Hub id; may be repeated."),
 ]
 Ratio = Annotated[float, typer.Option(help="Share of each linear's parameters that the emulator keeps, 0 to 1.")]
+CompileRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of each linear's parameters that the emulator keeps, 0 to 1.",
+        show_default="0.25, or by --keep-bytes",
+    ),
+]
+KeepBytes = Annotated[
+    float | None, typer.Option(help="In place of --ratio: the share of each linear's bytes at 16 bits, 0 to 1.")
+]
+FactorDtype = Annotated[
+    Literal["bf16", "int8", "nf4"] | None,
+    typer.Option(
+        help="How the emulator's factors are stored; nf4 holds 3.8 times the rank of bf16.",
+        show_default="as MODEL is",
+    ),
+]
 MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples computed at once; more needs more memory.")]
 Solver = Annotated[
@@ -137,6 +152,19 @@ TargetModules = Annotated[
         parser=parse_target_modules,
         metavar="NAMES",
         help="`all-linear`, names separated by commas, or a regular expression.",
+    ),
+]
+Memory = Annotated[
+    int,
+    typer.Option("--memory", parser=parse_bytes, metavar="SIZE", help="Memory of the device to plan for, like 24GiB."),
+]
+CompileMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Instead of a ratio: the largest that can be trained on a device of this size.",
     ),
 ]
 MaxSize = Annotated[

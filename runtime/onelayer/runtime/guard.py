@@ -1,8 +1,8 @@
 """The stand-in for a weight that no longer exists: it answers questions about itself and refuses to be computed with.
 
-A `LowRankLinear` is an `nn.Linear` to everyone, and PEFT, Trainer and accelerate read `.weight` of such modules for its
-shape, dtype and device. Giving them the product of the factors would cost a full matrix at each look, and would let a
-merge, DoRA or PiSSA write into a temporary: wrong numbers without a word. So the guard has no storage, and raises.
+A `CompressedLinear` is an `nn.Linear` to everyone, and PEFT, Trainer and accelerate read `.weight` of such modules for
+its shape, dtype and device. Giving them the product of the factors would cost a full matrix at each look, and would let
+a merge, DoRA or PiSSA write into a temporary: wrong numbers without a word. So the guard has no storage, and raises.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,8 @@ _METADATA = frozenset(
     + [getattr(torch.Tensor, name) for name in _METHODS.split()]
 )
 _MESSAGE = (
-    "this module of an emulator holds two low-rank factors and no weight, so {operation} cannot use its weight; "
+    "this module of an emulator holds two low-rank factors and no weight (or packed bytes), so {operation} cannot use "
+    "its weight; "
     "merging, DoRA, PiSSA and the like need the original: correct the adapter with `onelayer correct`, merge it there"
 )
 
@@ -38,9 +39,9 @@ class GuardWeight(torch.Tensor):
     _is_hf_initialized = True
 
     @classmethod
-    def like(cls, factor: torch.Tensor, shape: Sequence[int]) -> "GuardWeight":
-        """The guard of the given shape, of the dtype and on the device of `factor`."""
-        return factor.new_empty(()).expand(*shape).as_subclass(cls)
+    def like(cls, factor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> "GuardWeight":
+        """The guard of the given shape and dtype, on the device of `factor`."""
+        return factor.new_empty((), dtype=dtype).expand(*shape).as_subclass(cls)
 
     @classmethod
     def __torch_function__(

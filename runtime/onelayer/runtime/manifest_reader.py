@@ -1,5 +1,7 @@
 """A YAML file in, its plain document and its faults out: duplicate keys, and pydantic's findings in plain words."""
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +14,7 @@ from pydantic_core import ErrorDetails
 from onelayer.compiler.errors import InputError
 
 Location = tuple[int | str, ...]
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 Fault = tuple[Location, str]  # where in the document, and what is wrong there
 
 
@@ -39,7 +42,36 @@ def read_yaml(path: Path) -> tuple[Any, list[Fault]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    return document, _duplicates(node, (), set())
+    faults = _duplicates(node, (), set())
+    return _expanded(document, (), faults), faults
+
+
+def _expanded(value: Any, where: Location, faults: list[Fault], above: tuple[int, ...] = ()) -> Any:
+    """The document with `${NAME}` in its texts replaced by the environment's value, `${NAME:-text}` by text without.
+
+    `above` are the mappings and lists around it: an alias of one of them is left as it is, for checking to refuse.
+    """
+    if id(value) in above:
+        return value
+    above = (*above, id(value))
+    if isinstance(value, dict):
+        return {name: _expanded(item, (*where, name), faults, above) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item, (*where, index), faults, above) for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(found: re.Match[str]) -> str:
+        text = os.environ.get(found[1], found[2])
+        if text is None:
+            faults.append(
+                (where, f"the environment variable {found[1]} is not set, set it or write ${{{found[1]}:-default}}")
+            )
+        return text or ""
+
+    expanded = _VARIABLE.sub(replace, value)
+    # `${RATIO}` alone is what it stands for: a number, if it reads as one.
+    return yaml.safe_load(expanded) if _VARIABLE.fullmatch(value) and expanded else expanded
 
 
 def _duplicates(node: yaml.Node | None, where: Location, seen: set[int]) -> list[Fault]:

@@ -1,4 +1,4 @@
-"""What an emulator computes with: `LowRankLinear`, two thin factors in the place of one weight; and how it is loaded.
+"""What an emulator computes with: two thin factors in the place of one weight, plain or packed; and how it is loaded.
 
 Shapes: N tokens, `in` and `out` the features of the linear that was replaced, k its rank.
 """
@@ -16,12 +16,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class LowRankLinear(nn.Linear):
-    """y = (x down^T) up^T + bias, with `lr_up` (out, k) and `lr_down` (k, in); columns ordered by energy.
+class CompressedLinear(nn.Linear):
+    """What stands for a linear: a subclass of `nn.Linear`, since that is what PEFT attaches to, without a weight.
 
-    A subclass of `nn.Linear`, since that is what PEFT attaches to. `was_conv1d` says that the original module is a
-    GPT-2 style `Conv1D`, whose weight lies the other way round; adapters made here note it in their configuration.
+    `was_conv1d` says that the original module is a GPT-2 style `Conv1D`, whose weight lies the other way round;
+    adapters made here note it in their configuration. `factors` are the names of the frozen tensors that stand for the
+    weight.
     """
+
+    factors: tuple[str, ...]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        was_conv1d: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
+        self.in_features, self.out_features, self.was_conv1d = in_features, out_features, was_conv1d
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    def freeze(self) -> None:
+        """Nothing trains what stands for the weight."""
+        for name in self.factors:
+            self.get_parameter(name).requires_grad_(False)
+
+
+class LowRankLinear(CompressedLinear):
+    """y = (x down^T) up^T + bias, with `lr_up` (out, k) and `lr_down` (k, in); columns ordered by energy."""
+
+    factors = ("lr_up", "lr_down")
 
     def __init__(
         self,
@@ -33,19 +62,15 @@ class LowRankLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         was_conv1d: bool = False,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.was_conv1d = was_conv1d
+        super().__init__(in_features, out_features, bias, device, dtype, was_conv1d)
+        self.rank = rank
         self.lr_up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.lr_down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # nn.Linear declares a parameter
         """A guard: shape, dtype and device of the weight that is not there."""
-        return GuardWeight.like(self.lr_up, (self.out_features, self.in_features))
+        return GuardWeight.like(self.lr_up, (self.out_features, self.in_features), self.lr_up.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, in) -> (N, out), through k."""

@@ -12,17 +12,25 @@ from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import read_json
 from onelayer.compiler.measure import Result
-from onelayer.runtime.artifacts import Artifact, ArtifactStore, Notify, StepSpec, silent
+from onelayer.runtime.artifact_record import Artifact, Notify, StepSpec, silent
+from onelayer.runtime.artifacts import ArtifactStore
+from onelayer.runtime.finish import check_results, finish
 from onelayer.runtime.manifest import Manifest, check_tasks
+from onelayer.runtime.plan_manifest import Costs, StepCosts
 from onelayer.runtime.reasons import RunRecord, why
-from onelayer.runtime.sources import Source, source_digest
-from onelayer.runtime.steps import EVALUATION, STEP_VERSIONS, Step, payload_digest, steps_of
+from onelayer.runtime.reuse import cut, larger_emulator
+from onelayer.runtime.sources import Source, model_directory, source_digest
+from onelayer.runtime.step_kinds import EVALUATION, RESUMABLE, STEP_VERSIONS, Step, model_source, payload_digest
+from onelayer.runtime.steps import steps_of
 
 UNCHANGED = "made before from the same inputs and settings"
 
 
-class PlannedStep(Result):
-    """One step of a plan. Key and path are None where an input is not known before another step has run."""
+class PlannedStep(StepCosts):
+    """One step of a plan. Key and path are None where an input is not known before another step has run.
+
+    Bytes and peaks are predictions for running it; a cached step costs nothing.
+    """
 
     name: str
     kind: str
@@ -50,10 +58,11 @@ class Plan(Result):
 
 
 class RunResult(Result):
-    """What a run did, and per task the scores of the original and its adapters."""
+    """What a run did, per task the scores of the original and its adapters, and where the report lies."""
 
     steps: list[StepResult]
     evaluations: dict[str, list[dict[str, Any]]]
+    report: str | None = None
 
     @property
     def failed(self) -> list[StepResult]:
@@ -69,6 +78,7 @@ def plan(manifest: Manifest, store: ArtifactStore | None = None, tasks: list[str
     record = RunRecord.of(manifest.path, store)
     known: dict[str, str] = {}  # step name to the digest of its artifact
     planned: list[PlannedStep] = []
+    costs = Costs(manifest, model_directory(model_source(manifest)))
     for step in steps:
         spec, waiting = _specify(step, sources, known)
         artifact = store.find(spec.key) if not waiting else None
@@ -76,12 +86,18 @@ def plan(manifest: Manifest, store: ArtifactStore | None = None, tasks: list[str
         cached = artifact is not None and damage is None
         if artifact is not None and cached:
             known[step.name] = artifact.digest
+        foreseen = StepCosts() if cached else _costs_of(costs, manifest, step)
+        reason = UNCHANGED if cached else why(step, spec, record, waiting, damage)
+        if not waiting and not cached and (larger := larger_emulator(store, spec)) is not None:
+            reason += f"; cut from the emulator of ratio {larger.fields['ratio']} in the store"
+            foreseen = foreseen.model_copy(update={"read_bytes": larger.total_bytes, "peak_bytes": None})
         planned.append(
             PlannedStep(
                 name=step.name,
                 kind=step.kind,
                 state="cached" if cached else "to run",
-                reason=UNCHANGED if cached else why(step, spec, record, waiting, damage),
+                reason=reason,
+                **foreseen.model_dump(),
                 key=None if waiting else spec.key,
                 path=None if waiting else str(store.payload(spec.key)),
             )
@@ -101,6 +117,7 @@ def run(
     """
     store = store or ArtifactStore()
     steps = steps_of(manifest, check_tasks(manifest, tasks))
+    check_results(manifest, steps)
     _download_models(steps, notify)
     sources = _source_digests(steps)
     record = RunRecord.of(manifest.path, store)
@@ -129,7 +146,18 @@ def run(
             made[step.name] = artifact
             results.append(result)
             record.remember(step, spec)
-        return RunResult(steps=results, evaluations=_evaluations(steps, made, store))
+        done = RunResult(steps=results, evaluations=_evaluations(steps, made, store))
+        costs = Costs(manifest, model_directory(model_source(manifest)))
+        foreseen = {step.name: _costs_of(costs, manifest, step).peak_bytes for step in steps}
+        report = finish(manifest, store, steps, made, done.model_dump(mode="json"), foreseen)
+        return done.model_copy(update={"report": str(report)})
+
+
+def _costs_of(costs: Costs, manifest: Manifest, step: Step) -> StepCosts:
+    """What running a step costs, on the common emulator, a slice of it or the original itself."""
+    own = None if step.task is None else manifest.tasks[step.task].ratio
+    ratio = step.fields["ratio"] if step.kind == "slice" else own
+    return costs.of(step.kind, step.task, ratio, direct=step.name.endswith(".direct"))
 
 
 def reachable_keys(manifest: Manifest, store: ArtifactStore) -> set[str]:
@@ -173,11 +201,15 @@ def _bring_up(
     reason = why(step, spec, record, {}, store.damage(found) if found is not None else None)
 
     def make(payload: Path) -> Mapping[str, Any]:
+        larger = larger_emulator(store, spec)
+        if larger is not None:
+            tell(f"cut from the emulator of ratio {larger.fields['ratio']}, {reason}")
+            return cut(store, larger, spec.fields["ratio"], payload)
         tell(f"runs, {reason}")
         return step.execute(inputs, payload)
 
     digest = payload_digest(step.kind)
-    artifact, ran = store.ensure(spec, make, digest, resumable=step.kind == "train", notify=tell)
+    artifact, ran = store.ensure(spec, make, digest, resumable=step.kind in RESUMABLE, notify=tell)
     path = str(store.payload(artifact.key))
     if ran:
         tell(f"done in {artifact.seconds:.1f} s")

@@ -7,7 +7,8 @@ from pathlib import Path
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import directory_bytes
 from onelayer.compiler.measure import Result
-from onelayer.runtime.artifacts import METADATA, ArtifactStore, remove_artifact
+from onelayer.runtime.artifact_record import METADATA
+from onelayer.runtime.artifacts import ArtifactStore, remove_artifact
 from onelayer.runtime.manifest import load_manifest
 from onelayer.runtime.pipeline import reachable_keys
 

@@ -1,14 +1,16 @@
 """The plugin that lets plain `AutoModel.from_pretrained(emulator)` work: importing this module registers it.
 
 In: the `quantization_config` of an emulator's config.json. Out: the stock model class with every listed linear replaced
-by a `LowRankLinear`, before the weights are read. `quant_method` is the one door that transformers opens to foreign
-modules on loading; nothing here is quantised.
+by a `CompressedLinear`, before the weights are read. `quant_method` is the one door that transformers opens to foreign
+modules on loading; what is quantised was so when the emulator was written.
 
 Touched of transformers' semi-private surface, all of it in this file: the hooks `update_attn_implementation`,
 `_process_model_before_weight_loading`, `_process_model_after_weight_loading` and `get_state_dict_and_metadata` of
 `HfQuantizer`, and the config attribute `transformers_weights`.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onelayer.compiler.errors import InputError
-from onelayer.runtime.model import LowRankLinear
+from onelayer.compiler.factor_dtypes import known_kind
+from onelayer.compiler.quantize import require
+from onelayer.runtime.model import CompressedLinear, LowRankLinear
+from onelayer.runtime.packed import PackedLinear, Packing
 
 if TYPE_CHECKING:
     # Not at run time: the import hook of this package runs while transformers.modeling_utils is still half imported.
@@ -43,6 +48,9 @@ class EmulatorConfig(QuantizationConfigMixin):
         ranks: dict[str, int],
         format_version: int,
         weights_file: str | None = None,
+        factor_dtype: str | None = None,
+        unpacked_dtype: str | None = None,
+        quantized_dense: Sequence[str] = (),
         quant_method: str = METHOD,
         **provenance: Any,
     ) -> None:
@@ -55,14 +63,30 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.ranks = ranks
         self.weights_file = weights_file
+        self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
+        self.quantized_dense = list(quantized_dense)
         vars(self).update(provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-plain; a folder that transformers saved again has standard file names and no `weights_file`."""
         fields: dict[str, Any] = super().to_dict()
-        if fields["weights_file"] is None:
-            del fields["weights_file"]
-        return fields
+        optional = ["weights_file", "factor_dtype", "unpacked_dtype"]
+        optional += ["quantized_dense"] if self.packing is None else []
+        return {name: value for name, value in fields.items() if value is not None or name not in optional}
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the factors are packed; None where they are plain tensors."""
+        kind = known_kind(self.factor_dtype)
+        if kind is None:
+            return None
+        require(kind)
+        return Packing(kind, getattr(torch, str(self.unpacked_dtype)))
+
+    @property
+    def modules(self) -> dict[str, int | None]:
+        """The rank of every compressed module; None for a weight that is quantised whole."""
+        return {**self.ranks, **dict.fromkeys(self.quantized_dense)}
 
 
 @register_quantizer(METHOD)
@@ -85,14 +109,13 @@ class EmulatorQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        replaced = replace_linears(model, self.quantization_config.ranks)
+        replaced = replace_linears(model, self.quantization_config.modules, self.quantization_config.packing)
         _check_factors(checkpoint_files or [], replaced)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         for module in model.modules():
-            if isinstance(module, LowRankLinear):
-                module.lr_up.requires_grad_(False)
-                module.lr_down.requires_grad_(False)
+            if isinstance(module, CompressedLinear):
+                module.freeze()
         # Saved again, the weights get the standard name, so a pointer to the old one must not be saved with them.
         self.quantization_config.weights_file = None
         if hasattr(model.config, "transformers_weights"):
@@ -109,57 +132,65 @@ class EmulatorQuantizer(HfQuantizer):
         return True
 
 
-def replace_linears(model: "PreTrainedModel", ranks: dict[str, int]) -> int:
-    """Put a `LowRankLinear` in the place of every named linear of an empty model; returns how many there were.
+def replace_linears(
+    model: "PreTrainedModel", ranks: Mapping[str, int | None], packing: Packing | None
+) -> list[CompressedLinear]:
+    """Put a `CompressedLinear` in the place of every named linear of an empty model; returns them.
 
     A folder can be loaded as another class than it was written from, with or without the head: names are looked up with
     and without the base model's prefix, and a head's linear that this class does not have is passed over.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
-    replaced = 0
+    replaced = []
     for name, rank in ranks.items():
         found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
         if found is not None:
             path, _, leaf = found.rpartition(".")
-            setattr(modules[path], leaf, _low_rank(found, modules[found], rank))
-            replaced += 1
+            replaced.append(_compressed(found, modules[found], rank, packing))
+            setattr(modules[path], leaf, replaced[-1])
         elif name.startswith(prefix):
             raise InputError(f"config.json: quantization_config.ranks names {name}, which {type(model).__name__} lacks")
     return replaced
 
 
-def _low_rank(name: str, module: nn.Module, rank: int) -> LowRankLinear:
-    """Empty factors with the shape, dtype and device of a linear or of GPT-2's `Conv1D`, whose weight is (in, out)."""
+def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing | None) -> CompressedLinear:
+    """Room for what stands for a linear, or for GPT-2's `Conv1D`, whose weight is (in, out); on the same device."""
     if not isinstance(module, nn.Linear | Conv1D):
         raise InputError(f"config.json: quantization_config.ranks names {name}, which is a {type(module).__name__}")
     weight: torch.Tensor = module.weight
     features = tuple(weight.shape) if isinstance(module, Conv1D) else (weight.shape[1], weight.shape[0])
-    low_rank = LowRankLinear(
-        in_features=features[0],
-        out_features=features[1],
-        rank=rank,
-        bias=module.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-        was_conv1d=isinstance(module, Conv1D),
-    )
+    common: dict[str, Any] = {
+        "in_features": features[0],
+        "out_features": features[1],
+        "bias": module.bias is not None,
+        "device": weight.device,
+        "dtype": weight.dtype,
+        "was_conv1d": isinstance(module, Conv1D),
+    }
+    compressed: CompressedLinear
+    if packing is not None:
+        compressed = PackedLinear(rank=rank, packing=packing, **common)
+    elif rank is not None:
+        compressed = LowRankLinear(rank=rank, **common)
+    else:
+        raise InputError(f"config.json: quantization_config: {name} is quantised whole, in no known factor_dtype")
     # Keeps transformers' initialiser away, which would write to `weight`.
-    low_rank._is_hf_initialized = True  # type: ignore[assignment]
-    return low_rank
+    compressed._is_hf_initialized = True  # type: ignore[assignment]
+    return compressed
 
 
-def _check_factors(checkpoint_files: list[str], replaced: int) -> None:
+def _check_factors(checkpoint_files: list[str], replaced: list[CompressedLinear]) -> None:
     """Refuse files outside the folder, and fewer factors than modules, which transformers would leave uninitialised."""
     folders = {Path(file).parent for file in checkpoint_files}
     if len(folders) > 1:
         raise InputError(f"{sorted(folders)[0]}: the index names files outside the folder; compile the emulator again")
     names = [name for file in checkpoint_files for name in _tensor_names(file)]
-    for factor in (".lr_up", ".lr_down"):
-        stored = sum(name.endswith(factor) for name in names)
-        if checkpoint_files and stored < replaced:
+    for factor, needed in Counter(factor for module in replaced for factor in module.factors).items():
+        stored = sum(name.endswith(f".{factor}") for name in names)
+        if checkpoint_files and stored < needed:
             raise InputError(
-                f"{Path(checkpoint_files[0]).parent}: {replaced} modules need a tensor named *{factor} and the files "
+                f"{Path(checkpoint_files[0]).parent}: {needed} modules need a tensor named *.{factor} and the files "
                 f"hold {stored}; copy the emulator again"
             )
 

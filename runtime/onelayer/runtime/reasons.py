@@ -1,6 +1,7 @@
 """What a manifest's steps were made from last time, kept in the store; the difference to now, in plain words, out."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import read_json, sha256_json, write_json
 from onelayer.compiler.measure import Result
-from onelayer.runtime.artifacts import ArtifactStore, StepSpec
-from onelayer.runtime.steps import Step
+from onelayer.runtime.artifact_record import StepSpec
+from onelayer.runtime.artifacts import ArtifactStore
+from onelayer.runtime.step_kinds import Step
 
 
 class _Entry(Result):
@@ -44,6 +46,11 @@ class RunRecord:
         """What a step was made from last."""
         return self._entries.get(step_name)
 
+    @property
+    def entries(self) -> Mapping[str, "_Entry"]:
+        """What every step was made from last, by name."""
+        return self._entries
+
     def keys(self) -> set[str]:
         """Keys of all artifacts the manifest used last."""
         return {entry.spec.key for entry in self._entries.values()}
@@ -56,6 +63,25 @@ class RunRecord:
         steps = {name: entry.model_dump(mode="json") for name, entry in self._entries.items()}
         with FileLock(self._file.with_suffix(".lock")):  # two runs of one manifest write the same file
             write_json(self._file, {"manifest": str(self._manifest), "steps": steps})
+
+
+def listing(store: ArtifactStore) -> list[dict[str, Any]]:
+    """Every artifact as a document, with its age in seconds and who used it last, as `manifest:step`."""
+    users: dict[str, list[str]] = {}
+    for file in sorted((store.home / "runs").glob("*.json")):
+        try:
+            manifest = Path(read_json(file)["manifest"])
+        except (InputError, KeyError, TypeError):  # damaged records only explain
+            continue
+        for name, entry in RunRecord.of(manifest, store).entries.items():
+            users.setdefault(entry.spec.key, []).append(f"{manifest.name}:{name}")
+    now = datetime.now(UTC)
+    rows = []
+    for artifact in store.artifacts():
+        age_seconds = (now - datetime.fromisoformat(artifact.created)).total_seconds()
+        used_by = users.get(artifact.key, [])
+        rows.append({**artifact.model_dump(mode="json"), "age_seconds": max(0.0, age_seconds), "used_by": used_by})
+    return rows
 
 
 def why(step: Step, spec: StepSpec, record: RunRecord, waiting: Mapping[str, str], damage: str | None) -> str:

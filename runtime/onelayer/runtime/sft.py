@@ -159,12 +159,17 @@ def newest_checkpoint(work: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
+    """Step and loss of every entry that Trainer logged."""
+    return [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+
+
 def mean_loss(history: list[dict[str, float]]) -> float:
     """The mean training loss over all steps, those before a resume too, from what Trainer logged.
 
     Each entry holds the mean since the entry before.
     """
-    entries = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    entries = logged_losses(history)
     starts = [0, *(step for step, _ in entries)]
     weights = [step - start for (step, _), start in zip(entries, starts, strict=False)]
     return sum(weight * loss for weight, (_, loss) in zip(weights, entries, strict=True)) / sum(weights)

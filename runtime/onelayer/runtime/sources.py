@@ -35,7 +35,7 @@ def source_digest(source: Source) -> str | None:
     A data set of the Hub counts by its name: what changes behind it is not seen.
     """
     if source.is_model:
-        directory = _downloaded(source)
+        directory = model_directory(source)
         return None if directory is None else directory_digest(directory)
     path = Path(source.text)
     if path.is_file():
@@ -53,7 +53,7 @@ def directory_digest(directory: Path) -> str:
     return sha256_json({"model": model_digest(directory), "tokenizer": files})
 
 
-def _downloaded(source: Source) -> Path | None:
+def model_directory(source: Source) -> Path | None:
     """The model's directory where it is on this machine; never downloads."""
     if Path(source.text).is_absolute():
         return Path(source.text)

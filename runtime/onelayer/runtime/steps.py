@@ -3,76 +3,44 @@
 Nothing here imports torch before a step executes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onelayer.compiler.adapter import adapter_digest
-from onelayer.compiler.files import write_json
-from onelayer.runtime.manifest import Lora, Manifest, Training
-from onelayer.runtime.sources import Source, directory_digest
+from onelayer.runtime.manifest import Manifest
+from onelayer.runtime.manifest_sections import Emulator, Lora, Training
+from onelayer.runtime.plan_manifest import PLANNER_VERSION, emulator_ratio, planned_settings
+from onelayer.runtime.sources import Source
+from onelayer.runtime.step_kinds import Step, emulator_step, fitting_step, model_source
+from onelayer.runtime.steps_adapt import correct_step, evaluate_step, merge_step, polish_step
 from onelayer.runtime.trainer_args import NON_SEMANTIC_ARGS
-
-EVALUATION = "evaluation.json"
-
-# Raised by hand when a step's code starts to give another result for the same settings and inputs.
-STEP_VERSIONS = {"compile": 1, "train": 1, "correct": 1, "merge": 1, "evaluate": 1}
-
-# Executes a step: the payload folders of the steps it needs, and the folder to fill.
-Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One piece of work. `needs` maps what an input is for to the step it comes from; `optional` ones may fail."""
-
-    name: str
-    kind: str
-    execute: Execute
-    fields: Mapping[str, Any]
-    sources: Mapping[str, Source]
-    needs: Mapping[str, str] = field(default_factory=dict)
-    optional: frozenset[str] = frozenset()
-    task: str | None = None
 
 
 def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     """The steps for the given tasks, each behind those it needs; the emulator is one step for all of them."""
-    steps = [_compile_step(manifest)]
+    steps = [] if manifest.emulator is None else [_compile_step(manifest, manifest.emulator)]
+    ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
+    steps += [_slice_step(ratio) for ratio in ratios if ratio is not None]
     for task in tasks:
         steps += _task_steps(manifest, task)
     return steps
 
 
-def payload_digest(kind: str) -> Callable[[Path], str] | None:
-    """What identifies the payload of a step: weights, configuration and tokenizer, not the reports beside them."""
-    return {
-        "compile": directory_digest,
-        "train": adapter_digest,
-        "correct": adapter_digest,
-        "merge": directory_digest,
-        "evaluate": None,
-    }[kind]
-
-
-def _model_source(manifest: Manifest) -> Source:
-    return Source(manifest.model.path, is_model=True, revision=manifest.model.revision)
-
-
-def _compile_step(manifest: Manifest) -> Step:
-    calibration = manifest.emulator.calibration
-    model = _model_source(manifest)
+def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
+    calibration = emulator.calibration
+    model = model_source(manifest)
     is_local = Path(model.text).is_absolute()
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import compile_emulator
+        from onelayer.compiler.checkpoint import resolve_model
 
         result = compile_emulator(
             model.text,
             list(calibration.data),
             output,
-            ratio=manifest.emulator.ratio,
+            ratio=emulator_ratio(manifest, resolve_model(model.text, model.revision)),
+            factor_dtype=emulator.factor_dtype,
             samples=calibration.samples,
             max_length=calibration.max_length,
             batch_size=manifest.stream.batch_size,
@@ -83,7 +51,9 @@ def _compile_step(manifest: Manifest) -> Step:
         return result.model_dump(mode="json")
 
     fields = {
-        "ratio": manifest.emulator.ratio,
+        **_ratio_fields(manifest, emulator),
+        # Left out where there is none, so that results from before there was a choice are found.
+        **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
         "samples": calibration.samples,
         "max_length": calibration.max_length,
         "seed": manifest.seed,
@@ -95,23 +65,49 @@ def _compile_step(manifest: Manifest) -> Step:
     return Step("compile", "compile", execute, fields, {"model": model, **sources})
 
 
+def _ratio_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
+    """What decides the ratio: itself, or a memory budget with all that the planner looks at."""
+    if emulator.memory is None:
+        return {"ratio": emulator.ratio}
+    return {"memory": emulator.memory, "planned": {"version": PLANNER_VERSION, "tasks": planned_settings(manifest)}}
+
+
+def _slice_step(ratio: float) -> Step:
+    """A smaller emulator, cut out of the common one without the original."""
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import slice_emulator
+
+        return slice_emulator(inputs["emulator"], ratio=ratio, output=output).model_dump(mode="json")
+
+    return Step(f"slice {ratio}", "slice", execute, {"ratio": ratio}, {}, needs={"emulator": "compile"})
+
+
 def _task_steps(manifest: Manifest, task: str) -> list[Step]:
-    """What one task runs: training, correction, and where asked for direct training, merging and scoring."""
-    model = _model_source(manifest)
-    steps = [_train_step(manifest, task, direct=False), _correct_step(manifest, task, model)]
-    if manifest.direct:
-        steps.append(_train_step(manifest, task, direct=True))
+    """What one task runs: training and correction, or training on the original itself; then what was asked for."""
+    model = model_source(manifest)
+    steps = []
+    if manifest.emulator is not None:
+        steps += [_train_step(manifest, task, direct=False), correct_step(manifest, task, model)]
+    direct = [_train_step(manifest, task, direct=True)] if manifest.direct or manifest.emulator is None else []
+    if manifest.emulator is None:
+        steps += direct
+    if (polishing := manifest.polishing(task)) is not None:
+        steps.append(polish_step(manifest, task, model, polishing))
+    if manifest.emulator is not None:
+        steps += direct
     if manifest.tasks[task].merge:
-        steps.append(_merge_step(task, model))
+        adapter = fitting_step(manifest, task) if polishing is None else f"{task}.polish"
+        steps.append(merge_step(task, model, adapter))
     if manifest.tasks[task].test is not None:
-        steps.append(_evaluate_step(manifest, task, model))
+        steps.append(evaluate_step(manifest, task, model))
     return steps
 
 
 def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     """LoRA on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
     training = manifest.training(task)
-    model, data = _model_source(manifest), Source(manifest.tasks[task].train)
+    model, data = model_source(manifest), Source(manifest.tasks[task].train)
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler.checkpoint import resolve_model
@@ -130,9 +126,8 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
     if direct:
         return Step(f"{task}.direct", "train", execute, fields, {"model": model, "train data": data}, task=task)
-    return Step(
-        f"{task}.train", "train", execute, fields, {"train data": data}, needs={"emulator": "compile"}, task=task
-    )
+    needs = {"emulator": emulator_step(manifest, task)}
+    return Step(f"{task}.train", "train", execute, fields, {"train data": data}, needs=needs, task=task)
 
 
 def train_arguments(training: Training) -> dict[str, Any]:
@@ -153,84 +148,3 @@ def train_arguments(training: Training) -> dict[str, Any]:
 def _further_lora_fields(lora: Lora) -> dict[str, Any]:
     """What a manifest sets of LoRA beyond the common three; defaults are left out, so a new field keeps old keys."""
     return lora.model_dump(mode="json", exclude_defaults=True, exclude={"r", "alpha", "target_modules"})
-
-
-def _correct_step(manifest: Manifest, task: str, model: Source) -> Step:
-    held_out: dict[str, Any] = {}
-    if manifest.correct.limit == "auto":
-        held_out = {"data": manifest.tasks[task].validation, **manifest.stream.model_dump()}
-
-    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
-        from onelayer.compiler import correct_adapter
-        from onelayer.compiler.checkpoint import resolve_model
-
-        result = correct_adapter(
-            inputs["adapter"],
-            emulator=inputs["emulator"],
-            model=resolve_model(model.text, model.revision),
-            output=output,
-            limit=manifest.correct.limit,
-            **held_out,
-        )
-        return result.model_dump(mode="json")
-
-    needs = {"emulator": "compile", "adapter": f"{task}.train"}
-    fields: dict[str, Any] = {"limit": manifest.correct.limit}
-    sources = {"model": model}
-    if manifest.correct.limit == "auto":
-        fields["max_length"] = held_out["max_length"] = manifest.training(task).max_length
-        sources["validation data"] = Source(held_out["data"])
-    return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
-
-
-def _merge_step(task: str, model: Source) -> Step:
-    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
-        from onelayer.compiler import merge_adapter
-        from onelayer.compiler.checkpoint import resolve_model
-
-        base = resolve_model(model.text, model.revision)
-        return merge_adapter(inputs["adapter"], model=base, output=output).model_dump(mode="json")
-
-    return Step(
-        f"{task}.merge", "merge", execute, {}, {"model": model}, needs={"adapter": f"{task}.correct"}, task=task
-    )
-
-
-def _evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
-    """Score the original and every adapter of a task in one stream; without the direct one where that failed."""
-    test = manifest.tasks[task].test
-    assert test is not None
-    max_length = manifest.training(task).max_length
-
-    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
-        from onelayer.compiler import evaluate_model
-        from onelayer.compiler.checkpoint import resolve_model
-
-        result = evaluate_model(
-            resolve_model(model.text, model.revision),
-            test,
-            adapters=list(inputs.values()),
-            max_length=max_length,
-            batch_size=manifest.stream.batch_size,
-            device=manifest.stream.device,
-        )
-        document: dict[str, Any] = result.model_dump(mode="json")
-        names: dict[str | None, str] = {None: "original", **{str(path): name for name, path in inputs.items()}}
-        rows = [{"name": names[row["adapter"]], **row} for row in document["results"]]
-        output.mkdir(exist_ok=True)
-        write_json(output / EVALUATION, {**document, "results": rows})
-        return document
-
-    needs = {"uncorrected": f"{task}.train", "corrected": f"{task}.correct"}
-    if manifest.direct:
-        needs["direct"] = f"{task}.direct"
-    return Step(
-        f"{task}.evaluate",
-        "evaluate",
-        execute,
-        {"max_length": max_length},
-        {"model": model, "test data": Source(test)},
-        needs=needs,
-        optional=frozenset({"direct"}),
-        task=task,
-    )

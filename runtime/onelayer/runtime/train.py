@@ -41,7 +41,7 @@ class TrainResult(Result):
     `saved_activation_bytes`: kept by autograd for one batch's backward pass, without parameters. `peak_device_bytes`:
     on a GPU what its allocator handed out at most, on a CPU the growth of the process's anonymous memory.
     `skipped_examples`: those without a labelled token within the length limit. `activations`: how they were
-    compressed, if they were.
+    compressed, if they were. `losses`: step and mean training loss since the one before.
     """
 
     output: str
@@ -53,6 +53,7 @@ class TrainResult(Result):
     seconds: float
     skipped_examples: int
     activations: ActivationReport | None = None
+    losses: tuple[tuple[int, float], ...] = ()
 
 
 def train_lora(
@@ -161,7 +162,7 @@ def _train(
     import torch
 
     from onelayer.runtime.adapter_directory import write_adapter_directory
-    from onelayer.runtime.sft import mean_loss, newest_checkpoint
+    from onelayer.runtime.sft import logged_losses, mean_loss, newest_checkpoint
     from onelayer.runtime.train_activations import TrainActivations
 
     cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
@@ -178,6 +179,7 @@ def _train(
     compressed = trainer.activations.measured if trainer.activations is not None else None
     figures = {
         "train_loss": mean_loss(trainer.state.log_history),
+        "losses": logged_losses(trainer.state.log_history),
         "steps": trainer.state.global_step,
         "trainable_parameters": adapted.get_nb_trainable_parameters()[0],
         "saved_activation_bytes": trainer.saved_activation_bytes,

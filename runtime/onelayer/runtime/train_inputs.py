@@ -63,7 +63,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
     base = {"model": name, "revision": _snapshot_revision(directory), "digest": digest}
     if method == "onelayer":
         facts = Emulator.open(directory).facts
-        ranks = facts.ranks
+        ranks = facts.compressed
         base = {"model": facts.base_model, "revision": facts.base_revision, "digest": facts.base_digest}
     elif method is not None:
         raise InputError(f"{directory}/config.json: quantization_config: {method!r} weights; give an emulator")

@@ -1,0 +1,63 @@
+"""How an emulator's factors may be stored, by name, and the bytes they take: arithmetic alone, torch-free."""
+
+from typing import Literal, get_args
+
+from onelayer.compiler.errors import InputError
+
+# `None` in their place stands for the original's own dtype, unpacked.
+FactorDtype = Literal["bf16", "int8", "nf4"]
+# This many neighbours of a row share one scale, a bfloat16, which has the range of float32.
+BLOCK, SCALE_BYTES = 64, 2
+BITS = {"bf16": 16, "int8": 8, "nf4": 4}
+# A budget in bytes is a share of what the linears take at this size, whatever the dtype they are stored in.
+REFERENCE_BYTES = 2
+
+
+def is_blockwise(kind: FactorDtype) -> bool:
+    """Whether values share a scale: `bf16` is merely rounded."""
+    return kind != "bf16"
+
+
+def row_bytes(width: int, kind: FactorDtype) -> int:
+    """Bytes of one packed row of `width` values: its codes, filled up to whole blocks, and a scale for each block."""
+    if not is_blockwise(kind):
+        return 2 * width
+    blocks = -(-width // BLOCK)
+    return blocks * (BLOCK * BITS[kind] // 8 + SCALE_BYTES)
+
+
+def bytes_per_value(kind: FactorDtype) -> float:
+    """Of rows that consist of whole blocks: 2 for bf16, 1.03125 for int8, 0.53125 for nf4."""
+    return row_bytes(BLOCK, kind) / BLOCK
+
+
+def linear_bytes(
+    out_features: int, in_features: int, rank: int | None, kind: FactorDtype | None, dtype_bytes: int
+) -> int:
+    """What a linear of an emulator takes: its factors, or its whole weight where `rank` is None."""
+    if kind is None:
+        return dtype_bytes * (out_features * in_features if rank is None else rank * (out_features + in_features))
+    if rank is None:
+        return out_features * row_bytes(in_features, kind)
+    return rank * (row_bytes(out_features, kind) + row_bytes(in_features, kind))
+
+
+def keep_ratio(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> float:
+    """The share of each linear's values, at most 1, that fits into `keep_bytes`: a share of its bytes at 16 bits.
+
+    `dtype_bytes` per value are what factors take where `kind` is None.
+    """
+    return min(1.0, keep_bytes * REFERENCE_BYTES / (dtype_bytes if kind is None else bytes_per_value(kind)))
+
+
+def known_kind(name: str | None) -> FactorDtype | None:
+    """`name` as one of the packed forms; None where it is none of them."""
+    kinds: tuple[FactorDtype, ...] = get_args(FactorDtype)
+    return next((kind for kind in kinds if kind == name), None)
+
+
+def checked_kind(name: str | None) -> FactorDtype | None:
+    """The packed form that a person asked for, None if none was. Raises `InputError` for one that is not known."""
+    if name is not None and known_kind(name) is None:
+        raise InputError(f"--factor-dtype {name}: is none of {', '.join(get_args(FactorDtype))}")
+    return known_kind(name)

@@ -1,0 +1,66 @@
+"""A plan's document in, text for a person out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from onelayer.runtime.cli_format import size, table
+
+
+def plan_summary(document: Mapping[str, Any]) -> str:
+    """What fits, what it costs, what limits it and what to give up."""
+    memory, predicted = document["memory_bytes"], document["predicted"]
+    settings = f"batches of {document['batch_size']} x {document['max_length']} tokens"
+    if document["fits"]:
+        stored = document["activations"]
+        how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"
+        head = (
+            f"{document['model']}: fits in {size(memory)} with ratio {document['ratio']}, activations {how}; {settings}"
+        )
+    else:
+        head = f"{document['model']}: does not fit in {size(memory)}; {settings}"
+    passes = [("predicted", "device peak"), *((name, size(predicted[f"{name}_bytes"])) for name in _PASSES)]
+    parts = document["train_parts"]
+    made_of = ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in parts.items())
+    lines = [
+        head,
+        "",
+        table(passes),
+        f"training is made of: {made_of}",
+        f"emulator {size(predicted['emulator_bytes'])}, original {size(predicted['model_bytes'])}, "
+        f"host {size(predicted['host_bytes'])}, disk {size(predicted['disk_bytes'])}, "
+        f"read per pass {size(predicted['read_bytes'])}",
+        f"limited by {document['limit']}",
+    ]
+    lines += [f"give up: {row['give_up']} allows ratio {row['ratio']}" for row in document["give_up"]]
+    lines += ["", _choices(document)]
+    if document["seconds"]:
+        speed = document["speed"]
+        rows = [
+            ("rough seconds", ""),
+            *((name.replace("_", " "), value) for name, value in document["seconds"].items()),
+        ]
+        lines += ["", table(rows)]
+        lines.append(
+            f"at {size(int(speed['read_bytes_per_second']))}/s from disk and "
+            f"{speed['flops_per_second'] / 1e12:.3g} TFLOP/s on {speed['device']}"
+        )
+    return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+_PASSES = ("compile", "train", "correct")
+
+
+def _choices(document: Mapping[str, Any]) -> str:
+    head = ("factors", "largest ratio", "middle rank", "emulator", "train peak", "error left out")
+    rows = [
+        (
+            row["factor_dtype"],
+            row["ratio"],
+            row["rank"],
+            size(row["emulator_bytes"]),
+            size(row["train_bytes"]),
+            None if row["error"] is None else f"{'<' if row['error_is_bound'] else ''}{row['error']}",
+        )
+        for row in document["choices"]
+    ]
+    return table([head, *rows])

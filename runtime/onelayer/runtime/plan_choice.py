@@ -1,0 +1,136 @@
+"""Shapes and a memory budget in; the largest keep-ratio and how activations are stored out, with what limits it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from statistics import median
+
+from onelayer.compiler.measure import Result
+from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.shapes import ModelShapes
+from onelayer.runtime.plan_memory import (
+    FactorDtype,
+    Setting,
+    TrainMemory,
+    compile_bytes,
+    correct_bytes,
+    emulator_bytes,
+    train_memory,
+)
+
+# The rest is for the device's own context and for memory lost between blocks of the allocator.
+USABLE_SHARE = 0.95
+SMALLEST_RATIO, LARGEST_RATIO, STEPS = 0.01, 0.95, 1000
+# A more exact way to store activations is taken if it leaves this share of the ratio that the thriftiest allows: what
+# is missing in the emulator costs more than what is missing in the backward pass (manifests/LOG.md).
+WORTHWHILE = 0.9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, the largest ratio with which it fits (None: with none), and the bytes."""
+
+    setting: Setting
+    factor_dtype: FactorDtype
+    ratio: float | None
+    memory: TrainMemory
+
+    @property
+    def reached(self) -> float:
+        """The ratio, 0 where nothing fits."""
+        return self.ratio or 0.0
+
+
+class Alternative(Result):
+    """What giving something up would allow: `ratio` is then the largest that fits."""
+
+    give_up: str
+    ratio: float
+
+
+def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+    """The largest ratio, in thousandths, with which training, compiling and correcting stay within the budget."""
+    usable = int(budget_bytes * USABLE_SHARE)
+    fixed = train_memory(shapes, 0, setting)
+
+    def fits(ratio: float) -> bool:
+        passes = max(compile_bytes(shapes, ratio, setting.max_length), correct_bytes(shapes, ratio, setting.lora_rank))
+        return max(passes, fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
+
+    low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
+    found = None
+    while low <= high:
+        middle = (low + high) // 2
+        if fits(middle / STEPS):
+            found, low = middle / STEPS, middle + 1
+        else:
+            high = middle - 1
+    held = emulator_bytes(shapes, SMALLEST_RATIO if found is None else found, dtype)
+    return Choice(setting, dtype, found, replace(fixed, emulator=held))
+
+
+def ways_to_store(setting: Setting) -> list[Setting]:
+    """How activations can be stored, the most exact first."""
+    shares = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    compressed = [replace(setting, where="sublayer", rank=share) for share in shares]
+    coarse = [replace(setting, where="layer", rank=share) for share in shares[2:]]
+    return [replace(setting, where="none", rank=None), *compressed, *coarse]
+
+
+def choose(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+    """The most exact way to store activations that leaves nearly as large a ratio as any other."""
+    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in ways_to_store(setting)]
+    best = max(choice.reached for choice in choices)
+    if not best:
+        return min(choices, key=lambda choice: choice.memory.peak)
+    return next(choice for choice in choices if choice.reached >= WORTHWHILE * best)
+
+
+def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
+    """What stands against a larger ratio, in a sentence."""
+    if choice.reached >= LARGEST_RATIO:
+        return "nothing: an emulator near the size of the original fits"
+    ratio = min(choice.reached + 1 / STEPS, LARGEST_RATIO) if choice.ratio else SMALLEST_RATIO
+    usable = int(budget_bytes * USABLE_SHARE)
+    if compile_bytes(shapes, ratio, choice.setting.max_length) > usable:
+        return "compile: the largest layer with its moments and solver"
+    if correct_bytes(shapes, ratio, choice.setting.lora_rank) > usable:
+        return "correct: the factors of the largest linear"
+    memory = choice.memory
+    moments = {
+        "the emulator's weights": memory.emulator,
+        "saved activations": memory.saved,
+        "the loss": memory.loss if memory.loss >= memory.recompute else 0,
+        "one layer's backward pass": memory.recompute if memory.recompute > memory.loss else 0,
+        "the adapter and its optimiser": memory.adapter,
+    }
+    largest = sorted(moments.items(), key=lambda item: -item[1])[:2]
+    return "train: " + " and ".join(f"{name} ({size / (1 << 30):.2f} GiB)" for name, size in largest)
+
+
+def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
+    """What could be given up for a larger ratio, and what each would bring; the most useful first."""
+    setting = choice.setting
+    offers: list[tuple[str, Setting, FactorDtype]] = []
+    if setting.batch_size > 1:
+        smaller = max(1, setting.batch_size // 2)
+        offers.append((f"--batch-size {smaller}", replace(setting, batch_size=smaller), "bf16"))
+        offers.append(("--batch-size 1", replace(setting, batch_size=1), "bf16"))
+    if setting.max_length > 256:
+        shorter = setting.max_length // 2
+        offers.append((f"--max-length {shorter}", replace(setting, max_length=shorter), "bf16"))
+    offers += [(f"factors of full precision, for {dtype}", setting, dtype) for dtype in ("int8", "nf4")]
+    found = {text: choose(shapes, way, budget_bytes, dtype).reached for text, way, dtype in offers}
+    rows = [Alternative(give_up=text, ratio=ratio) for text, ratio in found.items() if ratio > choice.reached]
+    return sorted(rows, key=lambda row: -row.ratio)
+
+
+def median_rank(shapes: ModelShapes, ratio: float) -> int:
+    """The rank of the linear in the middle; linears that stay dense count with their full rank."""
+    return int(median(_ranks(shapes, ratio)))
+
+
+def _ranks(shapes: ModelShapes, ratio: float) -> Iterable[int]:
+    for block in shapes.blocks:
+        for linear in block.compressible:
+            full = min(linear.out_features, linear.in_features)
+            yield rank_for(ratio, linear.out_features, linear.in_features) or full

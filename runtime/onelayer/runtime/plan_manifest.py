@@ -1,0 +1,132 @@
+"""A manifest and a model's shapes in; the ratio that its memory budget allows, and what each step will cost, out.
+
+Torch-free: `onelayer run --dry-run` says these things before anything is computed.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.measure import Result
+from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
+from onelayer.runtime.manifest import Manifest
+from onelayer.runtime.manifest_sections import Training
+from onelayer.runtime.plan_choice import best_ratio
+from onelayer.runtime.plan_memory import (
+    FactorDtype,
+    Setting,
+    compile_bytes,
+    correct_bytes,
+    emulator_bytes,
+    train_memory,
+)
+from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
+
+# Raised by hand when the planner starts to choose another ratio for the same shapes and settings.
+PLANNER_VERSION = 1
+DEFAULT_BATCH_SIZE = 8
+AUTO_RANK = 0.125  # what is planned with where the rank will be measured
+
+
+class StepCosts(Result):
+    """Bytes that a step reads and writes, and its predicted peak on the device; None where they cannot be told."""
+
+    read_bytes: int | None = None
+    write_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+def setting_of(training: Training) -> Setting:
+    """A task's training as the planner sees it."""
+    where, rank = training.activations.where, training.activations.rank
+    share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
+    batch_size = int(training.args.get("per_device_train_batch_size") or DEFAULT_BATCH_SIZE)
+    return Setting(batch_size, training.max_length, training.lora.r, where, share)
+
+
+def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
+    """The different settings among the tasks, in a fixed order."""
+    settings = {setting_of(manifest.training(name)) for name, task in manifest.tasks.items() if task.ratio is None}
+    return sorted((asdict(setting) for setting in settings), key=str)
+
+
+def emulator_ratio(manifest: Manifest, directory: Path) -> float:
+    """The ratio of the common emulator. Raises `InputError` where none fits the manifest's memory."""
+    emulator = manifest.emulator
+    assert emulator is not None
+    if emulator.memory is None:
+        return emulator.ratio
+    return ratio_within(manifest, shapes_from_headers(directory), emulator.memory)
+
+
+def ratio_within(manifest: Manifest, shapes: ModelShapes, memory_bytes: int) -> float:
+    """The largest ratio with which every task can be trained; one with a ratio of its own takes care of itself."""
+    dtype = _factor_dtype(manifest)
+    names = [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
+    found = {name: best_ratio(shapes, setting_of(manifest.training(name)), memory_bytes, dtype).ratio for name in names}
+    for name, ratio in found.items():
+        if ratio is None:
+            raise InputError(
+                f"{manifest.path}: emulator.memory: tasks.{name} cannot be trained in it with any emulator; lower its "
+                "max_length or per_device_train_batch_size, or compress its activations"
+            )
+    return min(ratio for ratio in found.values() if ratio is not None)
+
+
+def _factor_dtype(manifest: Manifest) -> FactorDtype:
+    return (manifest.emulator.factor_dtype if manifest.emulator else None) or "bf16"
+
+
+class Costs:
+    """What the steps of one manifest cost. A model that is not here, or has no linears, leaves all unknown."""
+
+    def __init__(self, manifest: Manifest, directory: Path | None) -> None:
+        self._manifest = manifest
+        self._shapes: ModelShapes | None = None
+        self.ratio: float | None = None
+        if directory is None:
+            return
+        try:
+            self._shapes = shapes_from_headers(directory)
+            if manifest.emulator is not None:
+                memory = manifest.emulator.memory
+                ratio = manifest.emulator.ratio
+                self.ratio = ratio if memory is None else ratio_within(manifest, self._shapes, memory)
+        except InputError:  # the step itself will say what is wrong
+            self._shapes = None
+
+    def of(self, kind: str, task: str | None, ratio: float | None, direct: bool) -> StepCosts:
+        """The costs of a step; `ratio` is its own where it slices or trains on a slice."""
+        shapes = self._shapes
+        if shapes is None:
+            return StepCosts()
+        ratio = ratio or self.ratio or 1.0
+        model = shapes.parameters * shapes.value_bytes
+        dtype = _factor_dtype(self._manifest)
+        emulator = model if direct or self.ratio is None else emulator_bytes(shapes, ratio, dtype)
+        if kind == "compile":
+            assert self._manifest.emulator is not None
+            tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
+            return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, ratio, tokens))
+        if kind == "slice":
+            whole = emulator_bytes(shapes, self.ratio or 1.0, dtype)
+            return StepCosts(read_bytes=whole, write_bytes=emulator)
+        if task is None:
+            return StepCosts()
+        setting = setting_of(self._manifest.training(task))
+        adapter = MASTER_BYTES * lora_parameters(shapes, setting.lora_rank)
+        largest = shapes.largest_block_bytes
+        return {
+            "train": StepCosts(
+                read_bytes=emulator, write_bytes=adapter, peak_bytes=train_memory(shapes, emulator, setting).peak
+            ),
+            "correct": StepCosts(
+                read_bytes=model + emulator,
+                write_bytes=adapter,
+                peak_bytes=correct_bytes(shapes, ratio, setting.lora_rank),
+            ),
+            "merge": StepCosts(read_bytes=model + adapter, write_bytes=model),
+            "evaluate": StepCosts(read_bytes=model, write_bytes=0, peak_bytes=largest),
+            "polish": StepCosts(read_bytes=2 * model, write_bytes=adapter, peak_bytes=largest),
+        }.get(kind, StepCosts())

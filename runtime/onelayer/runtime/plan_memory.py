@@ -1,0 +1,205 @@
+"""Shapes and settings in, predicted bytes out: what training, compiling and correcting hold at their peaks. Torch-free.
+
+Everything is counted from what the passes allocate, so it can be compared with a count of live tensors; tests do. Rows
+T are tokens of one batch; the letters of `plan_parts` hold.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.shapes import Block, Linear, ModelShapes
+from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
+
+FactorDtype = Literal["bf16", "int8", "nf4"]
+# Bytes per value with the scales of blocks of 64: none, one float32, one float32 beside half a byte.
+FACTOR_BYTES: dict[FactorDtype, float] = {"bf16": 2.0, "int8": 1 + 4 / 64, "nf4": 0.5 + 2 / 64}
+# TRL computes the loss in tiles of logits this long and wide; on a GPU in one kernel, elsewhere with seven temporaries.
+TILE_TOKENS, TILE_VOCABULARY, TILE_TEMPORARY_BYTES = 4096, 32768, 28.5
+CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
+SOLVE_BLOCK_BYTES = 1 << 20
+# What a Python process with these libraries holds before it does anything.
+PROCESS_BYTES = 500 << 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How training runs. `rank` is the share of the hidden width kept of stored activations; None stores them whole."""
+
+    batch_size: int
+    max_length: int
+    lora_rank: int = 8
+    where: Literal["none", "layer", "sublayer"] = "none"
+    rank: float | None = None
+    on_gpu: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.batch_size * self.max_length
+
+
+def factor_bytes(shapes: ModelShapes, dtype: FactorDtype) -> float:
+    """Bytes per value of a factor: an unquantised one has the model's own dtype."""
+    return shapes.value_bytes if dtype == "bf16" else FACTOR_BYTES[dtype]
+
+
+def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16") -> int:
+    """An emulator as it is held, and as it lies on the disk. Where factors are quantised, so are linears kept dense."""
+    per_value = factor_bytes(shapes, dtype)
+    linears = [(linear, count) for block, count in shapes.kinds for linear in block.compressible]
+    whole = sum(count * linear.parameters for linear, count in linears)
+    kept = sum(count * _kept_values(linear, ratio) for linear, count in linears)
+    return int((shapes.parameters - whole) * shapes.value_bytes + kept * per_value)
+
+
+def _kept_values(linear: Linear, ratio: float) -> int:
+    rank = rank_for(ratio, linear.out_features, linear.in_features)
+    return linear.parameters if rank is None else rank * (linear.out_features + linear.in_features)
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes of one training step by what they are for; `peak` is the fullest moment."""
+
+    emulator: int
+    adapter: int
+    saved: int
+    loss: int
+    recompute: int
+    optimizer: int
+
+    @property
+    def peak(self) -> int:
+        """The fullest of three moments: the loss, the backward pass of one layer, the optimiser's step."""
+        return self.emulator + self.adapter + max(self.saved + max(self.loss, self.recompute), self.optimizer)
+
+
+def train_memory(shapes: ModelShapes, emulator: int, setting: Setting) -> TrainMemory:
+    """What LoRA on every linear holds while it trains on a model of `emulator` bytes."""
+    layers = LayerBytes(shapes, setting)
+    parameters = lora_parameters(shapes, setting.lora_rank)
+    tile = min(setting.tokens, TILE_TOKENS)
+    values = min(shapes.vocabulary, TILE_VOCABULARY) * (0 if setting.on_gpu else TILE_TEMPORARY_BYTES)
+    head = tile * (TILE_VOCABULARY * shapes.value_bytes + values)
+    # Around the loss: final norm, its gradient; in sub-layers also what the first norms read.
+    outside = setting.tokens * shapes.hidden * (2 * MASTER_BYTES + 2 * shapes.value_bytes)
+    outside += 3 * setting.tokens * shapes.hidden * shapes.value_bytes if setting.where == "sublayer" else 0
+    return TrainMemory(
+        emulator=emulator,
+        adapter=3 * MASTER_BYTES * parameters,  # values and two moments of AdamW
+        saved=sum(count * layers.stored(block) for block, count in shapes.kinds),
+        loss=int(head + outside),
+        recompute=max(layers.backward(block) for block, _ in shapes.kinds),
+        optimizer=3 * MASTER_BYTES * parameters,  # gradients, and the step's temporaries
+    )
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What a block keeps for its backward pass, and what that pass holds beside what is kept."""
+
+    shapes: ModelShapes
+    setting: Setting
+
+    @cached_property
+    def autocast(self) -> bool:
+        """A model in half precision is trained under autocast."""
+        return self.shapes.value_bytes == 2
+
+    def stored(self, block: Block) -> int:
+        """Kept from forward to backward."""
+        parts = sub_blocks(block, self.shapes.hidden)
+        if self.setting.where == "none":
+            return self._exact(block, parts)
+        copy = stored_copy_bytes(self.setting.tokens, self.shapes.hidden, self.setting.rank, self.shapes.value_bytes)
+        if self.setting.where == "layer":
+            return copy
+        return len(parts) * (copy + MASTER_BYTES * self.setting.tokens)
+
+    def backward(self, block: Block) -> int:
+        """Beside what is kept: what is recomputed, if anything is, and the gradients of the widest sub-block."""
+        parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
+        inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
+        gradients = self.setting.tokens * ((6 if self.autocast else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
+        if self.setting.where == "none":
+            return gradients
+        if self.setting.where == "layer":
+            return gradients + self._exact(block, parts) + self.setting.tokens * hidden * self.shapes.value_bytes
+        return gradients + max(self._exact(block, (part,)) for part in parts)
+
+    def _exact(self, block: Block, parts: tuple[SubBlock, ...]) -> int:
+        per_token = sum(
+            part.saved_per_token(self.shapes.value_bytes, self.setting.lora_rank, self.autocast) for part in parts
+        )
+        opened, inner = expert_parts(self.shapes, block)
+        return self.setting.tokens * (per_token + self.shapes.value_bytes * (opened + 2 * inner))
+
+
+def stored_copy_bytes(tokens: int, features: int, share: float | None, value_bytes: int) -> int:
+    """One compressed (T, n) matrix as `qb.compress` stores it, or the matrix where that is not smaller."""
+    exact = tokens * features * value_bytes
+    if share is None:
+        return exact
+    rank = max(1, round(share * features))
+    factored = rank * (tokens + 2 * features + 4) + 2 * tokens
+    return exact if min(tokens, features) <= rank or factored >= exact else factored
+
+
+def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
+    """Device peak of a compile: the largest block with its moments, and the fuller of its last batch and its solver."""
+    return max(_compile_block(shapes, block, ratio, batch_tokens) for block, _ in shapes.kinds)
+
+
+def _compile_block(shapes: ModelShapes, block: Block, ratio: float, batch_tokens: int) -> int:
+    parts = sub_blocks(block, shapes.hidden)
+    moments = solver = factors = widest = 0
+    for part in parts:
+        shared = any(linear.out_features >= linear.in_features for linear in part.readers)
+        sides = [part.hidden] if shared else [min(linear.out_features, linear.in_features) for linear in part.readers]
+        sides += [min(part.closing.out_features, part.closing.in_features)] if part.closing else []
+        moments += sum(8 * side * side for side in sides)
+        widest = max([widest, *sides])
+    for linear in block.compressible:
+        rank = rank_for(ratio, linear.out_features, linear.in_features)
+        if rank is not None:
+            solver = max(solver, _solver_bytes(linear, rank, shapes.value_bytes))
+            factors += rank * (linear.out_features + linear.in_features) * shapes.value_bytes
+    width = max(part.opened + part.inner + 3 * part.hidden for part in parts) if parts else 4 * shapes.hidden
+    batch = batch_tokens * (width * shapes.value_bytes + 8 * max(part.inner for part in parts)) + 8 * widest * widest
+    return block.parameters * shapes.value_bytes + moments + max(solver + factors, batch)
+
+
+def _solver_bytes(linear: Linear, rank: int, value_bytes: int) -> int:
+    """Beside weight and moment, in float64: the weight, its product with a square root of the moment, and the
+    eigenproblem of the narrow side with its workspace; or, where the moment is of the input, what the factors leave of
+    the weight with two products of it. The basis comes twice, as does the stored factor that it becomes."""
+    rows, columns = linear.out_features, linear.in_features
+    narrow = min(rows, columns)
+    product = 8 * rows * columns if rows > columns else 0
+    solve = product + 8 * 4 * narrow * narrow
+    judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
+    return 8 * rows * columns + max(solve, judge) + (2 * 8 + value_bytes) * rank * rows
+
+
+def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
+    """Bound of a correction: of the worst linear pieces of its weight, its factors, and six (out, r) in float64; and
+    what is solved, in float64."""
+
+    def cost(linear: Linear) -> int:
+        rank = rank_for(ratio, linear.out_features, linear.in_features)
+        if rank is None:
+            return 0
+        pieces = min(4 * CHUNK_BYTES, linear.parameters * shapes.value_bytes)
+        sides = linear.out_features + linear.in_features
+        return pieces + SOLVE_BLOCK_BYTES + 8 * (rank + 6 * lora_rank) * sides
+
+    solved = 8 * lora_parameters(shapes, lora_rank)
+    return solved + max((cost(linear) for block, _ in shapes.kinds for linear in block.compressible), default=0)
+
+
+def host_bytes(shapes: ModelShapes, samples: int, max_length: int) -> int:
+    """Host memory of a compile: the process, the next block read ahead and converted, the waiting hidden states."""
+    states = samples * max_length * shapes.hidden * 2 * max(shapes.value_bytes, 2)
+    return PROCESS_BYTES + 2 * shapes.largest_block_bytes + states

@@ -1,0 +1,115 @@
+"""What a run left in the store in, the figures that its report shows out."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import read_json
+from onelayer.compiler.measure import GIB, Result
+from onelayer.runtime.artifact_record import Artifact
+from onelayer.runtime.artifacts import ArtifactStore
+from onelayer.runtime.step_kinds import EVALUATION
+
+
+class MemoryRow(Result):
+    """Device memory of one step in GiB: what was promised before it ran, what was measured."""
+
+    step: str
+    promised_gib: float | None
+    measured_gib: float
+
+
+class LinearError(Result):
+    """One linear of the emulator: the number of its layer, what it is called there, its rank and its relative error."""
+
+    layer: int
+    kind: str
+    rank: int
+    error: float
+
+
+class StepFacts(Result):
+    """One step that is there: its artifact in short."""
+
+    name: str
+    kind: str
+    key: str
+    digest: str
+    seconds: float
+    total_bytes: int
+    created: str
+    path: str
+
+
+class ReportData(Result):
+    """Everything that a report shows beside the run's own result."""
+
+    steps: list[StepFacts]
+    memory: list[MemoryRow]
+    errors: list[LinearError]
+    curves: dict[str, list[tuple[float, float]]]
+    versions: dict[str, str]
+
+
+def collect(store: ArtifactStore, made: Mapping[str, Artifact], foreseen: Mapping[str, int | None]) -> ReportData:
+    """The facts of every step of a run; `foreseen` are the planner's peaks in bytes, by step."""
+    payloads = {name: store.payload(artifact.key) for name, artifact in made.items()}
+    emulator = next((payloads[name] for name, artifact in made.items() if artifact.kind == "compile"), None)
+    return ReportData(
+        steps=[_facts(name, artifact, payloads[name]) for name, artifact in made.items()],
+        memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, payloads[name], foreseen))],
+        errors=[] if emulator is None else _errors(_document(emulator / "emulator.json").get("linears", [])),
+        curves={name: points for name in made if (points := _curve(made[name].kind, payloads[name]))},
+        versions=next((artifact.versions for artifact in made.values()), {}),
+    )
+
+
+def _facts(name: str, artifact: Artifact, payload: Path) -> StepFacts:
+    shared = {
+        field: getattr(artifact, field) for field in ("kind", "key", "digest", "seconds", "total_bytes", "created")
+    }
+    return StepFacts(name=name, path=str(payload), **shared)
+
+
+def _memory(name: str, artifact: Artifact, payload: Path, foreseen: Mapping[str, int | None]) -> MemoryRow | None:
+    """The streamed passes promise by themselves, in their report; the others by the planner."""
+    if artifact.peak_device_bytes is None:
+        return None
+    report = _document(payload / ("emulator.json" if artifact.kind == "compile" else EVALUATION)).get("report", {})
+    promised = report.get("largest_unit_bytes", 0) + report.get("workspace_bytes", 0) or foreseen.get(name)
+    return MemoryRow(
+        step=name,
+        promised_gib=None if promised is None else promised / GIB,
+        measured_gib=artifact.peak_device_bytes / GIB,
+    )
+
+
+def _errors(linears: Sequence[Mapping[str, Any]]) -> list[LinearError]:
+    rows = []
+    for row in linears:
+        found = re.search(r"(?:^|\.)(\d+)\.(.+)$", row["name"])
+        layer, kind = (int(found[1]), found[2]) if found else (0, row["name"])
+        rows.append(LinearError(layer=layer, kind=kind, rank=row["rank"], error=row["error"]))
+    return rows
+
+
+def _curve(kind: str, payload: Path) -> list[tuple[float, float]]:
+    """Steps and losses of a training, or of a polish."""
+    if kind not in ("train", "polish"):
+        return []
+    document = _document(payload / "onelayer.json")
+    losses = document.get("training", {}).get("losses") or []
+    if kind == "polish":
+        losses = [(number, row["loss"]) for number, row in enumerate(document.get("steps") or [], start=1)]
+    return [(float(step), float(loss)) for step, loss in losses]
+
+
+def _document(file: Path) -> dict[str, Any]:
+    """A JSON mapping, empty where the file is not there: not every step writes each."""
+    try:
+        document = read_json(file)
+    except InputError:
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -1,0 +1,34 @@
+"""A step that is to run in, a shorter way to its result out: a smaller emulator is a slice of a larger one at hand."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from onelayer.runtime.artifact_record import Artifact, StepSpec
+from onelayer.runtime.artifacts import ArtifactStore
+
+
+def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
+    """The smallest intact emulator in the store of which that of `spec` is a slice: same inputs, same settings."""
+    ratio = spec.fields.get("ratio")
+    # Quantised factors are rounded for their rank, so a prefix of them is not what a compile would write.
+    if spec.kind != "compile" or not isinstance(ratio, float) or spec.fields.get("factor_dtype") in ("int8", "nf4"):
+        return None
+    found = []
+    for artifact in store.artifacts():
+        same = (artifact.kind, artifact.step_version, artifact.inputs) == (spec.kind, spec.step_version, spec.inputs)
+        larger = artifact.fields.get("ratio")
+        alike = {**artifact.fields, "ratio": ratio} == spec.fields
+        if same and alike and isinstance(larger, float) and larger > ratio and store.damage(artifact) is None:
+            found.append((larger, artifact))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def cut(store: ArtifactStore, larger: Artifact, ratio: float, output: Path) -> Mapping[str, Any]:
+    """Cut the smaller emulator, without the original, and keep the larger one from being pruned meanwhile."""
+    from onelayer.compiler import slice_emulator
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(store.use(larger.key))
+        return slice_emulator(folder, ratio=ratio, output=output).model_dump(mode="json")

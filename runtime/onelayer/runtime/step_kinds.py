@@ -1,0 +1,65 @@
+"""What a step is, the kinds there are, and what identifies the result of each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.adapter import adapter_digest
+from onelayer.runtime.manifest import Manifest
+from onelayer.runtime.sources import Source, directory_digest
+
+EVALUATION = "evaluation.json"
+
+# Raised by hand when a step's code starts to give another result for the same settings and inputs.
+STEP_VERSIONS = {"compile": 1, "slice": 1, "train": 1, "correct": 1, "polish": 1, "merge": 1, "evaluate": 1}
+
+# Executes a step: the payload folders of the steps it needs, and the folder to fill.
+Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work. `needs` maps what an input is for to the step it comes from; `optional` ones may fail."""
+
+    name: str
+    kind: str
+    execute: Execute
+    fields: Mapping[str, Any]
+    sources: Mapping[str, Source]
+    needs: Mapping[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    task: str | None = None
+
+
+def payload_digest(kind: str) -> Callable[[Path], str] | None:
+    """What identifies the payload of a step: weights, configuration and tokenizer, not the reports beside them."""
+    return {
+        "compile": directory_digest,
+        "slice": directory_digest,
+        "train": adapter_digest,
+        "correct": adapter_digest,
+        "polish": adapter_digest,
+        "merge": directory_digest,
+        "evaluate": None,
+    }[kind]
+
+
+# An interrupted step of these kinds goes on where it was.
+RESUMABLE = frozenset({"compile", "train", "polish", "merge"})
+
+
+def emulator_step(manifest: Manifest, task: str) -> str:
+    """The step that makes the emulator a task trains on: the common one, or a slice of it."""
+    ratio = manifest.tasks[task].ratio
+    return "compile" if ratio is None else f"slice {ratio}"
+
+
+def fitting_step(manifest: Manifest, task: str) -> str:
+    """The step whose adapter fits the original: the correction, or training on the original where nothing else is."""
+    return f"{task}.direct" if manifest.emulator is None else f"{task}.correct"
+
+
+def model_source(manifest: Manifest) -> Source:
+    """The original that a manifest names."""
+    return Source(manifest.model.path, is_model=True, revision=manifest.model.revision)

@@ -1,0 +1,180 @@
+"""The planner: shapes as the compiler sees them, predictions as measured, choices that follow from the budget."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from onelayer.compiler.compression import SMALL_SHARE, choose_ranks, stacked_parameters, stored_parameters
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.shapes import SMALL_SHARE as PLANNED_SMALL_SHARE
+from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
+from onelayer.compiler.units import StreamedModel
+from onelayer.runtime.plan import plan_run, ratio_for
+from onelayer.runtime.plan_choice import best_ratio
+from onelayer.runtime.plan_memory import Setting, emulator_bytes, stored_copy_bytes, train_memory
+from onelayer.runtime.plan_skeleton import read_shapes
+from onelayer.runtime.plan_speed import Speed
+
+GIB = 1 << 30
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", tiny.DECODER),
+    "tied": ("LlamaConfig", "LlamaForCausalLM", {**tiny.DECODER, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128}),
+    "mixture": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**tiny.DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+}
+
+
+def saved(folder: Path, name: str) -> Path:
+    config_class, model_class, fields = MODELS[name]
+    tiny.build(config_class, model_class, **fields).save_pretrained(folder / name)
+    return folder / name
+
+
+def decoder(hidden: int, inner: int, layers: int, vocabulary: int, value_bytes: int = 2) -> ModelShapes:
+    table: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
+    for number in range(layers):
+        attention = dict.fromkeys(("q", "k", "v", "o"), (hidden, hidden))
+        table |= {f"layers.{number}.attention.{name}.weight": shape for name, shape in attention.items()}
+        table |= {f"layers.{number}.mlp.{name}.weight": (inner, hidden) for name in ("gate", "up")}
+        table[f"layers.{number}.mlp.down.weight"] = (hidden, inner)
+    return shapes_of("typed in", {"hidden_size": hidden, "vocab_size": vocabulary}, table, value_bytes, False)
+
+
+LARGE = decoder(4096, 14336, 32, 128256)
+
+
+def test_small_linears_are_left_alone_as_in_compile() -> None:
+    assert PLANNED_SMALL_SHARE == SMALL_SHARE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_headers_say_what_the_compiler_finds(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path, name)
+    shapes, streamed = shapes_from_headers(folder), StreamedModel(folder)
+    assert shapes.parameters == stored_parameters(streamed)
+    assert sum(block.experts.parameters for block in shapes.blocks if block.experts) == stacked_parameters(streamed)
+    planned = {
+        f"{block.name}.{linear.name}": rank_for(0.3, linear.out_features, linear.in_features)
+        for block in shapes.blocks
+        for linear in block.compressible
+    }
+    assert planned == choose_ranks(streamed, 0.3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_alone_gives_the_same_shapes(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path, name)
+    with_weights = read_shapes(folder)
+    (folder / "model.safetensors").unlink()
+    alone = read_shapes(folder)
+    assert not alone.has_weights
+    assert (alone.parameters, alone.hidden, alone.value_bytes) == (
+        with_weights.parameters,
+        with_weights.hidden,
+        with_weights.value_bytes,
+    )
+    assert emulator_bytes(alone, 0.3) == emulator_bytes(with_weights, 0.3)
+    assert alone.active_parameters == with_weights.active_parameters
+
+
+def test_headers_are_read_without_torch(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama")
+    code = (
+        "import sys; from onelayer.runtime.plan_manifest import *; from onelayer.compiler.shapes import *; "
+        f"shapes_from_headers({str(folder)!r}); print({{'torch', 'transformers'}} & set(sys.modules))"
+    )
+    paths = [str(Path(__file__).parents[1] / name) for name in ("compiler", "runtime")]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {code}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_more_memory_never_allows_less_and_what_is_chosen_fits() -> None:
+    setting = Setting(batch_size=4, max_length=1024)
+    reached = [best_ratio(LARGE, setting, card * GIB).reached for card in (16, 24, 32, 48, 64)]
+    assert reached == sorted(reached)
+    assert reached[-1] > reached[0]
+    for card in (24, 48):
+        choice = best_ratio(LARGE, setting, card * GIB)
+        if choice.ratio is not None:
+            assert choice.memory.peak <= 0.95 * card * GIB
+            over = train_memory(LARGE, emulator_bytes(LARGE, choice.ratio + 0.002), setting).peak
+            assert over > 0.95 * card * GIB or choice.ratio == 0.95
+
+
+def test_a_plan_is_one_document_with_the_promised_keys(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama")
+    speed = Speed(read_bytes_per_second=1e9, flops_per_second=1e12, device="typed in")
+    document = plan_run(folder, GIB, max_length=64, batch_size=2, speed=speed).model_dump(mode="json")
+    assert document["fits"] is True
+    assert {"fits", "ratio", "activations", "activation_rank", "predicted"} <= set(document)
+    assert {"compile_bytes", "train_bytes", "correct_bytes", "emulator_bytes"} <= set(document["predicted"])
+    assert [row["factor_dtype"] for row in document["choices"]] == ["bf16", "int8", "nf4"]
+    assert document["seconds"]["polish_step"] > document["seconds"]["correct"]
+    assert "the original itself fits" in document["remarks"][0]
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_too_little_memory_says_what_limits_and_what_to_give_up(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama")
+    plan = plan_run(folder, 100 << 20, max_length=512, batch_size=8, timing=False)
+    assert (plan.fits, plan.ratio) == (False, None)
+    assert plan.limit.startswith("train: the loss")
+    assert any(row.give_up == "--batch-size 1" for row in plan.give_up)
+    with pytest.raises(InputError, match="--memory: too little for train: the loss"):
+        ratio_for(folder, 100 << 20)
+    assert 0 < ratio_for(folder, GIB) < 1
+
+
+def test_quantised_factors_hold_more_in_the_same_bytes() -> None:
+    sizes = [emulator_bytes(LARGE, 0.3, dtype) for dtype in ("bf16", "int8", "nf4")]
+    assert sizes == sorted(sizes, reverse=True)
+    setting = Setting(batch_size=1, max_length=1024, where="sublayer", rank=0.125)
+    plain, nf4 = (best_ratio(LARGE, setting, 8 * GIB, dtype).reached for dtype in ("bf16", "nf4"))
+    assert nf4 > 2 * plain > 0
+
+
+def test_spectra_say_what_each_choice_leaves_out(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama")
+    emulator = tmp_path / "emulator"
+    emulator.mkdir()
+    values = [math.sqrt(0.5), *[math.sqrt(0.05)] * 9]  # of an energy of 1, most in one direction
+    rows = [
+        {"name": f"{block.name}.{linear.name}", "singular_values": values, "output_energy": 1.0}
+        for block in shapes_from_headers(folder).blocks
+        for linear in block.compressible
+    ]
+    (emulator / "emulator.json").write_text(json.dumps({"linears": rows}))
+    plan = plan_run(folder, GIB, max_length=16, batch_size=1, emulator=emulator, timing=False)
+    error = plan.choices[0].error
+    assert error is not None
+    assert 0 <= error < 1
+    (emulator / "emulator.json").write_text("{}")
+    with pytest.raises(InputError, match="says nothing of linears"):
+        plan_run(folder, GIB, emulator=emulator, timing=False)
+
+
+def test_a_stored_copy_is_never_larger_than_the_matrix() -> None:
+    for tokens, features, share in ((1000, 512, 0.125), (20, 512, 0.125), (1000, 8, 0.9)):
+        assert stored_copy_bytes(tokens, features, share, 2) <= tokens * features * 2
+    assert stored_copy_bytes(1000, 512, None, 2) == 1000 * 512 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["small, stored whole", "small, sublayer 1/8", "small, layer 1/8"])
+def test_predicted_peaks_are_within_a_tenth_of_measured_ones(case: str) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "measure_plan.py"
+    command = [sys.executable, "-W", "ignore", str(script), "--json", "--only", case]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert {row["step"] for row in json.loads(result.stdout)} == {"compile", "train", "correct"}

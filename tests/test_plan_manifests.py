@@ -1,0 +1,98 @@
+"""The manifests in `manifests/`: they load, their memory budgets can be met, and the schema beside them is current."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.shapes import ModelShapes, shapes_of
+from onelayer.runtime.manifest import Manifest, load_manifest, manifest_schema
+from onelayer.runtime.plan_manifest import Costs, ratio_within, setting_of
+from onelayer.runtime.steps import steps_of
+from onelayer.runtime.trainer_args import trainer_args_model
+
+FOLDER = Path(__file__).parents[1] / "manifests"
+REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "demo.yaml")
+# hidden, inner, layers, key and value width, vocabulary; as in the models' own config.json
+SIZES = {"8b": (4096, 14336, 32, 1024, 128256), "32b": (5120, 25600, 64, 1024, 151936)}
+RANGES = {
+    "llama-8b-8gb.yaml": (0.25, 0.6),
+    "llama-8b-16gb.yaml": (0.7, 0.95),
+    "llama-8b-24gb.yaml": (0.9, 0.95),
+    "qwen-32b-24gb.yaml": (0.7, 0.95),
+}
+
+
+def placed(folder: Path, name: str) -> Manifest:
+    """A manifest in a folder of its own, with a line in each file that it names."""
+    text = (FOLDER / name).read_text()
+
+    def files(value: Any) -> list[str]:
+        if isinstance(value, dict | list):
+            return [file for item in (value.values() if isinstance(value, dict) else value) for file in files(item)]
+        return [value] if isinstance(value, str) and value.endswith(".jsonl") else []
+
+    for file in files(yaml.safe_load(text)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text('{"text": "a"}\n')
+    shutil.copy(FOLDER / name, folder / name)
+    return load_manifest(folder / name)
+
+
+def decoder(size: str) -> ModelShapes:
+    hidden, inner, layers, narrow, vocabulary = SIZES[size]
+    table: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
+    for number in range(layers):
+        parts = {"attention.q": (hidden, hidden), "attention.k": (narrow, hidden), "attention.v": (narrow, hidden)}
+        parts |= {"attention.o": (hidden, hidden), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden)}
+        parts |= {"mlp.down": (hidden, inner)}
+        table |= {f"layers.{number}.{part}.weight": shape for part, shape in parts.items()}
+    return shapes_of(size, {"hidden_size": hidden, "vocab_size": vocabulary}, table, 2, False)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_manifest_loads_and_has_steps(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODEL", raising=False)
+    manifest = placed(tmp_path, name)
+    kinds = [step.kind for step in steps_of(manifest, list(manifest.tasks))]
+    assert kinds.count("evaluate") == len(manifest.tasks)
+    assert ("compile" in kinds) == (manifest.emulator is not None)
+    if name == "loract-alone.yaml":
+        assert kinds == ["train", "evaluate"]
+    if name == "many-tasks.yaml":
+        assert kinds.count("compile") == kinds.count("slice") == 1
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_budget_gives_a_ratio(tmp_path: Path, name: str) -> None:
+    manifest = placed(tmp_path, name)
+    assert manifest.emulator is not None
+    assert manifest.emulator.memory is not None
+    shapes = decoder("32b" if "32b" in name else "8b")
+    low, high = RANGES[name]
+    assert low <= ratio_within(manifest, shapes, manifest.emulator.memory) <= high
+    with pytest.raises(InputError, match=r"emulator\.memory: tasks\.support cannot be trained"):
+        ratio_within(manifest, shapes, 1 << 30)
+
+
+def test_the_planner_sees_what_a_task_sets(tmp_path: Path) -> None:
+    manifest = placed(tmp_path, "many-tasks.yaml")
+    assert setting_of(manifest.training("sql")).tokens == 4 * 1024
+    assert setting_of(manifest.training("notes")).tokens == 4 * 2048
+    assert setting_of(manifest.training("support")).lora_rank == 16
+
+
+def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:
+    manifest = placed(tmp_path, "many-tasks.yaml")
+    costs = Costs(manifest, None).of("compile", None, None, False)
+    assert (costs.read_bytes, costs.write_bytes, costs.peak_bytes) == (None, None, None)
+
+
+def test_the_schema_beside_the_manifests_is_current() -> None:
+    if trainer_args_model() is None:
+        pytest.skip("without the training extra its arguments are not in the schema")
+    assert json.loads((FOLDER / "manifest.schema.json").read_text()) == manifest_schema()
