@@ -32,7 +32,10 @@ ROUNDING = 1e-5
 
 def gradient_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
     """('identical' | 'close' | 'differs', detail) of one model; whatever fails before streaming raises."""
-    kind, batches = first_that_runs(model, registry)
+    return _verdict(model, *first_that_runs(model, registry))
+
+
+def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch]) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model.save_pretrained(directory / "model")
@@ -52,11 +55,16 @@ def gradient_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
     if worst > EXACT and model.dtype == torch.float32:
         # Rounding shrinks with the precision, a mistake does not.
         try:
-            result, finer = gradient_verdict(model.double(), registry)
+            finer_batches = [{name: _doubled(value) for name, value in batch.items()} for batch in batches]
+            result, finer = _verdict(model.double(), kind, finer_batches)
         except Exception as error:  # some models compute a part in float32 whatever they are in
             result, finer = "close" if worst <= ROUNDING else "differs", first_line(error)
         return "differs" if result == "differs" else "close", f"{detail}; in float64: {finer}"
     return ("close" if worst <= EXACT else "differs"), detail
+
+
+def _doubled(value: torch.Tensor) -> torch.Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def _distance(found: Gradients, expected: Gradients) -> tuple[float, str]:

@@ -72,7 +72,8 @@ def open_trained(model: Path, source: Adapter, device: torch.device) -> tuple[St
         for key in factor_names(name, module.embedding, NAME):
             parameter = streamed.model.get_parameter(key)
             parameter.data = parameter.data.to(device, torch.float32)
-            trained[key] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            trained[key] = parameter
     return streamed, trained
 
 

@@ -1,5 +1,6 @@
 """The `onelayer` command as a process: arguments in, an exit code out, every failure one line on stderr."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ RESUME = {
     "run": "finished steps are kept, run the same command again to go on",
     "train": "run the same command again with --resume to go on from the last checkpoint",
 }
+
+
+# PEFT imports bitsandbytes where it is installed, which then tells about a kernel that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from onelayer.compiler.checkpoint import Checkpoint, resolve_model
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.files import read_json
 from onelayer.compiler.measure import Result
 from onelayer.compiler.ranks import rank_for
@@ -25,7 +26,6 @@ from onelayer.runtime.plan_choice import (
 )
 from onelayer.runtime.plan_memory import (
     FACTOR_BYTES,
-    FactorDtype,
     Setting,
     compile_bytes,
     correct_bytes,

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import median
 
+from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.measure import Result
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import ModelShapes
 from onelayer.runtime.plan_memory import (
-    FactorDtype,
     Setting,
     TrainMemory,
     compile_bytes,

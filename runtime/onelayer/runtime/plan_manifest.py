@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.measure import Result
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
 from onelayer.runtime.manifest import Manifest
 from onelayer.runtime.manifest_sections import Training
 from onelayer.runtime.plan_choice import best_ratio
 from onelayer.runtime.plan_memory import (
-    FactorDtype,
     Setting,
     compile_bytes,
     correct_bytes,

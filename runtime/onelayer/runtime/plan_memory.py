@@ -6,15 +6,14 @@ T are tokens of one batch; the letters of `plan_parts` hold.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
+from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import Block, Linear, ModelShapes
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
 
-FactorDtype = Literal["bf16", "int8", "nf4"]
-# Bytes per value with the scales of blocks of 64: none, one float32, one float32 beside half a byte.
-FACTOR_BYTES: dict[FactorDtype, float] = {"bf16": 2.0, "int8": 1 + 4 / 64, "nf4": 0.5 + 2 / 64}
+FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
 # TRL computes the loss in tiles of logits this long and wide; on a GPU in one kernel, elsewhere with seven temporaries.
 TILE_TOKENS, TILE_VOCABULARY, TILE_TEMPORARY_BYTES = 4096, 32768, 28.5
 CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
