@@ -22,7 +22,8 @@ class Artifact(Result):
     """What `artifact.json` says about one finished step.
 
     `digest` identifies what the payload computes and is what later steps build their keys from; `files` maps every
-    payload file to its SHA-256. Times and peaks are of the run that made it.
+    payload file to its SHA-256. Times and peaks are of the run that made it;
+    `promised_bytes` is the peak that a streamed pass promised for itself, its largest unit and its workspace.
     """
 
     format_version: int = 1
@@ -37,6 +38,7 @@ class Artifact(Result):
     seconds: float
     peak_device_bytes: int | None = None
     peak_host_bytes: int | None = None
+    promised_bytes: int | None = None
     versions: dict[str, str]
     created: str
 

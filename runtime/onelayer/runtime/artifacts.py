@@ -145,6 +145,7 @@ class ArtifactStore:
             total_bytes=directory_bytes(payload),
             seconds=round(seconds, 3),
             peak_device_bytes=costs.get("peak_device_bytes"),
+            promised_bytes=costs.get("largest_unit_bytes", 0) + costs.get("workspace_bytes", 0) or None,
             peak_host_bytes=costs.get("peak_host_bytes"),
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -19,6 +19,7 @@ from onelayer.runtime.plan_memory import (
     compile_bytes,
     correct_bytes,
     emulator_bytes,
+    polish_bytes,
     train_memory,
 )
 from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
@@ -128,5 +129,12 @@ class Costs:
             ),
             "merge": StepCosts(read_bytes=model + adapter, write_bytes=model),
             "evaluate": StepCosts(read_bytes=model, write_bytes=0, peak_bytes=largest),
-            "polish": StepCosts(read_bytes=2 * model, write_bytes=adapter, peak_bytes=largest),
+            "polish": self._polish_costs(task, shapes, model, adapter),
         }.get(kind, StepCosts())
+
+    def _polish_costs(self, task: str, shapes: ModelShapes, model_bytes: int, adapter_bytes: int) -> StepCosts:
+        polishing, training = self._manifest.polishing(task), self._manifest.training(task)
+        if polishing is None:
+            return StepCosts()
+        peak = polish_bytes(shapes, training.lora.r, polishing.micro_batch_size * training.max_length)
+        return StepCosts(read_bytes=2 * polishing.steps * model_bytes, write_bytes=adapter_bytes, peak_bytes=peak)

@@ -10,7 +10,6 @@ from onelayer.compiler.files import read_json
 from onelayer.compiler.measure import GIB, Result
 from onelayer.runtime.artifact_record import Artifact
 from onelayer.runtime.artifacts import ArtifactStore
-from onelayer.runtime.step_kinds import EVALUATION
 
 
 class MemoryRow(Result):
@@ -59,7 +58,7 @@ def collect(store: ArtifactStore, made: Mapping[str, Artifact], foreseen: Mappin
     emulator = next((payloads[name] for name, artifact in made.items() if artifact.kind == "compile"), None)
     return ReportData(
         steps=[_facts(name, artifact, payloads[name]) for name, artifact in made.items()],
-        memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, payloads[name], foreseen))],
+        memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, foreseen))],
         errors=[] if emulator is None else _errors(_document(emulator / "emulator.json").get("linears", [])),
         curves={name: points for name in made if (points := _curve(made[name].kind, payloads[name]))},
         versions=next((artifact.versions for artifact in made.values()), {}),
@@ -73,12 +72,11 @@ def _facts(name: str, artifact: Artifact, payload: Path) -> StepFacts:
     return StepFacts(name=name, path=str(payload), **shared)
 
 
-def _memory(name: str, artifact: Artifact, payload: Path, foreseen: Mapping[str, int | None]) -> MemoryRow | None:
+def _memory(name: str, artifact: Artifact, foreseen: Mapping[str, int | None]) -> MemoryRow | None:
     """The streamed passes promise by themselves, in their report; the others by the planner."""
     if artifact.peak_device_bytes is None:
         return None
-    report = _document(payload / ("emulator.json" if artifact.kind == "compile" else EVALUATION)).get("report", {})
-    promised = report.get("largest_unit_bytes", 0) + report.get("workspace_bytes", 0) or foreseen.get(name)
+    promised = artifact.promised_bytes or foreseen.get(name)
     return MemoryRow(
         step=name,
         promised_gib=None if promised is None else promised / GIB,
