@@ -46,6 +46,7 @@ def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], No
         wrapped: Any = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's own
             for name, path in adapters.items():
                 if wrapped is None:
                     wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)

@@ -4,6 +4,7 @@ Imports trl, transformers and torch; import it where training starts.
 """
 
 import math
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ class LoraTrainer(SFTTrainer):
 
     saved_activation_bytes: int | None = None
     activations: TrainActivations | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL's; PEFT's use of a deprecated name of transformers is nothing that a user could mend."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; in the first call, what is saved for its backward pass is counted."""
