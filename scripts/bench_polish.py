@@ -153,7 +153,7 @@ def large(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         model = make_checkpoint(Path(name), arguments.gigabytes)
         disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        result = one_step(model, Path(name) / "data.jsonl", Path(name), batch_size=4, max_length=128)
+        result = one_step(model, Path(name) / "data.jsonl", Path(name), batch_size=2, max_length=128)
     report, step = result.report, result.steps[0]
     print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
     print(f"read by the step          {step.bytes_read / 1e9:8.2f} GB in {step.seconds:.0f} s")

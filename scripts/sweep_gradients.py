@@ -153,7 +153,7 @@ def _streamed(streamed: StreamedModel, batches: list[Batch]) -> tuple[Gradients,
         with torch.enable_grad():
             loss = _loss(output, batches[index])
             if loss.requires_grad:
-                loss.backward()
+                loss.backward(retain_graph=True)
 
     # Both run in evaluation mode: they would draw other numbers for dropout.
     as_it_is = mock.patch.object(gradients, "training", return_value=contextlib.nullcontext())

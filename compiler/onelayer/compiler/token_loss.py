@@ -68,7 +68,7 @@ class TokenLoss:
             losses_N = torch.nn.functional.cross_entropy(logits[rows].float(), labels_N, reduction="none")
             self._sums[index] = float(losses_N.detach().sum(dtype=torch.float64))
             if index < self.trained and losses_N.requires_grad:
-                (losses_N.sum() / self.trained_tokens).backward()
+                (losses_N.sum() / self.trained_tokens).backward(retain_graph=True)
 
     def finish(self) -> bool:
         """Read the head, fill in the losses, send gradients back; False, and none sent, where a loss is not finite."""
@@ -110,7 +110,8 @@ class TokenLoss:
             gradients[index][rows] += part.to("cpu", torch.float32)
         for index, gradient_NH in gradients.items():
             hidden_NH = self._waiting.pop(index).hidden
-            hidden_NH.backward(gradient_NH.to(hidden_NH.dtype))
+            # Code behind the last unit may share graph with code in front of others, which is still to be walked.
+            hidden_NH.backward(gradient_NH.to(hidden_NH.dtype), retain_graph=True)
         self._waiting.clear()
 
 
