@@ -45,8 +45,9 @@ def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], No
     def prepare(model: PreTrainedModel) -> None:
         wrapped: Any = None
         with warnings.catch_warnings():
+            # Both are PEFT's own: the keys it renamed, and a name of transformers that it should not use any more.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's own
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             for name, path in adapters.items():
                 if wrapped is None:
                     wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)
