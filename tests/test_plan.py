@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 import tiny
-from onelayer.compiler.compression import SMALL_SHARE, choose_ranks, stacked_parameters, stored_parameters
+from onelayer.compiler.compression import choose_ranks, stacked_parameters, stored_parameters
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.ranks import rank_for
-from onelayer.compiler.shapes import SMALL_SHARE as PLANNED_SMALL_SHARE
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
 from onelayer.compiler.units import StreamedModel
 from onelayer.runtime.plan import plan_run, ratio_for
@@ -52,10 +51,6 @@ def decoder(hidden: int, inner: int, layers: int, vocabulary: int, value_bytes: 
 
 
 LARGE = decoder(4096, 14336, 32, 128256)
-
-
-def test_small_linears_are_left_alone_as_in_compile() -> None:
-    assert PLANNED_SMALL_SHARE == SMALL_SHARE
 
 
 @pytest.mark.parametrize("name", MODELS)

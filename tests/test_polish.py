@@ -95,9 +95,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two adapters are alike but for rounding: kernels take another path for tensors at other addresses."""
+    """Whether two adapters are equal bit for bit."""
     a, b = weights(first), weights(second)
-    return a.keys() == b.keys() and all(float((a[name] - b[name]).norm()) <= 1e-3 * float(a[name].norm()) for name in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_another(setup: Path) -> None:
@@ -179,14 +179,16 @@ def test_a_stopped_run_goes_on_where_it_was(setup: Path, monkeypatch: pytest.Mon
         polished(setup, steps=4, eval_data=setup / "dev.jsonl", learning_rate=0.1)
     result = polished(setup, steps=4, eval_data=setup / "dev.jsonl")
     assert same(setup / "whole", setup / "out")
-    assert [step.loss for step in result.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-4)
-    assert [item.loss for item in result.held_out] == pytest.approx([item.loss for item in expected.held_out], rel=1e-4)
+    assert [step.loss for step in result.steps] == [step.loss for step in expected.steps]
+    assert result.held_out == expected.held_out
     assert not (setup / ".out.polish").exists()
 
 
 KILLED = """
 import sys
+import torch
 from onelayer.compiler import polish_adapter
+torch.set_num_threads(1)  # as these tests do: sums over several threads come out otherwise
 polish_adapter(sys.argv[1] + "/adapter", model=sys.argv[1] + "/model", data=sys.argv[1] + "/train.jsonl",
     output=sys.argv[1] + "/out", steps=14, batch_size=5, learning_rate=1e-2, max_length=64)
 """
@@ -206,7 +208,7 @@ def test_a_kill_loses_the_step_in_progress_and_no_more(setup: Path) -> None:
         assert steps_in(state) >= finished
     result = polished(setup, steps=14)
     assert same(setup / "whole", setup / "out")
-    assert [step.loss for step in result.steps] == pytest.approx([step.loss for step in whole.steps], rel=1e-4)
+    assert [step.loss for step in result.steps] == [step.loss for step in whole.steps]
 
 
 def steps_in(state: Path) -> int:

@@ -12,11 +12,9 @@ from onelayer.compiler.factor_dtypes import FactorDtype, linear_bytes
 from onelayer.compiler.measure import GIB
 from onelayer.compiler.moments import is_linear, weight_shape
 from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.shapes import SMALL_SHARE
 from onelayer.compiler.units import StreamedModel, Unit
 
-# A linear that holds less than this share of its layer's linear weights stays dense: a router or a gate saves nothing
-# and decides much.
-SMALL_SHARE = 0.005
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
 RESERVE_BYTES = 64 << 20
 

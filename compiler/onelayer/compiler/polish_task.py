@@ -114,6 +114,7 @@ class PolishTask:
         kind = type(streamed.model)
         fan_in_fan_out = source.config.fan_in_fan_out
         base = Base(self.base["model"], self.base["revision"], kind.__name__, kind.__module__, fan_in_fan_out)
-        record = {name: self.identity[name] for name in ("base", "data", "settings")} | state.history
+        identity = self.identity
+        record = {name: identity[name] for name in ("base", "data", "settings")} | state.history
         with atomic_directory(output) as partial:
             write_polished(partial, source, state.chosen(), base, {**record, "stopped": failure})

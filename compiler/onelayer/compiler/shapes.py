@@ -21,7 +21,8 @@ from onelayer.compiler.files import read_json
 
 _BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
 _EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
-# As in compression: a linear with less than this share of its block's linear weights stays dense.
+# A linear that holds less than this share of its block's linear weights stays dense: a router or a gate saves nothing
+# and decides much.
 SMALL_SHARE = 0.005
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
 _EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")

@@ -1,6 +1,7 @@
 """The options of the commands, each with its help and its parser: text in, checked values out."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,14 +29,20 @@ def parse_activations(text: str) -> str:
     return text
 
 
-def parse_activation_rank(text: str | float) -> int | float | str:
-    """A whole number, a share below 1, or "auto"."""
-    if text == "auto" or not isinstance(text, str):
-        return text
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number of rows, nor a share like 0.125, nor `auto`") from None
+def rank_parser(word: str) -> Callable[[str | float], int | float | str]:
+    """Reads a whole number, a share below 1, or the one word that stands for neither."""
+
+    def parse(text: str | float) -> int | float | str:
+        if text == word or not isinstance(text, str):
+            return text
+        try:
+            return int(text) if text.isdigit() else float(text)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r} is neither a number of rows, nor a share like 0.125, nor `{word}`"
+            ) from None
+
+    return parse
 
 
 def parse_target_modules(text: str) -> str | list[str]:
@@ -138,7 +145,7 @@ Activations = Annotated[
 ActivationRank = Annotated[
     Any,  # int | float | "auto"
     typer.Option(
-        parser=parse_activation_rank,
+        parser=rank_parser("auto"),
         metavar="K|SHARE|auto",
         help="Rows kept of a stored matrix, or their share of the hidden size; auto measures what the gradient needs.",
     ),

@@ -18,18 +18,8 @@ from onelayer.runtime.cli_options import (
     Resume,
     Seed,
     TargetModules,
+    rank_parser,
 )
-
-
-def parse_activations(text: str | float) -> int | float | str:
-    """`exact`, a whole number, or a share below 1."""
-    if text == "exact" or not isinstance(text, str):
-        return text
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither `exact`, nor a number of rows, nor a share like 0.125") from None
-
 
 Start = Annotated[
     Path | None, typer.Argument(metavar="ADAPTER", help="Adapter to start from, corrected or not; none: --lora-rank.")
@@ -37,7 +27,7 @@ Start = Annotated[
 KeptInputs = Annotated[
     Any,  # int | float | "exact"
     typer.Option(
-        parser=parse_activations,
+        parser=rank_parser("exact"),
         metavar="exact|K|SHARE",
         help="How layer inputs are kept between the two passes: as they are, or as factors of that rank.",
     ),
