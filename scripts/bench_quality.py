@@ -1,161 +1,286 @@
-"""How much of direct LoRA's gain reaches the original: every stage of the method, on a trained model given by the user.
+"""How much of direct LoRA's gain reaches the original: every method and stage, on a trained model given by the user.
 
-    python scripts/bench_quality.py --model DIR --train train.jsonl --test test.jsonl --validation dev.jsonl --work DIR
+    python scripts/bench_quality.py --name perl --model DIR --train train.jsonl --held-out test.jsonl --work DIR
 
-One row for each thing that can be handed out: the adapter as it was trained on the emulator, corrected as published
-(limit 3), corrected with the choice made on validation data, and polished by exact steps from each start; beside them
-LoRA trained on the original itself. Everything lies in --work and is not made twice, so that a run can be taken up.
+For every seed: LoRA on the original itself, and for every emulator (kind:size, see quality_emulators.py) LoRA on it,
+scored there and on the original as it is, corrected as published (limit 3) and with the correction chosen on held-out
+data; then exact steps (`polish`). The first --validation-rows rows of the held-out data choose, the --test-rows after
+them score. Lines go to DIR/results.jsonl as they are found; what is there is not made twice, so a run can be taken up,
+and several may share the work. `quality_table.py` makes tables and a picture of them.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter
-from onelayer.runtime import train_lora
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from quality_emulators import COMPILED, compiled, derived, dropped, resident, restored
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
+from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.examples import load_tokenizer, read_examples, tokenize
+from onelayer.runtime import load_emulator, train_lora
+
+SCALES = (0.9, 1.1, 1.2, 1.4)
 
 
 class Bench:
-    """One model, one domain: paths of what was made, made where they are missing."""
+    """One model and task: what was made, made where it is missing."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.work: Path = arguments.work
+        self.given = arguments
+        self.work: Path = arguments.work / arguments.name
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.model: Path = arguments.model.absolute()
+        self.validation, self.test = self._split()
+        self.calibration = {"samples": 64, "max_length": arguments.max_length, "batch_size": 8}
+
+    def _split(self) -> tuple[Path, Path]:
+        first, second = self.given.validation_rows, self.given.test_rows
+        lines = self.given.held_out.read_text().splitlines(keepends=True)[: first + second]
+        paths = self.work / "validation.jsonl", self.work / "test.jsonl"
+        for path, part in zip(paths, (lines[:first], lines[first:]), strict=True):
+            path.write_text("".join(part))
+        return paths
 
     def made(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """The directory of that name, made if it is not there."""
+        """The directory of that name, made if it is not there; `figures.json` beside it holds what making returned."""
         path = self.work / name
-        if not path.exists():
-            print(f"making {name}", flush=True)
-            make(path)
+        with FileLock(self.work / f".{name}.lock"):
+            if not path.exists():
+                print(f"{self.given.name}: making {name}", flush=True)
+                figures = make(path)
+                if figures is not None:
+                    (self.work / f"{name}.figures.json").write_text(json.dumps(figures))
         return path
 
-    def emulator(self, ratio: float) -> Path:
-        """An emulator of `ratio`, by the allocation and dtype of the command line."""
-        given = self.arguments
-        settings = {"samples": 64, "max_length": given.max_length, "batch_size": 8, "factor_dtype": given.factor_dtype}
-        return self.made(
-            f"emulator-{ratio}",
-            lambda path: compile_emulator(
-                given.model, given.train, path, ratio=ratio, rank_allocation=given.rank_allocation, **settings
-            ),
-        )
+    def figures(self, name: str) -> Any:
+        """What making `name` returned."""
+        return json.loads((self.work / f"{name}.figures.json").read_text())
 
-    def trained(self, name: str, model: Path, seed: int) -> Path:
+    def emulator(self, kind: str, size: float) -> Path:
+        """The stand-in of one kind and size."""
+        name, given = f"{kind}-{size}", (self.model, self.given.train, self.calibration)
+        if kind == "dropped":
+            return self.made(name, lambda path: dropped(size, path, self.model))
+        if kind in COMPILED:
+            return self.made(name, lambda path: compiled(kind, size, path, *given))
+        published = self.emulator("published", size)
+        return self.made(name, lambda path: derived(kind, path, published, *given))
+
+    def trained(self, name: str, model: Path, seed: int, **more: Any) -> Path:
         """LoRA on an emulator or on the original."""
-        given = self.arguments
-        return self.made(
-            f"{name}-{seed}",
-            lambda path: train_lora(
-                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, batch_size=8,
-                max_length=given.max_length, learning_rate=given.learning_rate, seed=seed,
-            ),
-        )  # fmt: skip
+        given = self.given
+
+        def make(path: Path) -> dict[str, Any]:
+            result = train_lora(
+                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, max_length=given.max_length,
+                batch_size=given.batch_size, learning_rate=given.learning_rate, seed=seed, **more,
+            )  # fmt: skip
+            return {"step_seconds": result.seconds / result.steps, "train_peak_bytes": result.peak_device_bytes}
+
+        return self.made(f"{name}-lora-{seed}", make)
+
+    def corrected(self, adapter: Path, emulator: Path, auto: bool) -> Path:
+        """The adapter corrected as published, or as chosen on held-out data."""
+        how: dict[str, Any] = {"limit": 3.0}
+        if auto:
+            how = {"limit": "auto", "data": str(self.validation), "max_length": self.given.max_length, "batch_size": 8}
+
+        def make(path: Path) -> dict[str, Any]:
+            result = correct_adapter(adapter, emulator=emulator, model=self.model, output=path, **how)
+            return {"limit": result.limit, "solver": result.solver}
+
+        return self.made(f"{adapter.name}-{'chosen' if auto else 'limit3'}", make)
 
     def polished(self, name: str, start: Path | None, steps: int, seed: int) -> Path:
         """Exact steps from an adapter, or from none."""
-        given = self.arguments
+        given = self.given
         fresh: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0} if start is None else {}
         rate = given.polish_rate if start is not None else given.scratch_rate
         return self.made(
-            f"{name}-polished-{steps}-{seed}",
-            lambda path: polish_adapter(
-                start, model=given.model, data=given.train, output=path, steps=steps, batch_size=given.polish_batch,
-                micro_batch_size=8, max_length=given.max_length, learning_rate=rate, seed=seed, **fresh,
-            ),
+            f"{name}-polished-{steps}",
+            lambda path: {
+                "seconds": polish_adapter(
+                    start, model=self.model, data=str(given.train), output=path, steps=steps, batch_size=given.polish_batch,
+                    micro_batch_size=8, max_length=given.max_length, learning_rate=rate, seed=seed, **fresh,
+                ).report.seconds
+            },
         )  # fmt: skip
 
-    def rows(self, ratio: float, seed: int) -> Iterator[tuple[str, Path]]:
-        """Name and adapter of every row of one cell."""
-        given = self.arguments
-        emulator = self.emulator(ratio)
-        uncorrected = self.trained(f"lora-{ratio}", emulator, seed)
-        pair: dict[str, Any] = {"emulator": emulator, "model": given.model}
-        published = self.made(
-            f"published-{ratio}-{seed}", lambda path: correct_adapter(uncorrected, output=path, limit=3.0, **pair)
-        )
-        chosen = self.made(
-            f"chosen-{ratio}-{seed}",
-            lambda path: correct_adapter(
-                uncorrected, output=path, limit="auto", data=given.validation, max_length=given.max_length,
-                batch_size=8, **pair,
-            ),
-        )  # fmt: skip
-        yield "direct LoRA", self.trained("direct", given.model, seed)
-        yield "uncorrected", uncorrected
-        yield "corrected, as published", published
-        yield "corrected, chosen", chosen
-        for steps in given.polish_steps:
-            yield f"chosen + {steps} exact steps", self.polished(f"chosen-{ratio}", chosen, steps, seed)
-            yield f"uncorrected + {steps} exact steps", self.polished(f"lora-{ratio}", uncorrected, steps, seed)
-            yield f"{steps} exact steps alone", self.polished("scratch", None, steps, seed)
+    def scaled(self, adapter: Path, scale: float) -> Path:
+        """A copy whose product is `scale` times as large."""
 
-    def cell(self, ratio: float, seed: int) -> list[dict[str, Any]]:
-        """The scores of one cell, in one stream of the original."""
-        rows = list(self.rows(ratio, seed))
+        def make(path: Path) -> None:
+            tensors = load_file(adapter / "adapter_model.safetensors")
+            path.mkdir()
+            config = (adapter / "adapter_config.json").read_text()
+            (path / "adapter_config.json").write_text(config)
+            larger = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()}
+            save_file(larger, path / "adapter_model.safetensors", {"format": "pt"})
+
+        return self.made(f"{adapter.name}-x{scale}", make)
+
+    def score(self, adapters: Iterable[Path], data: Path) -> list[tuple[float, float]]:
+        """Loss and accuracy of the original with none and with each adapter, in one stream."""
         scored = evaluate_model(
-            self.arguments.model,
-            self.arguments.test,
-            adapters=[path for _, path in rows],
-            max_length=self.arguments.max_length,
-            batch_size=8,
+            self.model, str(data), adapters=list(adapters), max_length=self.given.max_length, batch_size=8
         )
-        original, *found = scored.results
-        direct = found[0].loss
-        return [
-            {
-                "ratio": ratio,
-                "seed": seed,
-                "row": name,
-                "loss": result.loss,
-                "accuracy": result.token_accuracy,
-                "share": (original.loss - result.loss) / (original.loss - direct),
-                "original": original.loss,
-            }
-            for (name, _), result in zip(rows, found, strict=True)
-        ]
+        return [(result.loss, result.token_accuracy) for result in scored.results]
+
+    def record(self, rows: list[dict[str, Any]], **common: Any) -> None:
+        """Append lines to the results."""
+        with FileLock(self.work / ".results.lock"), open(self.given.work / "results.jsonl", "a") as file:
+            for row in rows:
+                file.write(json.dumps({"task": self.given.name, **common, **row}) + "\n")
+                print(json.dumps({"task": self.given.name, **common, **row}), flush=True)
+
+    def recorded(self, **wanted: Any) -> bool:
+        """Whether such a line is there already."""
+        path = self.given.work / "results.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return any({"task": self.given.name, **wanted}.items() <= json.loads(line).items() for line in lines)
+
+    def direct(self, seed: int) -> None:
+        """The original as it is, and LoRA on it."""
+        if self.recorded(seed=seed, row="direct"):
+            return
+        adapter = self.trained("direct", self.model, seed)
+        (before, accuracy), (after, reached) = self.score([adapter], self.test)
+        figures = self.figures(adapter.name)
+        self.record(
+            [
+                {"row": "original", "loss": before, "accuracy": accuracy},
+                {"row": "direct", "loss": after, "accuracy": reached, **figures},
+            ],
+            kind="direct", size=1.0, seed=seed,
+        )  # fmt: skip
+
+    def cell(self, kind: str, size: float, seed: int) -> None:
+        """Every stage of one emulator but polish. `kind+sublayer` trains with compressed activations."""
+        if self.recorded(kind=kind, size=size, seed=seed):
+            return
+        base, _, activations = kind.partition("+")
+        emulator = self.emulator(base, size)
+        more: dict[str, Any] = {"activations": activations, "activation_rank": 0.125} if activations else {}
+        adapter = self.trained(f"{kind}-{size}", emulator, seed, **more)
+        common = {"kind": kind, "size": size, "seed": seed, "bytes": _layer_bytes(emulator), **self.figures(adapter.name)}
+        if kind == "dropped":
+            places = {int(small): number for small, number in self.figures(emulator.name).items()}
+            whole = self.made(f"{adapter.name}-restored", lambda path: restored(adapter, path, places, self.model))
+            self.record([_row("uncorrected", self.score([whole], self.test)[1])], **common)
+            return
+        rows = [_row("emulator", self.resident_score(emulator, None))]
+        rows.append(_row("on the emulator", self.resident_score(emulator, adapter)))
+        stages = {"uncorrected": adapter, "limit 3": self.corrected(adapter, emulator, auto=False)}
+        stages["chosen"] = self.corrected(adapter, emulator, auto=True)
+        found = self.score(stages.values(), self.test)[1:]
+        rows += [_row(name, score) for name, score in zip(stages, found, strict=True)]
+        rows[-1] |= self.figures(stages["chosen"].name)
+        if self.given.scales:
+            rows.append(self._rescaled_row(stages["chosen"], found[-1]))
+        self.record(rows, **common)
+
+    def _rescaled_row(self, chosen: Path, unscaled: tuple[float, float]) -> dict[str, Any]:
+        copies = {scale: self.scaled(chosen, scale) for scale in SCALES}
+        losses = self.score([chosen, *copies.values()], self.validation)[1:]
+        best = min(range(len(losses)), key=lambda index: losses[index][0])
+        if best == 0:
+            return {**_row("chosen, rescaled", unscaled), "scale": 1.0}
+        scale = SCALES[best - 1]
+        return {**_row("chosen, rescaled", self.score([copies[scale]], self.test)[1]), "scale": scale}
+
+    def polish(self, kind: str, size: float, seed: int) -> None:
+        """Exact steps from the chosen correction and from the uncorrected adapter; `scratch`: from none."""
+        if self.recorded(kind=kind, size=size, seed=seed, polished=True):
+            return
+        starts: dict[str, Path | None] = {"exact steps alone": None}
+        if kind != "scratch":
+            adapter = self.trained(f"{kind}-{size}", self.emulator(kind, size), seed)
+            starts = {"uncorrected": adapter, "chosen": self.corrected(adapter, self.emulator(kind, size), auto=True)}
+        stages = {
+            f"{name} + {steps}": self.polished(f"scratch-{seed}" if start is None else start.name, start, steps, seed)
+            for name, start in starts.items()
+            for steps in self.given.polish_steps
+        }
+        found = self.score(stages.values(), self.test)[1:]
+        rows = [_row(name, score) for name, score in zip(stages, found, strict=True)]
+        self.record(rows, kind=kind, size=size, seed=seed, polished=True)
+
+    @torch.no_grad()
+    def resident_score(self, emulator: Path, adapter: Path | None) -> tuple[float, float]:
+        """Loss and accuracy of the emulator itself on the test rows."""
+        model: Any = load_emulator(emulator)
+        model = (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
+        tokenizer, lost, hits, count = load_tokenizer(self.model), 0.0, 0, 0
+        for example in read_examples(self.test):
+            tokens = tokenize(example, tokenizer, self.given.max_length)
+            logits = model(input_ids=torch.tensor([tokens.input_ids])).logits[0, :-1].float()
+            labels = torch.tensor(tokens.labels[1:])
+            lost += float(cross_entropy(logits, labels, reduction="sum"))
+            hits += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+        return lost / count, hits / count
+
+
+def _row(name: str, score: tuple[float, float]) -> dict[str, Any]:
+    return {"row": name, "loss": score[0], "accuracy": score[1]}
+
+
+def _layer_bytes(path: Path) -> int:
+    """Bytes of the weights of the repeated layers' linears, counted at 16 bits where they are not packed."""
+    if (path / "emulator.json").exists():
+        source = Emulator.open(path)
+        sizes = {name: entry.size_bytes for name, entry in source.checkpoint.tensors.items() if ".lr_" in name}
+        return sum(sizes.values())
+    linears = [part for part in resident(path).modules() if isinstance(part, torch.nn.ModuleList)]
+    return 2 * sum(part.weight.numel() for part in linears[0].modules() if isinstance(part, torch.nn.Linear))
 
 
 def main() -> None:
-    """Make, score, print one table; with --json write the figures."""
+    """Go through the cells that are asked for."""
     arguments = _arguments()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
-    rows = [row for seed in arguments.seeds for ratio in arguments.ratios for row in bench.cell(ratio, seed)]
-    print(f"\noriginal without tuning: loss {rows[0]['original']:.4f}; seeds {arguments.seeds}")
-    print(f"{'ratio':>6} {'':32}{'loss':>9}{'accuracy':>10}{'share of the direct gain':>26}")
-    for ratio, name in dict.fromkeys((row["ratio"], row["row"]) for row in rows):
-        own = [row for row in rows if (row["ratio"], row["row"]) == (ratio, name)]
-        shares = [row["share"] for row in own]
-        spread = f" +- {stdev(shares):.1%}" if len(shares) > 1 else ""
-        loss, accuracy = mean(row["loss"] for row in own), mean(row["accuracy"] for row in own)
-        print(f"{ratio:6} {name:32}{loss:9.4f}{accuracy:10.4f}{f'{mean(shares):.1%}{spread}':>26}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows))
+    for seed in arguments.seeds:
+        bench.direct(seed)
+        for kind, size in arguments.emulators:
+            bench.cell(kind, size, seed)
+        for kind, size in arguments.polish:
+            bench.polish(kind, size, seed)
+
+
+def _kind_and_size(text: str) -> tuple[str, float]:
+    kind, _, size = text.partition(":")
+    return kind, float(size or 1)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="directory of a trained causal model")
-    parser.add_argument("--train", required=True, help="training data, which calibrates too")
-    parser.add_argument("--validation", required=True, help="held-out data to choose the correction by")
-    parser.add_argument("--test", required=True, help="other held-out data, for the scores")
+    parser.add_argument("--name", required=True, help="of the task, in the results")
+    parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
+    parser.add_argument("--train", type=Path, required=True, help="training data, which calibrates too")
+    parser.add_argument("--held-out", type=Path, required=True, help="rows to choose the correction by, then to score")
     parser.add_argument("--work", type=Path, required=True, help="directory for everything that is made")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.12])
+    parser.add_argument("--emulators", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 nf4:0.12")
+    parser.add_argument("--polish", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 scratch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rank-allocation", default="uniform", choices=["uniform", "spectrum"])
-    parser.add_argument("--factor-dtype", choices=["bf16", "int8", "nf4"])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--max-length", type=int, default=224)
+    parser.add_argument("--scales", action="store_true", help="try larger and smaller adapters too")
+    parser.add_argument("--validation-rows", type=int, default=60)
+    parser.add_argument("--test-rows", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--polish-steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--polish-batch", type=int, default=32)
     parser.add_argument("--polish-rate", type=float, default=5e-3)
     parser.add_argument("--scratch-rate", type=float, default=1.2e-2)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
     return parser.parse_args()
 
 
