@@ -104,7 +104,9 @@ def _pair(W: torch.Tensor, moments: Moments, rank: int, solver: Any) -> tuple[to
     return factors.up, factors.down
 
 
-def make_model(directory: Path, width: int, layers: int, samples: int, tokens: int) -> tuple[Path, Path]:
+def make_model(
+    directory: Path, width: int, layers: int, samples: int, tokens: int, dtype: str = "float32"
+) -> tuple[Path, Path]:
     """A random Llama, a tokenizer of one word per token, and texts of exactly so many tokens."""
     shape: dict[str, Any] = {
         "hidden_size": width,
@@ -115,7 +117,7 @@ def make_model(directory: Path, width: int, layers: int, samples: int, tokens: i
     heads: dict[str, Any] = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
     config = transformers.LlamaConfig(**shape, **heads, max_position_embeddings=tokens, tie_word_embeddings=False)
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(directory / "model")
+    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory / "model")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1")

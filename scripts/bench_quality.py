@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from peft import PeftModel
-from quality_emulators import COMPILED, compiled, derived, dropped, resident, restored
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +25,7 @@ from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.examples import load_tokenizer, read_examples, tokenize
 from onelayer.runtime import load_emulator, train_lora
+from quality_emulators import COMPILED, compiled, derived, dropped, resident, restored
 
 SCALES = (0.9, 1.1, 1.2, 1.4)
 
@@ -80,8 +80,8 @@ class Bench:
 
         def make(path: Path) -> dict[str, Any]:
             result = train_lora(
-                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, max_length=given.max_length,
-                batch_size=given.batch_size, learning_rate=given.learning_rate, seed=seed, **more,
+                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, batch_size=given.batch_size,
+                max_length=given.max_length, learning_rate=given.learning_rate, seed=seed, **more,
             )  # fmt: skip
             return {"step_seconds": result.seconds / result.steps, "train_peak_bytes": result.peak_device_bytes}
 
@@ -108,8 +108,8 @@ class Bench:
             f"{name}-polished-{steps}",
             lambda path: {
                 "seconds": polish_adapter(
-                    start, model=self.model, data=str(given.train), output=path, steps=steps, batch_size=given.polish_batch,
-                    micro_batch_size=8, max_length=given.max_length, learning_rate=rate, seed=seed, **fresh,
+                    start, model=self.model, data=str(given.train), output=path, steps=steps, micro_batch_size=8,
+                    batch_size=given.polish_batch, max_length=given.max_length, learning_rate=rate, seed=seed, **fresh,
                 ).report.seconds
             },
         )  # fmt: skip
@@ -170,7 +170,13 @@ class Bench:
         emulator = self.emulator(base, size)
         more: dict[str, Any] = {"activations": activations, "activation_rank": 0.125} if activations else {}
         adapter = self.trained(f"{kind}-{size}", emulator, seed, **more)
-        common = {"kind": kind, "size": size, "seed": seed, "bytes": _layer_bytes(emulator), **self.figures(adapter.name)}
+        common = {
+            "kind": kind,
+            "size": size,
+            "seed": seed,
+            "bytes": _layer_bytes(emulator),
+            **self.figures(adapter.name),
+        }
         if kind == "dropped":
             places = {int(small): number for small, number in self.figures(emulator.name).items()}
             whole = self.made(f"{adapter.name}-restored", lambda path: restored(adapter, path, places, self.model))
@@ -267,7 +273,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="training data, which calibrates too")
     parser.add_argument("--held-out", type=Path, required=True, help="rows to choose the correction by, then to score")
     parser.add_argument("--work", type=Path, required=True, help="directory for everything that is made")
-    parser.add_argument("--emulators", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 nf4:0.12")
+    parser.add_argument(
+        "--emulators", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 nf4:0.12"
+    )
     parser.add_argument("--polish", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 scratch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scales", action="store_true", help="try larger and smaller adapters too")

@@ -1,4 +1,4 @@
-"""The stand-ins that the quality benchmark compares: ours, the published one, and those of other methods at equal bytes.
+"""The stand-ins that the quality benchmark compares: ours, the published one, other methods' at equal bytes.
 
 A kind is a name from `KINDS`; a size is a share of the bytes that the linears take at 16 bits. Made by the product are
 `published` (bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (`-uniform`: without), and
@@ -160,7 +160,7 @@ def _rewrite(published: Path, output: Path, factors: Factors) -> None:
 
 
 def dropped(size: float, output: Path, model: Path) -> dict[int, int]:
-    """A plain model of some of the layers, whole, spread evenly; returns the original's number of each of its layers."""
+    """A plain model of some of the layers, spread evenly; returns the original's number of each of its layers."""
     loaded = resident(model)
     layers = next(part for part in loaded.modules() if isinstance(part, torch.nn.ModuleList) and len(part) > 1)
     count, total = max(1, round(size * len(layers))), len(layers)
