@@ -80,8 +80,8 @@ class Bench:
 
         def make(path: Path) -> dict[str, Any]:
             result = train_lora(
-                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, batch_size=given.batch_size,
-                max_length=given.max_length, learning_rate=given.learning_rate, seed=seed, **more,
+                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, seed=seed,
+                batch_size=given.batch_size, max_length=given.max_length, learning_rate=given.learning_rate, **more,
             )  # fmt: skip
             return {"step_seconds": result.seconds / result.steps, "train_peak_bytes": result.peak_device_bytes}
 
