@@ -27,7 +27,14 @@ from torch.utils._pytree import tree_leaves
 from onelayer.compiler import compile_emulator, correct_adapter
 from onelayer.compiler.lazy import SLICE_BYTES
 from onelayer.runtime import train_lora
-from onelayer.runtime.plan_memory import Setting, compile_bytes, correct_bytes, emulator_bytes, train_memory
+from onelayer.runtime.plan_memory import (
+    Setting,
+    compile_bytes,
+    correct_bytes,
+    emulator_bytes,
+    expert_factor_bytes,
+    train_memory,
+)
 from onelayer.runtime.plan_skeleton import read_shapes
 
 ALLOWED, RATIO, SAMPLES = 0.10, 0.3, 4
@@ -60,6 +67,8 @@ def _llama(hidden: int, inner: int, heads: int, groups: int, layers: int, vocabu
 
 
 QWEN = {**_llama(384, 1152, 6, 2, 5, 8000), "head_dim": 96, "layer_types": None}
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 192}
+MIXTURE = {**_llama(256, 704, 4, 2, 4, 1000), "head_dim": 64, **EXPERTS}
 SMALL = _llama(128, 384, 4, 2, 3, 1000)
 CASES = {
     "small, stored whole": Case("Llama", SMALL, 2, 128),
@@ -73,6 +82,9 @@ CASES = {
         "Llama", _llama(512, 1536, 8, 2, 6, 4096), 4, 512, "sublayer", dtype="bfloat16"
     ),
     "qwen3, stored whole": Case("Qwen3", QWEN, 4, 256),
+    "mixture, stored whole": Case("Qwen3Moe", MIXTURE, 4, 256),
+    "mixture, bfloat16, stored whole": Case("Qwen3Moe", MIXTURE, 4, 256, dtype="bfloat16"),
+    "mixture, sublayer 1/8": Case("Qwen3Moe", MIXTURE, 4, 256, "sublayer"),
 }
 
 
@@ -154,6 +166,10 @@ def measure(case: Case) -> Iterator[tuple[str, int, int]]:
         # and at the end matrices are copied in slices.
         width = int(getattr(config.get_text_config(), "head_dim", 0) or 0)
         waiting = SAMPLES * case.max_length * 2 * (shapes.hidden + width) * shapes.value_bytes
+        # What a block's experts read waits there too, and so do their factors: one by one, and then stacked.
+        if shapes.blocks[0].experts is not None:
+            waiting += SAMPLES * case.max_length * shapes.hidden * shapes.value_bytes
+            waiting += 2 * expert_factor_bytes(shapes, RATIO)
         copied = min(SLICE_BYTES, shapes.vocabulary * shapes.hidden * shapes.value_bytes)
         yield "compile", max(compile_bytes(shapes, RATIO, case.max_length) + waiting, copied), compiled
         precision = {"bf16": True} if case.dtype == "bfloat16" else {}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import tiny
-from onelayer.compiler.compression import choose_ranks, stacked_parameters, stored_parameters
+from onelayer.compiler import compression
+from onelayer.compiler.compression import choose_ranks, choose_stacks, stacked_parameters, stored_parameters
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
@@ -65,6 +66,11 @@ def test_headers_say_what_the_compiler_finds(tmp_path: Path, name: str) -> None:
         for linear in block.compressible
     }
     assert planned == choose_ranks(streamed, 0.3)
+    stacks = [stack for block in shapes.blocks if block.experts for stack in block.experts.stacks]
+    ranks = [rank_for(0.3, stack.out_features, stack.in_features) for stack in stacks]
+    found = choose_stacks(streamed, 0.3)
+    assert sorted(map(str, ranks)) == sorted(map(str, found.values()))
+    assert emulator_bytes(shapes, 0.3) == compression.emulator_bytes(streamed, planned, found, None)
 
 
 @pytest.mark.parametrize("name", MODELS)

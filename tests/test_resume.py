@@ -124,10 +124,10 @@ def test_a_signal_stops_at_the_next_boundary(
     real = EmulatorWriter.write_unit
     before = signal.getsignal(number)
 
-    def write_unit(self: Any, unit: Any, factors: Any, dense: Any) -> None:
+    def write_unit(self: Any, unit: Any, *compressed: Any) -> None:
         if unit.name == "model.layers.2":
             os.kill(os.getpid(), number)
-        real(self, unit, factors, dense)
+        real(self, unit, *compressed)
 
     monkeypatch.setattr(EmulatorWriter, "write_unit", write_unit)
     with pytest.raises(KeyboardInterrupt):

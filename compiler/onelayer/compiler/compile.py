@@ -15,7 +15,14 @@ import transformers
 from onelayer.compiler.calibration import DataSource, make_batches, read_tokens, tokens_digest
 from onelayer.compiler.checkpoint import model_digest, resolve_model
 from onelayer.compiler.compile_job import Allocation, Compilation, CompileResult, Settings
-from onelayer.compiler.compression import Ranks, check_disk, choose_ranks, emulator_bytes, workspace_bytes
+from onelayer.compiler.compression import (
+    Ranks,
+    check_disk,
+    choose_ranks,
+    choose_stacks,
+    emulator_bytes,
+    workspace_bytes,
+)
 from onelayer.compiler.emulator import EmulatorWriter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factor_dtypes import FactorDtype, checked_kind, keep_ratio
@@ -25,7 +32,7 @@ from onelayer.compiler.measure import Meter
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantize import require
 from onelayer.compiler.slice import cut_emulator
-from onelayer.compiler.stream import Stream, pick_device
+from onelayer.compiler.stream import pick_device
 from onelayer.compiler.tokens import Tokens, load_tokenizer
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.workdir import StopRequest, WorkDirectory
@@ -58,9 +65,9 @@ def compile_emulator(
     `keep_bytes`, the share of its bytes at 16 bits. `factor_dtype` ("bf16", "int8", "nf4") is how factors are stored,
     None for the original's dtype; where factors would not be smaller, a linear is then quantised whole.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`. `rank_allocation="spectrum"` spends
-    the same number of weights where the spectra ask for them. Parked states beyond `host_memory_bytes` go to disk. An
-    interrupted compile is taken up where it stopped. Raises `InputError` for what the caller can mend; `output` exists
-    only once the whole emulator does.
+    the same number of weights where the spectra ask for them; the experts of a mixture have uniform ranks always.
+    Parked states beyond `host_memory_bytes` go to disk. An interrupted compile is taken up where it stopped. Raises
+    `InputError` for what the caller can mend; `output` exists only once the whole emulator does.
     """
     output = Path(output)
     check_output(output)
@@ -76,16 +83,18 @@ def compile_emulator(
         ratio = DEFAULT_RATIO if keep_bytes is None else keep_ratio(keep_bytes, kind, streamed.dtype.itemsize)
     settings = Settings(ratio, kind, samples, max_length, batch_size, rank_allocation, solver, seed)
     ranks = choose_ranks(streamed, settings.widest_ratio, quantised=kind is not None)
-    check_disk(output, settings.copies * emulator_bytes(streamed, ranks, kind))
+    stacks = choose_stacks(streamed, ratio, quantised=kind is not None)
+    check_disk(output, settings.copies * emulator_bytes(streamed, ranks, stacks, kind))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": revision, "digest": model_digest(streamed.checkpoint.directory)}
-    return _compile(streamed, ranks, calibration, output, base, settings, place, parking, resume)
+    return _compile(streamed, ranks, stacks, calibration, output, base, settings, place, parking, resume)
 
 
 def _compile(
     streamed: StreamedModel,
     ranks: Ranks,
+    stacks: Ranks,
     calibration: DataSource,
     output: Path,
     base: Mapping[str, Any],
@@ -105,21 +114,21 @@ def _compile(
         StopRequest() as stop,
     ):
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)
-        job = Compilation(streamed, ranks, writer, place, settings, stop)
-        job.stream(batches, Stream(streamed, place, meter, around=job.around, parking=parking, description="compile"))
+        job = Compilation(streamed, ranks, stacks, writer, place, settings, stop, parking)
+        job.stream(batches, meter)
         writer.write_rest()
-        workspace = workspace_bytes(streamed, ranks, max(batch.targets.numel() for batch in batches))
+        workspace = workspace_bytes(streamed, ranks, stacks, max(batch.targets.numel() for batch in batches))
         result = job.result(
             output, meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         )
-        figures = result.model_dump(mode="json", exclude={"output", "linears"})
+        figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks"})
         writer.finish(base, {**facts, **job.remarks(), **figures})
         if settings.rank_allocation == "uniform":
             work.publish(output)
             return result
         cut = cut_emulator(work.payload, job.spectrum_ranks(), output, {"ratio": settings.ratio})
         work.discard()
-    changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears")
+    changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
     return result.model_copy(update={name: getattr(cut, name) for name in changed})
 
 

@@ -3,7 +3,7 @@
 In: resident units and the batches that run through them. Out: factors, written by the `EmulatorWriter` unit by unit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,18 @@ from onelayer.compiler.compression import (
     stored_parameters,
     unit_linears,
 )
-from onelayer.compiler.emulator import EmulatorWriter, StoredLinear
+from onelayer.compiler.emulator import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.emulator_reader import DENSE, DOWN, UP
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.expert_factors import compress_stacks
+from onelayer.compiler.expert_moments import ExpertCalls, watched
+from onelayer.compiler.experts import stacks_below
 from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.factorize import Solver, factorize
-from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, kept_bytes_share
+from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, StackSummary, kept_bytes_share
 from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.moments import NON_FINITE_LIMIT, MomentHooks, Moments, weight_shape
+from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantised_factors import output_energy, pack_dense, pack_factors
 from onelayer.compiler.ranks import Spectrum, allocate_by_spectrum
 from onelayer.compiler.stream import Stream
@@ -83,8 +87,9 @@ class Settings:
 class CompileResult(Result):
     """What compile made. Parameters are counted over the whole model, layer parameters over its repeated layers.
 
-    `layer_parameters_stacked` are those in stacks of matrices, the experts of a mixture, which stay dense.
-    `kept_bytes_share`: the bytes of the compressed linears, as a share of what they took at 16 bits.
+    `layer_parameters_stacked` are those in stacks of matrices that stay dense: experts that do not answer to
+    transformers' interface. `stacks` are those that do, as factors. `kept_bytes_share`: the bytes of all that is
+    compressed, as a share of what it took at 16 bits.
     """
 
     output: str
@@ -95,23 +100,30 @@ class CompileResult(Result):
     layer_parameters_stacked: int
     kept_bytes_share: float
     linears: list[LinearSummary]
+    stacks: list[StackSummary]
     report: Report
 
 
 class Compilation:
-    """The state of one pass: which linears get which rank, what was written, what stayed dense and why."""
+    """The state of one pass: what gets which rank, what was written, what stayed dense and why.
+
+    `ranks` of linears, `stack_ranks` of stacks of experts; these are uniform whatever the allocation.
+    """
 
     def __init__(
         self,
         streamed: StreamedModel,
         ranks: Ranks,
+        stack_ranks: Ranks,
         writer: EmulatorWriter,
         device: torch.device,
         settings: Settings,
         stop: StopRequest,
+        parking: Parking,
     ) -> None:
         self.streamed = streamed
-        self.ranks = ranks
+        self.ranks, self.stack_ranks = ranks, stack_ranks
+        self.parking = parking
         self.writer = writer
         self.device = device
         self.settings = settings
@@ -127,8 +139,11 @@ class Compilation:
         exact_on_host = self.settings.solver == "exact" and self.device.type == "cpu"
         return torch.float64 if exact_on_host else torch.float32
 
-    def stream(self, batches: Sequence[TokenBatch], stream: Stream) -> None:
+    def stream(self, batches: Sequence[TokenBatch], meter: Meter) -> None:
         """Run the pass up to the last unit that is still to be done."""
+        stream = Stream(
+            self.streamed, self.device, meter, around=self.around, parking=self.parking, description="compile"
+        )
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
         if wanted:
             stream.last, self._meter = max(wanted), stream.meter
@@ -136,9 +151,14 @@ class Compilation:
 
     @contextmanager
     def around(self, unit: Unit) -> Iterator[Any]:
-        """Watch a unit while it runs; when all batches are through, factorise its linears and write its shard."""
+        """Watch a unit while it runs; when all batches are through, factorise what it holds and write its shard."""
         linears = {name: module for name, module in unit_linears(unit) if name in self.ranks}
-        if not linears or self.writer.has(unit):
+        experts = [
+            ExpertCalls(found, self.parking, self.device, self.product_dtype)
+            for found in stacks_below(unit.name, unit.module)
+            if self.stack_ranks.keys() & set(found.paths)
+        ]
+        if not (linears or experts) or self.writer.has(unit):
             self.revisited |= {unit.name} & self._watched
             yield None
             return
@@ -150,12 +170,18 @@ class Compilation:
             hooks.next_batch()
             return forward(unit.module, *args, **kwargs)
 
-        with hooks.attached():
+        with hooks.attached(), watched(experts):
             yield run
         stored = dict(self._factors(linears, hooks))
-        self.writer.write_unit(unit, stored, {name: hooks.reason(name) for name in linears if name not in stored})
-        if self._meter is not None and stored:
-            self._meter.note = f"error at most {max(item.figures.error for item in stored.values()):.3f}"
+        stacks = {name: item for calls in experts if calls.reason is None for name, item in self._stacks(calls)}
+        dense = {name: hooks.reason(name) for name in linears if name not in stored}
+        for calls in experts:
+            if calls.reason is not None:
+                dense |= dict.fromkeys((name for name in calls.stacks.paths if name in self.stack_ranks), calls.reason)
+        self.writer.write_unit(unit, stored, stacks, dense)
+        if self._meter is not None and (stored or stacks):
+            figures = [*(item.figures for item in stored.values()), *(item.figures for item in stacks.values())]
+            self._meter.note = f"error at most {max(item.error for item in figures):.3f}"
         self.stop.check()
 
     def _factors(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, StoredLinear]]:
@@ -171,24 +197,36 @@ class Compilation:
                 )
             weight = linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
             assert isinstance(weight, torch.Tensor)
-            yield name, self._compress(name, weight, moments)
+            both = self.settings.rank_allocation == "spectrum"
+            yield name, self._compress(name, weight, moments, self.ranks[name], None, both)
 
-    def _compress(self, name: str, weight: torch.Tensor, moments: Moments) -> StoredLinear:
-        """A weight (out, in) as it will be stored. With ranks by spectrum, quantised, as factors and whole: both."""
-        settings, kind, rank, dtype = self.settings, self.settings.factor_dtype, self.ranks[name], self.streamed.dtype
+    def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
+        return compress_stacks(calls, self.stack_ranks, self._compress)
+
+    def _compress(
+        self,
+        name: str,
+        weight: torch.Tensor,
+        moments: Moments,
+        rank: int | None,
+        reserve: Callable[[], Moments] | None,
+        both: bool = False,
+    ) -> StoredLinear:
+        """A weight (out, in) as it will be stored; with `both` and quantised as factors and whole, to choose later."""
+        settings, kind, dtype = self.settings, self.settings.factor_dtype, self.streamed.dtype
         if kind is None:
             assert rank is not None, "a linear that would stay as it is, is not compressed"
-            factors = factorize(weight, moments, rank, dtype, settings.solver, settings.seed)
+            factors = factorize(weight, moments, rank, dtype, settings.solver, settings.seed, reserve)
             figures = LinearFigures.of(name, factors, None, None)
             return StoredLinear(figures, {UP: factors.up, DOWN: factors.down})
         if rank is None:
             energy = output_energy(weight, moments)
             dense = pack_dense(weight, moments, energy, kind, dtype)
             return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
-        factors = factorize(weight, moments, rank, torch.float32, settings.solver, settings.seed)
+        factors = factorize(weight, moments, rank, torch.float32, settings.solver, settings.seed, reserve)
         packed = pack_factors(weight, moments, factors, kind, dtype)
         tensors = {UP: packed.up, DOWN: packed.down}
-        if settings.rank_allocation == "uniform":
+        if not both:
             return StoredLinear(LinearFigures.of(name, factors, packed, None), tensors)
         dense = pack_dense(weight, moments, factors.energy, kind, dtype)
         return StoredLinear(LinearFigures.of(name, factors, packed, dense), {**tensors, DENSE: dense.weight})
@@ -206,9 +244,10 @@ class Compilation:
         return allocate_by_spectrum(spectra, self.settings.ratio)
 
     def remarks(self) -> dict[str, Any]:
-        """What a reader of `emulator.json` should know: linears that stayed dense and why, units seen only in part."""
+        """What a reader of `emulator.json` should know: what stayed dense and why, units seen only in part."""
         told = {name: reason for record in self.writer.records for name, reason in record.dense.items()}
-        missing = (name for name in self.ranks if name not in self.writer.linears and name not in told)
+        written = self.writer.linears.keys() | self.writer.stacks.keys()
+        missing = (name for name in (*self.ranks, *self.stack_ranks) if name not in written and name not in told)
         dense = {**told, **dict.fromkeys(missing, "never visited by the calibration data")}
         return {
             "dense": [{"name": name, "reason": reason} for name, reason in dense.items()],
@@ -219,7 +258,9 @@ class Compilation:
         """The figures of the finished pass."""
         linears = self.writer.linears
         factored = {name: found.rank for name, found in linears.items() if found.form == "factors"}
-        saved = saved_parameters(self.streamed, factored)
+        stacks = self.writer.stacks
+        shorter = {name: found.rank for name, found in stacks.items() if found.form == "factors"}
+        saved = saved_parameters(self.streamed, factored, shorter)
         weights = {name: weight_shape(self.streamed.model.get_submodule(name)) for name in linears}
         sizes = {name: size for record in self.writer.records for name, size in record.tensor_bytes.items()}
         before, layers = stored_parameters(self.streamed), stored_parameters(self.streamed, blocks_only=True)
@@ -229,8 +270,9 @@ class Compilation:
             parameters_after=before - saved,
             layer_parameters_before=layers,
             layer_parameters_after=layers - saved,
-            layer_parameters_stacked=stacked_parameters(self.streamed),
-            kept_bytes_share=kept_bytes_share(sizes, weights),
+            layer_parameters_stacked=stacked_parameters(self.streamed, but=stacks),
+            kept_bytes_share=kept_bytes_share(sizes, weights, {name: found.shape for name, found in stacks.items()}),
             linears=[found.summary for found in linears.values()],
+            stacks=[found.stack_summary for found in stacks.values()],
             report=report,
         )

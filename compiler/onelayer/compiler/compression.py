@@ -1,18 +1,19 @@
 """What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from onelayer.compiler import compat
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.experts import ExpertStacks, stacks_below
 from onelayer.compiler.factor_dtypes import FactorDtype, linear_bytes
 from onelayer.compiler.measure import GIB
 from onelayer.compiler.moments import is_linear, weight_shape
 from onelayer.compiler.ranks import rank_for
-from onelayer.compiler.shapes import SMALL_SHARE
+from onelayer.compiler.shapes import EXPERT_ROWS, EXPERTS_PER_TOKEN_NAMES, SMALL_SHARE
 from onelayer.compiler.units import StreamedModel, Unit
 
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
@@ -52,9 +53,39 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantised: bool = False)
     return ranks
 
 
-def saved_parameters(streamed: StreamedModel, ranks: Ranks) -> int:
+def choose_stacks(streamed: StreamedModel, ratio: float, quantised: bool = False) -> dict[str, int | None]:
+    """The rank of every stack of experts in the repeated layers that is worth compressing, by its runtime name.
+
+    One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantised whole.
+    """
+    ranks = {}
+    tied = compat.tied_names(streamed.model)
+    for unit in streamed.units:
+        for stacks in stacks_below(unit.name, unit.module) if unit.is_block else ():
+            for leaf in stacks.leaves:
+                rank = rank_for(ratio, *stacks.shape(leaf)[1:])
+                if stacks.path(leaf) not in tied and (quantised or rank is not None):
+                    ranks[stacks.path(leaf)] = rank
+    return ranks
+
+
+def stack_shapes(streamed: StreamedModel) -> dict[str, tuple[int, int, int]]:
+    """(E, out, in) of every stack of experts in the repeated layers, by its runtime name."""
+    return {
+        stacks.path(leaf): stacks.shape(leaf)
+        for unit in streamed.units
+        if unit.is_block
+        for stacks in stacks_below(unit.name, unit.module)
+        for leaf in stacks.leaves
+    }
+
+
+def saved_parameters(streamed: StreamedModel, ranks: Ranks, stacks: Ranks) -> int:
     """How many weights fewer an emulator of these ranks holds."""
     saved = 0
+    for name, (count, out_features, in_features) in stack_shapes(streamed).items():
+        if (rank := stacks.get(name)) is not None:
+            saved += count * (out_features * in_features - rank * (out_features + in_features))
     for unit in streamed.units:
         for name, module in unit_linears(unit):
             if (rank := ranks.get(name)) is not None:
@@ -63,10 +94,14 @@ def saved_parameters(streamed: StreamedModel, ranks: Ranks) -> int:
     return saved
 
 
-def emulator_bytes(streamed: StreamedModel, ranks: Ranks, kind: FactorDtype | None) -> int:
+def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, kind: FactorDtype | None) -> int:
     """Bytes of the weights of an emulator of these ranks."""
     dtype_bytes = streamed.dtype.itemsize
     total = stored_parameters(streamed) * dtype_bytes
+    for name, (count, out_features, in_features) in stack_shapes(streamed).items():
+        if name in stacks:
+            kept = linear_bytes(out_features, in_features, stacks[name], kind, dtype_bytes)
+            total += count * (kept - dtype_bytes * out_features * in_features)
     for unit in streamed.units:
         for name, module in unit_linears(unit):
             if name in ranks:
@@ -82,27 +117,50 @@ def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int
     return sum(streamed.bare_parameter(name).numel() for name in names if name not in streamed.aliases)
 
 
-def stacked_parameters(streamed: StreamedModel) -> int:
-    """Parameters of the repeated layers that lie in stacks of matrices: experts, which are no linears of their own."""
-    names = [name for unit in streamed.units if unit.is_block for name in unit.parameters]
+def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> int:
+    """Parameters of the repeated layers that lie in stacks of matrices, `but` those named: experts, not linears."""
+    names = [name for unit in streamed.units if unit.is_block for name in unit.parameters if name not in but]
     tensors = [streamed.bare_parameter(name) for name in names if name not in streamed.aliases]
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
-def workspace_bytes(streamed: StreamedModel, ranks: Ranks, batch_tokens: int) -> int:
+def workspace_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batch_tokens: int) -> int:
     """What compile holds beside the weights of the largest unit, predicted from shapes alone.
 
     Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
     unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead; a reserve.
+    Of experts the moments of one at a time, and the factors of all.
     """
     worst = 0
     for unit in streamed.units:
+        experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
+        worst = max([worst, *(_expert_workspace(found, stacks, batch_tokens) + unit.weight_bytes for found in experts)])
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
         moments = sum(8 * min(shape) ** 2 for shape in shapes)
         solver = max((8 * (4 * min(shape) ** 2 + 4 * shape[0] * shape[1]) for shape in shapes), default=0)
         batch = batch_tokens * sum(out_features + in_features for out_features, in_features in shapes) * 8
         worst = max(worst, moments + solver + batch + unit.weight_bytes)
     return worst + RESERVE_BYTES
+
+
+def _expert_workspace(found: ExpertStacks, ranks: Ranks, batch_tokens: int) -> int:
+    """Of one module of experts: its routed rows of a batch as the model computes them, or one expert as it is solved.
+
+    Moments come twice, those of the rows that an expert was sent and those of all tokens.
+    """
+    shapes = {leaf: found.shape(leaf) for leaf in found.leaves}
+    sides = sum(out_features + in_features for _, out_features, in_features in shapes.values())
+    moments = 2 * sum(8 * min(shape[1:]) ** 2 for shape in shapes.values())
+    solver = max(8 * (4 * min(shape[1:]) ** 2 + 4 * shape[1] * shape[2]) for shape in shapes.values())
+    factors = sum(
+        4 * count * (ranks.get(found.path(leaf)) or 0) * (out_features + in_features)
+        for leaf, (count, out_features, in_features) in shapes.items()
+    )
+    rows = EXPERT_ROWS * sides * (8 + 8)
+    told = (getattr(found.module.config, name, None) for name in EXPERTS_PER_TOKEN_NAMES)
+    per_token = next((number for number in told if isinstance(number, int)), shapes[found.opening][0])
+    batch = batch_tokens * per_token * sides * 8
+    return max(moments + solver + rows + factors, batch)
 
 
 def check_disk(output: Path, needed_bytes: int) -> None:

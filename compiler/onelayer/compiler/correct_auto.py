@@ -32,7 +32,7 @@ from onelayer.compiler.scoring import Samples, Scoring, workspace_bytes
 from onelayer.compiler.stream import Stream
 from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import Unit
-from onelayer.compiler.variants import Factors, Run, named_parts, tuner_layers
+from onelayer.compiler.variants import Run, named_parts, tuner_layers
 
 Solver = Literal["span", "oblique"]
 # Limit 0 leaves the adapter as trained; None is the whole correction; span with 3 is the paper's choice.
@@ -43,6 +43,7 @@ CANDIDATES: tuple[tuple[Solver, float | None], ...] = (
 NAME = "trained"  # of the one adapter that PEFT attaches
 
 Weights = tuple[torch.Tensor, torch.Tensor]
+Factors = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole weight and None
 
 
 class Candidate(Result):

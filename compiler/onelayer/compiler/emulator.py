@@ -5,7 +5,7 @@ Goes in: resident units and what their linears became. Comes out: an ordinary tr
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.companions import copy_companions
+from onelayer.compiler.emulator_reader import stack_tensor
 from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.files import write_json, write_text
 from onelayer.compiler.lazy import DiskMatrix
-from onelayer.compiler.linear_figures import LinearFigures
+from onelayer.compiler.linear_figures import LinearFigures, StackFigures
 from onelayer.compiler.moments import weight_shape
 from onelayer.compiler.shim import SHIM_FILE, SHIM_TEXT, auto_map
 from onelayer.compiler.units import StreamedModel, Unit
@@ -24,6 +25,8 @@ from onelayer.compiler.workdir import UnitRecord, WorkDirectory
 from onelayer.compiler.writer import TORCH_NAMES, Entry, tensor_entry, write_index, write_safetensors
 
 FORMAT_VERSION = 1
+# Of an emulator whose experts are factors: a reader that knows none of them would fill their place with random numbers.
+STACKS_VERSION = 2
 INDEX_FILE = "emulator.safetensors.index.json"
 CARD = """---
 base_model: {model}
@@ -48,6 +51,14 @@ class StoredLinear:
     tensors: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class StoredStack:
+    """What takes the place of a stack of experts: tensors (E, ...) by the ending of their names, and the figures."""
+
+    figures: StackFigures
+    tensors: Mapping[str, torch.Tensor]
+
+
 class EmulatorWriter:
     """Writes one emulator into a work directory, a shard and a record for each unit; takes up what is there."""
 
@@ -68,29 +79,49 @@ class EmulatorWriter:
         """Figures of every linear that is compressed, by name."""
         return {row["name"]: LinearFigures(**row) for record in self.records for row in record.linears}
 
+    @property
+    def stacks(self) -> dict[str, StackFigures]:
+        """Figures of every stack of experts that is compressed, by name."""
+        return {row["name"]: StackFigures(**row) for record in self.records for row in record.stacks}
+
     def has(self, unit: Unit) -> bool:
         """Whether a unit is written."""
         return unit.position in self.work.finished
 
-    def write_unit(self, unit: Unit, linears: Mapping[str, StoredLinear], dense: Mapping[str, str]) -> None:
-        """One shard from a unit that is resident: `linears` in place of the weights that they stand for.
+    def write_unit(
+        self,
+        unit: Unit,
+        linears: Mapping[str, StoredLinear],
+        stacks: Mapping[str, StoredStack],
+        dense: Mapping[str, str],
+    ) -> None:
+        """One shard from a unit that is resident: `linears` and `stacks` in place of the weights that they stand for.
 
-        `dense` says of linears that were to be compressed why they were not.
+        `dense` says of what was to be compressed why it was not.
         """
         tensors = self.streamed.held(unit)
         entries = []
         for name, stored in linears.items():
             del tensors[f"{name}.weight"]
             entries += [tensor_entry(name + ending, tensor.cpu()) for ending, tensor in stored.tensors.items()]
+        for name, stack in stacks.items():
+            del tensors[name]
+            entries += [tensor_entry(stack_tensor(name, ending), item) for ending, item in stack.tensors.items()]
         entries += [_entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.aliases]
-        self._write_shard(unit.position, entries, [stored.figures for stored in linears.values()], dense)
+        self._write_shard(
+            unit.position,
+            entries,
+            linears=[_row(stored) for stored in linears.values()],
+            stacks=[_row(stored) for stored in stacks.values()],
+            dense=dict(dense),
+        )
 
     def write_rest(self) -> None:
         """The units that no batch visited or that hold nothing to factorise, dense, and what lies outside all units."""
         for unit in self.streamed.units:
             if not self.has(unit):
                 with self.streamed.resident(unit, torch.device("cpu")):
-                    self.write_unit(unit, {}, {})
+                    self.write_unit(unit, {}, {}, {})
         last = len(self.streamed.units)
         if self.streamed.outside and last not in self.work.finished:
             names = [name for name in self.streamed.outside if name not in self.streamed.aliases]
@@ -98,7 +129,7 @@ class EmulatorWriter:
             matrices = {name: self.streamed.matrix(name, torch.device("cpu")) for name in lazy}
             with self.streamed.loaded([name for name in names if name not in matrices]) as small:
                 entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
-                self._write_shard(last, entries, [], {})
+                self._write_shard(last, entries, linears=[], stacks=[], dense={})
 
     def finish(self, base: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         """Index, config, companions and `emulator.json`; returns the emulator's digest."""
@@ -110,10 +141,15 @@ class EmulatorWriter:
         write_json(self.directory / "config.json", self._config(base))
         digest = model_digest(self.directory)
         linears = [found.model_dump(mode="json") for found in self.linears.values()]
-        head = {"format_version": FORMAT_VERSION, "kind": "emulator", "digest": digest, "base": dict(base)}
+        stacks = [found.model_dump(mode="json") for found in self.stacks.values()]
+        head = {"format_version": self._version, "kind": "emulator", "digest": digest, "base": dict(base)}
         write_text(self.directory / "README.md", CARD.format(model=base["model"]))
-        write_json(self.directory / "emulator.json", {**head, **figures, "linears": linears})
+        write_json(self.directory / "emulator.json", {**head, **figures, "linears": linears, "stacks": stacks})
         return digest
+
+    @property
+    def _version(self) -> int:
+        return STACKS_VERSION if self.stacks else FORMAT_VERSION
 
     def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         source = self.streamed.checkpoint.directory / "config.json"
@@ -127,12 +163,17 @@ class EmulatorWriter:
             "shapes": {name: weight_shape(self.streamed.model.get_submodule(name)) for name in linears},
             "quantized_dense": [name for name, found in linears.items() if found.form == "dense"],
         }
+        stacks = {
+            name: {"shape": found.shape, "rank": found.rank if found.form == "factors" else None}
+            for name, found in self.stacks.items()
+        }
         document["quantization_config"] = {
             "quant_method": "onelayer",
-            "format_version": FORMAT_VERSION,
+            "format_version": self._version,
             "ranks": {name: found.rank for name, found in linears.items() if found.form == "factors"},
             "factor_dtype": self.factor_dtype or dtype,
             **(packed if self.factor_dtype is not None else {}),
+            **({"stacks": stacks} if stacks else {}),
             "base_model": base["model"],
             "base_revision": base["revision"],
             "base_digest": base["digest"],
@@ -140,16 +181,16 @@ class EmulatorWriter:
         }
         return document
 
-    def _write_shard(
-        self, position: int, entries: list[Entry], figures: Sequence[LinearFigures], dense: Mapping[str, str]
-    ) -> None:
+    def _write_shard(self, position: int, entries: list[Entry], **told: Any) -> None:
         shard = f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
         if entries:
             write_safetensors(self.directory / shard, entries, {"format": "pt"})
-        linears = [row.model_dump(mode="json") for row in figures]
         sizes = {entry.name: entry.size_bytes for entry in entries}
-        record = UnitRecord(position=position, shard=shard, tensor_bytes=sizes, linears=linears, dense=dict(dense))
-        self.work.finish_unit(record)
+        self.work.finish_unit(UnitRecord(position=position, shard=shard, tensor_bytes=sizes, **told))
+
+
+def _row(stored: StoredLinear | StoredStack) -> dict[str, Any]:
+    return stored.figures.model_dump(mode="json")
 
 
 def _entry(name: str, tensor: torch.Tensor) -> Entry:

@@ -11,6 +11,7 @@ from pathlib import Path
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.calibration import DataSource
 from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.compression import stack_shapes
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.measure import Meter, Report, Result
@@ -151,6 +152,8 @@ def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Em
     linears = {name for unit in streamed.units for name, module in named_parts(unit) if is_linear(module)}
     if unknown := emulator.facts.compressed.keys() - linears:
         raise InputError(f"{emulator.directory}: {min(unknown)} is no linear of {model}; compile the emulator again")
+    if unknown := emulator.facts.stacks.keys() - stack_shapes(streamed).keys():
+        raise InputError(f"{emulator.directory}: {min(unknown)} are no experts of {model}; compile the emulator again")
     return emulator
 
 

@@ -44,12 +44,20 @@ class Factors:
 
 
 def factorize(
-    W: torch.Tensor, moments: Moments, rank: int, dtype: torch.dtype, solver: Solver = "exact", seed: int = 0
+    W: torch.Tensor,
+    moments: Moments,
+    rank: int,
+    dtype: torch.dtype,
+    solver: Solver = "exact",
+    seed: int = 0,
+    reserve: Callable[[], Moments] | None = None,
 ) -> Factors:
     """The best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
 
     `exact` solves the eigenproblem in float64. `fast` finds the leading subspace by randomised iteration in float32
-    (Halko, Martinsson and Tropp, arXiv 0909.4061), seeded by `seed`.
+    (Halko, Martinsson and Tropp, arXiv 0909.4061), seeded by `seed`. Where `moments` determine fewer directions than
+    `rank`, the best under `reserve` of what is left of W follow, and the weight's own after these; so a prefix is still
+    what a smaller rank would give.
     """
     narrow = min(W.shape)
     fast = solver == "fast" and _sketch_width(rank, narrow) < WORTHWHILE_SHARE * narrow
@@ -69,16 +77,39 @@ def factorize(
         basis, energies = _basis_from_output(output_gram)
         energy = float(energies.sum())
     basis = basis[:, : min(rank, _numerical_rank(energies, cutoff))]
-    fallback = None
-    if basis.shape[1] < rank:
-        found = basis.shape[1]
-        basis = torch.cat([basis, _leading_left_vectors(W - basis @ (basis.T @ W), rank - found)], dim=1)
-        fallback = f"calibration determines {found} of {rank} directions; the weight's own SVD gives the others"
+    basis, fallback = _completed(basis, W, rank, cutoff, reserve)
     basis = _with_fixed_signs(basis)
     up, down = basis.to(dtype), (basis.T @ W).to(dtype)
     lost = _lost_energy(W, up.to(W.dtype), down.to(W.dtype), basis, moments, output_gram)
     optimal = None if fast else _relative(float(energies[rank:].sum()), energy)
     return Factors(up, down, _relative(lost, energy), optimal, energies.sqrt(), energy, fallback)
+
+
+def _completed(
+    basis: torch.Tensor, W: torch.Tensor, rank: int, cutoff: float, reserve: Callable[[], Moments] | None
+) -> tuple[torch.Tensor, str | None]:
+    """`rank` directions (out, rank), orthonormal or zero, that begin with `basis`; in words what gave the others."""
+    found = basis.shape[1]
+    if found == rank:
+        return basis, None
+    told = []
+    if reserve is not None:
+        moments = reserve()
+        rest, gram = W - basis @ (basis.T @ W), moments.gram.total_FF.to(W.dtype)
+        if moments.of_input and W.shape[0] > W.shape[1]:
+            further, energies = _basis_from_input(rest, gram, rank - found, cutoff)
+        elif moments.of_input:
+            further, energies = _basis_from_output(rest @ gram @ rest.T)
+        else:
+            left = gram - basis @ (basis.T @ gram)  # of the outputs
+            further, energies = _basis_from_output(left - (left @ basis) @ basis.T)
+        basis = torch.cat([basis, further[:, : min(rank - found, _numerical_rank(energies, cutoff))]], dim=1)
+        told = ["all tokens together give others"] if basis.shape[1] > found else []
+    if basis.shape[1] < rank:
+        own = _leading_left_vectors(W - basis @ (basis.T @ W), rank - basis.shape[1])
+        basis = torch.cat([basis, own], dim=1)
+        told.append("the weight's own SVD gives the others")
+    return basis, f"calibration determines {found} of {rank} directions; {', '.join(told)}"
 
 
 def _relative(lost: float, energy: float) -> float:

@@ -1,11 +1,12 @@
 """What became of each linear, as the records of an emulator say it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from onelayer.compiler.emulator_reader import DENSE, DOWN, UP
+from onelayer.compiler.emulator_reader import DENSE, DOWN, UP, stack_tensor
 from onelayer.compiler.factor_dtypes import REFERENCE_BYTES
 from onelayer.compiler.factorize import Factors
 from onelayer.compiler.measure import Result
@@ -89,13 +90,95 @@ class LinearFigures(LinearSummary):
         return LinearFigures.of_dense(self.name, torch.Size(shape), self.output_energy, self.dense_error)
 
 
+class StackSummary(LinearSummary):
+    """One compressed stack of experts, all of one rank; the errors are those of all experts' outputs together.
+
+    `largest_error` is that of the worst expert (unknown of a slice), `fallbacks` how many experts calibration did not
+    determine.
+    """
+
+    experts: int
+    largest_error: float | None
+    fallbacks: int
+
+
+class StackFigures(LinearFigures):
+    """A stack as one linear whose outputs are those of all its experts: squares are summed over them.
+
+    `rows` (E): how many rows each expert read. `expert_fallbacks`: by their reason, the numbers of the experts that
+    calibration did not determine.
+    """
+
+    shape: tuple[int, int, int]
+    rows: list[int]
+    largest_error: float | None
+    expert_fallbacks: dict[str, list[int]]
+
+    @property
+    def stack_summary(self) -> StackSummary:
+        """Without spectrum and rows."""
+        fields = self.model_dump(include=set(LinearSummary.model_fields))
+        starved = {expert for experts in self.expert_fallbacks.values() for expert in experts}
+        return StackSummary(**fields, experts=self.shape[0], largest_error=self.largest_error, fallbacks=len(starved))
+
+    @classmethod
+    def over(
+        cls, name: str, shape: tuple[int, int, int], experts: Sequence[LinearFigures], rows: list[int]
+    ) -> "StackFigures":
+        """The figures of a stack from those of each of its experts, in order."""
+        energies = [item.output_energy for item in experts]
+        energy = sum(energies)
+
+        def together(errors: Sequence[float]) -> float:
+            """The relative error of all from that of each."""
+            lost = sum(error * error * part for error, part in zip(errors, energies, strict=True))
+            return digits((lost / energy) ** 0.5) if energy else 0.0
+
+        def if_known(field: str) -> float | None:
+            errors = [getattr(item, field) for item in experts]
+            return None if None in errors else together(errors)
+
+        prefixes = [item.prefix_errors for item in experts if item.prefix_errors is not None]
+        fallbacks: dict[str, list[int]] = {}
+        for number, item in enumerate(experts):
+            if item.fallback is not None:
+                fallbacks.setdefault(item.fallback, []).append(number)
+        starved = sum(len(numbers) for numbers in fallbacks.values())
+        first = experts[0]
+        return cls(
+            name=name,
+            shape=shape,
+            rank=first.rank,
+            form=first.form,
+            error=together([item.error for item in experts]),
+            optimal_error=if_known("optimal_error"),
+            unquantised_error=if_known("unquantised_error"),
+            singular_values=[
+                digits(sum(value * value for value in column) ** 0.5)
+                for column in zip(*(item.singular_values for item in experts), strict=True)
+            ],
+            output_energy=digits(energy),
+            fallback=f"{starved} of {len(experts)} experts: see expert_fallbacks" if starved else None,
+            prefix_errors=[together(column) for column in zip(*prefixes, strict=True)] if prefixes else None,
+            dense_error=if_known("dense_error"),
+            rows=rows,
+            largest_error=max(item.error for item in experts),
+            expert_fallbacks=fallbacks,
+        )
+
+
 def digits(value: float) -> float:
     """Rounded to six digits."""
     return float(f"{value:.6g}")
 
 
-def kept_bytes_share(tensor_bytes: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> float:
-    """Bytes of the tensors that stand for the linears `shapes` (out, in), over what these take at 16 bits."""
-    kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)))
-    weights = sum(out_features * in_features for out_features, in_features in shapes.values())
+def kept_bytes_share(
+    tensor_bytes: Mapping[str, int],
+    linears: Mapping[str, tuple[int, int]],
+    stacks: Mapping[str, tuple[int, int, int]],
+) -> float:
+    """Bytes of what stands for linears (out, in) and stacks (E, out, in), over what these take at 16 bits."""
+    stands_in = {stack_tensor(name, ending) for name in stacks for ending in (UP, DOWN, DENSE)}
+    kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)) or name in stands_in)
+    weights = sum(math.prod(shape) for shape in (*linears.values(), *stacks.values()))
     return digits(kept / (REFERENCE_BYTES * weights)) if weights else 1.0

@@ -22,7 +22,7 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
     except ImportError:
         raise InputError("--plot: needs matplotlib; pip install 'onelayer[plot]'") from None
     kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for row in document["linears"]:
+    for row in [*document["linears"], *document.get("stacks", [])]:
         numbers = _NUMBER.findall(row["name"])
         kind = _NUMBER.split(row["name"])[-1]
         kinds.setdefault(kind, []).append((int(numbers[0]) if numbers else 0, row))

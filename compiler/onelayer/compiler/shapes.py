@@ -24,8 +24,10 @@ _EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 # A linear that holds less than this share of its block's linear weights stays dense: a router or a gate saves nothing
 # and decides much.
 SMALL_SHARE = 0.005
+# Rows of one expert that are computed at a time when its moments are taken.
+EXPERT_ROWS = 1024
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
-_EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
+EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one mixture: how many, and the matrices of one; they stay dense."""
+    """The experts of one mixture: how many, and the matrices of one as the checkpoint has them."""
 
     count: int
     linears: tuple[Linear, ...]
@@ -53,6 +55,17 @@ class Experts:
     def parameters(self) -> int:
         """Of all experts."""
         return self.count * sum(linear.parameters for linear in self.linears)
+
+    @property
+    def stacks(self) -> tuple[Linear, ...]:
+        """The matrices of one expert as transformers stacks them: a gate lies on top of its twin, in one matrix."""
+        shapes = [(linear.out_features, linear.in_features) for linear in self.linears]
+        (rows, columns), count = Counter(shapes).most_common(1)[0]
+        if len(shapes) != 3 or count != 2:
+            return self.linears
+        gate = self.linears[shapes.index((rows, columns))]
+        others = tuple(linear for linear, shape in zip(self.linears, shapes, strict=True) if shape != (rows, columns))
+        return (Linear(gate.name, 2 * rows, columns), *others)
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ def shapes_of(
     )
     widths = Counter(linear.in_features for block in blocks for linear in block.linears)
     hidden = next((int(text[key]) for key in _HIDDEN_NAMES if isinstance(text.get(key), int)), None)
-    per_token = next((int(text[key]) for key in _EXPERTS_PER_TOKEN_NAMES if isinstance(text.get(key), int)), 1)
+    per_token = next((int(text[key]) for key in EXPERTS_PER_TOKEN_NAMES if isinstance(text.get(key), int)), 1)
     return ModelShapes(
         name=name,
         value_bytes=_value_bytes(text, stored_bytes),

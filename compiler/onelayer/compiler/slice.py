@@ -17,7 +17,14 @@ from onelayer.compiler.companions import copy_companions
 from onelayer.compiler.emulator_reader import DENSE, DOWN, UP, Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory, check_output, read_json, write_json
-from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, digits, kept_bytes_share
+from onelayer.compiler.linear_figures import (
+    LinearFigures,
+    LinearSummary,
+    StackFigures,
+    StackSummary,
+    digits,
+    kept_bytes_share,
+)
 from onelayer.compiler.measure import Meter, Progress, Report, Result
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
@@ -37,6 +44,12 @@ class _Figures(BaseModel):
     parameters_after: int
     layer_parameters_after: int
     linears: list[LinearFigures]
+    stacks: list[StackFigures] = []
+
+    @property
+    def compressed(self) -> list[LinearFigures]:
+        """Linears and stacks."""
+        return [*self.linears, *self.stacks]
 
 
 class SliceResult(Result):
@@ -52,14 +65,15 @@ class SliceResult(Result):
     kept_bytes_share: float
     requantised: Literal[False] = False
     linears: list[LinearSummary]
+    stacks: list[StackSummary]
     report: Report
 
 
 def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> SliceResult:
     """Write the emulator that keeps `ratio` of each linear's weights, cut from one that keeps more.
 
-    Linears that the larger emulator holds dense, quantised or not, stay dense: there is nothing to cut. Raises
-    `InputError` where `ratio` is larger than the emulator's own, or all linears are dense.
+    What the larger emulator holds dense, quantised or not, stays dense: there is nothing to cut. Raises `InputError`
+    where `ratio` is larger than the emulator's own, or all is dense.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
@@ -67,29 +81,31 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     figures, _ = _read_figures(source)
     if ratio > (stored := figures.settings.ratio):
         raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
-    factored = [item for item in figures.linears if item.form == "factors"]
+    factored = [item for item in figures.compressed if item.form == "factors"]
     if not factored:
         raise InputError(f"{source.directory}: holds whole weights, which cannot be cut; compile a smaller emulator")
-    ranks = {item.name: rank_for(ratio, *source.shape(item.name)) or item.rank for item in factored}
+    ranks = {item.name: rank_for(ratio, *_shape(item, source)[-2:]) or item.rank for item in factored}
     return cut_emulator(emulator, ranks, output, {"ratio": ratio})
 
 
 def cut_emulator(
     emulator: str | Path, ranks: Mapping[str, int | None], output: str | Path, settings: Mapping[str, Any]
 ) -> SliceResult:
-    """Write the emulator with shorter factors: at most `ranks` directions of each linear; `settings` are recorded.
+    """Write the emulator with shorter factors: at most `ranks` directions of each linear or stack of experts.
 
-    A rank None takes the quantised weight that the emulator holds beside the factors.
+    `settings` are recorded. A rank None takes the quantised weight that the emulator holds beside the factors.
     """
     output = Path(output)
     check_output(output)
     source = Emulator.open(emulator)
     figures, document = _read_figures(source)
-    sliced = [_cut_figures(item, ranks, source.shape(item.name)) for item in figures.linears]
+    sliced = [_cut_figures(item, ranks, source) for item in figures.compressed]
     removed = sum(
         _weights(before, source) - _weights(after, source)
-        for before, after in zip(figures.linears, sliced, strict=True)
+        for before, after in zip(figures.compressed, sliced, strict=True)
     )
+    stacks = [item for item in sliced if isinstance(item, StackFigures)]
+    linears = [item for item in sliced if not isinstance(item, StackFigures)]
     with atomic_directory(output) as partial, Meter(torch.device("cpu")) as meter:
         copy_companions(source.directory, partial)
         by_file = _plan_shards(source, sliced)
@@ -104,9 +120,11 @@ def cut_emulator(
             layer_parameters_after=figures.layer_parameters_after - removed,
             kept_bytes_share=kept_bytes_share(
                 {entry.name: entry.size_bytes for entries in by_file.values() for entry in entries},
-                {item.name: source.shape(item.name) for item in sliced},
+                {item.name: source.shape(item.name) for item in linears},
+                {item.name: item.shape for item in stacks},
             ),
-            linears=[item.summary for item in sliced],
+            linears=[item.summary for item in linears],
+            stacks=[item.stack_summary for item in stacks],
             report=report,
         )
         record = {
@@ -114,9 +132,10 @@ def cut_emulator(
             "digest": model_digest(partial),
             "settings": {**document["settings"], **settings},
             "sliced_from": {"digest": source.digest, "ratio": figures.settings.ratio},
-            **result.model_dump(mode="json", exclude={"output", "linears", "report", "requantised"}),
+            **result.model_dump(mode="json", exclude={"output", "linears", "stacks", "report", "requantised"}),
             "report": document["report"],
-            "linears": [item.model_dump(mode="json") for item in sliced],
+            "linears": [item.model_dump(mode="json") for item in linears],
+            "stacks": [item.model_dump(mode="json") for item in stacks],
         }
         write_json(partial / FIGURES_FILE, record)
     return result
@@ -132,18 +151,28 @@ def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: field {field}: {first['msg']}; compile the emulator again") from None
-    if {item.name: item.rank for item in figures.linears} != source.facts.compressed:
-        raise InputError(f"{path}: field linears: does not agree with the ranks of config.json; compile it again")
+    stacks = {name: facts.full_rank for name, facts in source.facts.stacks.items()}
+    recorded = {item.name: item.rank for item in figures.compressed}
+    if recorded != {**source.facts.compressed, **stacks}:
+        raise InputError(f"{path}: fields linears and stacks: do not agree with config.json; compile it again")
     return figures, document
 
 
-def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], shape: tuple[int, int]) -> LinearFigures:
-    """The figures of a prefix: its relative error is sqrt(1 - kept energy / output energy), whatever the data."""
+def _shape(item: LinearFigures, source: Emulator) -> tuple[int, ...]:
+    """(out, in) of a linear, (E, out, in) of a stack."""
+    return item.shape if isinstance(item, StackFigures) else source.shape(item.name)
+
+
+def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], source: Emulator) -> LinearFigures:
+    """The figures of a prefix: its relative error is sqrt(1 - kept energy / output energy), whatever the data.
+
+    A stack that `ranks` does not name keeps its own.
+    """
     if item.form == "dense":
         return item
-    rank = ranks[item.name]
+    rank = ranks.get(item.name, item.rank) if isinstance(item, StackFigures) else ranks[item.name]
     if rank is None:
-        return item.as_dense(shape)
+        return item.as_dense(source.shape(item.name))
     if rank >= item.rank:
         return item.model_copy(update={"dense_error": None})
     kept = item.singular_values[:rank]
@@ -153,38 +182,49 @@ def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], shape: tu
     error = optimal if item.prefix_errors is None else item.prefix_errors[rank - 1]
     unquantised = None if item.prefix_errors is None else optimal
     figures = {"rank": rank, "error": error, "optimal_error": optimal, "unquantised_error": unquantised}
+    if isinstance(item, StackFigures):
+        packed["largest_error"] = None
     return item.model_copy(update={**figures, "singular_values": kept, **packed})
 
 
 def _weights(item: LinearFigures, source: Emulator) -> int:
-    out_features, in_features = source.shape(item.name)
-    return out_features * in_features if item.form == "dense" else item.rank * (out_features + in_features)
+    *count, out_features, in_features = _shape(item, source)
+    one = out_features * in_features if item.form == "dense" else item.rank * (out_features + in_features)
+    return math.prod(count) * one
 
 
 def _plan_shards(source: Emulator, sliced: Sequence[LinearFigures]) -> dict[Path, list[Entry]]:
     """The same shards with shorter factors."""
-    checkpoint, linears = source.checkpoint, {item.name: item for item in sliced}
+    checkpoint, items = source.checkpoint, {item.name: item for item in sliced}
+    owners = {name + ending: (name, ending) for name in items for ending in (UP, DOWN, DENSE)}
+    owners |= source.stack_tensors
     by_file: dict[Path, list[Entry]] = {file: [] for file in checkpoint.files}
     for name, info in checkpoint.tensors.items():
-        module, _, leaf = name.rpartition(".")
-        item = linears.get(module)
-        if item is None or f".{leaf}" not in (UP, DOWN, DENSE):
+        owner, ending = owners.get(name, (None, None))
+        item = None if owner is None else items[owner]
+        if item is None:
             by_file[info.file].append(copy_entry(name, info))
-        elif (f".{leaf}" == DENSE) == (item.form == "dense"):
-            rows_first = source.facts.packed is not None or f".{leaf}" == DOWN
+        elif (ending == DENSE) == (item.form == "dense"):
+            rows_first = source.facts.packed is not None or ending == DOWN
             by_file[info.file].append(_prefix(source, name, item, rows_first))
     return by_file
 
 
 def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) -> Entry:
-    """A whole weight as it stands, or the first `rank` rows of a factor; columns of a plain up (out, k)."""
+    """A whole weight as it stands, or the first `rank` rows of a factor, columns of a plain up (out, k); of a stack of
+    factors (E, ...) those of each expert."""
     checkpoint, info, rank = source.checkpoint, source.checkpoint.tensors[name], item.rank
     if item.form == "dense":
         return copy_entry(name, info)
-    shape = (rank, info.shape[1]) if rows_first else (info.shape[0], rank)
+    *count, rows, columns = info.shape
+    shape = (*count, rank, columns) if rows_first else (*count, rows, rank)
 
     def chunks() -> Iterator[bytes | memoryview]:
-        factor = checkpoint.read_rows(name, 0, rank) if rows_first else checkpoint.read(name)[:, :rank]
+        if rows_first and not count:
+            factor = checkpoint.read_rows(name, 0, rank)
+        else:
+            whole = checkpoint.read(name)
+            factor = whole[..., :rank, :] if rows_first else whole[..., :rank]
         yield from tensor_entry(name, factor).chunks()
 
     return Entry(name, info.dtype, shape, chunks)
@@ -207,7 +247,11 @@ def _write_shards(target: Path, source: Emulator, by_file: Mapping[Path, list[En
 def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:
     document: dict[str, Any] = read_json(source.directory / "config.json")
     section = document["quantization_config"]
-    section["ranks"] = {item.name: item.rank for item in sliced if item.form == "factors"}
+    linears = [item for item in sliced if not isinstance(item, StackFigures)]
+    section["ranks"] = {item.name: item.rank for item in linears if item.form == "factors"}
     if source.facts.packed is not None:
-        section["quantized_dense"] = [item.name for item in sliced if item.form == "dense"]
+        section["quantized_dense"] = [item.name for item in linears if item.form == "dense"]
+    for item in sliced:
+        if isinstance(item, StackFigures) and item.form == "factors":
+            section["stacks"][item.name]["rank"] = item.rank
     write_json(target / "config.json", document)

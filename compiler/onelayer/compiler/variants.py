@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.experts import ExpertStacks, expert_stacks
 from onelayer.compiler.moments import is_linear
 from onelayer.compiler.units import Unit, bare_name
 
 Run = Callable[[int, Any, Any], Any]
-Factors = tuple[torch.Tensor, torch.Tensor | None]
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
     def around(unit: Unit) -> Iterator[Run]:
         layers = tuner_layers(unit)
         emulators = {item.emulator.directory: item.emulator for item in variants if item.emulator is not None}
-        factors = {directory: _factors(unit, emulator, device) for directory, emulator in emulators.items()}
+        replaced = {directory: _stand_ins(unit, emulator, device) for directory, emulator in emulators.items()}
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             variant = variants[index % len(variants)]
@@ -91,10 +92,10 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
                 layer.enable_adapters(variant.adapter is not None)
                 if variant.adapter is not None:
                     layer.set_adapter([variant.adapter] if isinstance(layer, BaseTunerLayer) else variant.adapter)
-            replaced = factors[variant.emulator.directory] if variant.emulator is not None else {}
-            if not replaced:
+            forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
+            if not forwards:
                 return type(unit.module).forward(unit.module, *args, **kwargs)
-            with _standing_in(unit.module, replaced) as stand_in:
+            with _standing_in(unit.module, forwards) as stand_in:
                 return stand_in(*args, **kwargs)
 
         yield run
@@ -113,35 +114,57 @@ def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
         yield bare_name(f"{unit.name}.{name}" if name else unit.name), module
 
 
-def _factors(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Factors]:
-    """Up and down of the compressed linears of a unit; a whole weight and None of those that were only quantised."""
-    found = {}
+def _stand_ins(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Forward]:
+    """What the compressed linears and experts of a unit do instead, by module."""
+    found: dict[nn.Module, Forward] = {}
     for name, module in named_parts(unit):
         if name in emulator.facts.compressed and is_linear(module):
             up, down = emulator.factors(name)
-            found[module] = (up.to(device), None if down is None else down.to(device))
+            found[module] = _linear(module, up.to(device), None if down is None else down.to(device))
+        stacks = expert_stacks(name, module)
+        if stacks is not None and not emulator.facts.stacks.keys().isdisjoint(stacks.paths):
+            found[module] = _experts(stacks, emulator, device)
     return found
 
 
+def _linear(linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None) -> Forward:
+    bias = linear.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return lambda x: F.linear(x if down is None else F.linear(x, down), up, bias)
+
+
+def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> Forward:
+    """A module of experts with factors for the stacks that the emulator has as such."""
+    held = {
+        leaf: {ending: tensor.to(device) for ending, tensor in emulator.stack(stacks.path(leaf)).items()}
+        for leaf in stacks.leaves
+        if stacks.path(leaf) in emulator.facts.stacks
+    }
+
+    def product(leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        if leaf not in held:
+            return stacks.product(leaf, expert, x)
+        up, down = emulator.expert_factors(stacks.path(leaf), held[leaf], expert)
+        return F.linear(x if down is None else F.linear(x, down), up)
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        routed = stacks.routed(args, kwargs)
+        assert routed is not None, f"{stacks.name} was compiled as what it is not"
+        return stacks.run(*routed, product)
+
+    return forward
+
+
 @contextmanager
-def _standing_in(module: nn.Module, factors: Mapping[nn.Module, Factors]) -> Iterator[Callable[..., Any]]:
-    """The forward of `module`, its compressed linears replaced by their factors meanwhile."""
-
-    def replacement(
-        linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        bias = linear.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
-        return lambda x: F.linear(x if down is None else F.linear(x, down), up, bias)
-
-    replaced = {linear: replacement(linear, *pair) for linear, pair in factors.items()}
-    inner = [linear for linear in replaced if linear is not module]
-    for linear in inner:
-        linear.forward = replaced[linear]
+def _standing_in(module: nn.Module, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
+    """The forward of `module`, compressed parts of it replaced meanwhile."""
+    inner = [part for part in forwards if part is not module]
+    for part in inner:
+        part.forward = forwards[part]
     try:
         # The unit's own forward is the stream's stub, so it is called past that.
         own = type(module).forward
-        yield replaced.get(module) or (lambda *args, **kwargs: own(module, *args, **kwargs))
+        yield forwards.get(module) or (lambda *args, **kwargs: own(module, *args, **kwargs))
     finally:
-        for linear in inner:
-            del linear.forward
+        for part in inner:
+            del part.forward

@@ -35,6 +35,7 @@ class UnitRecord(BaseModel):
     shard: str
     tensor_bytes: dict[str, int]
     linears: list[dict[str, Any]]
+    stacks: list[dict[str, Any]] = []
     dense: dict[str, str]
 
 

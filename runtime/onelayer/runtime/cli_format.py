@@ -73,14 +73,15 @@ def summary(document: Mapping[str, Any]) -> str:
 
 
 def inspect_summary(document: Mapping[str, Any]) -> str:
-    """What a directory is; of an emulator also the rank and error of every linear."""
+    """What a directory is; of an emulator also the rank and error of every linear and stack of experts."""
     if document["kind"] != "emulator":
         return summary(document)
     rows: list[tuple[object, ...]] = [("linear", "rank", "error", "optimal", "remark")]
-    for row in document["linears"]:
+    stacks = document.get("stacks", [])
+    for row in [*document["linears"], *stacks]:
         rows.append((row["name"], row["rank"], row["error"], row["optimal_error"], row["fallback"] or ""))
     rows += [(row["name"], "dense", 0.0, 0.0, row["reason"]) for row in document["dense"]]
-    head = {name: value for name, value in document.items() if name not in ("linears", "dense")}
+    head = {name: value for name, value in document.items() if name not in ("linears", "stacks", "dense")}
     return f"{summary(head)}\n\n{table(rows)}"
 
 
@@ -89,13 +90,20 @@ def _is_short(values: list[Any]) -> bool:
 
 
 def compile_summary(document: Mapping[str, Any]) -> str:
-    """The sizes, the linears that lost most, and what it cost."""
+    """The sizes, the linears and stacks of experts that lost most, what stayed dense of experts, and what it cost."""
     before, after = document["parameters_before"], document["parameters_after"]
     head = f"{document['output']}: {after:,} of {before:,} parameters ({after / before:.1%})"
-    worst = sorted(document["linears"], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
+    stacks, dense = document["stacks"], document["layer_parameters_stacked"]
+    worst = sorted([*document["linears"], *stacks], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
     rows = [("largest errors", "rank", "error", "optimal")]
     rows += [(row["name"], row["rank"], row["error"], row["optimal_error"]) for row in worst]
-    return "\n".join([head, *([table(rows)] if worst else []), report_line(document["report"])])
+    told = []
+    if stacks:
+        experts, fallbacks = (sum(row[field] for row in stacks) for field in ("experts", "fallbacks"))
+        told.append(f"{experts} expert matrices in {len(stacks)} stacks, {fallbacks} of them completed by a fallback")
+    if dense:
+        told.append(f"{dense:,} parameters of experts out of reach of transformers' experts interface stay dense")
+    return "\n".join([head, *([table(rows)] if worst else []), *told, report_line(document["report"])])
 
 
 def correct_summary(document: Mapping[str, Any]) -> str:

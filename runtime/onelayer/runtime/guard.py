@@ -32,6 +32,10 @@ _MESSAGE = (
 )
 
 
+def _rebuilt(shape: Sequence[int], dtype: torch.dtype) -> "GuardWeight":
+    return GuardWeight.like(torch.empty(()), shape, dtype)
+
+
 class GuardWeight(torch.Tensor):
     """A tensor with a shape (out, in), a dtype and a device, and no numbers."""
 
@@ -52,6 +56,14 @@ class GuardWeight(torch.Tensor):
             raise InputError(_MESSAGE.format(operation=getattr(func, "__name__", str(func))))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> "GuardWeight":
+        """There is nothing to copy."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Shape and dtype are all there is."""
+        return _rebuilt, (tuple(self.shape), self.dtype)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing a model must not raise
         return f"GuardWeight({tuple(self.shape)}, {self.dtype}, {self.device})"

@@ -77,9 +77,7 @@ class PackedLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _product(self, x: torch.Tensor, name: str, rows_are_outputs: bool) -> torch.Tensor:
-        packed, width = getattr(self, name), self._width(name)
-        y: torch.Tensor = _PackedProduct.apply(x, packed, width, self.packing, rows_are_outputs)  # type: ignore[no-untyped-call]
-        return y
+        return packed_product(x, getattr(self, name), self._width(name), self.packing, rows_are_outputs)
 
     def _width(self, name: str) -> int:
         return self.out_features if name == "lr_up" else self.in_features
@@ -89,6 +87,14 @@ class PackedLinear(CompressedLinear):
         rank = "full" if self.rank is None else self.rank
         sizes = f"in={self.in_features}, out={self.out_features}, rank={rank}, bias={self.bias is not None}"
         return f"{sizes}, {self.packing.kind}"
+
+
+def packed_product(
+    x: torch.Tensor, packed: torch.Tensor, width: int, packing: Packing, rows_are_outputs: bool
+) -> torch.Tensor:
+    """x M^T, or x M, for a packed M (rows, width); gradients reach x alone."""
+    y: torch.Tensor = _PackedProduct.apply(x, packed, width, packing, rows_are_outputs)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -176,7 +176,7 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
         train_bytes=choice.memory.peak,
         correct_bytes=correct_bytes(shapes, ratio, setting.lora_rank),
         emulator_bytes=emulator,
-        host_bytes=host_bytes(shapes, SAMPLES, setting.max_length),
+        host_bytes=host_bytes(shapes, SAMPLES, setting.max_length, ratio),
         disk_bytes=model + emulator + 2 * choice.memory.adapter // 3,
         read_bytes=model,
         model_bytes=model,
@@ -257,7 +257,10 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
     if stacked:
         share = stacked / shapes.parameters
-        remarks.append(f"{share:.0%} of the parameters are experts of mixtures, which stay as they are in an emulator")
+        remarks.append(
+            f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
+            "to transformers' experts interface they stay as they are"
+        )
     if choice.ratio is not None and choice.ratio < 0.15:
         remarks.append("below a ratio of 0.15 little of what is learnt reaches the original; polish the adapter")
     if choice.ratio == LARGEST_RATIO:

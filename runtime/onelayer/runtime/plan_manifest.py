@@ -25,7 +25,7 @@ from onelayer.runtime.plan_memory import (
 from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
 
 # Raised by hand when the planner starts to choose another ratio for the same shapes and settings.
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 DEFAULT_BATCH_SIZE = 8
 AUTO_RANK = 0.125  # what is planned with where the rank will be measured
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
 from onelayer.compiler.ranks import rank_for
-from onelayer.compiler.shapes import Block, Linear, ModelShapes
+from onelayer.compiler.shapes import EXPERT_ROWS, Block, Linear, ModelShapes
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
 
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
@@ -46,12 +46,29 @@ def factor_bytes(shapes: ModelShapes, dtype: FactorDtype) -> float:
 
 
 def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16") -> int:
-    """An emulator as it is held, and as it lies on the disk. Where factors are quantised, so are linears kept dense."""
+    """An emulator as it is held, and as it lies on the disk. Where factors are quantised, so are linears kept dense.
+
+    Experts count as factors: headers cannot say whether their class answers to transformers' experts interface.
+    """
     per_value = factor_bytes(shapes, dtype)
     linears = [(linear, count) for block, count in shapes.kinds for linear in block.compressible]
+    linears += [
+        (stack, count * block.experts.count)
+        for block, count in shapes.kinds
+        if block.experts is not None
+        for stack in block.experts.stacks
+    ]
     whole = sum(count * linear.parameters for linear, count in linears)
     kept = sum(count * _kept_values(linear, ratio) for linear, count in linears)
     return int((shapes.parameters - whole) * shapes.value_bytes + kept * per_value)
+
+
+def expert_factor_bytes(shapes: ModelShapes, ratio: float) -> int:
+    """Factors of the experts of the block that has most of them; they are gathered on the host."""
+    return shapes.value_bytes * max(
+        block.experts.count * sum(_kept_values(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
+        for block, _ in shapes.kinds
+    )
 
 
 def _kept_values(linear: Linear, ratio: float) -> int:
@@ -134,7 +151,10 @@ class LayerBytes:
             part.saved_per_token(self.shapes.value_bytes, self.setting.lora_rank, self.autocast) for part in parts
         )
         opened, inner = expert_parts(self.shapes, block)
-        return self.setting.tokens * (per_token + self.shapes.value_bytes * (opened + 2 * inner))
+        per_token += self.shapes.value_bytes * (opened + inner)
+        if inner:  # what each expert answers, until it is weighted, and the order of rows three times
+            per_token += self.shapes.experts_per_token * (self.shapes.value_bytes * self.shapes.hidden + 3 * 8)
+        return self.setting.tokens * per_token
 
 
 def stored_copy_bytes(tokens: int, features: int, share: float | None, value_bytes: int) -> int:
@@ -168,7 +188,23 @@ def _compile_block(shapes: ModelShapes, block: Block, ratio: float, batch_tokens
             factors += rank * (linear.out_features + linear.in_features) * shapes.value_bytes
     width = max(part.opened + part.inner + 3 * part.hidden for part in parts) if parts else 4 * shapes.hidden
     batch = batch_tokens * (width * shapes.value_bytes + 8 * max(part.inner for part in parts)) + 8 * widest * widest
-    return block.parameters * shapes.value_bytes + moments + max(solver + factors, batch)
+    opened, inner = expert_parts(shapes, block)
+    routed = batch_tokens * (opened + inner + 2 * shapes.experts_per_token * shapes.hidden) * shapes.value_bytes
+    fullest = max(solver + factors, batch, routed if inner else 0, factors + _expert_bytes(shapes, block, ratio))
+    return block.parameters * shapes.value_bytes + moments + fullest
+
+
+def _expert_bytes(shapes: ModelShapes, block: Block, ratio: float) -> int:
+    """One expert as it is solved: moments of its rows and of all tokens, some of its rows, and the solver."""
+    if block.experts is None:
+        return 0
+    stacks = block.experts.stacks
+    moments = 2 * sum(8 * min(stack.out_features, stack.in_features) ** 2 for stack in stacks)
+    width = sum(stack.out_features + stack.in_features for stack in stacks)
+    narrow = max(min(stack.out_features, stack.in_features) for stack in stacks)
+    rows = EXPERT_ROWS * (width * shapes.value_bytes + 8 * narrow)
+    ranks = [(stack, rank_for(ratio, stack.out_features, stack.in_features)) for stack in stacks]
+    return moments + max([rows, *(_solver_bytes(stack, rank, shapes.value_bytes) for stack, rank in ranks if rank)])
 
 
 def _solver_bytes(linear: Linear, rank: int, value_bytes: int) -> int:
@@ -209,7 +245,9 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
     return 2 * shapes.largest_block_bytes + graph + 4 * SLICE_BYTES + 5 * 4 * lora_parameters(shapes, lora_rank)
 
 
-def host_bytes(shapes: ModelShapes, samples: int, max_length: int) -> int:
-    """Host memory of a compile: the process, the next block read ahead and converted, the waiting hidden states."""
-    states = samples * max_length * shapes.hidden * 2 * max(shapes.value_bytes, 2)
-    return PROCESS_BYTES + 2 * shapes.largest_block_bytes + states
+def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:
+    """Host memory of a compile: the process, the next block read ahead and converted, the waiting hidden states, once
+    more those that a block's experts read, and their factors twice."""
+    copies = 3 if any(block.experts is not None for block in shapes.blocks) else 2
+    states = samples * max_length * shapes.hidden * copies * max(shapes.value_bytes, 2)
+    return PROCESS_BYTES + 2 * shapes.largest_block_bytes + states + 2 * expert_factor_bytes(shapes, ratio)

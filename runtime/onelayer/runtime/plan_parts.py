@@ -71,11 +71,12 @@ def expert_parts(shapes: ModelShapes, block: Block) -> tuple[int, int]:
     """Of a mixture, per token: the summed width that its active experts open, and their inner width; zeros if none."""
     if block.experts is None:
         return 0, 0
-    opened = sum(linear.out_features for linear in block.experts.linears if linear.in_features == shapes.hidden)
-    inner = max(
-        (linear.in_features for linear in block.experts.linears if linear.out_features == shapes.hidden), default=0
-    )
-    return shapes.experts_per_token * opened, shapes.experts_per_token * inner
+    # Stacks may lie either way; what opens is as wide as what closes, or twice as wide where it has a gate.
+    widths = [
+        linear.in_features if linear.out_features == shapes.hidden else linear.out_features
+        for linear in block.experts.stacks
+    ]
+    return shapes.experts_per_token * max(widths), shapes.experts_per_token * min(widths)
 
 
 def lora_parameters(shapes: ModelShapes, lora_rank: int) -> int:

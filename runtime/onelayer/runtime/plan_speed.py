@@ -100,6 +100,10 @@ def seconds_at(
     resident = min(active, emulator_bytes // shapes.value_bytes - outside) + outside
     sides = [min(linear.out_features, linear.in_features) for block in shapes.blocks for linear in block.compressible]
     moments = samples * max_length * 2 * sum(side * side for side in sides) + EIGEN_FLOPS * sum(s**3 for s in sides)
+    for experts in (block.experts for block in shapes.blocks if block.experts is not None):
+        for side in (min(stack.out_features, stack.in_features) for stack in experts.stacks):
+            rows = samples * max_length * shapes.experts_per_token
+            moments += rows * 2 * side * side + experts.count * EIGEN_FLOPS * side**3
     train = FORWARD + BACKWARD + (RECOMPUTE if recomputes else 0)
     exact_tokens = polish_batch * max_length
     return Seconds(

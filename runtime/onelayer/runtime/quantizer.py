@@ -1,8 +1,8 @@
 """The plugin that lets plain `AutoModel.from_pretrained(emulator)` work: importing this module registers it.
 
 In: the `quantization_config` of an emulator's config.json. Out: the stock model class with every listed linear replaced
-by a `CompressedLinear`, before the weights are read. `quant_method` is the one door that transformers opens to foreign
-modules on loading; what is quantised was so when the emulator was written.
+by a `CompressedLinear` and every listed stack of experts by factors, before the weights are read. `quant_method` is the
+one door that transformers opens to foreign modules on loading; what is quantised was so when the emulator was written.
 
 Touched of transformers' semi-private surface, all of it in this file: the hooks `update_attn_implementation`,
 `_process_model_before_weight_loading`, `_process_model_after_weight_loading` and `get_state_dict_and_metadata` of
@@ -22,9 +22,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from onelayer.compiler.emulator_reader import StackFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factor_dtypes import known_kind
 from onelayer.compiler.quantize import require
+from onelayer.runtime.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
 from onelayer.runtime.model import CompressedLinear, LowRankLinear
 from onelayer.runtime.packed import PackedLinear, Packing
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "onelayer"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 2: with stacks of experts
 
 
 @register_quantization_config(METHOD)
@@ -51,13 +53,14 @@ class EmulatorConfig(QuantizationConfigMixin):
         factor_dtype: str | None = None,
         unpacked_dtype: str | None = None,
         quantized_dense: Sequence[str] = (),
+        stacks: Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
         **provenance: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if format_version not in FORMAT_VERSIONS:
             raise InputError(
                 f"config.json: quantization_config.format_version is {format_version!r}, this onelayer reads "
-                f"{FORMAT_VERSION}; compile the emulator again, or install the onelayer that wrote it"
+                f"{FORMAT_VERSIONS[-1]}; compile the emulator again, or install the onelayer that wrote it"
             )
         self.quant_method = quant_method  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.format_version = format_version
@@ -65,6 +68,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.weights_file = weights_file
         self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
         self.quantized_dense = list(quantized_dense)
+        self.stacks = dict(stacks or {})
         vars(self).update(provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +76,8 @@ class EmulatorConfig(QuantizationConfigMixin):
         fields: dict[str, Any] = super().to_dict()
         optional = ["weights_file", "factor_dtype", "unpacked_dtype"]
         optional += ["quantized_dense"] if self.packing is None else []
-        return {name: value for name, value in fields.items() if value is not None or name not in optional}
+        optional += [] if self.stacks else ["stacks"]
+        return {name: value for name, value in fields.items() if name not in optional or value}
 
     @property
     def packing(self) -> Packing | None:
@@ -109,13 +114,17 @@ class EmulatorQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        replaced = replace_linears(model, self.quantization_config.modules, self.quantization_config.packing)
-        _check_factors(checkpoint_files or [], replaced)
+        settings = self.quantization_config
+        replaced = replace_linears(model, settings.modules, settings.packing)
+        experts = replace_stacks(model, settings.stacks, settings.packing)
+        factors = [name for module in replaced for name in module.factors]
+        _check_factors(checkpoint_files or [], [*factors, *(name for item in experts for name in item.tensors)])
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         for module in model.modules():
             if isinstance(module, CompressedLinear):
                 module.freeze()
+            freeze_experts(module)
         # Saved again, the weights get the standard name, so a pointer to the old one must not be saved with them.
         self.quantization_config.weights_file = None
         if hasattr(model.config, "transformers_weights"):
@@ -141,17 +150,43 @@ def replace_linears(
     and without the base model's prefix, and a head's linear that this class does not have is passed over.
     """
     modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
     replaced = []
     for name, rank in ranks.items():
-        found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
+        found = _known_as(model, name, modules)
         if found is not None:
             path, _, leaf = found.rpartition(".")
             replaced.append(_compressed(found, modules[found], rank, packing))
             setattr(modules[path], leaf, replaced[-1])
-        elif name.startswith(prefix):
-            raise InputError(f"config.json: quantization_config.ranks names {name}, which {type(model).__name__} lacks")
     return replaced
+
+
+def replace_stacks(
+    model: "PreTrainedModel", stacks: Mapping[str, Any], packing: Packing | None
+) -> list[CompressedExperts]:
+    """Put factors in the place of every named stack of experts of an empty model; returns what stands for them.
+
+    Names are looked up as those of linears.
+    """
+    modules = dict(model.named_modules())
+    wanted: dict[str, dict[str, StackFacts]] = {}
+    for name, facts in stacks.items():
+        path, _, leaf = name.rpartition(".")
+        found = _known_as(model, path, modules)
+        if found is not None:
+            wanted.setdefault(found, {})[leaf] = StackFacts.model_validate(facts)
+    return [compress_experts(name, modules[name], facts, packing) for name, facts in wanted.items()]
+
+
+def _known_as(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of a module in this class, with or without the base model's prefix; None for one beside the base model.
+
+    Raises `InputError` where the base model should have it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
+    if found is None and name.startswith(prefix):
+        raise InputError(f"config.json: quantization_config.ranks names {name}, which {type(model).__name__} lacks")
+    return found
 
 
 def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing | None) -> CompressedLinear:
@@ -180,13 +215,14 @@ def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing
     return compressed
 
 
-def _check_factors(checkpoint_files: list[str], replaced: list[CompressedLinear]) -> None:
-    """Refuse files outside the folder, and fewer factors than modules, which transformers would leave uninitialised."""
+def _check_factors(checkpoint_files: list[str], factors: list[str]) -> None:
+    """Refuse files outside the folder, and fewer tensors than `factors`, the names that modules give to what they need:
+    transformers would leave the others uninitialised."""
     folders = {Path(file).parent for file in checkpoint_files}
     if len(folders) > 1:
         raise InputError(f"{sorted(folders)[0]}: the index names files outside the folder; compile the emulator again")
     names = [name for file in checkpoint_files for name in _tensor_names(file)]
-    for factor, needed in Counter(factor for module in replaced for factor in module.factors).items():
+    for factor, needed in Counter(factors).items():
         stored = sum(name.endswith(f".{factor}") for name in names)
         if checkpoint_files and stored < needed:
             raise InputError(

@@ -1,7 +1,7 @@
 """What a run left in the store in, the figures that its report shows out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def collect(store: ArtifactStore, made: Mapping[str, Artifact], foreseen: Mappin
     return ReportData(
         steps=[_facts(name, artifact, payloads[name]) for name, artifact in made.items()],
         memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, foreseen))],
-        errors=[] if emulator is None else _errors(_document(emulator / "emulator.json").get("linears", [])),
+        errors=[] if emulator is None else _errors(_document(emulator / "emulator.json")),
         curves={name: points for name in made if (points := _curve(made[name].kind, payloads[name]))},
         versions=next((artifact.versions for artifact in made.values()), {}),
     )
@@ -84,9 +84,9 @@ def _memory(name: str, artifact: Artifact, foreseen: Mapping[str, int | None]) -
     )
 
 
-def _errors(linears: Sequence[Mapping[str, Any]]) -> list[LinearError]:
+def _errors(document: Mapping[str, Any]) -> list[LinearError]:
     rows = []
-    for row in linears:
+    for row in [*document.get("linears", []), *document.get("stacks", [])]:
         found = re.search(r"(?:^|\.)(\d+)\.(.+)$", row["name"])
         layer, kind = (int(found[1]), found[2]) if found else (0, row["name"])
         rows.append(LinearError(layer=layer, kind=kind, rank=row["rank"], error=row["error"]))
