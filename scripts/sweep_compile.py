@@ -45,6 +45,13 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
     excess = largest_excess(model, emulator, [item.name for item in result.linears])
     reasons = sorted({f"{item['name']}: {item['reason']}" for item in told["dense"]})
     detail = f"{len(result.linears)} linears, error at most {excess:.0e} above the optimum"
+    if result.stacks:  # by the word of their records; tests/test_experts.py works the optimum out
+        above = max(item.error - (item.optimal_error or 0.0) for item in result.stacks)
+        completed = sum(item.fallbacks for item in result.stacks)
+        detail += f"; {len(result.stacks)} stacks of experts, at most {above:.0e} above, {completed} experts completed"
+        excess = max(excess, above)
+    if result.layer_parameters_stacked:
+        detail += f"; {result.layer_parameters_stacked:,} parameters in stacks that stay dense"
     detail += f"; {len(reasons)} dense, {reasons[0]}" if reasons else ""
     detail += f"; {len(told['revisited'])} units visited again" if told["revisited"] else ""
     # A unit that is visited again is written after its first visits, with their moments.

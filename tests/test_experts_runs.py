@@ -44,7 +44,7 @@ def test_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path, own_store
     start("calm").join()
     calm_seconds = time.perf_counter() - begun
     moments, kills = random.Random(2), 0
-    while kills < 6:
+    while kills < 4:
         process = start("stormy")
         time.sleep(moments.uniform(0.3, 1.0) * calm_seconds)
         process.kill()
@@ -80,8 +80,7 @@ def test_finished_units_are_not_done_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize(("name", "kind"), [("mixtral", None), ("qwen3_moe", None), ("qwen3_moe", "nf4")])
 def test_tokens_go_to_the_same_low_rank_experts_when_recomputed(
     name: str, where: Any, kind: Any, tmp_path: Path
 ) -> None:
