@@ -19,6 +19,7 @@ from onelayer.compiler.units import StreamedModel
 from onelayer.runtime.plan import plan_run, ratio_for
 from onelayer.runtime.plan_choice import best_ratio
 from onelayer.runtime.plan_memory import Setting, emulator_bytes, stored_copy_bytes, train_memory
+from onelayer.runtime.plan_parts import expert_parts
 from onelayer.runtime.plan_skeleton import read_shapes
 from onelayer.runtime.plan_speed import Speed
 
@@ -31,6 +32,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
         {**tiny.DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "stacks that lie the other way": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**tiny.DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "head_dim": 8},
     ),
 }
 
@@ -87,6 +93,29 @@ def test_a_config_alone_gives_the_same_shapes(tmp_path: Path, name: str) -> None
     )
     assert emulator_bytes(alone, 0.3) == emulator_bytes(with_weights, 0.3)
     assert alone.active_parameters == with_weights.active_parameters
+
+
+@pytest.mark.parametrize("name", ["mixture", "stacks that lie the other way"])
+def test_experts_open_and_close_whichever_way_they_lie(tmp_path: Path, name: str) -> None:
+    shapes = shapes_from_headers(saved(tmp_path, name))
+    inner = MODELS[name][2].get("moe_intermediate_size") or MODELS[name][2]["intermediate_size"]
+    assert expert_parts(shapes, shapes.blocks[0]) == (2 * 2 * inner, 2 * inner)
+
+
+def test_a_mixture_with_low_rank_experts_fits_where_its_dense_experts_would_not() -> None:
+    table: dict[str, tuple[int, ...]] = {"embed.weight": (1000, 1024)}
+    for layer in range(8):
+        table |= {f"layers.{layer}.attention.{name}.weight": (1024, 1024) for name in "qkvo"}
+        for expert in range(64):
+            place = f"layers.{layer}.experts.{expert}"
+            table |= {f"{place}.{name}.weight": (512, 1024) for name in ("gate", "up")}
+            table[f"{place}.down.weight"] = (1024, 512)
+    config = {"hidden_size": 1024, "vocab_size": 1000, "num_experts_per_tok": 4}
+    shapes = shapes_of("typed in", config, table, 2, False)
+    dense = shapes.parameters * shapes.value_bytes
+    choice = best_ratio(shapes, Setting(batch_size=2, max_length=256), dense)
+    assert choice.reached > 0.3
+    assert emulator_bytes(shapes, 0.25) == pytest.approx(0.25 * dense, rel=0.02)
 
 
 def test_headers_are_read_without_torch(tmp_path: Path) -> None:
