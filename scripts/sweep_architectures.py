@@ -1,6 +1,6 @@
 """Streams every architecture of transformers' registries that a tiny configuration can build, and compares.
 
-    python scripts/sweep_architectures.py [--registry causal-lm] [--only llama,bloom] [--compile | --gradients]
+    python scripts/sweep_architectures.py [--registry causal-lm] [--only llama,bloom] [--compile | ...]
 
 One line per model type: identical, close (with the largest difference), refused (with the reason), or not runnable even
 when resident. The configurations are shrunk by the meaning of their fields' names; no model is special.
@@ -30,6 +30,7 @@ from sweep_compare import difference, first_line, first_that_runs, moved, output
 from sweep_compile import compile_verdict, first_inputs
 from sweep_configs import tiny_config
 from sweep_gradients import gradient_verdict
+from sweep_packing import packing_verdict
 
 REGISTRIES = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -121,10 +122,22 @@ def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, st
 
 def backward(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
     """('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail) of one class's gradients."""
+    return tried(gradient_verdict, model_class, registry)
+
+
+def packed(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+    """('exact' | 'refused' | 'missed' | 'not runnable' ..., detail) of one class's gradients from packed rows."""
+    return tried(lambda model, registry: packing_verdict(model.requires_grad_(), registry), model_class, registry)
+
+
+def tried(
+    judge: Callable[[PreTrainedModel, str], tuple[str, str]], model_class: type[PreTrainedModel], registry: str
+) -> tuple[str, str]:
+    """What `judge` says of the first small model of a class that it can be asked about."""
     reasons = []
     for make in small_models(model_class):
         try:
-            return gradient_verdict(prepared(make()), registry)
+            return judge(prepared(make()), registry)
         except InputError as error:
             return "refused", first_line(error)
         except BatchError as error:
@@ -173,19 +186,22 @@ def main() -> int:
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--compile", action="store_true", help="compile emulators instead of comparing outputs")
     parser.add_argument("--gradients", action="store_true", help="compare LoRA gradients, streamed forward and back")
+    parser.add_argument("--packing", action="store_true", help="compare gradients of packed rows, resident")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     bad = 0
-    judge = compiled if arguments.compile else backward if arguments.gradients else verdict
+    judges = {"compile": compiled, "gradients": backward, "packing": packed}
+    judge = next((judge for name, judge in judges.items() if getattr(arguments, name)), verdict)
     for registry in REGISTRIES if arguments.registry == "all" else [arguments.registry]:
         counts = sweep(registry, {name for name in arguments.only.split(",") if name}, judge)
         runnable = sum(counts.values()) - counts["not runnable"]
-        good = counts["identical"] + counts["optimal"]
-        print(f"{registry}: {good} of {runnable} {'optimal' if arguments.compile else 'identical'}; {dict(counts)}")
-        bad += runnable - good - counts["close"]
+        good = counts["identical"] + counts["optimal"] + counts["exact"]
+        word = {compiled: "optimal", packed: "exact"}.get(judge, "identical")
+        print(f"{registry}: {good} of {runnable} {word}; {dict(counts)}")
+        bad += runnable - good - counts["close"] - (counts["refused"] if judge is packed else 0)
     return int(bad > 0)
 
 

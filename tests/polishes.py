@@ -18,18 +18,22 @@ from tiny import CORPUS, save_tiny
 WORDS = CORPUS[0].split()
 
 
-def prepare(directory: Path, name: str = "llama") -> Path:
+def prepare(directory: Path, name: str = "llama", target_modules: str | list[str] = "all-linear") -> Path:
     """A tiny model, training rows, held-out rows and an adapter in `directory`."""
     save_tiny(name, directory / "model")
+    write_rows(directory)
+    original = load_original(directory / "model")
+    random_adapter(original, directory / "adapter", size=0.05, r=3, target_modules=target_modules)
+    return directory
+
+
+def write_rows(directory: Path) -> None:
+    """Nine short rows to train on, and a longer one that is held out."""
     rows = [
         {"prompt": " ".join(WORDS[i : i + 4]), "completion": " " + " ".join(WORDS[i + 4 : i + 9])} for i in range(9)
     ]
     (directory / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (directory / "dev.jsonl").write_text(json.dumps({"text": " ".join(reversed(WORDS))}))
-    random_adapter(
-        load_original(directory / "model"), directory / "adapter", size=0.05, r=3, target_modules="all-linear"
-    )
-    return directory
 
 
 def polished(setup: Path, **fields: Any) -> PolishResult:

@@ -38,7 +38,7 @@ OPTIONS = {
     "polish": (
         "ADAPTER --activations --batch-size --data --device --eval-data --eval-steps --host-memory --json "
         "--learning-rate --lora-alpha --lora-rank --max-gradient-norm --max-length --micro-batch-size --model --output "
-        "--resume --seed --steps --target-modules --warmup-steps"
+        "--packing --resume --seed --steps --target-modules --warmup-steps"
     ),
     "merge": "ADAPTER... --json --model --output --weight",
     "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",

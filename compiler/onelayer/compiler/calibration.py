@@ -78,7 +78,8 @@ def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[in
     what is, from it shifted right behind the decoder's start token.
     """
     if not config.is_encoder_decoder:
-        return {"input_ids": tokens.input_ids}, [*tokens.labels[1:], IGNORED]
+        places = {} if tokens.positions is None else {"position_ids": tokens.positions}
+        return {"input_ids": tokens.input_ids, **places}, [*tokens.labels[1:], IGNORED]
     asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
     answer = [label for label in tokens.labels if label != IGNORED]
     start = getattr(config, "decoder_start_token_id", None)

@@ -25,12 +25,16 @@ from onelayer.compiler.workdir import StopRequest, claimed
 
 
 class PolishStep(Result):
-    """Figures of one exact step: mean loss of its batch before the step, and what the step cost."""
+    """Figures of one exact step: mean loss of its batch before the step, and what the step cost.
+
+    `sequences` counts the rows that the model was run on: the examples, or what they were packed into.
+    """
 
     loss: float
     gradient_norm: float
     learning_rate: float
     tokens: int
+    sequences: int
     seconds: float
     bytes_read: int
 
@@ -76,6 +80,7 @@ def polish_adapter(
     eval_data: DataSource | None = None,
     eval_steps: int = 1,
     activations: int | float | Literal["exact"] = "exact",
+    packing: bool = False,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
     target_modules: str | list[str] = "all-linear",
@@ -89,13 +94,15 @@ def polish_adapter(
 
     `adapter` may be corrected or not, or any plain LoRA of the original; with None a fresh one of `lora_rank` is
     trained. With `eval_data`, its loss is measured every `eval_steps` steps and the best adapter is handed out. Unit
-    inputs are kept as they are, or with `activations` as factors of that rank (or share of the features). A run
-    that was stopped goes on behind its last finished step. Raises `InputError` for what the caller can mend, and
-    `RuntimeError` where the loss is lost; what the steps before it made is then in `output`.
+    inputs are kept as they are, or with `activations` as factors of that rank (or share of the features). With
+    `packing`, short examples share rows of up to `max_length` tokens without seeing each other: the gradient is the
+    same, and a model that does not keep them apart is refused. A run that was stopped goes on behind its last finished
+    step. Raises `InputError` for what the caller can mend, and `RuntimeError` where the loss is lost; what the steps
+    before it made is then in `output`.
     """
     rank = None if activations == "exact" else activations
     pace = (steps, batch_size, micro_batch_size, learning_rate, warmup_steps, max_gradient_norm)
-    settings = Settings(*pace, max_length, eval_steps, rank, seed)
+    settings = Settings(*pace, max_length, eval_steps, rank, seed, packing)
     check_output(Path(output))
     start = adapter if lora_rank is None else Fresh(lora_rank, lora_alpha or lora_rank, target_modules, seed)
     if start is None or (adapter is not None and lora_rank is not None):

@@ -18,6 +18,7 @@ from onelayer.compiler.calibration import TokenBatch, make_batches
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.gradients import GradientStream
 from onelayer.compiler.measure import Progress
+from onelayer.compiler.packing import check_apart, check_takes_positions, joined, packs_of
 from onelayer.compiler.polish_data import TrainRows
 from onelayer.compiler.polish_state import PolishState
 from onelayer.compiler.token_loss import TokenLoss
@@ -37,6 +38,7 @@ class Settings:
     eval_steps: int
     activations: int | float | None
     seed: int
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.micro_batch_size, self.max_length, self.eval_steps) < 1:
@@ -106,6 +108,8 @@ class PolishJob:
         total = 2 * units * (self.settings.steps - first) + (units if self.held_out else 0)
         with Progress(total, "polish") as bar, self.stream:
             self.stream.bar = bar
+            if self.settings.packing and first == 0:
+                self._check_packing()
             if self.settings.activations is not None and self.state.gradient_cosine is None:
                 self.state.gradient_cosine = self._cosine()
             for step in range(first, self.settings.steps):
@@ -127,7 +131,7 @@ class PolishJob:
     def _step(self, step: int) -> dict[str, Any]:
         """Gradients of one large batch, one move of the optimiser; returns the figures of the step."""
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
-        batches = make_batches(self.rows.batch(step), self.stream.streamed.config, self.settings.micro_batch_size)
+        batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
         self.stream.trained, self.stream.seed = len(batches), self.settings.seed * 1_000_003 + step
         self.stream.rank = self.settings.activations
@@ -144,9 +148,28 @@ class PolishJob:
             "gradient_norm": self._move(step),
             "learning_rate": self.settings.learning_rate_at(step),
             "tokens": loss.trained_tokens,
+            "sequences": sum(len(batch.order) for batch in batches),
             "seconds": round(time.perf_counter() - start_seconds, 3),
             "bytes_read": self.stream.streamed.checkpoint.bytes_read - start_bytes,
         }
+
+    def _batches(self, step: int) -> list[TokenBatch]:
+        """The examples of a step as the model is called with them."""
+        rows = self.rows.batch(step)
+        if self.settings.packing:
+            rows = [joined(pack) for pack in packs_of(rows, self.settings.max_length)]
+        return make_batches(rows, self.stream.streamed.config, self.settings.micro_batch_size)
+
+    def _check_packing(self) -> None:
+        """Try the fullest pack of all steps, and the one with the longest row: what differs by length shows there."""
+        check_takes_positions(self.stream.streamed.model)
+        steps = (packs_of(self.rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
+        shared = [pack for packs in steps for pack in packs if len(pack) > 1]
+        if shared:
+            fullest = max(shared, key=lambda pack: sum(len(row.input_ids) for row in pack))
+            longest = max(shared, key=lambda pack: len(pack[0].input_ids))
+            self.stream.trained = 0
+            check_apart(self.stream, [fullest] if longest is fullest else [fullest, longest])
 
     def _move(self, step: int) -> float:
         """Clip, step, forget the gradients; returns their norm before clipping."""
@@ -162,7 +185,7 @@ class PolishJob:
 
     def _cosine(self) -> float:
         """Cosine between the gradients of the first micro-batch with compressed inputs and with exact ones."""
-        (batch, *_) = make_batches(self.rows.batch(0), self.stream.streamed.config, self.settings.micro_batch_size)
+        (batch, *_) = self._batches(0)
         found = []
         for rank in (None, self.settings.activations):
             self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank

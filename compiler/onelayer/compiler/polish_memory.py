@@ -13,7 +13,8 @@ def workspace_bytes(streamed: StreamedModel, rows: TrainRows, settings: Settings
     The unit that is read ahead, the head's slices and their gradients, the adapter with its optimiser, and the graph of
     one unit for one micro-batch. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
     """
-    tokens = settings.micro_batch_size * min(settings.max_length, rows.longest)
+    longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
+    tokens = settings.micro_batch_size * longest
     return 4 * SLICE_BYTES + streamed.largest_unit_bytes + state.bytes + tokens * graph_bytes_per_token(streamed)
 
 

@@ -176,6 +176,10 @@ class Scoring:
                 result.counts[index] = len(losses)
         return result
 
+    def token_losses(self, index: int) -> torch.Tensor:
+        """Cross-entropies of the labelled tokens of one stream index, in order, once `finish` has run."""
+        return self._scores[index].losses
+
     def divergence(self) -> tuple[float, float]:
         """Mean KL per labelled token from variant 0 to `against`, and the share of tokens whose best guess agrees."""
         assert self.against is not None

@@ -21,10 +21,14 @@ Span = tuple[int, int]  # characters [start, end) of a text
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and, of equal length, labels: the id itself where the loss counts it, -100 elsewhere. Not shifted."""
+    """Token ids and, of equal length, labels: the id itself where the loss counts it, -100 elsewhere. Not shifted.
+
+    `positions` are each token's place in its own row, where several rows are packed into this one.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    positions: list[int] | None = None
 
     @property
     def labelled(self) -> int:

@@ -32,6 +32,12 @@ KeptInputs = Annotated[
         help="How layer inputs are kept between the two passes: as they are, or as factors of that rank.",
     ),
 ]
+Packing = Annotated[
+    bool,
+    typer.Option(
+        "--packing/--no-packing", help="Put short examples into one row of --max-length; same gradients, fewer calls."
+    ),
+]
 EvalData = Annotated[
     str | None, typer.Option(metavar="DATA", help="Held-out data: its loss is shown, and the best adapter is written.")
 ]
@@ -57,6 +63,7 @@ def polish(
     ] = None,
     target_modules: TargetModules = "all-linear",
     activations: KeptInputs = "exact",
+    packing: Packing = False,
     device: Device = None,
     host_memory_bytes: HostMemory = None,
     seed: Seed = 0,
@@ -79,7 +86,7 @@ def polish(
     motion = {"learning_rate": learning_rate, "warmup_steps": warmup_steps, "max_gradient_norm": max_gradient_norm}
     fresh = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "target_modules": target_modules}
     held_out = {"eval_data": eval_data, "eval_steps": eval_steps}
-    place = {"device": device, "host_memory_bytes": host_memory_bytes, "activations": activations}
+    place = {"device": device, "host_memory_bytes": host_memory_bytes, "activations": activations, "packing": packing}
     settings: dict[str, Any] = {**pace, **motion, **fresh, **held_out, **place, "seed": seed, "resume": resume}
     print_result(
         lambda: polish_adapter(adapter, model=model, data=data, output=output, **settings),

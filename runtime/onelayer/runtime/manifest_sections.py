@@ -101,6 +101,7 @@ class Polish(Section):
     """Exact steps on the original behind the correction. A task's validation data choose the best adapter.
 
     `activations` is how layer inputs are kept: exact, or as factors of a rank (a number, or a share of the width).
+    With `packing`, short examples share rows of `max_length`.
     """
 
     steps: PositiveInt = 10
@@ -111,6 +112,7 @@ class Polish(Section):
     max_gradient_norm: PositiveFloat = 1.0
     eval_steps: PositiveInt = 1
     activations: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | Literal["exact"] = "exact"
+    packing: bool = False
 
 
 class Stream(Section):

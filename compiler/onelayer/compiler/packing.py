@@ -1,0 +1,95 @@
+"""Short rows packed into long ones: which go together, and whether a model keeps the rows of a pack apart.
+
+A pack is one row to the model, with positions that begin anew where a row does; from these transformers makes masks
+that let no row see another (`find_packed_sequence_indices` in masking_utils). Not every model goes by them, so each is
+tried before its first step.
+"""
+
+import inspect
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from onelayer.compiler.calibration import make_batches
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.scoring import Scoring
+from onelayer.compiler.stream import Stream
+from onelayer.compiler.tokens import IGNORED, Tokens
+
+Pack = list[Tokens]
+# How far losses may move by rounding: relative to them, as torch.testing has it; how many times as far as those of the
+# first row do; and how many times the first of these in any case.
+ROUNDING = {torch.float64: 1e-7, torch.float32: 1.3e-6, torch.bfloat16: 1.6e-2, torch.float16: 1e-3}
+MARGIN, MOST = 8, 4
+
+
+def packs_of(rows: Sequence[Tokens], max_length: int) -> list[Pack]:
+    """The rows in packs of at most `max_length` tokens: longest first, each where the least room is left (best fit)."""
+    packs: list[Pack] = []
+    rooms: list[tuple[int, int]] = []  # room left in a pack and its place, in order
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        length = len(row.input_ids)
+        found = bisect_left(rooms, (length, 0))
+        if found < len(rooms):
+            room, place = rooms.pop(found)
+        else:
+            room, place = max_length, len(packs)
+            packs.append([])
+        packs[place].append(row)
+        insort(rooms, (room - length, place))
+    return packs
+
+
+def joined(pack: Pack) -> Tokens:
+    """A pack as one row; the first token of each of its rows is predicted from nothing, as it is alone."""
+    return Tokens(
+        [token for row in pack for token in row.input_ids],
+        [label for row in pack for label in (IGNORED, *row.labels[1:])],
+        [position for row in pack for position in range(len(row.input_ids))],
+    )
+
+
+def check_takes_positions(model: PreTrainedModel) -> None:
+    """Raise `InputError` where a model cannot be told that a row begins."""
+    kind, takes = type(model).__name__, inspect.signature(type(model).forward).parameters
+    if model.config.is_encoder_decoder or not model.can_generate() or "position_ids" not in takes:
+        raise InputError(f"--packing: {kind} does not predict the next token at positions it is given; leave it out")
+    if model._is_stateful:  # transformers' word for recurrent layers
+        raise InputError(f"--packing: {kind} has layers whose state runs on from row to row; leave it out")
+
+
+def check_apart(stream: Stream, packs: Sequence[Pack]) -> None:
+    """Run some packs, and their rows alone, and raise `InputError` where the losses of the two differ.
+
+    The first row of a pack of a causal model is alone whatever the model does about positions, so how far its losses
+    move is rounding, which is the measure for the rows behind it.
+    """
+    packs = [[Tokens(row.input_ids, row.input_ids) for row in pack] for pack in packs]
+    config = stream.streamed.config
+    batches = [batch for pack in packs for row in (joined(pack), *pack) for batch in make_batches([row], config, 1)]
+    scoring = Scoring(batches, 1, stream.parking)
+    stream.run(scoring.inputs(), scoring.take)
+    scoring.finish(stream.device)
+    index = 0
+    for pack in packs:
+        together = scoring.token_losses(index)
+        alone = torch.cat([scoring.token_losses(index + 1 + number) for number in range(len(pack))])
+        index += 1 + len(pack)
+        first = len(pack[0].input_ids) - 1
+        change, expected = change_of(together, alone, first, stream.streamed.dtype)
+        if change > expected:
+            kind = type(stream.streamed.model).__name__
+            raise InputError(
+                f"--packing: {kind} does not keep packed rows apart: the loss of a token changes by {change:.2g}, "
+                f"by rounding at most {expected:.2g}; leave it out"
+            )
+
+
+def change_of(together: torch.Tensor, alone: torch.Tensor, first: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean change of the losses behind the `first` ones, in nats, and the most that rounding explains."""
+    gaps, least = (together - alone).abs(), ROUNDING[dtype] * float(alone.mean())
+    # A model that looks ahead moves the first row too, and by more than rounding.
+    noise = min(MARGIN * float(gaps[:first].mean()), MOST * least)
+    return float(gaps[first:].mean()), max(noise, least)
