@@ -16,7 +16,7 @@ from onelayer.compiler.lazy import DeferredLogits, DiskMatrix
 from onelayer.compiler.measure import Meter
 from onelayer.compiler.stream import BatchError, Stream, pick_device
 from onelayer.compiler.units import StreamedModel, Unit
-from tiny import TINY, causal, save_tiny, tiny_tokenizer
+from tiny import TINY, build, causal, save_tiny, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -252,6 +252,20 @@ def test_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
     shallow, deep = (StreamedModel(tmp_path / str(depth)) for depth in (2, 12))
     assert shallow.largest_unit_bytes == deep.largest_unit_bytes
     assert len(Checkpoint.open(tmp_path / "12").tensors) > len(Checkpoint.open(tmp_path / "2").tensors)
+
+
+def test_computed_weights_are_there_with_an_adapter_too(tmp_path: Path) -> None:
+    """Angles of positions are no part of a checkpoint; what wraps the empty model must leave them as they are."""
+    shape = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    resident = build("MarianConfig", "MarianMTModel", **shape, **heads, **tokens)
+    resident.save_pretrained(tmp_path)
+    seen: list[str] = []
+    wrapped = StreamedModel(tmp_path, lambda model: seen.extend(name for name, _ in model.named_parameters()))
+    name = "model.encoder.embed_positions.weight"
+    assert name in seen
+    assert torch.equal(wrapped.model.get_parameter(name), StreamedModel(tmp_path).model.get_parameter(name))
 
 
 def test_an_unknown_device_is_refused() -> None:

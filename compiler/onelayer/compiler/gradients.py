@@ -79,6 +79,8 @@ class GradientStream(Stream):
         self._known = {index: WeakTensorKeyDictionary() for index in range(self.trained)}
         super().run(batches, consume)
         self._known.clear()
+        assert self._loader is not None
+        self._loader.forget_ahead()
 
     def reverse(self) -> None:
         """The pass back: `.grad` of every trained parameter grows by what the batches' outputs were given."""

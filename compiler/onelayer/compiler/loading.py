@@ -48,6 +48,12 @@ class Loader:
             names = [name for name in unit.parameters if name not in unit.lazy]
             self._pending = (unit, self._pool.submit(self.streamed.read, names))
 
+    def forget_ahead(self) -> None:
+        """Give up what was read ahead and not asked for; otherwise nothing would be read ahead any more."""
+        if self._pending is not None:
+            self._pending[1].cancel()
+            self._pending = None
+
     def _is_kept(self, unit: Unit) -> bool:
         return self._kept is not None and self._kept[0] is unit
 

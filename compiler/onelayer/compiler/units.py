@@ -40,8 +40,8 @@ class Unit:
 class StreamedModel:
     """A checkpoint and the model class it belongs to, without its weights.
 
-    `model` is what runs: its own code, on the host, with every parameter on the meta device until its unit is
-    resident. `keys` maps each runtime parameter name to the checkpoint keys that make it.
+    `model` is what runs: its own code, on the host, its parameters on the meta device until their unit is resident.
+    `keys` maps each runtime parameter name to the checkpoint keys that make it.
     """
 
     def __init__(self, directory: str | Path, prepare: Callable[[PreTrainedModel], None] | None = None) -> None:
@@ -77,7 +77,8 @@ class StreamedModel:
 
     def _wrap(self, prepare: Callable[[PreTrainedModel], None]) -> None:
         """Let `prepare` see parameters that lie on the host, without storage: it puts its own where it finds these."""
-        found = [(*compat.owner_of(self.model, name), empty) for name, empty in self._empty.items() if empty.is_meta]
+        places = [compat.owner_of(self.model, name) for name in self._empty]
+        found = [(*place, getattr(*place)) for place in places if getattr(*place).is_meta]  # the others are computed
         for owner, leaf, empty in found:
             set_tensor(owner, leaf, torch.empty((), dtype=empty.dtype).expand(empty.shape))
         prepare(self.model)
