@@ -14,13 +14,13 @@ from sweep_inputs import random_ids
 
 LENGTHS = (17, 12, 9, 6)
 # Relative to a parameter's largest gradient: what rounding explains in float64, and in float32.
-EXACT, ROUNDING = 1e-9, 1e-5
+EXACT, ROUNDING = 1e-6, 1e-5
 
 
 def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
     """('exact' | 'refused' | 'missed' | 'refused for nothing', detail): gradients in float64 against the check's word.
 
-    The check is asked in float32 and in bfloat16, whose rounding hides more; 'missed' where either lets a leak pass.
+    The check is asked in float32 and in bfloat16, whose rounding hides more; 'missed' where it lets a leak pass.
     """
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 100))
     ids = [(random_ids(1, length, seed) % vocabulary)[0].tolist() for seed, length in enumerate(LENGTHS)]
@@ -51,7 +51,9 @@ def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
     detail = f"gradients {distance:.1e} apart; {detail}"
     if distance <= allowed:
         return ("exact" if all(accepted for accepted, _ in words) else "refused for nothing"), detail
-    return ("missed" if any(accepted for accepted, _ in words) else "refused"), detail
+    if words[0][0]:
+        return "missed", detail
+    return ("missed in bfloat16" if words[1][0] else "refused"), detail
 
 
 def _loss(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
