@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from onelayer.compiler import compile_emulator, correct_adapter
-from onelayer.compiler.lazy import SLICE_BYTES
+from onelayer.compiler.shapes import SLICE_BYTES
 from onelayer.runtime import train_lora
 from onelayer.runtime.plan_memory import (
     Setting,

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from onelayer.compiler.checkpoint import Checkpoint
-
-# A matrix that is applied whole goes by slices of this size, so that it costs as much whatever the vocabulary.
-SLICE_BYTES = 64 << 20
+from onelayer.compiler.shapes import SLICE_BYTES
 
 # What a stand-in may tell about itself without its values.
 PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")

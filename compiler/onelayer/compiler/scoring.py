@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import read_examples
-from onelayer.compiler.lazy import SLICE_BYTES, DeferredLogits
+from onelayer.compiler.lazy import DeferredLogits
 from onelayer.compiler.parking import SMALLEST_BYTES, Parking
 from onelayer.compiler.rows import Example
 from onelayer.compiler.scores import Divergence, TokenScores
+from onelayer.compiler.shapes import SLICE_BYTES
 from onelayer.compiler.tokens import IGNORED, Tokens, tokenize
 from onelayer.compiler.units import StreamedModel
 

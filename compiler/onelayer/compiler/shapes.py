@@ -26,6 +26,8 @@ _EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 SMALL_SHARE = 0.005
 # Rows of one expert that are computed at a time when its moments are taken.
 EXPERT_ROWS = 1024
+# A matrix that stays on disk is applied by slices of this size, so that it costs as much whatever the vocabulary.
+SLICE_BYTES = 64 << 20
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
 EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from onelayer.compiler.calibration import TokenBatch
-from onelayer.compiler.lazy import SLICE_BYTES, DeferredLogits
+from onelayer.compiler.lazy import DeferredLogits
 from onelayer.compiler.scores import TokenScores
+from onelayer.compiler.shapes import SLICE_BYTES
 from onelayer.compiler.tokens import IGNORED
 
 

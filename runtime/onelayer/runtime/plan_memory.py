@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
+from onelayer.compiler.polish_memory import step_bytes
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import EXPERT_ROWS, Block, Linear, ModelShapes
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -16,7 +17,6 @@ from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lo
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
 # TRL computes the loss in tiles of logits this long and wide; on a GPU in one kernel, elsewhere with seven temporaries.
 TILE_TOKENS, TILE_VOCABULARY, TILE_TEMPORARY_BYTES = 4096, 32768, 28.5
-SLICE_BYTES = 64 << 20  # the head goes by in slices of this size
 CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
 SOLVE_BLOCK_BYTES = 1 << 20
 # What a Python process with these libraries holds before it does anything.
@@ -236,13 +236,11 @@ def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
 
 
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
-    """Bound of an exact step on the card: two blocks, the graph of one for `tokens`, slices of the head, the adapter.
-
-    The graph keeps each linear's input and output, and norms and activations about as much again.
-    """
+    """Bound of an exact step on the card, on `tokens` at once: the block that computes and what it needs beside."""
     widest = max(sum(linear.in_features + linear.out_features for linear in block.linears) for block, _ in shapes.kinds)
-    graph = 2 * tokens * widest * max(4, shapes.value_bytes)
-    return 2 * shapes.largest_block_bytes + graph + 4 * SLICE_BYTES + 5 * 4 * lora_parameters(shapes, lora_rank)
+    adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
+    block = shapes.largest_block_bytes
+    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter)
 
 
 def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:
