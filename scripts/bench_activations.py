@@ -26,6 +26,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from onelayer.compiler.examples import load_tokenizer, read_examples, tokenize
+from onelayer.compiler.stored_activations import RESIDUAL_BITS, RESIDUAL_CHOICES
 from onelayer.runtime import compress_activations
 from onelayer.runtime.activation_engine import Where
 from onelayer.runtime.activation_probe import cosine
@@ -72,7 +73,10 @@ def variants_of(model: Any) -> dict[str, Variant]:
     settings: list[tuple[Where, float]] = [("layer", share) for share in SHARES]
     settings += [("sublayer", share) for share in SHARES]
     for where, share in settings:
-        found[f"{where} 1/{round(1 / share)}"] = partial(compressed, model, where, share)
+        found[f"{where} 1/{round(1 / share)}"] = partial(compressed, model, where, share, RESIDUAL_BITS)
+    for bits in RESIDUAL_CHOICES:
+        if bits != RESIDUAL_BITS:
+            found[f"sublayer 1/8, {bits} bits"] = partial(compressed, model, "sublayer", 1 / 8, bits)
     return found
 
 
@@ -89,9 +93,9 @@ def checkpointing(model: Any, every: int) -> Iterator[None]:
 
 
 @contextmanager
-def compressed(model: Any, where: Where, share: float) -> Iterator[Any]:
+def compressed(model: Any, where: Where, share: float, residual_bits: int) -> Iterator[Any]:
     """Ours; the first pass, which looks at how the layers are built, is over when this is entered."""
-    compression = compress_activations(model, rank=share, where=where)
+    compression = compress_activations(model, rank=share, where=where, residual_bits=residual_bits)
     try:
         ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
         model(input_ids=ids, labels=ids)

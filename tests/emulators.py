@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,6 +18,7 @@ from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.quantize import pack
 from onelayer.compiler.shim import SHIM_FILE, SHIM_TEXT, auto_map
+from tiny import save_tiny
 
 # How factors can be stored; None stands for plain tensors.
 FACTOR_DTYPES: tuple[FactorDtype | None, ...] = (None, "bf16", "int8", "nf4")
@@ -140,3 +141,11 @@ def _write_config(
         "weights_file": "emulator.safetensors.index.json",
     }
     (directory / "config.json").write_text(json.dumps(document, indent=2))
+
+
+def emulator_and_texts(root: Path, texts: Sequence[str]) -> Path:
+    """`original`, an emulator of it and `text.jsonl`, a row for each of `texts`, in `root`; returns `root`."""
+    model = save_tiny("llama", root / "original")
+    write_emulator(model, root / "original", root / "emulator", ratio=0.5)
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": f"{text} " * 3}) + "\n" for text in texts))
+    return root

@@ -132,7 +132,12 @@ def test_where_factors_are_not_smaller_the_tensor_is_kept() -> None:
     assert torch.equal(kept.rebuild(), tensor)
     smaller = compress(tensor, 32, generator())
     assert isinstance(smaller, Factors)
-    assert smaller.saved_bytes == 32 * (64 + 2 * 1024 + 4) + 2 * 64
+    assert smaller.saved_bytes == 32 * (64 + 2 * 1024 + 4) + 2 * 64 + 64 * 256 + 2 * (64 + 1024)
+    without = compress(tensor, 32, generator(), residual_bits=0)
+    assert without.saved_bytes == 32 * (64 + 2 * 1024 + 4) + 2 * 64
+    # Factors alone would be smaller here, with their residual they are not.
+    assert isinstance(compress(tensor.bfloat16(), 60, generator(), residual_bits=0), Factors)
+    assert isinstance(compress(tensor.bfloat16(), 60, generator()), Kept)
     assert isinstance(compress(tensor, None, generator()), Kept)
     assert isinstance(compress(tensor, 64, generator()), Kept)
     assert isinstance(compress(torch.empty(0, 8), 2, generator()), Kept)
@@ -146,7 +151,7 @@ def test_padding_carries_no_weight_and_takes_no_room() -> None:
     padded.view(-1, 64)[torch.arange(256) % 64 >= 40] = 1e9
     one, other = (compress(value, 8, generator(), tokens) for value in (tensor, padded))
     assert torch.equal(one.rebuild(), other.rebuild())
-    assert one.saved_bytes == 8 * (160 + 2 * 64 + 4) + 2 * 160
+    assert one.saved_bytes == 8 * (160 + 2 * 64 + 4) + 2 * 160 + 160 * 16 + 2 * (160 + 64)
     assert one.rebuild().shape == tensor.shape
     rows = one.rebuild().view(-1, 64)
     assert not rows[torch.arange(256) % 64 >= 40].any()

@@ -45,8 +45,8 @@ class GradientStream(Stream):
 
     Batches from number `trained` on are only scored: they leave no records, and run in evaluation mode. `seed` fixes
     dropout and other noise: each call of a unit has its own, so that it comes out alike when it is run again. With
-    `rank` (a number, or a share of the features), unit inputs are kept as factors of that rank, so that gradients are
-    approximate; the forward pass is exact all the same.
+    `rank` (a number, or a share of the features), unit inputs are kept as factors of that rank and two bits for what
+    they leave of each value, so that gradients are approximate; the forward pass is exact all the same.
     """
 
     trained: int = 0

@@ -94,11 +94,11 @@ def polish_adapter(
 
     `adapter` may be corrected or not, or any plain LoRA of the original; with None a fresh one of `lora_rank` is
     trained. With `eval_data`, its loss is measured every `eval_steps` steps and the best adapter is handed out. Unit
-    inputs are kept as they are, or with `activations` as factors of that rank (or share of the features). With
-    `packing`, short examples share rows of up to `max_length` tokens without seeing each other: the gradient is the
-    same, and a model that does not keep them apart is refused. A run that was stopped goes on behind its last finished
-    step. Raises `InputError` for what the caller can mend, and `RuntimeError` where the loss is lost; what the steps
-    before it made is then in `output`.
+    inputs are kept as they are, or with `activations` as factors of that rank (or share of the features) and two bits
+    for what they leave of each value. With `packing`, short examples share rows of up to `max_length` tokens without
+    seeing each other: the gradient is the same, and a model that does not keep them apart is refused. A run that was
+    stopped goes on behind its last finished step. Raises `InputError` for what the caller can mend, and `RuntimeError`
+    where the loss is lost; what the steps before it made is then in `output`.
     """
     rank = None if activations == "exact" else activations
     pace = (steps, batch_size, micro_batch_size, learning_rate, warmup_steps, max_gradient_norm)

@@ -4,13 +4,16 @@ Shapes: T tokens (rows), n features (columns), k the rank, A (T, n) the activati
 LoRAct (arXiv 2509.23472) sketches A with its own rows, Y = A A_S^T, and keeps Q = orth(Y) and Q^T A. What differs here
 is measured in manifests/LOG.md: rows are drawn by their norm, so that a massive one is not missed; A is projected onto
 orth(A^T A orth(A_S^T)), which is closer to A at no greater cost, and asks for no decomposition as long as T; the long
-factor is stored in 8 bits and the other in 16, whose rounding is far below what the rank leaves out; rows of padding
-are left out altogether.
+factor is stored in 8 bits and the other in 16, whose rounding is far below what the rank leaves out; what is left of A
+is stored in two bits a value, where LoRAct drops it; rows of padding are left out altogether.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from onelayer.compiler.residual import Residual, pack
+from onelayer.compiler.stored_activations import RESIDUAL_BITS, is_factored
 
 # Others (8-bit floats, integers) are kept as they are: they are small already, or no activations.
 FACTORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,9 +27,14 @@ class Kept:
     tensor: torch.Tensor
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that takes memory."""
+        return [self.tensor]
+
+    @property
     def saved_bytes(self) -> int:
         """What is stored."""
-        return self.tensor.numel() * self.tensor.element_size()
+        return _bytes_of(self.tensors)
 
     @property
     def rank(self) -> int | None:
@@ -40,25 +48,32 @@ class Kept:
 
 @dataclass(frozen=True)
 class Factors:
-    """A as `scale_t1 * left_tk @ (scale_k1 * right_kn)`. `tokens` are the rows of it, None for all; others are zero.
+    """A as `scale_t1 * left_tk @ (scale_k1 * right_kn)`, and the residual. `tokens` are its rows; others are zero.
 
     `left_tk` holds bytes, with a scale per token and one per direction, and `right_kn` is bfloat16: so a massive token
-    or channel does not take the precision of all others.
+    or channel does not take the precision of all others. The residual, of what these factors come to after their
+    rounding, is None where none is stored; `tokens` is None for all.
     """
 
     left_tk: torch.Tensor
     right_kn: torch.Tensor
     scale_t1: torch.Tensor
     scale_k1: torch.Tensor
+    residual: Residual | None
     tokens: torch.Tensor | None
     shape: torch.Size
     dtype: torch.dtype
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that takes memory but `tokens`, which is one list for all layers."""
+        further = [] if self.residual is None else self.residual.tensors
+        return [self.left_tk, self.right_kn, self.scale_t1, self.scale_k1, *further]
+
+    @property
     def saved_bytes(self) -> int:
-        """What is stored; `tokens` is one list for all layers and not counted."""
-        parts = (self.left_tk, self.right_kn, self.scale_t1, self.scale_k1)
-        return sum(part.numel() * part.element_size() for part in parts)
+        """What is stored."""
+        return _bytes_of(self.tensors)
 
     @property
     def rank(self) -> int | None:
@@ -67,10 +82,10 @@ class Factors:
 
     def rebuild(self) -> torch.Tensor:
         """The approximation, in the shape and precision of the tensor it stands for."""
-        work = _work_dtype(self.dtype)
         with torch.autocast(self.left_tk.device.type, enabled=False):
-            product_tn = self.left_tk.to(work) @ (self.scale_k1 * self.right_kn.float()).to(work)
-            product_tn = product_tn.mul_(self.scale_t1)
+            product_tn = _product(self.left_tk, self.scale_t1, self.scale_k1, self.right_kn, _work_dtype(self.dtype))
+            if self.residual is not None:
+                product_tn = self.residual.add_to(product_tn)
         if self.tokens is not None:
             rows = self.shape.numel() // self.shape[-1]
             product_tn = product_tn.new_zeros(rows, self.shape[-1]).index_copy_(0, self.tokens, product_tn)
@@ -82,9 +97,15 @@ Compressed = Kept | Factors
 
 @torch.no_grad()
 def compress(
-    tensor: torch.Tensor, rank: int | None, generator: torch.Generator, tokens: torch.Tensor | None = None
+    tensor: torch.Tensor,
+    rank: int | None,
+    generator: torch.Generator,
+    tokens: torch.Tensor | None = None,
+    residual_bits: int = RESIDUAL_BITS,
 ) -> Compressed:
-    """Factor `tensor` (..., n) to rank `rank`, or keep it: where None is asked for, or factors are not smaller.
+    """Factor `tensor` (..., n) to rank `rank` and round what is left to `residual_bits` a value (0, 1, 2 or 4).
+
+    It is kept as it is where None is asked for, or the result were not smaller.
 
     `tokens` (of int64, over the flattened leading dimensions) are the rows that matter. Rows beside them are padding,
     carry no weight and come back as zeros; as long as the tensor is factored at all.
@@ -93,17 +114,21 @@ def compress(
         return Kept(tensor.detach())
     features = tensor.shape[-1]
     rows = len(tokens) if tokens is not None else tensor.numel() // features
-    if (
-        min(rows, features) <= rank
-        or rank * (rows + 2 * features + 4) + 2 * rows >= tensor.numel() * tensor.element_size()
-    ):
+    if not is_factored(rows, features, rank, residual_bits, tensor.numel() * tensor.element_size()):
         return Kept(tensor.detach())
     activations_tn = tensor.detach().reshape(-1, features)
     if tokens is not None:
         activations_tn = activations_tn.index_select(0, tokens)
     left_tk, right_kn = project(activations_tn, rank, generator)
     bytes_tk, scale_t1, scale_k = _to_bytes(left_tk)
-    return Factors(bytes_tk, right_kn.bfloat16(), scale_t1, scale_k.unsqueeze(1), tokens, tensor.shape, tensor.dtype)
+    rounded = (bytes_tk, scale_t1, scale_k.unsqueeze(1), right_kn.bfloat16())
+    residual = None
+    if residual_bits:
+        with torch.autocast(tensor.device.type, enabled=False):
+            product_tn = _product(*rounded, _work_dtype(tensor.dtype))
+            residual = pack(product_tn.neg_().add_(activations_tn), residual_bits)
+    bytes_tk, scale_t1, scale_k1, short_kn = rounded
+    return Factors(bytes_tk, short_kn, scale_t1, scale_k1, residual, tokens, tensor.shape, tensor.dtype)
 
 
 def project(activations_tn: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,6 +165,17 @@ def sample_rows(activations_tn: torch.Tensor, count: int, generator: torch.Gener
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
     """What to multiply in: products in float16 overflow where their factors do not."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _product(
+    left_tk: torch.Tensor, scale_t1: torch.Tensor, scale_k1: torch.Tensor, right_kn: torch.Tensor, work: torch.dtype
+) -> torch.Tensor:
+    """(T, n), what the rounded factors come to."""
+    return (left_tk.to(work) @ (scale_k1 * right_kn.float()).to(work)).mul_(scale_t1)
+
+
+def _bytes_of(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _to_bytes(factor_tk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

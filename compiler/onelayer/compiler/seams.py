@@ -117,10 +117,10 @@ class Kept:
         """Everything that takes memory."""
         found: list[torch.Tensor] = []
         for leaf in tree_leaves(self.arguments):
-            if isinstance(leaf, Factors):
-                found += [leaf.left_tk, leaf.right_kn, leaf.scale_t1, leaf.scale_k1]
-            elif isinstance(leaf, Unfactored | torch.Tensor):
-                found.append(leaf.tensor if isinstance(leaf, Unfactored) else leaf)
+            if isinstance(leaf, Factors | Unfactored):
+                found += leaf.tensors
+            elif isinstance(leaf, torch.Tensor):
+                found.append(leaf)
         return found
 
     def check_unchanged(self) -> None:

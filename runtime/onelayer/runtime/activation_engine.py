@@ -45,10 +45,12 @@ class Engine:
         model: nn.Module,
         rank: int | float | None,
         where: Where,
+        residual_bits: int,
         seed: int,
         fell_back: Callable[[str, str], None],
     ) -> None:
         self.rank, self.where, self.seed, self.fell_back = rank, where, seed, fell_back
+        self.residual_bits = residual_bits
         self.figures: Figures | None = None
         self.plans: dict[str, LayerPlan | str] = {}
         self.padding = PaddingMask(model)
@@ -198,7 +200,7 @@ class Engine:
         """Compress by a generator of our own, whose state depends on the place alone: a resumed run draws the same."""
         generator = self._generators.setdefault(tensor.device, torch.Generator(tensor.device))
         generator.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        compressed = compress(tensor, features_rank(self.rank, tensor.shape[-1]), generator, tokens)
+        compressed = compress(tensor, features_rank(self.rank, tensor.shape[-1]), generator, tokens, self.residual_bits)
         if self.figures is not None:
             self.figures.add(category, compressed.saved_bytes)
             self.figures.compare(name, tensor, compressed, tokens)

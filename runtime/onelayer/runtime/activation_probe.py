@@ -74,6 +74,7 @@ def report(compression: ActivationCompression, figures: Figures, gradient_cosine
     return ActivationReport(
         where=compression.where,
         rank=compression.rank,
+        residual_bits=compression.residual_bits,
         saved_bytes=dict(figures.saved_bytes),
         gradient_cosine=gradient_cosine,
         layers=list(_layers(compression, figures)),

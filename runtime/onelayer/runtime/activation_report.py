@@ -20,12 +20,14 @@ class LayerFigures(Result):
 class ActivationReport(Result):
     """Compression as measured on one batch.
 
-    `saved_bytes` is what is kept for the backward pass, by category. `gradient_cosine` is that with the exact gradient,
+    `saved_bytes` is what is kept for the backward pass, by category; `residual_bits` are those of each value beside its
+    factors. `gradient_cosine` is that with the exact gradient,
     all trained parameters taken as one vector; like the errors, it is known where it was asked for.
     """
 
     where: str
     rank: int | float | None
+    residual_bits: int
     saved_bytes: dict[str, int]
     gradient_cosine: float | None
     layers: list[LayerFigures]

@@ -2,8 +2,9 @@
 
     compress_activations(model, rank=0.125)
 
-The forward pass stays exact. What is stored for backward is compressed (LoRAct, arXiv 2509.23472) and the rest
-recomputed, so gradients are approximated; the handle that comes back measures how well, and takes it off again.
+The forward pass stays exact. What is stored for backward is compressed (LoRAct, arXiv 2509.23472, and what its factors
+leave in two bits a value) and the rest recomputed, so gradients are approximated; the handle that comes back measures
+how well, and takes it off again.
 """
 
 import logging
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.stored_activations import RESIDUAL_BITS, RESIDUAL_CHOICES
 from onelayer.runtime.activation_engine import Engine, Where
 from onelayer.runtime.activation_figures import Figures
 from onelayer.runtime.activation_plan import LayerPlan
@@ -28,9 +30,9 @@ DEFAULT_RANK: Rank = 0.125
 class ActivationCompression:
     """What `compress_activations` returns: the setting, what fell back, its figures, and the way to remove it."""
 
-    def __init__(self, model: PreTrainedModel, rank: Rank, where: Where, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, rank: Rank, where: Where, residual_bits: int, seed: int) -> None:
         self.model = model
-        self._engine = Engine(model, rank, where, seed, self._fell_back)
+        self._engine = Engine(model, rank, where, residual_bits, seed, self._fell_back)
         self._said: set[str] = set()
         self._enable: Callable[..., None] = model._set_gradient_checkpointing
         try:
@@ -48,6 +50,11 @@ class ActivationCompression:
     @rank.setter
     def rank(self, rank: Rank | None) -> None:
         self._engine.rank = rank
+
+    @property
+    def residual_bits(self) -> int:
+        """Bits of each value's residual beside its factors."""
+        return self._engine.residual_bits
 
     @property
     def where(self) -> Where:
@@ -106,21 +113,29 @@ class ActivationCompression:
 
 
 def compress_activations(
-    model: nn.Module, *, rank: Rank = DEFAULT_RANK, where: Where = "sublayer", seed: int = 0
+    model: nn.Module,
+    *,
+    rank: Rank = DEFAULT_RANK,
+    where: Where = "sublayer",
+    residual_bits: int = RESIDUAL_BITS,
+    seed: int = 0,
 ) -> ActivationCompression:
     """Train `model`, a transformers model or one wrapped by PEFT, with compressed activations from now on.
 
     `rank` is the number of rows kept of each stored matrix, or as a float below 1 its share of the hidden size.
-    `where` is "sublayer" or "layer", see the module. Nothing changes outside of training, nor in the global random
-    state. Raises `InputError` for settings and models that cannot be used.
+    `where` is "sublayer" or "layer", see the engine. `residual_bits` are those of each value's residual beside its
+    factors: 2, which is what commands use, 1 or 4, or 0 for LoRAct as published. Nothing changes outside of training,
+    nor in the global random state. Raises `InputError` for settings and models that cannot be used.
     """
     if where not in ("layer", "sublayer"):
         raise InputError(f"where: {where!r}; give layer or sublayer")
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
         raise InputError(f"rank: {rank!r}; give a number of rows, or a share of the hidden size below 1")
+    if isinstance(residual_bits, bool) or residual_bits not in RESIDUAL_CHOICES:
+        raise InputError(f"residual_bits: {residual_bits!r}; give one of {', '.join(map(str, RESIDUAL_CHOICES))}")
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         raise InputError(f"{type(model).__name__} is no transformers model, nor does it hold one")
     if "_set_gradient_checkpointing" in vars(base):
         raise InputError("the activations of this model are compressed already; remove() the first compression")
-    return ActivationCompression(base, rank, where, seed)
+    return ActivationCompression(base, rank, where, residual_bits, seed)

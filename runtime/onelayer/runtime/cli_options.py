@@ -147,7 +147,7 @@ ActivationRank = Annotated[
     typer.Option(
         parser=rank_parser("auto"),
         metavar="K|SHARE|auto",
-        help="Rows kept of a stored matrix, or their share of the hidden size; auto measures what the gradient needs.",
+        help="Rank of stored factors, or its share of the hidden size; auto measures. What they leave: 2 bits a value.",
     ),
 ]
 ActivationReport = Annotated[

@@ -29,7 +29,7 @@ KeptInputs = Annotated[
     typer.Option(
         parser=rank_parser("exact"),
         metavar="exact|K|SHARE",
-        help="How layer inputs are kept between the two passes: as they are, or as factors of that rank.",
+        help="How layer inputs are kept between passes: as they are, or as factors of that rank and 2 bits a value.",
     ),
 ]
 Packing = Annotated[

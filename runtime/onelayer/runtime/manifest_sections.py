@@ -76,7 +76,10 @@ class Lora(Section):
 
 
 class Activations(Section):
-    """What is stored for the backward pass: `where` to compress it, and to which rank (number, share or `auto`)."""
+    """What is stored for the backward pass: `where` to compress it, and to which rank (number, share or `auto`).
+
+    What factors of this rank leave is stored with two bits a value.
+    """
 
     where: Where = "none"
     rank: ActivationRank = 0.125
@@ -100,8 +103,9 @@ class Correct(Section):
 class Polish(Section):
     """Exact steps on the original behind the correction. A task's validation data choose the best adapter.
 
-    `activations` is how layer inputs are kept: exact, or as factors of a rank (a number, or a share of the width).
-    With `packing`, short examples share rows of `max_length`.
+    `activations` is how layer inputs are kept: exact, or as factors of a rank (a number, or a share of the width) and
+    two bits for what they leave of each value. With `packing`, short examples share rows of
+    `max_length`.
     """
 
     steps: PositiveInt = 10

@@ -12,6 +12,7 @@ from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
 from onelayer.compiler.polish_memory import step_bytes
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import EXPERT_ROWS, Block, Linear, ModelShapes
+from onelayer.compiler.stored_activations import RESIDUAL_BITS, factored_bytes, is_factored
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
 
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
@@ -163,8 +164,9 @@ def stored_copy_bytes(tokens: int, features: int, share: float | None, value_byt
     if share is None:
         return exact
     rank = max(1, round(share * features))
-    factored = rank * (tokens + 2 * features + 4) + 2 * tokens
-    return exact if min(tokens, features) <= rank or factored >= exact else factored
+    if not is_factored(tokens, features, rank, RESIDUAL_BITS, exact):
+        return exact
+    return factored_bytes(tokens, features, rank, RESIDUAL_BITS)
 
 
 def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:

@@ -83,8 +83,9 @@ def train_lora(
     `lora` and `args` hold further fields of PEFT's LoraConfig and TRL's SFTConfig, by their own names. `resume`
     continues an interrupted run from its newest checkpoint, and starts anew where there is none. "all-linear" leaves
     out the head, and the experts and routers of mixtures, which are no linear modules. `activations` ("none", "layer",
-    "sublayer") are compressed to `activation_rank`: a number, a share of the hidden size, or "auto", the smallest that
-    keeps the first batch's gradient; a report measures that gradient. Raises `InputError` for unusable input.
+    "sublayer") are compressed to factors of `activation_rank` (a number, a share of the hidden size, or "auto", the
+    smallest that keeps the first batch's gradient) and two bits for what they leave of each value; a report measures
+    that gradient. Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
     settings = train_settings(
