@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onelayer.compiler import factorize as factorize_module
 from onelayer.compiler.factorize import Factors, factorize
 from onelayer.compiler.moments import Gram, Moments
 from onelayer.compiler.ranks import Spectrum, rank_for, ranks_by_spectrum
+from onelayer.compiler.subspace import leading_eigenvectors
 
 CPU = torch.device("cpu")
 
@@ -204,3 +206,84 @@ def test_ranks_by_spectrum_are_the_best_of_all_for_a_small_case() -> None:
     allowed = [ranks for ranks in every(range(1, 5), repeat=2) if 8 * sum(ranks) <= budget]
     best = min(allowed, key=lambda ranks: summed_error(spectra, dict(zip(spectra, ranks, strict=True))))
     assert tuple(ranks_by_spectrum(spectra, 0.9).values()) == best
+
+
+LARGE = {"square": (288, 288), "wide": (256, 400), "tall": (400, 256)}
+
+
+def dense_optimum(W: torch.Tensor, X: torch.Tensor, rank: int) -> float:
+    energies = torch.linalg.svdvals(X @ W.T).square()
+    return float((energies[rank:].sum() / energies.sum()).sqrt())
+
+
+@pytest.fixture
+def full_solves(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes for which all directions were solved for."""
+    seen: list[torch.Size] = []
+    solve = factorize_module._all_directions
+
+    def watched(W: torch.Tensor, moments: Moments, rank: int) -> factorize_module._Directions:
+        seen.append(W.shape)
+        return solve(W, moments, rank)
+
+    monkeypatch.setattr(factorize_module, "_all_directions", watched)
+    return seen
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize(("decades", "rank"), [(0.05, 30), (1.5, 60), (3.0, 40)])
+def test_iteration_agrees_with_the_dense_route_to_six_digits(
+    kind: str, decades: float, rank: int, full_solves: list[torch.Size]
+) -> None:
+    shape = LARGE[kind]
+    spread = torch.logspace(0, -decades, shape[1], dtype=torch.float64)
+    W, X = random(*shape), (random(1200, shape[1], seed=1) * spread) @ random(shape[1], shape[1], seed=2)
+    moments, optimum = moments_of(W, X), dense_optimum(W, X, rank)
+    exact = factorize(W.float(), moments, rank, torch.float32)
+    assert not full_solves, "the dense route would prove nothing"
+    assert output_error(W, product(exact), X) == pytest.approx(optimum, rel=1e-6)
+    assert output_error(W, published(W, X, rank), X) == pytest.approx(optimum, rel=1e-6)
+    assert exact.error == pytest.approx(optimum, rel=1e-6)
+    assert exact.optimal_error == pytest.approx(optimum, rel=1e-6)
+    torch.testing.assert_close(exact.singular_values.double(), torch.linalg.svdvals(X @ W.T)[:rank], rtol=1e-4, atol=0)
+    again = factorize(W.float(), moments, rank, torch.float32)
+    assert torch.equal(exact.up, again.up)
+    assert torch.equal(exact.down, again.down)
+    fast = factorize(W.float(), moments, rank, torch.float32, "fast")
+    assert optimum * (1 - 1e-6) < output_error(W, product(fast), X) < 1.01 * optimum
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_massive_channel_is_left_to_float64(kind: str, full_solves: list[torch.Size]) -> None:
+    shape = LARGE[kind]
+    W, X = random(*shape), random(1200, shape[1], seed=1)
+    X[:, 7] *= 1e5  # the largest eigenvalue is over 1e7 times the others, which float32 cannot tell from its rounding
+    factors = factorize(W.float(), moments_of(W.float().double(), X), 40, torch.float64)
+    assert full_solves == [shape]
+    optimum = dense_optimum(W.float().double(), X, 40)
+    assert output_error(W.float().double(), product(factors), X) == pytest.approx(optimum, rel=1e-5)
+
+
+@pytest.mark.parametrize("hard", ["close", "few", "steep"])
+def test_what_iteration_cannot_certify_is_refused(hard: str) -> None:
+    n, rank = 256, 40
+    values = {
+        "close": torch.linspace(1, 0.999, n, dtype=torch.float64),  # hardly a gap: too slow
+        "few": (torch.arange(n) < 10).double(),  # fewer directions than are wanted
+        "steep": torch.logspace(0, -60, n, dtype=torch.float64),  # beyond float32
+    }[hard]
+    Q, _ = torch.linalg.qr(random(n, n))
+    C = (Q * values) @ Q.T
+    assert leading_eigenvectors(C.float(), float(values.sum()), rank, 1e-6, 1.0, 0) is None
+
+
+def test_a_certified_basis_captures_what_it_says() -> None:
+    values = 1 / torch.arange(1, 301, dtype=torch.float64)
+    Q, _ = torch.linalg.qr(random(300, 300))
+    C = (Q * values) @ Q.T
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        found = leading_eigenvectors(C.float(), float(values.sum()), 50, tolerance, 1.0, 1)
+        assert found is not None
+        basis = torch.linalg.qr(found[0].double()).Q
+        missed = values[:50].sum() - ((C @ basis) * basis).sum()
+        assert -1e-9 <= float(missed) <= 1.5 * tolerance * float(values[50:].sum())  # a bound to second order

@@ -12,14 +12,16 @@ from typing import Literal
 import torch
 
 from onelayer.compiler.moments import Moments
+from onelayer.compiler.subspace import block_width, leading_eigenvectors, symmetric_product
 
 # Eigenvalues below this share of the largest are rounding: of float64 sums, or of sums of float32 products.
 CUTOFF = {torch.float64: 1e-12, torch.float32: 1e-7}
 
-
-# The fast solver carries half as many directions again as it keeps and multiplies twice more by the moment: measured at
-# most 0.6 % above the optimum over flat and steep spectra. Where it would carry most directions, `exact` is no slower.
-OVERSAMPLING, POWER_ITERATIONS, WORTHWHILE_SHARE = 0.5, 2, 0.6
+# Both solvers look for the leading directions only, as long as those are few enough for that to be the shorter way and,
+# for `exact`, the linear is not so small that all directions take no time either.
+WORTHWHILE_SHARE, SMALL = 0.6, 256
+# How much of the energy that the best factors lose may be lost on top: six digits of the error, and half a percent.
+TOLERANCE = {"exact": 1e-6, "fast": 1e-2}
 
 Solver = Literal["exact", "fast"]
 
@@ -54,34 +56,24 @@ def factorize(
 ) -> Factors:
     """The best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
 
-    `exact` solves the eigenproblem in float64. `fast` finds the leading subspace by randomised iteration in float32
-    (Halko, Martinsson and Tropp, arXiv 0909.4061), seeded by `seed`. Where `moments` determine fewer directions than
-    `rank`, the best under `reserve` of what is left of W follow, and the weight's own after these; so a prefix is still
-    what a smaller rank would give.
+    `exact` gives the optimum to six digits, `fast` to half a percent. Both iterate in float32 from a start seeded by
+    `seed`; where that does not certify the wanted accuracy, all directions are solved for in float64. Where `moments`
+    determine fewer directions than `rank`, the best under `reserve` of what is left of W follow, and the weight's own
+    after these; so a prefix is still what a smaller rank would give.
     """
     narrow = min(W.shape)
-    fast = solver == "fast" and _sketch_width(rank, narrow) < WORTHWHILE_SHARE * narrow
-    W = W.to(torch.float32 if fast else torch.float64)
-    gram = moments.gram.total_FF.to(W.dtype)
-    cutoff = max(CUTOFF[moments.gram.product_dtype], CUTOFF[W.dtype])
-    output_gram = None if moments.of_input else gram
-    if fast:
-        energy = float((W @ gram * W).sum() if moments.of_input else gram.trace())
-        apply = _output_moment(W, gram, moments.of_input)
-        basis, energies = _leading_basis(apply, W, rank, seed)
-    elif moments.of_input and W.shape[0] > W.shape[1]:
-        basis, energies = _basis_from_input(W, gram, rank, cutoff)
-        energy = float(energies.sum())
-    else:
-        output_gram = W @ gram @ W.T if moments.of_input else gram
-        basis, energies = _basis_from_output(output_gram)
-        energy = float(energies.sum())
-    basis = basis[:, : min(rank, _numerical_rank(energies, cutoff))]
-    basis, fallback = _completed(basis, W, rank, cutoff, reserve)
+    found = None
+    if block_width(rank) < WORTHWHILE_SHARE * narrow and (solver == "fast" or narrow >= SMALL):
+        found = _few_directions(W, moments, rank, TOLERANCE[solver], seed)
+    iterated = found is not None and solver == "fast"
+    found = found or _all_directions(W, moments, rank)
+    W, basis, energies, energy, gram = found.W, found.basis, found.energies, found.energy, found.gram
+    basis, fallback = _completed(basis, W, rank, CUTOFF[moments.gram.product_dtype], reserve)
     basis = _with_fixed_signs(basis)
-    up, down = basis.to(dtype), (basis.T @ W).to(dtype)
-    lost = _lost_energy(W, up.to(W.dtype), down.to(W.dtype), basis, moments, output_gram)
-    optimal = None if fast else _relative(float(energies[rank:].sum()), energy)
+    projected = basis.T @ W
+    up, down = basis.to(dtype), projected.to(dtype)
+    lost = _lost_energy(W, up.to(W), down.to(W), basis, projected, moments, gram, energy)
+    optimal = None if iterated else _relative(energy - float(energies[:rank].sum(dtype=torch.float64)), energy)
     return Factors(up, down, _relative(lost, energy), optimal, energies.sqrt(), energy, fallback)
 
 
@@ -112,30 +104,71 @@ def _completed(
     return basis, f"calibration determines {found} of {rank} directions; {', '.join(told)}"
 
 
+@dataclass(frozen=True)
+class _Directions:
+    """Leading left singular vectors (out, <= rank) of Y^T, orthonormal, and squared singular values, descending.
+
+    `energy` is the sum of all of these; `W` and `gram` (of the input or of the output) are in the dtype solved in.
+    """
+
+    W: torch.Tensor
+    basis: torch.Tensor
+    energies: torch.Tensor
+    energy: float
+    gram: torch.Tensor
+
+
+def _few_directions(W: torch.Tensor, moments: Moments, rank: int, tolerance: float, seed: int) -> _Directions | None:
+    """By iteration in float32 on the narrow side; None where the tolerance is not certified."""
+    W, gram = W.to(torch.float32), moments.gram.total_FF.to(torch.float32)
+    if not moments.of_input:
+        energy = float(moments.gram.total_FF.trace())
+        found = leading_eigenvectors(gram, energy, rank, tolerance, 1.0, seed)
+        return None if found is None else _Directions(W, *found, energy, gram)
+    tall = W.shape[0] > W.shape[1]
+    if tall:
+        inner, S = symmetric_product(W.T, W.T), _root(gram)
+        energy = float((inner * gram).sum(dtype=torch.float64))
+        C = symmetric_product(S.T @ inner, S.T)
+    else:
+        WG = W @ gram
+        energy = float((WG * W).sum(dtype=torch.float64))
+        C = symmetric_product(WG, W)
+    if not energy > 0:
+        return None
+    # Where inputs cancel in the outputs, what was rounded is larger than what is left.
+    rounded = float((W.square().sum(dim=0) * gram.diagonal()).sum(dtype=torch.float64)) / energy
+    found = leading_eigenvectors(C, energy, rank, tolerance, max(1.0, rounded), seed)
+    if found is None:
+        return None
+    basis, energies = found
+    if tall:
+        rooted = S @ (basis / energies.sqrt())
+        basis = W @ rooted
+        R, failed = torch.linalg.cholesky_ex(basis.T @ basis)
+        if failed:
+            return None
+        basis = torch.linalg.solve_triangular(R, basis.T, upper=False).T
+        # The root's rounding would show in the sixth digit of the energies, though not in the directions.
+        projected = torch.linalg.solve_triangular(R, rooted.T @ inner, upper=False)
+        energies = ((projected @ gram) * projected).sum(dim=1, dtype=torch.float64)
+    return _Directions(W, basis, energies, energy, gram)
+
+
+def _all_directions(W: torch.Tensor, moments: Moments, rank: int) -> _Directions:
+    """By a full eigenproblem in float64."""
+    W, gram = W.to(torch.float64), moments.gram.total_FF
+    cutoff = CUTOFF[moments.gram.product_dtype]
+    if moments.of_input and W.shape[0] > W.shape[1]:
+        basis, energies = _basis_from_input(W, gram, rank, cutoff)
+    else:
+        basis, energies = _basis_from_output(W @ gram @ W.T if moments.of_input else gram)
+    basis = basis[:, : min(rank, _numerical_rank(energies, cutoff))]
+    return _Directions(W, basis, energies, float(energies.sum()), gram)
+
+
 def _relative(lost: float, energy: float) -> float:
     return (max(lost, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
-
-
-def _sketch_width(rank: int, narrow: int) -> int:
-    return min(narrow, rank + max(8, int(OVERSAMPLING * rank)))
-
-
-def _output_moment(W: torch.Tensor, gram: torch.Tensor, of_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Z -> C Z with C = Y^T Y (out x out); from an input moment as W (G (W^T Z)), so that C is never formed."""
-    return (lambda Z: W @ (gram @ (W.T @ Z))) if of_input else (lambda Z: gram @ Z)
-
-
-def _leading_basis(
-    apply: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, rank: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leading eigenvectors and eigenvalues of the symmetric operator `apply`, by randomised subspace iteration."""
-    generator = torch.Generator().manual_seed(seed)
-    width = _sketch_width(rank, min(W.shape))
-    Q = torch.randn(W.shape[0], width, generator=generator).to(W)
-    for _ in range(POWER_ITERATIONS + 1):
-        Q, _ = torch.linalg.qr(apply(Q))
-    values, vectors = torch.linalg.eigh(Q.T @ apply(Q))
-    return Q @ vectors.flip(1), values.flip(0).clamp_min(0.0)
 
 
 def _basis_from_output(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,18 +180,23 @@ def _basis_from_output(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _basis_from_input(W: torch.Tensor, G: torch.Tensor, rank: int, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading left singular vectors (out, <= rank) of W S with S S^T = G (in x in), and all squared singular values.
 
-    V are eigenvectors of S^T W^T W S (in x in, the narrow side), U = W S V / s; no inverse of S is needed. S is the
-    Cholesky factor, or the eigenvectors scaled where G is singular.
+    V are eigenvectors of S^T W^T W S (in x in, the narrow side), U = W S V / s; no inverse of S is needed.
     """
-    S, failed = torch.linalg.cholesky_ex(G)
-    if failed:
-        values, vectors = torch.linalg.eigh(G)
-        S = vectors * values.clamp_min(0.0).sqrt()
-    WS = W @ S
+    WS = W @ _root(G)
     energies, V = torch.linalg.eigh(WS.T @ WS)
     energies, V = energies.flip(0).clamp_min(0.0), V.flip(1)
     kept = min(rank, _numerical_rank(energies, cutoff))
     return WS @ (V[:, :kept] / energies[:kept].sqrt()), energies
+
+
+def _root(G: torch.Tensor) -> torch.Tensor:
+    """S (in x in) with S S^T = G: the Cholesky factor, or the eigenvectors scaled where G is singular."""
+    S: torch.Tensor
+    S, failed = torch.linalg.cholesky_ex(G)
+    if failed:
+        values, vectors = torch.linalg.eigh(G)
+        S = vectors * values.clamp_min(0.0).sqrt()
+    return S
 
 
 def _numerical_rank(values: torch.Tensor, cutoff: float) -> int:
@@ -185,19 +223,29 @@ def _with_fixed_signs(basis: torch.Tensor) -> torch.Tensor:
 
 
 def _lost_energy(
-    W: torch.Tensor, up: torch.Tensor, down: torch.Tensor, basis: torch.Tensor, moments: Moments, C: torch.Tensor | None
+    W: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    basis: torch.Tensor,
+    projected: torch.Tensor,
+    moments: Moments,
+    gram: torch.Tensor,
+    energy: float,
 ) -> float:
-    """||X (W - up down)^T||_F^2 of the factors as stored, roundings included.
+    """||X (W - up down)^T||_F^2 of the factors as stored, roundings included; `projected` is basis^T W.
 
     Exact from an input moment. An output moment knows X only through W, so there the rounding of `down`, which is
     independent of X, is priced by the input's energy per feature; the rest is exact.
     """
     if moments.of_input:
-        E = W - up @ down
-        return float(((E @ moments.gram.total_FF.to(E.dtype)) * E).sum())
-    assert C is not None
-    assert moments.input_energy is not None
-    projected = C @ basis
-    lost = C.trace() - 2 * (up * projected).sum() + ((up.T @ up) * (basis.T @ projected)).sum()
-    rounding = ((up @ (down - basis.T @ W)).square().sum(dim=0) * moments.input_energy).sum()
-    return float(lost + rounding)
+        down_gram = down @ gram
+        cross = (down_gram * (projected if up is basis else up.T @ W)).sum(dtype=torch.float64)
+        inner = down_gram @ down.T
+        rounding = 0.0
+    else:
+        assert moments.input_energy is not None
+        gram_basis = gram @ basis
+        cross = (up * gram_basis).sum(dtype=torch.float64)
+        inner = basis.T @ gram_basis
+        rounding = float(((up @ (down - projected)).square().sum(dim=0) * moments.input_energy).sum())
+    return energy - 2 * float(cross) + float(((up.T @ up) * inner).sum(dtype=torch.float64)) + rounding
