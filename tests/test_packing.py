@@ -85,6 +85,7 @@ def test_gradients_are_those_of_the_rows_alone(name: str, tmp_path: Path, monkey
         ("t5", ["q"], "T5ForConditionalGeneration does not predict"),
         ("mamba2", ["in_proj"], "Mamba2ForCausalLM does not predict"),
         ("bamba", ["gate_proj"], "BambaForCausalLM has layers whose state runs on"),
+        ("lfm2", ["q_proj"], "Lfm2ForCausalLM has layers whose state runs on"),
         ("opt", ["q_proj"], "OPTForCausalLM does not keep packed rows apart"),
         ("llama", ["q_proj"], "LlamaForCausalLM does not keep packed rows apart"),
     ],
@@ -93,6 +94,7 @@ def test_models_that_do_not_keep_rows_apart_are_refused_by_name(
     name: str, targets: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TINY, "mamba2", lambda: causal("Mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=1))
+    monkeypatch.setitem(TINY, "lfm2", lambda: causal("Lfm2", layer_types=["conv", "full_attention"]))
     monkeypatch.setitem(TINY, "bamba", lambda: causal("Bamba", mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1))
     save_tiny(name, tmp_path / "model")
     write_rows(tmp_path)
