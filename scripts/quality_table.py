@@ -111,6 +111,8 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
         axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", xlabel="bytes of the emulator's linears, MB", title=task)
         axes.set_ylabel("share of direct LoRA's gain, %")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="x-small")
