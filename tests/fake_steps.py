@@ -1,4 +1,4 @@
-"""Step functions that write the same kinds of files as the real ones in a millisecond, and note every call."""
+"""Step functions that write the same kinds of files as the real ones in a millisecond, and a project that runs them."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ from safetensors.numpy import save_file
 
 import onelayer.compiler
 import onelayer.runtime
+from onelayer.runtime.artifacts import ArtifactStore
+from onelayer.runtime.manifest import Manifest, load_manifest
+from onelayer.runtime.pipeline import plan, run
 
 REPORT = {
     "largest_unit_bytes": 1,
@@ -132,3 +135,40 @@ def write_project(folder: Path) -> Path:
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n{{"text": "second line"}}\n')
     (folder / "m.yaml").write_text(MANIFEST)
     return folder / "m.yaml"
+
+
+class Project:
+    """A manifest in a folder, its store, and the stand-ins."""
+
+    def __init__(self, folder: Path, fakes: FakeSteps) -> None:
+        self.folder = folder
+        self.fakes = fakes
+        self.path = write_project(folder)
+        self.store = ArtifactStore(folder / "home")
+
+    def edit(self, old: str, new: str) -> None:
+        text = self.path.read_text()
+        assert old in text
+        self.path.write_text(text.replace(old, new))
+
+    def append(self, name: str) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write('{"text": "one more"}\n')
+
+    @property
+    def manifest(self) -> Manifest:
+        return load_manifest(self.path)
+
+    def run(self, tasks: list[str] | None = None) -> list[str]:
+        """Run, check that the plan foresaw it, and say which step functions were called."""
+        foreseen = {step.name: step.state for step in plan(self.manifest, self.store, tasks).steps}
+        assert not self.fakes.calls
+        result = run(self.manifest, self.store, tasks)
+        assert not result.failed
+        for step in result.steps:
+            # A step behind another that must run is foreseen as "to run"; it may turn out cached (early cut-off).
+            assert step.state == "cached" or foreseen[step.name] == "to run"
+        return self.fakes.taken()
+
+    def reasons(self) -> dict[str, str]:
+        return {step.name: f"{step.state}: {step.reason}" for step in plan(self.manifest, self.store).steps}
