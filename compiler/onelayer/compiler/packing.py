@@ -20,7 +20,7 @@ from onelayer.compiler.tokens import IGNORED, Tokens
 
 Pack = list[Tokens]
 # How far the losses of tokens may move by rounding, on average and relative to them. In float32, what rows see of each
-# other moved them further in every architecture; in bfloat16 encoders slipped through, which are no language models
+# other moved them further in every architecture; in bfloat16 it hid below this in some small random models
 # (scripts/sweep_architectures.py --packing).
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
