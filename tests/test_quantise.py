@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from onelayer.compiler.compile import compile_emulator
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value, keep_ratio, row_bytes
+from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value, keep_ratio, linear_bytes, row_bytes
 from onelayer.compiler.factorize import factorize
 from onelayer.compiler.files import read_json, write_json
 from onelayer.compiler.moments import Gram, Moments
 from onelayer.compiler.quantised_factors import pack_dense, pack_factors
 from onelayer.compiler.quantize import pack, unpack
-from onelayer.compiler.ranks import Spectrum, allocate_by_spectrum
+from onelayer.compiler.ranks import Spectrum, allocate_by_spectrum, rank_for
 from onelayer.compiler.slice import slice_emulator
 from onelayer.runtime import load_emulator, train_lora
 from onelayer.runtime.cli_commands import app
@@ -156,6 +156,25 @@ def test_the_spectrum_leaves_whole_what_is_worth_it() -> None:
     assert None not in tight.values()
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(KINDS), ratio=st.floats(0.1, 0.9))
+def test_the_budget_of_the_spectrum_is_in_packed_bytes(data: st.DataObject, kind: FactorDtype, ratio: float) -> None:
+    shapes, spectra = {}, {}
+    for name in "abc":
+        out_features, in_features = shapes[name] = (data.draw(st.integers(20, 150)), data.draw(st.integers(20, 150)))
+        fall = data.draw(st.floats(0.8, 0.99))
+        values = [fall**i for i in range(min(out_features, in_features) - 1)]
+        energy = sum(value * value for value in values)
+        left = [max(0.0, 1 - sum(v * v for v in values[: k + 1]) / energy) ** 0.5 for k in range(len(values))]
+        spectra[name] = Spectrum(out_features, in_features, values, energy, left, 0.05, kind)
+    uniform = {name: rank_for(ratio, *shape) for name, shape in shapes.items()}
+    found = allocate_by_spectrum(spectra, ratio)
+    stored, budget = (
+        sum(linear_bytes(*shapes[name], rank, kind, 4) for name, rank in ranks.items()) for ranks in (found, uniform)
+    )
+    assert stored <= budget
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("quantise")
@@ -199,10 +218,11 @@ def test_at_the_top_of_the_scale_every_linear_is_quantised_whole(root: Path, tmp
         slice_emulator(tmp_path / "emulator", 0.5, tmp_path / "slice")
 
 
-def test_allocate_by_spectrum_keep_the_bytes_and_err_less(root: Path, tmp_path: Path) -> None:
-    uniform = compiled(root, tmp_path / "uniform", ratio=0.6, factor_dtype="nf4")
-    spectrum = compiled(root, tmp_path / "spectrum", ratio=0.6, factor_dtype="nf4", rank_allocation="spectrum")
-    assert spectrum.layer_parameters_after <= uniform.layer_parameters_after
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_allocate_by_spectrum_keep_the_bytes_and_err_less(root: Path, kind: FactorDtype, tmp_path: Path) -> None:
+    uniform = compiled(root, tmp_path / "uniform", ratio=0.6, factor_dtype=kind)
+    spectrum = compiled(root, tmp_path / "spectrum", ratio=0.6, factor_dtype=kind, rank_allocation="spectrum")
+    assert spectrum.kept_bytes_share <= uniform.kept_bytes_share
     assert {item.form for item in spectrum.linears} == {"dense", "factors"}
     assert sum(item.error**2 for item in spectrum.linears) < sum(item.error**2 for item in uniform.linears)
     emulator = Emulator.open(tmp_path / "spectrum")

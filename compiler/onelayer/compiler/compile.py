@@ -65,7 +65,7 @@ def compile_emulator(
     `keep_bytes`, the share of its bytes at 16 bits. `factor_dtype` ("bf16", "int8", "nf4") is how factors are stored,
     None for the original's dtype; where factors would not be smaller, a linear is then quantised whole.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`. `rank_allocation="spectrum"` spends
-    the same number of weights where the spectra ask for them; the experts of a mixture have uniform ranks always.
+    the same bytes where the spectra ask for them; the experts of a mixture have uniform ranks always.
     Parked states beyond `host_memory_bytes` go to disk. An interrupted compile is taken up where it stopped. Raises
     `InputError` for what the caller can mend; `output` exists only once the whole emulator does.
     """

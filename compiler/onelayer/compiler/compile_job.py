@@ -239,8 +239,8 @@ class Compilation:
                 found = linears.get(name)
                 if found is not None and found.form == "factors":
                     values, energy = found.singular_values, found.output_energy
-                    errors = (found.prefix_errors, found.dense_error)
-                    spectra[name] = Spectrum(*weight_shape(module), values, energy, *errors)
+                    errors, kind = (found.prefix_errors, found.dense_error), self.settings.factor_dtype
+                    spectra[name] = Spectrum(*weight_shape(module), values, energy, *errors, kind)
         return allocate_by_spectrum(spectra, self.settings.ratio)
 
     def remarks(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from onelayer.compiler.factor_dtypes import FactorDtype, row_bytes
+
 
 def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
     """The rank whose factors hold `ratio` of a linear's weights, at least 1; None where the linear stays dense.
@@ -24,7 +26,7 @@ class Spectrum:
     """What decides a linear's rank: its shape, the leading singular values of its output, the energy of all of them.
 
     `prefix_errors` of its factors by rank and `dense_error` of its whole weight where they are quantised: such a linear
-    may also stay whole.
+    may also stay whole. `kind` is what they are packed as; prices are then bytes, else numbers of weights.
     """
 
     out_features: int
@@ -33,23 +35,28 @@ class Spectrum:
     energy: float
     prefix_errors: Sequence[float] | None = None
     dense_error: float | None = None
+    kind: FactorDtype | None = None
 
     @property
     def price(self) -> int:
-        """Weights per direction."""
-        return self.out_features + self.in_features
+        """Of a direction."""
+        return self._row_price(self.out_features) + self._row_price(self.in_features)
 
     @property
-    def weights(self) -> int:
+    def whole_price(self) -> int:
         """Of the whole matrix."""
-        return self.out_features * self.in_features
+        return self.out_features * self._row_price(self.in_features)
+
+    def _row_price(self, width: int) -> int:
+        return width if self.kind is None else row_bytes(width, self.kind)
 
 
 def ranks_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int]:
-    """Ranks that spend the weights of a uniform `ratio` where they lower the summed squared relative error most.
+    """Ranks that spend what a uniform `ratio` costs where they lower the summed squared relative error most.
 
-    Direction k of a linear takes s_k^2 / energy off the sum and costs in + out weights. Gains fall with k, so taking
-    the best directions of all linears until the budget is spent is optimal, and each linear gets a prefix, at least 1.
+    Direction k of a linear takes s_k^2 / energy off the sum and costs as much as any other of the linear. Gains fall
+    with k, so taking the best directions of all linears until the budget is spent is optimal, and each linear gets a
+    prefix, at least 1.
     """
     return _spend(spectra, _budget(spectra, ratio))
 
@@ -58,17 +65,17 @@ def allocate_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[
     """The same, where a linear may also be quantised whole: None for those whose bytes are worth more so."""
     budget = _budget(spectra, ratio)
     whole = _whole(spectra, budget)
-    budget -= sum(spectra[name].weights for name in whole)
+    budget -= sum(spectra[name].whole_price for name in whole)
     factored = _spend({name: item for name, item in spectra.items() if name not in whole}, budget)
     return {name: factored.get(name) for name in spectra}
 
 
 def _budget(spectra: Mapping[str, Spectrum], ratio: float) -> int:
-    """The weights of a uniform `ratio`."""
+    """What a uniform `ratio` costs."""
     total = 0
     for item in spectra.values():
         uniform = rank_for(ratio, item.out_features, item.in_features)
-        total += item.weights if uniform is None else uniform * item.price
+        total += item.whole_price if uniform is None else uniform * item.price
     return total
 
 
@@ -85,19 +92,19 @@ def _spend(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
 
 
 def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
-    """The linears that stay whole: those for which that is best at the lowest price per weight that keeps the budget.
+    """The linears that stay whole: those for which that is best at the lowest error per price that keeps the budget.
 
-    At a price, each linear alone takes what costs least: its squared error plus the price of its weights. The price is
-    found by bisection; what the chosen ones leave of the budget goes to the ranks of the others.
+    At such a rate, each linear alone takes what costs least: its squared error plus the rate times its price. The rate
+    is found by bisection; what the chosen ones leave of the budget goes to the ranks of the others.
     """
     if all(item.dense_error is None for item in spectra.values()):
         return set()
     choices = {name: _choices(item) for name, item in spectra.items()}
     chosen: set[str] = set()
-    low, high = -60.0, 10.0  # powers of two; errors lie between 0 and 1 and weights are at least 1
+    low, high = -60.0, 10.0  # powers of two; errors lie between 0 and 1 and prices are at least 1
     for _ in range(60):
         middle = (low + high) / 2
-        best = {name: int(np.argmin(errors + 2.0**middle * weights)) for name, (weights, errors) in choices.items()}
+        best = {name: int(np.argmin(errors + 2.0**middle * prices)) for name, (prices, errors) in choices.items()}
         if sum(choices[name][0][index] for name, index in best.items()) <= budget:
             # Whole comes last of the choices of a linear that has it.
             chosen = {name for name, index in best.items() if index == len(spectra[name].singular_values)}
@@ -108,19 +115,19 @@ def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
 
 
 def _choices(item: Spectrum) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-    """Weights and squared relative error of a linear at every rank, then whole if that was tried."""
+    """Price and squared relative error of a linear at every rank, then whole if that was tried."""
     values = np.asarray(item.singular_values, dtype=np.float64)
-    weights = item.price * np.arange(1, len(values) + 1)
+    prices = item.price * np.arange(1, len(values) + 1)
     if item.prefix_errors is None:
         errors = np.maximum(0.0, 1 - np.cumsum(values**2) / (item.energy or 1.0))
     else:
         errors = np.asarray(item.prefix_errors, dtype=np.float64) ** 2
     if item.dense_error is None:
-        return weights, errors
-    return np.append(weights, item.weights), np.append(errors, item.dense_error**2)
+        return prices, errors
+    return np.append(prices, item.whole_price), np.append(errors, item.dense_error**2)
 
 
 def _gains(name: str, item: Spectrum) -> list[tuple[float, str]]:
-    """What each direction after the first brings per weight, negated so that the best sorts first."""
+    """What each direction after the first brings for its price, negated so that the best sorts first."""
     price = item.price * (item.energy or 1.0)
     return [(-value * value / price, name) for value in item.singular_values[1:]]
