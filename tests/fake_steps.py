@@ -84,6 +84,7 @@ class FakeSteps:
     def compile_emulator(self, model: str, calibration: Sequence[str], output: Path, **settings: Any) -> Document:
         """The emulator depends on the model, the settings and the first line of each calibration file only."""
         self.calls.append("compile")
+        self.arguments["compile"] = settings
         lines = [Path(data).read_text().splitlines()[0] for data in calibration]
         decisive = {name: settings[name] for name in ("ratio", "samples", "seed")}
         write_model(output, f"{lines} {decisive} {content_of(Path(model), 'model.safetensors')}")

@@ -104,7 +104,7 @@ def test_a_budget_and_a_ratio_together_are_refused(tmp_path: Path, fakes: FakeSt
     edit(path, "data: mix.jsonl}", "data: mix.jsonl}, memory: 24GiB")
     assert load_manifest(path).emulator is not None
     edit(path, "memory: 24GiB", "memory: 24GiB, ratio: 0.2")
-    with pytest.raises(InputError, match=r"emulator\.memory: the ratio is given too"):
+    with pytest.raises(InputError, match=r"emulator\.memory: ratio is given too, keep one of them"):
         load_manifest(path)
 
 

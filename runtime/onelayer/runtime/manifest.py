@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PrivateAttr, ValidationError
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import REFERENCE_BYTES, keep_ratio
 from onelayer.runtime.manifest_args import args_blocks, check_args
 from onelayer.runtime.manifest_reader import Fault, Location, faults_of, read_yaml, unknown_name, written
 from onelayer.runtime.manifest_sections import (
@@ -108,17 +109,28 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
     """A fault per ratio that is said twice, or that no slice of the emulator can have."""
     emulator = manifest.emulator
     faults: list[Fault] = []
-    if emulator is not None and emulator.memory is not None and "ratio" in emulator.model_fields_set:
-        faults.append((("emulator", "memory"), "the ratio is given too, keep one of them"))
+    if emulator is not None:
+        given = [name for name in ("ratio", "keep_bytes", "memory") if name in emulator.model_fields_set]
+        given = [name for name in given if getattr(emulator, name) is not None]
+        faults += [(("emulator", name), f"{given[0]} is given too, keep one of them") for name in given[1:]]
     for name, task in manifest.tasks.items():
         where: Location = ("tasks", name, "ratio")
         if task.ratio is None:
             continue
         if emulator is None:
             faults.append((where, "there is no emulator, add one or leave the ratio out"))
-        elif emulator.memory is None and task.ratio >= emulator.ratio:
-            faults.append((where, f"must be below the emulator's ratio {emulator.ratio}, of which it is a slice"))
+        elif (stored := _known_ratio(emulator)) is not None and task.ratio >= stored:
+            faults.append((where, f"must be below the emulator's ratio {stored:.4g}, of which it is a slice"))
     return faults
+
+
+def _known_ratio(emulator: Emulator) -> float | None:
+    """The emulator's ratio, None where it takes the original to tell."""
+    if emulator.memory is not None or (emulator.keep_bytes is not None and emulator.factor_dtype is None):
+        return None
+    if emulator.keep_bytes is None:
+        return emulator.ratio
+    return keep_ratio(emulator.keep_bytes, emulator.factor_dtype, REFERENCE_BYTES)
 
 
 def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:

@@ -53,12 +53,14 @@ class Calibration(Section):
 class Emulator(Section):
     """The compact stand-in; `ratio` is the kept share of each linear's parameters.
 
-    `factor_dtype` is how they are stored, the original's dtype if left out. `memory` instead of a ratio asks for the
-    largest with which every task can be trained on a device of that size.
+    `factor_dtype` is how they are stored, the original's dtype if left out. Instead of a ratio, `keep_bytes` is the
+    share of each linear's bytes at 16 bits, and `memory` asks for the largest ratio with which every task can be
+    trained on a device of that size.
     """
 
     calibration: Calibration
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    keep_bytes: Annotated[float, Field(gt=0, lt=1)] | None = None
     memory: Size | None = None
     factor_dtype: Literal["bf16", "int8", "nf4"] | None = None
 

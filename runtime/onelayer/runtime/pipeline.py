@@ -18,7 +18,7 @@ from onelayer.runtime.finish import check_results, finish
 from onelayer.runtime.manifest import Manifest, check_tasks
 from onelayer.runtime.plan_manifest import Costs, StepCosts
 from onelayer.runtime.reasons import RunRecord, why
-from onelayer.runtime.reuse import cut, larger_emulator
+from onelayer.runtime.reuse import cut, described, larger_emulator
 from onelayer.runtime.sources import Source, model_directory, source_digest
 from onelayer.runtime.step_kinds import EVALUATION, RESUMABLE, STEP_VERSIONS, Step, model_source, payload_digest
 from onelayer.runtime.steps import steps_of
@@ -89,7 +89,7 @@ def plan(manifest: Manifest, store: ArtifactStore | None = None, tasks: list[str
         foreseen = StepCosts() if cached else _costs_of(costs, manifest, step)
         reason = UNCHANGED if cached else why(step, spec, record, waiting, damage)
         if not waiting and not cached and (larger := larger_emulator(store, spec)) is not None:
-            reason += f"; cut from the emulator of ratio {larger.fields['ratio']} in the store"
+            reason += f"; cut from {described(larger)} in the store"
             foreseen = foreseen.model_copy(update={"read_bytes": larger.total_bytes, "peak_bytes": None})
         planned.append(
             PlannedStep(
@@ -202,9 +202,9 @@ def _bring_up(
 
     def make(payload: Path) -> Mapping[str, Any]:
         larger = larger_emulator(store, spec)
-        if larger is not None:
-            tell(f"cut from the emulator of ratio {larger.fields['ratio']}, {reason}")
-            return cut(store, larger, spec.fields["ratio"], payload)
+        if larger is not None and step.ratio is not None:
+            tell(f"cut from {described(larger)}, {reason}")
+            return cut(store, larger, step.ratio(), payload)
         tell(f"runs, {reason}")
         return step.execute(inputs, payload)
 

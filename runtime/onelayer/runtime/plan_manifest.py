@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import FactorDtype
+from onelayer.compiler.factor_dtypes import FactorDtype, keep_ratio
 from onelayer.compiler.measure import Result
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
 from onelayer.runtime.manifest import Manifest
-from onelayer.runtime.manifest_sections import Training
+from onelayer.runtime.manifest_sections import Emulator, Training
 from onelayer.runtime.plan_choice import best_ratio
 from onelayer.runtime.plan_memory import (
     Setting,
@@ -56,9 +56,16 @@ def emulator_ratio(manifest: Manifest, directory: Path) -> float:
     """The ratio of the common emulator. Raises `InputError` where none fits the manifest's memory."""
     emulator = manifest.emulator
     assert emulator is not None
-    if emulator.memory is None:
+    if emulator.memory is None and emulator.keep_bytes is None:
         return emulator.ratio
-    return ratio_within(manifest, shapes_from_headers(directory), emulator.memory)
+    return _ratio_of_shapes(manifest, emulator, shapes_from_headers(directory))
+
+
+def _ratio_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> float:
+    """The ratio that the manifest says, or that follows from its share of bytes or its memory."""
+    if emulator.keep_bytes is not None:
+        return keep_ratio(emulator.keep_bytes, emulator.factor_dtype, shapes.value_bytes)
+    return emulator.ratio if emulator.memory is None else ratio_within(manifest, shapes, emulator.memory)
 
 
 def ratio_within(manifest: Manifest, shapes: ModelShapes, memory_bytes: int) -> float:
@@ -91,9 +98,7 @@ class Costs:
         try:
             self._shapes = shapes_from_headers(directory)
             if manifest.emulator is not None:
-                memory = manifest.emulator.memory
-                ratio = manifest.emulator.ratio
-                self.ratio = ratio if memory is None else ratio_within(manifest, self._shapes, memory)
+                self.ratio = _ratio_of_shapes(manifest, manifest.emulator, self._shapes)
         except InputError:  # the step itself will say what is wrong
             self._shapes = None
 

@@ -9,18 +9,30 @@ from onelayer.runtime.artifact_record import Artifact, StepSpec
 from onelayer.runtime.artifacts import ArtifactStore
 
 
+def size_field(fields: Mapping[str, Any]) -> str:
+    """The field that says how much of the original an emulator keeps."""
+    return "keep_bytes" if "keep_bytes" in fields else "ratio"
+
+
+def described(emulator: Artifact) -> str:
+    """An emulator of the store by its size, for a reason."""
+    name = size_field(emulator.fields)
+    return f"the emulator of {name} {emulator.fields[name]}"
+
+
 def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
     """The smallest intact emulator in the store of which that of `spec` is a slice: same inputs, same settings."""
-    ratio = spec.fields.get("ratio")
+    name = size_field(spec.fields)
+    size = spec.fields.get(name)
     # Quantised factors are rounded for their rank, so a prefix of them is not what a compile would write.
-    if spec.kind != "compile" or not isinstance(ratio, float) or spec.fields.get("factor_dtype") in ("int8", "nf4"):
+    if spec.kind != "compile" or not isinstance(size, float) or spec.fields.get("factor_dtype") in ("int8", "nf4"):
         return None
     found = []
     for artifact in store.artifacts():
         same = (artifact.kind, artifact.step_version, artifact.inputs) == (spec.kind, spec.step_version, spec.inputs)
-        larger = artifact.fields.get("ratio")
-        alike = {**artifact.fields, "ratio": ratio} == spec.fields
-        if same and alike and isinstance(larger, float) and larger > ratio and store.damage(artifact) is None:
+        larger = artifact.fields.get(name)
+        alike = {**artifact.fields, name: size} == spec.fields
+        if same and alike and isinstance(larger, float) and larger > size and store.damage(artifact) is None:
             found.append((larger, artifact))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 

@@ -20,7 +20,10 @@ Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work. `needs` maps what an input is for to the step it comes from; `optional` ones may fail."""
+    """One piece of work. `needs` maps what an input is for to the step it comes from; `optional` ones may fail.
+
+    `ratio` tells that of the emulator which a compile makes; it may look at the original's headers.
+    """
 
     name: str
     kind: str
@@ -30,6 +33,7 @@ class Step:
     needs: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     task: str | None = None
+    ratio: Callable[[], float] | None = None
 
 
 def payload_digest(kind: str) -> Callable[[Path], str] | None:

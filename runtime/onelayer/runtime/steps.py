@@ -31,15 +31,19 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
     model = model_source(manifest)
     is_local = Path(model.text).is_absolute()
 
+    def ratio() -> float:
+        from onelayer.compiler.checkpoint import resolve_model
+
+        return emulator_ratio(manifest, resolve_model(model.text, model.revision))
+
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import compile_emulator
-        from onelayer.compiler.checkpoint import resolve_model
 
         result = compile_emulator(
             model.text,
             list(calibration.data),
             output,
-            ratio=emulator_ratio(manifest, resolve_model(model.text, model.revision)),
+            ratio=ratio(),
             factor_dtype=emulator.factor_dtype,
             samples=calibration.samples,
             max_length=calibration.max_length,
@@ -62,11 +66,13 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         "revision": None if is_local else model.revision,
     }
     sources = {f"calibration {index}": Source(data) for index, data in enumerate(calibration.data, start=1)}
-    return Step("compile", "compile", execute, fields, {"model": model, **sources})
+    return Step("compile", "compile", execute, fields, {"model": model, **sources}, ratio=ratio)
 
 
 def _ratio_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
-    """What decides the ratio: itself, or a memory budget with all that the planner looks at."""
+    """What decides the ratio: itself, a share of bytes, or a memory budget with all that the planner looks at."""
+    if emulator.keep_bytes is not None:
+        return {"keep_bytes": emulator.keep_bytes}
     if emulator.memory is None:
         return {"ratio": emulator.ratio}
     return {"memory": emulator.memory, "planned": {"version": PLANNER_VERSION, "tasks": planned_settings(manifest)}}

@@ -1,0 +1,131 @@
+"""`emulator.keep_bytes` of a manifest: the ratio it comes to, keys, reasons, slices of the store, and mistakes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fake_steps import FakeSteps, write_project
+from onelayer.compiler.errors import InputError
+from onelayer.runtime.artifacts import ArtifactStore
+from onelayer.runtime.manifest import load_manifest
+from onelayer.runtime.pipeline import plan, run
+from tiny import save_tiny
+
+PLAIN = "emulator: {calibration: {data: mix.jsonl}}"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_project(tmp_path)
+
+
+@pytest.fixture
+def fakes(path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
+    monkeypatch.setenv("ONELAYER_HOME", str(path.parent / "home"))
+    return FakeSteps(monkeypatch)
+
+
+def put_model(path: Path, dtype: torch.dtype) -> None:
+    """A model with headers to plan by in the place of the stand-in."""
+    shutil.rmtree(path.parent / "model")
+    save_tiny("llama", path.parent / "model", dtype)
+
+
+def say(path: Path, settings: str) -> None:
+    """Write these settings into the emulator block, whatever was there."""
+    lines = path.read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("emulator:"))
+    lines[at] = PLAIN.removesuffix("}") + f", {settings}}}"
+    path.write_text("\n".join(lines) + "\n")
+
+
+def go(path: Path, fakes: FakeSteps) -> list[str]:
+    assert not run(load_manifest(path), ArtifactStore(path.parent / "home")).failed
+    return fakes.taken()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factors", "ratio"),
+    [
+        (torch.bfloat16, "", 0.2),
+        (torch.float32, "", 0.1),
+        (torch.float32, ", factor_dtype: bf16", 0.2),
+        (torch.bfloat16, ", factor_dtype: int8", 0.2 * 2 / 1.03125),
+        (torch.float32, ", factor_dtype: nf4", 0.2 * 2 / 0.53125),
+    ],
+)
+def test_a_share_of_bytes_becomes_the_ratio_that_takes_them(
+    path: Path, fakes: FakeSteps, dtype: torch.dtype, factors: str, ratio: float
+) -> None:
+    put_model(path, dtype)
+    say(path, f"keep_bytes: 0.2{factors}")
+    assert go(path, fakes)[0] == "compile"
+    assert fakes.arguments["compile"]["ratio"] == pytest.approx(ratio)
+    assert go(path, fakes) == []
+
+
+def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps) -> None:
+    put_model(path, torch.bfloat16)
+    written = {}
+    for settings in ("keep_bytes: 0.3", "ratio: 0.3", "keep_bytes: 0.3, factor_dtype: nf4", "factor_dtype: nf4"):
+        say(path, settings)
+        written[settings] = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].write_bytes
+    assert written["keep_bytes: 0.3"] == written["ratio: 0.3"]
+    sizes = list(written.values())
+    assert sizes[2] is not None
+    assert sizes[0] == pytest.approx(sizes[2], rel=0.03), "equal bytes but for whole ranks"
+    assert sizes[3] is not None
+    assert sizes[3] < sizes[2]
+
+
+def test_a_smaller_share_is_cut_from_the_larger_emulator(path: Path, fakes: FakeSteps) -> None:
+    put_model(path, torch.float32)
+    say(path, "keep_bytes: 0.6")
+    go(path, fakes)
+    say(path, "keep_bytes: 0.2")
+    first = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0]
+    assert first.reason == "field keep_bytes 0.6 -> 0.2; cut from the emulator of keep_bytes 0.6 in the store"
+    assert go(path, fakes)[0] == "slice 0.1"
+    say(path, "keep_bytes: 0.7")
+    assert go(path, fakes)[0] == "compile"
+    say(path, "keep_bytes: 0.1, factor_dtype: int8")
+    assert go(path, fakes)[0] == "compile", "packed factors are rounded for their rank"
+
+
+def test_a_ratio_and_a_share_of_bytes_are_different_settings(path: Path, fakes: FakeSteps) -> None:
+    put_model(path, torch.bfloat16)
+    say(path, "ratio: 0.2")
+    go(path, fakes)
+    say(path, "keep_bytes: 0.2")
+    reason = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].reason
+    assert reason == "field keep_bytes not set -> 0.2; field ratio 0.2 -> not set"
+    # The emulator comes out the same, so nothing behind it runs.
+    assert go(path, fakes) == ["compile"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("keep_bytes: 1.5", r"emulator\.keep_bytes: input should be less than 1, not 1\.5"),
+        ("keep_bytes: 0.2, ratio: 0.2", r"emulator\.keep_bytes: ratio is given too, keep one of them"),
+        ("memory: 8GiB, keep_bytes: 0.2", r"emulator\.memory: keep_bytes is given too, keep one of them"),
+        ("memory: 8GiB, keep_bytes: 0.2, ratio: 0.2", r"emulator\.keep_bytes: ratio .*; emulator\.memory: ratio"),
+    ],
+)
+def test_mistakes_are_named(path: Path, settings: str, message: str) -> None:
+    say(path, settings)
+    with pytest.raises(InputError, match=message):
+        load_manifest(path)
+
+
+def test_a_slice_is_smaller_than_a_share_of_bytes_allows(path: Path) -> None:
+    path.write_text(
+        path.read_text().replace("support: {train: support.jsonl", "support: {train: support.jsonl, ratio: 0.5")
+    )
+    say(path, "keep_bytes: 0.2, factor_dtype: nf4")
+    assert load_manifest(path).tasks["support"].ratio == 0.5
+    say(path, "keep_bytes: 0.1, factor_dtype: nf4")
+    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below the emulator's ratio 0\.3765"):
+        load_manifest(path)
