@@ -26,12 +26,19 @@ class TokenBatch:
     """Samples of equal length, so that nothing is padded: ids (B, T) and what they predict.
 
     `inputs` are the arguments of the model's forward. `targets[b, t]` is the token that output position t of sample b
-    predicts, or -100 where the loss does not count it. `order[b]` is the place of sample b in the list given.
+    predicts, or -100 where the loss does not count it; of texts with a class `targets[b]` is that class.
+    `order[b]` is the place of sample b in the list given.
     """
 
     inputs: dict[str, torch.Tensor]
     targets: torch.Tensor
     order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Samples and positions in each, of what the output is made from."""
+        batch, length = (self.targets if self.targets.ndim == 2 else self.inputs["input_ids"]).shape
+        return batch, length
 
 
 def read_tokens(
@@ -53,11 +60,16 @@ def read_tokens(
 
 def tokens_digest(tokens: Iterable[Tokens]) -> str:
     """Digest of token ids and labels, in order."""
-    return sha256_json([[item.input_ids, item.labels] for item in tokens])
+    return sha256_json([[item.input_ids, item.labels if item.label is None else item.label] for item in tokens])
 
 
 def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
-    """Batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows at once."""
+    """Batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows at once.
+
+    Raises `InputError` where the model cannot tell where the texts of a batch end.
+    """
+    if batch_size > 1 and config.pad_token_id is None and any(item.label is not None for item in tokens):
+        raise InputError("config.json: field pad_token_id is not set, so a classifier takes one text at a time; set it")
     split = [_inputs(item, config) for item in tokens]
     shapes = sorted(range(len(split)), key=lambda i: tuple(-len(ids) for ids in split[i][0].values()))
     batches = []
@@ -71,12 +83,14 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
     return batches
 
 
-def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int]]:
-    """Model arguments and aligned targets of one sample.
+def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int] | int]:
+    """Model arguments and aligned targets of one sample, or its class.
 
     A decoder predicts the next token. An encoder-decoder reads what is not labelled (all of a plain text) and predicts
     what is, from it shifted right behind the decoder's start token.
     """
+    if tokens.label is not None:
+        return {"input_ids": tokens.input_ids}, tokens.label
     if not config.is_encoder_decoder:
         places = {} if tokens.positions is None else {"position_ids": tokens.positions}
         return {"input_ids": tokens.input_ids, **places}, [*tokens.labels[1:], IGNORED]

@@ -4,6 +4,7 @@ In: a checkpoint and a data set. Out: an emulator directory. Held on the device:
 one micro-batch. Read: every tensor once, embeddings by rows.
 """
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def _compile(
         job = Compilation(streamed, ranks, stacks, writer, place, settings, stop, parking)
         job.stream(batches, meter)
         writer.write_rest()
-        workspace = workspace_bytes(streamed, ranks, stacks, max(batch.targets.numel() for batch in batches))
+        workspace = workspace_bytes(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))
         result = job.result(
             output, meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         )

@@ -25,7 +25,7 @@ from onelayer.compiler.correct_pass import gap_of
 from onelayer.compiler.correction import Gap, oblique_gap
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.evaluate import open_language_model
+from onelayer.compiler.evaluate import open_scored
 from onelayer.compiler.measure import Meter, Result
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.scoring import Samples, Scoring, workspace_bytes
@@ -84,8 +84,8 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
     """Score the corrections of `source` on the original. Raises `InputError` on unusable data."""
     if min(held_out.max_length, held_out.batch_size) < 1:
         raise InputError("max_length and batch_size must be at least 1")
-    streamed = open_language_model(model, {NAME: source.directory})
-    samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length)
+    streamed, classes = open_scored(model, {NAME: source.directory})
+    samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, parking = 1 + len(CANDIDATES), Parking(held_out.host_memory_bytes)
     trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, parking)

@@ -14,6 +14,7 @@ from onelayer.compiler.checkpoint import model_digest, resolve_model
 from onelayer.compiler.compression import stack_shapes
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.labels import Classes, predicted_classes
 from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.moments import is_linear
 from onelayer.compiler.parking import Parking
@@ -28,7 +29,8 @@ class Score(Result):
     """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labelled token.
 
     `choice_accuracy` is the share of multiple-choice examples whose right choice has the highest log-likelihood; None
-    where there are no such examples.
+    where there are no such examples. Of a sequence classifier `tokens` is the number of texts and `token_accuracy` the
+    share of them whose class has the highest logit.
     """
 
     adapter: str | None
@@ -75,9 +77,9 @@ def evaluate_model(
     """Score the original and each of `adapters` on the labelled tokens of `data`, reading the checkpoint once.
 
     A `text` example is cut at `max_length` tokens, all but the first labelled; of `prompt`+`completion` and `messages`
-    the completion and the assistant turns are, of `prompt`+`choices` the right choice. `against` compares an emulator
-    of the original with it, in the same pass. Hidden states beyond `host_memory_bytes` wait on disk. Raises
-    `InputError` for what the caller can mend.
+    the completion and the assistant turns are, of `prompt`+`choices` the right choice. A sequence classifier is scored
+    on `text`+`label`. `against` compares an emulator of the original with it, in the same pass. Hidden states beyond
+    `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can mend.
     """
     if min(max_length, batch_size) < 1:
         raise InputError("--max-length and --batch-size must be at least 1")
@@ -86,9 +88,9 @@ def evaluate_model(
     for path in adapters:
         Adapter.open(path)  # refuses by name what is no plain LoRA
     named = {f"adapter{number}": path for number, path in enumerate(adapters)}
-    streamed = open_language_model(directory, named)
+    streamed, classes = open_scored(directory, named)
     emulator = None if against is None else _open_emulator(against, directory, streamed)
-    samples = Samples.read(data, load_tokenizer(directory), max_length)
+    samples = Samples.read(data, load_tokenizer(directory), max_length, classes)
     batches = samples.batches(streamed.config, batch_size)
     variants = [Variant(), *(Variant(adapter=name) for name in named)]
     if emulator is not None:
@@ -114,15 +116,13 @@ def evaluate_model(
     return EvaluateResult(results=scores, against=compared, report=report)
 
 
-def open_language_model(directory: Path, adapters: dict[str, str | Path]) -> StreamedModel:
-    """The original with adapters attached by name. Raises `InputError` where it predicts no next token."""
+def open_scored(directory: Path, adapters: dict[str, str | Path]) -> tuple[StreamedModel, Classes | None]:
+    """The original with adapters attached by name, and its classes if it is a classifier.
+
+    Raises `InputError` where it predicts neither tokens nor classes.
+    """
     streamed = StreamedModel(directory, attach(adapters))
-    if not streamed.model.can_generate():
-        kind = type(streamed.model).__name__
-        raise InputError(
-            f"{directory}: {kind} predicts no next token, so there is no loss to measure; give a language model"
-        )
-    return streamed
+    return streamed, predicted_classes(type(streamed.model), streamed.config, directory)
 
 
 def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Score:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.rows import Example as Example
-from onelayer.compiler.rows import example_from_row
+from onelayer.compiler.rows import example_from_row, of_one_kind
 from onelayer.compiler.tokens import Tokens as Tokens
 from onelayer.compiler.tokens import load_tokenizer as load_tokenizer
 from onelayer.compiler.tokens import tokenize as tokenize
@@ -32,7 +32,8 @@ def read_examples(data: str | Path | Sequence[str | Path], limit: int | None = N
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise InputError(f"no data given; name a {KINDS} file, a directory of them, or a Hub id")
-    return list(islice((example for source in sources for example in _examples(source, limit)), limit))
+    found = (example for source in sources for example in _examples(source, limit))
+    return list(islice(of_one_kind(found), limit))
 
 
 def _examples(data: str | Path, limit: int | None) -> Iterator[Example]:

@@ -9,7 +9,24 @@ from transformers import PreTrainedTokenizerBase
 from onelayer.compiler.calibration import DataSource, tokens_digest
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import read_examples
-from onelayer.compiler.tokens import Tokens, tokenize
+from onelayer.compiler.labels import Classes, tokenize_for
+from onelayer.compiler.tokens import Tokens
+
+
+def read_labelled(
+    data: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    classes: Classes | None,
+    append_eos: bool = False,
+) -> list[Tokens]:
+    """Every example that has something to predict, tokenised. Raises `InputError` where there is none."""
+    examples = read_examples(data)
+    tokens = [tokenize_for(classes, example, tokenizer, max_length, append_eos) for example in examples]
+    rows = [item for item in tokens if item.labelled]
+    if not rows:
+        raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -22,13 +39,16 @@ class TrainRows:
 
     @classmethod
     def read(
-        cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, seed: int
+        cls,
+        data: DataSource,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        classes: Classes | None = None,
     ) -> "TrainRows":
-        """Every example with a labelled token, ended as in training. Raises `InputError` where there is none."""
-        tokens = [tokenize(example, tokenizer, max_length, append_eos=True) for example in read_examples(data)]
-        rows = [item for item in tokens if item.labelled]
-        if not rows:
-            raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+        """Every labelled example, ended as in training. Raises `InputError` where there is none."""
+        rows = read_labelled(data, tokenizer, max_length, classes, append_eos=True)
         return cls(rows, batch_size, seed)
 
     @property

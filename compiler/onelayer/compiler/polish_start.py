@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +16,7 @@ from onelayer.compiler.adapter import Adapter, adapter_digest
 from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.labels import is_classifier
 from onelayer.compiler.polish_state import Parameters
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.variants import attach, factor_names
@@ -24,7 +26,7 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class Fresh:
-    """A LoRA adapter that does not exist yet."""
+    """A LoRA adapter that does not exist yet; of a classifier it leaves out the head."""
 
     rank: int
     alpha: float
@@ -44,6 +46,7 @@ class Fresh:
                 target_modules=self.target_modules,
                 task_type="CAUSAL_LM" if empty.can_generate() and not empty.config.is_encoder_decoder else None,
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in empty.modules()),
+                exclude_modules=list(SEQ_CLS_HEAD_NAMES) if is_classifier(type(empty)) else None,
             )
             with torch.random.fork_rng(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of PEFT's, about Conv1D and ties

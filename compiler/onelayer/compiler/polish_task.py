@@ -13,11 +13,13 @@ from transformers import PreTrainedConfig
 
 from onelayer.compiler.adapter import Adapter, adapter_digest
 from onelayer.compiler.adapter_writer import Base
-from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches, read_tokens, tokens_digest
+from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.compat import model_class, read_config
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import atomic_directory
-from onelayer.compiler.polish_data import TrainRows
+from onelayer.compiler.labels import predicted_classes
+from onelayer.compiler.polish_data import TrainRows, read_labelled
 from onelayer.compiler.polish_job import Settings
 from onelayer.compiler.polish_start import Fresh, open_trained, write_polished
 from onelayer.compiler.polish_state import PolishState
@@ -51,8 +53,13 @@ class PolishTask:
         """Find and tokenise everything. Raises `InputError` for what the caller can mend."""
         directory = resolve_model(model, revision)
         tokenizer = load_tokenizer(directory)
-        rows = TrainRows.read(data, tokenizer, settings.max_length, settings.batch_size, settings.seed)
-        held_out = [] if eval_data is None else read_tokens(eval_data, tokenizer, settings.max_length)
+        config = read_config(directory)
+        classes = predicted_classes(model_class(config, directory), config, directory)
+        if classes is not None and settings.packing:
+            raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
+        length = settings.max_length
+        rows = TrainRows.read(data, tokenizer, length, settings.batch_size, settings.seed, classes)
+        held_out = [] if eval_data is None else read_labelled(eval_data, tokenizer, length, classes)
         name = str(Path(model).absolute()) if Path(model).exists() else str(model)
         base = {"model": name, "revision": revision, "digest": model_digest(directory)}
         start = start if isinstance(start, Fresh) else resolve_model(start)
@@ -85,11 +92,6 @@ class PolishTask:
         source = Adapter.open(path)
         self._check(source)
         streamed, trained = open_trained(self.directory, source, self.device)
-        if not streamed.model.can_generate():
-            kind = type(streamed.model).__name__
-            raise InputError(
-                f"{self.directory}: {kind} predicts no next token, so it has no loss; give a language model"
-            )
         optimizer = torch.optim.AdamW(list(trained.values()), lr=self.settings.learning_rate, weight_decay=0.0)
         return source, streamed, PolishState(trained, optimizer)
 

@@ -1,6 +1,6 @@
 """One row of data as users write it, checked and turned into an Example; a fault is named by file, line and field."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from onelayer.compiler.errors import InputError
 
 Message = dict[str, Any]
 
-FORMS = "'text', 'prompt' with 'completion', 'prompt' with 'choices' and 'answer', or 'messages'"
+FORMS = "'text', 'text' with 'label', 'prompt' with 'completion', 'prompt' with 'choices' and 'answer', or 'messages'"
 # Columns that change what the model is shown and that nothing here renders: without them it would be another text.
 REFUSED_FIELDS = ("tools", "images", "image", "chat_template_kwargs")
 REFUSED_KEYS = ("tool_calls", "function_call", "tools")
@@ -16,11 +16,11 @@ REFUSED_KEYS = ("tool_calls", "function_call", "tools")
 
 @dataclass(frozen=True)
 class Example:
-    """One example in exactly one of three forms: `text`; `prompt` and `completion`; `messages`.
+    """One example in exactly one of four forms: `text`; `text` and `label`; `prompt` and `completion`; `messages`.
 
     `source` says where it came from ("file:line"). `prompt` and `completion` are both strings or both message lists.
     A multiple-choice example is a prompt and completion, the right choice, with all its `choices` and the number of
-    the right one (`answer`) beside.
+    the right one (`answer`) beside. `label` is the class of the text, by number or name.
     """
 
     source: str
@@ -30,6 +30,7 @@ class Example:
     messages: list[Message] | None = None
     choices: tuple[str, ...] | None = None
     answer: int | None = None
+    label: int | str | None = None
 
     def with_choice(self, number: int) -> "Example":
         """The same prompt, completed by one of its choices."""
@@ -58,13 +59,32 @@ def example_from_row(row: object, source: str) -> Example:
     if len(forms) > 1:
         raise InputError(f"{source}: ambiguous, has the forms {' and '.join(forms)}; keep one of {FORMS}")
     if "text" in present:
-        return Example(source, text=_string(present["text"], source, "text"))
+        return Example(source, text=_string(present["text"], source, "text"), label=_label(present, source))
     if "messages" in present:
         messages = _messages(present["messages"], source, "messages")
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError(f"{source}: field 'messages' has no assistant turn to learn from; add one, or use 'text'")
         return Example(source, messages=messages)
     return _question(present, source) if is_question else _pair(present, source)
+
+
+def of_one_kind(examples: Iterable[Example]) -> Iterator[Example]:
+    """The examples as they come. Raises `InputError` at the first that has a label where others have none."""
+    first = None
+    for example in examples:
+        first = first or example
+        if (example.label is None) != (first.label is None):
+            has, had = ("no 'label'", "one") if example.label is None else ("a 'label'", "none")
+            raise InputError(f"{example.source}: has {has} and {first.source} has {had}; keep them apart")
+        yield example
+
+
+def _label(present: Mapping[str, Any], source: str) -> int | str | None:
+    """The class of a text, where the row names one; which there are, the model knows."""
+    label = present.get("label")
+    if not isinstance(label, int | str | None) or isinstance(label, bool):
+        raise InputError(f"{source}: field 'label' must be a whole number or a name, not {_kind(label)}")
+    return label
 
 
 def _pair(present: Mapping[str, Any], source: str) -> Example:

@@ -3,6 +3,7 @@
 Every batch goes through the stream once for each variant of the model; stream index i is batch i // v, variant i % v.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import read_examples
+from onelayer.compiler.labels import Classes, tokenize_for
 from onelayer.compiler.lazy import DeferredLogits
 from onelayer.compiler.parking import SMALLEST_BYTES, Parking
 from onelayer.compiler.rows import Example
@@ -39,12 +41,17 @@ class Samples:
     questions: list[Question]
 
     @classmethod
-    def read(cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Samples":
-        """All examples of `data`. Raises `InputError` where nothing is left to count, or choices cannot be compared."""
+    def read(
+        cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, classes: Classes | None = None
+    ) -> "Samples":
+        """All examples of `data`, for a model that predicts `classes`, or tokens.
+
+        Raises `InputError` where nothing is left to count, or choices cannot be compared.
+        """
         found = cls([], [], [])
         for example in read_examples(data):
-            if example.choices is None:
-                tokens = tokenize(example, tokenizer, max_length)
+            if example.choices is None or classes is not None:
+                tokens = tokenize_for(classes, example, tokenizer, max_length)
                 if tokens.labelled:
                     found.tokens.append(tokens)
                     found.counted.append(True)
@@ -169,7 +176,8 @@ class Scoring:
         count = sum(len(batch.order) for batch in self.batches)
         result = SampleScores([0.0] * count, [0] * count, [0] * count)
         for number, batch in enumerate(self.batches):
-            scores, lengths = self._scores[number * self.variants + variant], self._rows[number].sum(dim=1).tolist()
+            scores = self._scores[number * self.variants + variant]
+            lengths = self._rows[number].reshape(len(batch.order), -1).sum(dim=1).tolist()
             parts = zip(scores.losses.split(lengths), scores.hits.split(lengths), strict=True)
             for index, (losses, hits) in zip(batch.order, parts, strict=True):
                 result.losses[index] = float(losses.sum())
@@ -198,7 +206,7 @@ def workspace_bytes(
 ) -> int:
     """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
     the activations of one micro-batch in the widest unit and, where the host is the device, the parked batches."""
-    tokens = max(batch.targets.numel() for batch in batches)
+    tokens = max(math.prod(batch.shape) for batch in batches)
     widths = [
         sum(streamed.bare_parameter(name).shape[0] for name in unit.parameters if name not in unit.lazy)
         for unit in streamed.units
@@ -218,7 +226,5 @@ def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variant
     heads = int(getattr(config, "num_attention_heads", 1) or 1)
     head_width = int(getattr(config, "head_dim", None) or width // heads)
     itemsize = max(4, streamed.dtype.itemsize)
-    states = sum(
-        batch.targets.numel() * (2 * width + 2 * head_width + batch.targets.shape[1]) * itemsize for batch in batches
-    )
+    states = sum(math.prod(batch.shape) * (2 * width + 2 * head_width + batch.shape[1]) * itemsize for batch in batches)
     return min(parking.budget_bytes, variants * states) + variants * len(batches) * 2 * SMALLEST_BYTES

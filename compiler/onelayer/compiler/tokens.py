@@ -24,15 +24,20 @@ class Tokens:
     """Token ids and, of equal length, labels: the id itself where the loss counts it, -100 elsewhere. Not shifted.
 
     `positions` are each token's place in its own row, where several rows are packed into this one.
+    `label` is the number of the class of the whole text, where that is what a model predicts.
     """
 
     input_ids: list[int]
     labels: list[int]
     positions: list[int] | None = None
+    label: int | None = None
 
     @property
     def labelled(self) -> int:
-        """How many tokens the loss counts: the labelled ones but the first token, which nothing predicts."""
+        """How many predictions the loss counts: of labelled tokens all but the first, which nothing predicts; of a text
+        with a class one."""
+        if self.label is not None:
+            return 1
         return sum(label != IGNORED for label in self.labels[1:])
 
 

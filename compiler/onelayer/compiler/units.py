@@ -146,7 +146,8 @@ class StreamedModel:
             is_block = module in blocks
             own = any(self._is_stored(item) and item not in lazy for item in names_below.get(module, ()))
             own = own and module is not self.head and compat.has_forward(module)
-            wrapped = getattr(module, "base_layer", None) is not None
+            # PEFT's wrappers decide whose weight is used, so they belong into the unit.
+            wrapped = any(getattr(module, name, None) is not None for name in ("base_layer", "original_module"))
             if is_block or wrapped or (own and blocks.isdisjoint(module.modules())):
                 units.append(unit(name, module, is_block))
                 return

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -51,7 +51,10 @@ def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], No
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             for name, path in adapters.items():
                 if wrapped is None:
-                    wrapped = PeftModel.from_pretrained(model, path, adapter_name=name, low_cpu_mem_usage=True)
+                    # A task would give every adapter a head of its own, those too that have none in their files.
+                    config = LoraConfig.from_pretrained(str(path))
+                    config.task_type = None
+                    wrapped = PeftModel.from_pretrained(model, path, name, config=config, low_cpu_mem_usage=True)
                 else:
                     wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
         for name, path in adapters.items():
@@ -89,9 +92,11 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
         def run(index: int, args: Any, kwargs: Any) -> Any:
             variant = variants[index % len(variants)]
             for layer in layers:
-                layer.enable_adapters(variant.adapter is not None)
-                if variant.adapter is not None:
-                    layer.set_adapter([variant.adapter] if isinstance(layer, BaseTunerLayer) else variant.adapter)
+                is_tuner = isinstance(layer, BaseTunerLayer)  # the others know only adapters that replace their module
+                used = variant.adapter is not None and (is_tuner or variant.adapter in layer._adapters)
+                layer.enable_adapters(used)
+                if used:
+                    layer.set_adapter([variant.adapter] if is_tuner else variant.adapter)
             forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
             if not forwards:
                 return type(unit.module).forward(unit.module, *args, **kwargs)

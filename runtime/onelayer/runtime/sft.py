@@ -1,5 +1,6 @@
-"""TRL's SFTTrainer and what it leaves out: a halt on a bad loss, a count of saved activations, complete checkpoints.
+"""The trainers and what they leave out: a halt on a bad loss, a count of saved activations, complete checkpoints.
 
+TRL's SFTTrainer trains models that predict tokens, transformers' own Trainer those that predict a class.
 Imports trl, transformers and torch; import it where training starts.
 """
 
@@ -14,7 +15,7 @@ import torch
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.errors import InputError
@@ -43,8 +44,8 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
     )
 
 
-class LoraTrainer(SFTTrainer):
-    """An SFTTrainer that stops before a step on a loss that is no number, and measures its first forward pass."""
+class _Watched(Trainer):
+    """A Trainer that stops before a step on a loss that is no number, and measures its first forward pass."""
 
     saved_activation_bytes: int | None = None
     activations: TrainActivations | None = None
@@ -58,10 +59,10 @@ class LoraTrainer(SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; in the first call, what is saved for its backward pass is counted."""
         if self.saved_activation_bytes is not None:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+            return super().compute_loss(model, inputs, *args, **kwargs)
         compressed = nullcontext(None) if self.activations is None else self.activations.counted()
         with SavedBytes(model) as saved, compressed as figures:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.saved_activation_bytes = saved.total + (0 if figures is None else figures.total_bytes)
         return loss
 
@@ -69,7 +70,7 @@ class LoraTrainer(SFTTrainer):
         """Forward and backward of one batch; raises before the optimiser can use a loss that is no number."""
         if self.activations is not None and self.activations.unseen:
             self.activations.look(lambda: self._plain_loss(model, inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(float(loss)):
             step = self.state.global_step + 1
             raise FloatingPointError(
@@ -83,6 +84,14 @@ class LoraTrainer(SFTTrainer):
         with self.compute_loss_context_manager():
             loss: torch.Tensor = bare(**self._prepare_inputs(inputs)).loss
         return loss
+
+
+class LoraTrainer(_Watched, SFTTrainer):
+    """For models that predict tokens."""
+
+
+class ClassTrainer(_Watched):
+    """For sequence classifiers, whose rows are padded to the longest of their batch."""
 
 
 class SavedBytes:

@@ -1,7 +1,8 @@
-"""LoRA training: a directory that fits in memory (an emulator, or any plain causal model) and data in, an adapter out.
+"""LoRA training: a directory that fits in memory (an emulator, or any plain model) and data in, an adapter out.
 
-LoRA is PEFT's and the loop is TRL's. Everything that can be refused is refused before weights are read. The work
-directory beside the output holds the checkpoints; the adapter appears in one rename, when it is complete.
+LoRA is PEFT's, the loop TRL's, for sequence classifiers transformers'. Everything that can be refused is refused before
+weights are read. The work directory beside the output holds the checkpoints; the adapter appears in one rename, when it
+is complete.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.errors import InputError
@@ -28,9 +29,6 @@ from onelayer.runtime.train_settings import (
     trainer_arguments,
 )
 from onelayer.runtime.trainer_args import NON_SEMANTIC_ARGS
-
-if TYPE_CHECKING:
-    from onelayer.runtime.sft import LoraTrainer
 
 SETTINGS_FILE = "settings.json"
 
@@ -80,7 +78,8 @@ def train_lora(
 ) -> TrainResult:
     """Train a LoRA adapter on `emulator` and write it, with its provenance, to the directory `output`.
 
-    `lora` and `args` hold further fields of PEFT's LoraConfig and TRL's SFTConfig, by their own names. `resume`
+    `lora` and `args` hold further fields of PEFT's LoraConfig and TRL's SFTConfig, by their own names. The head of a
+    sequence classifier is trained and saved whole, unless `lora` has an empty `modules_to_save`. `resume`
     continues an interrupted run from its newest checkpoint, and starts anew where there is none. "all-linear" leaves
     out the head, and the experts and routers of mixtures, which are no linear modules. `activations` ("none", "layer",
     "sublayer") are compressed to factors of `activation_rank` (a number, a share of the hidden size, or "auto", the
@@ -165,10 +164,11 @@ def _train(
     from onelayer.runtime.adapter_directory import write_adapter_directory
     from onelayer.runtime.sft import logged_losses, mean_loss, newest_checkpoint
     from onelayer.runtime.train_activations import TrainActivations
+    from onelayer.runtime.trainers import make_trainer
 
     cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
     with _global_random_state(), Meter(torch.device("cuda" if cuda else "cpu")) as meter:
-        trainer = _trainer(model, examples, fields, arguments, work, cuda)
+        trainer = make_trainer(model, examples, fields, arguments, work, cuda)
         if settings.activations != "none":
             assert trainer.model is not None
             trainer.activations = TrainActivations(trainer.model, settings, work)
@@ -192,45 +192,6 @@ def _train(
     with atomic_directory(output) as partial:
         write_adapter_directory(partial, adapted, model, {**record, "training": figures})
     return TrainResult.model_validate({"output": str(output), **figures})
-
-
-def _trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, cuda: bool
-) -> "LoraTrainer":
-    """The trainer with the adapter attached, freshly initialised from the seed."""
-    import peft
-    import torch
-    from datasets import Dataset  # type: ignore[import-untyped]
-    from transformers import PrinterCallback, ProgressCallback
-    from transformers.pytorch_utils import Conv1D
-    from trl.trainer.sft_config import SFTConfig
-
-    from onelayer.runtime.sft import LoraTrainer, MarkComplete, Progress, linear_targets
-
-    dtype = model.config.dtype
-    precision = {"bf16": cuda and dtype == torch.bfloat16, "fp16": cuda and dtype == torch.float16}
-    # Rows are ready for the collator as they are, unless TRL is to pack them.
-    prepared = {"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}}
-    try:
-        config = SFTConfig(**{"output_dir": str(work), "use_cpu": not cuda, **precision, **prepared, **arguments})
-        loaded = model.load()
-        transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
-        plain = fields.model_copy(update={"target_modules": linear_targets(loaded, fields.target_modules)})
-        trainer = LoraTrainer(
-            model=loaded,
-            args=config,
-            train_dataset=Dataset.from_list(examples.rows),
-            processing_class=model.tokenizer,
-            peft_config=peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **plain.model_dump()),
-            callbacks=[Progress(), MarkComplete()],
-        )
-    except InputError:
-        raise
-    except (ValueError, TypeError) as error:  # combinations of arguments, and target modules, that they refuse
-        raise InputError(f"training cannot start: {error}") from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.examples import load_tokenizer, read_examples, tokenize
+from onelayer.compiler.examples import load_tokenizer, read_examples
 from onelayer.compiler.files import read_json
+from onelayer.compiler.labels import Classes, is_classifier, predicted_classes, tokenize_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainModel:
-    """A causal model directory. `ranks` are its compressed modules (none in a plain model); `base` is the original."""
+    """A model directory. `ranks` are its compressed modules (none in a plain model); `base` is the original.
+
+    `classes` are those that it predicts; None where it is a causal model.
+    """
 
     directory: Path
     ranks: Mapping[str, int]
@@ -28,6 +32,7 @@ class TrainModel:
     config: "PreTrainedConfig"
     model_class: "type[PreTrainedModel]"
     tokenizer: "PreTrainedTokenizerBase"
+    classes: Classes | None
 
     def load(self) -> "PreTrainedModel":
         """The model with its weights, on the host."""
@@ -39,9 +44,12 @@ class TrainModel:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Token rows for the trainer (`input_ids`, `labels`), a digest of all of them, and how many had no label."""
+    """Token rows for the trainer (`input_ids`, `labels`), a digest of all of them, and how many had no label.
 
-    rows: list[dict[str, list[int]]]
+    `labels` are as many as the ids, or the one class of the text.
+    """
+
+    rows: list[dict[str, Any]]
     digest: str
     skipped: int
 
@@ -70,9 +78,13 @@ def read_model(directory: Path, name: str) -> TrainModel:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     loaded_class = model_class(config, directory)
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    if loaded_class.__name__ not in known:
-        raise InputError(f"{directory}: {loaded_class.__name__} is not a causal language model, which training needs")
-    return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory))
+    classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
+    if loaded_class.__name__ not in known and classes is None:
+        raise InputError(
+            f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
+            "training needs"
+        )
+    return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
 
 
 def _snapshot_revision(directory: Path) -> str | None:
@@ -87,7 +99,7 @@ def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData
     rows = []
     skipped = 0
     for example in read_examples(data):
-        tokens = tokenize(example, model.tokenizer, max_length, append_eos=True)
+        tokens = tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)
         if not tokens.labelled:
             skipped += 1
             continue
@@ -96,9 +108,10 @@ def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData
                 f"{example.source}: {len(tokens.input_ids)} tokens, and {model.directory} has positions for {limit}; "
                 f"set max_length to {limit} or less"
             )
-        for ids in (tokens.input_ids, tokens.labels):
+        for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        rows.append({"input_ids": tokens.input_ids, "labels": tokens.labels})
+        labels = tokens.labels if tokens.label is None else tokens.label
+        rows.append({"input_ids": tokens.input_ids, "labels": labels})
     if not rows:
         raise InputError(f"{data}: no example has a labelled token within max_length {max_length}; raise it")
     return TrainData(rows, digest.hexdigest(), skipped)
