@@ -10,13 +10,14 @@ import torch.nn.functional as F
 
 from adapters import load_adapter, random_adapter
 from classifiers import FAMILIES, TEXTS, row_losses, save_classifier, write_labelled
-from onelayer.compiler import compile_emulator, evaluate_model, polish_adapter
+from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
+from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import load_tokenizer
 from onelayer.compiler.labels import predicted_classes
 from onelayer.compiler.polish_data import TrainRows
 from onelayer.compiler.polish_job import Settings
-from onelayer.runtime import load_emulator
+from onelayer.runtime import load_emulator, train_lora
 from tiny import save_tiny
 
 TARGETS = {"bert": ["query", "value", "dense"], "llama": ["q_proj", "down_proj"]}
@@ -194,3 +195,73 @@ def test_a_checkpoint_without_the_head_is_refused_by_name(tmp_path: Path) -> Non
         (tmp_path / "headless" / name).write_bytes((tmp_path / "model" / name).read_bytes())
     with pytest.raises(InputError, match=r"classifier\.weight"):
         evaluate_model(tmp_path / "headless", write_labelled(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_the_whole_loop(family: str, trains_head: bool, tmp_path: Path) -> None:
+    directory, data = tmp_path / "model", write_labelled(tmp_path / "data.jsonl")
+    model = save_classifier(family, directory)
+    compile_emulator(directory, data, tmp_path / "emulator", ratio=0.5)
+    lora = None if trains_head else {"modules_to_save": []}
+    trained = train_lora(
+        tmp_path / "emulator", data, tmp_path / "adapter", max_steps=12, batch_size=3, learning_rate=2e-2, lora=lora
+    )
+    assert trained.losses[-1][1] < trained.losses[0][1]
+    source = Adapter.open(tmp_path / "adapter")
+    assert (f"{HEAD[family]}.weight" in source.dense) is trains_head
+    assert not any(HEAD[family] in name for name in source.modules)
+    auto: dict[str, Any] = {"limit": "auto", "data": data, "batch_size": 2}
+    for name, how in (("limit3", {"limit": 3.0}), ("auto", auto)):
+        correct_adapter(
+            tmp_path / "adapter", emulator=tmp_path / "emulator", model=directory, output=tmp_path / name, **how
+        )
+    polish_adapter(tmp_path / "auto", model=directory, data=data, output=tmp_path / "polished", steps=2, batch_size=7)
+    for name in ("limit3", "auto", "polished"):
+        carried = Adapter.open(tmp_path / name)
+        assert carried.dense.keys() == source.dense.keys()
+        for parameter, key in source.dense.items():
+            assert torch.equal(carried.read(carried.dense[parameter]), source.read(key))
+    names = ["adapter", "limit3", "auto", "polished"]
+    scores = evaluate_model(directory, data, adapters=[tmp_path / name for name in names], batch_size=2).results
+    for score, name in zip(scores[1:], names, strict=True):
+        losses, accuracy = row_losses(resident(model, directory, tmp_path / name), directory)
+        assert score.loss == pytest.approx(losses.mean().item(), rel=1e-4)
+        assert score.token_accuracy == pytest.approx(accuracy)
+    assert scores[4].loss < scores[3].loss < scores[0].loss
+    merge_adapter(tmp_path / "polished", model=directory, output=tmp_path / "merged")
+    merged = evaluate_model(tmp_path / "merged", data).results[0]
+    assert merged.loss == pytest.approx(scores[4].loss, rel=1e-4)
+    losses, _ = row_losses(resident(model, tmp_path / "merged"), directory)
+    assert losses.mean().item() == pytest.approx(merged.loss, rel=1e-4)
+
+
+def test_parts_of_a_step_weigh_by_their_rows(tmp_path: Path) -> None:
+    save_classifier("bert", tmp_path / "model")
+    data = write_labelled(tmp_path / "data.jsonl", TEXTS[:6])
+    options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "args": {"max_grad_norm": 1e9}}
+    whole = train_lora(tmp_path / "model", data, tmp_path / "whole", batch_size=6, **options)
+    parts = train_lora(tmp_path / "model", data, tmp_path / "parts", batch_size=2, gradient_accumulation=3, **options)
+    for (_, first), (_, second) in zip(whole.losses, parts.losses, strict=True):
+        assert first == pytest.approx(second, rel=1e-3)
+    a, b = (Adapter.open(tmp_path / name) for name in ("whole", "parts"))
+    for key in a.tensors:
+        torch.testing.assert_close(a.read(key), b.read(key), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"args": {"packing": True}}, r"args\.packing: is for models that predict tokens"),
+        ({"pad_token_id": 3}, {}, r"pad_token_id is 3 in config\.json and 0 in the tokenizer"),
+        ({"num_labels": 2}, {}, r"field 'label' is 'colour'; write a number from 0 to 1"),
+    ],
+)
+def test_training_that_cannot_be_right_is_refused(
+    changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save_classifier("llama", tmp_path / "model", **changes)
+    data = write_labelled(tmp_path / "data.jsonl")
+    with pytest.raises(InputError, match=message):
+        train_lora(tmp_path / "model", data, tmp_path / "out", max_steps=1, **options)
+    assert not (tmp_path / "out").exists()

@@ -31,7 +31,8 @@ def evaluate(
 ) -> None:
     """Score MODEL, and MODEL with each adapter, layer by layer.
 
-    Prints loss, perplexity and accuracy; everything shares one pass over the layers.
+    Prints loss, perplexity and accuracy, of a sequence classifier over texts instead of tokens; everything shares one
+    pass over the layers.
 
     \b
     Example:

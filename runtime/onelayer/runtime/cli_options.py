@@ -61,7 +61,13 @@ def parse_bytes(text: str | int) -> int:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must not hold files yet.")]
-Data = Annotated[str, typer.Option(metavar="DATA", help="A .jsonl, .txt or .parquet file, a directory, or a Hub id.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DATA",
+        help="A .jsonl, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and label.",
+    ),
+]
 Calibration = Annotated[
     list[str],
     typer.Option(metavar="DATA", help="Text like that of your tasks: file, directory or Hub id; may be repeated."),

@@ -46,7 +46,8 @@ def train(
 ) -> None:
     """Train a LoRA adapter on EMULATOR.
 
-    PEFT and TRL do the training; `onelayer correct` then fits the adapter to the original.
+    PEFT and TRL do the training; `onelayer correct` then fits the adapter to the original. A sequence classifier learns
+    from rows of text and label, its head included.
 
     \b
     Example:
