@@ -203,7 +203,7 @@ def test_the_whole_loop(family: str, trains_head: bool, tmp_path: Path) -> None:
     directory, data = tmp_path / "model", write_labelled(tmp_path / "data.jsonl")
     model = save_classifier(family, directory)
     compile_emulator(directory, data, tmp_path / "emulator", ratio=0.5)
-    lora = None if trains_head else {"modules_to_save": []}
+    lora: dict[str, Any] | None = None if trains_head else {"modules_to_save": []}
     trained = train_lora(
         tmp_path / "emulator", data, tmp_path / "adapter", max_steps=12, batch_size=3, learning_rate=2e-2, lora=lora
     )
