@@ -18,9 +18,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.files import onelayer_home
+from onelayer.compiler.measure import return_free_memory
 
 # Smaller tensors cost less to keep than to file.
 SMALLEST_BYTES = 16 << 10
+# A tensor that moves to a file leaves a hole between what the model allocates, which nothing may fill: without giving
+# them back the process grows with the number of batches. At each tensor that would take a quarter longer.
+MOST_FREED_BYTES = 4 << 20
 # By default parked states may take this share of the memory that is free when the pass begins.
 DEFAULT_SHARE = 0.5
 
@@ -33,6 +37,7 @@ class Parking:
         self.budget_bytes = int(available * DEFAULT_SHARE) if budget_bytes is None else budget_bytes
         self.spilled_bytes = 0
         self.held_bytes = 0  # host memory of the storages behind all tensors seen that still live
+        self._freed_bytes = 0  # by tensors that went to files since free memory was last given back
         self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._users: Counter[int] = Counter()  # how many of them share a storage, by its address
 
@@ -75,3 +80,7 @@ class Parking:
             mapped.copy_(tensor.reshape(-1))
             tensor.set_(mapped.untyped_storage(), 0, tensor.shape, tensor.stride())
         self.spilled_bytes += tensor.nbytes
+        self._freed_bytes += tensor.nbytes
+        if self._freed_bytes >= MOST_FREED_BYTES:
+            return_free_memory()
+            self._freed_bytes = 0
