@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -230,23 +231,25 @@ def compile_in_child(model: Path, data: Path, output: Path, samples: int, home: 
 def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path, own_store: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
     data = tmp_path / "long.jsonl"
-    data.write_text("".join(json.dumps({"text": " ".join(TEXTS) * 2 + str(i)}) + "\n" for i in range(24)))
+    data.write_text("".join(json.dumps({"text": " ".join(TEXTS) * 2 + str(i)}) + "\n" for i in range(96)))
     for layers in (2, 8):
         causal("Llama", num_hidden_layers=layers, **shape).save_pretrained(tmp_path / str(layers))
         tiny_tokenizer(tmp_path / str(layers))
     # A process that has computed before holds free memory, which would hide what the next pass takes: one child each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["onelayer.compiler.compile", "transformers.models.llama.modeling_llama"])
-    grown = {}
-    for layers, samples in ((2, 4), (2, 24), (8, 4), (8, 24)):
-        output = tmp_path / f"emulator-{layers}-{samples}"
+    grown: dict[tuple[int, int], list[int]] = {}
+    # What is held is there in every run, the holes that an allocator leaves in some: the least of three counts.
+    for (layers, samples), run in product(((2, 4), (8, 4), (2, 96)), range(3)):
+        output = tmp_path / f"emulator-{layers}-{samples}-{run}"
         arguments = (tmp_path / str(layers), data, output, samples, str(own_store))
         process = context.Process(target=compile_in_child, args=arguments)
         process.start()
         process.join()
         report = json.loads((output / "report.json").read_text())
-        grown[layers, samples] = report["peak_device_bytes"]
+        grown.setdefault((layers, samples), []).append(report["peak_device_bytes"])
         assert report["peak_device_bytes"] <= report["largest_unit_bytes"] + report["workspace_bytes"]
+    least = {setting: min(peaks) for setting, peaks in grown.items()}
     layer_bytes = report["largest_unit_bytes"]
-    assert grown[8, 4] - grown[2, 4] < 2 * layer_bytes, "six more layers are held"
-    assert grown[8, 24] - grown[8, 4] < 2 * layer_bytes, "twenty more samples are held"
+    assert least[8, 4] - least[2, 4] < 2 * layer_bytes, "six more layers are held"
+    assert least[2, 96] - least[2, 4] < 2 * layer_bytes, "92 more samples are held"

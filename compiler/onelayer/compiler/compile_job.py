@@ -28,7 +28,7 @@ from onelayer.compiler.experts import stacks_below
 from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.factorize import Solver, factorize
 from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, StackSummary, kept_bytes_share
-from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.measure import Meter, Report, Result, return_free_memory
 from onelayer.compiler.moments import NON_FINITE_LIMIT, MomentHooks, Moments, weight_shape
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantised_factors import output_energy, pack_dense, pack_factors
@@ -199,6 +199,7 @@ class Compilation:
             assert isinstance(weight, torch.Tensor)
             both = self.settings.rank_allocation == "spectrum"
             yield name, self._compress(name, weight, moments, self.ranks[name], None, both)
+            return_free_memory()  # the solver's, lest the next one's come on top where its holes do not fit
 
     def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
         return compress_stacks(calls, self.stack_ranks, self._compress)
