@@ -18,7 +18,7 @@ from onelayer.runtime.cli_commands import app
 
 # Scripts and manifests depend on these names: a change here is a change for every user.
 OPTIONS = {
-    "plan": "MODEL --batch-size --emulator --json --lora-rank --max-length --memory",
+    "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
     "compile": (
         "MODEL --batch-size --calibration --device --factor-dtype --host-memory --json --keep-bytes --max-length "
         "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"

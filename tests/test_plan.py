@@ -16,8 +16,8 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
 from onelayer.compiler.units import StreamedModel
-from onelayer.runtime.plan import plan_run, ratio_for
-from onelayer.runtime.plan_choice import best_ratio
+from onelayer.runtime.plan import plan_run, size_for
+from onelayer.runtime.plan_choice import LARGEST_RATIO, best_dtype, best_ratio, choose_each
 from onelayer.runtime.plan_memory import Setting, emulator_bytes, stored_copy_bytes, train_memory
 from onelayer.runtime.plan_parts import expert_parts
 from onelayer.runtime.plan_skeleton import read_shapes
@@ -162,8 +162,7 @@ def test_too_little_memory_says_what_limits_and_what_to_give_up(tmp_path: Path) 
     assert plan.limit.startswith("train: the loss")
     assert any(row.give_up == "--batch-size 1" for row in plan.give_up)
     with pytest.raises(InputError, match="--memory: too little for train: the loss"):
-        ratio_for(folder, 100 << 20)
-    assert 0 < ratio_for(folder, GIB) < 1
+        size_for(folder, 100 << 20)
 
 
 def test_quantised_factors_hold_more_in_the_same_bytes() -> None:
@@ -172,6 +171,43 @@ def test_quantised_factors_hold_more_in_the_same_bytes() -> None:
     setting = Setting(batch_size=1, max_length=1024, where="sublayer", rank=0.125)
     plain, nf4 = (best_ratio(LARGE, setting, 8 * GIB, dtype).reached for dtype in ("bf16", "nf4"))
     assert nf4 > 2 * plain > 0
+
+
+def test_rank_comes_before_precision() -> None:
+    setting = Setting(batch_size=1, max_length=1024)
+    for card, expected in (
+        (6, "nf4"),
+        (8, "nf4"),
+        (12, "int8"),
+        (16, "int8"),
+        (20, "bf16"),
+        (24, "bf16"),
+        (64, "bf16"),
+    ):
+        choices = choose_each(LARGE, setting, card * GIB)
+        ratios = {dtype: choice.ratio for dtype, choice in choices.items()}
+        assert list(ratios) == ["bf16", "int8", "nf4"]
+        assert best_dtype(ratios) == expected
+    assert best_dtype({"bf16": None, "int8": None, "nf4": None}) == "nf4"
+
+
+def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path, "llama")
+    # Where nearly all fits, the original's own dtype; what is named is kept.
+    assert size_for(folder, GIB) == (LARGEST_RATIO, None)
+    assert size_for(folder, GIB, factor_dtype="bf16") == (LARGEST_RATIO, "bf16")
+    assert plan_run(folder, GIB, timing=False).factor_dtype == "bf16"
+    small = plan_run(folder, 100 << 20, timing=False)
+    assert small.factor_dtype == "nf4"
+    assert not any("bitsandbytes" in remark for remark in small.remarks)
+    named = plan_run(folder, GIB, max_length=16, batch_size=1, factor_dtype="int8", timing=False)
+    assert named.factor_dtype == "int8"
+    assert named.predicted.emulator_bytes == next(
+        row.emulator_bytes for row in named.choices if row.factor_dtype == "int8"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lacking = plan_run(folder, 100 << 20, timing=False)
+    assert any("bitsandbytes" in remark and "--factor-dtype int8" in remark for remark in lacking.remarks)
 
 
 def test_spectra_say_what_each_choice_leaves_out(tmp_path: Path) -> None:

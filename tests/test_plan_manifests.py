@@ -11,7 +11,7 @@ import yaml
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.shapes import ModelShapes, shapes_of
 from onelayer.runtime.manifest import Manifest, load_manifest, manifest_schema
-from onelayer.runtime.plan_manifest import Costs, ratio_within, setting_of
+from onelayer.runtime.plan_manifest import Costs, setting_of, size_of_shapes
 from onelayer.runtime.steps import steps_of
 from onelayer.runtime.trainer_args import trainer_args_model
 
@@ -20,10 +20,10 @@ REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "demo.
 # hidden, inner, layers, key and value width, vocabulary; as in the models' own config.json
 SIZES = {"8b": (4096, 14336, 32, 1024, 128256), "32b": (5120, 25600, 64, 1024, 151936)}
 RANGES = {
-    "llama-8b-8gb.yaml": (0.25, 0.6),
-    "llama-8b-16gb.yaml": (0.7, 0.95),
-    "llama-8b-24gb.yaml": (0.9, 0.95),
-    "qwen-32b-24gb.yaml": (0.7, 0.95),
+    "llama-8b-8gb.yaml": ("nf4", 0.7, 0.95),
+    "llama-8b-16gb.yaml": (None, 0.85, 0.95),
+    "llama-8b-24gb.yaml": (None, 0.9, 0.95),
+    "qwen-32b-24gb.yaml": ("nf4", 0.7, 0.95),
 }
 
 
@@ -68,15 +68,20 @@ def test_a_manifest_loads_and_has_steps(tmp_path: Path, name: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_a_budget_gives_a_ratio(tmp_path: Path, name: str) -> None:
+def test_a_budget_gives_a_ratio_and_a_factor_dtype(tmp_path: Path, name: str) -> None:
     manifest = placed(tmp_path, name)
     assert manifest.emulator is not None
     assert manifest.emulator.memory is not None
     shapes = decoder("32b" if "32b" in name else "8b")
-    low, high = RANGES[name]
-    assert low <= ratio_within(manifest, shapes, manifest.emulator.memory) <= high
+    dtype, low, high = RANGES[name]
+    size = size_of_shapes(manifest, manifest.emulator, shapes)
+    assert size.factor_dtype == dtype
+    assert low <= size.ratio <= high
+    named = manifest.emulator.model_copy(update={"factor_dtype": "int8"})
+    assert size_of_shapes(manifest, named, shapes).factor_dtype == "int8"
+    little = manifest.emulator.model_copy(update={"memory": 1 << 30})
     with pytest.raises(InputError, match=r"emulator\.memory: tasks\.support cannot be trained"):
-        ratio_within(manifest, shapes, 1 << 30)
+        size_of_shapes(manifest, little, shapes)
 
 
 def test_the_planner_sees_what_a_task_sets(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ FactorDtype = Literal["bf16", "int8", "nf4"]
 # This many neighbours of a row share one scale, a bfloat16, which has the range of float32.
 BLOCK, SCALE_BYTES = 64, 2
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
+INSTALL = "nf4 factors need bitsandbytes: pip install 'onelayer[quantised]'"
 # A budget in bytes is a share of what the linears take at this size, whatever the dtype they are stored in.
 REFERENCE_BYTES = 2
 

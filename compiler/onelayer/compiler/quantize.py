@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import BLOCK, SCALE_BYTES, FactorDtype, is_blockwise
+from onelayer.compiler.factor_dtypes import BLOCK, INSTALL, SCALE_BYTES, FactorDtype, is_blockwise
 
-INSTALL = "nf4 factors need bitsandbytes: pip install 'onelayer[quantised]'"
 LEVELS = 127
 
 

@@ -60,11 +60,11 @@ def compile_(
     from onelayer.compiler import compile_emulator
 
     if memory_bytes is not None:
-        from onelayer.runtime.plan import ratio_for
+        from onelayer.runtime.plan import size_for
 
         if ratio is not None or keep_bytes is not None:
             raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
-        ratio = ratio_for(model, memory_bytes, factor_dtype=factor_dtype)
+        ratio, factor_dtype = size_for(model, memory_bytes, factor_dtype=factor_dtype)
     print_result(
         lambda: compile_emulator(
             model,

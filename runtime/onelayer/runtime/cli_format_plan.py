@@ -14,7 +14,8 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         stored = document["activations"]
         how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"
         head = (
-            f"{document['model']}: fits in {size(memory)} with ratio {document['ratio']}, activations {how}; {settings}"
+            f"{document['model']}: fits in {size(memory)} with ratio {document['ratio']} of {document['factor_dtype']} "
+            f"factors, activations {how}; {settings}"
         )
     else:
         head = f"{document['model']}: does not fit in {size(memory)}; {settings}"

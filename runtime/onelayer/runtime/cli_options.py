@@ -87,7 +87,7 @@ FactorDtype = Annotated[
     Literal["bf16", "int8", "nf4"] | None,
     typer.Option(
         help="How the emulator's factors are stored; nf4 holds 3.8 times the rank of bf16.",
-        show_default="as MODEL is",
+        show_default="as MODEL is, or by --memory",
     ),
 ]
 MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
@@ -177,7 +177,7 @@ CompileMemory = Annotated[
         "--memory",
         parser=parse_bytes,
         metavar="SIZE",
-        help="Instead of a ratio: the largest that can be trained on a device of this size.",
+        help="Instead of a ratio: the best ratio and factor dtype that can be trained on a device of this size.",
     ),
 ]
 MaxSize = Annotated[

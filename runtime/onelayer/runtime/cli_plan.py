@@ -7,7 +7,7 @@ import typer
 
 from onelayer.runtime.cli_format import print_result
 from onelayer.runtime.cli_format_plan import plan_summary
-from onelayer.runtime.cli_options import Json, MaxLength, Memory
+from onelayer.runtime.cli_options import FactorDtype, Json, MaxLength, Memory
 
 
 def plan(
@@ -18,6 +18,7 @@ def plan(
     max_length: MaxLength = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step and device.")] = 8,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
+    factor_dtype: FactorDtype = None,
     emulator: Annotated[
         Path | None, typer.Option(metavar="DIR", help="An emulator of MODEL; its spectra say what each choice loses.")
     ] = None,
@@ -25,7 +26,8 @@ def plan(
 ) -> None:
     """Say what fits in a memory budget, before any weight is read.
 
-    The largest emulator that can be trained, how its activations are stored, predicted peaks and rough durations.
+    The best emulator that can be trained, how its factors and activations are stored,
+    predicted peaks and rough durations.
 
     \b
     Example:
@@ -36,7 +38,13 @@ def plan(
 
     print_result(
         lambda: plan_run(
-            model, memory_bytes, max_length=max_length, batch_size=batch_size, lora_rank=lora_rank, emulator=emulator
+            model,
+            memory_bytes,
+            max_length=max_length,
+            batch_size=batch_size,
+            lora_rank=lora_rank,
+            factor_dtype=factor_dtype,
+            emulator=emulator,
         ),
         plan_summary,
         as_json,

@@ -4,12 +4,13 @@ From headers and config.json alone: no weight is loaded. Predictions are of byte
 `scripts/measure_plan.py` compare them with counts of what really lived.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.checkpoint import Checkpoint, resolve_model
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import FactorDtype
+from onelayer.compiler.factor_dtypes import INSTALL, FactorDtype
 from onelayer.compiler.files import read_json
 from onelayer.compiler.measure import Result
 from onelayer.compiler.ranks import rank_for
@@ -20,12 +21,14 @@ from onelayer.runtime.plan_choice import (
     Alternative,
     Choice,
     alternatives,
+    best_dtype,
     choose,
+    choose_each,
+    kind_of,
     limit_of,
     median_rank,
 )
 from onelayer.runtime.plan_memory import (
-    FACTOR_BYTES,
     Setting,
     compile_bytes,
     correct_bytes,
@@ -81,7 +84,7 @@ class FactorChoice(Result):
 
 
 class PlanResult(Result):
-    """What fits in `memory_bytes`; `ratio` is None where nothing does."""
+    """What fits in `memory_bytes`; `ratio` is None where nothing does. `bf16` stands for the original's own dtype."""
 
     model: str
     memory_bytes: int
@@ -89,6 +92,7 @@ class PlanResult(Result):
     batch_size: int
     fits: bool
     ratio: float | None
+    factor_dtype: FactorDtype
     activations: str
     activation_rank: float | None
     predicted: Predicted
@@ -108,6 +112,7 @@ def plan_run(
     max_length: int = MAX_LENGTH,
     batch_size: int = BATCH_SIZE,
     lora_rank: int = LORA_RANK,
+    factor_dtype: FactorDtype | None = None,
     on_gpu: bool = True,
     emulator: str | Path | None = None,
     speed: Speed | None = None,
@@ -116,18 +121,18 @@ def plan_run(
 ) -> PlanResult:
     """Plan for a device with `memory_bytes`; `model` may be a directory without weights, only with its config.json.
 
-    `emulator` is one of this model: its spectra say what each choice would lose. Durations are of `speed`, by default
-    tried for a second on this machine (never where `timing` is false or there are no weights to read). Raises
-    `InputError` for what the caller can mend.
+    `factor_dtype` fixes how factors are stored; None chooses that together with the ratio. `emulator` is one of this
+    model: its spectra say what each choice would lose. Durations are of `speed`, by default tried for a second on this
+    machine (never where `timing` is false or there are no weights to read). Raises `InputError` for what the caller can
+    mend.
     """
     if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
     directory = resolve_model(model, revision)
     shapes = read_shapes(directory)
     setting = Setting(batch_size, max_length, lora_rank, on_gpu=on_gpu)
-    dtypes: list[FactorDtype] = list(FACTOR_BYTES)
-    found = {dtype: choose(shapes, setting, memory_bytes, dtype) for dtype in dtypes}
-    best = found["bf16"]
+    found = choose_each(shapes, setting, memory_bytes)
+    best = found[factor_dtype or best_dtype({dtype: choice.ratio for dtype, choice in found.items()})]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else _spectra(Path(emulator))
@@ -138,6 +143,7 @@ def plan_run(
         batch_size=batch_size,
         fits=best.ratio is not None,
         ratio=best.ratio,
+        factor_dtype=best.factor_dtype,
         activations=best.setting.where,
         activation_rank=best.setting.rank,
         predicted=predict(shapes, best),
@@ -151,18 +157,25 @@ def plan_run(
     )
 
 
-def ratio_for(model: str | Path, memory_bytes: int, *, factor_dtype: FactorDtype | None = None) -> float:
-    """The ratio of `compile --memory`: the largest with which training fits too, planned as `plan_run` does by default.
+def size_for(
+    model: str | Path, memory_bytes: int, *, factor_dtype: FactorDtype | None = None
+) -> tuple[float, FactorDtype | None]:
+    """Ratio and factor dtype of `compile --memory`: the best with which training fits too, as `plan_run` chooses them.
 
-    Raises `InputError` where none does.
+    A dtype that is given is kept; None comes back where the original's own is the best. Raises `InputError` where no
+    ratio fits.
     """
-    shapes = read_shapes(resolve_model(model))
-    found = choose(shapes, Setting(BATCH_SIZE, MAX_LENGTH), memory_bytes, factor_dtype or "bf16")
+    shapes, setting = read_shapes(resolve_model(model)), Setting(BATCH_SIZE, MAX_LENGTH)
+    if factor_dtype is None:
+        choices = choose_each(shapes, setting, memory_bytes)
+        found = choices[best_dtype({dtype: choice.ratio for dtype, choice in choices.items()})]
+    else:
+        found = choose(shapes, setting, memory_bytes, factor_dtype)
     if found.ratio is None:
         offers = [f"{row.give_up} allows {row.ratio}" for row in alternatives(shapes, found, memory_bytes)[:2]]
         reason = limit_of(shapes, found, memory_bytes)
         raise InputError(f"--memory: too little for {reason}; {'; '.join(offers) or 'give more memory'}")
-    return found.ratio
+    return found.ratio, factor_dtype or kind_of(found.factor_dtype)
 
 
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
@@ -263,6 +276,8 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
         )
     if choice.ratio is not None and choice.ratio < 0.15:
         remarks.append("below a ratio of 0.15 little of what is learnt reaches the original; polish the adapter")
+    if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        remarks.append(f"{INSTALL}, which is not there; or choose --factor-dtype int8")
     if choice.ratio == LARGEST_RATIO:
         remarks.append(f"{LARGEST_RATIO} is the largest ratio that is looked at")
     return remarks

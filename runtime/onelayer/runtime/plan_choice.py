@@ -1,8 +1,9 @@
-"""Shapes and a memory budget in; the largest keep-ratio and how activations are stored out, with what limits it."""
+"""Shapes and a memory budget in; factor dtype, keep-ratio and how activations are stored out, with what limits them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import get_args
 
 from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.measure import Result
@@ -85,6 +86,26 @@ def choose(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: Fact
     return next(choice for choice in choices if choice.reached >= WORTHWHILE * best)
 
 
+def choose_each(shapes: ModelShapes, setting: Setting, budget_bytes: int) -> dict[FactorDtype, Choice]:
+    """The choice for every factor dtype, those that round the least first."""
+    dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype)
+    return {dtype: choose(shapes, setting, budget_bytes, dtype) for dtype in dtypes}
+
+
+def best_dtype(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
+    """Of the largest ratios that each dtype allows, the least rounded that keeps nearly all, else those of nf4.
+
+    Rank is worth more than precision: in the same bytes nf4 factors were the best at every size that was measured
+    (manifests/LOG.md, emulators of equal bytes), so precision is bought only when there is no rank left to buy.
+    """
+    return next((dtype for dtype, ratio in ratios.items() if (ratio or 0.0) >= WORTHWHILE * LARGEST_RATIO), "nf4")
+
+
+def kind_of(dtype: FactorDtype) -> FactorDtype | None:
+    """What `compile` is told: None, the original's own dtype, for which `bf16` stands in a plan."""
+    return None if dtype == "bf16" else dtype
+
+
 def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
     """What stands against a larger ratio, in a sentence."""
     if choice.reached >= LARGEST_RATIO:
@@ -109,15 +130,15 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
 
 def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
     """What could be given up for a larger ratio, and what each would bring; the most useful first."""
-    setting = choice.setting
+    setting, stored = choice.setting, choice.factor_dtype
     offers: list[tuple[str, Setting, FactorDtype]] = []
     if setting.batch_size > 1:
         smaller = max(1, setting.batch_size // 2)
-        offers.append((f"--batch-size {smaller}", replace(setting, batch_size=smaller), "bf16"))
-        offers.append(("--batch-size 1", replace(setting, batch_size=1), "bf16"))
+        offers.append((f"--batch-size {smaller}", replace(setting, batch_size=smaller), stored))
+        offers.append(("--batch-size 1", replace(setting, batch_size=1), stored))
     if setting.max_length > 256:
         shorter = setting.max_length // 2
-        offers.append((f"--max-length {shorter}", replace(setting, max_length=shorter), "bf16"))
+        offers.append((f"--max-length {shorter}", replace(setting, max_length=shorter), stored))
     offers += [(f"factors of full precision, for {dtype}", setting, dtype) for dtype in ("int8", "nf4")]
     found = {text: choose(shapes, way, budget_bytes, dtype).reached for text, way, dtype in offers}
     rows = [Alternative(give_up=text, ratio=ratio) for text, ratio in found.items() if ratio > choice.reached]

@@ -1,11 +1,12 @@
-"""A manifest and a model's shapes in; the ratio that its memory budget allows, and what each step will cost, out.
+"""A manifest and a model's shapes in; the emulator that its memory budget allows, and what each step costs, out.
 
 Torch-free: `onelayer run --dry-run` says these things before anything is computed.
 """
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factor_dtypes import FactorDtype, keep_ratio
@@ -13,7 +14,7 @@ from onelayer.compiler.measure import Result
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
 from onelayer.runtime.manifest import Manifest
 from onelayer.runtime.manifest_sections import Emulator, Training
-from onelayer.runtime.plan_choice import best_ratio
+from onelayer.runtime.plan_choice import best_dtype, best_ratio, kind_of
 from onelayer.runtime.plan_memory import (
     Setting,
     compile_bytes,
@@ -24,8 +25,8 @@ from onelayer.runtime.plan_memory import (
 )
 from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
 
-# Raised by hand when the planner starts to choose another ratio for the same shapes and settings.
-PLANNER_VERSION = 2
+# Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
+PLANNER_VERSION = 3
 DEFAULT_BATCH_SIZE = 8
 AUTO_RANK = 0.125  # what is planned with where the rank will be measured
 
@@ -52,38 +53,53 @@ def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
     return sorted((asdict(setting) for setting in settings), key=str)
 
 
-def emulator_ratio(manifest: Manifest, directory: Path) -> float:
-    """The ratio of the common emulator. Raises `InputError` where none fits the manifest's memory."""
+@dataclass(frozen=True)
+class Size:
+    """What a compile is told of an emulator's size; None is the original's own dtype."""
+
+    ratio: float
+    factor_dtype: FactorDtype | None
+
+
+def emulator_size(manifest: Manifest, directory: Path) -> Size:
+    """Of the common emulator. Raises `InputError` where none fits the manifest's memory."""
     emulator = manifest.emulator
     assert emulator is not None
     if emulator.memory is None and emulator.keep_bytes is None:
-        return emulator.ratio
-    return _ratio_of_shapes(manifest, emulator, shapes_from_headers(directory))
+        return Size(emulator.ratio, emulator.factor_dtype)
+    return size_of_shapes(manifest, emulator, shapes_from_headers(directory))
 
 
-def _ratio_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> float:
-    """The ratio that the manifest says, or that follows from its share of bytes or its memory."""
+def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:
+    """What the manifest says, or what follows from its share of bytes or its memory."""
+    dtype = emulator.factor_dtype
     if emulator.keep_bytes is not None:
-        return keep_ratio(emulator.keep_bytes, emulator.factor_dtype, shapes.value_bytes)
-    return emulator.ratio if emulator.memory is None else ratio_within(manifest, shapes, emulator.memory)
+        return Size(keep_ratio(emulator.keep_bytes, dtype, shapes.value_bytes), dtype)
+    if emulator.memory is None:
+        return Size(emulator.ratio, dtype)
+    dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype) if dtype is None else (dtype,)
+    found = {each: _ratios(manifest, shapes, emulator.memory, each) for each in dtypes}
+    chosen = dtype or best_dtype({each: _common(ratios) for each, ratios in found.items()})
+    ratio = _common(found[chosen])
+    if ratio is None:
+        task = next(name for name, largest in found[chosen].items() if largest is None)
+        raise InputError(
+            f"{manifest.path}: emulator.memory: tasks.{task} cannot be trained in it with any emulator; lower its "
+            "max_length or per_device_train_batch_size, or compress its activations"
+        )
+    return Size(ratio, dtype or kind_of(chosen))
 
 
-def ratio_within(manifest: Manifest, shapes: ModelShapes, memory_bytes: int) -> float:
-    """The largest ratio with which every task can be trained; one with a ratio of its own takes care of itself."""
-    dtype = _factor_dtype(manifest)
+def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
+    """The largest ratio with which each task can be trained; one with a ratio of its own takes care of itself."""
     names = [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
-    found = {name: best_ratio(shapes, setting_of(manifest.training(name)), memory_bytes, dtype).ratio for name in names}
-    for name, ratio in found.items():
-        if ratio is None:
-            raise InputError(
-                f"{manifest.path}: emulator.memory: tasks.{name} cannot be trained in it with any emulator; lower its "
-                "max_length or per_device_train_batch_size, or compress its activations"
-            )
-    return min(ratio for ratio in found.values() if ratio is not None)
+    return {name: best_ratio(shapes, setting_of(manifest.training(name)), memory_bytes, dtype).ratio for name in names}
 
 
-def _factor_dtype(manifest: Manifest) -> FactorDtype:
-    return (manifest.emulator.factor_dtype if manifest.emulator else None) or "bf16"
+def _common(ratios: Mapping[str, float | None]) -> float | None:
+    """The largest with which all can be trained."""
+    known = [ratio for ratio in ratios.values() if ratio is not None]
+    return min(known) if len(known) == len(ratios) else None
 
 
 class Costs:
@@ -92,13 +108,13 @@ class Costs:
     def __init__(self, manifest: Manifest, directory: Path | None) -> None:
         self._manifest = manifest
         self._shapes: ModelShapes | None = None
-        self.ratio: float | None = None
+        self.size: Size | None = None
         if directory is None:
             return
         try:
             self._shapes = shapes_from_headers(directory)
             if manifest.emulator is not None:
-                self.ratio = _ratio_of_shapes(manifest, manifest.emulator, self._shapes)
+                self.size = size_of_shapes(manifest, manifest.emulator, self._shapes)
         except InputError:  # the step itself will say what is wrong
             self._shapes = None
 
@@ -107,17 +123,16 @@ class Costs:
         shapes = self._shapes
         if shapes is None:
             return StepCosts()
-        ratio = ratio or self.ratio or 1.0
+        whole = self.size or Size(1.0, None)
+        ratio, dtype = ratio or whole.ratio, whole.factor_dtype or "bf16"
         model = shapes.parameters * shapes.value_bytes
-        dtype = _factor_dtype(self._manifest)
-        emulator = model if direct or self.ratio is None else emulator_bytes(shapes, ratio, dtype)
+        emulator = model if direct or self.size is None else emulator_bytes(shapes, ratio, dtype)
         if kind == "compile":
             assert self._manifest.emulator is not None
             tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
             return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, ratio, tokens))
         if kind == "slice":
-            whole = emulator_bytes(shapes, self.ratio or 1.0, dtype)
-            return StepCosts(read_bytes=whole, write_bytes=emulator)
+            return StepCosts(read_bytes=emulator_bytes(shapes, whole.ratio, dtype), write_bytes=emulator)
         if task is None:
             return StepCosts()
         setting = setting_of(self._manifest.training(task))

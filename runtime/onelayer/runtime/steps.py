@@ -9,7 +9,7 @@ from typing import Any
 
 from onelayer.runtime.manifest import Manifest
 from onelayer.runtime.manifest_sections import Emulator, Lora, Training
-from onelayer.runtime.plan_manifest import PLANNER_VERSION, emulator_ratio, planned_settings
+from onelayer.runtime.plan_manifest import PLANNER_VERSION, Size, emulator_size, planned_settings
 from onelayer.runtime.sources import Source
 from onelayer.runtime.step_kinds import Step, emulator_step, fitting_step, model_source
 from onelayer.runtime.steps_adapt import correct_step, evaluate_step, merge_step, polish_step
@@ -31,20 +31,21 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
     model = model_source(manifest)
     is_local = Path(model.text).is_absolute()
 
-    def ratio() -> float:
+    def size() -> Size:
         from onelayer.compiler.checkpoint import resolve_model
 
-        return emulator_ratio(manifest, resolve_model(model.text, model.revision))
+        return emulator_size(manifest, resolve_model(model.text, model.revision))
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import compile_emulator
 
+        chosen = size()
         result = compile_emulator(
             model.text,
             list(calibration.data),
             output,
-            ratio=ratio(),
-            factor_dtype=emulator.factor_dtype,
+            ratio=chosen.ratio,
+            factor_dtype=chosen.factor_dtype,
             samples=calibration.samples,
             max_length=calibration.max_length,
             batch_size=manifest.stream.batch_size,
@@ -66,7 +67,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         "revision": None if is_local else model.revision,
     }
     sources = {f"calibration {index}": Source(data) for index, data in enumerate(calibration.data, start=1)}
-    return Step("compile", "compile", execute, fields, {"model": model, **sources}, ratio=ratio)
+    return Step("compile", "compile", execute, fields, {"model": model, **sources}, ratio=lambda: size().ratio)
 
 
 def _ratio_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
