@@ -11,6 +11,7 @@ import torch
 from adapters import load_original, random_adapter
 from emulators import write_emulator
 from onelayer.compiler import correct_auto
+from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.checkpoint import Checkpoint
 from onelayer.compiler.correct import CorrectResult, correct_adapter
 from onelayer.compiler.errors import InputError
@@ -54,16 +55,16 @@ def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
     setting = Setting(tmp_path, family, **LORA[family])
     result = setting.correct("auto", limit="auto", data=setting.data, batch_size=2)
     assert result.candidates is not None
-    assert [(item.solver, item.limit) for item in result.candidates] == list(correct_auto.CANDIDATES)
+    assert [(item.solver, item.limit, item.scale) for item in result.candidates] == list(correct_auto.CANDIDATES)
     best = min(result.candidates, key=lambda candidate: candidate.loss)
-    assert (result.limit, result.solver) == (best.limit, best.solver)
+    assert (result.limit, result.solver, result.scale) == (best.limit, best.solver, best.scale)
     assert len({round(candidate.loss, 5) for candidate in result.candidates}) > 2
     paths = []
-    for number, (solver, limit) in enumerate(correct_auto.CANDIDATES):
-        if solver == "span":
+    for number, (solver, limit, scale) in enumerate(correct_auto.CANDIDATES):
+        if (solver, scale) == ("span", 1.0):
             paths.append(Path(setting.correct(f"alone-{number}", limit=limit).output))
         else:
-            monkeypatch.setattr(correct_auto, "CANDIDATES", ((solver, limit),))
+            monkeypatch.setattr(correct_auto, "CANDIDATES", ((solver, limit, scale),))
             paths.append(Path(setting.correct(f"alone-{number}", limit="auto", data=setting.data).output))
             monkeypatch.undo()
     scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "adapter", *paths]).results[1:]
@@ -73,7 +74,7 @@ def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
     same = paths[result.candidates.index(best)]
     assert Checkpointless(tmp_path / "auto").close_to(Checkpointless(same))
     record = read_json(tmp_path / "auto/onelayer.json")
-    assert (record["limit"], record["solver"]) == (best.limit, best.solver)
+    assert (record["limit"], record["solver"], record["scale"]) == (best.limit, best.solver, best.scale)
     assert record["candidates"] == [candidate.model_dump() for candidate in result.candidates]
     assert len(record["validation"]["digest"]) == 64
 
@@ -100,7 +101,7 @@ def test_the_losses_are_those_of_the_emulators_own_weights(tmp_path: Path) -> No
     assert found is not None
     alone = setting.correct("alone", limit=None).output
     (score,) = evaluate_model(tmp_path / "original", setting.data, adapters=[alone]).results[1:]
-    whole = next(item for item in found if (item.solver, item.limit) == ("span", None))
+    whole = next(item for item in found if (item.solver, item.limit, item.scale) == ("span", None, 1))
     assert whole.loss == pytest.approx(score.loss, rel=1e-5)
 
 
@@ -156,7 +157,7 @@ def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
 
 def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(tmp_path, "llama", **LORA["llama"])
-    monkeypatch.setattr(correct_auto, "CANDIDATES", (("span", 3.0),))
+    monkeypatch.setattr(correct_auto, "CANDIDATES", (("span", 3.0, 1.1),))
     setting.correct("auto", limit="auto", data=setting.data)
     whole = correct_auto.try_limits
 
@@ -169,12 +170,35 @@ def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, m
     assert Checkpointless(tmp_path / "again").close_to(Checkpointless(tmp_path / "auto"))
 
 
+def test_a_scale_holds_for_every_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the emulator kept whole too: with no correction, the written adapter is the trained one, scaled."""
+    setting = Setting(tmp_path, "qwen3_moe", r=3, lora_alpha=6, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    monkeypatch.setattr(correct_auto, "CANDIDATES", (("span", 0.0, 1.2),))
+    result = setting.correct("auto", limit="auto", data=setting.data)
+    assert {linear.compressed for linear in result.linears} == {True, False}
+    plain, scaled = (Adapter.open(tmp_path / name) for name in ("adapter", "auto"))
+    for name, module in plain.modules.items():
+        (a, b), (c, d) = plain.factors(name), scaled.factors(name)
+        was, now = module.scaling * b @ a, scaled.modules[name].scaling * d @ c
+        assert torch.allclose(1.2 * was, now, rtol=1e-4, atol=1e-6), name
+    scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "auto"]).results
+    assert result.candidates is not None
+    assert scores[1].loss == pytest.approx(result.candidates[0].loss, rel=1e-5)
+
+
+def test_by_default_it_is_chosen_where_there_is_something_to_choose_by(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    chosen, plain = setting.correct("chosen", data=setting.data), setting.correct("plain")
+    assert chosen.candidates is not None
+    assert (plain.candidates, plain.limit, plain.solver, plain.scale) == (None, 3.0, "span", 1.0)
+
+
 def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:
     setting = Setting(tmp_path, "llama", **LORA["llama"])
     for changes, message in (
         ({"limit": "auto"}, "name some with --data"),
         ({"limit": 2.0, "data": setting.data}, "serves only --limit auto"),
-        ({"limit": "most"}, "must be a number, none or auto"),
+        ({"limit": "most"}, "must be a number, none, auto or default"),
         ({"limit": "auto", "data": setting.data, "max_length": 1}, "no example has a labelled token"),
         ({"limit": "auto", "data": setting.data, "batch_size": 0}, "at least 1"),
         ({"limit": "auto", "data": tmp_path / "nowhere.jsonl"}, "no such file"),

@@ -65,7 +65,8 @@ def test_defaults_are_those_of_the_commands(folder: Path) -> None:
     manifest = load(folder, GOOD)
     calibration = emulator_of(manifest).calibration
     assert (emulator_of(manifest).ratio, calibration.samples, calibration.max_length) == (0.25, 64, 512)
-    assert (manifest.correct.limit, manifest.seed, manifest.direct) == (3.0, 0, False)
+    assert (manifest.correct.limit, manifest.seed, manifest.direct) == ("default", 0, False)
+    assert manifest.limit("sql") == 3.0
 
 
 def test_args_and_lora_merge_key_by_key_and_the_rest_replaces(folder: Path) -> None:
@@ -183,7 +184,9 @@ def test_the_choice_of_a_limit_reads_the_held_out_data(folder: Path) -> None:
     step = next(step for step in steps_of(manifest, ["support"]) if step.kind == "correct")
     assert step.fields == {"limit": "auto", "max_length": 64}
     assert step.sources["validation data"].text == str(folder / "mix.jsonl")
-    plain = next(step for step in steps_of(load(folder, with_data), ["support"]) if step.kind == "correct")
+    by_default = next(step for step in steps_of(load(folder, with_data), ["support"]) if step.kind == "correct")
+    assert (by_default.fields, by_default.sources) == (step.fields, step.sources)
+    plain = next(step for step in steps_of(load(folder, GOOD), ["support"]) if step.kind == "correct")
     assert (plain.fields, set(plain.sources)) == ({"limit": 3.0}, {"model"})
 
 

@@ -17,7 +17,7 @@ from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.calibration import DataSource
 from onelayer.compiler.checkpoint import model_digest, resolve_model
-from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, Solver, try_limits
+from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, Setting, Solver, try_limits
 from onelayer.compiler.correct_pass import read_gaps, workspace_bytes
 from onelayer.compiler.correction import Correction, Gap
 from onelayer.compiler.emulator_reader import Emulator
@@ -27,6 +27,8 @@ from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.prefetch import one_thread
 from onelayer.compiler.stream import pick_device
 from onelayer.compiler.units import StreamedModel
+
+PAPER_LIMIT = 3.0
 
 
 class CorrectedLinear(Result):
@@ -43,7 +45,7 @@ class CorrectedLinear(Result):
 
 
 class CorrectResult(Result):
-    """What `correct_adapter` did. `limit` is the one used; `candidates` says what it was chosen from, and how they did.
+    """What `correct_adapter` did, with which limit, solver and scale; `candidates` says what they were chosen from.
 
     `provenance_checked` tells whether the adapter named the emulator it came from.
     """
@@ -51,6 +53,7 @@ class CorrectResult(Result):
     output: str
     limit: float | None
     solver: Solver
+    scale: float
     linears: list[CorrectedLinear]
     candidates: list[Candidate] | None
     provenance_checked: bool
@@ -63,7 +66,7 @@ def correct_adapter(
     emulator: str | Path,
     model: str | Path,
     output: str | Path,
-    limit: float | Literal["auto"] | None = 3.0,
+    limit: float | Literal["auto", "default"] | None = "default",
     data: DataSource | None = None,
     max_length: int = 512,
     batch_size: int = 1,
@@ -72,10 +75,12 @@ def correct_adapter(
 ) -> CorrectResult:
     """Write to `output` the adapter that does to the original `model` what `adapter` did to `emulator`.
 
-    `limit` bounds the correction of each direction relative to the adapter (3 in the paper); None sets no bound; "auto"
-    chooses by the loss on the held-out `data`, which is read for nothing else, as are the arguments after it. Raises
+    `limit` bounds the correction of each direction relative to the adapter; None sets no bound; "auto" chooses limit,
+    solver and scale by the loss on the held-out `data`, which is read for nothing else, as are the arguments after it.
+    By default that is done where there are `data`, and 3 is taken, the paper's limit, where there are none. Raises
     `InputError` where the three do not belong together or the adapter is already corrected.
     """
+    limit = (PAPER_LIMIT if data is None else "auto") if limit == "default" else limit
     _check_limit(limit, data)
     output = Path(output)
     check_output(output)
@@ -88,20 +93,20 @@ def correct_adapter(
         modules = check_fit(source, streamed)
         _check_shapes(source, small, directory)
         choice = None if held_out is None else try_limits(source, small, directory, held_out, meter)
-        chosen = limit if choice is None else choice.best.limit
-        assert not isinstance(chosen, str)
+        chosen = _chosen(limit) if choice is None else choice.best
         base = _base(small, model, streamed, modules.values())
         with one_thread(), atomic_directory(output) as partial:
             solved = _solve(streamed, small, source, chosen, {} if choice is None else choice.gaps, meter)
             figures = [_figure(name, module.rank, solved.get(name)) for name, module in source.modules.items()]
             record = _provenance(source, small, base, chosen, figures, choice)
-            factors = {name: _factors(source, name, solved.get(name)) for name in source.modules}
+            factors = {name: _factors(source, name, solved.get(name), chosen.scale) for name in source.modules}
             write_adapter(partial, factors, source=source, base=base, provenance=record)
         report = _report(streamed, small, source, choice, meter)
     return CorrectResult(
         output=str(output),
-        limit=chosen,
-        solver="span" if choice is None else choice.best.solver,
+        limit=chosen.limit,
+        solver=chosen.solver,
+        scale=chosen.scale,
         linears=figures,
         candidates=None if choice is None else choice.candidates,
         provenance_checked=checked,
@@ -111,13 +116,19 @@ def correct_adapter(
 
 def _check_limit(limit: float | str | None, data: DataSource | None) -> None:
     if isinstance(limit, str) and limit != "auto":
-        raise InputError(f"--limit {limit}: must be a number, none or auto")
+        raise InputError(f"--limit {limit}: must be a number, none, auto or default")
     if limit == "auto" and data is None:
         raise InputError("--limit auto: chooses by the loss on held-out data; name some with --data")
     if limit != "auto" and data is not None:
         raise InputError(f"--data: serves only --limit auto, not --limit {limit}; leave it out")
     if isinstance(limit, float | int) and not 0 <= limit < float("inf"):
         raise InputError(f"--limit {limit}: must be at least 0; leave the bound out with none")
+
+
+def _chosen(limit: float | str | None) -> Setting:
+    """The paper's correction."""
+    assert not isinstance(limit, str)
+    return Setting(solver="span", limit=limit, scale=1.0)
 
 
 def _check_pairs(source: Adapter, small: Emulator, model: Path) -> bool:
@@ -153,15 +164,15 @@ def _solve(
     streamed: StreamedModel,
     small: Emulator,
     source: Adapter,
-    limit: float | None,
+    chosen: Setting,
     gaps: dict[str, Gap],
     meter: Meter,
 ) -> dict[str, Correction]:
     """The corrections of every compressed module; weights whose gaps are not known yet are read, once, and dropped."""
-    solved = {name: gap.limited(limit) for name, gap in gaps.items()}
+    solved = {name: gap.limited(chosen.limit).scaled(chosen.scale) for name, gap in gaps.items()}
     names = [name for name in source.modules if name in small.facts.compressed and name not in gaps]
     for name, gap in read_gaps(streamed, small, source, names, meter):
-        solved[name] = gap.limited(limit)
+        solved[name] = gap.limited(chosen.limit).scaled(chosen.scale)
     return solved
 
 
@@ -178,11 +189,11 @@ def _figure(name: str, rank: int, solved: Correction | None) -> CorrectedLinear:
     )
 
 
-def _factors(source: Adapter, name: str, solved: Correction | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(source: Adapter, name: str, solved: Correction | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     if solved is not None:
         return solved.a.float(), solved.b.float()
     a, b = source.factors(name)
-    return a, source.modules[name].scaling * b
+    return a, scale * source.modules[name].scaling * b
 
 
 def _base(small: Emulator, model: str | Path, streamed: StreamedModel, modules: Iterable[nn.Module]) -> Base:
@@ -203,7 +214,7 @@ def _provenance(
     source: Adapter,
     small: Emulator,
     base: Base,
-    limit: float | None,
+    chosen: Setting,
     figures: list[CorrectedLinear],
     choice: Choice | None,
 ) -> dict[str, Any]:
@@ -213,8 +224,9 @@ def _provenance(
         "base": {"model": base.model, "revision": base.revision, "digest": small.facts.base_digest},
         "emulator": {"digest": small.digest},
         "source_adapter": {"digest": adapter_digest(source.directory)},
-        "limit": limit,
-        "solver": "span" if choice is None else choice.best.solver,
+        "limit": chosen.limit,
+        "solver": chosen.solver,
+        "scale": chosen.scale,
         "linears": [figure.model_dump(mode="json") for figure in figures],
     }
     if choice is not None:

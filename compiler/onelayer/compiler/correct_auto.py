@@ -1,4 +1,4 @@
-"""The limit and the solver of the correction, chosen on held-out data: every candidate scored in one stream.
+"""Limit, solver and scale of the correction, chosen on held-out data: every candidate scored in one stream.
 
 While a unit of the original is held, all batches run through it as it is, which shows what its linears read; then the
 corrections are computed from its own weights, and every batch runs with each. So the pass reads what one evaluation
@@ -36,21 +36,37 @@ from onelayer.compiler.variants import Run, named_parts, tuner_layers
 
 Solver = Literal["span", "oblique"]
 # Limit 0 leaves the adapter as trained; None is the whole correction; span with 3 is the paper's choice.
-CANDIDATES: tuple[tuple[Solver, float | None], ...] = (
+LIMITS: tuple[tuple[Solver, float | None], ...] = (
     ("span", 0.0), ("span", 1.0), ("span", 3.0), ("span", 10.0), ("span", None),
     ("oblique", 1.0), ("oblique", 3.0), ("oblique", None),
 )  # fmt: skip
+# An emulator has less energy than its original, and what it gets wrong the adapter may have learnt to outdo: so the
+# adapter can come out too small or too large. Tried with no correction and with the one that is chosen most often.
+SCALES, SCALED = (0.8, 0.9, 1.1, 1.2), (("span", 0.0), ("oblique", 1.0))
+CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
+    *((*limit, 1.0) for limit in LIMITS),
+    *((*limit, scale) for limit in LIMITS if limit in SCALED for scale in SCALES),
+)
 NAME = "trained"  # of the one adapter that PEFT attaches
 
 Weights = tuple[torch.Tensor, torch.Tensor]
 Factors = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole weight and None
 
 
-class Candidate(Result):
-    """One correction that was tried and its held-out loss; limit 0 is the adapter as trained, None is no limit."""
+class Setting(Result):
+    """What decides a correction; limit 0 leaves the adapter as trained, None is no limit.
+
+    What the adapter adds to the original is multiplied by `scale`.
+    """
 
     solver: Solver
     limit: float | None
+    scale: float
+
+
+class Candidate(Setting):
+    """One that was tried, and its held-out loss."""
+
     loss: float
 
 
@@ -103,8 +119,8 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
     found = scoring.finish(held_out.device)[1:]
     losses = [scores.loss(samples.counted) for scores in found]
     candidates = [
-        Candidate(solver=solver, limit=limit, loss=loss)
-        for (solver, limit), loss in zip(CANDIDATES, losses, strict=True)
+        Candidate(solver=solver, limit=limit, scale=scale, loss=loss)
+        for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
     ]
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
     # Of every adapted linear p, b and two errors; for one unit at a time the candidates; of one linear its factors.
@@ -138,7 +154,7 @@ class _Trials:
         switches = tuner_layers(unit)
         adapted = compressed.values()
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
-        scalings = {layer: layer.scaling[NAME] for layer in before}
+        scalings = {layer: layer.scaling[NAME] for layer in layers.values()}
         factors = {name: self.small.factors(name) for name in compressed}
         watch = _Watch()
         for name, layer in compressed.items():
@@ -159,11 +175,11 @@ class _Trials:
                 watch.detach()
                 weights.update(self._solve(compressed, factors, watch))
             _set({layer: solved[variant - 1] for layer, solved in weights.items()})
+            for layer, scaling in scalings.items():  # the weights that were solved hold their scale already
+                layer.scaling[NAME] = 1.0 if layer in before else CANDIDATES[variant - 1][2] * scaling
             return type(unit.module).forward(unit.module, *args, **kwargs)
 
         try:
-            for layer in before:
-                layer.scaling[NAME] = 1.0
             yield run
         finally:
             watch.detach()
@@ -181,7 +197,7 @@ class _Trials:
             if name not in self.gaps["oblique"]:
                 seen, transposed = watch.seen[name].to(span.p), is_transposed(linear)
                 self.gaps["oblique"][name] = oblique_gap(span, rows, *factors[name], seen, transposed)
-            solved = [self.gaps[solver][name].limited(limit) for solver, limit in CANDIDATES]
+            solved = [self.gaps[solver][name].limited(limit).scaled(scale) for solver, limit, scale in CANDIDATES]
             place = {"device": linear.weight.device, "dtype": torch.float32}
             a = solved[0].a.to(**place)
             yield layer, [(a, item.b.to(**place)) for item in solved]

@@ -8,7 +8,7 @@ Letters: r rank of the adapter, k rank of the emulator, in / out features of the
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,10 @@ class Correction:
     b: torch.Tensor
     ratios: torch.Tensor
     clamped: int
+
+    def scaled(self, scale: float) -> "Correction":
+        """What it does, `scale` times."""
+        return self if scale == 1 else replace(self, b=scale * self.b)
 
 
 @dataclass(frozen=True)

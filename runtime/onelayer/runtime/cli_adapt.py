@@ -21,7 +21,7 @@ def correct(
     emulator: Annotated[Path, typer.Option(help="The emulator it was trained on.")],
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
     output: Output,
-    limit: Limit = 3.0,
+    limit: Limit = "default",
     data: HeldOut = None,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +32,7 @@ def correct(
     \b
     Example:
       onelayer correct adapter --emulator emulator --model ./llama-8b --output corrected
-      onelayer correct adapter --emulator emulator --model ./llama-8b --limit auto --data dev.jsonl --output corrected
+      onelayer correct adapter --emulator emulator --model ./llama-8b --data dev.jsonl --output corrected
     """
     from onelayer.compiler import correct_adapter
 

@@ -112,8 +112,11 @@ def correct_summary(document: Mapping[str, Any]) -> str:
     parts = [f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}"]
     if document["candidates"]:
         tried = document["candidates"]
-        rows = [(row["solver"], "none" if row["limit"] is None else row["limit"], row["loss"]) for row in tried]
-        parts.append(table([("solver tried", "limit", "held-out loss"), *rows]))
+        rows = [
+            (row["solver"], "none" if row["limit"] is None else row["limit"], row["scale"], row["loss"])
+            for row in tried
+        ]
+        parts.append(table([("solver tried", "limit", "scale", "held-out loss"), *rows]))
     return "\n".join([*parts, report_line(document["report"])])
 
 

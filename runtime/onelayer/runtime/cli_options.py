@@ -11,15 +11,15 @@ from onelayer.runtime.sizes import parse_size
 
 
 def parse_limit(text: str | float | None) -> float | str | None:
-    """A number, None for "none", or "auto"."""
+    """A number, None for "none", or one of two words."""
     if text is None or text == "none":
         return None
-    if text == "auto":
+    if text in ("auto", "default"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number nor `none` nor `auto`") from None
+        raise typer.BadParameter(f"{text!r} is neither a number nor `none`, `auto` or `default`") from None
 
 
 def parse_activations(text: str) -> str:
@@ -124,13 +124,15 @@ Limit = Annotated[
     Any,  # float | "auto" | None: typer takes no unions
     typer.Option(
         parser=parse_limit,
-        metavar="NUMBER|none|auto",
-        help="How far a correction may exceed the adapter; auto chooses by the loss on --data.",
+        metavar="NUMBER|none|auto|default",
+        help="How far a correction may exceed the adapter; auto chooses that, the solver and a scale by the loss on "
+        "--data.",
+        show_default="auto with --data, else 3",
     ),
 ]
 HeldOut = Annotated[
     str | None,
-    typer.Option(metavar="DATA", help="For --limit auto: held-out data, a file, a directory or a Hub id."),
+    typer.Option(metavar="DATA", help="Held-out data to choose the correction by: a file, a directory or a Hub id."),
 ]
 Weights = Annotated[
     list[float] | None,

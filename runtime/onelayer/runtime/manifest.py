@@ -23,6 +23,8 @@ from onelayer.runtime.manifest_sections import (
 from onelayer.runtime.manifest_values import Folder, TaskName
 from onelayer.runtime.trainer_args import trainer_args_model
 
+PAPER_LIMIT = 3.0
+
 
 class Manifest(Section):
     """A whole manifest, paths made absolute."""
@@ -58,6 +60,13 @@ class Manifest(Section):
         return Training(
             lora=lora, activations=activations, args=args, max_length=task.max_length or self.train.max_length
         )
+
+    def limit(self, task_name: str) -> float | Literal["auto"] | None:
+        """A task's limit of the correction."""
+        limit = self.correct.limit
+        if limit != "default":
+            return limit
+        return PAPER_LIMIT if self.tasks[task_name].validation is None else "auto"
 
     def polishing(self, task_name: str) -> Polish | None:
         """A task's exact steps, its own settings over the common ones; None where neither asks for any."""

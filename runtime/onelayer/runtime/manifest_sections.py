@@ -97,9 +97,12 @@ class Training(Section):
 
 
 class Correct(Section):
-    """The correction's clamp (lambda in the paper); None, written `none`, for no clamp; `auto` chooses per task."""
+    """The correction's clamp (lambda in the paper); None, written `none`, for no clamp; `auto` chooses per task.
 
-    limit: Annotated[PositiveFloat | Literal["auto"] | None, BeforeValidator(checked_limit)] = 3.0
+    `default` is `auto` for tasks with validation data, and 3, the paper's, for others.
+    """
+
+    limit: Annotated[PositiveFloat | Literal["auto", "default"] | None, BeforeValidator(checked_limit)] = "default"
 
 
 class Polish(Section):

@@ -42,8 +42,8 @@ def model_source(text: str, info: ValidationInfo) -> str:
 
 def checked_limit(value: Any) -> Any:
     """`none` becomes None; what is neither a number nor a known word is refused."""
-    if value is None or (isinstance(value, str) and value not in ("none", "auto")):
-        raise ValueError("write a number, `none` for no limit, or `auto`")
+    if value is None or (isinstance(value, str) and value not in ("none", "auto", "default")):
+        raise ValueError("write a number, `none` for no limit, `auto` or `default`")
     return None if value == "none" else value
 
 

@@ -17,7 +17,8 @@ from onelayer.runtime.step_kinds import EVALUATION, Step, emulator_step, fitting
 def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
     """Fit the adapter of a task to the original."""
     held_out: dict[str, Any] = {}
-    if manifest.correct.limit == "auto":
+    limit = manifest.limit(task)
+    if limit == "auto":
         held_out = {"data": manifest.tasks[task].validation, **manifest.stream.model_dump()}
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
@@ -29,15 +30,15 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
             emulator=inputs["emulator"],
             model=resolve_model(model.text, model.revision),
             output=output,
-            limit=manifest.correct.limit,
+            limit=limit,
             **held_out,
         )
         return result.model_dump(mode="json")
 
     needs = {"emulator": emulator_step(manifest, task), "adapter": f"{task}.train"}
-    fields: dict[str, Any] = {"limit": manifest.correct.limit}
+    fields: dict[str, Any] = {"limit": limit}
     sources = {"model": model}
-    if manifest.correct.limit == "auto":
+    if limit == "auto":
         fields["max_length"] = held_out["max_length"] = manifest.training(task).max_length
         sources["validation data"] = Source(held_out["data"])
     return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
