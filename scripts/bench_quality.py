@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
@@ -28,8 +27,6 @@ from onelayer.compiler.scoring import Samples
 from onelayer.compiler.tokens import IGNORED, load_tokenizer
 from onelayer.runtime import load_emulator, train_lora
 from quality_emulators import COMPILED, compiled, derived, dropped, resident, restored
-
-SCALES = (0.9, 1.1, 1.2, 1.4)
 
 
 class Bench:
@@ -98,7 +95,7 @@ class Bench:
 
         def make(path: Path) -> dict[str, Any]:
             result = correct_adapter(adapter, emulator=emulator, model=self.model, output=path, **how)
-            return {"limit": result.limit, "solver": result.solver}
+            return {"limit": result.limit, "solver": result.solver, "scale": result.scale}
 
         return self.made(f"{adapter.name}-{'chosen' if auto else 'limit3'}", make)
 
@@ -116,19 +113,6 @@ class Bench:
                 ).report.seconds
             },
         )  # fmt: skip
-
-    def scaled(self, adapter: Path, scale: float) -> Path:
-        """A copy whose product is `scale` times as large."""
-
-        def make(path: Path) -> None:
-            tensors = load_file(adapter / "adapter_model.safetensors")
-            path.mkdir()
-            config = (adapter / "adapter_config.json").read_text()
-            (path / "adapter_config.json").write_text(config)
-            larger = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()}
-            save_file(larger, path / "adapter_model.safetensors", {"format": "pt"})
-
-        return self.made(f"{adapter.name}-x{scale}", make)
 
     def score(self, adapters: Iterable[Path], data: Path) -> list[tuple[float, float]]:
         """Loss and accuracy of the original with none and with each adapter, in one stream."""
@@ -192,18 +176,7 @@ class Bench:
         found = self.score(stages.values(), self.test)[1:]
         rows += [_row(name, score) for name, score in zip(stages, found, strict=True)]
         rows[-1] |= self.figures(stages["chosen"].name)
-        if self.given.scales:
-            rows.append(self._rescaled_row(stages["chosen"], found[-1]))
         self.record(rows, **common)
-
-    def _rescaled_row(self, chosen: Path, unscaled: tuple[float, float]) -> dict[str, Any]:
-        copies = {scale: self.scaled(chosen, scale) for scale in SCALES}
-        losses = self.score([chosen, *copies.values()], self.validation)[1:]
-        best = min(range(len(losses)), key=lambda index: losses[index][0])
-        if best == 0:
-            return {**_row("chosen, rescaled", unscaled), "scale": 1.0}
-        scale = SCALES[best - 1]
-        return {**_row("chosen, rescaled", self.score([copies[scale]], self.test)[1]), "scale": scale}
 
     def polish(self, kind: str, size: float, seed: int) -> None:
         """Exact steps from the chosen correction and from the uncorrected adapter; `scratch`: from none."""
@@ -282,7 +255,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--polish", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 scratch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scales", action="store_true", help="try larger and smaller adapters too")
     parser.add_argument("--validation-rows", type=int, default=60)
     parser.add_argument("--test-rows", type=int, default=150)
     parser.add_argument("--steps", type=int, default=100)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen", "chosen, rescaled")
+STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen")
 Row = dict[str, Any]
 
 
