@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from onelayer.compiler import compile_emulator, evaluate_model
-from onelayer.compiler.compile_job import Allocation
+from onelayer.compiler.ranks import Allocation
 
 
 def main() -> None:

@@ -71,7 +71,6 @@ def costs(result: pipeline.RunResult) -> str:
     """The emulator's size, and what the streamed passes held beside what one layer weighs."""
     payload = {step.name: Path(step.path) for step in result.steps if step.path}
     emulator = read_json(payload["compile"] / "emulator.json")
-    before, after = emulator["layer_parameters_before"], emulator["layer_parameters_after"]
     reports = {"compile": emulator["report"]}
     for name, path in payload.items():
         if name.endswith("evaluate"):
@@ -81,7 +80,8 @@ def costs(result: pipeline.RunResult) -> str:
         fields = ("largest_unit_bytes", "workspace_bytes", "peak_device_bytes")
         lines.append([name, *(size(report[field]) for field in fields)])
     return (
-        f"Emulator: {after:,} of the original's {before:,} layer parameters ({after / before:.0%})\n\n{table(lines)}\n"
+        f"Emulator: {emulator['kept_bytes_share']:.1%} of the bytes that the original's layers take at 16 bits, factors "
+        f"in {emulator['settings']['factor_dtype']}\n\n{table(lines)}\n"
         "(peak: how far the process's memory grew while the layers streamed by; the CPU is the device here)"
     )
 

@@ -27,7 +27,7 @@ REPORT = {
 MANIFEST = """
 version: 1
 model: {path: model}
-emulator: {calibration: {data: mix.jsonl}}
+emulator: {calibration: {data: mix.jsonl}, ratio: 0.25}
 train: {lora: {r: 8}, args: {learning_rate: 1e-4, max_steps: 5}}
 tasks:
   sql: {train: sql.jsonl, test: test.jsonl}

@@ -1,5 +1,6 @@
 """Tiny mixtures of experts with transformers' experts interface, and what their experts read, for tests."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 import torch
 
 from onelayer.compiler.calibration import make_batches, read_tokens
+from onelayer.compiler.checkpoint import Checkpoint
 from onelayer.compiler.compile import compile_emulator
+from onelayer.compiler.emulator_reader import DENSE, DOWN, UP, Emulator, stack_tensor
+from onelayer.compiler.quantize import unpack
 from onelayer.compiler.tokens import load_tokenizer
 from tiny import CORPUS, TINY, causal, seeded, tiny_tokenizer
 
@@ -25,6 +29,7 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         "DeepseekV3", first_k_dense_replace=1, n_shared_experts=1, num_key_value_heads=4, **_ROUTED, **_LATENT
     ),
 }
+IDS = torch.tensor([[5, 17, 40, 33, 8, 60, 21, 90, 14]])
 WORDS = CORPUS[0].split() + CORPUS[1].split()
 SETTINGS: dict[str, Any] = {"samples": 24, "max_length": 32, "device": "cpu"}
 
@@ -105,3 +110,49 @@ def error_of(product: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) ->
     """The relative error of a stand-in for a weight (out, in) on `rows`."""
     wanted = rows.double() @ weight.double().T
     return float((rows.double() @ product.double().T - wanted).norm() / wanted.norm())
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(directory)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def stack_products(directory: Path) -> dict[str, torch.Tensor]:
+    """(E, out, in) of what stands for each stack."""
+    emulator = Emulator.open(directory)
+    kind, dtype = emulator.facts.packed, torch.float32
+    found = {}
+    for name, facts in emulator.facts.stacks.items():
+        count, out_features, in_features = facts.shape
+        read = {end: emulator.checkpoint.tensors.get(stack_tensor(name, end)) for end in (UP, DOWN, DENSE)}
+        held = {end: emulator.checkpoint.read(stack_tensor(name, end)) for end, info in read.items() if info}
+        if kind is None:
+            found[name] = held[UP] @ held[DOWN]
+        elif DENSE in held:
+            found[name] = torch.stack([unpack(held[DENSE][e], in_features, kind, dtype) for e in range(count)])
+        else:
+            ups = [unpack(held[UP][e], out_features, kind, dtype).T for e in range(count)]
+            downs = [unpack(held[DOWN][e], in_features, kind, dtype) for e in range(count)]
+            found[name] = torch.stack([up @ down for up, down in zip(ups, downs, strict=True)])
+    return found
+
+
+def with_products(model: Any, directory: Path) -> Any:
+    """A copy of the original with all that an emulator has for weights, run by transformers' own experts functions."""
+    from emulators import dense_reference
+
+    reference = dense_reference(copy.deepcopy(model), directory)
+    for name, product in stack_products(directory).items():
+        path, _, leaf = name.rpartition(".")
+        module = reference.get_submodule(path)
+        stack = getattr(module, leaf)
+        stack.data = (product if stack.shape == product.shape else product.mT).to(stack).contiguous()
+        if module.is_transposed:
+            stack.data = product.mT.to(stack).contiguous()
+    return reference
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,78 +11,33 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtures import (
+    IDS,
     MIXTURES,
     best_error,
     compiled,
     error_of,
     inner,
+    logits,
     modules_of_experts,
     save_mixture,
+    stack_products,
+    tensors,
     weight_of,
     what_experts_read,
+    with_products,
 )
 from onelayer.compiler import compression
-from onelayer.compiler.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.correct import correct_adapter
-from onelayer.compiler.emulator_reader import DENSE, DOWN, UP, Emulator, stack_tensor
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate import evaluate_model
 from onelayer.compiler.factor_dtypes import FactorDtype
-from onelayer.compiler.files import read_json, write_json
-from onelayer.compiler.quantize import unpack
+from onelayer.compiler.files import read_json
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.scoring import Samples
 from onelayer.compiler.slice import slice_emulator
 from onelayer.compiler.tokens import load_tokenizer
 from onelayer.runtime import load_emulator, train_lora
-
-IDS = torch.tensor([[5, 17, 40, 33, 8, 60, 21, 90, 14]])
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(directory)
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
-
-
-def stack_products(directory: Path) -> dict[str, torch.Tensor]:
-    """(E, out, in) of what stands for each stack."""
-    emulator = Emulator.open(directory)
-    kind, dtype = emulator.facts.packed, torch.float32
-    found = {}
-    for name, facts in emulator.facts.stacks.items():
-        count, out_features, in_features = facts.shape
-        read = {end: emulator.checkpoint.tensors.get(stack_tensor(name, end)) for end in (UP, DOWN, DENSE)}
-        held = {end: emulator.checkpoint.read(stack_tensor(name, end)) for end, info in read.items() if info}
-        if kind is None:
-            found[name] = held[UP] @ held[DOWN]
-        elif DENSE in held:
-            found[name] = torch.stack([unpack(held[DENSE][e], in_features, kind, dtype) for e in range(count)])
-        else:
-            ups = [unpack(held[UP][e], out_features, kind, dtype).T for e in range(count)]
-            downs = [unpack(held[DOWN][e], in_features, kind, dtype) for e in range(count)]
-            found[name] = torch.stack([up @ down for up, down in zip(ups, downs, strict=True)])
-    return found
-
-
-def with_products(model: Any, directory: Path) -> Any:
-    """A copy of the original with all that an emulator has for weights, run by transformers' own experts functions."""
-    from emulators import dense_reference
-
-    reference = dense_reference(copy.deepcopy(model), directory)
-    for name, product in stack_products(directory).items():
-        path, _, leaf = name.rpartition(".")
-        module = reference.get_submodule(path)
-        stack = getattr(module, leaf)
-        stack.data = (product if stack.shape == product.shape else product.mT).to(stack).contiguous()
-        if module.is_transposed:
-            stack.data = product.mT.to(stack).contiguous()
-    return reference
-
-
-def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return found
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
@@ -318,82 +272,3 @@ def test_parked_rows_in_files_change_nothing(tmp_path: Path, own_store: Path) ->
         patch.setattr(parking, "SMALLEST_BYTES", 0)
         compiled(tmp_path, "spilled", host_memory_bytes=0)
     assert model_digest(tmp_path / "held") == model_digest(tmp_path / "spilled")
-
-
-@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_packed_experts_compute_what_their_products_do(name: str, kind: FactorDtype, tmp_path: Path) -> None:
-    model = save_mixture(name, tmp_path)
-    large = compiled(tmp_path, factor_dtype=kind)
-    assert all(item.form == "factors" for item in large.stacks)
-    emulator = load_emulator(tmp_path / "emulator")
-    reference = logits(with_products(model, tmp_path / "emulator"))
-    torch.testing.assert_close(logits(emulator), reference, rtol=1e-3, atol=1e-3)
-    emulator.save_pretrained(tmp_path / "again")
-    again = logits(type(emulator).from_pretrained(tmp_path / "again"))
-    torch.testing.assert_close(again, logits(emulator), rtol=1e-4, atol=1e-4)
-    small = slice_emulator(tmp_path / "emulator", 0.2, tmp_path / "small")
-    reference = logits(with_products(model, tmp_path / "small"))
-    torch.testing.assert_close(logits(load_emulator(tmp_path / "small")), reference, rtol=1e-3, atol=1e-3)
-    assert all(a.error >= b.error for a, b in zip(small.stacks, large.stacks, strict=True))
-    whole = compiled(tmp_path, "whole", factor_dtype=kind, ratio=1.0)
-    assert all(item.form == "dense" for item in whole.stacks)
-    reference = logits(with_products(model, tmp_path / "whole"))
-    torch.testing.assert_close(logits(load_emulator(tmp_path / "whole")), reference, rtol=1e-3, atol=1e-3)
-
-
-def test_reported_errors_of_packed_experts_are_those_of_the_files(tmp_path: Path) -> None:
-    model = save_mixture("qwen3_moe", tmp_path)
-    result = compiled(tmp_path, factor_dtype="nf4")
-    products, rows_of = stack_products(tmp_path / "emulator"), what_experts_read(model, tmp_path)
-    for item in result.stacks:
-        path, _, leaf = item.name.rpartition(".")
-        if item.name.endswith("gate_up_proj"):  # moments of inputs: exact
-            lost = energy = 0.0
-            for expert, rows in enumerate(rows_of[item.name]):
-                weight = weight_of(model.get_submodule(path), leaf, expert)
-                part = float((rows @ weight.T).square().sum())
-                lost += error_of(products[item.name][expert], weight, rows) ** 2 * part
-                energy += part
-            assert item.error == pytest.approx((lost / energy) ** 0.5, rel=0.02)
-
-
-@pytest.mark.parametrize("kind", [None, "nf4"])
-def test_ranks_by_spectrum_leave_experts_uniform(kind: FactorDtype | None, tmp_path: Path) -> None:
-    save_mixture("mixtral", tmp_path)
-    uniform = compiled(tmp_path, factor_dtype=kind, ratio=0.3)
-    spectrum = compiled(tmp_path, "spectrum", factor_dtype=kind, ratio=0.3, rank_allocation="spectrum")
-    assert [(a.name, a.rank) for a in spectrum.stacks] == [(a.name, a.rank) for a in uniform.stacks]
-    assert spectrum.parameters_after <= uniform.parameters_after
-    assert torch.isfinite(logits(load_emulator(tmp_path / "spectrum"))).all()
-
-
-def test_a_damaged_emulator_of_experts_is_refused(tmp_path: Path) -> None:
-    save_mixture("mixtral", tmp_path)
-    compiled(tmp_path)
-    config = tmp_path / "emulator" / "config.json"
-    good = read_json(config)
-    name = "model.layers.0.mlp.experts.down_proj"
-    bad = json.loads(json.dumps(good))
-    bad["quantization_config"]["stacks"][name]["rank"] += 1
-    write_json(config, bad)
-    with pytest.raises(InputError, match=r"experts\.down_proj' lacks .*lr_up_down_proj"):
-        Emulator.open(tmp_path / "emulator")
-    bad["quantization_config"]["stacks"][name] = {"shape": [4, 7, 7], "rank": 3}
-    write_json(config, bad)
-    with pytest.raises(InputError, match="no stack of"):
-        load_emulator(tmp_path / "emulator")
-    bad["quantization_config"]["stacks"][name] = {"shape": [4, 32, 64], "rank": None}
-    write_json(config, bad)
-    with pytest.raises(InputError, match="without a rank is quantised"):
-        Emulator.open(tmp_path / "emulator")
-
-
-def test_absent_stacks_refuse_arithmetic_and_are_copied(tmp_path: Path) -> None:
-    save_mixture("mixtral", tmp_path)
-    compiled(tmp_path)
-    module: Any = load_emulator(tmp_path / "emulator").get_submodule("model.layers.0.mlp.experts")
-    assert module.gate_up_proj.shape == (4, 128, 32)
-    for stack in (module.gate_up_proj, pickle.loads(pickle.dumps(module.gate_up_proj))):
-        with pytest.raises(InputError, match="holds two low-rank factors"):
-            stack[0]

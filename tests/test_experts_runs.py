@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gradients import batch_for, distance, gradients, with_lora
-from mixtures import compiled, modules_of_experts, save_mixture
+from mixtures import compiled, modules_of_experts, save_mixture, with_products
 from onelayer.compiler.compile import compile_emulator
 from onelayer.runtime import compress_activations, load_emulator
 from onelayer.runtime.cli_format import compile_summary, inspect_summary
@@ -105,8 +105,6 @@ def test_tokens_go_to_the_same_low_rank_experts_when_recomputed(
 
 def test_gradients_reach_what_lies_in_front_of_low_rank_experts(tmp_path: Path) -> None:
     """Against the same model with products for stacks, run by transformers' own functions."""
-    from test_experts import with_products
-
     for name in ("gpt_oss", "deepseek_v3"):
         root = tmp_path / name
         root.mkdir()

@@ -44,8 +44,9 @@ def test_the_namespace_root_is_shared() -> None:
 
 def test_files_and_functions_stay_small() -> None:
     lines = {path: path.read_text().count("\n") for path in PRODUCT}
-    assert max(lines.values()) <= 300, max(lines, key=lambda path: lines[path])
     assert median(lines.values()) < 180
+    lines |= {path: path.read_text().count("\n") for path in (ROOT / "tests").glob("*.py")}
+    assert max(lines.values()) <= 300, max(lines, key=lambda path: lines[path])
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -64,7 +64,10 @@ def test_paths_are_relative_to_the_manifest(folder: Path, monkeypatch: pytest.Mo
 def test_defaults_are_those_of_the_commands(folder: Path) -> None:
     manifest = load(folder, GOOD)
     calibration = emulator_of(manifest).calibration
-    assert (emulator_of(manifest).ratio, calibration.samples, calibration.max_length) == (0.25, 64, 512)
+    emulator = emulator_of(manifest)
+    assert (emulator.share, emulator.ratio, emulator.memory, emulator.allocation) == (0.25, None, None, "spectrum")
+    assert emulator.model_copy(update={"ratio": 0.25}).allocation == "uniform"
+    assert (calibration.samples, calibration.max_length) == (64, 512)
     assert (manifest.correct.limit, manifest.seed, manifest.direct) == ("default", 0, False)
     assert manifest.limit("sql") == 3.0
 

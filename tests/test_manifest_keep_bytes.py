@@ -49,8 +49,8 @@ def go(path: Path, fakes: FakeSteps) -> list[str]:
 @pytest.mark.parametrize(
     ("dtype", "factors", "ratio"),
     [
-        (torch.bfloat16, "", 0.2),
-        (torch.float32, "", 0.1),
+        (torch.float32, "", 0.2 * 2 / 0.53125),
+        (torch.bfloat16, ", factor_dtype: bf16", 0.2),
         (torch.float32, ", factor_dtype: bf16", 0.2),
         (torch.bfloat16, ", factor_dtype: int8", 0.2 * 2 / 1.03125),
         (torch.float32, ", factor_dtype: nf4", 0.2 * 2 / 0.53125),
@@ -66,14 +66,41 @@ def test_a_share_of_bytes_becomes_the_ratio_that_takes_them(
     assert go(path, fakes) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "share", "kind"),
+    [
+        (torch.bfloat16, 0.9, None),
+        (torch.float32, 0.9, "bf16"),
+        (torch.bfloat16, 0.5, "int8"),
+        (torch.bfloat16, 0.4, "nf4"),
+        (torch.float32, 0.1, "nf4"),
+    ],
+)
+def test_a_share_of_bytes_chooses_the_factor_dtype(
+    path: Path, fakes: FakeSteps, dtype: torch.dtype, share: float, kind: str | None
+) -> None:
+    put_model(path, dtype)
+    say(path, f"keep_bytes: {share}")
+    go(path, fakes)
+    assert fakes.arguments["compile"]["factor_dtype"] == kind
+    assert fakes.arguments["compile"]["rank_allocation"] == "spectrum"
+
+
 def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.bfloat16)
     written = {}
-    for settings in ("keep_bytes: 0.3", "ratio: 0.3", "keep_bytes: 0.3, factor_dtype: nf4", "factor_dtype: nf4"):
+    for settings in (
+        "keep_bytes: 0.3, factor_dtype: bf16",
+        "ratio: 0.3",
+        "keep_bytes: 0.3, factor_dtype: nf4",
+        "factor_dtype: nf4",
+        "keep_bytes: 0.25",
+    ):
         say(path, settings)
         written[settings] = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].write_bytes
-    assert written["keep_bytes: 0.3"] == written["ratio: 0.3"]
     sizes = list(written.values())
+    assert sizes[0] == sizes[1]
+    assert sizes[3] == sizes[4], "a quarter of the bytes, in nf4, is what is taken where nothing is said"
     assert sizes[2] is not None
     assert sizes[0] == pytest.approx(sizes[2], rel=0.03), "equal bytes but for whole ranks"
     assert sizes[3] is not None
@@ -82,25 +109,29 @@ def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps
 
 def test_a_smaller_share_is_cut_from_the_larger_emulator(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.float32)
-    say(path, "keep_bytes: 0.6")
+    as_stored = "factor_dtype: bf16, rank_allocation: uniform"
+    say(path, f"keep_bytes: 0.6, {as_stored}")
     go(path, fakes)
-    say(path, "keep_bytes: 0.2")
+    say(path, f"keep_bytes: 0.2, {as_stored}")
     first = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0]
     assert first.reason == "field keep_bytes 0.6 -> 0.2; cut from the emulator of keep_bytes 0.6 in the store"
-    assert go(path, fakes)[0] == "slice 0.1"
-    say(path, "keep_bytes: 0.7")
+    assert go(path, fakes)[0] == "slice 0.2"
+    say(path, f"keep_bytes: 0.7, {as_stored}")
     assert go(path, fakes)[0] == "compile"
-    say(path, "keep_bytes: 0.1, factor_dtype: int8")
-    assert go(path, fakes)[0] == "compile", "packed factors are rounded for their rank"
+    for otherwise in ("factor_dtype: int8, rank_allocation: uniform", "rank_allocation: uniform", "factor_dtype: bf16"):
+        say(path, f"keep_bytes: 0.5, {otherwise}")
+        assert go(path, fakes)[0] == "compile"
+        say(path, f"keep_bytes: 0.1, {otherwise}")
+        assert go(path, fakes)[0] == "compile", "packed factors are rounded for their rank, ranks by spectrum are new"
 
 
 def test_a_ratio_and_a_share_of_bytes_are_different_settings(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.bfloat16)
     say(path, "ratio: 0.2")
     go(path, fakes)
-    say(path, "keep_bytes: 0.2")
+    say(path, "keep_bytes: 0.2, factor_dtype: bf16, rank_allocation: uniform")
     reason = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].reason
-    assert reason == "field keep_bytes not set -> 0.2; field ratio 0.2 -> not set"
+    assert reason == "field factor_dtype not set -> bf16; field keep_bytes not set -> 0.2; field ratio 0.2 -> not set"
     # The emulator comes out the same, so nothing behind it runs.
     assert go(path, fakes) == ["compile"]
 

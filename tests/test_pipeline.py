@@ -82,7 +82,7 @@ def test_an_emulator_that_comes_out_the_same_trains_nothing(project: Project) ->
 
 def test_another_emulator_trains_again(project: Project) -> None:
     project.run()
-    project.edit("data: mix.jsonl}", "data: mix.jsonl}, ratio: 0.5")
+    project.edit("ratio: 0.25", "ratio: 0.5")
     assert project.reasons()["compile"] == "to run: field ratio 0.25 -> 0.5"
     assert project.run() == ALL
     assert "sql.train" in project.reasons()
@@ -144,8 +144,8 @@ def test_a_limit_corrects_again_and_trains_nothing(project: Project) -> None:
 
 def test_a_step_version_is_a_reason(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run()
-    monkeypatch.setitem(steps_module.STEP_VERSIONS, "correct", 2)
-    assert project.reasons()["sql.correct"] == "to run: step version changed 1 -> 2"
+    monkeypatch.setitem(steps_module.STEP_VERSIONS, "correct", 99)
+    assert project.reasons()["sql.correct"] == "to run: step version changed 2 -> 99"
     assert project.run() == ["correct", "correct"]  # and what comes out the same is not scored again
 
 

@@ -44,7 +44,7 @@ def go(path: Path, home: Path, fakes: FakeSteps) -> list[str]:
 def test_a_smaller_ratio_is_cut_from_the_larger_emulator(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
-    edit(path, "data: mix.jsonl}", "data: mix.jsonl}, ratio: 0.1")
+    edit(path, "ratio: 0.25", "ratio: 0.1")
     first = plan(load_manifest(path), ArtifactStore(home)).steps[0]
     assert first.reason == "field ratio 0.25 -> 0.1; cut from the emulator of ratio 0.25 in the store"
     assert go(path, home, fakes)[:2] == ["slice 0.1", "train sql"]
@@ -56,13 +56,13 @@ def test_a_smaller_ratio_is_cut_from_the_larger_emulator(tmp_path: Path, fakes: 
 def test_an_emulator_of_anything_else_is_not_cut(tmp_path: Path, fakes: FakeSteps, change: str) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
-    edit(path, "data: mix.jsonl}", change)
+    edit(path, "data: mix.jsonl}, ratio: 0.25", change)
     assert go(path, home, fakes)[0] == "compile"
 
 
 def test_quantised_emulators_are_compiled_anew(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
-    edit(path, "data: mix.jsonl}", "data: mix.jsonl}, factor_dtype: nf4, ratio: 0.5")
+    edit(path, "ratio: 0.25", "factor_dtype: nf4, ratio: 0.5")
     go(path, home, fakes)
     edit(path, "ratio: 0.5", "ratio: 0.1")
     assert go(path, home, fakes)[0] == "compile"
@@ -81,7 +81,7 @@ def test_a_task_may_train_on_a_slice(tmp_path: Path, fakes: FakeSteps) -> None:
 
 def test_without_an_emulator_training_is_on_the_original(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
-    edit(path, "emulator: {calibration: {data: mix.jsonl}}\n", "")
+    edit(path, "emulator: {calibration: {data: mix.jsonl}, ratio: 0.25}\n", "")
     edit(path, "test: test.jsonl}", "test: test.jsonl, merge: true}")
     assert go(path, home, fakes) == ["train sql direct", "merge", "evaluate 1", "train support direct"]
 
@@ -101,7 +101,7 @@ def test_a_store_copied_to_another_machine_is_recognised(tmp_path: Path, fakes: 
 
 def test_a_budget_and_a_ratio_together_are_refused(tmp_path: Path, fakes: FakeSteps) -> None:
     path = write_project(tmp_path)
-    edit(path, "data: mix.jsonl}", "data: mix.jsonl}, memory: 24GiB")
+    edit(path, "ratio: 0.25", "memory: 24GiB")
     assert load_manifest(path).emulator is not None
     edit(path, "memory: 24GiB", "memory: 24GiB, ratio: 0.2")
     with pytest.raises(InputError, match=r"emulator\.memory: ratio is given too, keep one of them"):
@@ -178,5 +178,5 @@ def test_another_model_is_not_cut_from(tmp_path: Path, fakes: FakeSteps) -> None
     go(path, home, fakes)
     shutil.rmtree(tmp_path / "model")
     write_model(tmp_path / "model", "another")
-    edit(path, "data: mix.jsonl}", "data: mix.jsonl}, ratio: 0.1")
+    edit(path, "ratio: 0.25", "ratio: 0.1")
     assert go(path, home, fakes)[0] == "compile"

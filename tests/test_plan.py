@@ -13,11 +13,12 @@ import tiny
 from onelayer.compiler import compression
 from onelayer.compiler.compression import choose_ranks, choose_stacks, stacked_parameters, stored_parameters
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factor_dtypes import best_of
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
 from onelayer.compiler.units import StreamedModel
 from onelayer.runtime.plan import plan_run, size_for
-from onelayer.runtime.plan_choice import LARGEST_RATIO, best_dtype, best_ratio, choose_each
+from onelayer.runtime.plan_choice import LARGEST_RATIO, best_ratio, choose_each
 from onelayer.runtime.plan_memory import Setting, emulator_bytes, stored_copy_bytes, train_memory
 from onelayer.runtime.plan_parts import expert_parts
 from onelayer.runtime.plan_skeleton import read_shapes
@@ -187,8 +188,8 @@ def test_rank_comes_before_precision() -> None:
         choices = choose_each(LARGE, setting, card * GIB)
         ratios = {dtype: choice.ratio for dtype, choice in choices.items()}
         assert list(ratios) == ["bf16", "int8", "nf4"]
-        assert best_dtype(ratios) == expected
-    assert best_dtype({"bf16": None, "int8": None, "nf4": None}) == "nf4"
+        assert best_of(ratios) == expected
+    assert best_of({"bf16": None, "int8": None, "nf4": None}) == "nf4"
 
 
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import transformers
 
 from onelayer.compiler.calibration import DataSource, make_batches, read_tokens, tokens_digest
 from onelayer.compiler.checkpoint import model_digest, resolve_model
-from onelayer.compiler.compile_job import Allocation, Compilation, CompileResult, Settings
+from onelayer.compiler.compile_job import Compilation, CompileResult, Settings
 from onelayer.compiler.compression import (
     Ranks,
     check_disk,
@@ -26,19 +26,18 @@ from onelayer.compiler.compression import (
 )
 from onelayer.compiler.emulator import EmulatorWriter
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import FactorDtype, checked_kind, keep_ratio
+from onelayer.compiler.factor_dtypes import DEFAULT_KEEP_BYTES, FactorDtype, best_kind, checked_kind, keep_ratio
 from onelayer.compiler.factorize import Solver
 from onelayer.compiler.files import check_output
 from onelayer.compiler.measure import Meter
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantize import require
+from onelayer.compiler.ranks import Allocation, copies_on_disk, widest_ratio
 from onelayer.compiler.slice import cut_emulator
 from onelayer.compiler.stream import pick_device
 from onelayer.compiler.tokens import Tokens, load_tokenizer
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.workdir import StopRequest, WorkDirectory
-
-DEFAULT_RATIO = 0.25
 
 
 def compile_emulator(
@@ -52,7 +51,7 @@ def compile_emulator(
     samples: int = 64,
     max_length: int = 512,
     batch_size: int = 1,
-    rank_allocation: Allocation = "uniform",
+    rank_allocation: Allocation | None = None,
     solver: Solver = "exact",
     device: str | None = None,
     host_memory_bytes: int | None = None,
@@ -62,11 +61,13 @@ def compile_emulator(
 ) -> CompileResult:
     """Compile the emulator of a model that keeps a part of each linear in its repeated layers.
 
-    How much is said by `ratio`, the share of the linear's values whatever their dtype (0.25 if neither is given), or by
-    `keep_bytes`, the share of its bytes at 16 bits. `factor_dtype` ("bf16", "int8", "nf4") is how factors are stored,
-    None for the original's dtype; where factors would not be smaller, a linear is then quantised whole.
-    `samples` examples of at most `max_length` tokens are drawn from `calibration`. `rank_allocation="spectrum"` spends
-    the same bytes where the spectra ask for them; the experts of a mixture have uniform ranks always.
+    How much is said by `keep_bytes`, the share of the linear's bytes at 16 bits (0.25 if neither is given), or by
+    `ratio`, the share of its values whatever their dtype. `factor_dtype` ("bf16", "int8", "nf4") is how factors are
+    stored, where they would not be smaller a linear is then quantised whole; None is the original's dtype with `ratio`,
+    and with a share of bytes the best for it (`best_kind`). `rank_allocation` is "uniform" as in the paper, the default
+    with `ratio`, or "spectrum", the default with a share of bytes: the same bytes are spent where the spectra ask for
+    them; the experts of a mixture have uniform ranks always.
+    `samples` examples of at most `max_length` tokens are drawn from `calibration`.
     Parked states beyond `host_memory_bytes` go to disk. An interrupted compile is taken up where it stopped. Raises
     `InputError` for what the caller can mend; `output` exists only once the whole emulator does.
     """
@@ -74,18 +75,20 @@ def compile_emulator(
     check_output(output)
     kind = checked_kind(factor_dtype)
     _check_budget(ratio, keep_bytes)
-    require(kind)
     place = pick_device(device)
     parking = Parking(host_memory_bytes)
     streamed = StreamedModel(resolve_model(model, revision))
+    allocation: Allocation = rank_allocation or ("uniform" if ratio is not None else "spectrum")
+    if ratio is None:
+        ratio, kind = _of_bytes(keep_bytes or DEFAULT_KEEP_BYTES, kind, streamed.dtype.itemsize)
     if kind == "bf16" and streamed.dtype == torch.bfloat16:
         kind = None  # what it stands for
-    if ratio is None:
-        ratio = DEFAULT_RATIO if keep_bytes is None else keep_ratio(keep_bytes, kind, streamed.dtype.itemsize)
-    settings = Settings(ratio, kind, samples, max_length, batch_size, rank_allocation, solver, seed)
-    ranks = choose_ranks(streamed, settings.widest_ratio, quantised=kind is not None)
+    require(kind)
+    settings = Settings(ratio, kind, samples, max_length, batch_size, allocation, solver, seed)
+    ranks = choose_ranks(streamed, widest_ratio(ratio, allocation), quantised=kind is not None)
     stacks = choose_stacks(streamed, ratio, quantised=kind is not None)
-    check_disk(output, settings.copies * emulator_bytes(streamed, ranks, stacks, kind))
+    copies = copies_on_disk(allocation, quantised=kind is not None)
+    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, kind))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": revision, "digest": model_digest(streamed.checkpoint.directory)}
@@ -131,6 +134,12 @@ def _compile(
         work.discard()
     changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
     return result.model_copy(update={name: getattr(cut, name) for name in changed})
+
+
+def _of_bytes(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> tuple[float, FactorDtype | None]:
+    """The ratio that takes a share of bytes, and the dtype: the best where none was given."""
+    kind = kind or best_kind(keep_bytes, dtype_bytes)
+    return keep_ratio(keep_bytes, kind, dtype_bytes), kind
 
 
 def _check_budget(ratio: float | None, keep_bytes: float | None) -> None:

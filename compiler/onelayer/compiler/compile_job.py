@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -32,14 +32,10 @@ from onelayer.compiler.measure import Meter, Report, Result, return_free_memory
 from onelayer.compiler.moments import NON_FINITE_LIMIT, MomentHooks, Moments, weight_shape
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantised_factors import output_energy, pack_dense, pack_factors
-from onelayer.compiler.ranks import Spectrum, allocate_by_spectrum
+from onelayer.compiler.ranks import Allocation, Spectrum, allocate_by_spectrum
 from onelayer.compiler.stream import Stream
 from onelayer.compiler.units import StreamedModel, Unit
 from onelayer.compiler.workdir import StopRequest
-
-Allocation = Literal["uniform", "spectrum"]
-# With ranks by spectrum, factors are first written this many times longer than uniform ones, then cut.
-SPECTRUM_HEADROOM = 2.5
 
 
 @dataclass(frozen=True)
@@ -69,19 +65,6 @@ class Settings:
         ):
             if value not in known:
                 raise InputError(f"{option} {value}: is none of {', '.join(known)}")
-
-    @property
-    def widest_ratio(self) -> float:
-        """The keep-ratio at which factors are computed."""
-        if self.rank_allocation == "uniform" or self.ratio == 1:
-            return self.ratio
-        return min(0.999, SPECTRUM_HEADROOM * self.ratio)
-
-    @property
-    def copies(self) -> int:
-        """How many emulators lie on the disk at once: with ranks by spectrum the wide one, quantised weights beside its
-        factors, and the one cut from it."""
-        return 1 if self.rank_allocation == "uniform" else 2 if self.factor_dtype is None else 3
 
 
 class CompileResult(Result):

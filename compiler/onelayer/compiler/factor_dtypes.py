@@ -1,5 +1,6 @@
 """How an emulator's factors may be stored, by name, and the bytes they take: arithmetic alone, torch-free."""
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from onelayer.compiler.errors import InputError
@@ -9,9 +10,12 @@ FactorDtype = Literal["bf16", "int8", "nf4"]
 # This many neighbours of a row share one scale, a bfloat16, which has the range of float32.
 BLOCK, SCALE_BYTES = 64, 2
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
-INSTALL = "nf4 factors need bitsandbytes: pip install 'onelayer[quantised]'"
+INSTALL = "nf4 factors need bitsandbytes: pip install 'onelayer[quantised]', or choose --factor-dtype int8"
+# Factors that keep this share of all values lose little to what they leave out: then precision is worth more than rank.
+NEARLY_ALL = 0.85
 # A budget in bytes is a share of what the linears take at this size, whatever the dtype they are stored in.
 REFERENCE_BYTES = 2
+DEFAULT_KEEP_BYTES = 0.25
 
 
 def is_blockwise(kind: FactorDtype) -> bool:
@@ -49,6 +53,23 @@ def keep_ratio(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) ->
     `dtype_bytes` per value are what factors take where `kind` is None.
     """
     return min(1.0, keep_bytes * REFERENCE_BYTES / (dtype_bytes if kind is None else bytes_per_value(kind)))
+
+
+def best_of(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
+    """Of the ratios that each dtype affords, those that round the least first: the first that keeps nearly all.
+
+    Where none does, nf4: in the same bytes its factors were the best at every size that was measured
+    (manifests/LOG.md, emulators of equal bytes), so precision is bought only when there is no rank left to buy.
+    """
+    return next((kind for kind, ratio in ratios.items() if (ratio or 0.0) >= NEARLY_ALL), "nf4")
+
+
+def best_kind(keep_bytes: float, dtype_bytes: int) -> FactorDtype | None:
+    """The best dtype for factors of `keep_bytes`; None, the original's own of `dtype_bytes`, where that has room."""
+    if keep_ratio(keep_bytes, None, dtype_bytes) >= NEARLY_ALL:
+        return None
+    kinds: tuple[FactorDtype, ...] = get_args(FactorDtype)
+    return best_of({kind: keep_ratio(keep_bytes, kind, dtype_bytes) for kind in kinds})
 
 
 def known_kind(name: str | None) -> FactorDtype | None:

@@ -3,11 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from onelayer.compiler.factor_dtypes import FactorDtype, row_bytes
+
+Allocation = Literal["uniform", "spectrum"]
+# With ranks by spectrum, factors are first written this many times longer than uniform ones, then cut.
+SPECTRUM_HEADROOM = 2.5
+
+
+def widest_ratio(ratio: float, allocation: Allocation) -> float:
+    """The keep-ratio at which factors are computed."""
+    return ratio if allocation == "uniform" or ratio == 1 else min(0.999, SPECTRUM_HEADROOM * ratio)
+
+
+def copies_on_disk(allocation: Allocation, quantised: bool) -> int:
+    """How many emulators lie there at once: with ranks by spectrum the wide one, quantised weights beside its factors,
+    and the one cut from it."""
+    return 1 if allocation == "uniform" else 3 if quantised else 2
 
 
 def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:

@@ -40,7 +40,7 @@ def compile_(
     max_length: MaxLength = 512,
     batch_size: BatchSize = 1,
     solver: Solver = "exact",
-    rank_allocation: RankAllocation = "uniform",
+    rank_allocation: RankAllocation = None,
     device: Device = None,
     host_memory_bytes: HostMemory = None,
     seed: Seed = 0,
@@ -53,9 +53,9 @@ def compile_(
 
     \b
     Example:
-      onelayer compile ./llama-8b --calibration mix.jsonl --ratio 0.25 --output emulator
+      onelayer compile ./llama-8b --calibration mix.jsonl --keep-bytes 0.15 --output emulator
       onelayer compile ./llama-8b --calibration mix.jsonl --memory 16GiB --output emulator
-      onelayer compile ./llama-8b --calibration mix.jsonl --keep-bytes 0.15 --factor-dtype nf4 --output emulator
+      onelayer compile ./llama-8b --calibration mix.jsonl --ratio 0.25 --output emulator     as in the EMLoC paper
     """
     from onelayer.compiler import compile_emulator
 
@@ -64,7 +64,8 @@ def compile_(
 
         if ratio is not None or keep_bytes is not None:
             raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
-        ratio, factor_dtype = size_for(model, memory_bytes, factor_dtype=factor_dtype)
+        rank_allocation = rank_allocation or "spectrum"
+        ratio, factor_dtype = size_for(model, memory_bytes, factor_dtype=factor_dtype, rank_allocation=rank_allocation)
     print_result(
         lambda: compile_emulator(
             model,

@@ -77,17 +77,18 @@ CompileRatio = Annotated[
     float | None,
     typer.Option(
         help="Share of each linear's parameters that the emulator keeps, 0 to 1.",
-        show_default="0.25, or by --keep-bytes",
+        show_default="by --keep-bytes",
     ),
 ]
 KeepBytes = Annotated[
-    float | None, typer.Option(help="In place of --ratio: the share of each linear's bytes at 16 bits, 0 to 1.")
+    float | None,
+    typer.Option(help="In place of --ratio: the share of each linear's bytes at 16 bits, 0 to 1.", show_default="0.25"),
 ]
 FactorDtype = Annotated[
     Literal["bf16", "int8", "nf4"] | None,
     typer.Option(
         help="How the emulator's factors are stored; nf4 holds 3.8 times the rank of bf16.",
-        show_default="as MODEL is, or by --memory",
+        show_default="as MODEL is with --ratio, else the best for the bytes",
     ),
 ]
 MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
@@ -96,8 +97,11 @@ Solver = Annotated[
     Literal["exact", "fast"], typer.Option(help="Exact eigenvectors, or a randomised sketch within a percent of them.")
 ]
 RankAllocation = Annotated[
-    Literal["uniform", "spectrum"],
-    typer.Option(help="The same ratio for every linear, or the same total where it buys most."),
+    Literal["uniform", "spectrum"] | None,
+    typer.Option(
+        help="The same ratio for every linear, or the same total where it buys most.",
+        show_default="uniform with --ratio, else spectrum",
+    ),
 ]
 HostMemory = Annotated[
     int | None,

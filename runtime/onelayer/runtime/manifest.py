@@ -135,11 +135,11 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
 
 def _known_ratio(emulator: Emulator) -> float | None:
     """The emulator's ratio, None where it takes the original to tell."""
-    if emulator.memory is not None or (emulator.keep_bytes is not None and emulator.factor_dtype is None):
-        return None
-    if emulator.keep_bytes is None:
+    if emulator.ratio is not None:
         return emulator.ratio
-    return keep_ratio(emulator.keep_bytes, emulator.factor_dtype, REFERENCE_BYTES)
+    if emulator.memory is not None or emulator.factor_dtype is None:
+        return None
+    return keep_ratio(emulator.share, emulator.factor_dtype, REFERENCE_BYTES)
 
 
 def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:

@@ -13,6 +13,8 @@ from pydantic import (
     PositiveInt,
 )
 
+from onelayer.compiler.factor_dtypes import DEFAULT_KEEP_BYTES
+from onelayer.compiler.ranks import Allocation
 from onelayer.runtime.manifest_values import DataSource, Size, as_list, checked_limit, checked_modules, model_source
 from onelayer.runtime.train_settings import ActivationRank, Where
 
@@ -51,18 +53,30 @@ class Calibration(Section):
 
 
 class Emulator(Section):
-    """The compact stand-in; `ratio` is the kept share of each linear's parameters.
+    """The compact stand-in, of a size that is said in one of three ways.
 
-    `factor_dtype` is how they are stored, the original's dtype if left out. Instead of a ratio, `keep_bytes` is the
-    share of each linear's bytes at 16 bits, and `memory` asks for the largest ratio with which every task can be
-    trained on a device of that size.
+    `keep_bytes` is the kept share of each linear's bytes at 16 bits, 0.25 where nothing is said; `memory` asks for the
+    best emulator with which every task can be trained on a device of that size; `ratio` is the kept share of each
+    linear's parameters, as in the paper. `factor_dtype` is how factors are stored: left out, the original's dtype with
+    a ratio, and else the best for the bytes. `rank_allocation`, left out, is uniform with a ratio and else by spectrum.
     """
 
     calibration: Calibration
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     keep_bytes: Annotated[float, Field(gt=0, lt=1)] | None = None
     memory: Size | None = None
     factor_dtype: Literal["bf16", "int8", "nf4"] | None = None
+    rank_allocation: Allocation | None = None
+
+    @property
+    def share(self) -> float:
+        """The kept share of bytes, where neither ratio nor memory say how much is kept."""
+        return self.keep_bytes or DEFAULT_KEEP_BYTES
+
+    @property
+    def allocation(self) -> Allocation:
+        """How ranks are chosen."""
+        return self.rank_allocation or ("spectrum" if self.ratio is None else "uniform")
 
 
 class Lora(Section):

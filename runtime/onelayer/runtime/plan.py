@@ -10,10 +10,10 @@ from typing import Any
 
 from onelayer.compiler.checkpoint import Checkpoint, resolve_model
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import INSTALL, FactorDtype
+from onelayer.compiler.factor_dtypes import INSTALL, FactorDtype, best_of
 from onelayer.compiler.files import read_json
 from onelayer.compiler.measure import Result
-from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.ranks import Allocation, copies_on_disk, rank_for
 from onelayer.compiler.shapes import ModelShapes
 from onelayer.runtime.plan_choice import (
     LARGEST_RATIO,
@@ -21,7 +21,6 @@ from onelayer.runtime.plan_choice import (
     Alternative,
     Choice,
     alternatives,
-    best_dtype,
     choose,
     choose_each,
     kind_of,
@@ -132,7 +131,7 @@ def plan_run(
     shapes = read_shapes(directory)
     setting = Setting(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     found = choose_each(shapes, setting, memory_bytes)
-    best = found[factor_dtype or best_dtype({dtype: choice.ratio for dtype, choice in found.items()})]
+    best = found[factor_dtype or best_of({dtype: choice.ratio for dtype, choice in found.items()})]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else _spectra(Path(emulator))
@@ -158,17 +157,21 @@ def plan_run(
 
 
 def size_for(
-    model: str | Path, memory_bytes: int, *, factor_dtype: FactorDtype | None = None
+    model: str | Path,
+    memory_bytes: int,
+    *,
+    factor_dtype: FactorDtype | None = None,
+    rank_allocation: Allocation = "spectrum",
 ) -> tuple[float, FactorDtype | None]:
     """Ratio and factor dtype of `compile --memory`: the best with which training fits too, as `plan_run` chooses them.
 
     A dtype that is given is kept; None comes back where the original's own is the best. Raises `InputError` where no
     ratio fits.
     """
-    shapes, setting = read_shapes(resolve_model(model)), Setting(BATCH_SIZE, MAX_LENGTH)
+    shapes, setting = read_shapes(resolve_model(model)), Setting(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation)
     if factor_dtype is None:
         choices = choose_each(shapes, setting, memory_bytes)
-        found = choices[best_dtype({dtype: choice.ratio for dtype, choice in choices.items()})]
+        found = choices[best_of({dtype: choice.ratio for dtype, choice in choices.items()})]
     else:
         found = choose(shapes, setting, memory_bytes, factor_dtype)
     if found.ratio is None:
@@ -184,13 +187,15 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     setting = choice.setting
     emulator = emulator_bytes(shapes, ratio, choice.factor_dtype)
     model = shapes.parameters * shapes.value_bytes
+    copies = copies_on_disk(setting.allocation, quantised=choice.factor_dtype != "bf16")
+    compiled = max(emulator, copies * emulator_bytes(shapes, setting.widest(ratio), choice.factor_dtype))
     return Predicted(
-        compile_bytes=compile_bytes(shapes, ratio, setting.max_length),
+        compile_bytes=compile_bytes(shapes, setting.widest(ratio), setting.max_length),
         train_bytes=choice.memory.peak,
         correct_bytes=correct_bytes(shapes, ratio, setting.lora_rank),
         emulator_bytes=emulator,
         host_bytes=host_bytes(shapes, SAMPLES, setting.max_length, ratio),
-        disk_bytes=model + emulator + 2 * choice.memory.adapter // 3,
+        disk_bytes=model + compiled + 2 * choice.memory.adapter // 3,
         read_bytes=model,
         model_bytes=model,
         largest_layer_bytes=shapes.largest_block_bytes,
@@ -277,7 +282,7 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     if choice.ratio is not None and choice.ratio < 0.15:
         remarks.append("below a ratio of 0.15 little of what is learnt reaches the original; polish the adapter")
     if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        remarks.append(f"{INSTALL}, which is not there; or choose --factor-dtype int8")
+        remarks.append(f"bitsandbytes is missing here: {INSTALL}")
     if choice.ratio == LARGEST_RATIO:
         remarks.append(f"{LARGEST_RATIO} is the largest ratio that is looked at")
     return remarks

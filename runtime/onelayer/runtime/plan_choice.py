@@ -1,6 +1,6 @@
 """Shapes and a memory budget in; factor dtype, keep-ratio and how activations are stored out, with what limits them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import get_args
@@ -54,7 +54,10 @@ def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: 
     fixed = train_memory(shapes, 0, setting)
 
     def fits(ratio: float) -> bool:
-        passes = max(compile_bytes(shapes, ratio, setting.max_length), correct_bytes(shapes, ratio, setting.lora_rank))
+        passes = max(
+            compile_bytes(shapes, setting.widest(ratio), setting.max_length),
+            correct_bytes(shapes, ratio, setting.lora_rank),
+        )
         return max(passes, fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
 
     low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
@@ -92,15 +95,6 @@ def choose_each(shapes: ModelShapes, setting: Setting, budget_bytes: int) -> dic
     return {dtype: choose(shapes, setting, budget_bytes, dtype) for dtype in dtypes}
 
 
-def best_dtype(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
-    """Of the largest ratios that each dtype allows, the least rounded that keeps nearly all, else those of nf4.
-
-    Rank is worth more than precision: in the same bytes nf4 factors were the best at every size that was measured
-    (manifests/LOG.md, emulators of equal bytes), so precision is bought only when there is no rank left to buy.
-    """
-    return next((dtype for dtype, ratio in ratios.items() if (ratio or 0.0) >= WORTHWHILE * LARGEST_RATIO), "nf4")
-
-
 def kind_of(dtype: FactorDtype) -> FactorDtype | None:
     """What `compile` is told: None, the original's own dtype, for which `bf16` stands in a plan."""
     return None if dtype == "bf16" else dtype
@@ -112,7 +106,7 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
         return "nothing: an emulator near the size of the original fits"
     ratio = min(choice.reached + 1 / STEPS, LARGEST_RATIO) if choice.ratio else SMALLEST_RATIO
     usable = int(budget_bytes * USABLE_SHARE)
-    if compile_bytes(shapes, ratio, choice.setting.max_length) > usable:
+    if compile_bytes(shapes, choice.setting.widest(ratio), choice.setting.max_length) > usable:
         return "compile: the largest layer with its moments and solver"
     if correct_bytes(shapes, ratio, choice.setting.lora_rank) > usable:
         return "correct: the factors of the largest linear"

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import FactorDtype, keep_ratio
+from onelayer.compiler.factor_dtypes import FactorDtype, best_kind, best_of, keep_ratio
 from onelayer.compiler.measure import Result
+from onelayer.compiler.ranks import widest_ratio
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
 from onelayer.runtime.manifest import Manifest
 from onelayer.runtime.manifest_sections import Emulator, Training
-from onelayer.runtime.plan_choice import best_dtype, best_ratio, kind_of
+from onelayer.runtime.plan_choice import best_ratio, kind_of
 from onelayer.runtime.plan_memory import (
     Setting,
     compile_bytes,
@@ -39,17 +40,22 @@ class StepCosts(Result):
     peak_bytes: int | None = None
 
 
-def setting_of(training: Training) -> Setting:
-    """A task's training as the planner sees it."""
+def setting_of(training: Training, emulator: Emulator | None = None) -> Setting:
+    """A task's training, and how the emulator's ranks are chosen, as the planner sees it."""
     where, rank = training.activations.where, training.activations.rank
     share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
     batch_size = int(training.args.get("per_device_train_batch_size") or DEFAULT_BATCH_SIZE)
-    return Setting(batch_size, training.max_length, training.lora.r, where, share)
+    allocation = "uniform" if emulator is None else emulator.allocation
+    return Setting(batch_size, training.max_length, training.lora.r, where, share, allocation=allocation)
 
 
 def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
     """The different settings among the tasks, in a fixed order."""
-    settings = {setting_of(manifest.training(name)) for name, task in manifest.tasks.items() if task.ratio is None}
+    settings = {
+        setting_of(manifest.training(name), manifest.emulator)
+        for name, task in manifest.tasks.items()
+        if task.ratio is None
+    }
     return sorted((asdict(setting) for setting in settings), key=str)
 
 
@@ -65,7 +71,7 @@ def emulator_size(manifest: Manifest, directory: Path) -> Size:
     """Of the common emulator. Raises `InputError` where none fits the manifest's memory."""
     emulator = manifest.emulator
     assert emulator is not None
-    if emulator.memory is None and emulator.keep_bytes is None:
+    if emulator.ratio is not None:
         return Size(emulator.ratio, emulator.factor_dtype)
     return size_of_shapes(manifest, emulator, shapes_from_headers(directory))
 
@@ -73,13 +79,14 @@ def emulator_size(manifest: Manifest, directory: Path) -> Size:
 def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:
     """What the manifest says, or what follows from its share of bytes or its memory."""
     dtype = emulator.factor_dtype
-    if emulator.keep_bytes is not None:
-        return Size(keep_ratio(emulator.keep_bytes, dtype, shapes.value_bytes), dtype)
-    if emulator.memory is None:
+    if emulator.ratio is not None:
         return Size(emulator.ratio, dtype)
+    if emulator.memory is None:
+        dtype = dtype or best_kind(emulator.share, shapes.value_bytes)
+        return Size(keep_ratio(emulator.share, dtype, shapes.value_bytes), dtype)
     dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype) if dtype is None else (dtype,)
     found = {each: _ratios(manifest, shapes, emulator.memory, each) for each in dtypes}
-    chosen = dtype or best_dtype({each: _common(ratios) for each, ratios in found.items()})
+    chosen = dtype or best_of({each: _common(ratios) for each, ratios in found.items()})
     ratio = _common(found[chosen])
     if ratio is None:
         task = next(name for name, largest in found[chosen].items() if largest is None)
@@ -93,7 +100,8 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
 def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
     """The largest ratio with which each task can be trained; one with a ratio of its own takes care of itself."""
     names = [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
-    return {name: best_ratio(shapes, setting_of(manifest.training(name)), memory_bytes, dtype).ratio for name in names}
+    settings = {name: setting_of(manifest.training(name), manifest.emulator) for name in names}
+    return {name: best_ratio(shapes, setting, memory_bytes, dtype).ratio for name, setting in settings.items()}
 
 
 def _common(ratios: Mapping[str, float | None]) -> float | None:
@@ -130,7 +138,8 @@ class Costs:
         if kind == "compile":
             assert self._manifest.emulator is not None
             tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
-            return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, ratio, tokens))
+            widest = widest_ratio(ratio, self._manifest.emulator.allocation)
+            return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, widest, tokens))
         if kind == "slice":
             return StepCosts(read_bytes=emulator_bytes(shapes, whole.ratio, dtype), write_bytes=emulator)
         if task is None:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
 from onelayer.compiler.polish_memory import step_bytes
-from onelayer.compiler.ranks import rank_for
+from onelayer.compiler.ranks import Allocation, rank_for, widest_ratio
 from onelayer.compiler.shapes import EXPERT_ROWS, Block, Linear, ModelShapes
 from onelayer.compiler.stored_activations import RESIDUAL_BITS, factored_bytes, is_factored
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -26,7 +26,10 @@ PROCESS_BYTES = 500 << 20
 
 @dataclass(frozen=True)
 class Setting:
-    """How training runs. `rank` is the share of the hidden width kept of stored activations; None stores them whole."""
+    """How training runs. `rank` is the share of the hidden width kept of stored activations; None stores them whole.
+
+    `allocation` is how the emulator's ranks are chosen.
+    """
 
     batch_size: int
     max_length: int
@@ -34,6 +37,11 @@ class Setting:
     where: Literal["none", "layer", "sublayer"] = "none"
     rank: float | None = None
     on_gpu: bool = True
+    allocation: Allocation = "spectrum"
+
+    def widest(self, ratio: float) -> float:
+        """The ratio at which a compile computes factors."""
+        return widest_ratio(ratio, self.allocation)
 
     @property
     def tokens(self) -> int:

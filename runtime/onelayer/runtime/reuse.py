@@ -24,8 +24,7 @@ def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
     """The smallest intact emulator in the store of which that of `spec` is a slice: same inputs, same settings."""
     name = size_field(spec.fields)
     size = spec.fields.get(name)
-    # Quantised factors are rounded for their rank, so a prefix of them is not what a compile would write.
-    if spec.kind != "compile" or not isinstance(size, float) or spec.fields.get("factor_dtype") in ("int8", "nf4"):
+    if spec.kind != "compile" or not isinstance(size, float) or not _is_a_prefix(spec.fields):
         return None
     found = []
     for artifact in store.artifacts():
@@ -35,6 +34,14 @@ def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
         if same and alike and isinstance(larger, float) and larger > size and store.damage(artifact) is None:
             found.append((larger, artifact))
     return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _is_a_prefix(fields: Mapping[str, Any]) -> bool:
+    """Whether factors are prefixes of larger ones. Quantised factors are rounded for their rank, and with a share of
+    bytes they may be; ranks by spectrum are chosen anew for every size."""
+    dtype = fields.get("factor_dtype")
+    rounded = dtype in ("int8", "nf4") or (dtype is None and "keep_bytes" in fields)
+    return not rounded and "rank_allocation" not in fields
 
 
 def cut(store: ArtifactStore, larger: Artifact, ratio: float, output: Path) -> Mapping[str, Any]:

@@ -46,6 +46,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
             output,
             ratio=chosen.ratio,
             factor_dtype=chosen.factor_dtype,
+            rank_allocation=emulator.allocation,
             samples=calibration.samples,
             max_length=calibration.max_length,
             batch_size=manifest.stream.batch_size,
@@ -56,9 +57,10 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         return result.model_dump(mode="json")
 
     fields = {
-        **_ratio_fields(manifest, emulator),
+        **_size_fields(manifest, emulator),
         # Left out where there is none, so that results from before there was a choice are found.
         **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
+        **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
         "samples": calibration.samples,
         "max_length": calibration.max_length,
         "seed": manifest.seed,
@@ -70,12 +72,12 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
     return Step("compile", "compile", execute, fields, {"model": model, **sources}, ratio=lambda: size().ratio)
 
 
-def _ratio_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
-    """What decides the ratio: itself, a share of bytes, or a memory budget with all that the planner looks at."""
-    if emulator.keep_bytes is not None:
-        return {"keep_bytes": emulator.keep_bytes}
-    if emulator.memory is None:
+def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
+    """What decides the size: a ratio, a share of bytes, or a memory budget with all that the planner looks at."""
+    if emulator.ratio is not None:
         return {"ratio": emulator.ratio}
+    if emulator.memory is None:
+        return {"keep_bytes": emulator.share}
     return {"memory": emulator.memory, "planned": {"version": PLANNER_VERSION, "tasks": planned_settings(manifest)}}
 
 
