@@ -80,8 +80,8 @@ def costs(result: pipeline.RunResult) -> str:
         fields = ("largest_unit_bytes", "workspace_bytes", "peak_device_bytes")
         lines.append([name, *(size(report[field]) for field in fields)])
     return (
-        f"Emulator: {emulator['kept_bytes_share']:.1%} of the bytes that the original's layers take at 16 bits, factors "
-        f"in {emulator['settings']['factor_dtype']}\n\n{table(lines)}\n"
+        f"Emulator: {emulator['kept_bytes_share']:.1%} of the bytes that the original's layers take at 16 bits, "
+        f"{emulator['settings']['factor_dtype']} factors\n\n{table(lines)}\n"
         "(peak: how far the process's memory grew while the layers streamed by; the CPU is the device here)"
     )
 

@@ -73,17 +73,17 @@ def main() -> None:
         f"Predictions, not measurements: LoRA of rank 8, batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, bfloat16; the"
     )
     print(
-        "ratio of the weights kept in the emulator, how activations are stored, and the peaks of training / compiling"
+        "dtype of the emulator's factors and the ratio of the weights they keep, how activations are stored, and the peaks"
     )
-    print("on the card in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a card of 60 TFLOP/s.\n")
-    head = ["model", *(f"{card} GB card" for card in CARDS_GIB), "NF4 factors, 24 GB", "polish step"]
+    print(
+        "of training / compiling on the card in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a card of 60 TFLOP/s.\n"
+    )
+    head = ["model", *(f"{card} GB card" for card in CARDS_GIB), "polish step"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, config in MODELS.items():
         plans = [planned(config, card * GIB) for card in CARDS_GIB]
-        nf4 = next(row for row in plans[-1].choices if row.factor_dtype == "nf4")
-        quantised = "does not fit" if nf4.ratio is None else f"ratio {nf4.ratio:.2f}, {nf4.train_bytes / GIB:.1f}"
         assert plans[-1].seconds is not None
-        print(f"| {' | '.join([name, *map(cell, plans), quantised, f'{plans[-1].seconds.polish_step:.0f} s'])} |")
+        print(f"| {' | '.join([name, *map(cell, plans), f'{plans[-1].seconds.polish_step:.0f} s'])} |")
     print(f"\n{PAPER_NOTE}. Their language models have 20B and 32B parameters; with an emulator of 5B of those")
     print(f"and one example of {MAX_LENGTH} tokens at a time:\n")
     for name in PAPER_MODELS:
@@ -99,12 +99,12 @@ def planned(config: dict[str, Any], memory_bytes: int) -> PlanResult:
 
 
 def cell(plan: PlanResult) -> str:
-    """Ratio, how activations are stored, and the two peaks."""
+    """Factor dtype and ratio, how activations are stored, and the two peaks."""
     if plan.ratio is None:
         return "does not fit"
     stored = "whole" if plan.activations == "none" else f"{plan.activations} 1/{round(1 / (plan.activation_rank or 1))}"
     peaks = f"{plan.predicted.train_bytes / GIB:.1f} / {plan.predicted.compile_bytes / GIB:.1f}"
-    return f"ratio {plan.ratio:.2f}, {stored}, {peaks}"
+    return f"{plan.factor_dtype} {plan.ratio:.2f}, {stored}, {peaks}"
 
 
 def small_emulator(config: dict[str, Any]) -> tuple[int, int]:
