@@ -72,12 +72,11 @@ def main() -> None:
     print(
         f"Predictions, not measurements: LoRA of rank 8, batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, bfloat16; the"
     )
+    print("dtype of the emulator's factors and the ratio of the weights they keep, how activations are stored, and the")
     print(
-        "dtype of the emulator's factors and the ratio of the weights they keep, how activations are stored, and the peaks"
+        "peaks of training / compiling on the card in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a"
     )
-    print(
-        "of training / compiling on the card in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a card of 60 TFLOP/s.\n"
-    )
+    print("card of 60 TFLOP/s.\n")
     head = ["model", *(f"{card} GB card" for card in CARDS_GIB), "polish step"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, config in MODELS.items():
