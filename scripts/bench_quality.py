@@ -44,7 +44,7 @@ class Bench:
         first, second = self.given.validation_rows, self.given.test_rows
         lines = self.given.held_out.read_text().splitlines(keepends=True)[: first + second]
         paths = self.work / "validation.jsonl", self.work / "test.jsonl"
-        for path, part in zip(paths, (lines[:first], lines[first:]), strict=True):
+        for path, part in zip(paths, (lines[:first][: self.given.choose_rows], lines[first:]), strict=True):
             path.write_text("".join(part))
         return paths
 
@@ -256,6 +256,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--polish", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 scratch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--validation-rows", type=int, default=60)
+    parser.add_argument("--choose-rows", type=int, help="only so many of these; the test rows stay the same")
     parser.add_argument("--test-rows", type=int, default=150)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
