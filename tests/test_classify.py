@@ -18,10 +18,22 @@ from onelayer.compiler.labels import predicted_classes
 from onelayer.compiler.polish_data import TrainRows
 from onelayer.compiler.polish_job import Settings
 from onelayer.runtime import load_emulator, train_lora
+from onelayer.runtime.artifacts import ArtifactStore
+from onelayer.runtime.manifest import load_manifest
+from onelayer.runtime.pipeline import run
 from tiny import save_tiny
 
 TARGETS = {"bert": ["query", "value", "dense"], "llama": ["q_proj", "down_proj"]}
 HEAD = {"bert": "classifier", "llama": "score"}
+MANIFEST = """
+version: 1
+model: {path: model}
+emulator: {ratio: 0.5, calibration: {data: data.jsonl}}
+train: {args: {max_steps: 4, per_device_train_batch_size: 3, learning_rate: 1.0e-2}}
+polish: {steps: 2, batch_size: 7}
+tasks:
+  topics: {train: data.jsonl, validation: data.jsonl, test: data.jsonl}
+"""
 
 
 def resident(model: Any, directory: Path, adapter: Path | None = None) -> Any:
@@ -234,6 +246,18 @@ def test_the_whole_loop(family: str, trains_head: bool, tmp_path: Path) -> None:
     assert merged.loss == pytest.approx(scores[4].loss, rel=1e-4)
     losses, _ = row_losses(resident(model, tmp_path / "merged"), directory)
     assert losses.mean().item() == pytest.approx(merged.loss, rel=1e-4)
+
+
+def test_a_manifest_runs_a_classifier(tmp_path: Path) -> None:
+    save_classifier("bert", tmp_path / "model")
+    write_labelled(tmp_path / "data.jsonl")
+    (tmp_path / "m.yaml").write_text(MANIFEST)
+    manifest, store = load_manifest(tmp_path / "m.yaml"), ArtifactStore(tmp_path / "home")
+    result = run(manifest, store)
+    assert not result.failed
+    losses = {row["name"]: row["loss"] for row in result.evaluations["topics"]}
+    assert losses["polished"] < losses["original"]
+    assert run(manifest, store).evaluations == result.evaluations
 
 
 def test_parts_of_a_step_weigh_by_their_rows(tmp_path: Path) -> None:
