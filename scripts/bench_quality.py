@@ -12,6 +12,7 @@ and several may share the work. `quality_table.py` makes tables and a picture of
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from onelayer.compiler.labels import predicted_classes
 from onelayer.compiler.scoring import Samples
 from onelayer.compiler.tokens import IGNORED, load_tokenizer
 from onelayer.runtime import load_emulator, train_lora
-from quality_emulators import COMPILED, compiled, derived, dropped, resident, restored
+from quality_emulators import COMPILED, compiled, derived, dropped, elastic, resident, restored
 
 
 class Bench:
@@ -150,13 +151,15 @@ class Bench:
         )  # fmt: skip
 
     def cell(self, kind: str, size: float, seed: int) -> None:
-        """Every stage of one emulator but polish. `kind+sublayer` trains with compressed activations."""
+        """Every stage of one emulator but polish. `kind+sublayer` trains with compressed activations, `kind+elastic` on
+        a random prefix of the factors at every step."""
         if self.recorded(kind=kind, size=size, seed=seed):
             return
-        base, _, activations = kind.partition("+")
+        base, _, way = kind.partition("+")
         emulator = self.emulator(base, size)
-        more: dict[str, Any] = {"activations": activations, "activation_rank": 0.125} if activations else {}
-        adapter = self.trained(f"{kind}-{size}", emulator, seed, **more)
+        more: dict[str, Any] = {"activations": way, "activation_rank": 0.125} if way in ("layer", "sublayer") else {}
+        with elastic(seed=seed) if way == "elastic" else nullcontext():
+            adapter = self.trained(f"{kind}-{size}", emulator, seed, **more)
         common = {
             "kind": kind,
             "size": size,

@@ -11,8 +11,11 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +30,7 @@ from onelayer.compiler.factorize import factorize
 from onelayer.compiler.moments import Gram, Moments
 from onelayer.compiler.quantize import pack
 from onelayer.compiler.tokens import load_tokenizer
+from onelayer.runtime.packed import PackedLinear
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 COMPILED: dict[str, dict[str, Any]] = {
@@ -157,6 +161,26 @@ def _rewrite(published: Path, output: Path, factors: Factors) -> None:
     figures["digest"] = model_digest(partial)
     (partial / "emulator.json").write_text(json.dumps(figures))
     partial.rename(output)
+
+
+@contextmanager
+def elastic(least: float = 0.5, seed: int = 0) -> Iterator[None]:
+    """Packed factors answer with a random prefix meanwhile, at `least` that share of them, another for each pass."""
+    generator, product = Random(seed), PackedLinear._product
+    first: list[PackedLinear] = []
+    share = [1.0]
+
+    def prefix(self: PackedLinear, x: torch.Tensor, name: str, rows_are_outputs: bool) -> torch.Tensor:
+        y = product(self, x, name, rows_are_outputs)
+        if name != "lr_down":
+            return y
+        first[:] = first or [self]
+        if self is first[0]:
+            share[0] = generator.uniform(least, 1.0)
+        return y * (torch.arange(y.shape[-1], device=y.device) < share[0] * y.shape[-1])
+
+    with mock.patch.object(PackedLinear, "_product", prefix):
+        yield
 
 
 def dropped(size: float, output: Path, model: Path) -> dict[int, int]:
