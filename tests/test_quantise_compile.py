@@ -20,6 +20,7 @@ from onelayer.compiler.files import read_json, write_json
 from onelayer.compiler.slice import slice_emulator
 from onelayer.runtime import load_emulator, train_lora
 from onelayer.runtime.cli_commands import app
+from onelayer.runtime.plan import size_for
 from tiny import save_tiny, tiny_tokenizer
 
 KINDS: tuple[FactorDtype, ...] = ("bf16", "int8", "nf4")
@@ -147,3 +148,15 @@ def test_the_command_line_says_it_too(root: Path, tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     assert document["linears"][0].keys() >= {"name", "rank", "error", "optimal_error", "unquantised_error"}
     assert read_json(tmp_path / "emulator/emulator.json")["settings"]["ratio"] == pytest.approx(0.2 / 0.53125)
+
+
+def test_a_card_chooses_the_size_on_the_command_line(root: Path, tmp_path: Path) -> None:
+    arguments = ["compile", root / "original", "--calibration", root / "mix.jsonl", "--output", tmp_path / "emulator"]
+    options = ["--memory", "1GiB", "--samples", "6", "--max-length", "24", "--json"]
+    refused = CliRunner().invoke(app, [str(item) for item in (*arguments, *options, "--ratio", "0.2")])
+    assert "--memory: chooses the ratio" in str(refused.exception)
+    done = CliRunner().invoke(app, [str(item) for item in (*arguments, *options)])
+    assert done.exit_code == 0, done.output
+    settings = read_json(tmp_path / "emulator/emulator.json")["settings"]
+    found = settings["ratio"], settings["factor_dtype"], settings["rank_allocation"]
+    assert found == (*size_for(root / "original", 1 << 30), "spectrum")
