@@ -125,7 +125,7 @@ def _compile(
         result = job.result(
             output, meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         )
-        figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks"})
+        figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *vars(settings)})
         writer.finish(base, {**facts, **job.remarks(), **figures})
         if settings.rank_allocation == "uniform":
             work.publish(output)

@@ -72,10 +72,14 @@ class CompileResult(Result):
 
     `layer_parameters_stacked` are those in stacks of matrices that stay dense: experts that do not answer to
     transformers' interface. `stacks` are those that do, as factors. `kept_bytes_share`: the bytes of all that is
-    compressed, as a share of what it took at 16 bits.
+    compressed, as a share of what it took at 16 bits. `ratio`, `factor_dtype` (None: the original's) and
+    `rank_allocation` are those that were used, given or chosen.
     """
 
     output: str
+    ratio: float
+    factor_dtype: FactorDtype | None
+    rank_allocation: Allocation
     parameters_before: int
     parameters_after: int
     layer_parameters_before: int
@@ -250,6 +254,9 @@ class Compilation:
         before, layers = stored_parameters(self.streamed), stored_parameters(self.streamed, blocks_only=True)
         return CompileResult(
             output=str(output),
+            ratio=self.settings.ratio,
+            factor_dtype=self.settings.factor_dtype,
+            rank_allocation=self.settings.rank_allocation,
             parameters_before=before,
             parameters_after=before - saved,
             layer_parameters_before=layers,

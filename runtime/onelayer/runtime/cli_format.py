@@ -92,7 +92,12 @@ def _is_short(values: list[Any]) -> bool:
 def compile_summary(document: Mapping[str, Any]) -> str:
     """The sizes, the linears and stacks of experts that lost most, what stayed dense of experts, and what it cost."""
     before, after = document["parameters_before"], document["parameters_after"]
-    head = f"{document['output']}: {after:,} of {before:,} parameters ({after / before:.1%})"
+    dtype = document["factor_dtype"] or "the original's dtype"
+    head = (
+        f"{document['output']}: {after:,} of {before:,} parameters ({after / before:.1%}), "
+        f"{document['kept_bytes_share']:.1%} of the layers' bytes at 16 bits\n"
+        f"ratio {document['ratio']:.4g}, factors in {dtype}, ranks {document['rank_allocation']}"
+    )
     stacks, dense = document["stacks"], document["layer_parameters_stacked"]
     worst = sorted([*document["linears"], *stacks], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
     rows = [("largest errors", "rank", "error", "optimal")]
@@ -109,7 +114,9 @@ def compile_summary(document: Mapping[str, Any]) -> str:
 def correct_summary(document: Mapping[str, Any]) -> str:
     """Where the adapter is, how much was corrected, and what it cost."""
     limit = "none" if document["limit"] is None else document["limit"]
-    parts = [f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}"]
+    parts = [
+        f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}, {document['solver']} solver, scale {document['scale']}"
+    ]
     if document["candidates"]:
         tried = document["candidates"]
         rows = [
