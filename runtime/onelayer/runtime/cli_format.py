@@ -114,9 +114,8 @@ def compile_summary(document: Mapping[str, Any]) -> str:
 def correct_summary(document: Mapping[str, Any]) -> str:
     """Where the adapter is, how much was corrected, and what it cost."""
     limit = "none" if document["limit"] is None else document["limit"]
-    parts = [
-        f"{document['output']}: {len(document['linears'])} linears corrected, limit {limit}, {document['solver']} solver, scale {document['scale']}"
-    ]
+    how = f"limit {limit}, {document['solver']} solver, scale {document['scale']}"
+    parts = [f"{document['output']}: {len(document['linears'])} linears corrected, {how}"]
     if document["candidates"]:
         tried = document["candidates"]
         rows = [
