@@ -42,7 +42,7 @@ LIMITS: tuple[tuple[Solver, float | None], ...] = (
 )  # fmt: skip
 # An emulator has less energy than its original, and what it gets wrong the adapter may have learnt to outdo: so the
 # adapter can come out too small or too large. Tried with no correction and with the one that is chosen most often.
-SCALES, SCALED = (0.8, 0.9, 1.1, 1.2), (("span", 0.0), ("oblique", 1.0))
+SCALES, SCALED = (0.65, 0.8, 0.9, 1.1, 1.2), (("span", 0.0), ("oblique", 1.0))
 CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
     *((*limit, 1.0) for limit in LIMITS),
     *((*limit, scale) for limit in LIMITS if limit in SCALED for scale in SCALES),
