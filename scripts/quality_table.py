@@ -93,7 +93,7 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
     figure = Figure(figsize=(5.5 * len(tasks), 4.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, (task, rows) in zip(panels, tasks.items(), strict=True):
-        found = [row for row in rows if row["kind"] != "direct" and "+" not in row["kind"]]
+        found = [row for row in rows if row["kind"] != "direct" and "+" not in row["kind"] and not row.get("polished")]
         for kind in dict.fromkeys(row["kind"] for row in found):
             stage = "limit 3" if kind == "published" else "uncorrected" if kind in ("dropped", "qlora") else "chosen"
             points = {
