@@ -91,7 +91,9 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(tasks), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    kinds = dict.fromkeys(row["kind"] for rows in tasks.values() for row in rows)
+    colors = {kind: f"C{number}" for number, kind in enumerate(sorted(kinds))}
     for axes, (task, rows) in zip(panels, tasks.items(), strict=True):
         found = [row for row in rows if row["kind"] != "direct" and "+" not in row["kind"] and not row.get("polished")]
         for kind in dict.fromkeys(row["kind"] for row in found):
@@ -106,7 +108,7 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
                 [sizes[size] / 1e6 for size in points],
                 [100 * mean(shares) for shares in points.values()],
                 [100 * stdev(shares) if len(shares) > 1 else 0 for shares in points.values()],
-                marker="o", markersize=4, capsize=3, label=f"{kind}, {stage}",
+                marker="o", markersize=4, capsize=3, label=f"{kind}, {stage}", color=colors[kind],
             )  # fmt: skip
         axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", xlabel="bytes of the emulator's linears, MB", title=task)
