@@ -165,7 +165,7 @@ def _rewrite(published: Path, output: Path, factors: Factors) -> None:
 
 @contextmanager
 def elastic(least: float = 0.5, seed: int = 0) -> Iterator[None]:
-    """Packed factors answer with a random prefix meanwhile, at `least` that share of them, another for each pass."""
+    """Packed factors answer with a random prefix meanwhile, of the share `least` or more, another for each pass."""
     generator, product = Random(seed), PackedLinear._product
     first: list[PackedLinear] = []
     share = [1.0]

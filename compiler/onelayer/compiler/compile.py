@@ -26,7 +26,7 @@ from onelayer.compiler.compression import (
 )
 from onelayer.compiler.emulator import EmulatorWriter
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import DEFAULT_KEEP_BYTES, FactorDtype, best_kind, checked_kind, keep_ratio
+from onelayer.compiler.factor_dtypes import DEFAULT_KEEP_BYTES, FactorDtype, checked_kind, within_bytes
 from onelayer.compiler.factorize import Solver
 from onelayer.compiler.files import check_output
 from onelayer.compiler.measure import Meter
@@ -80,7 +80,7 @@ def compile_emulator(
     streamed = StreamedModel(resolve_model(model, revision))
     allocation: Allocation = rank_allocation or ("uniform" if ratio is not None else "spectrum")
     if ratio is None:
-        ratio, kind = _of_bytes(keep_bytes or DEFAULT_KEEP_BYTES, kind, streamed.dtype.itemsize)
+        ratio, kind = within_bytes(keep_bytes or DEFAULT_KEEP_BYTES, kind, streamed.dtype.itemsize)
     if kind == "bf16" and streamed.dtype == torch.bfloat16:
         kind = None  # what it stands for
     require(kind)
@@ -134,12 +134,6 @@ def _compile(
         work.discard()
     changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
     return result.model_copy(update={name: getattr(cut, name) for name in changed})
-
-
-def _of_bytes(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> tuple[float, FactorDtype | None]:
-    """The ratio that takes a share of bytes, and the dtype: the best where none was given."""
-    kind = kind or best_kind(keep_bytes, dtype_bytes)
-    return keep_ratio(keep_bytes, kind, dtype_bytes), kind
 
 
 def _check_budget(ratio: float | None, keep_bytes: float | None) -> None:

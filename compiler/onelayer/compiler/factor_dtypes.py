@@ -72,6 +72,12 @@ def best_kind(keep_bytes: float, dtype_bytes: int) -> FactorDtype | None:
     return best_of({kind: keep_ratio(keep_bytes, kind, dtype_bytes) for kind in kinds})
 
 
+def within_bytes(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> tuple[float, FactorDtype | None]:
+    """The ratio that takes a share of bytes, and the dtype: `kind`, or the best where none was given."""
+    kind = kind or best_kind(keep_bytes, dtype_bytes)
+    return keep_ratio(keep_bytes, kind, dtype_bytes), kind
+
+
 def known_kind(name: str | None) -> FactorDtype | None:
     """`name` as one of the packed forms; None where it is none of them."""
     kinds: tuple[FactorDtype, ...] = get_args(FactorDtype)

@@ -5,6 +5,7 @@ From headers and config.json alone: no weight is loaded. Predictions are of byte
 """
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from onelayer.runtime.plan_choice import (
     Alternative,
     Choice,
     alternatives,
-    choose,
     choose_each,
     kind_of,
     limit_of,
@@ -131,7 +131,7 @@ def plan_run(
     shapes = read_shapes(directory)
     setting = Setting(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     found = choose_each(shapes, setting, memory_bytes)
-    best = found[factor_dtype or best_of({dtype: choice.ratio for dtype, choice in found.items()})]
+    best = found[factor_dtype or _best(found)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else _spectra(Path(emulator))
@@ -169,16 +169,17 @@ def size_for(
     ratio fits.
     """
     shapes, setting = read_shapes(resolve_model(model)), Setting(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation)
-    if factor_dtype is None:
-        choices = choose_each(shapes, setting, memory_bytes)
-        found = choices[best_of({dtype: choice.ratio for dtype, choice in choices.items()})]
-    else:
-        found = choose(shapes, setting, memory_bytes, factor_dtype)
+    choices = choose_each(shapes, setting, memory_bytes)
+    found = choices[factor_dtype or _best(choices)]
     if found.ratio is None:
         offers = [f"{row.give_up} allows {row.ratio}" for row in alternatives(shapes, found, memory_bytes)[:2]]
         reason = limit_of(shapes, found, memory_bytes)
         raise InputError(f"--memory: too little for {reason}; {'; '.join(offers) or 'give more memory'}")
     return found.ratio, factor_dtype or kind_of(found.factor_dtype)
+
+
+def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
+    return best_of({dtype: choice.ratio for dtype, choice in choices.items()})
 
 
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factor_dtypes import FactorDtype, best_kind, best_of, keep_ratio
+from onelayer.compiler.factor_dtypes import FactorDtype, best_of, within_bytes
 from onelayer.compiler.measure import Result
 from onelayer.compiler.ranks import widest_ratio
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
@@ -82,8 +82,7 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
     if emulator.ratio is not None:
         return Size(emulator.ratio, dtype)
     if emulator.memory is None:
-        dtype = dtype or best_kind(emulator.share, shapes.value_bytes)
-        return Size(keep_ratio(emulator.share, dtype, shapes.value_bytes), dtype)
+        return Size(*within_bytes(emulator.share, dtype, shapes.value_bytes))
     dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype) if dtype is None else (dtype,)
     found = {each: _ratios(manifest, shapes, emulator.memory, each) for each in dtypes}
     chosen = dtype or best_of({each: _common(ratios) for each, ratios in found.items()})
