@@ -27,7 +27,7 @@ from onelayer.compiler.labels import predicted_classes
 from onelayer.compiler.scoring import Samples
 from onelayer.compiler.tokens import IGNORED, load_tokenizer
 from onelayer.runtime import load_emulator, train_lora
-from quality_emulators import COMPILED, compiled, derived, dropped, elastic, resident, restored
+from quality_emulators import COMPILED, REFINED, compiled, derived, dropped, elastic, refined, resident, restored
 
 
 class Bench:
@@ -67,6 +67,9 @@ class Bench:
     def emulator(self, kind: str, size: float) -> Path:
         """The stand-in of one kind and size."""
         name, given = f"{kind}-{size}", (self.model, self.given.train, self.calibration)
+        if kind.endswith(REFINED):
+            emulator = self.emulator(kind.removesuffix(REFINED), size)
+            return self.made(name, lambda path: refined(path, emulator, *given))
         if kind == "dropped":
             return self.made(name, lambda path: dropped(size, path, self.model))
         if kind in COMPILED:

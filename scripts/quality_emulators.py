@@ -5,6 +5,7 @@ A kind is a name from `KINDS`; a size is a share of the bytes that the linears t
 `qlora` (all linears whole in nf4). The others replace the factors of `published`, so that everything else is equal:
 `plain-svd` knows no calibration, `sequential` takes its statistics from the emulator instead of the original,
 `rescaled` gives each linear the original's output energy. `dropped` keeps some layers whole instead (offsite tuning).
+`-refined` behind a kind: its factors trained unit by unit against the original (`refine`).
 """
 
 import json
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from onelayer.compiler import compile_emulator
+from onelayer.compiler import compile_emulator, refine_emulator
 from onelayer.compiler.calibration import make_batches, read_tokens
 from onelayer.compiler.checkpoint import model_digest
 from onelayer.compiler.compat import model_class
@@ -44,6 +45,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 DERIVED = ("plain-svd", "sequential", "rescaled")
 KINDS = (*COMPILED, *DERIVED, "dropped")
+REFINED = "-refined"
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -57,6 +59,11 @@ def compiled(kind: str, size: float, output: Path, model: Path, data: Path, cali
     """One emulator that the product makes."""
     share = 0.99 if kind == "qlora" else size  # of 16-bit bytes: nf4 keeps every linear whole well below it
     compile_emulator(model, str(data), output, keep_bytes=share, **COMPILED[kind], **calibration)
+
+
+def refined(output: Path, emulator: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
+    """The same emulator with trained factors, as `refine` does it by default."""
+    refine_emulator(emulator, model=model, calibration=str(data), output=output, **calibration)
 
 
 def derived(kind: str, output: Path, published: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:

@@ -1,19 +1,21 @@
 """Tables and a picture of what bench_quality.py found.
 
-    python scripts/quality_table.py DIR/results.jsonl --plot FILE.png
+    python scripts/quality_table.py DIR/results.jsonl [--summary] [--plot FILE.png]
 
 Means over seeds. Share: of what LoRA trained on the original itself gains in loss, with its standard deviation over
-seeds. Bytes: of the linears of the repeated layers, as a share of what they take at 16 bits.
+seeds. Sizes: of the linears of the repeated layers, as a share of the bytes that they take at 16 bits.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen")
+# By which stage a kind is judged: as its authors use it; ours by the chosen correction.
+JUDGED = {"published": "limit 3", "dropped": "uncorrected", "qlora": "uncorrected"}
 Row = dict[str, Any]
 
 
@@ -21,6 +23,7 @@ def main() -> None:
     """Read, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--summary", action="store_true", help="shares alone, a line per kind and a column per size")
     parser.add_argument("--plot", type=Path, help="draw shares against bytes into this file")
     arguments = parser.parse_args()
     rows = [json.loads(line) for path in arguments.results for line in path.read_text().splitlines()]
@@ -28,7 +31,7 @@ def main() -> None:
     for task in tasks:
         print(f"\n## {task}\n")
         own = with_shares([row for row in rows if row["task"] == task])
-        print_task(own)
+        (print_summary if arguments.summary else print_task)(own)
     if arguments.plot is not None:
         draw(arguments.plot, {task: with_shares([row for row in rows if row["task"] == task]) for task in tasks})
 
@@ -69,6 +72,37 @@ def print_task(rows: Sequence[Row]) -> None:
             print(f"  {name:24} {_cell([row for row in own if row['row'] == name])}")
 
 
+def print_summary(rows: Sequence[Row]) -> None:
+    """Shares on the original, as each kind is used, and after exact steps: Markdown."""
+    plain = [row for row in rows if not row.get("polished") and row["row"] == _judged(row["kind"])]
+    _print_grid("emulator", plain, lambda row: f"{row['kind']}, {row['row']}")
+    polished = {(row["kind"], row["size"]) for row in rows if row.get("polished")}
+    starts = [row for row in rows if (row["kind"], row["size"]) in polished and row["row"] not in STAGES[:2]]
+    _print_grid("exact steps", starts, lambda row: f"{row['kind']}, {row['row']}")
+
+
+def _judged(kind: str) -> str:
+    return JUDGED.get(kind, STAGES[-1])
+
+
+def _print_grid(title: str, rows: Sequence[Row], line_of: Callable[[Row], str]) -> None:
+    """Lines as `line_of` names them, sizes as columns; the number of seeds where a cell has fewer than others."""
+    sizes = sorted({row["size"] for row in rows}, reverse=True)
+    seeds = len({row["seed"] for row in rows})
+    print(f"\n| {title} | " + " | ".join(f"{size:g}" for size in sizes) + f" |\n|{'---|' * (len(sizes) + 1)}")
+    for line in dict.fromkeys(map(line_of, rows)):
+        cells = [[row for row in rows if (line_of(row), row["size"]) == (line, size)] for size in sizes]
+        print(f"| {line} | " + " | ".join(_share(cell, seeds) for cell in cells) + " |")
+
+
+def _share(rows: Sequence[Row], seeds: int) -> str:
+    if not rows:
+        return ""
+    shares = [100 * row["share"] for row in rows]
+    spread = f" ± {stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{mean(shares):.1f}{spread} %" + ("" if len(rows) == seeds else f" (seeds: {len(rows)})")
+
+
 def _cells(rows: Sequence[Row]) -> list[tuple[str, float]]:
     return sorted({(row["kind"], row["size"]) for row in rows}, key=lambda cell: (-cell[1], cell[0]))
 
@@ -97,7 +131,7 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
     for axes, (task, rows) in zip(panels, tasks.items(), strict=True):
         found = [row for row in rows if row["kind"] != "direct" and "+" not in row["kind"] and not row.get("polished")]
         for kind in dict.fromkeys(row["kind"] for row in found):
-            stage = "limit 3" if kind == "published" else "uncorrected" if kind in ("dropped", "qlora") else "chosen"
+            stage = _judged(kind)
             points = {
                 size: [row["share"] for row in found if (row["kind"], row["size"], row["row"]) == (kind, size, stage)]
                 for size in sorted({row["size"] for row in found if row["kind"] == kind})

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from onelayer.compiler.inspect import inspect_path as inspect_path
     from onelayer.compiler.merge import merge_adapter as merge_adapter
     from onelayer.compiler.polish import polish_adapter as polish_adapter
+    from onelayer.compiler.refine import refine_emulator as refine_emulator
     from onelayer.compiler.slice import slice_emulator as slice_emulator
 
 _HOME_OF = {
@@ -21,6 +22,7 @@ _HOME_OF = {
     "inspect_path": "inspect",
     "merge_adapter": "merge",
     "polish_adapter": "polish",
+    "refine_emulator": "refine",
     "slice_emulator": "slice",
 }
 __all__ = sorted(_HOME_OF)

@@ -22,7 +22,7 @@ from onelayer.compiler.loading import Loader
 from onelayer.compiler.measure import Progress, return_free_memory
 from onelayer.compiler.qb import Compressed, compress
 from onelayer.compiler.seams import Kept, Slots, cut, differentiable
-from onelayer.compiler.side_channels import closed, containers_of, opened, written
+from onelayer.compiler.side_channels import called, delivered, opened
 from onelayer.compiler.stream import Batch, Stream, Visit, move
 from onelayer.compiler.units import Unit
 
@@ -111,9 +111,8 @@ class GradientStream(Stream):
         record.kept.check_unchanged()
         with torch.enable_grad():
             (arguments, contents), leaves = record.kept.again(self.device)
-            (args, kwargs), containers = closed(arguments, contents)
-            returned = type(unit.module).forward(unit.module, *args, **kwargs)
-            outputs = differentiable((returned, written(containers, contents)))
+            forward = partial(type(unit.module).forward, unit.module)
+            outputs = differentiable(called(lambda args, kwargs: forward(*args, **kwargs), arguments, contents))
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)
@@ -137,19 +136,14 @@ class GradientStream(Stream):
         kept = Kept.of(inputs, self._known[visit.index], shrink)
         self.parking.hold(kept.tensors)
         with self._random(seed):
-            arguments, contents = move(inputs, self.device)
-            (args, kwargs), containers = closed(arguments, contents)
-            returned = run(visit.index, args, kwargs)
-            outputs = move((returned, written(containers, contents)), HOST)
+            here = move(inputs, self.device)
+            outputs = move(called(partial(run, visit.index), *here), HOST)
         if visit.grad_enabled and (kept.wants_gradients or _is_trained(visit.unit)):
             outputs, slots = cut(outputs)
             if not self._records or self._records[-1][0] is not visit.unit:
                 self._records.append((visit.unit, []))
             self._records[-1][1].append(Record(visit.index, seed, kept, slots))
-        output, side_outputs = outputs
-        for container, found in zip(containers_of(inputs[0]), side_outputs, strict=True):
-            container.update(found)
-        return output
+        return delivered(inputs[0], outputs)
 
     def _shrunk(self, seed: int, tensor: torch.Tensor) -> Compressed:
         assert self.rank is not None

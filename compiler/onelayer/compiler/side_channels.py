@@ -6,6 +6,7 @@ not passed by itself. Opened, the contents lie beside the arguments, where they 
 
 import copy
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils._pytree import tree_leaves, tree_map
@@ -49,3 +50,18 @@ def written(containers: list[UserDict[Any, Any]], contents: Contents) -> Content
         {name: value for name, value in container.items() if value is not before.get(name)}
         for container, before in zip(containers, contents, strict=True)
     ]
+
+
+def called(run: Callable[[Any, Any], Any], arguments: Any, contents: Contents) -> tuple[Any, Contents]:
+    """What `run(args, kwargs)` returns, with containers closed over `contents`, and what it put into them."""
+    (args, kwargs), containers = closed(arguments, contents)
+    returned = run(args, kwargs)
+    return returned, written(containers, contents)
+
+
+def delivered(arguments: Any, outputs: tuple[Any, Contents]) -> Any:
+    """What a call returned; what it put into containers goes into those of `arguments`."""
+    returned, side_outputs = outputs
+    for container, found in zip(containers_of(arguments), side_outputs, strict=True):
+        container.update(found)
+    return returned

@@ -109,7 +109,7 @@ def cut_emulator(
     with atomic_directory(output) as partial, Meter(torch.device("cpu")) as meter:
         copy_companions(source.directory, partial)
         by_file = _plan_shards(source, sliced)
-        shard_sizes = _write_shards(partial, source, by_file, meter)
+        shard_sizes = write_shards(partial, source, by_file, meter, "slice")
         _write_config(partial, source, sliced)
         largest = max(info.size_bytes for info in source.checkpoint.tensors.values())
         report = meter.report(max(shard_sizes), 2 * largest, source.checkpoint.bytes_read)
@@ -145,6 +145,11 @@ def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
     """`emulator.json`, checked, and as it stands; without it the singular values are unknown."""
     path = source.directory / FIGURES_FILE
     document = read_json(path)
+    if isinstance(document, dict) and "refined" in document:
+        raise InputError(
+            f"{source.directory}: its factors were refined and are in no order any more; slice the emulator that they "
+            "were refined from"
+        )
     try:
         figures = _Figures.model_validate(document)
     except ValidationError as error:
@@ -230,10 +235,12 @@ def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) 
     return Entry(name, info.dtype, shape, chunks)
 
 
-def _write_shards(target: Path, source: Emulator, by_file: Mapping[Path, list[Entry]], meter: Meter) -> list[int]:
-    """The shards, then the index; returns the bytes of each shard."""
+def write_shards(
+    target: Path, source: Emulator, by_file: Mapping[Path, list[Entry]], meter: Meter, description: str
+) -> list[int]:
+    """The shards that take the place of those of `source`, then the index; returns the bytes of each shard."""
     checkpoint = source.checkpoint
-    with Progress(len(by_file), "slice") as progress:
+    with Progress(len(by_file), description) as progress:
         for count, (file, entries) in enumerate(by_file.items()):
             progress.reached(count, file.name, meter.sample())
             write_safetensors(target / file.name, entries, checkpoint.metadata[file])

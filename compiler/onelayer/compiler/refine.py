@@ -1,0 +1,101 @@
+"""Refine: the factors of an emulator trained, unit by unit, against the original as it streams by.
+
+In: an emulator, its original, calibration data. Out: an emulator of the same ranks and bytes whose units give what the
+original's give. Held on the device: one unit of the original, its factors with their optimiser, the graph of one batch.
+"""
+
+import math
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from onelayer.compiler.calibration import DataSource, make_batches, read_tokens, tokens_digest
+from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.files import check_output
+from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.parking import Parking
+from onelayer.compiler.quantize import require
+from onelayer.compiler.refine_pass import RefinePass, workspace_bytes
+from onelayer.compiler.refine_unit import Pace
+from onelayer.compiler.refine_work import RefinedUnit, RefineWork
+from onelayer.compiler.stream import pick_device
+from onelayer.compiler.tokens import load_tokenizer
+from onelayer.compiler.units import StreamedModel
+from onelayer.compiler.workdir import StopRequest, claimed
+
+
+class RefineResult(Result):
+    """What refine made: every unit's relative output error on the calibration data before and after."""
+
+    output: str
+    steps: int
+    units: list[RefinedUnit]
+    report: Report
+
+
+def refine_emulator(
+    emulator: str | Path,
+    *,
+    model: str | Path,
+    calibration: DataSource,
+    output: str | Path,
+    steps: int = 100,
+    step_samples: int = 8,
+    learning_rate: float = 0.01,
+    samples: int = 64,
+    max_length: int = 512,
+    batch_size: int = 1,
+    device: str | None = None,
+    host_memory_bytes: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
+) -> RefineResult:
+    """Write the emulator whose factors were trained, a unit at a time, to give what the units of `model` give.
+
+    Ranks, dtype and bytes stay the same. Each unit is trained by `steps` steps, each on `step_samples` of the `samples`
+    examples, `batch_size` at once, with the original's own inputs; `learning_rate` is relative to the size of each
+    factor. Factors are in no order afterwards, so the result cannot be sliced. Experts of mixtures stay as they are. An
+    interrupted run is taken up behind its last finished unit. Raises `InputError` for what the caller can mend.
+    """
+    output, pace = Path(output), Pace(steps, step_samples, learning_rate, seed)
+    check_output(output)
+    source = Emulator.open(emulator)
+    require(source.facts.packed)
+    directory = _original(source, model)
+    place, parking = pick_device(device), Parking(host_memory_bytes)
+    streamed = StreamedModel(directory)
+    tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
+    batches = make_batches(tokens, streamed.config, batch_size)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    settings = {**vars(pace), "samples": samples, "max_length": max_length, "batch_size": batch_size}
+    facts: dict[str, Any] = {
+        "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens)},
+        "settings": {**settings, "device": place.type},
+        "versions": {**versions, "transformers": transformers.__version__},
+    }
+    identity = {"emulator": source.digest, **facts}
+    with claimed(output, "refine", identity, resume) as path, Meter(place) as meter, StopRequest() as stop:
+        work = RefineWork(path, source)
+        RefinePass(streamed, source, work, pace, meter, parking).refine(batches, stop)
+        workspace = workspace_bytes(streamed, source, max(math.prod(batch.shape) for batch in batches))
+        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+        result = RefineResult(output=str(output), steps=steps, units=work.units, report=report)
+        work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
+        shutil.rmtree(path)
+    return result
+
+
+def _original(source: Emulator, model: str | Path) -> Path:
+    directory = resolve_model(model, source.facts.base_revision)
+    if (found := model_digest(directory)) != source.facts.base_digest:
+        raise InputError(
+            f"{source.directory}: is an emulator of {source.facts.base_model} ({source.facts.base_digest[:12]}), "
+            f"not of {directory} ({found[:12]}); give the original it was compiled from"
+        )
+    return directory
