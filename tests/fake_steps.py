@@ -68,6 +68,7 @@ class FakeSteps:
         for name in (
             "compile_emulator",
             "slice_emulator",
+            "refine_emulator",
             "correct_adapter",
             "polish_adapter",
             "merge_adapter",
@@ -95,6 +96,12 @@ class FakeSteps:
         self.calls.append(f"slice {ratio}")
         write_model(output, f"{content_of(emulator, 'model.safetensors')} {ratio}")
         return Document(output=str(output))
+
+    def refine_emulator(self, emulator: Path, *, model: Path, output: Path, **settings: Any) -> Document:
+        self.calls.append(f"refine {settings['steps']}")
+        self.arguments["refine"] = settings
+        write_model(output, f"{content_of(emulator, 'model.safetensors')} refined {settings['steps']}")
+        return Document(report=REPORT)
 
     def train_lora(self, emulator: Path, data: str, output: Path, **settings: Any) -> Document:
         self.calls.append(f"train {Path(data).stem}" + (" direct" if Path(emulator).name == "model" else ""))

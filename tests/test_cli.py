@@ -24,6 +24,10 @@ OPTIONS = {
         "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"
     ),
     "slice": "EMULATOR --json --output --ratio",
+    "refine": (
+        "EMULATOR --batch-size --calibration --device --host-memory --json --learning-rate --max-length --model "
+        "--output --resume --samples --seed --step-samples --steps"
+    ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs "
         "--gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
@@ -47,6 +51,7 @@ FUNCTIONS = {
     "plan": "plan_run",
     "compile": "compile_emulator",
     "slice": "slice_emulator",
+    "refine": "refine_emulator",
     "train": "train_lora",
     "correct": "correct_adapter",
     "polish": "polish_adapter",

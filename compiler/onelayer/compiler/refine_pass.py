@@ -16,6 +16,7 @@ from onelayer.compiler.compression import RESERVE_BYTES, unit_linears
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.measure import Meter, return_free_memory
 from onelayer.compiler.parking import Parking
+from onelayer.compiler.refine_memory import training_bytes
 from onelayer.compiler.refine_unit import Call, Pace, refine_unit
 from onelayer.compiler.refine_work import RefineWork
 from onelayer.compiler.seams import Kept
@@ -24,9 +25,6 @@ from onelayer.compiler.stream import Stream, Visit, move
 from onelayer.compiler.trained_factors import TrainedLinear
 from onelayer.compiler.units import StreamedModel, Unit
 from onelayer.compiler.workdir import StopRequest
-
-# Of every trained value: itself, its gradient and Adam's two moments in float32, and once more as it is used.
-TRAINED_BYTES = 20
 
 
 class RefinePass(Stream):
@@ -112,10 +110,11 @@ def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int
     worst = 0
     for unit in streamed.units:
         names = linears_of(unit, source)
-        sides = {name: sum(source.shape(name)) for name in names}
-        values = [_values(source, name) for name in names]
-        graph = 2 * batch_tokens * sum(sides.values()) * max(4, streamed.dtype.itemsize)
-        worst = max(worst, TRAINED_BYTES * sum(values) + 12 * max(values, default=0) + graph + unit.weight_bytes)
+        sides = sum(sum(source.shape(name)) for name in names)
+        training = training_bytes(
+            [_values(source, name) for name in names], sides, batch_tokens, streamed.dtype.itemsize
+        )
+        worst = max(worst, training + unit.weight_bytes)
     return worst + RESERVE_BYTES
 
 

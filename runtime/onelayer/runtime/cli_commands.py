@@ -10,7 +10,7 @@ import typer
 
 from onelayer.runtime.cli_adapt import correct, merge
 from onelayer.runtime.cli_artifacts import app as artifacts_app
-from onelayer.runtime.cli_compile import compile_, slice_
+from onelayer.runtime.cli_compile import compile_, refine, slice_
 from onelayer.runtime.cli_look import evaluate, inspect
 from onelayer.runtime.cli_plan import plan
 from onelayer.runtime.cli_polish import polish
@@ -45,6 +45,7 @@ def _root(
 
 app.command()(plan)
 app.command("compile")(compile_)
+app.command()(refine)
 app.command("slice")(slice_)
 app.command()(train)
 app.command()(correct)

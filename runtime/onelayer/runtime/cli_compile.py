@@ -1,4 +1,4 @@
-"""The commands that make emulators, `compile` and `slice`: checked options in, one call of the API each."""
+"""The commands that make emulators, `compile`, `refine` and `slice`: checked options in, one call of the API each."""
 
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +85,56 @@ def compile_(
             resume=resume,
         ),
         cli_format.compile_summary,
+        as_json,
+    )
+
+
+def refine(
+    emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator directory.")],
+    model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
+    calibration: Calibration,
+    output: Output,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps for each layer.")] = 100,
+    step_samples: Annotated[int, typer.Option(min=1, help="Calibration examples per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="First learning rate, as a share of a factor's size.")] = 0.01,
+    samples: Annotated[int, typer.Option(min=1, help="How many calibration examples to use.")] = 64,
+    max_length: MaxLength = 512,
+    batch_size: BatchSize = 1,
+    device: Device = None,
+    host_memory_bytes: HostMemory = None,
+    seed: Seed = 0,
+    resume: Resume = True,
+    as_json: Json = False,
+) -> None:
+    """Train the factors of EMULATOR against the original, layer by layer.
+
+    Its layers then give more nearly what the original's give, at the same bytes, and more of what is learnt on it
+    reaches the original. Only one layer of the original is in memory at a time.
+
+    \b
+    Example:
+      onelayer refine emulator --model ./llama-8b --calibration mix.jsonl --output refined
+    """
+    from onelayer.compiler import refine_emulator
+
+    print_result(
+        lambda: refine_emulator(
+            emulator,
+            model=model,
+            calibration=calibration,
+            output=output,
+            steps=steps,
+            step_samples=step_samples,
+            learning_rate=learning_rate,
+            samples=samples,
+            max_length=max_length,
+            batch_size=batch_size,
+            device=device,
+            host_memory_bytes=host_memory_bytes,
+            seed=seed,
+            resume=resume,
+        ),
+        cli_format.refine_summary,
         as_json,
     )
 

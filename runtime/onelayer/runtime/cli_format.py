@@ -111,6 +111,16 @@ def compile_summary(document: Mapping[str, Any]) -> str:
     return "\n".join([head, *([table(rows)] if worst else []), *told, report_line(document["report"])])
 
 
+def refine_summary(document: Mapping[str, Any]) -> str:
+    """The layers that are furthest from the original's, before and after, and what it cost."""
+    units = sorted(document["units"], key=lambda unit: unit["after"], reverse=True)
+    rows = [("largest errors of layers", "before", "after")]
+    rows += [(unit["name"], unit["before"], unit["after"]) for unit in units[:WORST_LINEARS]]
+    better = sum(unit["after"] < unit["before"] for unit in units)
+    head = f"{document['output']}: {better} of {len(units)} layers came closer to the original's"
+    return "\n".join([head, table(rows), report_line(document["report"])])
+
+
 def correct_summary(document: Mapping[str, Any]) -> str:
     """Where the adapter is, how much was corrected, and what it cost."""
     limit = "none" if document["limit"] is None else document["limit"]

@@ -52,6 +52,14 @@ class Calibration(Section):
     max_length: Annotated[int, Field(ge=2)] = 512
 
 
+class Refine(Section):
+    """Training of the emulator's factors, layer by layer, against the original; the rate is relative to their size."""
+
+    steps: PositiveInt = 100
+    step_samples: PositiveInt = 8
+    learning_rate: PositiveFloat = 0.01
+
+
 class Emulator(Section):
     """The compact stand-in, of a size that is said in one of three ways.
 
@@ -59,6 +67,7 @@ class Emulator(Section):
     best emulator with which every task can be trained on a device of that size; `ratio` is the kept share of each
     linear's parameters, as in the paper. `factor_dtype` is how factors are stored: left out, the original's dtype with
     a ratio, and else the best for the bytes. `rank_allocation`, left out, is uniform with a ratio and else by spectrum.
+    `refine` trains the factors afterwards, on the calibration data.
     """
 
     calibration: Calibration
@@ -67,6 +76,7 @@ class Emulator(Section):
     memory: Size | None = None
     factor_dtype: Literal["bf16", "int8", "nf4"] | None = None
     rank_allocation: Allocation | None = None
+    refine: Refine | None = None
 
     @property
     def share(self) -> float:

@@ -156,7 +156,7 @@ def run(
 def _costs_of(costs: Costs, manifest: Manifest, step: Step) -> StepCosts:
     """What running a step costs, on the common emulator, a slice of it or the original itself."""
     own = None if step.task is None else manifest.tasks[step.task].ratio
-    ratio = step.fields["ratio"] if step.kind == "slice" else own
+    ratio = step.fields.get("ratio") if step.kind in ("slice", "refine") else own
     return costs.of(step.kind, step.task, ratio, direct=step.name.endswith(".direct"))
 
 

@@ -22,6 +22,7 @@ from onelayer.runtime.plan_memory import (
     correct_bytes,
     emulator_bytes,
     polish_bytes,
+    refine_bytes,
     train_memory,
 )
 from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
@@ -139,6 +140,11 @@ class Costs:
             tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
             widest = widest_ratio(ratio, self._manifest.emulator.allocation)
             return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, widest, tokens))
+        if kind == "refine":
+            assert self._manifest.emulator is not None
+            tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
+            peak = refine_bytes(shapes, ratio, tokens)
+            return StepCosts(read_bytes=model + emulator, write_bytes=emulator, peak_bytes=peak)
         if kind == "slice":
             return StepCosts(read_bytes=emulator_bytes(shapes, whole.ratio, dtype), write_bytes=emulator)
         if task is None:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
 from onelayer.compiler.polish_memory import step_bytes
 from onelayer.compiler.ranks import Allocation, rank_for, widest_ratio
+from onelayer.compiler.refine_memory import training_bytes
 from onelayer.compiler.shapes import EXPERT_ROWS, Block, Linear, ModelShapes
 from onelayer.compiler.stored_activations import RESIDUAL_BITS, factored_bytes, is_factored
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -243,6 +244,17 @@ def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
 
     solved = 8 * lora_parameters(shapes, lora_rank)
     return solved + max((cost(linear) for block, _ in shapes.kinds for linear in block.compressible), default=0)
+
+
+def refine_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
+    """Bound of a refinement on the card: the block that is refined, and its factors as they are trained."""
+    costs = []
+    for block, _ in shapes.kinds:
+        sides = sum(linear.in_features + linear.out_features for linear in block.compressible)
+        values = [_kept_values(linear, ratio) for linear in block.compressible]
+        training = training_bytes(values, sides, batch_tokens, shapes.value_bytes)
+        costs.append(block.parameters * shapes.value_bytes + training)
+    return max(costs)
 
 
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:

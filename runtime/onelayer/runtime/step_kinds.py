@@ -12,7 +12,16 @@ from onelayer.runtime.sources import Source, directory_digest
 EVALUATION = "evaluation.json"
 
 # Raised by hand when a step's code starts to give another result for the same settings and inputs.
-STEP_VERSIONS = {"compile": 3, "slice": 1, "train": 2, "correct": 2, "polish": 2, "merge": 1, "evaluate": 1}
+STEP_VERSIONS = {
+    "compile": 3,
+    "slice": 1,
+    "refine": 1,
+    "train": 2,
+    "correct": 2,
+    "polish": 2,
+    "merge": 1,
+    "evaluate": 1,
+}
 
 # Executes a step: the payload folders of the steps it needs, and the folder to fill.
 Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
@@ -41,6 +50,7 @@ def payload_digest(kind: str) -> Callable[[Path], str] | None:
     return {
         "compile": directory_digest,
         "slice": directory_digest,
+        "refine": directory_digest,
         "train": adapter_digest,
         "correct": adapter_digest,
         "polish": adapter_digest,
@@ -50,13 +60,14 @@ def payload_digest(kind: str) -> Callable[[Path], str] | None:
 
 
 # An interrupted step of these kinds goes on where it was.
-RESUMABLE = frozenset({"compile", "train", "polish", "merge"})
+RESUMABLE = frozenset({"compile", "refine", "train", "polish", "merge"})
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:
-    """The step that makes the emulator a task trains on: the common one, or a slice of it."""
-    ratio = manifest.tasks[task].ratio
-    return "compile" if ratio is None else f"slice {ratio}"
+    """The step that makes the emulator a task trains on: the common one, or a slice of it; refined where asked for."""
+    ratio, emulator = manifest.tasks[task].ratio, manifest.emulator
+    kind = "refine" if emulator is not None and emulator.refine is not None else None
+    return (kind or "compile") if ratio is None else f"{kind or 'slice'} {ratio}"
 
 
 def fitting_step(manifest: Manifest, task: str) -> str:

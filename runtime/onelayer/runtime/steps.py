@@ -13,14 +13,18 @@ from onelayer.runtime.plan_manifest import PLANNER_VERSION, Size, emulator_size,
 from onelayer.runtime.sources import Source
 from onelayer.runtime.step_kinds import Step, emulator_step, fitting_step, model_source
 from onelayer.runtime.steps_adapt import correct_step, evaluate_step, merge_step, polish_step
+from onelayer.runtime.steps_refine import calibration_sources, refine_step
 from onelayer.runtime.trainer_args import NON_SEMANTIC_ARGS
 
 
 def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     """The steps for the given tasks, each behind those it needs; the emulator is one step for all of them."""
-    steps = [] if manifest.emulator is None else [_compile_step(manifest, manifest.emulator)]
+    emulator = manifest.emulator
+    steps = [] if emulator is None else [_compile_step(manifest, emulator)]
     ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
     steps += [_slice_step(ratio) for ratio in ratios if ratio is not None]
+    if emulator is not None and emulator.refine is not None:
+        steps += [refine_step(manifest, emulator, emulator.refine, ratio) for ratio in ratios]
     for task in tasks:
         steps += _task_steps(manifest, task)
     return steps
@@ -68,8 +72,8 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         "model": None if is_local else model.text,
         "revision": None if is_local else model.revision,
     }
-    sources = {f"calibration {index}": Source(data) for index, data in enumerate(calibration.data, start=1)}
-    return Step("compile", "compile", execute, fields, {"model": model, **sources}, ratio=lambda: size().ratio)
+    sources = {"model": model, **calibration_sources(emulator)}
+    return Step("compile", "compile", execute, fields, sources, ratio=lambda: size().ratio)
 
 
 def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:

@@ -1,0 +1,18 @@
+"""What a refinement will need, told before it runs, from shapes alone: of an emulator, or of headers. No torch."""
+
+from collections.abc import Sequence
+
+# Of every trained value: itself, its gradient, what it was, and Adam's two moments, and once more as it is used.
+VALUE_BYTES = 24
+# Of the widest linear: what a factor becomes on the way to its stored form and back.
+ROUNDING_BYTES = 16
+
+
+def training_bytes(values: Sequence[int], sides: int, batch_tokens: int, value_bytes: int) -> int:
+    """What training one unit holds beside its weights, at most.
+
+    `values` of each linear are trained; `sides` are the inputs and outputs of them all. The graph of one batch is
+    counted by these and about as much again for norms, activations and sums, as in an exact step.
+    """
+    graph = 2 * batch_tokens * sides * max(4, value_bytes)
+    return VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graph

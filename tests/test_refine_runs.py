@@ -1,0 +1,91 @@
+"""Refinement in manifests, and on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fake_steps import FakeSteps, Project
+from onelayer.compiler.compile import compile_emulator
+from onelayer.compiler.refine_memory import training_bytes
+from onelayer.compiler.shapes import shapes_from_headers
+from onelayer.runtime.cli import main
+from onelayer.runtime.manifest import load_manifest
+from onelayer.runtime.pipeline import plan
+from onelayer.runtime.plan_memory import refine_bytes
+from tiny import save_tiny
+
+PLAIN = "emulator: {calibration: {data: mix.jsonl}, ratio: 0.25}"
+
+
+@pytest.fixture
+def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    monkeypatch.setenv("ONELAYER_HOME", str(tmp_path / "home"))
+    return Project(tmp_path, FakeSteps(monkeypatch))
+
+
+def test_tasks_train_on_the_refined_emulator(project: Project) -> None:
+    project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {steps: 7}, ratio: 0"))
+    assert project.run()[:3] == ["compile", "refine 7", "train sql"]
+    assert project.fakes.arguments["refine"]["samples"] == 64
+    assert project.run() == []
+    project.edit("steps: 7", "steps: 8")
+    assert project.reasons()["refine"] == "to run: field steps 7 -> 8"
+    assert project.run()[:2] == ["refine 8", "train sql"]
+
+
+def test_going_without_is_free_afterwards(project: Project) -> None:
+    project.run()
+    project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {}, ratio: 0"))
+    assert project.run()[0] == "refine 100"
+    project.edit(", refine: {}", "")
+    assert project.run() == []
+
+
+def test_a_slice_is_refined_for_itself(project: Project) -> None:
+    project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {steps: 7}, ratio: 0"))
+    project.edit("{train: support.jsonl}", "{train: support.jsonl, ratio: 0.1}")
+    assert project.run()[:4] == ["compile", "slice 0.1", "refine 7", "refine 7"]
+    names = [step.name for step in plan(project.manifest, project.store).steps]
+    assert names[:4] == ["compile", "slice 0.1", "refine", "refine 0.1"]
+    assert project.run() == []
+
+
+def test_what_it_needs_is_told_before_it_runs(tmp_path: Path, project: Project) -> None:
+    model = tmp_path / "real"
+    save_tiny("llama", model)
+    project.edit("path: model", "path: real")
+    project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {}, ratio: 0"))
+    step = next(step for step in plan(load_manifest(project.path)).steps if step.name == "refine")
+    shapes = shapes_from_headers(model)
+    assert step.peak_bytes == refine_bytes(shapes, 0.25, project.manifest.stream.batch_size * 512)
+    assert step.read_bytes is not None
+    assert step.read_bytes > shapes.parameters * shapes.value_bytes
+
+
+def test_the_bound_counts_what_is_trained_and_the_graph() -> None:
+    assert training_bytes([100, 300], 40, 10, 2) == 24 * 400 + 16 * 300 + 2 * 10 * 40 * 4
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny("llama", tmp_path / "model")
+    (tmp_path / "mix.jsonl").write_text(
+        "".join(json.dumps({"text": "a quick brown fox " * n}) + "\n" for n in (1, 2, 3))
+    )
+    compile_emulator(tmp_path / "model", tmp_path / "mix.jsonl", tmp_path / "emulator", ratio=0.4, max_length=16)
+    given = ["refine", str(tmp_path / "emulator"), "--model", str(tmp_path / "model"), "--max-length", "16"]
+    given += ["--calibration", str(tmp_path / "mix.jsonl"), "--steps", "10"]
+    assert exit_code(*given, "--output", str(tmp_path / "refined")) == 0
+    assert "2 of 2 layers came closer to the original's" in capsys.readouterr().out
+    assert exit_code(*given, "--output", str(tmp_path / "again"), "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [unit["name"] for unit in document["units"]] == ["model.layers.0", "model.layers.1"]
+    assert exit_code(*given, "--output", str(tmp_path / "refined")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
