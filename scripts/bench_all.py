@@ -23,10 +23,18 @@ import transformers
 
 from bench_compile import make_model
 from bench_files import forget, measured, read_once, tensors_of
-from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
+from onelayer.compiler import (
+    compile_emulator,
+    correct_adapter,
+    evaluate_model,
+    merge_adapter,
+    polish_adapter,
+    refine_emulator,
+)
 from onelayer.runtime import train_lora
 
 RATIO, LORA_RANK, TRAIN_STEPS = 0.25, 8, (2, 8)
+REFINE_STEPS, STEP_SAMPLES = 20, 4
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,14 @@ class Size:
         return self.layers * sum(rows * columns for rows, columns in self.linears)
 
     @property
+    def linear_forward(self) -> float:
+        """Multiply-adds of the linears of all layers for all rows."""
+        return self.rows * self.layer_weights
+
+    @property
     def forward(self) -> float:
-        """Multiply-adds of all layers for all rows; attention by its causal half."""
-        return self.rows * (self.layer_weights + self.layers * self.tokens * self.width)
+        """With attention, by its causal half."""
+        return self.linear_forward + self.rows * self.layers * self.tokens * self.width
 
     @property
     def head(self) -> float:
@@ -136,6 +149,12 @@ def works(folder: Path, model: Path, data: Path, size: Size, device: str) -> dic
     adapter = folder / "adapter"
     return {
         "compile": compile_,
+        "refine": lambda: fresh(
+            lambda: refine_emulator(
+                folder / "emulator", model=model, calibration=str(data), output=out, steps=REFINE_STEPS,
+                step_samples=STEP_SAMPLES, samples=size.samples, **limits,
+            )
+        ),
         "training step": step,
         "correct": lambda: fresh(
             lambda: correct_adapter(adapter, emulator=folder / "emulator", model=model, output=out, limit=3.0)
@@ -155,9 +174,15 @@ def needs(size: Size, disk_bytes: float) -> dict[str, tuple[float, float]]:
     """Bytes and multiply-adds that each command cannot do without."""
     sides = size.layers * sum(rows + columns for rows, columns in size.linears)
     batch = 4 / size.samples
-    low_rank = RATIO * (size.forward - size.rows * size.layers * size.tokens * size.width)
+    low_rank = RATIO * size.linear_forward
     return {
         "compile": (disk_bytes * (1 + RATIO), size.forward + size.moments),
+        # The original once; its factors twice to judge them, and forward and back for every step.
+        "refine": (
+            disk_bytes * (1 + 2 * RATIO),
+            size.forward
+            + (2 + 3 * REFINE_STEPS * STEP_SAMPLES / size.samples) * (low_rank + size.forward - size.linear_forward),
+        ),
         "training step": (0, batch * (2 * low_rank + 2 * size.head)),
         "correct": (disk_bytes * (1 + RATIO), LORA_RANK * (1 + RATIO) * size.layer_weights),
         "evaluate": (disk_bytes, 2 * (size.forward + size.head) + size.rows * LORA_RANK * sides),

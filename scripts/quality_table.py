@@ -16,6 +16,8 @@ from typing import Any
 STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen")
 # By which stage a kind is judged: as its authors use it; ours by the chosen correction.
 JUDGED = {"published": "limit 3", "dropped": "uncorrected", "qlora": "uncorrected"}
+# The order of kinds in tables; others come behind.
+KINDS = ("published", "bf16", "int8", "nf4", "published-refined", "nf4-refined", "qlora", "plain-svd", "dropped")
 Row = dict[str, Any]
 
 
@@ -74,11 +76,13 @@ def print_task(rows: Sequence[Row]) -> None:
 
 def print_summary(rows: Sequence[Row]) -> None:
     """Shares on the original, as each kind is used, and after exact steps: Markdown."""
+    rows = sorted(rows, key=lambda row: KINDS.index(row["kind"]) if row["kind"] in KINDS else len(KINDS))
     plain = [row for row in rows if not row.get("polished") and row["row"] == _judged(row["kind"])]
     _print_grid("emulator", plain, lambda row: f"{row['kind']}, {row['row']}")
     polished = {(row["kind"], row["size"]) for row in rows if row.get("polished")}
     starts = [row for row in rows if (row["kind"], row["size"]) in polished and row["row"] not in STAGES[:2]]
-    _print_grid("exact steps", starts, lambda row: f"{row['kind']}, {row['row']}")
+    if starts:
+        _print_grid("exact steps", starts, lambda row: f"{row['kind']}, {row['row']}")
 
 
 def _judged(kind: str) -> str:
