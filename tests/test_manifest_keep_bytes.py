@@ -129,7 +129,7 @@ def test_a_ratio_and_a_share_of_bytes_are_different_settings(path: Path, fakes: 
     put_model(path, torch.bfloat16)
     say(path, "ratio: 0.2")
     go(path, fakes)
-    say(path, "keep_bytes: 0.2, factor_dtype: bf16, rank_allocation: uniform")
+    say(path, "keep_bytes: 0.2, factor_dtype: bf16, rank_allocation: uniform, refine: none")
     reason = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].reason
     assert reason == "field factor_dtype not set -> bf16; field keep_bytes not set -> 0.2; field ratio 0.2 -> not set"
     # The emulator comes out the same, so nothing behind it runs.

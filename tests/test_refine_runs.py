@@ -89,3 +89,22 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [unit["name"] for unit in document["units"]] == ["model.layers.0", "model.layers.1"]
     assert exit_code(*given, "--output", str(tmp_path / "refined")) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "refined"),
+    [
+        ("ratio: 0.25", False),
+        ("keep_bytes: 0.25", True),
+        ("keep_bytes: 0.25, refine: none", False),
+        ("ratio: 0.25, refine: {}", True),
+    ],
+)
+def test_a_size_in_bytes_is_refined_unless_said_otherwise(
+    project: Project, tmp_path: Path, size: str, refined: bool
+) -> None:
+    save_tiny("llama", tmp_path / "real")
+    project.edit("path: model", "path: real")
+    project.edit("ratio: 0.25", size)
+    steps = [step.name for step in plan(project.manifest, project.store).steps]
+    assert ("refine" in steps) == refined

@@ -172,5 +172,5 @@ def check_disk(output: Path, needed_bytes: int) -> None:
     if needed_bytes > free_bytes:
         raise InputError(
             f"{output}: needs {needed_bytes / GIB:.1f} GiB and {parent} has {free_bytes / GIB:.1f} GiB free; make "
-            "room, lower --ratio or choose another --output"
+            "room, take a smaller emulator or choose another --output"
         )

@@ -15,6 +15,7 @@ import transformers
 
 from onelayer.compiler.calibration import DataSource, make_batches, read_tokens, tokens_digest
 from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.compression import check_disk
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import check_output
@@ -68,6 +69,7 @@ def refine_emulator(
     source = Emulator.open(emulator)
     require(source.facts.packed)
     directory = _original(source, model)
+    check_disk(output, 2 * sum(info.size_bytes for info in source.checkpoint.tensors.values()))
     place, parking = pick_device(device), Parking(host_memory_bytes)
     streamed = StreamedModel(directory)
     tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)

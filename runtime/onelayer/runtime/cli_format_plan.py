@@ -48,7 +48,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
 
 
-_PASSES = ("compile", "train", "correct")
+_PASSES = ("compile", "refine", "train", "correct")
 
 
 def _choices(document: Mapping[str, Any]) -> str:

@@ -15,7 +15,15 @@ from pydantic import (
 
 from onelayer.compiler.factor_dtypes import DEFAULT_KEEP_BYTES
 from onelayer.compiler.ranks import Allocation
-from onelayer.runtime.manifest_values import DataSource, Size, as_list, checked_limit, checked_modules, model_source
+from onelayer.runtime.manifest_values import (
+    DataSource,
+    Size,
+    as_list,
+    checked_limit,
+    checked_modules,
+    model_source,
+    none_word,
+)
 from onelayer.runtime.train_settings import ActivationRank, Where
 
 TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(checked_modules)]
@@ -67,7 +75,8 @@ class Emulator(Section):
     best emulator with which every task can be trained on a device of that size; `ratio` is the kept share of each
     linear's parameters, as in the paper. `factor_dtype` is how factors are stored: left out, the original's dtype with
     a ratio, and else the best for the bytes. `rank_allocation`, left out, is uniform with a ratio and else by spectrum.
-    `refine` trains the factors afterwards, on the calibration data.
+    `refine` trains the factors afterwards, on the calibration data: left out, as that is by default but with a ratio;
+    `none` for not at all.
     """
 
     calibration: Calibration
@@ -76,12 +85,19 @@ class Emulator(Section):
     memory: Size | None = None
     factor_dtype: Literal["bf16", "int8", "nf4"] | None = None
     rank_allocation: Allocation | None = None
-    refine: Refine | None = None
+    refine: Annotated[Refine | None, BeforeValidator(none_word)] = None
 
     @property
     def share(self) -> float:
         """The kept share of bytes, where neither ratio nor memory say how much is kept."""
         return self.keep_bytes or DEFAULT_KEEP_BYTES
+
+    @property
+    def refinement(self) -> Refine | None:
+        """How the factors are trained behind the compile, if they are."""
+        if "refine" in self.model_fields_set or self.ratio is not None:
+            return self.refine
+        return Refine()
 
     @property
     def allocation(self) -> Allocation:

@@ -47,6 +47,11 @@ def checked_limit(value: Any) -> Any:
     return None if value == "none" else value
 
 
+def none_word(value: Any) -> Any:
+    """The word `none` becomes None."""
+    return None if value == "none" else value
+
+
 def as_list(value: Any) -> Any:
     """One text is a list of one."""
     return [value] if isinstance(value, str) else value

@@ -33,6 +33,7 @@ from onelayer.runtime.plan_memory import (
     correct_bytes,
     emulator_bytes,
     host_bytes,
+    refine_bytes,
 )
 from onelayer.runtime.plan_skeleton import read_shapes
 from onelayer.runtime.plan_speed import Seconds, Speed, seconds_at, try_speed
@@ -46,6 +47,7 @@ class Predicted(Result):
     """Peaks on the device, on the host, and bytes on the disk; `read_bytes` is one pass over the original."""
 
     compile_bytes: int
+    refine_bytes: int
     train_bytes: int
     correct_bytes: int
     emulator_bytes: int
@@ -192,6 +194,7 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     compiled = max(emulator, copies * emulator_bytes(shapes, setting.widest(ratio), choice.factor_dtype))
     return Predicted(
         compile_bytes=compile_bytes(shapes, setting.widest(ratio), setting.max_length),
+        refine_bytes=refine_bytes(shapes, ratio, setting.max_length),
         train_bytes=choice.memory.peak,
         correct_bytes=correct_bytes(shapes, ratio, setting.lora_rank),
         emulator_bytes=emulator,

@@ -15,6 +15,7 @@ from onelayer.runtime.plan_memory import (
     compile_bytes,
     correct_bytes,
     emulator_bytes,
+    refine_bytes,
     train_memory,
 )
 
@@ -49,7 +50,7 @@ class Alternative(Result):
 
 
 def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
-    """The largest ratio, in thousandths, with which training, compiling and correcting stay within the budget."""
+    """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget."""
     usable = int(budget_bytes * USABLE_SHARE)
     fixed = train_memory(shapes, 0, setting)
 
@@ -57,6 +58,7 @@ def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: 
         passes = max(
             compile_bytes(shapes, setting.widest(ratio), setting.max_length),
             correct_bytes(shapes, ratio, setting.lora_rank),
+            refine_bytes(shapes, ratio, setting.max_length),
         )
         return max(passes, fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
 
@@ -110,6 +112,8 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
         return "compile: the largest layer with its moments and solver"
     if correct_bytes(shapes, ratio, choice.setting.lora_rank) > usable:
         return "correct: the factors of the largest linear"
+    if refine_bytes(shapes, ratio, choice.setting.max_length) > usable:
+        return "refine: the factors of the largest layer as they are trained"
     memory = choice.memory
     moments = {
         "the emulator's weights": memory.emulator,

@@ -28,7 +28,7 @@ from onelayer.runtime.plan_memory import (
 from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
 
 # Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
-PLANNER_VERSION = 3
+PLANNER_VERSION = 4
 DEFAULT_BATCH_SIZE = 8
 AUTO_RANK = 0.125  # what is planned with where the rank will be measured
 

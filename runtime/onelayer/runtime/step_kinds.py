@@ -66,7 +66,7 @@ RESUMABLE = frozenset({"compile", "refine", "train", "polish", "merge"})
 def emulator_step(manifest: Manifest, task: str) -> str:
     """The step that makes the emulator a task trains on: the common one, or a slice of it; refined where asked for."""
     ratio, emulator = manifest.tasks[task].ratio, manifest.emulator
-    kind = "refine" if emulator is not None and emulator.refine is not None else None
+    kind = "refine" if emulator is not None and emulator.refinement is not None else None
     return (kind or "compile") if ratio is None else f"{kind or 'slice'} {ratio}"
 
 

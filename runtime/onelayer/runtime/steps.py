@@ -23,8 +23,8 @@ def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     steps = [] if emulator is None else [_compile_step(manifest, emulator)]
     ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
     steps += [_slice_step(ratio) for ratio in ratios if ratio is not None]
-    if emulator is not None and emulator.refine is not None:
-        steps += [refine_step(manifest, emulator, emulator.refine, ratio) for ratio in ratios]
+    if emulator is not None and (refinement := emulator.refinement) is not None:
+        steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
     for task in tasks:
         steps += _task_steps(manifest, task)
     return steps
