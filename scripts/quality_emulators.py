@@ -63,7 +63,8 @@ def compiled(kind: str, size: float, output: Path, model: Path, data: Path, cali
 
 def refined(output: Path, emulator: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
     """The same emulator with trained factors, as `refine` does it by default."""
-    refine_emulator(emulator, model=model, calibration=str(data), output=output, **calibration)
+    given = {name: calibration[name] for name in ("max_length", "batch_size")}
+    refine_emulator(emulator, model=model, calibration=str(data), output=output, **given)
 
 
 def derived(kind: str, output: Path, published: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:

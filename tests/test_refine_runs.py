@@ -27,7 +27,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
 def test_tasks_train_on_the_refined_emulator(project: Project) -> None:
     project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {steps: 7}, ratio: 0"))
     assert project.run()[:3] == ["compile", "refine 7", "train sql"]
-    assert project.fakes.arguments["refine"]["samples"] == 64
+    assert project.fakes.arguments["refine"]["samples"] == 256
     assert project.run() == []
     project.edit("steps: 7", "steps: 8")
     assert project.reasons()["refine"] == "to run: field steps 7 -> 8"

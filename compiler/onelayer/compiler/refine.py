@@ -49,7 +49,7 @@ def refine_emulator(
     steps: int = 100,
     step_samples: int = 8,
     learning_rate: float = 0.01,
-    samples: int = 64,
+    samples: int = 256,
     max_length: int = 512,
     batch_size: int = 1,
     device: str | None = None,

@@ -97,7 +97,7 @@ def refine(
     steps: Annotated[int, typer.Option(min=1, help="Training steps for each layer.")] = 100,
     step_samples: Annotated[int, typer.Option(min=1, help="Calibration examples per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="First learning rate, as a share of a factor's size.")] = 0.01,
-    samples: Annotated[int, typer.Option(min=1, help="How many calibration examples to use.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="How many calibration examples to use.")] = 256,
     max_length: MaxLength = 512,
     batch_size: BatchSize = 1,
     device: Device = None,

@@ -61,8 +61,12 @@ class Calibration(Section):
 
 
 class Refine(Section):
-    """Training of the emulator's factors, layer by layer, against the original; the rate is relative to their size."""
+    """Training of the emulator's factors, layer by layer, against the original; the rate is relative to their size.
 
+    `samples` of the calibration data are used, whatever the compile used.
+    """
+
+    samples: PositiveInt = 256
     steps: PositiveInt = 100
     step_samples: PositiveInt = 8
     learning_rate: PositiveFloat = 0.01

@@ -27,7 +27,6 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
             model=resolve_model(model.text, model.revision),
             calibration=list(calibration.data),
             output=output,
-            samples=calibration.samples,
             max_length=calibration.max_length,
             batch_size=manifest.stream.batch_size,
             device=manifest.stream.device,
@@ -38,7 +37,6 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
     fields = {
         **settings,
-        "samples": calibration.samples,
         "max_length": calibration.max_length,
         "seed": manifest.seed,
         **({} if ratio is None else {"ratio": ratio}),
