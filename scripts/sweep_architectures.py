@@ -27,7 +27,7 @@ from transformers.models.auto import modeling_auto
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.stream import BatchError
 from sweep_compare import difference, first_line, first_that_runs, moved, outputs_of, prepared, streamed_outputs
-from sweep_compile import compile_verdict, first_inputs
+from sweep_compile import compile_verdict, first_inputs, refine_verdict
 from sweep_configs import tiny_config
 from sweep_gradients import gradient_verdict
 from sweep_packing import packing_verdict
@@ -107,13 +107,25 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
 
 def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
     """('optimal' | 'worse' | 'refused' | 'failed' | 'not runnable', detail) of compiling one class from text."""
+    return from_text(compile_verdict, model_class)
+
+
+def refined(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+    """('better' | 'unmoved' | 'refused' | 'failed' | 'not runnable', detail) of refining one class's emulator."""
+    return from_text(refine_verdict, model_class)
+
+
+def from_text(
+    judge: Callable[[PreTrainedModel], tuple[str, str]], model_class: type[PreTrainedModel]
+) -> tuple[str, str]:
+    """What `judge` says of a small model of a class that runs on text."""
     try:
         model = prepared(next(small_models(model_class))())
         outputs_of(model, [first_inputs(model)])
     except Exception as error:
         return "not runnable", f"{type(error).__name__}: {first_line(error)}"
     try:
-        return compile_verdict(model)
+        return judge(model)
     except InputError as error:
         return "refused", first_line(error)
     except Exception as error:
@@ -185,6 +197,7 @@ def main() -> int:
     parser.add_argument("--registry", choices=[*REGISTRIES, "all"], default="causal-lm")
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--compile", action="store_true", help="compile emulators instead of comparing outputs")
+    parser.add_argument("--refine", action="store_true", help="compile emulators and train their factors")
     parser.add_argument("--gradients", action="store_true", help="compare LoRA gradients, streamed forward and back")
     parser.add_argument("--packing", action="store_true", help="compare gradients of packed rows, resident")
     arguments = parser.parse_args()
@@ -193,13 +206,13 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     bad = 0
-    judges = {"compile": compiled, "gradients": backward, "packing": packed}
+    judges = {"compile": compiled, "refine": refined, "gradients": backward, "packing": packed}
     judge = next((judge for name, judge in judges.items() if getattr(arguments, name)), verdict)
     for registry in REGISTRIES if arguments.registry == "all" else [arguments.registry]:
         counts = sweep(registry, {name for name in arguments.only.split(",") if name}, judge)
         runnable = sum(counts.values()) - counts["not runnable"]
-        good = counts["identical"] + counts["optimal"] + counts["exact"]
-        word = {compiled: "optimal", packed: "exact"}.get(judge, "identical")
+        good = counts["identical"] + counts["optimal"] + counts["exact"] + counts["better"]
+        word = {compiled: "optimal", refined: "better", packed: "exact"}.get(judge, "identical")
         print(f"{registry}: {good} of {runnable} {word}; {dict(counts)}")
         bad += runnable - good - counts["close"] - (counts["refused"] if judge is packed else 0)
     return int(bad > 0)

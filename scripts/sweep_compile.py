@@ -1,5 +1,6 @@
-"""The sweep's check of compile: a tiny model goes in; its emulator, made from random tokens, is loaded and judged."""
+"""The sweep's checks of compile and refine: a tiny model in; its emulator, of random tokens, is loaded and judged."""
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from onelayer.compiler import compile as compiling
+from onelayer.compiler import refine as refining
 from onelayer.compiler.calibration import make_batches
 from onelayer.compiler.tokens import Tokens
 from sweep_inputs import random_ids
@@ -56,6 +58,31 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
     detail += f"; {len(told['revisited'])} units visited again" if told["revisited"] else ""
     # A unit that is visited again is written after its first visits, with their moments.
     return ("optimal" if excess < SLACK else "close" if told["revisited"] else "worse"), detail
+
+
+def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
+    """('better' | 'unmoved', detail) of a tiny model's emulator after some steps for every unit; errors pass through."""
+    from onelayer.runtime import load_emulator
+
+    with tempfile.TemporaryDirectory() as name:
+        original, begun, output = (Path(name, part) for part in ("original", "begun", "output"))
+        model.save_pretrained(original)
+        with contextlib.ExitStack() as stack:
+            for module in (compiling, refining):
+                stack.enter_context(mock.patch.object(module, "load_tokenizer", return_value=None))
+                stack.enter_context(mock.patch.object(module, "read_tokens", return_value=random_tokens()))
+            compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device="cpu")
+            units = refining.refine_emulator(
+                begun, model=original, calibration="random", output=output, steps=20, batch_size=4, device="cpu"
+            ).units
+        with torch.no_grad():
+            answer = load_emulator(output)(**first_inputs(model))
+        assert torch.isfinite(answer[0]).all(), "the emulator's answer is not finite"
+    better = sum(unit.after < unit.before for unit in units)
+    before, after = (sum(getattr(unit, when) for unit in units) / len(units) for when in ("before", "after"))
+    return (
+        "better" if better else "unmoved"
+    ), f"{better} of {len(units)} units, mean error {before:.3f} to {after:.3f}"
 
 
 def largest_excess(model: PreTrainedModel, emulator: PreTrainedModel, names: list[str]) -> float:
