@@ -61,7 +61,7 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
-    """('better' | 'unmoved', detail) of a tiny model's emulator after some steps for every unit; errors pass through."""
+    """('better' | 'unmoved', detail) of a tiny model's emulator after some steps of every unit; errors pass through."""
     from onelayer.runtime import load_emulator
 
     with tempfile.TemporaryDirectory() as name:
