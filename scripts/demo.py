@@ -18,7 +18,6 @@ from onelayer.runtime.cli_format import size, table
 from onelayer.runtime.manifest import load_manifest
 
 MANIFEST = Path(__file__).parent.parent / "manifests" / "demo.yaml"
-STREAMED = ("compile", "correct", "evaluate")
 ROWS = {
     "original": "the original model",
     "uncorrected": "+ adapter trained on the emulator, as it is",
@@ -35,7 +34,7 @@ def main() -> int:
     # 1. A small language model, trained here on source code, and two kinds of text that it has not seen.
     directory = demo_directory()
 
-    # 2. What a user does: one manifest, one run. Compile the emulator, then per task train, correct,
+    # 2. What a user does: one manifest, one run. Compile the emulator and refine it, then per task train, correct,
     #    polish and score.
     manifest = load_manifest(shutil.copy(MANIFEST, directory / MANIFEST.name))
     result = pipeline.run(manifest, notify=lambda text: tqdm.write(text, file=sys.stderr))
@@ -70,8 +69,8 @@ def losses(evaluations: dict[str, list[dict[str, Any]]]) -> str:
 def costs(result: pipeline.RunResult) -> str:
     """The emulator's size, and what the streamed passes held beside what one layer weighs."""
     payload = {step.name: Path(step.path) for step in result.steps if step.path}
-    emulator = read_json(payload["compile"] / "emulator.json")
-    reports = {"compile": emulator["report"]}
+    emulator = read_json(payload["refine"] / "emulator.json")
+    reports = {"compile": emulator["report"], "refine": emulator["refined"]["report"]}
     for name, path in payload.items():
         if name.endswith("evaluate"):
             reports[name] = read_json(path / "evaluation.json")["report"]
