@@ -58,7 +58,7 @@ def test_what_it_needs_is_told_before_it_runs(tmp_path: Path, project: Project) 
     project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {}, ratio: 0"))
     step = next(step for step in plan(load_manifest(project.path)).steps if step.name == "refine")
     shapes = shapes_from_headers(model)
-    assert step.peak_bytes == refine_bytes(shapes, 0.25, project.manifest.stream.batch_size * 512)
+    assert step.peak_bytes == refine_bytes(shapes, 0.25, 512)
     assert step.read_bytes is not None
     assert step.read_bytes > shapes.parameters * shapes.value_bytes
 

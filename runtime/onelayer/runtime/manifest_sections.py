@@ -63,10 +63,11 @@ class Calibration(Section):
 class Refine(Section):
     """Training of the emulator's factors, layer by layer, against the original; the rate is relative to their size.
 
-    `samples` of the calibration data are used, whatever the compile used.
+    `samples` of the calibration data are used, whatever the compile used, `batch_size` of them computed at once.
     """
 
     samples: PositiveInt = 256
+    batch_size: PositiveInt = 1
     steps: PositiveInt = 100
     step_samples: PositiveInt = 8
     learning_rate: PositiveFloat = 0.01

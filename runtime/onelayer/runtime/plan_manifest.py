@@ -141,9 +141,11 @@ class Costs:
             widest = widest_ratio(ratio, self._manifest.emulator.allocation)
             return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, widest, tokens))
         if kind == "refine":
-            assert self._manifest.emulator is not None
-            tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
-            peak = refine_bytes(shapes, ratio, tokens)
+            section = self._manifest.emulator
+            assert section is not None
+            refinement = section.refinement
+            assert refinement is not None
+            peak = refine_bytes(shapes, ratio, refinement.batch_size * section.calibration.max_length)
             return StepCosts(read_bytes=model + emulator, write_bytes=emulator, peak_bytes=peak)
         if kind == "slice":
             return StepCosts(read_bytes=emulator_bytes(shapes, whole.ratio, dtype), write_bytes=emulator)

@@ -28,7 +28,6 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
             calibration=list(calibration.data),
             output=output,
             max_length=calibration.max_length,
-            batch_size=manifest.stream.batch_size,
             device=manifest.stream.device,
             seed=manifest.seed,
             **settings,
