@@ -152,6 +152,7 @@ def test_a_plan_is_one_document_with_the_promised_keys(tmp_path: Path) -> None:
     assert {"compile_bytes", "train_bytes", "correct_bytes", "emulator_bytes"} <= set(document["predicted"])
     assert [row["factor_dtype"] for row in document["choices"]] == ["bf16", "int8", "nf4"]
     assert document["seconds"]["polish_step"] > document["seconds"]["correct"]
+    assert document["seconds"]["refine"] > document["seconds"]["compile"]
     assert "the original itself fits" in document["remarks"][0]
     assert json.loads(json.dumps(document)) == document
 

@@ -262,6 +262,7 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
         speed,
         shapes,
         emulator_bytes=choice.memory.emulator,
+        ratio=choice.ratio or SMALLEST_RATIO,
         samples=SAMPLES,
         max_length=choice.setting.max_length,
         batch_size=choice.setting.batch_size,

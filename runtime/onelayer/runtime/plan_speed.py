@@ -15,6 +15,8 @@ _SIDE = 2048
 EIGEN_FLOPS = 30
 # Arithmetic per parameter and token: forward; gradients of the inputs; forward again where layers are recomputed.
 FORWARD = BACKWARD = RECOMPUTE = 2
+# What refine takes by default: samples, and those of all steps of a layer together.
+REFINE_SAMPLES, REFINE_TRAINED = 256, 100 * 8
 
 
 class Speed(Result):
@@ -29,6 +31,7 @@ class Seconds(Result):
     """Rough durations: passes over the whole model, one training step, one exact step with its two passes."""
 
     compile: float
+    refine: float
     train_step: float
     correct: float
     evaluate_1000_tokens: float
@@ -86,6 +89,7 @@ def seconds_at(
     shapes: ModelShapes,
     *,
     emulator_bytes: int,
+    ratio: float,
     samples: int,
     max_length: int,
     batch_size: int,
@@ -106,8 +110,14 @@ def seconds_at(
             moments += rows * 2 * side * side + experts.count * EIGEN_FLOPS * side**3
     train = FORWARD + BACKWARD + (RECOMPUTE if recomputes else 0)
     exact_tokens = polish_batch * max_length
+    # Its factors are judged twice, and trained: forward, and back to inputs and factors, each of which costs as much.
+    refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
         compile=_digits(max(read, (FORWARD * active * samples * max_length + moments) / flops)),
+        refine=_digits(
+            max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
+            + FORWARD * ratio * active * refined_tokens / flops
+        ),
         train_step=_digits(train * resident * batch_size * max_length / flops),
         correct=_digits(read),
         evaluate_1000_tokens=_digits(max(read, FORWARD * active * 1000 / flops)),
