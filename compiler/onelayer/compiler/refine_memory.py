@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-# Of every trained value: itself, its gradient, what it was, and Adam's two moments, and once more as it is used.
-VALUE_BYTES = 24
+# Of every trained value in float32: itself, its gradient, what it was, Adam's two moments, and as it is rounded; that
+# once more in the model's dtype, if it is another.
+VALUE_BYTES = 26
 # Of the widest linear: what a factor becomes on the way to its stored form and back.
 ROUNDING_BYTES = 16
 

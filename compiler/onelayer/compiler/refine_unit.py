@@ -90,7 +90,7 @@ def _train(unit: Unit, linears: Sequence[TrainedLinear], calls: Sequence[Call], 
     masters = [master for linear in linears for master in linear.masters.values()]
     rates = [pace.learning_rate * float(master.square().mean().sqrt()) for master in masters]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, foreach=False)  # one factor after the other: no copies of all of them
     for step, chosen in zip(range(pace.steps), _shuffled(calls, pace, unit.position), strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / pace.steps)
