@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from onelayer.compiler.calibration import make_batches
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import Example, Tokens, load_tokenizer, tokenize
 from tiny import tiny_tokenizer
@@ -147,3 +149,11 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "good" / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(InputError, match="no tokenizer that can be loaded"):
         load_tokenizer(tmp_path / "good")
+
+
+@pytest.mark.parametrize("name", ["Gemma3Config", "CodeGenConfig"])
+def test_batches_are_made_for_configurations_without_a_padding_token(name: str) -> None:
+    config = getattr(transformers, name)()
+    assert not hasattr(config, "pad_token_id")
+    tokens = [Tokens([3, 4, 5], [3, 4, 5]), Tokens([6, 7, 8], [6, 7, 8])]
+    assert [batch.shape for batch in make_batches(tokens, config, 2)] == [(2, 3)]

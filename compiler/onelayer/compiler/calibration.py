@@ -68,7 +68,9 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
 
     Raises `InputError` where the model cannot tell where the texts of a batch end.
     """
-    if batch_size > 1 and config.pad_token_id is None and any(item.label is not None for item in tokens):
+    # Some configurations have no such field: those of several models in one have it further in, others not at all.
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if batch_size > 1 and pad is None and any(item.label is not None for item in tokens):
         raise InputError("config.json: field pad_token_id is not set, so a classifier takes one text at a time; set it")
     split = [_inputs(item, config) for item in tokens]
     shapes = sorted(range(len(split)), key=lambda i: tuple(-len(ids) for ids in split[i][0].values()))

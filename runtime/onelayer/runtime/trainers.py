@@ -71,7 +71,7 @@ def _class_trainer(
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
         if name in arguments:
             raise InputError(f"args.{name}: is for models that predict tokens, not for {model.directory}; leave it out")
-    pads = (model.config.pad_token_id, model.tokenizer.pad_token_id)
+    pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
     if arguments["per_device_train_batch_size"] > 1 and (None in pads or pads[0] != pads[1]):
         raise InputError(
             f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
