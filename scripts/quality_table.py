@@ -130,11 +130,11 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
 
     figure = Figure(figsize=(5.5 * len(tasks), 4.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    kinds = dict.fromkeys(row["kind"] for rows in tasks.values() for row in rows)
-    colors = {kind: f"C{number}" for number, kind in enumerate(sorted(kinds))}
+    colors = {kind: f"C{number}" for number, kind in enumerate(KINDS)}
+    drawn: dict[str, Any] = {}
     for axes, (task, rows) in zip(panels, tasks.items(), strict=True):
-        found = [row for row in rows if row["kind"] != "direct" and "+" not in row["kind"] and not row.get("polished")]
-        for kind in dict.fromkeys(row["kind"] for row in found):
+        found = [row for row in rows if not row.get("polished")]
+        for kind in KINDS:
             stage = _judged(kind)
             points = {
                 size: [row["share"] for row in found if (row["kind"], row["size"], row["row"]) == (kind, size, stage)]
@@ -142,11 +142,13 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
             }
             points = {size: shares for size, shares in points.items() if shares}
             sizes = {row["size"]: row["bytes"] for row in found if row["kind"] == kind and "bytes" in row}
-            axes.errorbar(
+            if not points:
+                continue
+            drawn[f"{kind}, {stage}"] = axes.errorbar(
                 [sizes[size] / 1e6 for size in points],
                 [100 * mean(shares) for shares in points.values()],
                 [100 * stdev(shares) if len(shares) > 1 else 0 for shares in points.values()],
-                marker="o", markersize=4, capsize=3, label=f"{kind}, {stage}", color=colors[kind],
+                marker="o", markersize=4, capsize=3, color=colors[kind],
             )  # fmt: skip
         axes.axhline(100, color="grey", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", xlabel="bytes of the emulator's linears, MB", title=task)
@@ -155,7 +157,7 @@ def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="x-small")
+    figure.legend([*drawn.values()], [*drawn], loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(file, dpi=130)
 
 
