@@ -166,7 +166,8 @@ def test_a_manifest_says_where_and_how_much(place: Path, tmp_path: Path) -> None
             tasks: {{a: {{train: {place / "text.jsonl"}{task_section}}}}}
         """
         path.write_text(textwrap.dedent(text))
-        return dict(steps_of(load_manifest(path), ["a"])[1].fields)
+        steps = {step.name: step for step in steps_of(load_manifest(path), ["a"])}
+        return dict(steps["a.train"].fields)
 
     plain = fields("")
     assert "activations" not in plain
