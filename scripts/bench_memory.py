@@ -8,8 +8,10 @@ prints what the process held at most. Exits with 1 above the allowance. The dire
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from bench_compile import make_model
 from onelayer.compiler.compile import compile_emulator
+from onelayer.compiler.measure import Report
 
 WIDTH, WIDE = 2048, 5632
 
@@ -51,6 +54,66 @@ def make_checkpoint(directory: Path, gigabytes: float) -> Path:
     return model
 
 
+def told(report: Report, model: Path, allowance: float) -> int:
+    """Print the figures of a pass over a checkpoint; 1 where the process held more than `allowance` GB."""
+    disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
+    print(f"bytes read                {report.bytes_read / 1e9:8.2f} GB in {report.seconds:.0f} s")
+    print(f"largest unit              {report.largest_unit_bytes / 1e9:8.3f} GB")
+    print(f"workspace, predicted      {report.workspace_bytes / 1e9:8.3f} GB")
+    print(f"growth during the pass    {report.peak_device_bytes / 1e9:8.3f} GB")
+    print(f"peak of the whole process {report.peak_host_bytes / 1e9:8.3f} GB, allowed {allowance} GB")
+    return int(report.peak_host_bytes > allowance * 1e9)
+
+
+class Benchmark:
+    """A streamed pass three ways: beside its floor, at depths that each get a process, and on a large checkpoint."""
+
+    def __init__(self, description: str, **defaults: int) -> None:
+        self.parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for option, default in defaults.items():
+            self.parser.add_argument(f"--{option}", type=int, default=default)
+        self.parser.add_argument("--depths", type=int, nargs="+")
+        self.parser.add_argument("--one-depth", action="store_true", help=argparse.SUPPRESS)
+        self.parser.add_argument("--gigabytes", type=float)
+        self.parser.add_argument("--allowance", type=float, default=3.0, help="GB of anonymous memory")
+        self.parser.add_argument("--directory", type=Path, help="where the checkpoint goes; by default a temporary one")
+
+    def run(
+        self,
+        compare: Callable[[argparse.Namespace], None],
+        at_depth: Callable[[Path, Path, Path], Report],
+        large: Callable[[Path, Path, Path], Report],
+    ) -> int:
+        """What the command line asks for; the passes take a model, data and a folder. 1 above the allowance."""
+        arguments = self.parser.parse_args()
+        transformers.utils.logging.disable_progress_bar()
+        if arguments.one_depth:
+            with tempfile.TemporaryDirectory() as name:
+                model, data = make_model(Path(name), 512, arguments.layers, samples=8, tokens=128)
+                print(at_depth(model, data, Path(name)).model_dump_json())
+        elif arguments.depths:
+            self._depths(arguments.depths)
+        elif arguments.gigabytes:
+            with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+                model = make_checkpoint(Path(name), arguments.gigabytes)
+                return told(large(model, Path(name) / "data.jsonl", Path(name)), model, arguments.allowance)
+        else:
+            compare(arguments)
+        return 0
+
+    @staticmethod
+    def _depths(numbers: list[int]) -> None:
+        for layers in numbers:
+            child = [sys.executable, sys.argv[0], "--layers", str(layers), "--one-depth"]
+            report = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+            promised = (report["largest_unit_bytes"] + report["workspace_bytes"]) / 1e6
+            peak = report["peak_device_bytes"] / 1e6
+            print(f"{layers:3} layers: peak {peak:.1f} MB (unit + workspace {promised:.1f} MB)", flush=True)
+
+
 def main() -> int:
     """Make, compile, print, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,18 +126,9 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         model = make_checkpoint(Path(name), arguments.gigabytes)
-        disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         settings: dict[str, Any] = {"ratio": 0.25, "samples": 8, "max_length": 128}
         result = compile_emulator(model, Path(name) / "data.jsonl", Path(name) / "emulator", solver="fast", **settings)
-    report = result.report
-    print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
-    print(f"bytes read                {report.bytes_read / 1e9:8.2f} GB")
-    print(f"largest unit              {report.largest_unit_bytes / 1e9:8.3f} GB")
-    print(f"workspace, predicted      {report.workspace_bytes / 1e9:8.3f} GB")
-    print(f"growth during the pass    {report.peak_device_bytes / 1e9:8.3f} GB")
-    print(f"peak of the whole process {report.peak_host_bytes / 1e9:8.3f} GB, allowed {arguments.allowance} GB")
-    print(f"seconds                   {report.seconds:8.0f}")
-    return int(report.peak_host_bytes > arguments.allowance * 1e9)
+        return told(result.report, model, arguments.allowance)
 
 
 if __name__ == "__main__":

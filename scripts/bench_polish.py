@@ -9,8 +9,6 @@ and the backward pass of one resident layer with its adapter, times layers and b
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,15 +18,15 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
 from bench_compile import make_model
-from bench_memory import make_checkpoint
+from bench_memory import Benchmark
 from onelayer.compiler import polish_adapter
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.calibration import TokenBatch, make_batches, read_tokens
 from onelayer.compiler.gradients import GradientStream
-from onelayer.compiler.measure import Meter
+from onelayer.compiler.measure import Meter, Report
+from onelayer.compiler.polish import PolishResult
 from onelayer.compiler.polish_start import Fresh, open_trained
 from onelayer.compiler.stream import Stream
 from onelayer.compiler.token_loss import TokenLoss
@@ -119,74 +117,24 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"read                  {read_bytes / 1e6:7.1f} MB, {read_bytes / disk_bytes:.2f} x the checkpoint")
 
 
-def one_step(model: Path, data: Path, folder: Path, **settings: Any) -> Any:
+def one_step(model: Path, data: Path, folder: Path, **settings: Any) -> PolishResult:
     """One exact step of a fresh adapter on everything in `data`."""
     return polish_adapter(
         None, model=model, data=data, output=folder / "out", steps=1, lora_rank=8, lora_alpha=8, **settings
     )
 
 
-def depth(layers: int) -> None:
-    """The figures of one depth, as JSON; unit inputs go to files, so that only the rest is seen."""
-    with tempfile.TemporaryDirectory() as name:
-        model, data = make_model(Path(name), 512, layers, samples=8, tokens=128)
-        result = one_step(model, data, Path(name), batch_size=8, max_length=128, host_memory_bytes=1 << 20)
-    print(json.dumps(result.model_dump(mode="json")))
+def at_depth(model: Path, data: Path, folder: Path) -> Report:
+    """Unit inputs go to files, so that only the rest is seen."""
+    return one_step(model, data, folder, batch_size=8, max_length=128, host_memory_bytes=1 << 20).report
 
 
-def depths(numbers: list[int]) -> None:
-    """The peak at every depth."""
-    for layers in numbers:
-        child = [sys.executable, __file__, "--layers", str(layers), "--one-depth"]
-        result = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
-        report = result["report"]
-        promised = (report["largest_unit_bytes"] + report["workspace_bytes"]) / 1e6
-        print(
-            f"{layers:3} layers: peak {report['peak_device_bytes'] / 1e6:.1f} MB (unit + workspace {promised:.1f} MB), "
-            f"adapter {4 * result['trainable_parameters'] / 1e6:.1f} MB, "
-            f"inputs in files {result['spilled_bytes'] / 1e6:.1f} MB"
-        )
-
-
-def large(arguments: argparse.Namespace) -> int:
-    """One step on a checkpoint of the given size; 1 above the allowance."""
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        model = make_checkpoint(Path(name), arguments.gigabytes)
-        disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        result = one_step(model, Path(name) / "data.jsonl", Path(name), batch_size=2, max_length=128)
-    report, step = result.report, result.steps[0]
-    print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
-    print(f"read by the step          {step.bytes_read / 1e9:8.2f} GB in {step.seconds:.0f} s")
-    print(f"largest unit              {report.largest_unit_bytes / 1e9:8.3f} GB")
-    print(f"workspace, predicted      {report.workspace_bytes / 1e9:8.3f} GB")
+def large(model: Path, data: Path, folder: Path) -> Report:
+    """One step, and what of it lies on the host."""
+    result = one_step(model, data, folder, batch_size=2, max_length=128)
     print(f"layer inputs on the host  {result.kept_bytes / 1e9:8.3f} GB")
-    print(f"growth during the pass    {report.peak_device_bytes / 1e9:8.3f} GB")
-    print(f"peak of the whole process {report.peak_host_bytes / 1e9:8.3f} GB, allowed {arguments.allowance} GB")
-    return int(report.peak_host_bytes > arguments.allowance * 1e9)
-
-
-def main() -> int:
-    """One of the three benchmarks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("width", 1024), ("layers", 6), ("samples", 16), ("tokens", 256), ("rounds", 3)):
-        parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--depths", type=int, nargs="+")
-    parser.add_argument("--one-depth", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--gigabytes", type=float)
-    parser.add_argument("--allowance", type=float, default=3.0, help="GB of anonymous memory")
-    parser.add_argument("--directory", type=Path, help="where the checkpoint goes; by default the temporary directory")
-    arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    if arguments.one_depth:
-        depth(arguments.layers)
-    elif arguments.depths:
-        depths(arguments.depths)
-    elif arguments.gigabytes:
-        return large(arguments)
-    else:
-        compare(arguments)
-    return 0
+    return result.report
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Benchmark(__doc__, width=1024, layers=6, samples=16, tokens=256, rounds=3).run(compare, at_depth, large))

@@ -16,7 +16,7 @@ from onelayer.compiler.adapter import Adapter, adapter_digest
 from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.calibration import DataSource
-from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, Setting, Solver, try_limits
 from onelayer.compiler.correct_pass import read_gaps, workspace_bytes
 from onelayer.compiler.correction import Correction, Gap
@@ -143,11 +143,7 @@ def _check_pairs(source: Adapter, small: Emulator, model: Path) -> bool:
             f"{source.directory}: was trained on another emulator ({trained_on[:12]}) than {small.directory} "
             f"({small.digest[:12]}); give the emulator it was trained on"
         )
-    if (found := model_digest(model)) != small.facts.base_digest:
-        raise InputError(
-            f"{small.directory}: is an emulator of {small.facts.base_model} ({small.facts.base_digest[:12]}), "
-            f"not of {model} ({found[:12]}); give the original it was compiled from"
-        )
+    small.check_original(model)
     return trained_on is not None
 
 

@@ -120,6 +120,14 @@ class Emulator:
         """Digest of what the emulator computes."""
         return model_digest(self.directory)
 
+    def check_original(self, directory: Path) -> None:
+        """Raise `InputError` where the model in `directory` is not the one that the emulator was compiled from."""
+        if (found := model_digest(directory)) != self.facts.base_digest:
+            raise InputError(
+                f"{self.directory}: is an emulator of {self.facts.base_model} ({self.facts.base_digest[:12]}), "
+                f"not of {directory} ({found[:12]}); give the original it was compiled from"
+            )
+
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a compressed module."""
         if self.facts.packed is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.calibration import DataSource
-from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.compression import stack_shapes
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -144,11 +144,7 @@ def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Scor
 def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Emulator:
     """An emulator of this original. Raises `InputError` where it is of another, or not of linears alone."""
     emulator = Emulator.open(path)
-    if (found := model_digest(model)) != emulator.facts.base_digest:
-        raise InputError(
-            f"{emulator.directory}: is an emulator of {emulator.facts.base_model} ({emulator.facts.base_digest[:12]}), "
-            f"not of {model} ({found[:12]}); give the original it was compiled from"
-        )
+    emulator.check_original(model)
     linears = {name for unit in streamed.units for name, module in named_parts(unit) if is_linear(module)}
     if unknown := emulator.facts.compressed.keys() - linears:
         raise InputError(f"{emulator.directory}: {min(unknown)} is no linear of {model}; compile the emulator again")

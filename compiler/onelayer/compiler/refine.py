@@ -14,10 +14,9 @@ import torch
 import transformers
 
 from onelayer.compiler.calibration import DataSource, make_batches, read_tokens, tokens_digest
-from onelayer.compiler.checkpoint import model_digest, resolve_model
+from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.compression import check_disk
 from onelayer.compiler.emulator_reader import Emulator
-from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import check_output
 from onelayer.compiler.measure import Meter, Report, Result
 from onelayer.compiler.parking import Parking
@@ -68,7 +67,8 @@ def refine_emulator(
     check_output(output)
     source = Emulator.open(emulator)
     require(source.facts.packed)
-    directory = _original(source, model)
+    directory = resolve_model(model, source.facts.base_revision)
+    source.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in source.checkpoint.tensors.values()))
     place, parking = pick_device(device), Parking(host_memory_bytes)
     streamed = StreamedModel(directory)
@@ -91,13 +91,3 @@ def refine_emulator(
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
         shutil.rmtree(path)
     return result
-
-
-def _original(source: Emulator, model: str | Path) -> Path:
-    directory = resolve_model(model, source.facts.base_revision)
-    if (found := model_digest(directory)) != source.facts.base_digest:
-        raise InputError(
-            f"{source.directory}: is an emulator of {source.facts.base_model} ({source.facts.base_digest[:12]}), "
-            f"not of {directory} ({found[:12]}); give the original it was compiled from"
-        )
-    return directory
