@@ -29,7 +29,7 @@ from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.factorize import Solver, factorize
 from onelayer.compiler.linear_figures import LinearFigures, LinearSummary, StackSummary, kept_bytes_share
 from onelayer.compiler.measure import Meter, Report, Result, return_free_memory
-from onelayer.compiler.moments import NON_FINITE_LIMIT, MomentHooks, Moments, weight_shape
+from onelayer.compiler.moments import MomentHooks, Moments, check_rows, weight_shape
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantised_factors import output_energy, pack_dense, pack_factors
 from onelayer.compiler.ranks import Allocation, Spectrum, allocate_by_spectrum
@@ -176,12 +176,7 @@ class Compilation:
             moments = hooks.moments.get(name)
             if moments is None:
                 continue
-            gram = moments.gram
-            if gram.dropped_rows > NON_FINITE_LIMIT * gram.rows:
-                raise RuntimeError(
-                    f"{name}: {gram.dropped_rows} of {gram.rows} calibration rows are not finite, more than "
-                    f"{NON_FINITE_LIMIT:.0%}; check the checkpoint's dtype and the data"
-                )
+            check_rows(name, moments.gram.dropped_rows, moments.gram.rows)
             weight = linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
             assert isinstance(weight, torch.Tensor)
             both = self.settings.rank_allocation == "spectrum"

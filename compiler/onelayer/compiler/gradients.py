@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.loading import Loader
 from onelayer.compiler.measure import Progress, return_free_memory
 from onelayer.compiler.qb import Compressed, compress
-from onelayer.compiler.seams import Kept, Slots, cut, differentiable
+from onelayer.compiler.seams import Kept, Slots, cut, rerun
 from onelayer.compiler.side_channels import called, delivered, opened
 from onelayer.compiler.stream import Batch, Stream, Visit, move
 from onelayer.compiler.units import Unit
@@ -110,9 +110,7 @@ class GradientStream(Stream):
     def _reverse_call(self, unit: Unit, record: Record) -> None:
         record.kept.check_unchanged()
         with torch.enable_grad():
-            (arguments, contents), leaves = record.kept.again(self.device)
-            forward = partial(type(unit.module).forward, unit.module)
-            outputs = differentiable(called(lambda args, kwargs: forward(*args, **kwargs), arguments, contents))
+            outputs, leaves = rerun(unit, record.kept, self.device)
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)

@@ -21,6 +21,29 @@ NON_FINITE_LIMIT = 0.1
 CHECKED_ROWS = 16
 
 
+def row_count(x: torch.Tensor) -> int:
+    """How many rows `x` (..., F) has; a bare number is one."""
+    return x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 1
+
+
+def finite_rows(x: torch.Tensor) -> torch.Tensor | None:
+    """Which rows of (..., F) hold nothing but finite numbers, (N,); None where all do."""
+    # One non-finite entry anywhere makes the sum non-finite; only then is it worth looking row by row.
+    if torch.isfinite(x.sum()):
+        return None
+    keep_N = torch.isfinite(x.reshape(row_count(x), -1)).all(dim=-1)
+    return None if keep_N.all() else keep_N
+
+
+def check_rows(name: str, dropped_rows: int, rows: int) -> None:
+    """Raise `RuntimeError` where more of the calibration's rows are not finite than an outlier explains."""
+    if dropped_rows > NON_FINITE_LIMIT * rows:
+        raise RuntimeError(
+            f"{name}: {dropped_rows} of {rows} calibration rows are not finite, more than {NON_FINITE_LIMIT:.0%}; "
+            "check the checkpoint's dtype and the data"
+        )
+
+
 class Gram:
     """X^T X (F x F) over many batches of rows: products in `product_dtype`, totals in float64.
 

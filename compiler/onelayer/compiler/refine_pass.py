@@ -88,7 +88,8 @@ class RefinePass(Stream):
             for path, linear in linears.items()
             for ending, tensor in linear.stored().items()
         }
-        self.work.finish(unit, stored if after < before else {}, before, after)
+        dropped_rows = sum(call.dropped_rows for call in calls)
+        self.work.finish(unit, stored if after < before else {}, before, after, dropped_rows)
         self.meter.note = f"error {before:.3f} to {after:.3f}"
         return_free_memory()
 

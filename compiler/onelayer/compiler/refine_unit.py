@@ -5,18 +5,20 @@ each linear alone, this is a better one for what the linears of a unit do togeth
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.measure import Meter
-from onelayer.compiler.seams import Kept, differentiable
-from onelayer.compiler.side_channels import called
+from onelayer.compiler.moments import check_rows, finite_rows, row_count
+from onelayer.compiler.seams import Kept, differentiable, rerun
+from onelayer.compiler.stand_ins import standing_in
 from onelayer.compiler.trained_factors import TrainedLinear
 from onelayer.compiler.units import Unit
 
@@ -39,18 +41,38 @@ class Pace:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the original unit for some samples: what went in, and the tensors that came out, on the host."""
+    """One call of the original unit for some samples: what went in, and the tensors that came out, on the host.
+
+    `finite` masks the rows of each target, (rows,), that are finite as a whole; None where all are.
+    """
 
     samples: int
     kept: Kept
     targets: list[torch.Tensor]
     versions: list[int]
+    finite: list[torch.Tensor | None]
 
     @classmethod
     def of(cls, samples: int, kept: Kept, outputs: Any) -> "Call":
         """Keep the outputs beside what is kept of the inputs."""
         targets = [output.detach() for output in differentiable(outputs)]
-        return cls(samples, kept, targets, [target._version for target in targets])
+        finite = [finite_rows(target) for target in targets]
+        return cls(samples, kept, targets, [target._version for target in targets], finite)
+
+    @property
+    def rows(self) -> int:
+        """Of all targets."""
+        return sum(map(row_count, self.targets))
+
+    @property
+    def dropped_rows(self) -> int:
+        """Those that are not finite."""
+        return sum(int((~mask).sum()) for mask in self.finite if mask is not None)
+
+    @property
+    def weight(self) -> float:
+        """Its samples, counted by the share of their rows that are finite."""
+        return self.samples * (1 - self.dropped_rows / max(1, self.rows))
 
     def check_unchanged(self) -> None:
         """Raise `RuntimeError` where the model's code changed an input or an output in place after the call."""
@@ -72,11 +94,13 @@ def refine_unit(
     device = masters[0].device
     for call in calls:
         call.check_unchanged()
+    check_rows(unit.name, sum(call.dropped_rows for call in calls), sum(call.rows for call in calls))
+    calls = [call for call in calls if call.weight]
     with _standing_in(unit, linears):
         before = _error(unit, calls, device)
         if not math.isfinite(before):
             raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
-        _train(unit, list(linears.values()), calls, pace, meter)
+        _train(unit, linears, calls, pace, meter)
         after = _error(unit, calls, device)
     if after < before:
         return before, after
@@ -85,28 +109,28 @@ def refine_unit(
     return before, before
 
 
-def _train(unit: Unit, linears: Sequence[TrainedLinear], calls: Sequence[Call], pace: Pace, meter: Meter) -> None:
+def _train(unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: Pace, meter: Meter) -> None:
     """Adam with a rate that falls to zero in a straight line; calls in an order of the unit's own."""
-    masters = [master for linear in linears for master in linear.masters.values()]
+    masters = [master for linear in linears.values() for master in linear.masters.values()]
     rates = [pace.learning_rate * float(master.square().mean().sqrt()) for master in masters]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, foreach=False)  # one factor after the other: no copies of all of them
     for step, chosen in zip(range(pace.steps), _shuffled(calls, pace, unit.position), strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / pace.steps)
-        total = sum(call.samples for call in chosen)
-        used = [factor for linear in linears for factor in linear.rounded.values()]
+        total = sum(call.weight for call in chosen)
+        used = [factor for linear in linears.values() for factor in linear.rounded.values()]
         for call in chosen:
-            with torch.enable_grad():
+            with torch.enable_grad(), _guarded(unit, linears if call.dropped_rows else ()):
                 distance, _ = _distance(unit, call, masters[0].device)
                 # Without a graph where none of the linears had a part in the call.
                 if distance.requires_grad:
-                    torch.autograd.backward(distance * (call.samples / total), inputs=used)
+                    torch.autograd.backward(distance * (call.weight / total), inputs=used)
             meter.sample()
-        for linear in linears:
+        for linear in linears.values():
             linear.hand_gradients()
         optimizer.step()
-        for linear in linears:
+        for linear in linears.values():
             linear.round()
 
 
@@ -117,44 +141,65 @@ def _shuffled(calls: Sequence[Call], pace: Pace, position: int) -> Iterator[list
     while True:
         for index in torch.randperm(len(calls), generator=generator).tolist():
             chosen.append(calls[index])
-            if sum(call.samples for call in chosen) >= pace.step_samples:
+            if sum(call.weight for call in chosen) >= pace.step_samples:
                 yield chosen
                 chosen = []
 
 
 def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tensor, int]:
     """The squared distance of the unit's outputs from the original's, relative to each one's size, and their number."""
-    (arguments, contents), _ = call.kept.again(device)
-    forward = partial(type(unit.module).forward, unit.module)
-    outputs = differentiable(called(lambda args, kwargs: forward(*args, **kwargs), arguments, contents))
-    total = torch.zeros((), device=device)
-    for output, target in zip(outputs, call.targets, strict=True):
+    outputs, _ = rerun(unit, call.kept, device)
+    total, counted = torch.zeros((), device=device), 0
+    for output, target, finite in zip(outputs, call.targets, call.finite, strict=True):
         wide = torch.promote_types(output.dtype, torch.float32)
-        exact = target.to(device, wide)
-        lost, energy = (output.to(wide) - exact).abs().square().mean(), exact.abs().square().mean()
-        total = total + lost / energy.clamp_min(torch.finfo(torch.float32).tiny)
-    return total, len(outputs)
+        found, exact = output.to(wide), target.to(device, wide)
+        if finite is not None:
+            keep = finite.to(device)
+            found, exact = (values.reshape(row_count(values), -1)[keep] for values in (found, exact))
+        if exact.numel() or finite is None:
+            lost, energy = (found - exact).abs().square().mean(), exact.abs().square().mean()
+            total, counted = total + lost / energy.clamp_min(torch.finfo(torch.float32).tiny), counted + 1
+    return total, counted
 
 
 @torch.no_grad()
 def _error(unit: Unit, calls: Sequence[Call], device: torch.device) -> float:
     """||outputs - the original's|| / ||the original's||, root mean square over samples and outputs."""
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for call in calls:
         distance, outputs = _distance(unit, call, device)
-        total, count = total + call.samples * float(distance), count + call.samples * outputs
+        total, count = total + call.weight * float(distance), count + call.weight * outputs
     return math.sqrt(total / max(1, count))
 
 
-@contextmanager
-def _standing_in(unit: Unit, linears: Mapping[str, TrainedLinear]) -> Iterator[None]:
+def _standing_in(unit: Unit, linears: Mapping[str, TrainedLinear]) -> AbstractContextManager[Any]:
     """The unit computes with the factors in place of the weights meanwhile."""
     modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
-    try:
-        for path, module in modules.items():
-            # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-            module.forward = partial(linears[path].product, bias=module.bias)
+    return standing_in(
+        unit.module, {module: partial(linears[path].product, bias=module.bias) for path, module in modules.items()}
+    )
+
+
+@contextmanager
+def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
+    """Rows that are not finite are zero to the linears at `paths` meanwhile, and so are such gradients.
+
+    A product's gradient sums over rows: one that is not finite would spoil it, although nothing is asked of its output.
+    """
+
+    def finite(rows: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.isfinite(rows).all(dim=-1, keepdim=True), rows, 0)
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return finite(args[0]), *args[1:]
+
+    def behind(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(finite)
+
+    with ExitStack() as handles:
+        for path in paths:
+            module = unit.module.get_submodule(path)
+            handles.enter_context(module.register_forward_pre_hook(before))
+            handles.enter_context(module.register_forward_hook(behind))
         yield
-    finally:
-        for module in modules.values():
-            del module.forward

@@ -23,11 +23,15 @@ from onelayer.compiler.writer import copy_entry, tensor_entry, write_safetensors
 
 
 class RefinedUnit(Result):
-    """||outputs - the original's|| / ||the original's|| of a unit for the original's inputs, before and after."""
+    """||outputs - the original's|| / ||the original's|| of a unit for the original's inputs, before and after.
+
+    `dropped_rows` of the original's outputs were not finite and count for nothing in it.
+    """
 
     name: str
     before: float
     after: float
+    dropped_rows: int
 
 
 class RefineWork:
@@ -53,9 +57,11 @@ class RefineWork:
         """Whether a unit is finished."""
         return unit.position in self._finished
 
-    def finish(self, unit: Unit, tensors: Mapping[str, torch.Tensor], before: float, after: float) -> None:
+    def finish(
+        self, unit: Unit, tensors: Mapping[str, torch.Tensor], before: float, after: float, dropped_rows: int
+    ) -> None:
         """Write a unit's factors by their names in the emulator."""
-        figures = RefinedUnit(name=unit.name, before=before, after=after)
+        figures = RefinedUnit(name=unit.name, before=before, after=after, dropped_rows=dropped_rows)
         file = self.path / f"unit-{unit.position:05d}.safetensors"
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
         write_safetensors(file, entries, {"figures": figures.model_dump_json()})

@@ -7,6 +7,7 @@ gradients are caught as they arrive. The inside exists only while the unit is ru
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.lazy import DeferredLogits
 from onelayer.compiler.qb import Compressed, Factors
 from onelayer.compiler.qb import Kept as Unfactored
+from onelayer.compiler.side_channels import called
+from onelayer.compiler.units import Unit
 
 Slots = list[torch.Tensor | None]
 
@@ -159,6 +162,14 @@ class Kept:
             edges, gradients = zip(*pairs, strict=True)
             # Several units may share a piece of graph, so it is kept; it goes when the last of them is done.
             torch.autograd.backward(edges, gradients, retain_graph=True)
+
+
+def rerun(unit: Unit, kept: Kept, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Call a unit, which is resident, once more: the differentiable tensors it gives, and the leaves for `push`."""
+    (arguments, contents), leaves = kept.again(device)
+    forward = partial(type(unit.module).forward, unit.module)
+    outputs = called(lambda args, kwargs: forward(*args, **kwargs), arguments, contents)
+    return differentiable(outputs), leaves
 
 
 def _versions(leaves: Iterable[Any]) -> list[int]:

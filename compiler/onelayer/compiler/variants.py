@@ -19,10 +19,10 @@ from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.experts import ExpertStacks, expert_stacks
 from onelayer.compiler.moments import is_linear
+from onelayer.compiler.stand_ins import Forward, standing_in
 from onelayer.compiler.units import Unit, bare_name
 
 Run = Callable[[int, Any, Any], Any]
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
             forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
             if not forwards:
                 return type(unit.module).forward(unit.module, *args, **kwargs)
-            with _standing_in(unit.module, forwards) as stand_in:
+            with standing_in(unit.module, forwards) as stand_in:
                 return stand_in(*args, **kwargs)
 
         yield run
@@ -158,18 +158,3 @@ def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> 
         return stacks.run(*routed, product)
 
     return forward
-
-
-@contextmanager
-def _standing_in(module: nn.Module, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
-    """The forward of `module`, compressed parts of it replaced meanwhile."""
-    inner = [part for part in forwards if part is not module]
-    for part in inner:
-        part.forward = forwards[part]
-    try:
-        # The unit's own forward is the stream's stub, so it is called past that.
-        own = type(module).forward
-        yield forwards.get(module) or (lambda *args, **kwargs: own(module, *args, **kwargs))
-    finally:
-        for part in inner:
-            del part.forward
