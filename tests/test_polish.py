@@ -70,6 +70,18 @@ def test_a_fresh_adapter_learns(setup: Path) -> None:
     assert trained.loss < start.loss
 
 
+@pytest.mark.parametrize(("name", "of_an_expert"), [("mixtral", "w2"), ("qwen3_moe", "down_proj")])
+def test_a_fresh_adapter_of_a_mixture_leaves_its_experts_alone(name: str, of_an_expert: str, tmp_path: Path) -> None:
+    prepare(tmp_path, name, ["q_proj"])
+    result = polished(tmp_path, adapter=None, lora_rank=4)
+    assert result.steps[-1].loss < result.steps[0].loss
+    model: Any = load_original(tmp_path / "model")
+    linears = {part for part, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(Adapter.open(tmp_path / "out").modules) == {f"model.{part}" for part in linears}
+    with pytest.raises(InputError, match="are experts or routers of a mixture"):
+        polished(tmp_path, adapter=None, lora_rank=4, target_modules=["q_proj", of_an_expert], output=tmp_path / "no")
+
+
 @pytest.mark.parametrize("fields", [{"adapter": None}, {"lora_rank": 4}])
 def test_either_an_adapter_or_a_rank(setup: Path, fields: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="either an adapter, or --lora-rank"):

@@ -17,6 +17,7 @@ from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.labels import is_classifier
+from onelayer.compiler.lora_targets import linear_targets
 from onelayer.compiler.polish_state import Parameters
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.variants import attach, factor_names
@@ -43,7 +44,7 @@ class Fresh:
             config = LoraConfig(
                 r=self.rank,
                 lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, and says int
-                target_modules=self.target_modules,
+                target_modules=linear_targets(empty, self.target_modules),
                 task_type="CAUSAL_LM" if empty.can_generate() and not empty.config.is_encoder_decoder else None,
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in empty.modules()),
                 exclude_modules=list(SEQ_CLS_HEAD_NAMES) if is_classifier(type(empty)) else None,

@@ -10,38 +10,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer
 
-from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import sync, write_text
 from onelayer.runtime.train_activations import TrainActivations
 
 # Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
 COMPLETE_FILE = "complete"
-
-
-def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | list[str]:
-    """Targets that adapt linear modules only: the given ones, or on a mixture the linears that "all-linear" means.
-
-    PEFT takes "all-linear" and the names of experts to mean, too, the stacked parameters that experts became in
-    transformers 5. LoRA on those is no pair of factors per linear, so it could not be corrected for the original.
-    """
-    probe = peft.LoraConfig(target_modules=target_modules)
-    convert_peft_config_for_transformers(probe, model, None)
-    if not probe.target_parameters:
-        return target_modules
-    if target_modules == "all-linear":
-        return sorted(probe.target_modules or [])
-    raise InputError(
-        f"target_modules: {sorted(probe.target_parameters)} are experts or routers of a mixture, whose LoRA cannot be "
-        "corrected for the original; name linear modules only, such as those of the attention, or all-linear"
-    )
 
 
 class _Watched(Trainer):

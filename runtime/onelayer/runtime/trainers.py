@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from trl.trainer.sft_config import SFTConfig
 
 from onelayer.compiler.errors import InputError
-from onelayer.runtime.sft import ClassTrainer, LoraTrainer, MarkComplete, Progress, linear_targets
+from onelayer.compiler.lora_targets import linear_targets
+from onelayer.runtime.sft import ClassTrainer, LoraTrainer, MarkComplete, Progress
 from onelayer.runtime.train_inputs import TrainData, TrainModel
 from onelayer.runtime.train_settings import LoraFields
 
