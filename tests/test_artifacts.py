@@ -80,26 +80,6 @@ def test_a_failure_leaves_nothing(store: ArtifactStore) -> None:
     assert [path.name for path in store.root.iterdir()] == [".locks"]
 
 
-def test_a_resumable_step_finds_what_it_left_and_publishes_none_of_it(store: ArtifactStore) -> None:
-    def interrupted(payload: Path) -> Mapping[str, Any]:
-        work = payload.with_name(".payload.training")
-        work.mkdir()
-        (work / "checkpoint").write_text("step 3")
-        raise KeyboardInterrupt
-
-    def resumed(payload: Path) -> Mapping[str, Any]:
-        payload.mkdir()
-        (payload / "adapter").write_text((payload.with_name(".payload.training") / "checkpoint").read_text())
-        return {}
-
-    with pytest.raises(KeyboardInterrupt):
-        store.ensure(spec(), interrupted, resumable=True)
-    assert store.artifacts() == []
-    artifact, _ = store.ensure(spec(), resumed, resumable=True)
-    assert list(artifact.files) == ["adapter"]
-    assert sorted(path.name for path in (store.root / artifact.key).iterdir()) == ["artifact.json", "payload"]
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_a_kill_in_the_middle_leaves_nothing_visible(store: ArtifactStore) -> None:
     code = f"""

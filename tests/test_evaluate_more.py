@@ -1,6 +1,7 @@
 """Multiple choice by log-likelihood, and an emulator against its original; whole logits are the oracle."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,14 @@ def test_a_token_that_the_original_excludes_counts_nothing() -> None:
         item.update(slice(None), part, 0)
     gap.update(slice(None), p, q)
     assert float(gap.divergences(*scores)) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_loss_beyond_any_perplexity_loses_no_score(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text(json.dumps(TEXT) + "\n")
+    (score,) = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl").results
+    assert score.loss > 1000
+    assert score.perplexity == pytest.approx(sys.float_info.max)

@@ -5,6 +5,7 @@ the adapters, one micro-batch; the head goes by in slices of the vocabulary, eac
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from onelayer.compiler.stream import Stream, pick_device
 from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import StreamedModel
 from onelayer.compiler.variants import Variant, attach, named_parts, switching
+
+# Of a larger one a float64 does not hold the exponential: such a perplexity is told as the largest there is.
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 class Score(Result):
@@ -133,7 +137,7 @@ def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Scor
     return Score(
         adapter=adapter,
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=math.exp(min(loss, LARGEST_LOSS)),
         token_accuracy=total(found.hits, samples.counted) / tokens,
         tokens=tokens,
         choice_accuracy=found.right_answers(samples.questions) / questions if questions else None,

@@ -18,7 +18,7 @@ from onelayer.compiler.parking import Parking
 from onelayer.compiler.polish_job import PolishJob, Settings
 from onelayer.compiler.polish_memory import workspace_bytes
 from onelayer.compiler.polish_start import Fresh
-from onelayer.compiler.polish_state import PolishState
+from onelayer.compiler.polish_state import STATE_FILE, PolishState
 from onelayer.compiler.polish_task import PolishTask
 from onelayer.compiler.stream import pick_device
 from onelayer.compiler.workdir import StopRequest, claimed
@@ -109,7 +109,8 @@ def polish_adapter(
         raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
     place, parking = pick_device(device), Parking(host_memory_bytes)
     task = PolishTask.read(model, revision, start, data, eval_data, settings, place)
-    with claimed(Path(output), "polish", task.identity, resume) as work, Meter(place) as meter, StopRequest() as stop:
+    begun = claimed(Path(output), "polish", task.identity, resume, finished=STATE_FILE)
+    with begun as work, Meter(place) as meter, StopRequest() as stop:
         source, streamed, state = task.open(work)
         state.restore(work)
         stream = GradientStream(streamed, place, meter, around=_stopping(stop), parking=parking)

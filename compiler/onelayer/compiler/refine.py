@@ -23,7 +23,7 @@ from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantize import require
 from onelayer.compiler.refine_pass import RefinePass, workspace_bytes
 from onelayer.compiler.refine_unit import Pace
-from onelayer.compiler.refine_work import RefinedUnit, RefineWork
+from onelayer.compiler.refine_work import UNIT_PATTERN, RefinedUnit, RefineWork
 from onelayer.compiler.stream import pick_device
 from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import StreamedModel
@@ -82,7 +82,11 @@ def refine_emulator(
         "versions": {**versions, "transformers": transformers.__version__},
     }
     identity = {"emulator": source.digest, **facts}
-    with claimed(output, "refine", identity, resume) as path, Meter(place) as meter, StopRequest() as stop:
+    with (
+        claimed(output, "refine", identity, resume, finished=UNIT_PATTERN) as path,
+        Meter(place) as meter,
+        StopRequest() as stop,
+    ):
         work = RefineWork(path, source)
         RefinePass(streamed, source, work, pace, meter, parking).refine(batches, stop)
         workspace = workspace_bytes(streamed, source, max(math.prod(batch.shape) for batch in batches))

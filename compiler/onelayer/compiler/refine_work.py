@@ -21,6 +21,8 @@ from onelayer.compiler.slice import FIGURES_FILE, write_shards
 from onelayer.compiler.units import Unit
 from onelayer.compiler.writer import copy_entry, tensor_entry, write_safetensors
 
+UNIT_PATTERN = "unit-*.safetensors"
+
 
 class RefinedUnit(Result):
     """||outputs - the original's|| / ||the original's|| of a unit for the original's inputs, before and after.
@@ -40,7 +42,7 @@ class RefineWork:
     def __init__(self, path: Path, source: Emulator) -> None:
         self.path, self.source = path, source
         self._finished: dict[int, tuple[RefinedUnit, dict[str, TensorInfo]]] = {}
-        for file in sorted(path.glob("unit-*.safetensors")):
+        for file in sorted(path.glob(UNIT_PATTERN)):
             try:
                 table, metadata = read_header(file)
                 figures = RefinedUnit.model_validate_json(metadata["figures"])

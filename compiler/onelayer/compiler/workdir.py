@@ -55,15 +55,11 @@ class WorkDirectory:
         Raises `InputError` where the work was begun with something else, naming the fields, or is being done by
         another process.
         """
-        with claimed(output, "compile", identity, resume) as path:
+        with claimed(output, "compile", identity, resume, finished=RECORD_PATTERN) as path:
             work = cls(path)
             work.payload.mkdir(exist_ok=True)
             work._read_records()
-            try:
-                yield work
-            finally:
-                if not any(path.glob(RECORD_PATTERN)):
-                    shutil.rmtree(path, ignore_errors=True)
+            yield work
 
     def _read_records(self) -> None:
         """Take up the units whose record and shard are whole; anything else is done again."""
@@ -92,9 +88,10 @@ class WorkDirectory:
 
 
 @contextmanager
-def claimed(output: Path, kind: str, identity: Mapping[str, Any], resume: bool) -> Iterator[Path]:
+def claimed(output: Path, kind: str, identity: Mapping[str, Any], resume: bool, *, finished: str) -> Iterator[Path]:
     """The directory `.NAME.kind` in which `output` grows, locked: taken up where it was begun with `identity`, or new.
 
+    A directory without a file of the pattern `finished` holds no work, whatever was begun: it stands in nobody's way.
     Raises `InputError` where it was begun with something else, naming the fields, or another process holds it.
     """
     check_output(output)
@@ -103,10 +100,12 @@ def claimed(output: Path, kind: str, identity: Mapping[str, Any], resume: bool) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
-            _begin(path, identity, resume)
+            _begin(path, identity, resume and any(path.glob(finished)))
             try:
                 yield path
             finally:
+                if not any(path.glob(finished)):
+                    shutil.rmtree(path, ignore_errors=True)
                 with suppress(OSError):  # while it is held: another process may wait for this very file
                     Path(lock.lock_file).unlink()
     except Timeout:
@@ -116,9 +115,7 @@ def claimed(output: Path, kind: str, identity: Mapping[str, Any], resume: bool) 
 
 
 def _begin(path: Path, identity: Mapping[str, Any], resume: bool) -> None:
-    if path.exists() and not resume:
-        shutil.rmtree(path)
-    if (path / IDENTITY_FILE).is_file():
+    if resume and (path / IDENTITY_FILE).is_file():
         _check_identity(path, identity)
         return
     with suppress(FileNotFoundError):

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +28,10 @@ from onelayer.compiler.files import (
 from onelayer.runtime.artifact_locks import ArtifactLocks
 from onelayer.runtime.artifact_record import METADATA, Artifact, Fault, Notify, StepSpec, library_versions, silent
 
-# Beside an unfinished payload: the versions of the libraries it was begun with.
-BEGUN_WITH = "versions.json"
+# Beside an unfinished payload: what it was begun with that its key leaves out, above all the libraries' versions.
+BEGUN_WITH = "begun.json"
+# Beside a payload that is complete and not yet described: what its making told, and how long that took.
+MADE = "made.json"
 
 
 class ArtifactStore:
@@ -86,12 +89,14 @@ class ArtifactStore:
         digest: Callable[[Path], str] | None = None,
         *,
         resumable: bool = False,
+        begun_with: Mapping[str, Any] | None = None,
         notify: Notify = silent,
     ) -> tuple[Artifact, bool]:
         """The artifact of `spec`, and whether it had to be made: `make(folder)` makes and fills a folder.
 
         Of several callers with the same spec one makes it and the others wait for it. Where `resumable`, what an
-        interrupted attempt left beside that folder stays for the next. `digest` names the payload's content
+        interrupted attempt left beside that folder stays for the next, if it was begun with the same libraries and
+        with `begun_with`: what changes no result, and yet how a step goes on. `digest` names the payload's content
         where it holds files that differ from run to run (reports); by default all files count.
         """
         with self._locks.making(spec.key, notify):
@@ -101,21 +106,17 @@ class ArtifactStore:
                     return found, False
                 remove_artifact(self.root / spec.key)
             partial = self.root / f".{spec.key}.partial"
-            if partial.exists() and not (resumable and self._goes_on(partial)):
+            begun = {"versions": library_versions(), **(begun_with or {})}
+            if partial.exists() and not (resumable and _goes_on(partial, begun)):
                 shutil.rmtree(partial)
             partial.mkdir(exist_ok=True)
-            write_json(partial / BEGUN_WITH, library_versions())
+            write_json(partial / BEGUN_WITH, begun)
             try:
                 return self._fill(spec, partial, make, digest), True
             except BaseException:
                 if not resumable:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-
-    def _goes_on(self, partial: Path) -> bool:
-        """Whether an interrupted attempt was begun with the libraries of today; another's would not fit to ours."""
-        file = partial / BEGUN_WITH
-        return file.is_file() and read_json(file) == library_versions()
 
     def _fill(
         self,
@@ -126,14 +127,7 @@ class ArtifactStore:
     ) -> Artifact:
         """Run `make` aside, describe what it left, and publish it under its key."""
         payload = partial / "payload"
-        started = time.perf_counter()
-        document = make(payload)
-        seconds = time.perf_counter() - started
-        for leftover in partial.iterdir():
-            if leftover.is_dir() and leftover != payload:
-                shutil.rmtree(leftover)
-            elif leftover.is_file():
-                leftover.unlink()
+        document, seconds = _made(partial, payload, make)
         files = {file: file_digest(payload / file) for file in _files(payload)}
         assert files, f"step {spec.kind} left no file"
         costs = document.get("report") or document
@@ -150,6 +144,11 @@ class ArtifactStore:
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        for leftover in partial.iterdir():
+            if leftover.is_dir() and leftover != payload:
+                shutil.rmtree(leftover)
+            elif leftover.is_file():
+                leftover.unlink()
         write_json(partial / METADATA, artifact.model_dump(mode="json"))
         publish_directory(partial, self.root / spec.key)
         return artifact
@@ -178,6 +177,27 @@ def remove_artifact(folder: Path) -> None:
     """Remove a folder of the store, metadata first: half removed it is no artifact any more."""
     (folder / METADATA).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def _goes_on(partial: Path, begun: Mapping[str, Any]) -> bool:
+    """Whether an interrupted attempt was begun with the same; another's would not fit to ours, or be refused."""
+    file = partial / BEGUN_WITH
+    return file.is_file() and read_json(file) == json.loads(json.dumps(begun))
+
+
+def _made(partial: Path, payload: Path, make: Callable[[Path], Mapping[str, Any]]) -> tuple[Mapping[str, Any], float]:
+    """What making told, and its seconds: of an attempt that stopped behind it, or of now.
+
+    A payload of which nothing is told is what a failing step left; the next attempt must find its place free.
+    """
+    if not (partial / MADE).is_file():
+        if payload.exists():
+            shutil.rmtree(payload)
+        started = time.perf_counter()
+        document = make(payload)
+        write_json(partial / MADE, {"document": dict(document), "seconds": time.perf_counter() - started})
+    made = read_json(partial / MADE)
+    return made["document"], made["seconds"]
 
 
 def _files(payload: Path) -> list[str]:

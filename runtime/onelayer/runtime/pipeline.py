@@ -209,7 +209,9 @@ def _bring_up(
         return step.execute(inputs, payload)
 
     digest = payload_digest(step.kind)
-    artifact, ran = store.ensure(spec, make, digest, resumable=step.kind in RESUMABLE, notify=tell)
+    artifact, ran = store.ensure(
+        spec, make, digest, resumable=step.kind in RESUMABLE, begun_with=step.begun_with(inputs), notify=tell
+    )
     path = str(store.payload(artifact.key))
     if ran:
         tell(f"done in {artifact.seconds:.1f} s")

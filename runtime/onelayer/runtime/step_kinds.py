@@ -17,7 +17,7 @@ STEP_VERSIONS = {
     "slice": 1,
     "refine": 1,
     "train": 2,
-    "correct": 2,
+    "correct": 3,
     "polish": 2,
     "merge": 1,
     "evaluate": 1,
@@ -31,7 +31,8 @@ Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
 class Step:
     """One piece of work. `needs` maps what an input is for to the step it comes from; `optional` ones may fail.
 
-    `ratio` tells that of the emulator which a compile makes; it may look at the original's headers.
+    `ratio` tells that of the emulator which a compile makes; it may look at the original's headers. `passes` are
+    settings of its passes over the original that decide no result, but how an interrupted one goes on.
     """
 
     name: str
@@ -43,6 +44,15 @@ class Step:
     optional: frozenset[str] = frozenset()
     task: str | None = None
     ratio: Callable[[], float] | None = None
+    passes: Mapping[str, Any] = field(default_factory=dict)
+
+    def begun_with(self, inputs: Mapping[str, Path]) -> dict[str, Any]:
+        """What work on this step is begun with beside all that its key says: where its inputs lie, and its passes."""
+        return {
+            "sources": {role: source.text for role, source in self.sources.items()},
+            "inputs": {role: str(path) for role, path in inputs.items()},
+            "passes": dict(self.passes),
+        }
 
 
 def payload_digest(kind: str) -> Callable[[Path], str] | None:

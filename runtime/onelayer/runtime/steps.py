@@ -73,7 +73,8 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         "revision": None if is_local else model.revision,
     }
     sources = {"model": model, **calibration_sources(emulator)}
-    return Step("compile", "compile", execute, fields, sources, ratio=lambda: size().ratio)
+    passes = manifest.stream.model_dump(mode="json")
+    return Step("compile", "compile", execute, fields, sources, ratio=lambda: size().ratio, passes=passes)
 
 
 def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
         sources["validation data"] = Source(validation)
     fields = {**settings, "max_length": max_length, "seed": manifest.seed}
     needs = {"adapter": fitting_step(manifest, task)}
-    return Step(f"{task}.polish", "polish", execute, fields, sources, needs=needs, task=task)
+    passes = {"device": manifest.stream.device}
+    return Step(f"{task}.polish", "polish", execute, fields, sources, needs=needs, task=task, passes=passes)
 
 
 def merge_step(task: str, model: Source, adapter: str) -> Step:

@@ -42,7 +42,8 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
     }
     sources = {"model": model, **calibration_sources(emulator)}
     base, name = ("compile", "refine") if ratio is None else (f"slice {ratio}", f"refine {ratio}")
-    return Step(name, "refine", execute, fields, sources, needs={"emulator": base})
+    passes = {"device": manifest.stream.device}
+    return Step(name, "refine", execute, fields, sources, needs={"emulator": base}, passes=passes)
 
 
 def calibration_sources(emulator: Emulator) -> dict[str, Source]:
