@@ -6,6 +6,7 @@ feeds, and the gradient of x follows from x̂ and r. Nothing is divided by the w
 Shapes: (..., n) for x, x̂ and y, (..., 1) for r.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +62,14 @@ class NormCopy:
         return (y if bias is None else y + bias).to(self.dtype)
 
 
+@torch.no_grad()
 def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
     """The norm that turns x into y by the module's parameters, or None.
 
     Tried on the tensors of a real call, whatever the module is called: with and without the mean, weight and
-    1 + weight, and every small number among its attributes as epsilon.
+    1 + weight, and every small number among its attributes as epsilon. A form that fits has to fit one more call, with
+    the tokens shifted by their size: tokens without a mean do not tell the forms apart, and tokens that are normalised
+    already look so behind a module that leaves them alone. The nearest of those that fit is taken.
     """
     shape = (x.shape[-1],)
     parameters = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
@@ -73,18 +77,33 @@ def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
         return None
     if not parameters.keys() <= {"weight", "bias"} or any(size != shape for size in parameters.values()):
         return None
-    numbers = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
     tolerance = _TOLERANCE.get(y.dtype, _SHORT_TOLERANCE)
-    for epsilon in dict.fromkeys([*numbers, _DEFAULT_EPSILON]):
-        for centred in (False, True):
-            for plus_one in (False, True):
-                norm = Norm(centred, plus_one, epsilon)
-                if _error(norm, module, x, y) < tolerance:
-                    return norm
+    for forms in _forms(module, x.dtype):
+        if all(_error(form, module, x, y) >= tolerance for form in forms):
+            continue
+        shifted = x + x.float().square().mean(-1, keepdim=True).sqrt().to(x.dtype)
+        calls = [(x, y), (shifted, module.forward(shifted))]
+        errors = {form: max(_error(form, module, *call) for call in calls) for form in forms}
+        nearest = min(errors, key=errors.__getitem__)
+        if errors[nearest] < tolerance:
+            return nearest
     return None
 
 
-@torch.no_grad()
+def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
+    """What to try for tokens of `dtype`: with epsilons that the module names, and only then with those it may hide."""
+    if type(module).forward is nn.LayerNorm.forward:
+        return [[Norm(centred=True, plus_one=False, epsilon=module.eps)]]  # type: ignore[arg-type]
+    named = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
+    # Torch's own RMSNorm takes the machine epsilon where none is given.
+    hidden = [_DEFAULT_EPSILON, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps]
+    flags = (False, True)
+    return [
+        [Norm(centred, plus_one, epsilon) for epsilon in epsilons for centred in flags for plus_one in flags]
+        for epsilons in (dict.fromkeys(named), dict.fromkeys(hidden))
+    ]
+
+
 def _error(norm: Norm, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     """The largest difference between y and what `norm` gives, relative to the largest entry of y."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -93,7 +112,8 @@ def _error(norm: Norm, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> f
     expected = normalised if scale is None else normalised * scale
     expected = expected if bias is None else expected + bias
     largest = y.abs().max().item()
-    return (expected - y).abs().max().item() / largest if largest else float("inf")
+    error = (expected - y).abs().max().item() / largest if largest else math.inf
+    return error if math.isfinite(error) else math.inf
 
 
 def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
