@@ -171,6 +171,29 @@ def test_padding_changes_nothing_for_the_other_tokens() -> None:
     assert figures.saved_bytes["norm outputs"] == 4 * stored_bytes(rank=6, tokens=21)
 
 
+def test_a_mask_that_is_filled_anew_is_read_anew() -> None:
+    model = adapted("llama")
+    batch = batch_for(model)
+    compress_activations(model, rank=4, residual_bits=4)
+    gradients(model, batch)
+    batch["attention_mask"].fill_(1)
+    batch["labels"] = batch["input_ids"]
+    fresh = {name: tensor.clone() for name, tensor in batch.items()}
+    plain = gradients(adapted("llama"), fresh)
+    assert distance(plain, gradients(model, batch)) < 0.3
+    assert equal(gradients(model, batch), gradients(model, fresh))
+
+
+def test_a_mask_of_inference_mode_is_read_too() -> None:
+    model = adapted("llama")
+    batch = batch_for(model)
+    compress_activations(model, rank=4)
+    expected = gradients(model, batch)
+    with torch.inference_mode():
+        batch["attention_mask"] = batch["attention_mask"].clone()
+    assert equal(gradients(model, batch), expected)
+
+
 def test_an_encoders_padding_is_not_the_decoders() -> None:
     model = adapted("t5")
     batch = batch_for(model)
