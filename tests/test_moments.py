@@ -5,7 +5,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mixtures import MIXTURES, inner, modules_of_experts
+from onelayer.compiler.expert_moments import ExpertCalls, watched
+from onelayer.compiler.experts import stacks_below
 from onelayer.compiler.moments import MomentHooks
+from onelayer.compiler.parking import Parking
 
 CPU = torch.device("cpu")
 
@@ -107,6 +111,42 @@ def test_a_linear_that_joins_late_is_not_given_what_was_read_before() -> None:
             module(*call)
     Y = y.reshape(-1, 4)
     torch.testing.assert_close(hooks.moments["b"].gram.total_FF, Y.T @ Y)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_that_is_not_finite_leaves_the_rest_of_its_batch_as_it_is(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 4, bias=bias).double()
+    hooks = MomentHooks({"k": linear}, CPU)
+    first, second = random(3, 5, 16, seed=0), random(3, 5, 16, seed=1)
+    second[1, 2, 7] = float("nan")
+    second[2, 0, 0] = float("inf")
+    with hooks.attached(), torch.no_grad():
+        for x in (first, second):
+            hooks.next_batch()
+            linear(x)
+    X = torch.cat([first.reshape(-1, 16), second.reshape(-1, 16)])
+    X = X[X.isfinite().all(dim=1)]
+    moments = hooks.moments["k"]
+    assert moments.gram.dropped_rows == 2 == 30 - len(X)
+    torch.testing.assert_close(moments.input_energy, X.square().sum(dim=0), rtol=1e-6, atol=0)
+    Y = X @ linear.weight.T
+    torch.testing.assert_close(moments.gram.total_FF, Y.T @ Y)
+
+
+def test_a_row_that_is_not_finite_leaves_the_rest_of_its_expert_as_it_is() -> None:
+    (name, module), *_ = modules_of_experts(MIXTURES["mixtral"]()).items()
+    calls = ExpertCalls(next(stacks_below(name, module)), Parking(), CPU, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(24, module.config.hidden_size, generator=generator)
+    hidden[20, 3] = float("inf")
+    with torch.no_grad(), watched([calls]):
+        module(hidden, torch.tensor([[1, 2]] * 24), torch.full((24, 2), 0.5))
+        calls.sort()
+        found = calls.moments(1)["down_proj"]
+    rows = inner(module, 1, torch.cat([hidden[:20], hidden[21:]]))
+    assert found.gram.dropped_rows == 1
+    torch.testing.assert_close(found.input_energy, rows.double().square().sum(dim=0), rtol=1e-5, atol=0)
 
 
 def test_sharing_through_a_change_in_place_stops_with_a_name() -> None:

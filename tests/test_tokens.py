@@ -9,6 +9,7 @@ import transformers
 from onelayer.compiler.calibration import make_batches
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import Example, Tokens, load_tokenizer, tokenize
+from onelayer.compiler.tokens import IGNORED
 from tiny import tiny_tokenizer
 
 USER = {"role": "user", "content": "name a city"}
@@ -157,3 +158,11 @@ def test_batches_are_made_for_configurations_without_a_padding_token(name: str) 
     assert not hasattr(config, "pad_token_id")
     tokens = [Tokens([3, 4, 5], [3, 4, 5]), Tokens([6, 7, 8], [6, 7, 8])]
     assert [batch.shape for batch in make_batches(tokens, config, 2)] == [(2, 3)]
+
+
+def test_a_batch_of_an_encoder_decoder_is_as_long_as_what_it_reads() -> None:
+    config: Any = transformers.T5Config()
+    config.decoder_start_token_id = 0
+    asked = [Tokens([3, 4, 5, 6, 7], [IGNORED] * 3 + [6, 7])] * 2
+    said = [Tokens([3, 4, 5, 6, 7], [IGNORED, 4, 5, 6, 7])]
+    assert [batch.shape for batch in make_batches(asked + said, config, 2)] == [(2, 3), (1, 4)]

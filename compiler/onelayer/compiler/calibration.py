@@ -36,9 +36,9 @@ class TokenBatch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Samples and positions in each, of what the output is made from."""
-        batch, length = (self.targets if self.targets.ndim == 2 else self.inputs["input_ids"]).shape
-        return batch, length
+        """Samples, and positions of the longest sequence of each: what an encoder-decoder reads, or what it says."""
+        sequences = [tensor for tensor in (*self.inputs.values(), self.targets) if tensor.ndim == 2]
+        return len(self.order), max(tensor.shape[1] for tensor in sequences)
 
 
 def read_tokens(

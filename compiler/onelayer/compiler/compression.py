@@ -13,8 +13,9 @@ from onelayer.compiler.factor_dtypes import FactorDtype, linear_bytes
 from onelayer.compiler.measure import GIB
 from onelayer.compiler.moments import is_linear, weight_shape
 from onelayer.compiler.ranks import rank_for
-from onelayer.compiler.shapes import EXPERT_ROWS, EXPERTS_PER_TOKEN_NAMES, SMALL_SHARE
+from onelayer.compiler.shapes import EXPERT_ROWS, SMALL_SHARE
 from onelayer.compiler.units import StreamedModel, Unit
+from onelayer.compiler.widths import expert_width
 
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
 RESERVE_BYTES = 64 << 20
@@ -157,9 +158,7 @@ def _expert_workspace(found: ExpertStacks, ranks: Ranks, batch_tokens: int) -> i
         for leaf, (count, out_features, in_features) in shapes.items()
     )
     rows = EXPERT_ROWS * sides * (8 + 8)
-    told = (getattr(found.module.config, name, None) for name in EXPERTS_PER_TOKEN_NAMES)
-    per_token = next((number for number in told if isinstance(number, int)), shapes[found.opening][0])
-    batch = batch_tokens * per_token * sides * 8
+    batch = batch_tokens * expert_width(found) * 8
     return max(moments + solver + rows + factors, batch)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from onelayer.compiler.experts import ExpertStacks
 from onelayer.compiler.measure import return_free_memory
-from onelayer.compiler.moments import Gram, Moments
+from onelayer.compiler.moments import Moments
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.shapes import EXPERT_ROWS
 
@@ -87,18 +87,16 @@ class ExpertCalls:
         for x_SH in self._rows(tokens):
             opened_SO = self.stacks.product(opening, expert, x_SH)
             inner_SI = self.stacks.opened(expert, opened_SO)
-            _add(found[opening], x_SH, opened_SO)
+            found[opening].add(x_SH, opened_SO)
             last = found[closing]
-            _add(last, inner_SI, inner_SI if last.of_input else self.stacks.product(closing, expert, inner_SI))
+            last.add(inner_SI, None if last.of_input else self.stacks.product(closing, expert, inner_SI))
         return found
 
     def _empty(self, leaf: str) -> Moments:
         """The moment of the narrow side."""
         _, out_features, in_features = self.stacks.shape(leaf)
         of_input = out_features >= in_features
-        gram = Gram(min(out_features, in_features), self.device, self.product_dtype)
-        energy = None if of_input else torch.zeros(in_features, dtype=torch.float64, device=self.device)
-        return Moments(gram, of_input, energy)
+        return Moments.empty((out_features, in_features), of_input, self.device, self.product_dtype)
 
     def _rows(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """The hidden states of some tokens, numbered over all calls and ascending, `EXPERT_ROWS` at a time."""
@@ -112,13 +110,6 @@ class ExpertCalls:
             ]
             if rows:
                 yield torch.cat(rows).to(self.device)
-
-
-def _add(moments: Moments, x: torch.Tensor, y: torch.Tensor) -> None:
-    moments.gram.add(x if moments.of_input else y)
-    if moments.input_energy is not None:
-        energy = x.to(torch.float32).square().sum(dim=0, dtype=torch.float64)
-        moments.input_energy += torch.nan_to_num(energy, nan=0.0, posinf=0.0)
 
 
 @contextmanager

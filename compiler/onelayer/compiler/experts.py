@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onelayer.compiler.shapes import EXPERTS_PER_TOKEN_NAMES
+
 _MARKS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 # By this many tokens a class whose forward is the interface's is told from one whose forward is not.
 CHECKED_TOKENS = 16
@@ -60,6 +62,12 @@ class ExpertStacks:
         """(E, out, in) of a stack, however it lies."""
         count, rows, columns = getattr(self.module, leaf).shape
         return (count, columns, rows) if self.module.is_transposed else (count, rows, columns)
+
+    @property
+    def per_token(self) -> int:
+        """Experts that a token is sent to; all of them where the configuration does not say."""
+        told = (getattr(self.module.config, name, None) for name in EXPERTS_PER_TOKEN_NAMES)
+        return next((number for number in told if isinstance(number, int)), int(self.module.num_experts))
 
     def weight(self, leaf: str, expert: int) -> torch.Tensor:
         """(out, in) of one expert."""

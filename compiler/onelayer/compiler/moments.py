@@ -56,11 +56,12 @@ class Gram:
         self.dropped_rows = 0
         self.product_dtype = product_dtype
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add the rows of `x` (..., F)."""
+    def add(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Add the rows of `x` (..., F); returns which were taken, (N,), or None where all were."""
         x_NF = x.reshape(-1, x.shape[-1]).to(self.product_dtype)
         product_FF = x_NF.T @ x_NF
         self.rows += len(x_NF)
+        keep_N = None
         # One non-finite entry anywhere makes the trace non-finite; only then is it worth looking row by row.
         if not torch.isfinite(product_FF.diagonal().sum()):
             keep_N = torch.isfinite(x_NF).all(dim=-1)
@@ -68,6 +69,7 @@ class Gram:
             x_NF = x_NF[keep_N]
             product_FF = x_NF.T @ x_NF
         self.total_FF += product_FF
+        return keep_N
 
     def without(self, part: "Gram") -> "Gram":
         """This Gram as it was before the rows of `part` were added."""
@@ -87,6 +89,29 @@ class Moments:
     gram: Gram
     of_input: bool
     input_energy: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], of_input: bool, device: torch.device, product_dtype: torch.dtype
+    ) -> "Moments":
+        """Of a linear (out, in) that has read nothing yet."""
+        out_features, in_features = shape
+        gram = Gram(in_features if of_input else out_features, device, product_dtype)
+        return cls(gram, of_input, None if of_input else torch.zeros(in_features, dtype=torch.float64, device=device))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
+        """Add what was read, (..., in), and what came of it without bias, (..., out), which an input moment ignores.
+
+        A row that one of the two leaves out, both do.
+        """
+        if self.of_input:
+            self.gram.add(x)
+            return
+        assert y is not None
+        assert self.input_energy is not None
+        keep_N = self.gram.add(y)
+        x_NF = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self.input_energy += (x_NF if keep_N is None else x_NF[keep_N]).square().sum(dim=0, dtype=torch.float64)
 
 
 @dataclass
@@ -153,8 +178,6 @@ class MomentHooks:
         return "never called; its weight may be used in another way"
 
     def _hook(self, name: str, linear: nn.Module) -> Any:
-        in_features = weight_shape(linear)[1]
-
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if name in self._refused:
@@ -171,11 +194,7 @@ class MomentHooks:
             if name in self._sites:
                 self._sites[name].read(name, x)
                 return
-            moments = self.moments[name]
-            assert moments.input_energy is not None
-            moments.gram.add(output if module.bias is None else output - module.bias)
-            energy = x.reshape(-1, in_features).to(torch.float32).square().sum(dim=0, dtype=torch.float64)
-            moments.input_energy += torch.nan_to_num(energy, nan=0.0, posinf=0.0)
+            self.moments[name].add(x, output if module.bias is None else output - module.bias)
 
         return hook
 
@@ -193,9 +212,8 @@ class MomentHooks:
         elif out_features >= in_features:
             self._place(name, _Site(Gram(in_features, self.device, self.product_dtype), {name}))
         else:
-            energy = torch.zeros(in_features, dtype=torch.float64, device=self.device)
-            gram = Gram(out_features, self.device, self.product_dtype)
-            self.moments[name] = Moments(gram, of_input=False, input_energy=energy)
+            shape = (out_features, in_features)
+            self.moments[name] = Moments.empty(shape, False, self.device, self.product_dtype)
 
     def _place(self, name: str, site: _Site) -> None:
         self._sites[name], self.moments[name] = site, Moments(site.gram, of_input=True)

@@ -21,6 +21,7 @@ from onelayer.compiler.polish_start import Fresh
 from onelayer.compiler.polish_state import STATE_FILE, PolishState
 from onelayer.compiler.polish_task import PolishTask
 from onelayer.compiler.stream import pick_device
+from onelayer.compiler.widths import widest
 from onelayer.compiler.workdir import StopRequest, claimed
 
 
@@ -117,7 +118,7 @@ def polish_adapter(
         job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), settings, work)
         failure = job.run()
         task.publish(Path(output), source, streamed, state, failure)
-        workspace = workspace_bytes(streamed, task.rows, settings, state)
+        workspace = workspace_bytes(streamed, widest(streamed), task.rows, settings, state)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         shutil.rmtree(work)
     if failure is not None:

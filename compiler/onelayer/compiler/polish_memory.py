@@ -15,18 +15,25 @@ def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapt
     """What a step on `tokens` at once holds beside the unit that computes, at most.
 
     The unit that is read ahead, the head's slices and their gradients, the adapter with its optimiser, and the graph of
-    one unit: `width`, the inputs and outputs of all linears of the widest one, and about as much again for norms,
-    activations and residual sums. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
+    one unit: `width`, the inputs and outputs of all matrices of the widest one for a token (of experts `routed_width`),
+    and about as much again for norms, activations and residual sums. Kept unit inputs are not in it: they lie on the
+    host and are reported by themselves.
     """
     return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + 2 * tokens * width * max(4, value_bytes)
 
 
-def workspace_bytes(streamed: "StreamedModel", rows: "TrainRows", settings: "Settings", state: "PolishState") -> int:
+def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -> int:
+    """What experts read and give of one token, once for each that it is sent to.
+
+    The first matrix takes `hidden` features to `opened` ones, the second takes the `inner` that are left of these back.
+    """
+    return experts_per_token * (opened + inner + 2 * hidden)
+
+
+def workspace_bytes(
+    streamed: "StreamedModel", width: int, rows: "TrainRows", settings: "Settings", state: "PolishState"
+) -> int:
     """The same for a polish that is about to run."""
     longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
     tokens = settings.micro_batch_size * longest
-    widths = []
-    for unit in streamed.units:
-        shapes = (streamed.bare_parameter(name).shape for name in unit.parameters if name not in unit.lazy)
-        widths.append(sum(sum(shape[-2:]) for shape in shapes if len(shape) >= 2))
-    return step_bytes(streamed.largest_unit_bytes, max(widths), streamed.dtype.itemsize, tokens, state.bytes)
+    return step_bytes(streamed.largest_unit_bytes, width, streamed.dtype.itemsize, tokens, state.bytes)

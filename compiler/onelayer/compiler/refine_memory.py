@@ -9,11 +9,11 @@ VALUE_BYTES = 26
 ROUNDING_BYTES = 16
 
 
-def training_bytes(values: Sequence[int], sides: int, batch_tokens: int, value_bytes: int) -> int:
+def training_bytes(values: Sequence[int], width: int, batch_tokens: int, value_bytes: int) -> int:
     """What training one unit holds beside its weights, at most.
 
-    `values` of each linear are trained; `sides` are the inputs and outputs of them all. The graph of one batch is
-    counted by these and about as much again for norms, activations and sums, as in an exact step.
+    `values` of each linear are trained; `width` are the inputs and outputs of all matrices of the unit for a token. The
+    graph of one batch is counted by these and about as much again for norms, activations and sums, as in an exact step.
     """
-    graph = 2 * batch_tokens * sides * max(4, value_bytes)
+    graph = 2 * batch_tokens * width * max(4, value_bytes)
     return VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graph

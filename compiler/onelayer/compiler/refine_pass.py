@@ -24,6 +24,7 @@ from onelayer.compiler.side_channels import called, delivered, opened
 from onelayer.compiler.stream import Stream, Visit, move
 from onelayer.compiler.trained_factors import TrainedLinear
 from onelayer.compiler.units import StreamedModel, Unit
+from onelayer.compiler.widths import unit_width
 from onelayer.compiler.workdir import StopRequest
 
 
@@ -111,10 +112,9 @@ def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int
     worst = 0
     for unit in streamed.units:
         names = linears_of(unit, source)
-        sides = sum(sum(source.shape(name)) for name in names)
-        training = training_bytes(
-            [_values(source, name) for name in names], sides, batch_tokens, streamed.dtype.itemsize
-        )
+        values = [_values(source, name) for name in names]
+        width = unit_width(streamed, unit) if names else 0
+        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize)
         worst = max(worst, training + unit.weight_bytes)
     return worst + RESERVE_BYTES
 

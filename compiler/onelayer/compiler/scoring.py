@@ -22,6 +22,7 @@ from onelayer.compiler.scores import Divergence, TokenScores
 from onelayer.compiler.shapes import SLICE_BYTES
 from onelayer.compiler.tokens import IGNORED, Tokens, tokenize
 from onelayer.compiler.units import StreamedModel
+from onelayer.compiler.widths import widest
 
 
 @dataclass(frozen=True)
@@ -207,12 +208,8 @@ def workspace_bytes(
     """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
     the activations of one micro-batch in the widest unit and, where the host is the device, the parked batches."""
     tokens = max(math.prod(batch.shape) for batch in batches)
-    widths = [
-        sum(streamed.bare_parameter(name).shape[0] for name in unit.parameters if name not in unit.lazy)
-        for unit in streamed.units
-    ]
     parked = parked_bytes(streamed, batches, variants, parking) if device.type == "cpu" else 0
-    return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * max(widths) * 4 + parked
+    return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * widest(streamed) * 4 + parked
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, parking: Parking) -> int:
