@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from gradients import batch_for, distance, gradients
+from gradients import adapted, batch_for, distance, gradients
 from onelayer.runtime import compress_activations
 from onelayer.runtime.activation_norms import Norm, recognise
-from tiny import causal
+from tiny import HIDDEN, causal
 
 FEATURES = 64
 
@@ -85,3 +85,30 @@ def test_layer_norms_in_bf16_have_the_gradient_of_the_model(massive: float) -> N
     compression.rank = None
     assert distance(plain, gradients(model, batch)) < 0.01
     assert len(compression.norms) == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_norms_in_float32_in_a_model_in_bf16(name: str) -> None:
+    model = adapted(name).to(torch.bfloat16)
+    for key, module in model.named_modules():
+        if "norm" in key or "ln_" in key:
+            module.float()
+    batch = batch_for(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gradients(model, batch)
+        compression = compress_activations(model, rank=HIDDEN)
+        assert distance(plain, gradients(model, batch)) < 0.02
+    assert len(compression.norms) == (8 if name == "gemma3" else 4)
+
+
+def test_what_is_rebuilt_has_the_precision_of_the_output() -> None:
+    model = adapted("llama").to(torch.bfloat16)
+    decoder = model.get_base_model().model
+    for module in (decoder.layers[0].post_attention_layernorm, decoder.layers[1].post_attention_layernorm):
+        module.float()
+    seen: list[torch.dtype] = []
+    decoder.layers[1].mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        compress_activations(model, rank=8)
+        gradients(model, batch_for(model))
+    assert seen == [torch.float32] * 2  # run and recomputed

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from gradients import adapted, batch_for, equal, gradients
+from gradients import adapted, batch_for, distance, equal, gradients
 from onelayer.compiler.errors import InputError
 from onelayer.runtime import ActivationCompression, compress_activations
-from tiny import tiny_llama
+from tiny import HIDDEN, tiny_llama
 
 
 def test_evaluation_and_generation_are_untouched() -> None:
@@ -156,3 +156,28 @@ def test_a_model_without_recomputable_layers_is_refused() -> None:
 
     with pytest.raises(InputError, match="no layers that can be recomputed"):
         compress_activations(Bare(transformers.LlamaConfig()))
+
+
+def test_a_norm_output_that_is_changed_in_place_is_not_taken_from_its_copy() -> None:
+    def enlarge(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        kwargs["hidden_states"].mul_(1.5)
+
+    model = adapted("llama")
+    batch = batch_for(model)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.register_forward_pre_hook(enlarge, with_kwargs=True)
+    plain = gradients(model, batch)
+    compression = compress_activations(model, rank=HIDDEN)
+    assert distance(plain, gradients(model, batch)) < 3e-6
+    assert not compression.fallbacks
+
+
+def test_an_input_that_is_changed_in_place_before_its_recomputation_is_an_error() -> None:
+    model = adapted("llama")
+    batch = batch_for(model, padded=False)
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().clone()
+    compress_activations(model, rank=HIDDEN, where="layer")
+    loss = model(inputs_embeds=embedded, labels=batch["labels"]).loss
+    embedded.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

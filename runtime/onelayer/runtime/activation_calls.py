@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from onelayer.compiler.qb import Kept
 from onelayer.runtime.activation_routing import Routing
 
 
@@ -47,11 +48,13 @@ def recomputed(
 ) -> Any:
     """`call(*args, **kwargs)`, keeping of the tensors whose `id` is in `stand_ins` nothing but those.
 
-    `routing` is None for calls that make no discrete choices.
+    Those that are kept as they are stay tensors. `routing` is None for calls that make no discrete choices.
     """
 
     def slot(tensor: torch.Tensor) -> Any:
-        return _Slot(stand_ins[id(tensor)], tensor.requires_grad) if id(tensor) in stand_ins else tensor
+        stand_in = stand_ins.get(id(tensor))
+        # What is kept as it is is the tensor itself, so that it is guarded like any other.
+        return tensor if stand_in is None or isinstance(stand_in, Kept) else _Slot(stand_in, tensor.requires_grad)
 
     # Checkpoint restores the random state of the devices that it finds among its arguments.
     marker = next(tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in stand_ins).detach().new_empty(0)

@@ -134,16 +134,19 @@ class Engine:
         if self._running is not layer:
             return forward(x)  # type: ignore[no-any-return]
         normalised, inverse = norm.normalise(x)
-        copy = NormCopy(self._compress(normalised, name, "norm outputs", self.padding.tokens(x)), norm, module, x.dtype)
+        stored = self._compress(normalised, name, "norm outputs", self.padding.tokens(x))
         del normalised
         output: torch.Tensor
         if x.requires_grad or trains(module):
             self._count("inverse norms", inverse)
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            output = CompressedNorm.apply(x, weight, bias, forward, copy, inverse)  # type: ignore[no-untyped-call]
+            output = CompressedNorm.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, forward, norm, stored, inverse
+            )
         else:
             output = forward(x)
-        self._copies[output] = copy
+        # Its precision need not be that of x: autocast and norms in float32 make it wider.
+        self._remember(output, NormCopy(stored, norm, module, output.dtype))
         return output
 
     def _block(
@@ -151,7 +154,7 @@ class Engine:
     ) -> Any:
         """A sub-block of a layer that runs in sub-layers: recomputed from the copies of the norms that feed it."""
         given = list(tensors_in((args, kwargs)))
-        copies = {id(tensor): self._copies[tensor] for tensor in given if tensor in self._copies}
+        copies = {id(tensor): copy for tensor in given if (copy := self._copy_of(tensor)) is not None}
         needed = trains(module) or any(tensor.requires_grad for tensor in given)
         if self._running is not layer or not copies or not needed:
             return forward(*args, **kwargs)
@@ -166,14 +169,24 @@ class Engine:
         name = self._names.get(layer, "") if layer is not None else ""
         stand_ins: dict[int, StandIn] = {}
         for tensor in [hidden, *(t for t in others if t.requires_grad and t.shape[-1] == hidden.shape[-1])]:
-            if tensor is not hidden and tensor in self._copies:
-                stand_ins[id(tensor)] = self._copies[tensor]
+            copy = None if tensor is hidden else self._copy_of(tensor)
+            if copy is not None:
+                stand_ins[id(tensor)] = copy
                 continue
             tokens = self.padding.tokens(tensor) if tensor is hidden else None
             stand_ins[id(tensor)] = compressed = self._compress(tensor, name, "layer inputs", tokens)
             if tensor is not hidden:
-                self._copies[tensor] = compressed
+                self._remember(tensor, compressed)
         return stand_ins
+
+    def _remember(self, tensor: torch.Tensor, copy: StandIn) -> None:
+        """What is stored of a tensor, for others who are given the same."""
+        self._copies[tensor] = (copy, tensor._version)
+
+    def _copy_of(self, tensor: torch.Tensor) -> StandIn | None:
+        """What is stored of a tensor, unless the tensor was changed in place since."""
+        copy, version = self._copies.get(tensor, (None, 0))
+        return copy if copy is not None and version == tensor._version else None
 
     def _recompute(
         self,

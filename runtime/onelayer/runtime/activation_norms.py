@@ -77,7 +77,8 @@ def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
         return None
     if not parameters.keys() <= {"weight", "bias"} or any(size != shape for size in parameters.values()):
         return None
-    tolerance = _TOLERANCE.get(y.dtype, _SHORT_TOLERANCE)
+    # Norms kept in float32 round to the precision of x on the way.
+    tolerance = max(_TOLERANCE.get(dtype, _SHORT_TOLERANCE) for dtype in (x.dtype, y.dtype))
     for forms in _forms(module, x.dtype):
         if all(_error(form, module, x, y) >= tolerance for form in forms):
             continue
@@ -131,11 +132,12 @@ class CompressedNorm(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         forward: Callable[[torch.Tensor], torch.Tensor],
-        copy: NormCopy,
+        norm: Norm,
+        normalised: Compressed,
         inverse: torch.Tensor,
     ) -> torch.Tensor:
         """y, bit for bit what the module gives."""
-        ctx.copy, ctx.inverse = copy, inverse
+        ctx.norm, ctx.normalised, ctx.inverse = norm, normalised, inverse
         ctx.save_for_backward(weight)
         ctx.x_dtype = x.dtype
         return forward(x)
@@ -145,9 +147,9 @@ class CompressedNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, and of weight and bias where they are trained."""
         (weight,) = ctx.saved_tensors
-        norm: Norm = ctx.copy.norm
+        norm: Norm = ctx.norm
         wide = gradient.to(ctx.inverse.dtype)
-        normalised = ctx.copy.normalised.rebuild().to(wide.dtype)
+        normalised = ctx.normalised.rebuild().to(wide.dtype)
         leading = tuple(range(gradient.ndim - 1))
         weight_gradient = (wide * normalised).sum(leading).to(weight.dtype) if ctx.needs_input_grad[1] else None
         bias_gradient = wide.sum(leading).to(gradient.dtype) if ctx.needs_input_grad[2] else None
@@ -158,4 +160,4 @@ class CompressedNorm(torch.autograd.Function):
             inner = wide - normalised * (wide * normalised).mean(-1, keepdim=True)
             inner = inner - wide.mean(-1, keepdim=True) if norm.centred else inner
             x_gradient = (inner * ctx.inverse).to(ctx.x_dtype)
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
