@@ -21,12 +21,17 @@ from onelayer.compiler.measure import Report
 from onelayer.compiler.refine import RefineResult
 
 
+DEFAULT: dict[str, Any] = {"keep_bytes": 0.12}
+# Spectra of 80 wide layers take hours of one core, and are not what is looked at there.
+UNIFORM: dict[str, Any] = {"ratio": 0.25, "factor_dtype": "nf4"}
+
+
 def both(
-    model: Path, data: Path, folder: Path, samples: int, tokens: int, **settings: Any
+    model: Path, data: Path, folder: Path, samples: int, tokens: int, size: dict[str, Any], **settings: Any
 ) -> tuple[CompileResult, RefineResult]:
-    """Compile, then refine on the same samples."""
+    """Compile an emulator of some size, then refine it on the same samples."""
     given: dict[str, Any] = {"samples": samples, "max_length": tokens}
-    compiled = compile_emulator(model, data, folder / "emulator", keep_bytes=0.12, solver="fast", **given)
+    compiled = compile_emulator(model, data, folder / "emulator", solver="fast", **size, **given)
     given |= {"model": model, "calibration": str(data), "output": folder / "refined", **settings}
     return compiled, refine_emulator(folder / "emulator", **given)
 
@@ -35,7 +40,8 @@ def compare(arguments: argparse.Namespace) -> None:
     """Seconds of both."""
     with tempfile.TemporaryDirectory() as name:
         model, data = make_model(Path(name), arguments.width, arguments.layers, arguments.samples, arguments.tokens)
-        compiled, refined = both(model, data, Path(name), arguments.samples, arguments.tokens, steps=arguments.steps)
+        sizes = (arguments.samples, arguments.tokens, DEFAULT)
+        compiled, refined = both(model, data, Path(name), *sizes, steps=arguments.steps)
     times = refined.report.seconds / compiled.report.seconds
     print(
         f"{arguments.layers} layers of width {arguments.width}, {arguments.samples} samples of {arguments.tokens} "
@@ -46,13 +52,13 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def at_depth(model: Path, data: Path, folder: Path) -> Report:
     """What waits goes to files, so that only the rest is seen."""
-    _, refined = both(model, data, folder, 8, 128, steps=4, host_memory_bytes=1 << 20)
+    _, refined = both(model, data, folder, 8, 128, DEFAULT, steps=4, host_memory_bytes=1 << 20)
     return refined.report
 
 
 def large(model: Path, data: Path, folder: Path) -> Report:
     """A few steps for every layer."""
-    _, refined = both(model, data, folder, 8, 128, steps=2, step_samples=4)
+    _, refined = both(model, data, folder, 8, 128, UNIFORM, steps=2, step_samples=4)
     return refined.report
 
 

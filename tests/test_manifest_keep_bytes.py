@@ -69,8 +69,8 @@ def test_a_share_of_bytes_becomes_the_ratio_that_takes_them(
 @pytest.mark.parametrize(
     ("dtype", "share", "kind"),
     [
-        (torch.bfloat16, 0.9, None),
-        (torch.float32, 0.9, "bf16"),
+        (torch.bfloat16, 0.9, "int8"),
+        (torch.float32, 0.9, "int8"),
         (torch.bfloat16, 0.5, "int8"),
         (torch.bfloat16, 0.4, "nf4"),
         (torch.float32, 0.1, "nf4"),

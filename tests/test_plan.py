@@ -191,6 +191,7 @@ def test_rank_comes_before_precision() -> None:
         assert list(ratios) == ["bf16", "int8", "nf4"]
         assert best_of(ratios) == expected
     assert best_of({"bf16": None, "int8": None, "nf4": None}) == "nf4"
+    assert best_of({"bf16": 0.94, "int8": 1.0, "nf4": 1.0}) == "int8"  # rounding costs less than what is left out
 
 
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

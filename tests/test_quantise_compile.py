@@ -100,7 +100,7 @@ def test_it_trains_and_the_adapter_is_the_same_twice(root: Path, tmp_path: Path)
     [
         ({}, "nf4", "spectrum"),
         ({"keep_bytes": 0.5}, "int8", "spectrum"),
-        ({"keep_bytes": 0.9}, "bf16", "spectrum"),
+        ({"keep_bytes": 0.9}, "int8", "spectrum"),
         ({"keep_bytes": 0.2, "factor_dtype": "int8", "rank_allocation": "uniform"}, "int8", "uniform"),
         ({"ratio": 0.3}, None, "uniform"),
     ],

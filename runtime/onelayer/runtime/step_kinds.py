@@ -13,9 +13,9 @@ EVALUATION = "evaluation.json"
 
 # Raised by hand when a step's code starts to give another result for the same settings and inputs.
 STEP_VERSIONS = {
-    "compile": 3,
+    "compile": 4,
     "slice": 1,
-    "refine": 1,
+    "refine": 2,
     "train": 2,
     "correct": 3,
     "polish": 2,
