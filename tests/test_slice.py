@@ -158,6 +158,20 @@ def test_an_adapter_of_a_slice_can_be_corrected(root: Path, tmp_path: Path) -> N
     assert all(linear.compressed for linear in result.linears)
 
 
+def test_a_slice_that_would_stay_large_is_refused(root: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": 16, "max_length": 48}
+    # With ranks by spectrum, many linears are whole: less of them than of their factors is lost to rounding.
+    compile_emulator(
+        root / "original", root / "text.txt", tmp_path / "e", keep_bytes=0.4, factor_dtype="int8", **settings
+    )
+    facts = Emulator.open(tmp_path / "e").facts
+    whole = len(facts.quantized_dense)
+    assert whole > len(facts.ranks) / 2
+    with pytest.raises(InputError, match=rf"holds {whole} of \d+ linears whole, which cannot be cut, so 0\.\d+ of"):
+        slice_emulator(tmp_path / "e", 0.1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_cut_is_refused(root: Path, tmp_path: Path) -> None:
     before = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in (root / "large").iterdir()}
     for ratio in (0.0, 1.0, -1.0, float("nan")):

@@ -73,7 +73,7 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     """Write the emulator that keeps `ratio` of each linear's weights, cut from one that keeps more.
 
     What the larger emulator holds dense, quantised or not, stays dense: there is nothing to cut. Raises `InputError`
-    where `ratio` is larger than the emulator's own, or all is dense.
+    where `ratio` is larger than the emulator's own, or so much is dense that a slice would not be what was asked for.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
@@ -85,7 +85,23 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     if not factored:
         raise InputError(f"{source.directory}: holds whole weights, which cannot be cut; compile a smaller emulator")
     ranks = {item.name: rank_for(ratio, *_shape(item, source)[-2:]) or item.rank for item in factored}
+    _check_worth(source, figures, ratio, ranks)
     return cut_emulator(emulator, ranks, output, {"ratio": ratio})
+
+
+def _check_worth(source: Emulator, figures: _Figures, ratio: float, ranks: Mapping[str, int]) -> None:
+    """Refuse a slice that would take away less than half of what it should."""
+    everything = sum(math.prod(_shape(item, source)) for item in figures.compressed)
+    before, after = (
+        sum(_weights(item, source) for item in items) / everything
+        for items in (figures.compressed, [_cut_figures(item, ranks, source) for item in figures.compressed])
+    )
+    if before - after < (before - ratio) / 2:
+        whole = sum(item.form == "dense" for item in figures.compressed)
+        raise InputError(
+            f"--ratio {ratio}: {source.directory} holds {whole} of {len(figures.compressed)} linears whole, which "
+            f"cannot be cut, so {after:.2f} of their values would stay; compile a smaller emulator"
+        )
 
 
 def cut_emulator(
