@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from onelayer.compiler.compile import compile_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.plot import plot_emulator
+from onelayer.compiler.refine import refine_emulator
 from tiny import save_tiny
 
 
@@ -20,6 +22,35 @@ def test_an_emulator_is_drawn(tmp_path: Path) -> None:
         plot_emulator(tmp_path / "emulator", tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
     assert "mlp.gate_proj" in (tmp_path / "a.svg").read_text() or (tmp_path / "a.svg").stat().st_size > 20_000
+
+
+def test_of_a_refined_emulator_the_layers_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    save_tiny("llama", tmp_path / "model")
+    (tmp_path / "mix.txt").write_text("the quick brown fox jumps over the lazy dog\n")
+    compile_emulator(tmp_path / "model", tmp_path / "mix.txt", tmp_path / "emulator", ratio=0.5)
+    given: dict[str, Any] = {
+        "model": tmp_path / "model",
+        "calibration": tmp_path / "mix.txt",
+        "output": tmp_path / "refined",
+    }
+    units = refine_emulator(tmp_path / "emulator", steps=3, **given).units
+    drawn: list[Any] = []
+    real = figure.Figure.savefig
+
+    def saved(self: Any, *args: Any, **fields: Any) -> None:
+        drawn.append(self)
+        real(self, *args, **fields)
+
+    monkeypatch.setattr(figure.Figure, "savefig", saved)
+    plot_emulator(tmp_path / "refined", tmp_path / "a.png")
+    errors, spectra = drawn[0].axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in errors.lines}
+    assert curves == {
+        "model.layers, as compiled": [unit.before for unit in units],
+        "model.layers, refined": [unit.after for unit in units],
+    }
+    assert "mlp.gate_proj" in {line.get_label() for line in spectra.lines}
 
 
 def test_what_is_no_emulator_is_refused(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fake_steps import FakeSteps, Project
+from mixtures import compiled, save_mixture
 from onelayer.compiler.compile import compile_emulator
+from onelayer.compiler.inspect import inspect_path
+from onelayer.compiler.refine import refine_emulator
 from onelayer.compiler.refine_memory import training_bytes
 from onelayer.compiler.shapes import shapes_from_headers
 from onelayer.runtime.cli import main
@@ -89,6 +93,31 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [unit["name"] for unit in document["units"]] == ["model.layers.0", "model.layers.1"]
     assert exit_code(*given, "--output", str(tmp_path / "refined")) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_refined_emulator_tells_no_error_that_is_true_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_mixture("mixtral", tmp_path)
+    compiled(tmp_path, factor_dtype="nf4")
+    given: dict[str, Any] = {"model": tmp_path / "model", "calibration": tmp_path / "mix.jsonl", "steps": 5}
+    result = refine_emulator(tmp_path / "emulator", output=tmp_path / "refined", **given)
+    before, after = (inspect_path(tmp_path / name) for name in ("emulator", "refined"))
+    assert after["refined"]["units"] == [unit.model_dump(mode="json") for unit in result.units]
+    errors = {"error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error"}
+    assert len(before["linears"]) == 8
+    for one, other in zip(before["linears"], after["linears"], strict=True):
+        assert errors < one.keys()
+        assert other == {field: value for field, value in one.items() if field not in errors}
+    assert after["stacks"] == before["stacks"]  # experts are what they were
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("emulator", "refined")]
+    assert "how far each linear is from the original" in " ".join(cards[0].split())
+    assert "how far each linear is" not in " ".join(cards[1].split())
+    assert "how far each layer was from the original" in " ".join(cards[1].split())
+    assert exit_code("inspect", str(tmp_path / "refined")) == 0
+    shown = capsys.readouterr().out
+    assert f"{result.units[0].after:.4f}"[:5] in shown
+    assert "model.layers.1.self_attn.q_proj" in shown
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import onelayer.compiler
 from fake_steps import FakeSteps, write_project
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.artifacts import ArtifactStore
@@ -101,6 +102,7 @@ def test_charts_and_their_labels(tmp_path: Path) -> None:
         steps=[],
         memory=[MemoryRow(step="compile", promised_gib=1.0, measured_gib=0.5)],
         errors=[LinearError(layer=n, kind=kind, rank=4, error=0.1 * n) for n in range(3) for kind in ("q", "k")],
+        units=[],
         curves={"sql.train": [(1.0, 3.0), (2.0, 2.0)], "one": [(1.0, 2.5)], "broken": [(1.0, float("nan"))]},
         versions={"torch": "2"},
     )
@@ -110,6 +112,31 @@ def test_charts_and_their_labels(tmp_path: Path) -> None:
     for words in ("layer", "relative error of the output", "training loss", "step", "budget", "predicted", "<&>"):
         assert words in page.text
     assert page.tags.count("polyline") == 5
+
+
+def test_layers_that_were_refined_tell_their_errors_and_their_linears_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fakes, store = project(tmp_path, monkeypatch)
+    path.write_text(path.read_text().replace("ratio: 0.25}", "refine: {steps: 7}, ratio: 0.25}"))
+    linears = [{"name": f"model.layers.{n}.mlp.up_proj", "rank": 4, "error": 0.123 + n} for n in range(2)]
+    units = [{"name": f"model.layers.{n}", "before": 0.5 + n, "after": 0.25 + n} for n in range(2)]
+    for name, document in (
+        ("compile_emulator", {"linears": linears}),
+        ("refine_emulator", {"linears": linears, "refined": {"units": units}}),
+    ):
+        real = getattr(fakes, name)
+
+        def told(*given: Any, real: Any = real, document: Any = document, **settings: Any) -> Any:
+            result = real(*given, **settings)
+            (settings.get("output", given[-1]) / "emulator.json").write_text(json.dumps(document))
+            return result
+
+        monkeypatch.setitem(onelayer.compiler.__dict__, name, told)
+    page = page_of(run(load_manifest(path), store))
+    for words in ("Of each layer of the emulator", "model.layers, as compiled", "model.layers, refined"):
+        assert words in page.text
+    assert "up_proj" not in page.text
 
 
 def test_charts_of_nothing_are_nothing() -> None:

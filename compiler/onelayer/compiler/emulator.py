@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 # Of an emulator whose experts are factors: a reader that knows none of them would fill their place with random numbers.
 STACKS_VERSION = 2
 INDEX_FILE = "emulator.safetensors.index.json"
-CARD = """---
+_CARD = """---
 base_model: {model}
 tags:
 - onelayer
@@ -39,7 +39,7 @@ tags:
 A compact low-rank stand-in, made to train LoRA on and for nothing else. Load it with transformers after
 `import onelayer.runtime`, or with `trust_remote_code=True` where onelayer is installed. Train with `onelayer train` or
 any trainer that takes a PEFT adapter, then make the adapter fit the original with `onelayer correct`.
-`emulator.json` says how it was made and how far each linear is from the original.
+`emulator.json` says how it was made and {distances}.
 """
 
 
@@ -57,6 +57,16 @@ class StoredStack:
 
     figures: StackFigures
     tensors: Mapping[str, torch.Tensor]
+
+
+def card(model: str, refined: bool) -> str:
+    """What a person reads in an emulator's directory; `model` as its records name the original."""
+    distances = (
+        "how far each layer was from the original, given the original's\ninputs, before its factors were trained and since"
+        if refined
+        else "how far each linear is from the original"
+    )
+    return _CARD.format(model=model, distances=distances)
 
 
 class EmulatorWriter:
@@ -143,7 +153,7 @@ class EmulatorWriter:
         linears = [found.model_dump(mode="json") for found in self.linears.values()]
         stacks = [found.model_dump(mode="json") for found in self.stacks.values()]
         head = {"format_version": self._version, "kind": "emulator", "digest": digest, "base": dict(base)}
-        write_text(self.directory / "README.md", CARD.format(model=base["model"]))
+        write_text(self.directory / "README.md", card(base["model"], refined=False))
         write_json(self.directory / "emulator.json", {**head, **figures, "linears": linears, "stacks": stacks})
         return digest
 

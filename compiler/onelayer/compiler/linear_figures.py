@@ -12,6 +12,9 @@ from onelayer.compiler.factorize import Factors
 from onelayer.compiler.measure import Result
 from onelayer.compiler.quantised_factors import PackedDense, PackedFactors
 
+# What is said of a linear's factors as they were compiled, and is no longer true of them once they are trained.
+ERROR_FIELDS = ("error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error")
+
 
 class LinearSummary(Result):
     """One compressed linear; errors are relative Frobenius errors of its output over the calibration rows.

@@ -1,4 +1,4 @@
-"""An emulator in, a picture out: how far each linear is from the original by depth, and how fast its spectrum falls."""
+"""An emulator in, a picture out: how far its linears, or refined layers, are from the original, and their spectra."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.files import read_json
+
+# What is told of linears, stacks or layers, with the depth of each.
+Rows = list[tuple[int, dict[str, Any]]]
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -21,17 +24,21 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot: needs matplotlib; pip install 'onelayer[plot]'") from None
-    kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for row in [*document["linears"], *document.get("stacks", [])]:
-        numbers = _NUMBER.findall(row["name"])
-        kind = _NUMBER.split(row["name"])[-1]
-        kinds.setdefault(kind, []).append((int(numbers[0]) if numbers else 0, row))
     figure = Figure(figsize=(13, 5), layout="constrained")
     errors, spectra = figure.subplots(1, 2)
-    for kind, rows in kinds.items():
-        depths = [depth for depth, _ in rows]
-        (line,) = errors.plot(depths, [row["error"] for _, row in rows], marker="o", markersize=4, label=kind)
-        _spectrum(spectra, rows, line.get_color(), kind)
+    layers: dict[str, Rows] = {}
+    for unit in document.get("refined", {}).get("units", []):
+        layers.setdefault(_NUMBER.split(f"{unit['name']}.")[0], []).append((_depth(unit["name"]), unit))
+    for kind, rows in layers.items():
+        for field, style, when in (("before", ":", "as compiled"), ("after", "-", "refined")):
+            _errors(errors, rows, field, color="black", linestyle=style, label=f"{kind}, {when}")
+    kinds: dict[str, Rows] = {}
+    for row in [*document["linears"], *document.get("stacks", [])]:
+        kinds.setdefault(_NUMBER.split(row["name"])[-1], []).append((_depth(row["name"]), row))
+    for number, (kind, rows) in enumerate(kinds.items()):
+        # A linear that was refined has no error of its own any more.
+        _errors(errors, [item for item in rows if "error" in item[1]], "error", color=f"C{number}", label=kind)
+        _spectrum(spectra, [row for _, row in rows], color=f"C{number}", label=kind)
     settings = document["settings"]
     errors.set(xlabel="layer", ylabel="relative error of the output", title="Error by depth", ylim=(0, None))
     errors.xaxis.get_major_locator().set_params(integer=True)
@@ -51,13 +58,27 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def _spectrum(axes: Any, rows: list[tuple[int, dict[str, Any]]], color: str, label: str) -> None:
-    """The share of the output's energy that is left after k directions, for the layer of median error."""
-    _, row = sorted(rows, key=lambda item: float(item[1]["error"]))[len(rows) // 2]
-    if not row["output_energy"]:
-        return
+def _depth(name: str) -> int:
+    numbers = _NUMBER.findall(f"{name}.")
+    return int(numbers[0]) if numbers else 0
+
+
+def _errors(axes: Any, rows: Rows, field: str, **style: Any) -> None:
+    if rows:
+        axes.plot([depth for depth, _ in rows], [row[field] for _, row in rows], marker="o", markersize=4, **style)
+
+
+def _spectrum(axes: Any, rows: list[dict[str, Any]], **style: Any) -> None:
+    """The share of the output's energy that is left after k directions, for the layer that is left a median share."""
+    curves = sorted((_left(row) for row in rows if row["output_energy"]), key=lambda left: left[-1:])
+    if curves:
+        left = curves[len(curves) // 2]
+        axes.plot(range(1, len(left) + 1), left, **style)
+
+
+def _left(row: dict[str, Any]) -> list[float]:
     left, remaining = [], 1.0
     for value in row["singular_values"]:
         remaining -= value * value / row["output_energy"]
         left.append(max(remaining, 1e-9))
-    axes.plot(range(1, len(left) + 1), left, color=color, label=label)
+    return left

@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from onelayer.compiler.checkpoint import TensorInfo, model_digest, read_header
 from onelayer.compiler.companions import copy_companions
+from onelayer.compiler.emulator import card
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.files import atomic_directory, read_json, write_json
+from onelayer.compiler.files import atomic_directory, read_json, write_json, write_text
+from onelayer.compiler.linear_figures import ERROR_FIELDS
 from onelayer.compiler.measure import Meter, Result
 from onelayer.compiler.slice import FIGURES_FILE, write_shards
 from onelayer.compiler.units import Unit
@@ -70,7 +72,10 @@ class RefineWork:
         self._finished[unit.position] = figures, read_header(file)[0]
 
     def publish(self, output: Path, record: Mapping[str, Any], meter: Meter) -> None:
-        """The emulator with the finished units' factors in the place of its own, under a digest of its own."""
+        """The emulator with the finished units' factors in the place of its own, under a digest of its own.
+
+        Its records say how far the units are from the original; what they said of the linears is true no longer.
+        """
         source = self.source
         refined = {name: info for _, table in self._finished.values() for name, info in table.items()}
         by_file = {
@@ -84,5 +89,11 @@ class RefineWork:
         with atomic_directory(output) as partial:
             copy_companions(source.directory, partial)
             write_shards(partial, source, by_file, meter, "write")
+            document = read_json(source.directory / FIGURES_FILE)
+            document["linears"] = [
+                {field: value for field, value in row.items() if field not in ERROR_FIELDS}
+                for row in document["linears"]
+            ]
             told = {"digest": model_digest(partial), "refined": {"emulator": source.digest, **record}}
-            write_json(partial / FIGURES_FILE, {**read_json(source.directory / FIGURES_FILE), **told})
+            write_json(partial / FIGURES_FILE, {**document, **told})
+            write_text(partial / "README.md", card(document["base"]["model"], refined=True))

@@ -73,16 +73,22 @@ def summary(document: Mapping[str, Any]) -> str:
 
 
 def inspect_summary(document: Mapping[str, Any]) -> str:
-    """What a directory is; of an emulator also the rank and error of every linear and stack of experts."""
+    """What a directory is; of an emulator also the rank and error of every linear and stack of experts.
+
+    A refined one tells the errors of its layers in place of its linears'.
+    """
     if document["kind"] != "emulator":
         return summary(document)
     rows: list[tuple[object, ...]] = [("linear", "rank", "error", "optimal", "remark")]
     stacks = document.get("stacks", [])
     for row in [*document["linears"], *stacks]:
-        rows.append((row["name"], row["rank"], row["error"], row["optimal_error"], row["fallback"] or ""))
+        errors = (row.get("error", ""), row.get("optimal_error", ""))
+        rows.append((row["name"], row["rank"], *errors, row["fallback"] or ""))
     rows += [(row["name"], "dense", 0.0, 0.0, row["reason"]) for row in document["dense"]]
     head = {name: value for name, value in document.items() if name not in ("linears", "stacks", "dense")}
-    return f"{summary(head)}\n\n{table(rows)}"
+    units = document.get("refined", {}).get("units", [])
+    layers = [("layer", "as compiled", "refined"), *((unit["name"], unit["before"], unit["after"]) for unit in units)]
+    return "\n\n".join([summary(head), *([table(layers)] if units else []), table(rows)])
 
 
 def _is_short(values: list[Any]) -> bool:

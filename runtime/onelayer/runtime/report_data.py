@@ -29,6 +29,17 @@ class LinearError(Result):
     error: float
 
 
+class UnitErrors(Result):
+    """One layer of an emulator that the step `step` refined: its number, what it is called beside that, and the
+    relative error of its output before and after."""
+
+    step: str
+    layer: int
+    kind: str
+    before: float
+    after: float
+
+
 class StepFacts(Result):
     """One step that is there: its artifact in short."""
 
@@ -43,11 +54,12 @@ class StepFacts(Result):
 
 
 class ReportData(Result):
-    """Everything that a report shows beside the run's own result."""
+    """Everything that a report shows beside the run's own result; `errors` of linears only where none are refined."""
 
     steps: list[StepFacts]
     memory: list[MemoryRow]
     errors: list[LinearError]
+    units: list[UnitErrors]
     curves: dict[str, list[tuple[float, float]]]
     versions: dict[str, str]
 
@@ -56,10 +68,14 @@ def collect(store: ArtifactStore, made: Mapping[str, Artifact], foreseen: Mappin
     """The facts of every step of a run; `foreseen` are the planner's peaks in bytes, by step."""
     payloads = {name: store.payload(artifact.key) for name, artifact in made.items()}
     emulator = next((payloads[name] for name, artifact in made.items() if artifact.kind == "compile"), None)
+    units = [
+        row for name, artifact in made.items() if artifact.kind == "refine" for row in _units(name, payloads[name])
+    ]
     return ReportData(
         steps=[_facts(name, artifact, payloads[name]) for name, artifact in made.items()],
         memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, foreseen))],
-        errors=[] if emulator is None else _errors(_document(emulator / "emulator.json")),
+        errors=[] if emulator is None or units else _errors(_document(emulator / "emulator.json")),
+        units=units,
         curves={name: points for name in made if (points := _curve(made[name].kind, payloads[name]))},
         versions=next((artifact.versions for artifact in made.values()), {}),
     )
@@ -90,6 +106,15 @@ def _errors(document: Mapping[str, Any]) -> list[LinearError]:
         found = re.search(r"(?:^|\.)(\d+)\.(.+)$", row["name"])
         layer, kind = (int(found[1]), found[2]) if found else (0, row["name"])
         rows.append(LinearError(layer=layer, kind=kind, rank=row["rank"], error=row["error"]))
+    return rows
+
+
+def _units(step: str, payload: Path) -> list[UnitErrors]:
+    rows = []
+    for unit in _document(payload / "emulator.json").get("refined", {}).get("units", []):
+        kind, _, number = unit["name"].rpartition(".")
+        layer, kind = (int(number), kind) if number.isdecimal() else (0, unit["name"])
+        rows.append(UnitErrors(step=step, layer=layer, kind=kind, before=unit["before"], after=unit["after"]))
     return rows
 
 

@@ -43,7 +43,7 @@ def write_report(
         _section("Pipeline", _pipeline(document, data)),
         _section("Held-out scores", _scores(document["evaluations"])),
         _section("Memory against budget", _memory(data, budget_bytes)),
-        _section("Error by layer", _errors(data)),
+        _section("Error by layer", _errors(data) + _units(data)),
         _section("Training", _curves(data)),
         _section("Use it", _commands(manifest, document)),
         _section("The manifest", f"<pre>{escape(manifest.read_text(encoding='utf-8'))}</pre>"),
@@ -123,6 +123,18 @@ def _errors(data: ReportData) -> str:
         series.setdefault(row.kind, []).append((float(row.layer), row.error))
     chart = lines(series, "layer", "relative error of the output")
     return chart and f'{chart}<p class="note">Of each linear of the emulator, over the calibration rows.</p>'
+
+
+def _units(data: ReportData) -> str:
+    series: dict[str, list[tuple[float, float]]] = {}
+    several = len({row.step for row in data.units}) > 1
+    for row in sorted(data.units, key=lambda row: row.layer):
+        told = [*([row.step] if several else []), row.kind]
+        for when, error in (("as compiled", row.before), ("refined", row.after)):
+            series.setdefault(", ".join([*told, when]), []).append((float(row.layer), error))
+    chart = lines(series, "layer", "relative error of the output")
+    note = "Of each layer of the emulator, for the original's inputs, over the rows that it was refined on."
+    return chart and f'{chart}<p class="note">{note}</p>'
 
 
 def _curves(data: ReportData) -> str:
