@@ -62,7 +62,7 @@ class StoredStack:
 def card(model: str, refined: bool) -> str:
     """What a person reads in an emulator's directory; `model` as its records name the original."""
     distances = (
-        "how far each layer was from the original, given the original's\ninputs, before its factors were trained and since"
+        "how far each layer was from the original before its factors\nwere trained, and since, given its inputs"
         if refined
         else "how far each linear is from the original"
     )

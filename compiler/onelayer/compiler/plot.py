@@ -29,9 +29,9 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
     layers: dict[str, Rows] = {}
     for unit in document.get("refined", {}).get("units", []):
         layers.setdefault(_NUMBER.split(f"{unit['name']}.")[0], []).append((_depth(unit["name"]), unit))
-    for kind, rows in layers.items():
+    for number, (kind, rows) in enumerate(layers.items()):
         for field, style, when in (("before", ":", "as compiled"), ("after", "-", "refined")):
-            _errors(errors, rows, field, color="black", linestyle=style, label=f"{kind}, {when}")
+            _errors(errors, rows, field, color=str(number / len(layers)), linestyle=style, label=f"{kind}, {when}")
     kinds: dict[str, Rows] = {}
     for row in [*document["linears"], *document.get("stacks", [])]:
         kinds.setdefault(_NUMBER.split(row["name"])[-1], []).append((_depth(row["name"]), row))
@@ -42,7 +42,8 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
     settings = document["settings"]
     errors.set(xlabel="layer", ylabel="relative error of the output", title="Error by depth", ylim=(0, None))
     errors.xaxis.get_major_locator().set_params(integer=True)
-    errors.legend(fontsize="small", ncols=2)
+    for axes in (errors, spectra) if layers else (errors,):
+        axes.legend(fontsize="small", ncols=2)
     spectra.set(
         xlabel="directions kept",
         ylabel="energy not yet captured",
