@@ -20,7 +20,6 @@ from onelayer.compiler.compile_job import CompileResult
 from onelayer.compiler.measure import Report
 from onelayer.compiler.refine import RefineResult
 
-
 DEFAULT: dict[str, Any] = {"keep_bytes": 0.12}
 # Spectra of 80 wide layers take hours of one core, and are not what is looked at there.
 UNIFORM: dict[str, Any] = {"ratio": 0.25, "factor_dtype": "nf4"}
