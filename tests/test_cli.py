@@ -180,7 +180,15 @@ def test_any_other_failure_is_one_line_and_exit_1(
         main(arguments)
 
 
-@pytest.mark.parametrize(("command", "advice"), [("train", "--resume"), ("merge", "run the same command again")])
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "--resume"),
+        ("merge", "run the same command again"),
+        ("compile", "finished layers are kept"),
+        ("refine", "finished layers are kept"),
+    ],
+)
 def test_an_interrupt_says_how_to_go_on_and_exits_130(
     fakes: FakeSteps,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,7 +201,15 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(
 
     monkeypatch.setitem(onelayer.compiler.__dict__, "merge_adapter", interrupt)
     monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", interrupt)
-    assert call(command, "x", "--data" if command == "train" else "--model", "y", "--output", "o") == 130
+    for name in ("compile_emulator", "refine_emulator"):
+        monkeypatch.setitem(onelayer.compiler.__dict__, name, interrupt)
+    options = {
+        "train": ["--data", "d"],
+        "merge": ["--model", "m"],
+        "compile": ["--calibration", "c"],
+        "refine": ["--model", "m", "--calibration", "c"],
+    }
+    assert call(command, "x", *options[command], "--output", "o") == 130
     captured = capsys.readouterr()
     assert captured.err.startswith("onelayer: interrupted; ")
     assert advice in captured.err

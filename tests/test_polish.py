@@ -82,10 +82,30 @@ def test_a_fresh_adapter_of_a_mixture_leaves_its_experts_alone(name: str, of_an_
         polished(tmp_path, adapter=None, lora_rank=4, target_modules=["q_proj", of_an_expert], output=tmp_path / "no")
 
 
-@pytest.mark.parametrize("fields", [{"adapter": None}, {"lora_rank": 4}])
-def test_either_an_adapter_or_a_rank(setup: Path, fields: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="either an adapter, or --lora-rank"):
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"adapter": None}, "either an adapter, or --lora-rank"),
+        ({"lora_rank": 4}, "--lora-rank: is for a fresh adapter"),
+        ({"lora_alpha": 4}, "--lora-alpha: is for a fresh adapter"),
+        ({"target_modules": "all-linear"}, "--target-modules: is for a fresh adapter"),
+        ({"adapter": None, "lora_rank": 0}, "--lora-rank 0: must be at least 1"),
+        ({"adapter": None, "lora_rank": 2, "lora_alpha": 0.0}, "--lora-alpha 0.0: must be a number greater than 0"),
+        ({"adapter": None, "lora_rank": 2, "lora_alpha": -1.0}, "--lora-alpha -1.0: must be"),
+        ({"adapter": None, "lora_rank": 2, "lora_alpha": float("nan")}, "--lora-alpha nan: must be"),
+        ({"adapter": None, "lora_rank": 2, "lora_alpha": float("inf")}, "--lora-alpha inf: must be"),
+        ({"adapter": None, "lora_rank": 2, "target_modules": "["}, r"--target-modules \[: no regular expression"),
+    ],
+)
+def test_either_an_adapter_or_a_fresh_one(setup: Path, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
         polished(setup, **fields)
+
+
+def test_without_a_limit_gradients_are_as_with_one_that_none_reaches(setup: Path) -> None:
+    polished(setup, output=setup / "large", steps=2, max_gradient_norm=1e9)
+    polished(setup, output=setup / "none", steps=2, max_gradient_norm=float("inf"))
+    assert same(setup / "large", setup / "none")
 
 
 def test_the_best_adapter_on_held_out_data_is_handed_out(setup: Path) -> None:

@@ -3,6 +3,8 @@
 In: a checkpoint, an adapter (or none), training data. Out: an adapter of the original, in the form of `correct`.
 """
 
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +86,7 @@ def polish_adapter(
     packing: bool = False,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
-    target_modules: str | list[str] = "all-linear",
+    target_modules: str | list[str] | None = None,
     device: str | None = None,
     host_memory_bytes: int | None = None,
     seed: int = 0,
@@ -94,20 +96,19 @@ def polish_adapter(
     """Train a LoRA adapter of `model` by exact steps, each of `batch_size` examples, and write it to `output`.
 
     `adapter` may be corrected or not, or any plain LoRA of the original; with None a fresh one of `lora_rank` is
-    trained. With `eval_data`, its loss is measured every `eval_steps` steps and the best adapter is handed out. Unit
-    inputs are kept as they are, or with `activations` as factors of that rank (or share of the features) and two bits
-    for what they leave of each value. With `packing`, short examples share rows of up to `max_length` tokens without
-    seeing each other: the gradient is the same, and a model that does not keep them apart is refused. A run that was
-    stopped goes on behind its last finished step. Raises `InputError` for what the caller can mend, and `RuntimeError`
-    where the loss is lost; what the steps before it made is then in `output`.
+    trained, of every linear where there are no `target_modules`. With `eval_data`, its loss is measured every
+    `eval_steps` steps and the best adapter is handed out. Unit inputs are kept as they are, or with `activations` as
+    factors of that rank (or share of the features) and two bits for what they leave of each value. With `packing`,
+    short examples share rows of up to `max_length` tokens without seeing each other: the gradient is the same, and a
+    model that does not keep them apart is refused. A run that was stopped goes on behind its last finished step. Raises
+    `InputError` for what the caller can mend, and `RuntimeError` where the loss is lost; what the steps before it made
+    is then in `output`.
     """
     rank = None if activations == "exact" else activations
     pace = (steps, batch_size, micro_batch_size, learning_rate, warmup_steps, max_gradient_norm)
     settings = Settings(*pace, max_length, eval_steps, rank, seed, packing)
     check_output(Path(output))
-    start = adapter if lora_rank is None else Fresh(lora_rank, lora_alpha or lora_rank, target_modules, seed)
-    if start is None or (adapter is not None and lora_rank is not None):
-        raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
+    start = _start(adapter, lora_rank, lora_alpha, target_modules, seed)
     place, parking = pick_device(device), Parking(host_memory_bytes)
     task = PolishTask.read(model, revision, start, data, eval_data, settings, place)
     begun = claimed(Path(output), "polish", task.identity, resume, finished=STATE_FILE)
@@ -124,6 +125,37 @@ def polish_adapter(
     if failure is not None:
         raise RuntimeError(f"{failure}; {output} holds the adapter of the {len(state.steps)} steps before it")
     return _result(Path(output), state, job, report)
+
+
+def _start(
+    adapter: str | Path | None,
+    rank: int | None,
+    alpha: float | None,
+    target_modules: str | list[str] | None,
+    seed: int,
+) -> str | Path | Fresh:
+    """The adapter to begin with, or what a fresh one is like. Raises `InputError` where it is neither, or both."""
+    if adapter is None and rank is None:
+        raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
+    if adapter is not None:
+        for option, value in (("--lora-rank", rank), ("--lora-alpha", alpha), ("--target-modules", target_modules)):
+            if value is not None:
+                raise InputError(f"{option}: is for a fresh adapter, {adapter} has its own; give either of them")
+        return adapter
+    assert rank is not None
+    if rank < 1:
+        raise InputError(f"--lora-rank {rank}: must be at least 1")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"--lora-alpha {alpha}: must be a number greater than 0")
+    targets = "all-linear" if target_modules is None else target_modules
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise InputError(
+                f"--target-modules {targets}: no regular expression ({error}); give one, names, or all-linear"
+            ) from None
+    return Fresh(rank, rank if alpha is None else alpha, targets, seed)
 
 
 @contextmanager

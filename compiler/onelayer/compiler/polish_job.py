@@ -51,12 +51,10 @@ class Settings:
             self.activations >= 1 if isinstance(self.activations, int) else 0 < self.activations < 1
         ):
             raise InputError(f"--activations {self.activations}: must be a number of rows, or a share between 0 and 1")
-        for option, value in (
-            ("--learning-rate", self.learning_rate),
-            ("--max-gradient-norm", self.max_gradient_norm),
-        ):
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{option} {value}: must be greater than 0")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"--learning-rate {self.learning_rate}: must be a number greater than 0")
+        if not self.max_gradient_norm > 0:
+            raise InputError(f"--max-gradient-norm {self.max_gradient_norm}: must be greater than 0; inf is no limit")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear up over the warm-up, then linear down to zero behind the last step (Trainer's default schedule)."""

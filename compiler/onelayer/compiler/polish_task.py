@@ -1,5 +1,6 @@
 """What a polish is of: the original, the adapter it starts from, the data, and what identifies them for a resume."""
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,12 +69,14 @@ class PolishTask:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that can change the adapter; a run is taken up only where all of it is the same."""
+        limit = self.settings.max_gradient_norm
+        limit_told = limit if math.isfinite(limit) else None  # JSON has no infinity
         libraries = {"torch": torch, "transformers": transformers, "peft": peft}
         return {
             "base": self.base,
             "adapter": str(self.start) if isinstance(self.start, Fresh) else adapter_digest(self.start),
             "data": {"train": self.rows.digest, "held_out": tokens_digest(self.held_out)},
-            "settings": {**vars(self.settings), "device": self.device.type},
+            "settings": {**vars(self.settings), "max_gradient_norm": limit_told, "device": self.device.type},
             "versions": {
                 "python": platform.python_version(),
                 **{name: library.__version__ for name, library in libraries.items()},

@@ -13,8 +13,10 @@ from onelayer.runtime.cli_commands import app
 from onelayer.runtime.cli_format import print_error
 
 RESUME = {
+    "compile": "finished layers are kept, run the same command again to go on",
     "merge": "finished files are kept, run the same command again to go on",
     "polish": "finished steps are kept, run the same command again to go on",
+    "refine": "finished layers are kept, run the same command again to go on",
     "run": "finished steps are kept, run the same command again to go on",
     "train": "run the same command again with --resume to go on from the last checkpoint",
 }

@@ -17,7 +17,7 @@ from onelayer.runtime.cli_options import (
     Output,
     Resume,
     Seed,
-    TargetModules,
+    parse_target_modules,
     rank_parser,
 )
 
@@ -38,6 +38,15 @@ Packing = Annotated[
         "--packing/--no-packing", help="Put short examples into one row of --max-length; same gradients, fewer calls."
     ),
 ]
+FreshTargets = Annotated[
+    str | None,
+    typer.Option(
+        parser=parse_target_modules,
+        metavar="NAMES",
+        help="Without ADAPTER: `all-linear`, names separated by commas, or a regular expression.",
+        show_default="all-linear",
+    ),
+]
 EvalData = Annotated[
     str | None, typer.Option(metavar="DATA", help="Held-out data: its loss is shown, and the best adapter is written.")
 ]
@@ -53,7 +62,7 @@ def polish(
     micro_batch_size: Annotated[int, typer.Option(min=1, help="Examples computed at once.")] = 1,
     learning_rate: LearningRate = 1e-3,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps over which the learning rate rises.")] = 0,
-    max_gradient_norm: Annotated[float, typer.Option(help="Longer gradients are shortened to this.")] = 1.0,
+    max_gradient_norm: Annotated[float, typer.Option(help="Longer gradients are shortened to this; inf: none.")] = 1.0,
     max_length: MaxLength = 512,
     eval_data: EvalData = None,
     eval_steps: Annotated[int, typer.Option(min=1, help="Steps between two looks at --eval-data.")] = 1,
@@ -61,7 +70,7 @@ def polish(
     lora_alpha: Annotated[
         float | None, typer.Option(help="Without ADAPTER: scaled by alpha / rank; 1 if left out.")
     ] = None,
-    target_modules: TargetModules = "all-linear",
+    target_modules: FreshTargets = None,
     activations: KeptInputs = "exact",
     packing: Packing = False,
     device: Device = None,
