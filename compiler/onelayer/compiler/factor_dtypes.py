@@ -62,8 +62,9 @@ def best_of(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
     (manifests/LOG.md, emulators of equal bytes), so precision is bought only when there is no rank left to buy. Where
     int8 keeps all, it goes before a bf16 that does not: its rounding costs less than a twentieth of the values does.
     """
-    whole = "int8" if (ratios.get("int8") or 0.0) >= 1.0 else None
-    return whole or next((kind for kind, ratio in ratios.items() if (ratio or 0.0) >= NEARLY_ALL), "nf4")
+    if (ratios.get("int8") or 0.0) >= 1.0:
+        return "int8"
+    return next((kind for kind, ratio in ratios.items() if (ratio or 0.0) >= NEARLY_ALL), "nf4")
 
 
 def best_kind(keep_bytes: float) -> FactorDtype:
