@@ -21,7 +21,7 @@ from onelayer.compiler.examples import read_examples
 from onelayer.compiler.scores import Divergence, TokenScores
 from onelayer.compiler.tokens import load_tokenizer, tokenize
 from onelayer.runtime import load_emulator
-from tiny import save_tiny
+from tiny import save_tiny, tiny_llama
 
 QUESTIONS: list[dict[str, Any]] = [
     {"prompt": "name a city : ", "choices": ["rome", "blue", "the lazy dog"], "answer": 0},
@@ -179,6 +179,21 @@ def test_an_emulator_of_another_model_is_refused_by_digest(tmp_path: Path, data:
     save_tiny("qwen2", tmp_path / "other")
     with pytest.raises(InputError, match="is an emulator of example/original"):
         evaluate_model(tmp_path / "other", data, against=tmp_path / "emulator")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [({"base": {"digest": "0" * 64}}, "was made for another original"), (None, "made for .*q_proj.* has")],
+)
+def test_an_adapter_of_another_model_is_refused_in_one_line(
+    record: dict[str, Any] | None, message: str, tmp_path: Path, data: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    random_adapter(tiny_llama(hidden_size=64), tmp_path / "adapter", target_modules=["q_proj"])
+    if record is not None:
+        (tmp_path / "adapter" / "onelayer.json").write_text(json.dumps({"kind": "adapter", **record}))
+    with pytest.raises(InputError, match=message):
+        evaluate_model(tmp_path / "model", data, adapters=[tmp_path / "adapter"])
 
 
 @settings(max_examples=50, deadline=None)

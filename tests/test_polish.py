@@ -131,7 +131,7 @@ def test_an_adapter_of_another_model_is_refused_by_digest(setup: Path) -> None:
     (setup / "adapter" / "onelayer.json").write_text(
         json.dumps({"kind": "adapter", "corrected": True, "base": {"digest": "0" * 64}})
     )
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match="another original"):
         polished(setup)
 
 

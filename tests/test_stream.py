@@ -183,6 +183,21 @@ def test_a_token_outside_the_vocabulary_is_an_error_that_says_so(tmp_path: Path)
         run(StreamedModel(tmp_path), [{"input_ids": torch.tensor([[500]])}])
 
 
+@pytest.mark.parametrize(("name", "rows"), [("gpt2", 128), ("opt", 130)])
+def test_rows_longer_than_the_table_of_positions_name_the_option(name: str, rows: int, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    streamed = StreamedModel(tmp_path)
+    with pytest.raises(InputError, match=rf"^--max-length: .* ends after 128 \({rows} rows\); give --max-length 128$"):
+        run(streamed, [{"input_ids": torch.full((1, 140), 3), "attention_mask": torch.ones(1, 140, dtype=torch.long)}])
+    with pytest.raises(BatchError, match="index 500 is outside an embedding of 128 rows"):
+        run(streamed, [{"input_ids": torch.full((1, 10), 500)}])
+
+
+def test_rotary_positions_have_no_end(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    assert len(run(StreamedModel(tmp_path), [{"input_ids": torch.full((1, 140), 3)}])) == 1
+
+
 def test_many_parked_batches_run(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     batches = [{"input_ids": torch.tensor([[3 + i % 100, 7]])} for i in range(300)]

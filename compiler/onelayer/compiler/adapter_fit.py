@@ -1,6 +1,7 @@
 """An adapter and the empty model it is said to be for: does every key have its place there, with the right shape?"""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,16 @@ def check_fit(adapter: Adapter, streamed: StreamedModel) -> dict[str, nn.Module]
                 "give the model it was trained on"
             )
     return modules
+
+
+def check_made_for(adapter: Adapter, model: Path, digest: str) -> None:
+    """Refuse an adapter whose record names another original than `model`, which has this digest."""
+    made_for = adapter.recorded_digest("base")
+    if made_for is not None and made_for != digest:
+        raise InputError(
+            f"{adapter.directory}: was made for another original ({made_for[:12]}) than {model} ({digest[:12]}); "
+            "give the model it was made for"
+        )
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onelayer.compiler.adapter import Adapter
+from onelayer.compiler.adapter_fit import check_fit, check_made_for
 from onelayer.compiler.calibration import DataSource
-from onelayer.compiler.checkpoint import resolve_model
+from onelayer.compiler.checkpoint import model_digest, resolve_model
 from onelayer.compiler.compression import stack_shapes
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -89,8 +90,7 @@ def evaluate_model(
         raise InputError("--max-length and --batch-size must be at least 1")
     place = pick_device(device)
     directory = resolve_model(model, revision)
-    for path in adapters:
-        Adapter.open(path)  # refuses by name what is no plain LoRA
+    _check_adapters(adapters, directory)
     named = {f"adapter{number}": path for number, path in enumerate(adapters)}
     streamed, classes = open_scored(directory, named)
     emulator = None if against is None else _open_emulator(against, directory, streamed)
@@ -118,6 +118,15 @@ def evaluate_model(
     ]
     compared = None if emulator is None else _compare(str(against), job, score_of(None, found[-1], samples))
     return EvaluateResult(results=scores, against=compared, report=report)
+
+
+def _check_adapters(adapters: Sequence[str | Path], model: Path) -> None:
+    """Refuse by name what is no plain LoRA of this original: PEFT would tell it at length, or not at all."""
+    if adapters:
+        opened, streamed, digest = [Adapter.open(path) for path in adapters], StreamedModel(model), model_digest(model)
+        for adapter in opened:
+            check_made_for(adapter, model, digest)
+            check_fit(adapter, streamed)
 
 
 def open_scored(directory: Path, adapters: dict[str, str | Path]) -> tuple[StreamedModel, Classes | None]:

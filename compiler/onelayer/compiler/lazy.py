@@ -16,6 +16,16 @@ import torch.nn.functional as F
 from onelayer.compiler.checkpoint import Checkpoint
 from onelayer.compiler.shapes import SLICE_BYTES
 
+
+class OutsideTableError(IndexError):
+    """A look-up beyond the last row of an embedding table; `index` is the largest that was asked for."""
+
+    def __init__(self, index: int, rows: int) -> None:
+        super().__init__(f"index {index} is outside an embedding of {rows} rows")
+        self.index = index
+        self.rows = rows
+
+
 # What a stand-in may tell about itself without its values.
 PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")
 METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES) | {
@@ -125,7 +135,7 @@ def _remembering_last(pick: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
 def _embedding(ids: torch.Tensor, matrix: DiskMatrix, *args: Any, **kwargs: Any) -> torch.Tensor:
     rows, inverse = torch.unique(ids, return_inverse=True)
     if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < matrix.shape[0]:
-        raise IndexError(f"index {int(rows[-1])} is outside an embedding of {matrix.shape[0]} rows")
+        raise OutsideTableError(int(rows[-1]), matrix.shape[0])
     # Padding index, frequency scaling and sparsity concern gradients only; a norm bound would edit the table in place.
     max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
     if max_norm is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.adapter import PROVENANCE_FILE, Adapter, adapter_digest
+from onelayer.compiler.adapter_fit import check_made_for
 from onelayer.compiler.checkpoint import Checkpoint, TensorInfo, model_digest, resolve_model
 from onelayer.compiler.companions import copy_companions
 from onelayer.compiler.compat import FLOAT_DTYPES
@@ -67,7 +68,7 @@ def merge_adapter(
     parts, directory = _parts(adapter, weight), resolve_model(model)
     base_digest = model_digest(directory)
     for part in parts:
-        _check_pair(part.source, directory, base_digest)
+        check_made_for(part.source, directory, base_digest)
     corrected = [_corrected(part.source, base_digest) for part in parts]
     record = _provenance(parts, model, base_digest, corrected)
     with Meter(torch.device("cpu")) as meter:
@@ -98,15 +99,6 @@ def _parts(adapter: str | Path | Sequence[str | Path], weight: Sequence[float] |
     if bad := [value for value in weights if not math.isfinite(value)]:
         raise InputError(f"--weight {bad[0]}: must be a finite number")
     return [Part(Adapter.open(resolve_model(path)), value) for path, value in zip(paths, weights, strict=True)]
-
-
-def _check_pair(source: Adapter, model: Path, base_digest: str) -> None:
-    made_for = source.recorded_digest("base")
-    if made_for is not None and made_for != base_digest:
-        raise InputError(
-            f"{source.directory}: was made for another original ({made_for[:12]}) than {model} ({base_digest[:12]}); "
-            "give the model it was made for"
-        )
 
 
 def _corrected(source: Adapter, base_digest: str) -> bool | None:

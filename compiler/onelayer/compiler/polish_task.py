@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from onelayer.compiler.adapter import Adapter, adapter_digest
+from onelayer.compiler.adapter_fit import check_made_for
 from onelayer.compiler.adapter_writer import Base
 from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.checkpoint import model_digest, resolve_model
@@ -99,12 +100,7 @@ class PolishTask:
         return source, streamed, PolishState(trained, optimizer)
 
     def _check(self, source: Adapter) -> None:
-        recorded, found = source.recorded_digest("base"), self.base["digest"]
-        if recorded is not None and recorded != found:
-            raise InputError(
-                f"{source.directory}: is an adapter of another model ({recorded[:12]}) than {self.directory} "
-                f"({found[:12]}); give the original it was made for"
-            )
+        check_made_for(source, self.directory, self.base["digest"])
         if not source.modules:
             raise InputError(f"{source.directory}: adapts no module, there is nothing to train; give a LoRA adapter")
 

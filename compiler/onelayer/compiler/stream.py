@@ -16,6 +16,7 @@ from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.lazy import OutsideTableError
 from onelayer.compiler.loading import Loader
 from onelayer.compiler.measure import Meter, Progress, return_free_memory
 from onelayer.compiler.parking import Parking
@@ -95,7 +96,7 @@ class Stream:
         with torch.no_grad(), self.streamed.glue(), self._stubs(), self.loading() as loader, self.progress() as bar:
             try:
                 for index, batch in enumerate(batches):
-                    worker = greenlet(lambda batch: self.streamed.model(**batch))
+                    worker = greenlet(self._through)
                     advance(worker, index, batch, self.records_gradients(index))
                 while parked:
                     unit = _next_unit(parked, inputs)
@@ -109,6 +110,25 @@ class Stream:
                 for visit in parked:
                     assert visit.resume is not None
                     visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
+
+    def _through(self, batch: Batch) -> Any:
+        """One batch's way through the model. Raises `InputError` where its rows are longer than a table of positions.
+
+        No configuration tells how long rows may be: rotary positions have no end. An index outside a table that is not
+        among the tokens is a position; models that begin to count at 2 have so many fewer positions than rows.
+        """
+        try:
+            return self.streamed.model(**batch)
+        except OutsideTableError as error:
+            ids = [tensor for tensor in batch.values() if tensor.dim() == 2 and not tensor.is_floating_point()]
+            length = max((tensor.shape[1] for tensor in ids), default=0)
+            limit = min(error.rows, error.rows - error.index + length - 1)
+            if limit < 2 or any(error.index == int(tensor.max()) for tensor in ids):
+                raise
+            raise InputError(
+                f"--max-length: an example has {length} tokens, and the model's table of positions ends after {limit} "
+                f"({error.rows} rows); give --max-length {limit}"
+            ) from error
 
     def _visit(
         self, unit: Unit, parked: list[Visit], loader: Loader, advance: Callable[[greenlet, int, Any, bool], None]
