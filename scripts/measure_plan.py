@@ -30,11 +30,11 @@ from onelayer.runtime import train_lora
 from onelayer.runtime.plan_memory import (
     Setting,
     compile_bytes,
-    correct_bytes,
     emulator_bytes,
     expert_factor_bytes,
     train_memory,
 )
+from onelayer.runtime.plan_passes import correct_bytes
 from onelayer.runtime.plan_skeleton import read_shapes
 
 ALLOWED, RATIO, SAMPLES = 0.10, 0.3, 4

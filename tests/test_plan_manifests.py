@@ -86,9 +86,9 @@ def test_a_budget_gives_a_ratio_and_a_factor_dtype(tmp_path: Path, name: str) ->
 
 def test_the_planner_sees_what_a_task_sets(tmp_path: Path) -> None:
     manifest = placed(tmp_path, "many-tasks.yaml")
-    assert setting_of(manifest.training("sql")).tokens == 4 * 1024
-    assert setting_of(manifest.training("notes")).tokens == 4 * 2048
-    assert setting_of(manifest.training("support")).lora_rank == 16
+    assert setting_of(manifest, "sql").tokens == 4 * 1024
+    assert setting_of(manifest, "notes").tokens == 4 * 2048
+    assert setting_of(manifest, "support").lora_rank == 16
 
 
 def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:

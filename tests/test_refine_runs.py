@@ -16,7 +16,7 @@ from onelayer.compiler.shapes import shapes_from_headers
 from onelayer.runtime.cli import main
 from onelayer.runtime.manifest import load_manifest
 from onelayer.runtime.pipeline import plan
-from onelayer.runtime.plan_memory import refine_bytes
+from onelayer.runtime.plan_passes import refine_bytes
 from tiny import save_tiny
 
 PLAIN = "emulator: {calibration: {data: mix.jsonl}, ratio: 0.25}"
@@ -62,7 +62,7 @@ def test_what_it_needs_is_told_before_it_runs(tmp_path: Path, project: Project) 
     project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {}, ratio: 0"))
     step = next(step for step in plan(load_manifest(project.path)).steps if step.name == "refine")
     shapes = shapes_from_headers(model)
-    assert step.peak_bytes == refine_bytes(shapes, 0.25, 512)
+    assert step.peak_bytes == refine_bytes(shapes, 0.25, 512, "uniform")
     assert step.read_bytes is not None
     assert step.read_bytes > shapes.parameters * shapes.value_bytes
 

@@ -29,6 +29,8 @@ EXPERT_ROWS = 1024
 # A matrix that stays on disk is applied by slices of this size, so that it costs as much whatever the vocabulary.
 SLICE_BYTES = 64 << 20
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
+# How classes end that answer with labels or places instead of words.
+_WITHOUT_VOCABULARY = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
 
 
@@ -104,6 +106,7 @@ class ModelShapes:
     outside_parameters: int
     experts_per_token: int
     has_weights: bool
+    has_vocabulary_head: bool = True
 
     @cached_property
     def kinds(self) -> tuple[tuple[Block, int], ...]:
@@ -178,6 +181,9 @@ def shapes_of(
         outside_parameters=loose,
         experts_per_token=per_token,
         has_weights=has_weights,
+        has_vocabulary_head=not any(
+            str(kind).endswith(_WITHOUT_VOCABULARY) for kind in config.get("architectures") or ()
+        ),
     )
 
 

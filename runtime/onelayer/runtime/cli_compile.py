@@ -65,7 +65,8 @@ def compile_(
         if ratio is not None or keep_bytes is not None:
             raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
         rank_allocation = rank_allocation or "spectrum"
-        ratio, factor_dtype = size_for(model, memory_bytes, factor_dtype=factor_dtype, rank_allocation=rank_allocation)
+        tokens = batch_size * max_length
+        ratio, factor_dtype = size_for(model, memory_bytes, factor_dtype, rank_allocation, compile_tokens=tokens)
     print_result(
         lambda: compile_emulator(
             model,

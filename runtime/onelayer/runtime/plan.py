@@ -27,14 +27,8 @@ from onelayer.runtime.plan_choice import (
     limit_of,
     median_rank,
 )
-from onelayer.runtime.plan_memory import (
-    Setting,
-    compile_bytes,
-    correct_bytes,
-    emulator_bytes,
-    host_bytes,
-    refine_bytes,
-)
+from onelayer.runtime.plan_memory import Setting, emulator_bytes, host_bytes
+from onelayer.runtime.plan_passes import pass_bytes
 from onelayer.runtime.plan_skeleton import read_shapes
 from onelayer.runtime.plan_speed import Seconds, Speed, seconds_at, try_speed
 
@@ -161,16 +155,20 @@ def plan_run(
 def size_for(
     model: str | Path,
     memory_bytes: int,
-    *,
     factor_dtype: FactorDtype | None = None,
     rank_allocation: Allocation = "spectrum",
+    *,
+    compile_tokens: int | None = None,
 ) -> tuple[float, FactorDtype | None]:
     """Ratio and factor dtype of `compile --memory`: the best with which training fits too, as `plan_run` chooses them.
+
+    `compile_tokens` are computed at once in the compile, by default one example of 512.
 
     A dtype that is given is kept; None comes back where the original's own is the best. Raises `InputError` where no
     ratio fits.
     """
-    shapes, setting = read_shapes(resolve_model(model)), Setting(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation)
+    shapes = read_shapes(resolve_model(model))
+    setting = Setting(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
     choices = choose_each(shapes, setting, memory_bytes)
     found = choices[factor_dtype or _best(choices)]
     if found.ratio is None:
@@ -192,11 +190,12 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     model = shapes.parameters * shapes.value_bytes
     copies = copies_on_disk(setting.allocation, quantised=choice.factor_dtype != "bf16")
     compiled = max(emulator, copies * emulator_bytes(shapes, setting.widest(ratio), choice.factor_dtype))
+    passes = pass_bytes(shapes, ratio, setting)
     return Predicted(
-        compile_bytes=compile_bytes(shapes, setting.widest(ratio), setting.max_length),
-        refine_bytes=refine_bytes(shapes, ratio, setting.max_length),
+        compile_bytes=passes["compile"],
+        refine_bytes=passes["refine"],
         train_bytes=choice.memory.peak,
-        correct_bytes=correct_bytes(shapes, ratio, setting.lora_rank),
+        correct_bytes=passes["correct"],
         emulator_bytes=emulator,
         host_bytes=host_bytes(shapes, SAMPLES, setting.max_length, ratio),
         disk_bytes=model + compiled + 2 * choice.memory.adapter // 3,
@@ -261,7 +260,6 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
     return seconds_at(
         speed,
         shapes,
-        emulator_bytes=choice.memory.emulator,
         ratio=choice.ratio or SMALLEST_RATIO,
         samples=SAMPLES,
         max_length=choice.setting.max_length,

@@ -9,15 +9,8 @@ from onelayer.compiler.factor_dtypes import FactorDtype
 from onelayer.compiler.measure import Result
 from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import ModelShapes
-from onelayer.runtime.plan_memory import (
-    Setting,
-    TrainMemory,
-    compile_bytes,
-    correct_bytes,
-    emulator_bytes,
-    refine_bytes,
-    train_memory,
-)
+from onelayer.runtime.plan_memory import Setting, TrainMemory, emulator_bytes, train_memory
+from onelayer.runtime.plan_passes import pass_bytes
 
 # The rest is for the device's own context and for memory lost between blocks of the allocator.
 USABLE_SHARE = 0.95
@@ -25,6 +18,14 @@ SMALLEST_RATIO, LARGEST_RATIO, STEPS = 0.01, 0.95, 1000
 # A more exact way to store activations is taken if it leaves this share of the ratio that the thriftiest allows: what
 # is missing in the emulator costs more than what is missing in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
+
+
+# What each pass holds most of.
+LIMITS = {
+    "compile": "the largest layer with its moments and solver, or its batch",
+    "correct": "the factors of the largest linear, or the largest layer with what is scored",
+    "refine": "the factors of the largest layer as they are trained, or their batch",
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,8 @@ def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: 
     fixed = train_memory(shapes, 0, setting)
 
     def fits(ratio: float) -> bool:
-        passes = max(
-            compile_bytes(shapes, setting.widest(ratio), setting.max_length),
-            correct_bytes(shapes, ratio, setting.lora_rank),
-            refine_bytes(shapes, ratio, setting.max_length),
-        )
-        return max(passes, fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
+        passes = pass_bytes(shapes, ratio, setting)
+        return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
 
     low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
     found = None
@@ -108,12 +105,9 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
         return "nothing: an emulator near the size of the original fits"
     ratio = min(choice.reached + 1 / STEPS, LARGEST_RATIO) if choice.ratio else SMALLEST_RATIO
     usable = int(budget_bytes * USABLE_SHARE)
-    if compile_bytes(shapes, choice.setting.widest(ratio), choice.setting.max_length) > usable:
-        return "compile: the largest layer with its moments and solver"
-    if correct_bytes(shapes, ratio, choice.setting.lora_rank) > usable:
-        return "correct: the factors of the largest linear"
-    if refine_bytes(shapes, ratio, choice.setting.max_length) > usable:
-        return "refine: the factors of the largest layer as they are trained"
+    for name, size in pass_bytes(shapes, ratio, choice.setting).items():
+        if size > usable:
+            return f"{name}: {LIMITS[name]}"
     memory = choice.memory
     moments = {
         "the emulator's weights": memory.emulator,

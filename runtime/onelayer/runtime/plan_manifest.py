@@ -4,7 +4,7 @@ Torch-free: `onelayer run --dry-run` says these things before anything is comput
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,21 +14,19 @@ from onelayer.compiler.measure import Result
 from onelayer.compiler.ranks import widest_ratio
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers
 from onelayer.runtime.manifest import Manifest
-from onelayer.runtime.manifest_sections import Emulator, Training
-from onelayer.runtime.plan_choice import best_ratio, kind_of
+from onelayer.runtime.manifest_sections import Emulator
+from onelayer.runtime.plan_choice import USABLE_SHARE, best_ratio, kind_of, limit_of
 from onelayer.runtime.plan_memory import (
     Setting,
     compile_bytes,
-    correct_bytes,
     emulator_bytes,
-    polish_bytes,
-    refine_bytes,
     train_memory,
 )
 from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
+from onelayer.runtime.plan_passes import pass_bytes, polish_bytes, refine_bytes
 
 # Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
-PLANNER_VERSION = 4
+PLANNER_VERSION = 5
 DEFAULT_BATCH_SIZE = 8
 AUTO_RANK = 0.125  # what is planned with where the rank will be measured
 
@@ -41,22 +39,33 @@ class StepCosts(Result):
     peak_bytes: int | None = None
 
 
-def setting_of(training: Training, emulator: Emulator | None = None) -> Setting:
-    """A task's training, and how the emulator's ranks are chosen, as the planner sees it."""
+def setting_of(manifest: Manifest, task: str) -> Setting:
+    """All that will run for a task, as the planner sees it; a compile's key holds it, where memory decides the size."""
+    training, emulator, batch = manifest.training(task), manifest.emulator, manifest.stream.batch_size
     where, rank = training.activations.where, training.activations.rank
     share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
     batch_size = int(training.args.get("per_device_train_batch_size") or DEFAULT_BATCH_SIZE)
-    allocation = "uniform" if emulator is None else emulator.allocation
-    return Setting(batch_size, training.max_length, training.lora.r, where, share, allocation=allocation)
+    trained = Setting(batch_size, training.max_length, training.lora.r, where, share, allocation="uniform")
+    if emulator is None:
+        return trained
+    refinement, longest = emulator.refinement, emulator.calibration.max_length
+    return replace(
+        trained,
+        allocation=emulator.allocation,
+        compile_tokens=batch * longest,
+        refine_tokens=0 if refinement is None else refinement.batch_size * longest,
+        scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
+    )
+
+
+def _planned_tasks(manifest: Manifest) -> list[str]:
+    """Those whose training the common emulator must fit; one with a ratio of its own takes care of itself."""
+    return [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
 
 
 def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
     """The different settings among the tasks, in a fixed order."""
-    settings = {
-        setting_of(manifest.training(name), manifest.emulator)
-        for name, task in manifest.tasks.items()
-        if task.ratio is None
-    }
+    settings = {setting_of(manifest, name) for name in _planned_tasks(manifest)}
     return sorted((asdict(setting) for setting in settings), key=str)
 
 
@@ -90,6 +99,13 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
     ratio = _common(found[chosen])
     if ratio is None:
         task = next(name for name, largest in found[chosen].items() if largest is None)
+        smallest = best_ratio(shapes, setting_of(manifest, task), emulator.memory, chosen)
+        if smallest.memory.peak <= USABLE_SHARE * emulator.memory:
+            limit = limit_of(shapes, smallest, emulator.memory)
+            raise InputError(
+                f"{manifest.path}: emulator.memory: too little for {limit}; lower stream.batch_size, "
+                "emulator.refine.batch_size or max_length of calibration and tasks, or leave the refinement out"
+            )
         raise InputError(
             f"{manifest.path}: emulator.memory: tasks.{task} cannot be trained in it with any emulator; lower its "
             "max_length or per_device_train_batch_size, or compress its activations"
@@ -98,9 +114,8 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
 
 
 def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
-    """The largest ratio with which each task can be trained; one with a ratio of its own takes care of itself."""
-    names = [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
-    settings = {name: setting_of(manifest.training(name), manifest.emulator) for name in names}
+    """The largest ratio with which each task can be trained."""
+    settings = {name: setting_of(manifest, name) for name in _planned_tasks(manifest)}
     return {name: best_ratio(shapes, setting, memory_bytes, dtype).ratio for name, setting in settings.items()}
 
 
@@ -145,13 +160,14 @@ class Costs:
             assert section is not None
             refinement = section.refinement
             assert refinement is not None
-            peak = refine_bytes(shapes, ratio, refinement.batch_size * section.calibration.max_length)
+            tokens = refinement.batch_size * section.calibration.max_length
+            peak = refine_bytes(shapes, ratio, tokens, section.allocation)
             return StepCosts(read_bytes=model + emulator, write_bytes=emulator, peak_bytes=peak)
         if kind == "slice":
             return StepCosts(read_bytes=emulator_bytes(shapes, whole.ratio, dtype), write_bytes=emulator)
         if task is None:
             return StepCosts()
-        setting = setting_of(self._manifest.training(task))
+        setting = setting_of(self._manifest, task)
         adapter = MASTER_BYTES * lora_parameters(shapes, setting.lora_rank)
         largest = shapes.largest_block_bytes
         return {
@@ -159,9 +175,10 @@ class Costs:
                 read_bytes=emulator, write_bytes=adapter, peak_bytes=train_memory(shapes, emulator, setting).peak
             ),
             "correct": StepCosts(
-                read_bytes=model + emulator,
+                # Where held-out text chooses, the original streams once more.
+                read_bytes=(2 if setting.scored_tokens else 1) * model + emulator,
                 write_bytes=adapter,
-                peak_bytes=correct_bytes(shapes, ratio, setting.lora_rank),
+                peak_bytes=pass_bytes(shapes, ratio, setting)["correct"],
             ),
             "merge": StepCosts(read_bytes=model + adapter, write_bytes=model),
             "evaluate": StepCosts(read_bytes=model, write_bytes=0, peak_bytes=largest),

@@ -1,4 +1,4 @@
-"""Shapes and settings in, predicted bytes out: what training, compiling and correcting hold at their peaks. Torch-free.
+"""Shapes and settings in, predicted bytes out: what training and compiling hold at their peaks. Torch-free.
 
 Everything is counted from what the passes allocate, so it can be compared with a count of live tensors; tests do. Rows
 T are tokens of one batch; the letters of `plan_parts` hold.
@@ -9,9 +9,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from onelayer.compiler.factor_dtypes import FactorDtype, bytes_per_value
-from onelayer.compiler.polish_memory import step_bytes
 from onelayer.compiler.ranks import Allocation, rank_for, widest_ratio
-from onelayer.compiler.refine_memory import training_bytes
 from onelayer.compiler.shapes import EXPERT_ROWS, Block, Linear, ModelShapes
 from onelayer.compiler.stored_activations import RESIDUAL_BITS, factored_bytes, is_factored
 from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -19,8 +17,6 @@ from onelayer.runtime.plan_parts import MASTER_BYTES, SubBlock, expert_parts, lo
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
 # TRL computes the loss in tiles of logits this long and wide; on a GPU in one kernel, elsewhere with seven temporaries.
 TILE_TOKENS, TILE_VOCABULARY, TILE_TEMPORARY_BYTES = 4096, 32768, 28.5
-CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
-SOLVE_BLOCK_BYTES = 1 << 20
 # What a Python process with these libraries holds before it does anything.
 PROCESS_BYTES = 500 << 20
 
@@ -29,7 +25,9 @@ PROCESS_BYTES = 500 << 20
 class Setting:
     """How training runs. `rank` is the share of the hidden width kept of stored activations; None stores them whole.
 
-    `allocation` is how the emulator's ranks are chosen.
+    `allocation` is how the emulator's ranks are chosen. The last three are tokens that passes over the original have on
+    the device at once: of compile and refine one example where nothing is said, of refine 0 where factors are not
+    refined, of a correction 0 where no held-out text chooses it.
     """
 
     batch_size: int
@@ -39,6 +37,9 @@ class Setting:
     rank: float | None = None
     on_gpu: bool = True
     allocation: Allocation = "spectrum"
+    compile_tokens: int | None = None
+    refine_tokens: int | None = None
+    scored_tokens: int = 0
 
     def widest(self, ratio: float) -> float:
         """The ratio at which a compile computes factors."""
@@ -69,19 +70,32 @@ def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16
         for stack in block.experts.stacks
     ]
     whole = sum(count * linear.parameters for linear, count in linears)
-    kept = sum(count * _kept_values(linear, ratio) for linear, count in linears)
+    kept = sum(count * kept_values(linear, ratio) for linear, count in linears)
     return int((shapes.parameters - whole) * shapes.value_bytes + kept * per_value)
+
+
+def active_values(shapes: ModelShapes, ratio: float) -> int:
+    """Weights of an emulator that take part in computing one token, however many bytes each takes."""
+    spared = 0
+    for block, count in shapes.kinds:
+        linears = [(linear, 1) for linear in block.compressible]
+        if block.experts is not None:
+            active = min(shapes.experts_per_token, block.experts.count)
+            linears += [(stack, active) for stack in block.experts.stacks]
+        spared += count * sum(times * (linear.parameters - kept_values(linear, ratio)) for linear, times in linears)
+    return shapes.active_parameters - spared
 
 
 def expert_factor_bytes(shapes: ModelShapes, ratio: float) -> int:
     """Factors of the experts of the block that has most of them; they are gathered on the host."""
     return shapes.value_bytes * max(
-        block.experts.count * sum(_kept_values(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
+        block.experts.count * sum(kept_values(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
         for block, _ in shapes.kinds
     )
 
 
-def _kept_values(linear: Linear, ratio: float) -> int:
+def kept_values(linear: Linear, ratio: float) -> int:
+    """Values of its factors, or of its weight where that is smaller."""
     rank = rank_for(ratio, linear.out_features, linear.in_features)
     return linear.parameters if rank is None else rank * (linear.out_features + linear.in_features)
 
@@ -109,7 +123,8 @@ def train_memory(shapes: ModelShapes, emulator: int, setting: Setting) -> TrainM
     parameters = lora_parameters(shapes, setting.lora_rank)
     tile = min(setting.tokens, TILE_TOKENS)
     values = min(shapes.vocabulary, TILE_VOCABULARY) * (0 if setting.on_gpu else TILE_TEMPORARY_BYTES)
-    head = tile * (TILE_VOCABULARY * shapes.value_bytes + values)
+    # A class without a head to the vocabulary has its loss over a few labels.
+    head = tile * (TILE_VOCABULARY * shapes.value_bytes + values) if shapes.has_vocabulary_head else 0
     # Around the loss: final norm, its gradient; in sub-layers also what the first norms read.
     outside = setting.tokens * shapes.hidden * (2 * MASTER_BYTES + 2 * shapes.value_bytes)
     outside += 3 * setting.tokens * shapes.hidden * shapes.value_bytes if setting.where == "sublayer" else 0
@@ -228,41 +243,6 @@ def _solver_bytes(linear: Linear, rank: int, value_bytes: int) -> int:
     solve = product + 8 * 4 * narrow * narrow
     judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
     return 8 * rows * columns + max(solve, judge) + (2 * 8 + value_bytes) * rank * rows
-
-
-def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
-    """Bound of a correction: of the worst linear pieces of its weight, its factors, and six (out, r) in float64; and
-    what is solved, in float64."""
-
-    def cost(linear: Linear) -> int:
-        rank = rank_for(ratio, linear.out_features, linear.in_features)
-        if rank is None:
-            return 0
-        pieces = min(4 * CHUNK_BYTES, linear.parameters * shapes.value_bytes)
-        sides = linear.out_features + linear.in_features
-        return pieces + SOLVE_BLOCK_BYTES + 8 * (rank + 6 * lora_rank) * sides
-
-    solved = 8 * lora_parameters(shapes, lora_rank)
-    return solved + max((cost(linear) for block, _ in shapes.kinds for linear in block.compressible), default=0)
-
-
-def refine_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
-    """Bound of a refinement on the card: the block that is refined, and its factors as they are trained."""
-    costs = []
-    for block, _ in shapes.kinds:
-        sides = sum(linear.in_features + linear.out_features for linear in block.compressible)
-        values = [_kept_values(linear, ratio) for linear in block.compressible]
-        training = training_bytes(values, sides, batch_tokens, shapes.value_bytes)
-        costs.append(block.parameters * shapes.value_bytes + training)
-    return max(costs)
-
-
-def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
-    """Bound of an exact step on the card, on `tokens` at once: the block that computes and what it needs beside."""
-    widest = max(sum(linear.in_features + linear.out_features for linear in block.linears) for block, _ in shapes.kinds)
-    adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
-    block = shapes.largest_block_bytes
-    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter)
 
 
 def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from onelayer.compiler.files import BUFFER_BYTES
 from onelayer.compiler.measure import Result
 from onelayer.compiler.shapes import ModelShapes
+from onelayer.runtime.plan_memory import active_values
 
 READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
 _SIDE = 2048
@@ -88,7 +89,6 @@ def seconds_at(
     speed: Speed,
     shapes: ModelShapes,
     *,
-    emulator_bytes: int,
     ratio: float,
     samples: int,
     max_length: int,
@@ -100,8 +100,6 @@ def seconds_at(
     flops = speed.flops_per_second
     read = shapes.parameters * shapes.value_bytes / speed.read_bytes_per_second
     active = shapes.active_parameters
-    outside = shapes.outside_parameters
-    resident = min(active, emulator_bytes // shapes.value_bytes - outside) + outside
     sides = [min(linear.out_features, linear.in_features) for block in shapes.blocks for linear in block.compressible]
     moments = samples * max_length * 2 * sum(side * side for side in sides) + EIGEN_FLOPS * sum(s**3 for s in sides)
     for experts in (block.experts for block in shapes.blocks if block.experts is not None):
@@ -118,7 +116,7 @@ def seconds_at(
             max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
             + FORWARD * ratio * active * refined_tokens / flops
         ),
-        train_step=_digits(train * resident * batch_size * max_length / flops),
+        train_step=_digits(train * active_values(shapes, ratio) * batch_size * max_length / flops),
         correct=_digits(read),
         evaluate_1000_tokens=_digits(max(read, FORWARD * active * 1000 / flops)),
         polish_step=_digits(
