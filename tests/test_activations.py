@@ -184,6 +184,24 @@ def test_a_mask_that_is_filled_anew_is_read_anew() -> None:
     assert equal(gradients(model, batch), gradients(model, fresh))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_masked_token_with_a_label_is_no_padding(side: str) -> None:
+    model = adapted("llama")
+    batch = batch_for(model)
+    if side == "left":  # the last token of padding predicts the first one after it
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    else:
+        batch["labels"] = batch["input_ids"]
+    plain = gradients(model, batch)
+    compression = compress_activations(model, rank=4, residual_bits=4)
+    assert distance(plain, gradients(model, batch)) < 0.25
+    with compression.measure() as figures:
+        gradients(model, batch)
+    tokens = 22 if side == "left" else 24
+    factors = stored_bytes(rank=4, tokens=tokens) + tokens * HIDDEN // 4  # of four bits a value
+    assert figures.saved_bytes["norm outputs"] == 4 * factors
+
+
 def test_a_mask_of_inference_mode_is_read_too() -> None:
     model = adapted("llama")
     batch = batch_for(model)
