@@ -72,6 +72,15 @@ def test_an_epsilon_that_is_not_named(dtype: torch.dtype, scale: float) -> None:
     assert (norm.normalise(x)[0].float() - expected).norm() < 0.01 * expected.norm()
 
 
+def test_an_epsilon_that_stands_in_the_forward_alone() -> None:
+    class Bare(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.layer_norm(x, (FEATURES,), eps=1e-5)
+
+    x = tokens(torch.float32, scale=0.02)
+    assert recognise(Bare(), x, Bare()(x)) == Norm(centred=True, plus_one=False, epsilon=1e-5)
+
+
 @pytest.mark.parametrize("massive", [0.0, 10.0])
 def test_layer_norms_in_bf16_have_the_gradient_of_the_model(massive: float) -> None:
     model = causal("GPTNeoX", hidden_size=512, hidden_dropout=0.0, use_parallel_residual=False, initializer_range=0.02)

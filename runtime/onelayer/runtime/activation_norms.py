@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from onelayer.compiler.qb import Compressed
 
-_DEFAULT_EPSILON = 1e-6
+_USUAL_EPSILONS = (1e-6, 1e-5)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}  # of x̂'s size, which is 1; shorter floats get the next line
 _SHORT_TOLERANCE = 3e-2
 
@@ -97,7 +97,7 @@ def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
         return [[Norm(centred=True, plus_one=False, epsilon=module.eps)]]  # type: ignore[arg-type]
     named = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
     # Torch's own RMSNorm takes the machine epsilon where none is given.
-    hidden = [_DEFAULT_EPSILON, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps]
+    hidden = [*_USUAL_EPSILONS, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps]
     flags = (False, True)
     return [
         [Norm(centred, plus_one, epsilon) for epsilon in epsilons for centred in flags for plus_one in flags]
