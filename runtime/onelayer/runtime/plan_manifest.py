@@ -175,8 +175,8 @@ class Costs:
                 read_bytes=emulator, write_bytes=adapter, peak_bytes=train_memory(shapes, emulator, setting).peak
             ),
             "correct": StepCosts(
-                # Where held-out text chooses, the original streams once more.
-                read_bytes=(2 if setting.scored_tokens else 1) * model + emulator,
+                # Once, too, where held-out text chooses: the stream that scores also says what the solver needs.
+                read_bytes=model + emulator,
                 write_bytes=adapter,
                 peak_bytes=pass_bytes(shapes, ratio, setting)["correct"],
             ),
