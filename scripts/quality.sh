@@ -34,7 +34,8 @@ encoder() { # CELLS: 100 steps of 16 x 64 tokens at 2e-3; exact steps of 32 rows
     --test-rows 714 --batch-size 16 --learning-rate 2e-3 --max-length 64 --polish-rate 2e-3 --scratch-rate 4e-3 "$@"
 }
 
-cells=(qlora published:{0.5,0.25,0.12} int8:0.5 {bf16,int8,nf4}:{0.25,0.12,0.06} nf4:0.135 {nf4,published}-refined:{0.25,0.12})
+cells=(qlora published:{0.5,0.25,0.12} int8:0.5 {bf16,int8,nf4}:{0.25,0.12,0.06} nf4:0.135 {nf4,published}-refined:{0.25,0.12}
+  nf4-refined:0.06 {int8,published}-refined:0.5)
 other=({plain-svd,dropped}:{0.5,0.25,0.12} {sequential,rescaled,published+elastic,nf4+sublayer}:0.25)
 exact=(scratch published:{0.5,0.25,0.12})
 for seed in 0 1 2; do
