@@ -86,6 +86,16 @@ def test_a_share_of_bytes_chooses_the_factor_dtype(
     assert fakes.arguments["compile"]["rank_allocation"] == "spectrum"
 
 
+def test_a_memory_that_nothing_fits_is_refused_before_anything_runs(path: Path, fakes: FakeSteps) -> None:
+    put_model(path, torch.bfloat16)
+    say(path, "memory: 1MiB")
+    store = ArtifactStore(path.parent / "home")
+    for go_on in (plan, run):
+        with pytest.raises(InputError, match=r"emulator\.memory: "):
+            go_on(load_manifest(path), store)
+    assert fakes.calls == []
+
+
 def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.bfloat16)
     written = {}

@@ -119,6 +119,7 @@ def run(
     steps = steps_of(manifest, check_tasks(manifest, tasks))
     check_results(manifest, steps)
     _download_models(steps, notify)
+    costs = Costs(manifest, model_directory(model_source(manifest)))
     sources = _source_digests(steps)
     record = RunRecord.of(manifest.path, store)
     made: dict[str, Artifact] = {}
@@ -147,7 +148,6 @@ def run(
             results.append(result)
             record.remember(step, spec)
         done = RunResult(steps=results, evaluations=_evaluations(steps, made, store))
-        costs = Costs(manifest, model_directory(model_source(manifest)))
         foreseen = {step.name: _costs_of(costs, manifest, step).peak_bytes for step in steps}
         report = finish(manifest, store, steps, made, done.model_dump(mode="json"), foreseen)
         return done.model_copy(update={"report": str(report)})

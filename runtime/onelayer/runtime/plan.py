@@ -172,9 +172,11 @@ def size_for(
     choices = choose_each(shapes, setting, memory_bytes)
     found = choices[factor_dtype or _best(choices)]
     if found.ratio is None:
-        offers = [f"{row.give_up} allows {row.ratio}" for row in alternatives(shapes, found, memory_bytes)[:2]]
         reason = limit_of(shapes, found, memory_bytes)
-        raise InputError(f"--memory: too little for {reason}; {'; '.join(offers) or 'give more memory'}")
+        raise InputError(
+            f"--memory: too little for {reason}, when training has {BATCH_SIZE} x {MAX_LENGTH} tokens at once; give "
+            "more memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
+        )
     return found.ratio, factor_dtype or kind_of(found.factor_dtype)
 
 

@@ -126,7 +126,10 @@ def _common(ratios: Mapping[str, float | None]) -> float | None:
 
 
 class Costs:
-    """What the steps of one manifest cost. A model that is not here, or has no linears, leaves all unknown."""
+    """What the steps of one manifest cost. A model that is not here, or has no linears, leaves all unknown.
+
+    Raises `InputError` where nothing fits the manifest's memory.
+    """
 
     def __init__(self, manifest: Manifest, directory: Path | None) -> None:
         self._manifest = manifest
@@ -136,10 +139,10 @@ class Costs:
             return
         try:
             self._shapes = shapes_from_headers(directory)
-            if manifest.emulator is not None:
-                self.size = size_of_shapes(manifest, manifest.emulator, self._shapes)
         except InputError:  # the step itself will say what is wrong
-            self._shapes = None
+            return
+        if manifest.emulator is not None:
+            self.size = size_of_shapes(manifest, manifest.emulator, self._shapes)
 
     def of(self, kind: str, task: str | None, ratio: float | None, direct: bool) -> StepCosts:
         """The costs of a step; `ratio` is its own where it slices or trains on a slice."""
