@@ -17,7 +17,18 @@ STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen")
 # By which stage a kind is judged: as its authors use it; ours by the chosen correction.
 JUDGED = {"published": "limit 3", "dropped": "uncorrected", "qlora": "uncorrected"}
 # The order of kinds in tables; others come behind.
-KINDS = ("published", "bf16", "int8", "nf4", "published-refined", "nf4-refined", "qlora", "plain-svd", "dropped")
+KINDS = (
+    "published",
+    "bf16",
+    "int8",
+    "nf4",
+    "published-refined",
+    "int8-refined",
+    "nf4-refined",
+    "qlora",
+    "plain-svd",
+    "dropped",
+)
 Row = dict[str, Any]
 
 
