@@ -171,6 +171,19 @@ def test_settings_that_make_no_sense_are_refused_by_name(setup: Path, fields: di
         polished(setup, **fields)
 
 
+def test_a_batch_takes_no_row_twice_and_says_so(setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = TrainRows.read(setup / "train.jsonl", load_tokenizer(setup / "model"), 64, 100_000, 0)
+    assert sorted(row.input_ids for row in rows.batch(0)) == sorted(row.input_ids for row in rows.rows)
+    told = "onelayer: note: --batch-size 100000: there are 9 examples, a step takes each of them once\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_row_of_one_token_is_told_what_would_help(setup: Path) -> None:
+    (setup / "short.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(InputError, match="two tokens or more"):
+        polished(setup, data=setup / "train.jsonl", eval_data=setup / "short.jsonl")
+
+
 def test_every_row_is_taken_once_in_a_round(setup: Path) -> None:
     rows = TrainRows.read(setup / "train.jsonl", load_tokenizer(setup / "model"), 64, 3, 0)
     first = [tuple(row.input_ids) for step in range(3) for row in rows.batch(step)]

@@ -15,7 +15,7 @@ from adapters import load_original, random_adapter
 from emulators import FACTOR_DTYPES, dense_reference
 from onelayer.compiler import refine_pass
 from onelayer.compiler.calibration import make_batches, read_tokens
-from onelayer.compiler.checkpoint import Checkpoint
+from onelayer.compiler.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.compile import compile_emulator
 from onelayer.compiler.correct import correct_adapter
 from onelayer.compiler.emulator_reader import Emulator
@@ -49,9 +49,8 @@ def begun(root: Path, name: str = "qwen2", kind: Any = None, ratio: float = 0.4)
 def refined(root: Path, output: Path, **changes: Any) -> Any:
     given: dict[str, Any] = {"steps": STEPS, **SETTINGS, **changes}
     emulator = given.pop("emulator", root / "emulator")
-    return refine_emulator(
-        emulator, model=root / "original", calibration=str(root / "text.txt"), output=output, **given
-    )
+    calibration = str(given.pop("calibration", root / "text.txt"))
+    return refine_emulator(emulator, model=root / "original", calibration=calibration, output=output, **given)
 
 
 @pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
@@ -252,6 +251,17 @@ def test_an_adapter_of_the_refined_emulator_is_corrected_with_its_factors(plain:
     random_adapter(load_emulator(tmp_path / "refined"), tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
     given: dict[str, Any] = {"model": plain / "original", "output": tmp_path / "corrected"}
     assert correct_adapter(tmp_path / "adapter", emulator=tmp_path / "refined", **given).linears
+
+
+def test_a_step_takes_no_sample_twice_and_says_so(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.txt").write_text("\n\n".join(" ".join(TEXT.split()[i:]) for i in range(12)))
+    for name, step_samples in (("all", 12), ("more", 100_000)):
+        refined(plain, tmp_path / name, calibration=tmp_path / "rows.txt", steps=2, step_samples=step_samples)
+    told = "onelayer: note: --step-samples 100000: there are 12 examples, a step takes each of them once\n"
+    assert capsys.readouterr().err == told
+    assert model_digest(tmp_path / "all") == model_digest(tmp_path / "more")
 
 
 def test_bad_input_is_told_in_one_line(plain: Path, tmp_path: Path) -> None:

@@ -283,7 +283,8 @@ def test_computed_weights_are_there_with_an_adapter_too(tmp_path: Path) -> None:
     assert torch.equal(wrapped.model.get_parameter(name), StreamedModel(tmp_path).model.get_parameter(name))
 
 
-def test_an_unknown_device_is_refused() -> None:
+@pytest.mark.parametrize("name", ["warp", "meta"])
+def test_an_unknown_device_is_refused(name: str) -> None:
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="--device warp"):
-        pick_device("warp")
+    with pytest.raises(InputError, match=f"--device {name}"):
+        pick_device(name)

@@ -54,7 +54,10 @@ def read_tokens(
     tokens = [tokenize(example, tokenizer, max_length) for example in examples]
     kept = [item for item in tokens if item.labelled]
     if not kept:
-        raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+        raise InputError(
+            f"{data}: no example has a labelled token within --max-length {max_length}; "
+            "raise it, or give examples of two tokens or more"
+        )
     return kept
 
 

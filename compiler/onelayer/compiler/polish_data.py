@@ -10,6 +10,7 @@ from onelayer.compiler.calibration import DataSource, tokens_digest
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import read_examples
 from onelayer.compiler.labels import Classes, tokenize_for
+from onelayer.compiler.measure import at_most
 from onelayer.compiler.tokens import Tokens
 
 
@@ -25,7 +26,10 @@ def read_labelled(
     tokens = [tokenize_for(classes, example, tokenizer, max_length, append_eos) for example in examples]
     rows = [item for item in tokens if item.labelled]
     if not rows:
-        raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+        raise InputError(
+            f"{data}: no example has a labelled token within --max-length {max_length}; "
+            "raise it, or give examples of two tokens or more"
+        )
     return rows
 
 
@@ -47,9 +51,12 @@ class TrainRows:
         seed: int,
         classes: Classes | None = None,
     ) -> "TrainRows":
-        """Every labelled example, ended as in training. Raises `InputError` where there is none."""
+        """Every labelled example, ended as in training; a batch takes none of them twice.
+
+        Raises `InputError` where there is none.
+        """
         rows = read_labelled(data, tokenizer, max_length, classes, append_eos=True)
-        return cls(rows, batch_size, seed)
+        return cls(rows, at_most("--batch-size", batch_size, len(rows)), seed)
 
     @property
     def digest(self) -> str:

@@ -7,6 +7,7 @@ original's give. Held on the device: one unit of the original, its factors with 
 import math
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onelayer.compiler.checkpoint import resolve_model
 from onelayer.compiler.compression import check_disk
 from onelayer.compiler.emulator_reader import Emulator
 from onelayer.compiler.files import check_output
-from onelayer.compiler.measure import Meter, Report, Result
+from onelayer.compiler.measure import Meter, Report, Result, at_most
 from onelayer.compiler.parking import Parking
 from onelayer.compiler.quantize import require
 from onelayer.compiler.refine_pass import RefinePass, workspace_bytes
@@ -59,9 +60,10 @@ def refine_emulator(
     """Write the emulator whose factors were trained, a unit at a time, to give what the units of `model` give.
 
     Ranks, dtype and bytes stay the same. Each unit is trained by `steps` steps, each on `step_samples` of the `samples`
-    examples, `batch_size` at once, with the original's own inputs; `learning_rate` is relative to the size of each
-    factor. Factors are in no order afterwards, so the result cannot be sliced. Experts of mixtures stay as they are. An
-    interrupted run is taken up behind its last finished unit. Raises `InputError` for what the caller can mend.
+    examples or all there are, `batch_size` at once, with the original's own inputs; `learning_rate` is relative to the
+    size of each factor. Factors are in no order afterwards, so the result cannot be sliced. Experts of mixtures stay as
+    they are. An interrupted run is taken up behind its last finished unit. Raises `InputError` for what the caller can
+    mend.
     """
     output, pace = Path(output), Pace(steps, step_samples, learning_rate, seed)
     check_output(output)
@@ -73,6 +75,7 @@ def refine_emulator(
     place, parking = pick_device(device), Parking(host_memory_bytes)
     streamed = StreamedModel(directory)
     tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
+    pace = replace(pace, step_samples=at_most("--step-samples", step_samples, len(tokens)))
     batches = make_batches(tokens, streamed.config, batch_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     settings = {**vars(pace), "samples": samples, "max_length": max_length, "batch_size": batch_size}

@@ -54,7 +54,9 @@ def example_from_row(row: object, source: str) -> Example:
     if "prompt" in present or "completion" in present:
         forms.append("prompt+choices" if is_question else "prompt+completion")
     if not forms:
-        columns = ", ".join(f"'{name}'" for name in row) or "no fields"
+        columns = (
+            ", ".join(f"'{name}'{' (null)' if value is None else ''}" for name, value in row.items()) or "no fields"
+        )
         raise InputError(f"{source}: has {columns}, but needs {FORMS}; rename its fields")
     if len(forms) > 1:
         raise InputError(f"{source}: ambiguous, has the forms {' and '.join(forms)}; keep one of {FORMS}")

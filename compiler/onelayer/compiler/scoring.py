@@ -59,7 +59,10 @@ class Samples:
             else:
                 found._add_question(example, tokenizer, max_length)
         if not found.tokens:
-            raise InputError(f"{data}: no example has a labelled token within --max-length {max_length}; raise it")
+            raise InputError(
+                f"{data}: no example has a labelled token within --max-length {max_length}; raise "
+                "it, or give examples of two tokens or more"
+            )
         return found
 
     def _add_question(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

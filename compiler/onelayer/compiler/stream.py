@@ -31,7 +31,7 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # `meta` holds no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]}); use cpu or cuda") from None
     return device

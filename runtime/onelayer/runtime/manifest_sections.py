@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 from onelayer.compiler.factor_dtypes import DEFAULT_KEEP_BYTES
@@ -91,6 +92,14 @@ class Emulator(Section):
     factor_dtype: Literal["bf16", "int8", "nf4"] | None = None
     rank_allocation: Allocation | None = None
     refine: Annotated[Refine | None, BeforeValidator(none_word)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_not_none(cls, written: Any) -> Any:
+        """`refine:` with nothing behind it is left out, as everywhere; only the word `none` goes without."""
+        if isinstance(written, dict) and written.get("refine", "") is None:
+            return {name: value for name, value in written.items() if name != "refine"}
+        return written
 
     @property
     def share(self) -> float:

@@ -18,7 +18,7 @@ STEP_VERSIONS = {
     "refine": 2,
     "train": 2,
     "correct": 3,
-    "polish": 2,
+    "polish": 3,
     "merge": 1,
     "evaluate": 1,
 }
