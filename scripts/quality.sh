@@ -2,7 +2,7 @@
 # Every cell behind the quality tables, then the tables and the picture: scripts/quality.sh MODELS WORK
 #
 # MODELS holds tinylm-7m, a trained causal language model, and texts/{perl,cheader}.{train,test}.jsonl with rows of text.
-# The encoder and its task are made on the spot (section_task.py). About eight hours of one core. What is in WORK is not
+# The encoder and its task are made on the spot (section_task.py). About nine hours of one core. What is in WORK is not
 # made twice: call it again to go on where it stopped, or several times at once to share the work.
 set -euo pipefail
 models=$(realpath "$1")
