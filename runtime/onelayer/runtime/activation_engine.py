@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from onelayer.compiler.qb import Compressed, compress
+from onelayer.compiler.qb import Compressed, Kept, compress
 from onelayer.runtime.activation_calls import StandIn, recomputed, replaced, tensors_in
 from onelayer.runtime.activation_figures import Figures
 from onelayer.runtime.activation_norms import CompressedNorm, Norm, NormCopy
@@ -216,6 +216,8 @@ class Engine:
         compressed = compress(tensor, features_rank(self.rank, tensor.shape[-1]), generator, tokens, self.residual_bits)
         if self.figures is not None:
             self.figures.add(category, compressed.saved_bytes)
+            if isinstance(compressed, Kept):
+                self.figures.exact.append(compressed.tensor)
             self.figures.compare(name, tensor, compressed, tokens)
         return compressed
 

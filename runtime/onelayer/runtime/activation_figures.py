@@ -16,6 +16,8 @@ class Figures:
     errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     ranks: dict[str, list[int | None]] = field(default_factory=lambda: defaultdict(list))
     with_errors: bool = True
+    # Tensors that are kept as they are: autograd saves the very same, so who counts what it saves leaves them out.
+    exact: list[torch.Tensor] = field(default_factory=list)
     # Tensors counted so far, held so that no other takes their address.
     _shared: dict[int, torch.Tensor] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ Imports trl, transformers and torch; import it where training starts.
 
 import math
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class _Watched(Trainer):
         compressed = nullcontext(None) if self.activations is None else self.activations.counted()
         with SavedBytes(model) as saved, compressed as figures:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.saved_activation_bytes = saved.total + (0 if figures is None else figures.total_bytes)
+        own_bytes, exact = (0, []) if figures is None else (figures.total_bytes, figures.exact)
+        self.saved_activation_bytes = saved.total_beside(exact) + own_bytes
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -76,8 +78,8 @@ class ClassTrainer(_Watched):
 class SavedBytes:
     """Counts what autograd keeps for the backward pass inside `with`: bytes of distinct storages, parameters left out.
 
-    The inputs that torch's checkpointing keeps to recompute from are among them; what compression keeps is not, since
-    it counts that itself.
+    The inputs that torch's checkpointing keeps to recompute from are among them. Compression counts what it keeps
+    itself, tensors as they are too, which autograd saves by the way.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -86,10 +88,10 @@ class SavedBytes:
         self._sizes: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
 
-    @property
-    def total(self) -> int:
-        """Bytes counted so far."""
-        return sum(self._sizes.values())
+    def total_beside(self, others: Iterable[torch.Tensor] = ()) -> int:
+        """Bytes counted so far, without the storages of tensors that somebody else counts."""
+        elsewhere = {tensor.untyped_storage().data_ptr() for tensor in others}
+        return sum(size for storage, size in self._sizes.items() if storage not in elsewhere)
 
     def __enter__(self) -> "SavedBytes":
         self._hooks.__enter__()
