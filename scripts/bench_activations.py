@@ -120,7 +120,7 @@ def bytes_beside_layers(model: Any, ids: torch.Tensor) -> int:
             model(inputs_embeds=embedded, labels=ids, use_cache=False)
     finally:
         decoder.layers = layers
-    return saved.total_beside()
+    return saved.total()
 
 
 def costs(model: Any, enter: Variant, ids: torch.Tensor, fixed_bytes: int) -> dict[str, Any]:
@@ -129,8 +129,7 @@ def costs(model: Any, enter: Variant, ids: torch.Tensor, fixed_bytes: int) -> di
         measured = compression.measure(with_errors=False) if compression is not None else nullcontext()
         with SavedBytes(model) as saved, measured as figures:
             model(input_ids=ids, labels=ids, use_cache=False)
-        own_bytes, exact = (0, []) if figures is None else (figures.total_bytes, figures.exact)
-        total = saved.total_beside(exact) - fixed_bytes + own_bytes
+        total = saved.total(figures) - fixed_bytes
         peak_bytes = peak(partial(step, model, ids), ids.device)
         gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
     return {"saved_bytes": total, "peak_bytes": peak_bytes, "gradients": gradients}

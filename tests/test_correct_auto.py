@@ -14,6 +14,7 @@ from onelayer.compiler import correct_auto
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.checkpoint import Checkpoint
 from onelayer.compiler.correct import CorrectResult, correct_adapter
+from onelayer.compiler.correct_candidates import CANDIDATES
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate import evaluate_model
 from onelayer.compiler.files import read_json
@@ -55,12 +56,12 @@ def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
     setting = Setting(tmp_path, family, **LORA[family])
     result = setting.correct("auto", limit="auto", data=setting.data, batch_size=2)
     assert result.candidates is not None
-    assert [(item.solver, item.limit, item.scale) for item in result.candidates] == list(correct_auto.CANDIDATES)
+    assert [(item.solver, item.limit, item.scale) for item in result.candidates] == list(CANDIDATES)
     best = min(result.candidates, key=lambda candidate: candidate.loss)
     assert (result.limit, result.solver, result.scale) == (best.limit, best.solver, best.scale)
     assert len({round(candidate.loss, 5) for candidate in result.candidates}) > 2
     paths = []
-    for number, (solver, limit, scale) in enumerate(correct_auto.CANDIDATES):
+    for number, (solver, limit, scale) in enumerate(CANDIDATES):
         if (solver, scale) == ("span", 1.0):
             paths.append(Path(setting.correct(f"alone-{number}", limit=limit).output))
         else:
@@ -142,7 +143,7 @@ def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
     assert most > 0
     tokenizer = load_tokenizer(tmp_path / "original")
     batches = Samples.read(setting.data, tokenizer, 512).batches(StreamedModel(tmp_path / "original").config, 1)
-    streamed, variants = StreamedModel(tmp_path / "original"), 1 + len(correct_auto.CANDIDATES)
+    streamed, variants = StreamedModel(tmp_path / "original"), 1 + len(CANDIDATES)
     predicted = parked_bytes(streamed, batches, variants, made[0])
     assert most <= predicted
     assert free.report.workspace_bytes >= predicted

@@ -131,7 +131,7 @@ def test_frozen_factors_keep_no_inputs_for_the_backward_pass(tmp_path: Path) -> 
         module(x, index, weights)
     rows = tokens * per_token
     # The gate's two halves and its activation, the outputs that are weighted, weights, and the order of rows.
-    assert saved.total_beside() <= 4 * rows * (3 * inner + HIDDEN) + 64 * rows
+    assert saved.total() <= 4 * rows * (3 * inner + HIDDEN) + 64 * rows
 
 
 def test_a_person_is_told_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ def compiled(root: Path, **settings: Any) -> Report:
 
 def refined(root: Path, **settings: Any) -> Report:
     """The emulator that `compiled` left."""
-    given = {"model": root / "model", "calibration": root / "data.jsonl", "host_memory_bytes": 0, **settings}
-    return refine_emulator(root / "emulator", output=root / "refined", steps=2, **given).report
+    given = {"model": root / "model", "calibration": root / "data.jsonl", "steps": 2, **settings}
+    return refine_emulator(root / "emulator", output=root / "refined", host_memory_bytes=0, **given).report
 
 
 def polished(root: Path, **settings: Any) -> Report:
@@ -77,6 +77,14 @@ def test_large_batches_and_long_samples_stay_within_the_prediction(
     model = causal("Llama", num_hidden_layers=2, max_position_embeddings=1024, **WIDE)
     prepare(tmp_path, model, [{"text": WORDS * 200}] * 16)
     check_promise(measured(compiled, tmp_path, own_store, batch_size=batch_size, max_length=max_length))
+
+
+def test_the_holes_that_steps_leave_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
+    prepare(tmp_path, causal("Llama", num_hidden_layers=2, **WIDE), [{"text": WORDS * 100}] * 32)
+    measured(compiled, tmp_path, own_store, max_length=128)
+    report = measured(refined, tmp_path, own_store, batch_size=32, steps=8, max_length=128)
+    assert report.peak_device_bytes > 256 << 20, "little is computed, so that nothing could be seen"
+    check_promise(report)
 
 
 def test_long_prompts_of_an_encoder_decoder_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:

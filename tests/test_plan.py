@@ -15,7 +15,7 @@ from onelayer.compiler.compression import choose_ranks, choose_stacks, stacked_p
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factor_dtypes import best_of
 from onelayer.compiler.ranks import rank_for
-from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
+from onelayer.compiler.shapes import shapes_from_headers
 from onelayer.compiler.units import StreamedModel
 from onelayer.runtime.plan import plan_run, size_for
 from onelayer.runtime.plan_choice import LARGEST_RATIO, best_ratio, choose_each
@@ -23,6 +23,7 @@ from onelayer.runtime.plan_memory import Setting, emulator_bytes, stored_copy_by
 from onelayer.runtime.plan_parts import expert_parts
 from onelayer.runtime.plan_skeleton import read_shapes
 from onelayer.runtime.plan_speed import Speed
+from planned import decoder, mixture
 
 GIB = 1 << 30
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -46,16 +47,6 @@ def saved(folder: Path, name: str) -> Path:
     config_class, model_class, fields = MODELS[name]
     tiny.build(config_class, model_class, **fields).save_pretrained(folder / name)
     return folder / name
-
-
-def decoder(hidden: int, inner: int, layers: int, vocabulary: int, value_bytes: int = 2) -> ModelShapes:
-    table: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
-    for number in range(layers):
-        attention = dict.fromkeys(("q", "k", "v", "o"), (hidden, hidden))
-        table |= {f"layers.{number}.attention.{name}.weight": shape for name, shape in attention.items()}
-        table |= {f"layers.{number}.mlp.{name}.weight": (inner, hidden) for name in ("gate", "up")}
-        table[f"layers.{number}.mlp.down.weight"] = (hidden, inner)
-    return shapes_of("typed in", {"hidden_size": hidden, "vocab_size": vocabulary}, table, value_bytes, False)
 
 
 LARGE = decoder(4096, 14336, 32, 128256)
@@ -104,15 +95,7 @@ def test_experts_open_and_close_whichever_way_they_lie(tmp_path: Path, name: str
 
 
 def test_a_mixture_with_low_rank_experts_fits_where_its_dense_experts_would_not() -> None:
-    table: dict[str, tuple[int, ...]] = {"embed.weight": (1000, 1024)}
-    for layer in range(8):
-        table |= {f"layers.{layer}.attention.{name}.weight": (1024, 1024) for name in "qkvo"}
-        for expert in range(64):
-            place = f"layers.{layer}.experts.{expert}"
-            table |= {f"{place}.{name}.weight": (512, 1024) for name in ("gate", "up")}
-            table[f"{place}.down.weight"] = (1024, 512)
-    config = {"hidden_size": 1024, "vocab_size": 1000, "num_experts_per_tok": 4}
-    shapes = shapes_of("typed in", config, table, 2, False)
+    shapes = mixture(1024, 512, 8, 1000, experts=64, per_token=4)
     dense = shapes.parameters * shapes.value_bytes
     choice = best_ratio(shapes, Setting(batch_size=2, max_length=256), dense)
     assert choice.reached > 0.3

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.shapes import ModelShapes, shapes_of
 from onelayer.runtime.manifest import Manifest, load_manifest, manifest_schema
 from onelayer.runtime.plan_manifest import Costs, setting_of, size_of_shapes
 from onelayer.runtime.steps import steps_of
 from onelayer.runtime.trainer_args import trainer_args_model
+from planned import decoder
 
 FOLDER = Path(__file__).parents[1] / "manifests"
 REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "demo.yaml")
@@ -43,17 +43,6 @@ def placed(folder: Path, name: str) -> Manifest:
     return load_manifest(folder / name)
 
 
-def decoder(size: str) -> ModelShapes:
-    hidden, inner, layers, narrow, vocabulary = SIZES[size]
-    table: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
-    for number in range(layers):
-        parts = {"attention.q": (hidden, hidden), "attention.k": (narrow, hidden), "attention.v": (narrow, hidden)}
-        parts |= {"attention.o": (hidden, hidden), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden)}
-        parts |= {"mlp.down": (hidden, inner)}
-        table |= {f"layers.{number}.{part}.weight": shape for part, shape in parts.items()}
-    return shapes_of(size, {"hidden_size": hidden, "vocab_size": vocabulary}, table, 2, False)
-
-
 @pytest.mark.parametrize("name", REAL)
 def test_a_manifest_loads_and_has_steps(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MODEL", raising=False)
@@ -72,7 +61,8 @@ def test_a_budget_gives_a_ratio_and_a_factor_dtype(tmp_path: Path, name: str) ->
     manifest = placed(tmp_path, name)
     assert manifest.emulator is not None
     assert manifest.emulator.memory is not None
-    shapes = decoder("32b" if "32b" in name else "8b")
+    hidden, inner, layers, narrow, vocabulary = SIZES["32b" if "32b" in name else "8b"]
+    shapes = decoder(hidden, inner, layers, vocabulary, narrow=narrow)
     dtype, low, high = RANGES[name]
     size = size_of_shapes(manifest, manifest.emulator, shapes)
     assert size.factor_dtype == dtype

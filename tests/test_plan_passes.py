@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 import tiny
-from onelayer.compiler import correct_auto
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.ranks import Spectrum, ranks_by_spectrum
 from onelayer.compiler.shapes import ModelShapes, shapes_from_headers, shapes_of
-from onelayer.runtime import plan_passes
 from onelayer.runtime.manifest import Manifest, load_manifest
 from onelayer.runtime.plan import size_for
 from onelayer.runtime.plan_manifest import Costs, Size, setting_of, size_of_shapes
@@ -18,32 +16,12 @@ from onelayer.runtime.plan_memory import Setting, compile_bytes, emulator_bytes,
 from onelayer.runtime.plan_passes import pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.plan_speed import Speed, seconds_at
 from onelayer.runtime.steps import steps_of
+from planned import decoder, mixture
 
 GIB = 1 << 30
 HIDDEN, INNER, NARROW = 4096, 14336, 1024
-
-
-def decoder(layers: int = 32, vocabulary: int = 128256) -> ModelShapes:
-    """The shapes of an 8B model, with other layers and words where asked."""
-    table: dict[str, tuple[int, ...]] = {"embed.weight": (vocabulary, HIDDEN), "head.weight": (vocabulary, HIDDEN)}
-    for number in range(layers):
-        parts = {"attention.q": (HIDDEN, HIDDEN), "attention.k": (NARROW, HIDDEN), "attention.v": (NARROW, HIDDEN)}
-        parts |= {"attention.o": (HIDDEN, HIDDEN), "mlp.gate": (INNER, HIDDEN), "mlp.up": (INNER, HIDDEN)}
-        parts |= {"mlp.down": (HIDDEN, INNER)}
-        table |= {f"layers.{number}.{part}.weight": shape for part, shape in parts.items()}
-    return shapes_of("typed in", {"hidden_size": HIDDEN, "vocab_size": vocabulary}, table, 2, False)
-
-
-def mixture() -> ModelShapes:
-    """Four experts of width 48 in two layers of width 32; a token is sent to two."""
-    table: dict[str, tuple[int, ...]] = {"embed.weight": (100, 32)}
-    for layer in range(2):
-        table |= {f"layers.{layer}.attention.{name}.weight": (32, 32) for name in "qkvo"}
-        for expert in range(4):
-            place = f"layers.{layer}.experts.{expert}"
-            table |= {f"{place}.{name}.weight": (48, 32) for name in ("gate", "up")}
-            table[f"{place}.down.weight"] = (32, 48)
-    return shapes_of("mix", {"hidden_size": 32, "vocab_size": 100, "num_experts_per_tok": 2}, table, 4, False)
+LARGE = decoder(HIDDEN, INNER, 32, 128256, narrow=NARROW)
+MIXTURE = mixture(32, 48, 2, 100, experts=4, per_token=2, value_bytes=4)
 
 
 def manifest(
@@ -75,10 +53,10 @@ def size(plan: Manifest, shapes: ModelShapes) -> Size:
 
 
 def test_a_budget_holds_for_the_batches_that_will_run(tmp_path: Path) -> None:
-    shapes = decoder()
-    plan = manifest(tmp_path, "memory: 12GiB", calibration=", max_length: 2048", refine=", refine: {batch_size: 8}")
+    shapes = LARGE
+    plan = manifest(tmp_path, "memory: 12GiB", calibration=", max_length: 2048", refine=", refine: {batch_size: 4}")
     setting = setting_of(plan, "a")
-    assert (setting.compile_tokens, setting.refine_tokens) == (2048, 8 * 2048)
+    assert (setting.compile_tokens, setting.refine_tokens) == (2048, 4 * 2048)
     assert pass_bytes(shapes, size(plan, shapes).ratio, setting)["refine"] <= 0.95 * 12 * GIB
     # 8 samples of 8192 tokens: inputs and outputs of the widest part alone take 6 GiB, the attention's more.
     wide = manifest(tmp_path, "memory: 24GiB", calibration=", max_length: 8192", stream="{batch_size: 8}")
@@ -89,11 +67,11 @@ def test_a_budget_holds_for_the_batches_that_will_run(tmp_path: Path) -> None:
 def test_a_pass_that_never_fits_is_named_with_what_mends_it(tmp_path: Path) -> None:
     plan = manifest(tmp_path, "memory: 6GiB", calibration=", max_length: 8192", stream="{batch_size: 8}")
     with pytest.raises(InputError, match=r"emulator\.memory: too little for compile: .*lower stream\.batch_size"):
-        size(plan, decoder())
+        size(plan, LARGE)
 
 
 def test_a_refinement_that_does_not_run_takes_nothing(tmp_path: Path) -> None:
-    shapes = decoder(12, 32000)
+    shapes = decoder(HIDDEN, INNER, 12, 32000, narrow=NARROW)
     refined = size(manifest(tmp_path, "memory: 6GiB", max_length=128), shapes)
     assert pass_bytes(shapes, refined.ratio, setting_of(manifest(tmp_path, "memory: 6GiB"), "a"))["refine"] > 0
     plain = manifest(tmp_path, "memory: 6GiB", refine=", refine: none", max_length=128)
@@ -107,7 +85,7 @@ def compile_key(plan: Manifest) -> str:
 
 
 def test_what_decides_the_size_is_in_the_key(tmp_path: Path) -> None:
-    shapes = decoder()
+    shapes = LARGE
     budget, task = "memory: 12GiB", ", ratio: 0.2, max_length: 256"
     loaded = [
         manifest(tmp_path, budget, task=task),
@@ -130,11 +108,11 @@ def test_a_compile_of_many_tokens_gets_the_room_that_it_needs(tmp_path: Path) ->
 
 
 def test_an_exact_step_counts_an_expert_for_each_that_a_token_is_sent_to() -> None:
-    shapes = mixture()
+    shapes = MIXTURE
     # Per token: four matrices of 32 x 32, and for two experts 2 * 48 opened, 48 left of them, 32 read and 32 given.
     width = 4 * 64 + 2 * (96 + 48 + 2 * 32)
     assert polish_bytes(shapes, 8, 1000) - polish_bytes(shapes, 8, 0) == 2 * 1000 * width * 4
-    assert refine_bytes(shapes, 0.3, 1000, "uniform") - refine_bytes(shapes, 0.3, 0, "uniform") == 2 * 1000 * width * 4
+    assert refine_bytes(shapes, 0.3, 1000, "uniform") - refine_bytes(shapes, 0.3, 0, "uniform") == 3 * 1000 * width * 4
 
 
 def seconds(shapes: ModelShapes, ratio: float) -> float:
@@ -145,19 +123,18 @@ def seconds(shapes: ModelShapes, ratio: float) -> float:
 
 
 def test_a_training_step_computes_values_not_bytes() -> None:
-    shapes = decoder()
+    shapes = LARGE
     linears = 32 * (2 * HIDDEN**2 + 2 * HIDDEN * NARROW + 3 * HIDDEN * INNER)
     # Forward, forward again and back: six operations for each value and token.
     by_hand = 6 * (0.5 * linears + 2 * 128256 * HIDDEN) * 8 * 512 / 1e13
     assert seconds(shapes, 0.5) == pytest.approx(by_hand, rel=0.02)
     # Of a mixture two of four experts.
     active = 2 * (4 * 32 * 32 + 2 * 3 * 32 * 48) + 100 * 32
-    assert seconds(mixture(), 1.0) == pytest.approx(6 * active * 8 * 512 / 1e13, rel=0.02)
+    assert seconds(MIXTURE, 1.0) == pytest.approx(6 * active * 8 * 512 / 1e13, rel=0.02)
 
 
 def test_a_correction_chosen_on_text_holds_the_block_that_it_streams(tmp_path: Path) -> None:
-    shapes = decoder()
-    assert len(correct_auto.CANDIDATES) == plan_passes.CANDIDATES
+    shapes = LARGE
     found = {}
     for task in ("", ", validation: t.jsonl"):
         plan = manifest(tmp_path, "ratio: 0.05", task=task)

@@ -14,7 +14,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
     with sft.SavedBytes(layer) as saved:
         h = layer(x)  # saves x, and the weight, which is resident
         (h * h).sum()  # saves h, twice
-    assert saved.total_beside() == 2 * 4 * 8 * 4
+    assert saved.total() == 2 * 4 * 8 * 4
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:

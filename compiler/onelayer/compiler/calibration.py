@@ -54,11 +54,16 @@ def read_tokens(
     tokens = [tokenize(example, tokenizer, max_length) for example in examples]
     kept = [item for item in tokens if item.labelled]
     if not kept:
-        raise InputError(
-            f"{data}: no example has a labelled token within --max-length {max_length}; "
-            "raise it, or give examples of two tokens or more"
-        )
+        raise nothing_labelled(data, max_length)
     return kept
+
+
+def nothing_labelled(data: object, max_length: int) -> InputError:
+    """What to raise where no example of `data` leaves anything to be predicted."""
+    return InputError(
+        f"{data}: no example has a labelled token within --max-length {max_length}; raise it, or give examples of two "
+        "tokens or more"
+    )
 
 
 def tokens_digest(tokens: Iterable[Tokens]) -> str:

@@ -17,7 +17,8 @@ from onelayer.compiler.adapter_fit import check_fit
 from onelayer.compiler.adapter_writer import Base, write_adapter
 from onelayer.compiler.calibration import DataSource
 from onelayer.compiler.checkpoint import resolve_model
-from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, Setting, Solver, try_limits
+from onelayer.compiler.correct_auto import Candidate, Choice, HeldOut, Setting, try_limits
+from onelayer.compiler.correct_candidates import Solver
 from onelayer.compiler.correct_pass import read_gaps, workspace_bytes
 from onelayer.compiler.correction import Correction, Gap
 from onelayer.compiler.emulator_reader import Emulator

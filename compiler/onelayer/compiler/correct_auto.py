@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from onelayer.compiler.adapter import Adapter
 from onelayer.compiler.adapter_fit import is_transposed
 from onelayer.compiler.calibration import DataSource, tokens_digest
+from onelayer.compiler.correct_candidates import CANDIDATES, Solver, trial_bytes
 from onelayer.compiler.correct_pass import gap_of
 from onelayer.compiler.correction import Gap, oblique_gap
 from onelayer.compiler.emulator_reader import Emulator
@@ -34,19 +35,6 @@ from onelayer.compiler.tokens import load_tokenizer
 from onelayer.compiler.units import Unit
 from onelayer.compiler.variants import Run, named_parts, tuner_layers
 
-Solver = Literal["span", "oblique"]
-# Limit 0 leaves the adapter as trained; None is the whole correction; span with 3 is the paper's choice.
-LIMITS: tuple[tuple[Solver, float | None], ...] = (
-    ("span", 0.0), ("span", 1.0), ("span", 3.0), ("span", 10.0), ("span", None),
-    ("oblique", 1.0), ("oblique", 3.0), ("oblique", None),
-)  # fmt: skip
-# An emulator has less energy than its original, and what it gets wrong the adapter may have learnt to outdo: so the
-# adapter can come out too small or too large. Tried with no correction and with the one that is chosen most often.
-SCALES, SCALED = (0.65, 0.8, 0.9, 1.1, 1.2), (("span", 0.0), ("oblique", 1.0))
-CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
-    *((*limit, 1.0) for limit in LIMITS),
-    *((*limit, scale) for limit in LIMITS if limit in SCALED for scale in SCALES),
-)
 NAME = "trained"  # of the one adapter that PEFT attaches
 
 Weights = tuple[torch.Tensor, torch.Tensor]
@@ -123,7 +111,6 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
         for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
     ]
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
-    # Of every adapted linear p, b and two errors; for one unit at a time the candidates; of one linear its factors.
     sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
     largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.compressed.items()), default=0)
     workspace = workspace_bytes(streamed, batches, variants, held_out.device, parking)
@@ -132,7 +119,7 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
         candidates=candidates,
         gaps=trials.gaps[best.solver],
         validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
-        workspace_bytes=workspace + 8 * (4 + len(CANDIDATES)) * sides + 2 * largest,
+        workspace_bytes=workspace + trial_bytes(sides, largest),
         bytes_read=streamed.checkpoint.bytes_read,
     )
 

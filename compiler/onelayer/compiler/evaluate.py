@@ -122,11 +122,14 @@ def evaluate_model(
 
 def _check_adapters(adapters: Sequence[str | Path], model: Path) -> None:
     """Refuse by name what is no plain LoRA of this original: PEFT would tell it at length, or not at all."""
-    if adapters:
-        opened, streamed, digest = [Adapter.open(path) for path in adapters], StreamedModel(model), model_digest(model)
-        for adapter in opened:
-            check_made_for(adapter, model, digest)
-            check_fit(adapter, streamed)
+    opened = [Adapter.open(path) for path in adapters]
+    if not opened:
+        return
+    streamed = StreamedModel(model)
+    for adapter in opened:
+        if adapter.recorded_digest("base") is not None:  # reads all weights where they were never hashed before
+            check_made_for(adapter, model, model_digest(model))
+        check_fit(adapter, streamed)
 
 
 def open_scored(directory: Path, adapters: dict[str, str | Path]) -> tuple[StreamedModel, Classes | None]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from onelayer.compiler.calibration import DataSource, tokens_digest
-from onelayer.compiler.errors import InputError
+from onelayer.compiler.calibration import DataSource, nothing_labelled, tokens_digest
 from onelayer.compiler.examples import read_examples
 from onelayer.compiler.labels import Classes, tokenize_for
 from onelayer.compiler.measure import at_most
@@ -26,10 +25,7 @@ def read_labelled(
     tokens = [tokenize_for(classes, example, tokenizer, max_length, append_eos) for example in examples]
     rows = [item for item in tokens if item.labelled]
     if not rows:
-        raise InputError(
-            f"{data}: no example has a labelled token within --max-length {max_length}; "
-            "raise it, or give examples of two tokens or more"
-        )
+        raise nothing_labelled(data, max_length)
     return rows
 
 

@@ -22,14 +22,6 @@ def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapt
     return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + 2 * tokens * width * max(4, value_bytes)
 
 
-def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -> int:
-    """What experts read and give of one token, once for each that it is sent to.
-
-    The first matrix takes `hidden` features to `opened` ones, the second takes the `inner` that are left of these back.
-    """
-    return experts_per_token * (opened + inner + 2 * hidden)
-
-
 def workspace_bytes(
     streamed: "StreamedModel", width: int, rows: "TrainRows", settings: "Settings", state: "PolishState"
 ) -> int:

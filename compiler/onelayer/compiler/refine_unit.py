@@ -137,13 +137,14 @@ def _train(unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Cal
 def _shuffled(calls: Sequence[Call], pace: Pace, position: int) -> Iterator[list[Call]]:
     """The calls of one step after the other: all in turn, in another order every time."""
     generator = torch.Generator().manual_seed(pace.seed * 1_000_003 + position)
-    chosen: list[Call] = []
+    chosen, weight = list[Call](), 0.0
     while True:
         for index in torch.randperm(len(calls), generator=generator).tolist():
             chosen.append(calls[index])
-            if sum(call.weight for call in chosen) >= pace.step_samples:
+            weight += calls[index].weight
+            if weight >= pace.step_samples:
                 yield chosen
-                chosen = []
+                chosen, weight = [], 0.0
 
 
 def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tensor, int]:

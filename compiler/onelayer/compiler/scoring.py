@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches
+from onelayer.compiler.calibration import DataSource, TokenBatch, make_batches, nothing_labelled
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.examples import read_examples
 from onelayer.compiler.labels import Classes, tokenize_for
@@ -59,10 +59,7 @@ class Samples:
             else:
                 found._add_question(example, tokenizer, max_length)
         if not found.tokens:
-            raise InputError(
-                f"{data}: no example has a labelled token within --max-length {max_length}; raise "
-                "it, or give examples of two tokens or more"
-            )
+            raise nothing_labelled(data, max_length)
         return found
 
     def _add_question(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

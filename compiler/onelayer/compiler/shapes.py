@@ -243,3 +243,11 @@ def read_config_document(directory: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path}: is no mapping ({json.dumps(document)[:40]}); restore the file")
     return document
+
+
+def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -> int:
+    """What experts read and give of one token, once for each that it is sent to.
+
+    The first matrix takes `hidden` features to `opened` ones, the second takes the `inner` that are left of these back.
+    """
+    return experts_per_token * (opened + inner + 2 * hidden)

@@ -1,7 +1,7 @@
 """How many values a unit makes of one token, from shapes alone: what a bound on its activations is counted by."""
 
 from onelayer.compiler.experts import ExpertStacks, stacks_below
-from onelayer.compiler.polish_memory import routed_width
+from onelayer.compiler.shapes import routed_width
 from onelayer.compiler.units import StreamedModel, Unit
 
 

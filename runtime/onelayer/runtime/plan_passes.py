@@ -1,9 +1,10 @@
 """Shapes and a setting in; what every pass over the original holds on the device at its peak. Torch-free."""
 
-from onelayer.compiler.polish_memory import routed_width, step_bytes
+from onelayer.compiler.correct_candidates import trial_bytes
+from onelayer.compiler.polish_memory import step_bytes
 from onelayer.compiler.ranks import Allocation, rank_for
 from onelayer.compiler.refine_memory import training_bytes
-from onelayer.compiler.shapes import SLICE_BYTES, Block, Linear, ModelShapes
+from onelayer.compiler.shapes import SLICE_BYTES, Block, Linear, ModelShapes, routed_width
 from onelayer.runtime.plan_memory import Setting, compile_bytes, kept_values
 from onelayer.runtime.plan_parts import expert_parts, lora_parameters
 
@@ -12,7 +13,6 @@ SOLVE_BLOCK_BYTES = 1 << 20
 # With ranks by spectrum layers take unequal shares: the largest was measured to train up to 1.16 times its own
 # (manifests/LOG.md); half as much again is planned for.
 SPECTRUM_MARGIN = 1.5
-CANDIDATES = 18  # corrections that are tried where held-out text chooses
 
 
 def pass_bytes(shapes: ModelShapes, ratio: float, setting: Setting) -> dict[str, int]:
@@ -58,7 +58,7 @@ def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batc
         if (rank := rank_for(ratio, linear.out_features, linear.in_features))
     ]
     factors = max((4 * rank * (linear.out_features + linear.in_features) for rank, linear in ranks), default=0)
-    tried = 8 * (4 + CANDIDATES) * lora_parameters(shapes, lora_rank) + 2 * factors
+    tried = trial_bytes(lora_parameters(shapes, lora_rank), factors)
     batch = 4 * batch_tokens * max(_width(shapes, block) for block, _ in shapes.kinds)
     return 2 * shapes.largest_block_bytes + 3 * SLICE_BYTES + batch + tried
 

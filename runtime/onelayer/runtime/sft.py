@@ -6,7 +6,6 @@ Imports trl, transformers and torch; import it where training starts.
 
 import math
 import warnings
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.files import sync, write_text
+from onelayer.runtime.activation_figures import Figures
 from onelayer.runtime.train_activations import TrainActivations
 
 # Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
@@ -43,8 +43,7 @@ class _Watched(Trainer):
         compressed = nullcontext(None) if self.activations is None else self.activations.counted()
         with SavedBytes(model) as saved, compressed as figures:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        own_bytes, exact = (0, []) if figures is None else (figures.total_bytes, figures.exact)
-        self.saved_activation_bytes = saved.total_beside(exact) + own_bytes
+        self.saved_activation_bytes = saved.total(figures)
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -88,10 +87,12 @@ class SavedBytes:
         self._sizes: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
 
-    def total_beside(self, others: Iterable[torch.Tensor] = ()) -> int:
-        """Bytes counted so far, without the storages of tensors that somebody else counts."""
-        elsewhere = {tensor.untyped_storage().data_ptr() for tensor in others}
-        return sum(size for storage, size in self._sizes.items() if storage not in elsewhere)
+    def total(self, compression: Figures | None = None) -> int:
+        """Bytes counted so far, with those that `compression` counted itself."""
+        if compression is None:
+            return sum(self._sizes.values())
+        counted = {tensor.untyped_storage().data_ptr() for tensor in compression.exact}
+        return compression.total_bytes + sum(size for at, size in self._sizes.items() if at not in counted)
 
     def __enter__(self) -> "SavedBytes":
         self._hooks.__enter__()
