@@ -78,7 +78,7 @@ def train_model(code: Sequence[str], directory: Path) -> None:
         torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95)),
     ]
     rates = [torch.optim.lr_scheduler.LambdaLR(optimizer, _rate_at) for optimizer in optimizers]
-    progress = tqdm(range(STEPS), desc="train the demo's model", unit="step")
+    progress = tqdm(range(STEPS), desc="train the demo's model", unit="step", disable=None, leave=False)
     for step in progress:
         batch = blocks[step * BATCH : (step + 1) * BATCH]
         loss = model(input_ids=batch, labels=batch).loss
