@@ -18,7 +18,7 @@ from onelayer.compiler.ranks import rank_for
 from onelayer.compiler.shapes import shapes_from_headers
 from onelayer.compiler.units import StreamedModel
 from onelayer.runtime.plan import plan_run, size_for
-from onelayer.runtime.plan_choice import LARGEST_RATIO, best_ratio, choose_each
+from onelayer.runtime.plan_choice import LARGEST_RATIO, USABLE_SHARE, WHOLE, best_ratio, choose_each, limit_of
 from onelayer.runtime.plan_memory import Setting, emulator_bytes, stored_copy_bytes, train_memory
 from onelayer.runtime.plan_parts import expert_parts
 from onelayer.runtime.plan_skeleton import read_shapes
@@ -165,9 +165,9 @@ def test_rank_comes_before_precision() -> None:
         (8, "nf4"),
         (12, "int8"),
         (16, "int8"),
-        (20, "bf16"),
-        (24, "bf16"),
-        (64, "bf16"),
+        (20, "int8"),
+        (24, "int8"),
+        (64, "int8"),
     ):
         choices = choose_each(LARGE, setting, card * GIB)
         ratios = {dtype: choice.ratio for dtype, choice in choices.items()}
@@ -177,12 +177,36 @@ def test_rank_comes_before_precision() -> None:
     assert best_of({"bf16": 0.94, "int8": 1.0, "nf4": 1.0}) == "int8"  # rounding costs less than what is left out
 
 
+@pytest.mark.parametrize(("card", "expected"), [(12, "int8"), (16, "int8"), (20, "bf16"), (64, "bf16")])
+def test_an_emulator_that_is_cut_keeps_no_weight_whole(card: int, expected: str) -> None:
+    choices = choose_each(LARGE, Setting(batch_size=1, max_length=1024, is_cut=True), card * GIB)
+    ratios = {dtype: choice.reached for dtype, choice in choices.items()}
+    assert max(ratios.values()) == LARGEST_RATIO
+    assert best_of(ratios) == expected
+
+
+def test_whole_weights_are_looked_at_where_rounding_saves_memory() -> None:
+    setting = Setting(batch_size=1, max_length=1024, where="sublayer", rank=0.5)
+    held = best_ratio(LARGE, setting, 64 * GIB, "int8")
+    assert (held.ratio, held.memory.emulator) == (WHOLE, emulator_bytes(LARGE, WHOLE, "int8"))
+    assert limit_of(LARGE, held, 64 * GIB) == "nothing: all weights fit as they are, rounded to int8"
+    assert best_ratio(LARGE, setting, 64 * GIB).ratio == LARGEST_RATIO
+    # A little less than what holds all: factors, and what stands against whole weights is named.
+    needed = int(held.memory.peak / USABLE_SHARE)
+    less = best_ratio(LARGE, setting, needed - (64 << 20), "int8")
+    assert less.reached == LARGEST_RATIO
+    assert limit_of(LARGE, less, needed - (64 << 20)).startswith("train: the emulator's weights")
+    # All that fits only with coarser activations is taken for int8, as rounding costs less than what factors leave out.
+    tight = choose_each(LARGE, setting, needed + (64 << 20))
+    assert (tight["int8"].ratio, tight["int8"].setting.where) == (WHOLE, "sublayer")
+
+
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, "llama")
-    # Where nearly all fits, the original's own dtype; what is named is kept.
-    assert size_for(folder, GIB) == (LARGEST_RATIO, None)
+    # Where all fits, it is rounded to int8; what is named is kept.
+    assert size_for(folder, GIB) == (WHOLE, "int8")
     assert size_for(folder, GIB, factor_dtype="bf16") == (LARGEST_RATIO, "bf16")
-    assert plan_run(folder, GIB, timing=False).factor_dtype == "bf16"
+    assert plan_run(folder, GIB, timing=False).factor_dtype == "int8"
     small = plan_run(folder, 100 << 20, timing=False)
     assert small.factor_dtype == "nf4"
     assert not any("bitsandbytes" in remark for remark in small.remarks)

@@ -19,11 +19,11 @@ FOLDER = Path(__file__).parents[1] / "manifests"
 REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "demo.yaml")
 # hidden, inner, layers, key and value width, vocabulary; as in the models' own config.json
 SIZES = {"8b": (4096, 14336, 32, 1024, 128256), "32b": (5120, 25600, 64, 1024, 151936)}
-RANGES = {
-    "llama-8b-8gb.yaml": ("nf4", 0.7, 0.95),
-    "llama-8b-16gb.yaml": (None, 0.85, 0.95),
-    "llama-8b-24gb.yaml": (None, 0.9, 0.95),
-    "qwen-32b-24gb.yaml": ("nf4", 0.7, 0.95),
+SIZED = {
+    "llama-8b-8gb.yaml": ("nf4", 1.0),
+    "llama-8b-16gb.yaml": ("int8", 1.0),
+    "llama-8b-24gb.yaml": ("int8", 1.0),
+    "qwen-32b-24gb.yaml": ("nf4", 1.0),
 }
 
 
@@ -56,19 +56,19 @@ def test_a_manifest_loads_and_has_steps(tmp_path: Path, name: str, monkeypatch: 
         assert kinds.count("compile") == kinds.count("slice") == 1
 
 
-@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("name", SIZED)
 def test_a_budget_gives_a_ratio_and_a_factor_dtype(tmp_path: Path, name: str) -> None:
     manifest = placed(tmp_path, name)
     assert manifest.emulator is not None
     assert manifest.emulator.memory is not None
     hidden, inner, layers, narrow, vocabulary = SIZES["32b" if "32b" in name else "8b"]
     shapes = decoder(hidden, inner, layers, vocabulary, narrow=narrow)
-    dtype, low, high = RANGES[name]
     size = size_of_shapes(manifest, manifest.emulator, shapes)
-    assert size.factor_dtype == dtype
-    assert low <= size.ratio <= high
-    named = manifest.emulator.model_copy(update={"factor_dtype": "int8"})
-    assert size_of_shapes(manifest, named, shapes).factor_dtype == "int8"
+    assert (size.factor_dtype, size.ratio) == SIZED[name]
+    named = manifest.emulator.model_copy(update={"factor_dtype": "bf16"})
+    factored = size_of_shapes(manifest, named, shapes)
+    assert factored.factor_dtype == "bf16"
+    assert factored.ratio < size.ratio
     little = manifest.emulator.model_copy(update={"memory": 1 << 30})
     with pytest.raises(InputError, match=r"emulator\.memory: tasks\.support cannot be trained"):
         size_of_shapes(manifest, little, shapes)

@@ -13,10 +13,9 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     if document["fits"]:
         stored = document["activations"]
         how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"
-        head = (
-            f"{document['model']}: fits in {size(memory)} with ratio {document['ratio']} of {document['factor_dtype']} "
-            f"factors, activations {how}; {settings}"
-        )
+        dtype, ratio = document["factor_dtype"], document["ratio"]
+        kept = f"all weights in {dtype}" if ratio == 1 else f"ratio {ratio} of {dtype} factors"
+        head = f"{document['model']}: fits in {size(memory)} with {kept}, activations {how}; {settings}"
     else:
         head = f"{document['model']}: does not fit in {size(memory)}; {settings}"
     passes = [("predicted", "device peak"), *((name, size(predicted[f"{name}_bytes"])) for name in _PASSES)]

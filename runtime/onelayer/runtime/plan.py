@@ -289,5 +289,5 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         remarks.append(f"bitsandbytes is missing here: {INSTALL}")
     if choice.ratio == LARGEST_RATIO:
-        remarks.append(f"{LARGEST_RATIO} is the largest ratio that is looked at")
+        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is looked at")
     return remarks

@@ -14,7 +14,8 @@ from onelayer.runtime.plan_passes import pass_bytes
 
 # The rest is for the device's own context and for memory lost between blocks of the allocator.
 USABLE_SHARE = 0.95
-SMALLEST_RATIO, LARGEST_RATIO, STEPS = 0.01, 0.95, 1000
+# Factors are looked at up to the largest ratio; behind it only weights that are kept whole, where they are rounded.
+SMALLEST_RATIO, LARGEST_RATIO, STEPS, WHOLE = 0.01, 0.95, 1000, 1.0
 # A more exact way to store activations is taken if it leaves this share of the ratio that the thriftiest allows: what
 # is missing in the emulator costs more than what is missing in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
@@ -51,7 +52,10 @@ class Alternative(Result):
 
 
 def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
-    """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget."""
+    """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget.
+
+    It is 1 where all weights fit as they are, only rounded.
+    """
     usable = int(budget_bytes * USABLE_SHARE)
     fixed = train_memory(shapes, 0, setting)
 
@@ -60,8 +64,8 @@ def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: 
         return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
 
     low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
-    found = None
-    while low <= high:
+    found = WHOLE if largest_ratio(setting, dtype) == WHOLE and fits(WHOLE) else None
+    while found != WHOLE and low <= high:
         middle = (low + high) // 2
         if fits(middle / STEPS):
             found, low = middle / STEPS, middle + 1
@@ -69,6 +73,11 @@ def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: 
             high = middle - 1
     held = emulator_bytes(shapes, SMALLEST_RATIO if found is None else found, dtype)
     return Choice(setting, dtype, found, replace(fixed, emulator=held))
+
+
+def largest_ratio(setting: Setting, dtype: FactorDtype) -> float:
+    """What is looked at: a whole emulator in the original's own dtype would be a copy of it."""
+    return LARGEST_RATIO if dtype == "bf16" or setting.is_cut else WHOLE
 
 
 def ways_to_store(setting: Setting) -> list[Setting]:
@@ -80,12 +89,17 @@ def ways_to_store(setting: Setting) -> list[Setting]:
 
 
 def choose(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
-    """The most exact way to store activations that leaves nearly as large a ratio as any other."""
+    """The most exact way to store activations that leaves nearly as large a ratio as any other.
+
+    For int8 that keeps all no way is given that does not: what it leaves out would cost more than all rounding does
+    (manifests/LOG.md, int8 that keeps all).
+    """
     choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in ways_to_store(setting)]
     best = max(choice.reached for choice in choices)
     if not best:
         return min(choices, key=lambda choice: choice.memory.peak)
-    return next(choice for choice in choices if choice.reached >= WORTHWHILE * best)
+    enough = best if best == WHOLE and dtype == "int8" else WORTHWHILE * best
+    return next(choice for choice in choices if choice.reached >= enough)
 
 
 def choose_each(shapes: ModelShapes, setting: Setting, budget_bytes: int) -> dict[FactorDtype, Choice]:
@@ -101,9 +115,11 @@ def kind_of(dtype: FactorDtype) -> FactorDtype | None:
 
 def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
     """What stands against a larger ratio, in a sentence."""
-    if choice.reached >= LARGEST_RATIO:
+    if choice.reached == WHOLE:
+        return f"nothing: all weights fit as they are, rounded to {choice.factor_dtype}"
+    if choice.reached >= largest_ratio(choice.setting, choice.factor_dtype):
         return "nothing: an emulator near the size of the original fits"
-    ratio = min(choice.reached + 1 / STEPS, LARGEST_RATIO) if choice.ratio else SMALLEST_RATIO
+    ratio = WHOLE if choice.reached >= LARGEST_RATIO else choice.reached + 1 / STEPS if choice.ratio else SMALLEST_RATIO
     usable = int(budget_bytes * USABLE_SHARE)
     for name, size in pass_bytes(shapes, ratio, choice.setting).items():
         if size > usable:

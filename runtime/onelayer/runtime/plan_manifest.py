@@ -26,7 +26,7 @@ from onelayer.runtime.plan_parts import MASTER_BYTES, lora_parameters
 from onelayer.runtime.plan_passes import pass_bytes, polish_bytes, refine_bytes
 
 # Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
-PLANNER_VERSION = 5
+PLANNER_VERSION = 6
 DEFAULT_BATCH_SIZE = 8
 AUTO_RANK = 0.125  # what is planned with where the rank will be measured
 
@@ -52,6 +52,7 @@ def setting_of(manifest: Manifest, task: str) -> Setting:
     return replace(
         trained,
         allocation=emulator.allocation,
+        is_cut=any(task.ratio is not None for task in manifest.tasks.values()),
         compile_tokens=batch * longest,
         refine_tokens=0 if refinement is None else refinement.batch_size * longest,
         scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,

@@ -25,9 +25,10 @@ PROCESS_BYTES = 500 << 20
 class Setting:
     """How training runs. `rank` is the share of the hidden width kept of stored activations; None stores them whole.
 
-    `allocation` is how the emulator's ranks are chosen. The last three are tokens that passes over the original have on
-    the device at once: of compile and refine one example where nothing is said, of refine 0 where factors are not
-    refined, of a correction 0 where no held-out text chooses it.
+    `allocation` is how the emulator's ranks are chosen; where it `is_cut` into smaller ones, its weights cannot stay
+    whole. The last three are tokens that passes over the original have on the device at once: of compile and refine one
+    example where nothing is said, of refine 0 where factors are not refined, of a correction 0 where no held-out text
+    chooses it.
     """
 
     batch_size: int
@@ -37,6 +38,7 @@ class Setting:
     rank: float | None = None
     on_gpu: bool = True
     allocation: Allocation = "spectrum"
+    is_cut: bool = False
     compile_tokens: int | None = None
     refine_tokens: int | None = None
     scored_tokens: int = 0
