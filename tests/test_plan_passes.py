@@ -54,9 +54,9 @@ def size(plan: Manifest, shapes: ModelShapes) -> Size:
 
 def test_a_budget_holds_for_the_batches_that_will_run(tmp_path: Path) -> None:
     shapes = LARGE
-    plan = manifest(tmp_path, "memory: 12GiB", calibration=", max_length: 2048", refine=", refine: {batch_size: 4}")
+    plan = manifest(tmp_path, "memory: 12GiB", calibration=", max_length: 2048", refine=", refine: {batch_size: 8}")
     setting = setting_of(plan, "a")
-    assert (setting.compile_tokens, setting.refine_tokens) == (2048, 4 * 2048)
+    assert (setting.compile_tokens, setting.refine_tokens) == (2048, 8 * 2048)
     assert pass_bytes(shapes, size(plan, shapes).ratio, setting)["refine"] <= 0.95 * 12 * GIB
     # 8 samples of 8192 tokens: inputs and outputs of the widest part alone take 6 GiB, the attention's more.
     wide = manifest(tmp_path, "memory: 24GiB", calibration=", max_length: 8192", stream="{batch_size: 8}")
@@ -112,7 +112,7 @@ def test_an_exact_step_counts_an_expert_for_each_that_a_token_is_sent_to() -> No
     # Per token: four matrices of 32 x 32, and for two experts 2 * 48 opened, 48 left of them, 32 read and 32 given.
     width = 4 * 64 + 2 * (96 + 48 + 2 * 32)
     assert polish_bytes(shapes, 8, 1000) - polish_bytes(shapes, 8, 0) == 2 * 1000 * width * 4
-    assert refine_bytes(shapes, 0.3, 1000, "uniform") - refine_bytes(shapes, 0.3, 0, "uniform") == 3 * 1000 * width * 4
+    assert refine_bytes(shapes, 0.3, 1000, "uniform") - refine_bytes(shapes, 0.3, 0, "uniform") == 2 * 1000 * width * 4
 
 
 def seconds(shapes: ModelShapes, ratio: float) -> float:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from onelayer.compiler.shapes import graph_bytes
+
 # Of every trained value in float32: itself, its gradient, what it was, Adam's two moments, and as it is rounded; that
 # once more in the model's dtype, if it is another.
 VALUE_BYTES = 26
@@ -9,12 +11,10 @@ VALUE_BYTES = 26
 ROUNDING_BYTES = 16
 
 
-def training_bytes(values: Sequence[int], width: int, batch_tokens: int, value_bytes: int) -> int:
+def training_bytes(values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool) -> int:
     """What training one unit holds beside its weights, at most.
 
-    `values` of each linear are trained; `width` are the inputs and outputs of all matrices of the unit for a token. The
-    graph of one batch is counted by these and about as much again for norms, activations and sums, as in an exact step;
-    half of that once more for the holes that step after step leaves in the heap: a third slower they were given back.
+    `values` of each linear are trained; `width` is how many values the unit makes of a token.
     """
-    graph = 2 * batch_tokens * width * max(4, value_bytes)
-    return VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graph + graph // 2
+    graph = graph_bytes(width, batch_tokens, value_bytes, on_gpu)
+    return VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graph

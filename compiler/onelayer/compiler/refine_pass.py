@@ -103,7 +103,7 @@ def linears_of(unit: Unit, source: Emulator) -> list[str]:
     return [name for name, _ in unit_linears(unit) if name in source.facts.compressed and name != unit.name]
 
 
-def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int) -> int:
+def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int, on_gpu: bool) -> int:
     """What a refinement holds beside the weights of the largest unit, predicted from shapes alone.
 
     The unit's factors with their gradients and optimiser, copies of the widest one as it is rounded, the graph of one
@@ -114,7 +114,7 @@ def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int
         names = linears_of(unit, source)
         values = [_values(source, name) for name in names]
         width = unit_width(streamed, unit) if names else 0
-        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize)
+        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu)
         worst = max(worst, training + unit.weight_bytes)
     return worst + RESERVE_BYTES
 

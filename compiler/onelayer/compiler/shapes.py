@@ -251,3 +251,13 @@ def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -
     The first matrix takes `hidden` features to `opened` ones, the second takes the `inner` that are left of these back.
     """
     return experts_per_token * (opened + inner + 2 * hidden)
+
+
+def graph_bytes(width: int, tokens: int, value_bytes: int, on_gpu: bool) -> int:
+    """What the graph of one unit takes on a batch, at most; on a host with the holes that it leaves in the heap.
+
+    `width` are inputs and outputs of all matrices of the unit for a token, of experts `routed_width`: as much again for
+    norms, activations and residual sums. On a host as much as all that for the holes between tensors below 32 MB, which
+    glibc's heap gives back only when asked; asking at every step would take a third longer (manifests/LOG.md).
+    """
+    return (2 if on_gpu else 4) * tokens * width * max(4, value_bytes)

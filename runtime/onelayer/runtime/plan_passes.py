@@ -27,7 +27,7 @@ def pass_bytes(shapes: ModelShapes, ratio: float, setting: Setting) -> dict[str,
         corrected = max(corrected, chosen_correct_bytes(shapes, ratio, setting.lora_rank, setting.scored_tokens))
     return {
         "compile": compile_bytes(shapes, setting.widest(ratio), compiled),
-        "refine": refine_bytes(shapes, ratio, refined, setting.allocation) if refined else 0,
+        "refine": refine_bytes(shapes, ratio, refined, setting.allocation, setting.on_gpu) if refined else 0,
         "correct": corrected,
     }
 
@@ -63,7 +63,9 @@ def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batc
     return 2 * shapes.largest_block_bytes + 3 * SLICE_BYTES + batch + tried
 
 
-def refine_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation) -> int:
+def refine_bytes(
+    shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation, on_gpu: bool = True
+) -> int:
     """Of a refinement on the card: the block that is refined, and its factors as they are trained.
 
     A bound with uniform ranks. By spectrum a block may hold more than its share, up to its weights; `SPECTRUM_MARGIN`
@@ -73,7 +75,7 @@ def refine_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int, allocatio
     costs = []
     for block, _ in shapes.kinds:
         values = [min(linear.parameters, int(margin * kept_values(linear, ratio))) for linear in block.compressible]
-        training = training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes)
+        training = training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
         costs.append(block.parameters * shapes.value_bytes + training)
     return max(costs)
 
@@ -83,7 +85,7 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
-    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter)
+    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
 
 
 def _width(shapes: ModelShapes, block: Block) -> int:
