@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,11 @@ def test_whole_weights_are_looked_at_where_rounding_saves_memory() -> None:
     assert less.reached == LARGEST_RATIO
     assert limit_of(LARGE, less, needed - (64 << 20)).startswith("train: the emulator's weights")
     # All that fits only with coarser activations is taken for int8, as rounding costs less than what factors leave out.
-    tight = choose_each(LARGE, setting, needed + (64 << 20))
-    assert (tight["int8"].ratio, tight["int8"].setting.where) == (WHOLE, "sublayer")
+    exact = replace(setting, where="none", rank=None)
+    tight = int(best_ratio(LARGE, exact, 64 * GIB, "int8").memory.peak / USABLE_SHARE) - (64 << 20)
+    assert best_ratio(LARGE, exact, tight, "int8").reached == LARGEST_RATIO
+    chosen = choose_each(LARGE, setting, tight)["int8"]
+    assert (chosen.ratio, chosen.setting.where) == (WHOLE, "sublayer")
 
 
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

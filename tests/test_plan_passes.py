@@ -1,6 +1,7 @@
 """What the planner counts is what will run: the passes of a manifest, mixtures, classifiers, ranks by spectrum."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,25 @@ def test_what_decides_the_size_is_in_the_key(tmp_path: Path) -> None:
     ]
     assert len({compile_key(plan) for plan in loaded}) == len(loaded)
     assert size(loaded[0], shapes) != size(loaded[1], shapes)
+
+
+def test_an_emulator_of_which_a_task_takes_a_slice_stays_factored(tmp_path: Path) -> None:
+    budget = "memory: 64GiB"
+    assert size(manifest(tmp_path, budget), LARGE) == Size(1.0, "int8")
+    assert size(manifest(tmp_path, budget, task=", ratio: 0.2"), LARGE) == Size(0.95, None)
+
+
+def test_rounding_whole_weights_is_judged_in_float64() -> None:
+    widest = HIDDEN * INNER
+    assert compile_bytes(LARGE, 1.0, 1) > LARGE.largest_block_bytes + 3 * 8 * widest
+    assert compile_bytes(LARGE, 1.0, 1) < compile_bytes(LARGE, 0.95, 1)
+
+
+def test_a_refinement_on_a_host_leaves_holes_in_its_heap() -> None:
+    setting = Setting(batch_size=1, max_length=1024, refine_tokens=1024)
+    on_gpu, on_host = (pass_bytes(LARGE, 0.3, replace(setting, on_gpu=gpu)) for gpu in (True, False))
+    assert on_host["refine"] > on_gpu["refine"]
+    assert on_host["compile"] == on_gpu["compile"]
 
 
 def test_a_compile_of_many_tokens_gets_the_room_that_it_needs(tmp_path: Path) -> None:

@@ -69,8 +69,13 @@ class Meter:
         self._start_seconds = time.perf_counter()
         self._start_bytes = self._peak_bytes = anonymous_bytes()
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device's own allocator says what is held; else the host's memory does."""
+        return self.device.type == "cuda"
+
     def __enter__(self) -> "Meter":
-        if self.device.type == "cuda":
+        if self.on_gpu:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -90,7 +95,7 @@ class Meter:
     def sample(self) -> int:
         """Look at the memory now; returns the device peak so far in bytes."""
         self._peak_bytes = max(self._peak_bytes, anonymous_bytes())
-        if self.device.type == "cuda":
+        if self.on_gpu:
             import torch
 
             return int(torch.cuda.max_memory_allocated(self.device))

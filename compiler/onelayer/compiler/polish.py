@@ -119,7 +119,7 @@ def polish_adapter(
         job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), settings, work)
         failure = job.run()
         task.publish(Path(output), source, streamed, state, failure)
-        workspace = workspace_bytes(streamed, widest(streamed), task.rows, settings, state, meter.device.type == "cuda")
+        workspace = workspace_bytes(streamed, widest(streamed), task.rows, settings, state, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         shutil.rmtree(work)
     if failure is not None:

@@ -93,7 +93,7 @@ def refine_emulator(
         work = RefineWork(path, source)
         RefinePass(streamed, source, work, pace, meter, parking).refine(batches, stop)
         at_once = max(math.prod(batch.shape) for batch in batches)
-        workspace = workspace_bytes(streamed, source, at_once, meter.device.type == "cuda")
+        workspace = workspace_bytes(streamed, source, at_once, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = RefineResult(output=str(output), steps=steps, units=work.units, report=report)
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)

@@ -117,9 +117,12 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
     """What stands against a larger ratio, in a sentence."""
     if choice.reached == WHOLE:
         return f"nothing: all weights fit as they are, rounded to {choice.factor_dtype}"
-    if choice.reached >= largest_ratio(choice.setting, choice.factor_dtype):
+    end = largest_ratio(choice.setting, choice.factor_dtype)
+    if choice.reached >= end:
         return "nothing: an emulator near the size of the original fits"
-    ratio = WHOLE if choice.reached >= LARGEST_RATIO else choice.reached + 1 / STEPS if choice.ratio else SMALLEST_RATIO
+    ratio = SMALLEST_RATIO if choice.ratio is None else choice.ratio + 1 / STEPS
+    if ratio > LARGEST_RATIO:
+        ratio = end
     usable = int(budget_bytes * USABLE_SHARE)
     for name, size in pass_bytes(shapes, ratio, choice.setting).items():
         if size > usable:

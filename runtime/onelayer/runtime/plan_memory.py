@@ -211,7 +211,10 @@ def _compile_block(shapes: ModelShapes, block: Block, ratio: float, batch_tokens
         widest = max([widest, *sides])
     for linear in block.compressible:
         rank = rank_for(ratio, linear.out_features, linear.in_features)
-        if rank is not None:
+        if rank is None:  # what rounding a whole weight loses is judged in float64: three matrices
+            solver = max(solver, 3 * 8 * linear.parameters)
+            factors += int(linear.parameters * FACTOR_BYTES["int8"])
+        else:
             solver = max(solver, _solver_bytes(linear, rank, shapes.value_bytes))
             factors += rank * (linear.out_features + linear.in_features) * shapes.value_bytes
     width = max(part.opened + part.inner + 3 * part.hidden for part in parts) if parts else 4 * shapes.hidden
