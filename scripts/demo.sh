@@ -8,4 +8,4 @@ scripts/setup.sh
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # Nothing here comes from a hub; without this, libraries may look there for news of a model.
 export HF_HUB_OFFLINE=1
-.venv/bin/python scripts/demo.py "$@"
+.venv/bin/python -m scripts.demo.demo "$@"

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from onelayer.runtime.manifest import manifest_schema
+from onelayer.runtime.manifest.manifest import manifest_schema
 
 SCHEMA = Path(__file__).parent.parent / "manifests" / "manifest.schema.json"
 

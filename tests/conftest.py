@@ -13,7 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 
-from emulators import FACTOR_DTYPES, stored_as
+from helpers.reference_emulators import FACTOR_DTYPES, stored_as
 
 # On matrices this small a second thread only waits for the first.
 torch.set_num_threads(1)

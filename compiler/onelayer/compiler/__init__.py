@@ -4,26 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onelayer.compiler.compile import compile_emulator as compile_emulator
-    from onelayer.compiler.correct import correct_adapter as correct_adapter
+    from onelayer.compiler.adapters.merge import merge_adapter as merge_adapter
+    from onelayer.compiler.compile.command import compile_emulator as compile_emulator
+    from onelayer.compiler.correct.command import correct_adapter as correct_adapter
+    from onelayer.compiler.emulators.slice import slice_emulator as slice_emulator
     from onelayer.compiler.errors import InputError as InputError
-    from onelayer.compiler.evaluate import evaluate_model as evaluate_model
+    from onelayer.compiler.evaluate.command import evaluate_model as evaluate_model
     from onelayer.compiler.inspect import inspect_path as inspect_path
-    from onelayer.compiler.merge import merge_adapter as merge_adapter
-    from onelayer.compiler.polish import polish_adapter as polish_adapter
-    from onelayer.compiler.refine import refine_emulator as refine_emulator
-    from onelayer.compiler.slice import slice_emulator as slice_emulator
+    from onelayer.compiler.polish.command import polish_adapter as polish_adapter
+    from onelayer.compiler.refine.command import refine_emulator as refine_emulator
 
 _HOME_OF = {
     "InputError": "errors",
-    "compile_emulator": "compile",
-    "correct_adapter": "correct",
-    "evaluate_model": "evaluate",
+    "compile_emulator": "compile.command",
+    "correct_adapter": "correct.command",
+    "evaluate_model": "evaluate.command",
     "inspect_path": "inspect",
-    "merge_adapter": "merge",
-    "polish_adapter": "polish",
-    "refine_emulator": "refine",
-    "slice_emulator": "slice",
+    "merge_adapter": "adapters.merge",
+    "polish_adapter": "polish.command",
+    "refine_emulator": "refine.command",
+    "slice_emulator": "emulators.slice",
 }
 __all__ = sorted(_HOME_OF)
 

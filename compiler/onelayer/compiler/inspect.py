@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from onelayer.compiler.adapter import adapter_digest, read_provenance
-from onelayer.compiler.adapter_config import read_config
-from onelayer.compiler.checkpoint import Checkpoint, model_digest
-from onelayer.compiler.emulator_reader import Emulator
+from onelayer.compiler.adapters.config import read_config
+from onelayer.compiler.adapters.reader import adapter_digest, read_provenance
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.files import directory_bytes, read_json
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.storage.files import directory_bytes, read_json
 
 
 def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, 
     Raises `InputError` where it is none of the four.
     """
     if plot is not None:
-        from onelayer.compiler.plot import plot_emulator
+        from onelayer.compiler.emulators.plot import plot_emulator
 
         plot_emulator(path, plot)
     directory = Path(path)

@@ -1,6 +1,6 @@
 """`python -m onelayer.runtime` is the `onelayer` command."""
 
-from onelayer.runtime.cli import main
+from onelayer.runtime.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -13,3 +13,13 @@ def parse_size(text: str) -> int:
     if match is None or unit not in _BYTES_PER_UNIT:
         raise ValueError(f"{text!r} is not a size; write 24GiB, 500MB or a number of bytes")
     return int(float(match[1]) * _BYTES_PER_UNIT[unit])
+
+
+def size(size_bytes: int) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    amount = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.2f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} TiB"

@@ -1,0 +1,1 @@
+"""PEFT adapters: reading, attaching, writing, merging."""

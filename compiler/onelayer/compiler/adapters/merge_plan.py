@@ -1,0 +1,117 @@
+"""Adapters and an empty model in, the change of every stored tensor out; what cannot be merged is refused by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from onelayer.compiler.adapters.fit import check_fit, is_transposed
+from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter and the factor that what it adds is multiplied by."""
+
+    source: Adapter
+    weight: float
+
+
+@dataclass
+class Change:
+    """What becomes of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced.
+
+    `lora` are parts and their module's name; `dense` and `rows` name the adapter that they come from.
+    """
+
+    transposed: bool = False
+    lora: list[tuple[Part, str]] = field(default_factory=list)
+    dense: tuple[Adapter, str] | None = None
+    rows: tuple[Adapter, str, list[int]] | None = None
+
+    def product(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `lora` adds as one product left @ right in float32, all of it laid out as the tensor is stored."""
+        lefts, rights = [], []
+        for part, name in self.lora:
+            a, b = part.source.factors(name)
+            b = b * (part.weight * part.source.modules[name].scaling)
+            lefts.append(a.T if self.transposed else b)
+            rights.append(b.T if self.transposed else a)
+        return torch.cat(lefts, dim=1), torch.cat(rights, dim=0)
+
+
+def plan_changes(parts: Sequence[Part], streamed: StreamedModel) -> dict[str, Change]:
+    """The change of each stored tensor by its key in the checkpoint; every key of each adapter has its place there."""
+    changes: dict[str, Change] = {}
+    touched_by: dict[str, Adapter] = {}
+    for part in parts:
+        if part.weight != 1 and (part.source.dense or part.source.token_rows):
+            name = next(iter(part.source.dense or part.source.token_rows))
+            raise InputError(
+                f"{part.source.directory}: replaces {name}, which cannot be weighted by {part.weight}; give it the "
+                "weight 1"
+            )
+        own = _plan_one(part, streamed)
+        for key, change in own.items():
+            before = changes.setdefault(key, change)
+            if before is not change:
+                if before.dense or before.rows or change.dense or change.rows:
+                    raise InputError(
+                        f"{part.source.directory}: {key} is changed by {touched_by[key].directory} too, and one of "
+                        "them replaces it; merge one of them alone"
+                    )
+                before.lora.extend(change.lora)
+            touched_by.setdefault(key, part.source)
+    return changes
+
+
+def _plan_one(part: Part, streamed: StreamedModel) -> dict[str, Change]:
+    source = part.source
+    modules = check_fit(source, streamed)
+    changes: dict[str, Change] = {}
+    for parameter, key in source.dense.items():
+        changes.setdefault(_own_tensor(source, streamed, parameter), Change()).dense = (source, key)
+    for name, module in modules.items():
+        change = changes.setdefault(_own_tensor(source, streamed, f"{name}.weight"), Change())
+        change.lora.append((part, name))
+        change.transposed = is_transposed(module)
+    for name, (key, rows) in source.token_rows.items():
+        # PEFT replaces the rows in every matrix tied to this one, so here a shared tensor is what is wanted.
+        for parameter in (f"{name}.weight", *_sharing(streamed, f"{name}.weight")):
+            changes.setdefault(_stored_tensor(source, streamed, parameter), Change()).rows = (source, key, rows)
+    return changes
+
+
+def _sharing(streamed: StreamedModel, parameter: str) -> list[str]:
+    """Other runtime names that the same weight serves: tied in the model, or made from the same stored tensor."""
+    keys, tensor = set(streamed.keys[parameter]), streamed.bare_parameter(parameter)
+    others = ((name, behind) for name, behind in streamed.keys.items() if name != parameter)
+    return [name for name, behind in others if keys & set(behind) or streamed.bare_parameter(name) is tensor]
+
+
+def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
+    """The key of the stored tensor that is `parameter` and nothing else."""
+    key = _stored_tensor(source, streamed, parameter)
+    if sharing := _sharing(streamed, parameter):
+        raise InputError(
+            f"{source.directory}: {parameter} shares its weight with {sharing[0]}, which a merge would change too; "
+            "load the adapter with PEFT instead of merging it"
+        )
+    return key
+
+
+def _stored_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
+    """The key of the stored tensor behind `parameter`; refuses one that is made from several, or not of floats."""
+    keys = streamed.keys[parameter]
+    info = streamed.checkpoint.tensors[keys[0]]
+    fits = info.shape == tuple(streamed.bare_parameter(parameter).shape) and info.dtype in FLOAT_DTYPES
+    plain = any(name in streamed.plain for name in (parameter, *_sharing(streamed, parameter)))
+    if len(keys) != 1 or not (plain and fits):
+        raise InputError(
+            f"{source.directory}: {parameter} is stored in another form ({', '.join(keys[:3])}: {info.dtype} "
+            f"{info.shape}) and cannot be merged; load the adapter with PEFT instead of merging it"
+        )
+    return keys[0]

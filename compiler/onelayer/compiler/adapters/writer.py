@@ -1,0 +1,142 @@
+"""Factors in, a PEFT adapter directory out, in the one form that PEFT, vLLM and llama.cpp all scale alike.
+
+That form: one rank R for every module (zero-padded), lora_alpha = r = R, so the scaling is 1 wherever it is computed;
+no rank stabilisation, no patterns; the original's name as the base model; every adapted module listed by its full name.
+
+Letters: r rank of one module, R rank of the file, in / out features.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onelayer.compiler.adapters.config import CONFIG_FILE
+from onelayer.compiler.adapters.reader import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    KEY_PREFIX,
+    LORA_A,
+    LORA_B,
+    PROVENANCE_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+)
+from onelayer.compiler.storage.files import read_json, write_json, write_text
+from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The original model that an adapter is for: its name and revision, its class, and how its linears lie.
+
+    `fan_in_fan_out` tells PEFT that the adapted weights are stored (in, out), as GPT-2's Conv1D does.
+    """
+
+    model: str
+    revision: str | None
+    class_name: str
+    class_module: str
+    fan_in_fan_out: bool
+
+
+def write_adapter(
+    directory: Path, factors: Factors, *, source: Adapter, base: Base, provenance: dict[str, Any]
+) -> None:
+    """Write an adapter into an existing directory.
+
+    `factors` maps module names of `source` to A (r, in) and B (out, r), with the scaling already in B; what `source`
+    replaces besides (dense modules, biases, token rows) is copied through as stored. `provenance` goes to
+    `onelayer.json`, and its scalar facts to the metadata of the weights.
+    """
+    assert factors.keys() == source.modules.keys(), "every adapted module is written, and no other"
+    rank = max(1, *(int(a.shape[0]) for a, _ in factors.values()))
+    entries = [entry for name in sorted(factors) for entry in _lora_entries(source, name, *factors[name], rank)]
+    carried = [*source.dense.values(), *(key for key, _ in source.token_rows.values())]
+    entries.extend(copy_entry(key, source.tensors[key]) for key in sorted(carried))
+    write_safetensors(directory / WEIGHTS_FILE, entries, {"format": "pt", **_flat(provenance)})
+    _write_config(directory, sorted(factors), rank, source, base)
+    write_text(directory / "README.md", model_card(base, provenance))
+    write_json(directory / PROVENANCE_FILE, provenance)
+
+
+def _lora_entries(source: Adapter, name: str, a: "torch.Tensor", b: "torch.Tensor", rank: int) -> tuple[Entry, Entry]:
+    """A and B of one module, padded with zeros to the file's rank, in float32."""
+    from torch.nn.functional import pad
+
+    missing = rank - a.shape[0]
+    kind_a, kind_b = (EMBEDDING_A, EMBEDDING_B) if source.modules[name].embedding else (LORA_A, LORA_B)
+    padded_a, padded_b = pad(a.float(), (0, 0, 0, missing)), pad(b.float(), (0, missing))
+    return tensor_entry(KEY_PREFIX + name + kind_a, padded_a), tensor_entry(KEY_PREFIX + name + kind_b, padded_b)
+
+
+def _write_config(directory: Path, names: list[str], rank: int, source: Adapter, base: Base) -> None:
+    """PEFT writes its own configuration file; only the order of the names, a set to PEFT, is made reproducible."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=names,
+        task_type=source.config.task_type,
+        base_model_name_or_path=base.model,
+        revision=base.revision,
+        fan_in_fan_out=base.fan_in_fan_out,
+        bias=source.config.bias,
+        modules_to_save=source.config.modules_to_save,
+        trainable_token_indices=source.config.trainable_token_indices,
+        inference_mode=True,
+    )
+    mapping = {"base_model_class": base.class_name, "parent_library": base.class_module}
+    config.save_pretrained(str(directory), auto_mapping_dict=None if config.task_type else mapping)
+    path = directory / CONFIG_FILE
+    write_json(path, {**read_json(path), "target_modules": names})
+
+
+def _flat(provenance: dict[str, Any], prefix: str = "onelayer") -> dict[str, str]:
+    """The scalar facts of a nested record as strings: {"onelayer.base.digest": ...}."""
+    flat: dict[str, str] = {}
+    for name, value in provenance.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}.{name}"))
+        elif not isinstance(value, list):
+            flat[f"{prefix}.{name}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def model_card(base: Base, provenance: dict[str, Any]) -> str:
+    """A model card that leads to the original, whatever the trainer wrote."""
+    from huggingface_hub import ModelCardData
+
+    tags = [f"base_model:adapter:{base.model}", "lora", "onelayer"]
+    data = ModelCardData(base_model=base.model, library_name="peft", tags=tags)
+    revision = f", revision={base.revision!r}" if base.revision else ""
+    state = "trained on an emulator of it and corrected for it" if provenance.get("corrected") else "made for it"
+    trained_on = provenance.get("trained_on")
+    if trained_on and not provenance.get("corrected") and trained_on["digest"] != provenance["base"]["digest"]:
+        state = "trained on an emulator of it and not yet corrected for it (`onelayer correct` does that)"
+    if provenance.get("polished"):
+        state = "trained with exact steps on it, streamed layer by layer,"
+    return f"""---
+{data.to_yaml()}
+---
+
+# LoRA adapter for {base.model}
+
+A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}` records how it was made.
+
+```python
+from peft import PeftModel
+from transformers import {base.class_name}
+
+model = {base.class_name}.from_pretrained({base.model!r}{revision})
+model = PeftModel.from_pretrained(model, "path/to/this/directory")
+```
+"""

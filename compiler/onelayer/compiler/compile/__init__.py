@@ -1,0 +1,1 @@
+"""The compile pass: the original streams by, an emulator is written."""

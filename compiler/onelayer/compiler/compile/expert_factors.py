@@ -1,0 +1,168 @@
+"""What each expert of a mixture reads, gathered while its unit runs; moments of one expert at a time when it has.
+
+All experts of a module read rows of the same tensor, so that is what is kept: the hidden states (N, H) of each call and
+who was sent where, parked as all hidden states are (in host memory up to a budget, else in mapped files). Moments for
+all experts at once would be larger than their layer: 128 of 1536 x 1536 in float64 are 2.4 GB, of a layer of 1.2 GB.
+Letters as in `experts.py`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from onelayer.compiler.compile.writer import StoredLinear, StoredStack
+from onelayer.compiler.emulators.figures import StackFigures
+from onelayer.compiler.factors.moments import NON_FINITE_LIMIT, Moments
+from onelayer.compiler.machine.meter import return_free_memory
+from onelayer.compiler.models.experts import ExpertStacks
+from onelayer.compiler.models.unit_memory import EXPERT_ROWS
+from onelayer.compiler.streaming.spill import Parking
+
+# At most this many tokens, evenly spaced, stand for all of a unit's.
+POOLED_ROWS = 4096
+
+
+@dataclass
+class ExpertCalls:
+    """The calls of one module of experts: what it read, on the host, and which experts each token was sent to."""
+
+    stacks: ExpertStacks
+    parking: Parking
+    device: torch.device
+    product_dtype: torch.dtype
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    refused: bool = False
+    _index: list[torch.Tensor] = field(default_factory=list)
+    _tokens: list[torch.Tensor] = field(default_factory=list)
+
+    def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep one call, unless the module turns out to do another thing than the interface says."""
+        if self.refused:
+            return
+        routed = self.stacks.routed(args, kwargs)
+        if routed is None or (not self.hidden and not self.stacks.acts_as_declared(routed, output)):
+            self.refused = True
+            self.hidden.clear()
+            self._index.clear()
+            return
+        # Of its own: the model may change the tensor in place, and parking gives it another storage.
+        kept = routed[0].detach().to("cpu", copy=True).contiguous()
+        spilled_bytes = self.parking.spilled_bytes
+        self.parking.hold(kept)
+        if self.parking.spilled_bytes > spilled_bytes:
+            return_free_memory()  # each copy that leaves again would leave a hole between what the model allocates
+        self.hidden.append(kept)
+        self._index.append(routed[1].to("cpu", copy=True))
+
+    @property
+    def reason(self) -> str | None:
+        """Why the stacks can have no moments; None where they can."""
+        if self.refused:
+            return "its forward is not that of transformers' experts interface"
+        return None if self.hidden else "never called"
+
+    def sort(self) -> list[int]:
+        """Sort the tokens by expert, once all calls are through; returns how many rows each expert reads."""
+        count = self.stacks.shape(self.stacks.opening)[0]
+        index_TK = torch.cat(self._index)
+        order = index_TK.reshape(-1).argsort(stable=True) // index_TK.shape[1]
+        rows: list[int] = torch.bincount(index_TK.reshape(-1), minlength=count).tolist()
+        # Numbers beyond the last expert mean that a token is sent to none; they sort behind all.
+        self._tokens = list(order.split(rows)[:count])
+        return rows[:count]
+
+    def moments(self, expert: int) -> dict[str, Moments]:
+        """Of one expert by stack, over the rows that it was sent."""
+        return self._moments(expert, self._tokens[expert])
+
+    def pooled(self, expert: int) -> dict[str, Moments]:
+        """Of one expert by stack, as if it had been sent every token of the unit, or `POOLED_ROWS` of them."""
+        total = sum(len(part) for part in self.hidden)
+        return self._moments(expert, torch.linspace(0, total - 1, min(total, POOLED_ROWS)).round().long())
+
+    def _moments(self, expert: int, tokens: torch.Tensor) -> dict[str, Moments]:
+        found = {leaf: self._empty(leaf) for leaf in self.stacks.leaves}
+        opening, closing = self.stacks.leaves
+        for x_SH in self._rows(tokens):
+            opened_SO = self.stacks.product(opening, expert, x_SH)
+            inner_SI = self.stacks.opened(expert, opened_SO)
+            found[opening].add(x_SH, opened_SO)
+            last = found[closing]
+            last.add(inner_SI, None if last.of_input else self.stacks.product(closing, expert, inner_SI))
+        return found
+
+    def _empty(self, leaf: str) -> Moments:
+        """The moment of the narrow side."""
+        _, out_features, in_features = self.stacks.shape(leaf)
+        of_input = out_features >= in_features
+        return Moments.empty((out_features, in_features), of_input, self.device, self.product_dtype)
+
+    def _rows(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The hidden states of some tokens, numbered over all calls and ascending, `EXPERT_ROWS` at a time."""
+        starts = torch.tensor([0, *(len(part) for part in self.hidden)]).cumsum(0)
+        for piece in tokens.split(EXPERT_ROWS):
+            bounds = torch.searchsorted(piece, starts)
+            rows = [
+                part[piece[first:last] - start]
+                for part, start, first, last in zip(self.hidden, starts, bounds, bounds[1:], strict=False)
+                if first < last
+            ]
+            if rows:
+                yield torch.cat(rows).to(self.device)
+
+
+@contextmanager
+def watched(calls: list[ExpertCalls]) -> Iterator[None]:
+    """Hooks on; off again on exit."""
+    handles = [item.stacks.module.register_forward_hook(item.hook, with_kwargs=True) for item in calls]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# (name, weight (out, in), its moments, rank, what stands in where these determine too little) -> what is stored.
+Compress = Callable[[str, torch.Tensor, Moments, int | None, Callable[[], Moments]], StoredLinear]
+
+
+def compress_stacks(
+    calls: ExpertCalls, ranks: Mapping[str, int | None], compress: Compress
+) -> Iterator[tuple[str, StoredStack]]:
+    """Each stack that `ranks` names, with all of its experts compressed.
+
+    An expert that was sent too few tokens to determine its factors gets the remaining directions from all tokens, as
+    if it had been sent them. Raises `RuntimeError` naming the experts where too many rows are not finite.
+    """
+    stacks = calls.stacks
+    rows = calls.sort()
+    stored: dict[str, list[StoredLinear]] = {leaf: [] for leaf in stacks.leaves if stacks.path(leaf) in ranks}
+    dropped = dict.fromkeys(stored, 0)
+    for expert in range(len(rows)):
+        moments = calls.moments(expert)
+        for leaf, found in stored.items():
+            dropped[leaf] += moments[leaf].gram.dropped_rows
+            _check_finite(stacks.path(leaf), dropped[leaf], sum(rows))
+            reserve = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
+            name, weight = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert)
+            found.append(_on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], reserve)))
+    for leaf, found in stored.items():
+        figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in found], rows)
+        tensors = {ending: torch.stack([item.tensors[ending] for item in found]) for ending in found[0].tensors}
+        found.clear()
+        yield stacks.path(leaf), StoredStack(figures, tensors)
+
+
+def _on_host(stored: StoredLinear) -> StoredLinear:
+    return StoredLinear(stored.figures, {ending: tensor.cpu() for ending, tensor in stored.tensors.items()})
+
+
+def _check_finite(name: str, dropped: int, rows: int) -> None:
+    if dropped > NON_FINITE_LIMIT * rows:
+        raise RuntimeError(
+            f"{name}: at least {dropped} of {rows} calibration rows are not finite, more than "
+            f"{NON_FINITE_LIMIT:.0%}; check the checkpoint's dtype and the data"
+        )

@@ -1,0 +1,167 @@
+"""Hooks that gather the moments of linears while their unit runs."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from onelayer.compiler.factors.moments import Gram, Moments
+from onelayer.compiler.models.linears import weight_shape
+
+# By this many rows a subclass of a linear is told from a linear.
+CHECKED_ROWS = 16
+
+
+@dataclass
+class _Site:
+    """One input tensor that several linears read: the Gram they share, and who of them has read the tensor at hand."""
+
+    gram: Gram
+    members: set[str]
+    tensors: int = 0
+    current: torch.Tensor | None = None
+    current_version: int = -1
+    readers: set[str] = field(default_factory=set)
+
+    def is_current(self, x: torch.Tensor) -> bool:
+        """Whether `x` is the very tensor that was added last, unchanged since."""
+        return self.current is x and self.current_version == x._version
+
+    def read(self, name: str, x: torch.Tensor) -> None:
+        """A member reads `x`, which is added once for all."""
+        if not self.is_current(x) or name in self.readers:
+            self.gram.add(x)
+            self.tensors += 1
+            self.current, self.current_version, self.readers = x, x._version, set()
+        self.readers.add(name)
+
+
+@dataclass
+class MomentHooks:
+    """Gathers the moments of the linears of one unit while the unit runs for its batches.
+
+    `linears` by name. One that is never called, or does another thing than a linear, gets none: `reason` says so.
+    """
+
+    linears: dict[str, nn.Module]
+    device: torch.device
+    product_dtype: torch.dtype = torch.float64
+    moments: dict[str, Moments] = field(default_factory=dict)
+    _sites: dict[str, _Site] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks on; off again on exit."""
+        handles = []
+        try:
+            for name, linear in self.linears.items():
+                handles.append(linear.register_forward_hook(self._hook(name, linear), with_kwargs=True))
+            yield
+            self.next_batch()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def next_batch(self) -> None:
+        """The batch before is through: part those that did not read what they shared, and forget its tensors."""
+        for site in list(self._sites.values()):
+            self._part_absent(site)
+            site.current, site.readers = None, set()
+
+    def reason(self, name: str) -> str:
+        """Why a linear has no moments."""
+        if name in self._refused:
+            return "its forward is not that of a linear"
+        return "never called; its weight may be used in another way"
+
+    def _hook(self, name: str, linear: nn.Module) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if name in self._refused:
+                return
+            if name not in self.moments:
+                if not acts_as_linear(linear, x, output):
+                    self._refused.add(name)
+                    return
+                self._settle(name, x)
+            shared = self._sites.get(name)
+            if shared is not None and not shared.is_current(x):
+                self._part_absent(shared)
+            # Parted or not, this linear's own place now is where its input belongs.
+            if name in self._sites:
+                self._sites[name].read(name, x)
+                return
+            self.moments[name].add(x, output if module.bias is None else output - module.bias)
+
+        return hook
+
+    def _settle(self, name: str, x: torch.Tensor) -> None:
+        """Choose, at the first call, the moment that costs least and is never wider than min(in, out).
+
+        A site that has seen more than the tensor at hand has seen what this linear did not read.
+        """
+        out_features, in_features = weight_shape(self.linears[name])
+        sites = self._sites.values()
+        shared = next((site for site in sites if site.is_current(x) and site.tensors == 1), None)
+        if shared is not None:
+            shared.members.add(name)
+            self._place(name, shared)
+        elif out_features >= in_features:
+            self._place(name, _Site(Gram(in_features, self.device, self.product_dtype), {name}))
+        else:
+            shape = (out_features, in_features)
+            self.moments[name] = Moments.empty(shape, False, self.device, self.product_dtype)
+
+    def _place(self, name: str, site: _Site) -> None:
+        self._sites[name], self.moments[name] = site, Moments(site.gram, of_input=True)
+
+    def _part_absent(self, site: _Site) -> None:
+        """Sharing ends for members that have not read the site's last tensor: each goes on from what it did read."""
+        if site.current is None or site.readers == site.members:
+            return
+        if not site.is_current(site.current):
+            raise RuntimeError(f"{min(site.members)}: its input was changed in place between linears that share it")
+        last = Gram(len(site.gram.total_FF), self.device, self.product_dtype)
+        last.add(site.current)
+        for name in site.members - site.readers:
+            gram = site.gram.without(last)
+            out_features, in_features = weight_shape(self.linears[name])
+            if out_features >= in_features:
+                self._place(name, _Site(gram, {name}, site.tensors - 1))
+            else:
+                del self._sites[name]
+                self.moments[name] = of_output(gram, self.linears[name])
+        site.members = set(site.readers)
+
+
+def of_output(gram: Gram, linear: nn.Module) -> Moments:
+    """The moment of a linear's outputs, bias left out, from that of its inputs: W G W^T."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    weight_OI = (weight.T if isinstance(linear, Conv1D) else weight).to(gram.total_FF)
+    outputs = copy.copy(gram)
+    outputs.total_FF = weight_OI @ gram.total_FF @ weight_OI.T
+    return Moments(outputs, of_input=False, input_energy=gram.total_FF.diagonal().clone())
+
+
+def acts_as_linear(linear: nn.Module, x: torch.Tensor, output: Any) -> bool:
+    """Whether a call did what a linear does; a subclass may return more than that, or use its weight in another way."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    out_features, in_features = weight_shape(linear)
+    if not isinstance(output, torch.Tensor) or output.shape != (*x.shape[:-1], out_features):
+        return False
+    x_NI, y_NO = x.reshape(-1, in_features), output.reshape(-1, out_features)
+    finite = torch.isfinite(x_NI).all(dim=-1) & torch.isfinite(y_NO).all(dim=-1)
+    x_NI, y_NO = x_NI[finite][:CHECKED_ROWS], y_NO[finite][:CHECKED_ROWS]
+    assert isinstance(linear.weight, torch.Tensor)
+    weight_OI = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    wanted_NO = nn.functional.linear(x_NI, weight_OI, linear.bias if isinstance(linear.bias, torch.Tensor) else None)
+    tolerance = 1e-3 + 2 * torch.finfo(wanted_NO.dtype).eps
+    return bool((y_NO.float() - wanted_NO.float()).norm() <= tolerance * wanted_NO.float().norm())

@@ -1,0 +1,77 @@
+"""What survives a killed compile: one record for each finished unit."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.files import publish_directory, read_json, write_json
+from onelayer.compiler.storage.safetensors_format import read_header
+from onelayer.compiler.storage.work_directory import claimed
+
+RECORD_PATTERN = "unit-*.json"
+
+
+class UnitRecord(BaseModel):
+    """What a finished unit left: its shard, the bytes of each tensor in it, and figures for the final report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    position: int
+    shard: str
+    tensor_bytes: dict[str, int]
+    linears: list[dict[str, Any]]
+    stacks: list[dict[str, Any]] = []
+    dense: dict[str, str]
+
+
+class WorkDirectory:
+    """A compile in progress. `finished` are the records of units that need not be done again, by position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.payload = path / "payload"
+        self.finished: dict[int, UnitRecord] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, output: Path, identity: Mapping[str, Any], resume: bool) -> Iterator["WorkDirectory"]:
+        """Begin or take up the work for `output`; on an error it is kept if any unit is finished.
+
+        Raises `InputError` where the work was begun with something else, naming the fields, or is being done by
+        another process.
+        """
+        with claimed(output, "compile", identity, resume, finished=RECORD_PATTERN) as path:
+            work = cls(path)
+            work.payload.mkdir(exist_ok=True)
+            work._read_records()
+            yield work
+
+    def _read_records(self) -> None:
+        """Take up the units whose record and shard are whole; anything else is done again."""
+        for file in sorted(self.path.glob(RECORD_PATTERN)):
+            try:
+                record = UnitRecord.model_validate(read_json(file))
+                table, _ = read_header(self.payload / record.shard) if record.shard else ({}, {})
+            except (InputError, ValidationError):
+                continue
+            if {name: info.size_bytes for name, info in table.items()} == record.tensor_bytes:
+                self.finished[record.position] = record
+
+    def finish_unit(self, record: UnitRecord) -> None:
+        """Record a unit whose shard is on the disk."""
+        write_json(self.path / f"unit-{record.position:05d}.json", record.model_dump(mode="json"))
+        self.finished[record.position] = record
+
+    def discard(self) -> None:
+        """Remove the work, once what it led to is safe elsewhere."""
+        shutil.rmtree(self.path)
+
+    def publish(self, output: Path) -> None:
+        """Make the finished payload the output, in one step; only then forget the records."""
+        publish_directory(self.payload, output)
+        self.discard()

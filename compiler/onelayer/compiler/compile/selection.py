@@ -1,0 +1,134 @@
+"""What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
+
+from collections.abc import Collection, Mapping
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.ranks import rank_for
+from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
+from onelayer.compiler.models import transformers_models
+from onelayer.compiler.models.experts import ExpertStacks, stacks_below
+from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, weight_shape
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.unit_memory import EXPERT_ROWS, RESERVE_BYTES, SMALL_SHARE
+
+Ranks = Mapping[str, int | None]
+
+
+def choose_ranks(streamed: StreamedModel, ratio: float, quantised: bool = False) -> dict[str, int | None]:
+    """The rank of every linear of the repeated layers that is worth compressing, by runtime module name.
+
+    One whose factors would not be smaller is left out, or if `quantised` has the rank None: it is quantised whole. One
+    whose weight is shared with another layer stays as it is: factors of either would not serve both. Raises
+    `InputError` where there is none.
+    """
+    ranks: dict[str, int | None] = {}
+    tied = transformers_models.tied_names(streamed.model)
+    for unit in streamed.units:
+        shapes = {name: weight_shape(module) for name, module in unit_linears(unit)}
+        total = sum(out_features * in_features for out_features, in_features in shapes.values())
+        for name, (out_features, in_features) in shapes.items():
+            rank = rank_for(ratio, out_features, in_features)
+            free = unit.is_block and f"{name}.weight" not in tied
+            if free and (quantised or rank is not None) and out_features * in_features >= SMALL_SHARE * total:
+                ranks[name] = rank
+    if not ranks:
+        kind = type(streamed.model).__name__
+        raise InputError(f"{streamed.checkpoint.directory}: {kind} has no linears in repeated layers to factorise")
+    return ranks
+
+
+def choose_stacks(streamed: StreamedModel, ratio: float, quantised: bool = False) -> dict[str, int | None]:
+    """The rank of every stack of experts in the repeated layers that is worth compressing, by its runtime name.
+
+    One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantised whole.
+    """
+    ranks = {}
+    tied = transformers_models.tied_names(streamed.model)
+    for unit in streamed.units:
+        for stacks in stacks_below(unit.name, unit.module) if unit.is_block else ():
+            for leaf in stacks.leaves:
+                rank = rank_for(ratio, *stacks.shape(leaf)[1:])
+                if stacks.path(leaf) not in tied and (quantised or rank is not None):
+                    ranks[stacks.path(leaf)] = rank
+    return ranks
+
+
+def saved_parameters(streamed: StreamedModel, ranks: Ranks, stacks: Ranks) -> int:
+    """How many weights fewer an emulator of these ranks holds."""
+    saved = 0
+    for name, (count, out_features, in_features) in stack_shapes(streamed).items():
+        if (rank := stacks.get(name)) is not None:
+            saved += count * (out_features * in_features - rank * (out_features + in_features))
+    for unit in streamed.units:
+        for name, module in unit_linears(unit):
+            if (rank := ranks.get(name)) is not None:
+                out_features, in_features = weight_shape(module)
+                saved += out_features * in_features - rank * (out_features + in_features)
+    return saved
+
+
+def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, kind: FactorDtype | None) -> int:
+    """Bytes of the weights of an emulator of these ranks."""
+    dtype_bytes = streamed.dtype.itemsize
+    total = stored_parameters(streamed) * dtype_bytes
+    for name, (count, out_features, in_features) in stack_shapes(streamed).items():
+        if name in stacks:
+            kept = linear_bytes(out_features, in_features, stacks[name], kind, dtype_bytes)
+            total += count * (kept - dtype_bytes * out_features * in_features)
+    for unit in streamed.units:
+        for name, module in unit_linears(unit):
+            if name in ranks:
+                shape = weight_shape(module)
+                total += linear_bytes(*shape, ranks[name], kind, dtype_bytes) - dtype_bytes * shape[0] * shape[1]
+    return total
+
+
+def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int:
+    """Parameters of the model, tied ones once; of its repeated layers alone if asked."""
+    names = [name for unit in streamed.units if unit.is_block or not blocks_only for name in unit.parameters]
+    names += () if blocks_only else streamed.outside
+    return sum(streamed.bare_parameter(name).numel() for name in names if name not in streamed.aliases)
+
+
+def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> int:
+    """Parameters of the repeated layers that lie in stacks of matrices, `but` those named: experts, not linears."""
+    names = [name for unit in streamed.units if unit.is_block for name in unit.parameters if name not in but]
+    tensors = [streamed.bare_parameter(name) for name in names if name not in streamed.aliases]
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
+
+
+def workspace_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batch_tokens: int) -> int:
+    """What compile holds beside the weights of the largest unit, predicted from shapes alone.
+
+    Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
+    unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead; a reserve.
+    Of experts the moments of one at a time, and the factors of all.
+    """
+    worst = 0
+    for unit in streamed.units:
+        experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
+        worst = max([worst, *(_expert_workspace(found, stacks, batch_tokens) + unit.weight_bytes for found in experts)])
+        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
+        moments = sum(8 * min(shape) ** 2 for shape in shapes)
+        solver = max((8 * (4 * min(shape) ** 2 + 4 * shape[0] * shape[1]) for shape in shapes), default=0)
+        batch = batch_tokens * sum(out_features + in_features for out_features, in_features in shapes) * 8
+        worst = max(worst, moments + solver + batch + unit.weight_bytes)
+    return worst + RESERVE_BYTES
+
+
+def _expert_workspace(found: ExpertStacks, ranks: Ranks, batch_tokens: int) -> int:
+    """Of one module of experts: its routed rows of a batch as the model computes them, or one expert as it is solved.
+
+    Moments come twice, those of the rows that an expert was sent and those of all tokens.
+    """
+    shapes = {leaf: found.shape(leaf) for leaf in found.leaves}
+    sides = sum(out_features + in_features for _, out_features, in_features in shapes.values())
+    moments = 2 * sum(8 * min(shape[1:]) ** 2 for shape in shapes.values())
+    solver = max(8 * (4 * min(shape[1:]) ** 2 + 4 * shape[1] * shape[2]) for shape in shapes.values())
+    factors = sum(
+        4 * count * (ranks.get(found.path(leaf)) or 0) * (out_features + in_features)
+        for leaf, (count, out_features, in_features) in shapes.items()
+    )
+    rows = EXPERT_ROWS * sides * (8 + 8)
+    batch = batch_tokens * expert_width(found) * 8
+    return max(moments + solver + rows + factors, batch)

@@ -1,0 +1,196 @@
+"""The emulator as a directory: unit shards written as they finish, then index, config and figures, metadata last.
+
+Goes in: resident units and what their linears became. Comes out: an ordinary transformers directory (the way back is in
+`emulator_reader.py`). Held: one unit at a time; matrices that stay on disk are copied in slices.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
+from onelayer.compiler.emulators.directory import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    SHIM_FILE,
+    SHIM_TEXT,
+    STACKS_VERSION,
+    auto_map,
+    card,
+)
+from onelayer.compiler.emulators.figures import LinearFigures, StackFigures
+from onelayer.compiler.emulators.reader import stack_tensor
+from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.models.lazy_tensors import DiskMatrix
+from onelayer.compiler.models.linears import weight_shape
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.storage.checkpoint import model_digest
+from onelayer.compiler.storage.files import copy_companions, write_json, write_text
+from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
+from onelayer.compiler.storage.safetensors_writer import Entry, tensor_entry, write_index, write_safetensors
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """What takes the place of one linear's weight: tensors by the ending of their names, and the figures."""
+
+    figures: LinearFigures
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StoredStack:
+    """What takes the place of a stack of experts: tensors (E, ...) by the ending of their names, and the figures."""
+
+    figures: StackFigures
+    tensors: Mapping[str, torch.Tensor]
+
+
+class EmulatorWriter:
+    """Writes one emulator into a work directory, a shard and a record for each unit; takes up what is there."""
+
+    def __init__(self, work: WorkDirectory, streamed: StreamedModel, factor_dtype: FactorDtype | None) -> None:
+        self.work = work
+        self.factor_dtype = factor_dtype
+        self.directory = work.payload
+        self.streamed = streamed
+        self._shards = len(streamed.units) + bool(streamed.outside)
+
+    @property
+    def records(self) -> list[UnitRecord]:
+        """The units that are written, in module order."""
+        return [self.work.finished[position] for position in sorted(self.work.finished)]
+
+    @property
+    def linears(self) -> dict[str, LinearFigures]:
+        """Figures of every linear that is compressed, by name."""
+        return {row["name"]: LinearFigures(**row) for record in self.records for row in record.linears}
+
+    @property
+    def stacks(self) -> dict[str, StackFigures]:
+        """Figures of every stack of experts that is compressed, by name."""
+        return {row["name"]: StackFigures(**row) for record in self.records for row in record.stacks}
+
+    def has(self, unit: Unit) -> bool:
+        """Whether a unit is written."""
+        return unit.position in self.work.finished
+
+    def write_unit(
+        self,
+        unit: Unit,
+        linears: Mapping[str, StoredLinear],
+        stacks: Mapping[str, StoredStack],
+        dense: Mapping[str, str],
+    ) -> None:
+        """One shard from a unit that is resident: `linears` and `stacks` in place of the weights that they stand for.
+
+        `dense` says of what was to be compressed why it was not.
+        """
+        tensors = self.streamed.held(unit)
+        entries = []
+        for name, stored in linears.items():
+            del tensors[f"{name}.weight"]
+            entries += [tensor_entry(name + ending, tensor.cpu()) for ending, tensor in stored.tensors.items()]
+        for name, stack in stacks.items():
+            del tensors[name]
+            entries += [tensor_entry(stack_tensor(name, ending), item) for ending, item in stack.tensors.items()]
+        entries += [_entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.aliases]
+        self._write_shard(
+            unit.position,
+            entries,
+            linears=[_row(stored) for stored in linears.values()],
+            stacks=[_row(stored) for stored in stacks.values()],
+            dense=dict(dense),
+        )
+
+    def write_rest(self) -> None:
+        """The units that no batch visited or that hold nothing to factorise, dense, and what lies outside all units."""
+        for unit in self.streamed.units:
+            if not self.has(unit):
+                with self.streamed.resident(unit, torch.device("cpu")):
+                    self.write_unit(unit, {}, {}, {})
+        last = len(self.streamed.units)
+        if self.streamed.outside and last not in self.work.finished:
+            names = [name for name in self.streamed.outside if name not in self.streamed.aliases]
+            lazy = [name for name in names if name in self.streamed.lazy]
+            matrices = {name: self.streamed.matrix(name, torch.device("cpu")) for name in lazy}
+            with self.streamed.loaded([name for name in names if name not in matrices]) as small:
+                entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
+                self._write_shard(last, entries, linears=[], stacks=[], dense={})
+
+    def finish(self, base: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+        """Index, config, companions and `emulator.json`; returns the emulator's digest."""
+        shard_of = {name: record.shard for record in self.records for name in record.tensor_bytes}
+        total_bytes = sum(size for record in self.records for size in record.tensor_bytes.values())
+        write_index(self.directory / INDEX_FILE, shard_of, total_bytes)
+        copy_companions(self.streamed.checkpoint.directory, self.directory)
+        write_text(self.directory / SHIM_FILE, SHIM_TEXT)
+        write_json(self.directory / "config.json", self._config(base))
+        digest = model_digest(self.directory)
+        linears = [found.model_dump(mode="json") for found in self.linears.values()]
+        stacks = [found.model_dump(mode="json") for found in self.stacks.values()]
+        head = {"format_version": self._version, "kind": "emulator", "digest": digest, "base": dict(base)}
+        write_text(self.directory / "README.md", card(base["model"], refined=False))
+        write_json(self.directory / "emulator.json", {**head, **figures, "linears": linears, "stacks": stacks})
+        return digest
+
+    @property
+    def _version(self) -> int:
+        return STACKS_VERSION if self.stacks else FORMAT_VERSION
+
+    def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        source = self.streamed.checkpoint.directory / "config.json"
+        document: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        dtype = str(self.streamed.dtype).removeprefix("torch.")
+        document["dtype"] = dtype
+        document["auto_map"] = auto_map(self.streamed.config)
+        linears = self.linears
+        packed = {
+            "unpacked_dtype": dtype,
+            "shapes": {name: weight_shape(self.streamed.model.get_submodule(name)) for name in linears},
+            "quantized_dense": [name for name, found in linears.items() if found.form == "dense"],
+        }
+        stacks = {
+            name: {"shape": found.shape, "rank": found.rank if found.form == "factors" else None}
+            for name, found in self.stacks.items()
+        }
+        document["quantization_config"] = {
+            "quant_method": "onelayer",
+            "format_version": self._version,
+            "ranks": {name: found.rank for name, found in linears.items() if found.form == "factors"},
+            "factor_dtype": self.factor_dtype or dtype,
+            **(packed if self.factor_dtype is not None else {}),
+            **({"stacks": stacks} if stacks else {}),
+            "base_model": base["model"],
+            "base_revision": base["revision"],
+            "base_digest": base["digest"],
+            "weights_file": INDEX_FILE,
+        }
+        return document
+
+    def _write_shard(self, position: int, entries: list[Entry], **told: Any) -> None:
+        shard = f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
+        if entries:
+            write_safetensors(self.directory / shard, entries, {"format": "pt"})
+        sizes = {entry.name: entry.size_bytes for entry in entries}
+        self.work.finish_unit(UnitRecord(position=position, shard=shard, tensor_bytes=sizes, **told))
+
+
+def _row(stored: StoredLinear | StoredStack) -> dict[str, Any]:
+    return stored.figures.model_dump(mode="json")
+
+
+def _entry(name: str, tensor: torch.Tensor) -> Entry:
+    if not isinstance(tensor, DiskMatrix):
+        return tensor_entry(name, tensor.cpu())
+    dtype = TORCH_NAMES[str(tensor.dtype).removeprefix("torch.")]
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for start, stop in tensor.row_slices():
+            yield from tensor_entry(name, tensor.read(start, stop)).chunks()
+
+    return Entry(name, dtype, tuple(tensor.shape), chunks)

@@ -1,0 +1,1 @@
+"""The correct pass: an adapter that was trained on an emulator is fitted to the original."""

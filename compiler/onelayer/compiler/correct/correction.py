@@ -1,0 +1,146 @@
+"""The correction of one linear: its weight, the emulator's factors and the adapter in, corrected factors out; pure.
+
+EMLoC (arXiv 2506.12015, stage 3), with the scaling that the published code leaves out. What is as small as the adapter
+is computed in float64, products with the weight in float32 (in float64 where the weight is).
+
+Letters: r rank of the adapter, k rank of the emulator, in / out features of the linear.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from onelayer.compiler.machine.threads import one_thread
+
+# Rows of W are widened by blocks of about this size: they stay in a core's cache, which triples the speed.
+BLOCK_BYTES = 1 << 20
+# Directions of A weaker than this share of the strongest are none: their basis vectors are arbitrary.
+RELATIVE_CUTOFF = 1e-6
+# Added to the inputs' energy in every direction, as a share of its mean: few samples leave some directions unseen.
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The numbers of one linear: A' (r, in) with orthonormal rows, B_c (out, r); per direction its ratio and clamp."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    ratios: torch.Tensor
+    clamped: int
+
+    def scaled(self, scale: float) -> "Correction":
+        """What it does, `scale` times."""
+        return self if scale == 1 else replace(self, b=scale * self.b)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What every correction of one linear is made from, whatever its limit.
+
+    p (in, r') orthonormal and b (out, r'), the adapter as it was trained: b p^T; error (out, r') = (W - E) p, what the
+    emulator gets wrong in the adapter's directions.
+    """
+
+    p: torch.Tensor
+    b: torch.Tensor
+    error: torch.Tensor
+
+    def limited(self, limit: float | None) -> Correction:
+        """A' = p^T and B_c = b - error, each direction of the error scaled down to `limit` times the adapter's own.
+
+        `limit` bounds mean|error_i| / mean|b_i| of every direction i (lambda of the paper): 0 leaves the adapter as it
+        is, None leaves the error as it is.
+        """
+        size, reference = self.error.abs().mean(0), self.b.abs().mean(0)
+        # min(1, limit / ratio). Without a limit the bound is infinite (undefined where b is zero): nothing exceeds it.
+        bound = (math.inf if limit is None else limit) * reference
+        over = size > bound
+        error = torch.where(over, self.error * (bound / size), self.error)
+        return Correction(self.p.T.contiguous(), self.b - error, size / reference, int(over.sum()))
+
+
+def split_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """P (in, r') with orthonormal columns and B' (out, r') such that B' P^T = scaling * b @ a, in float64.
+
+    From the thin SVD A^T = P S R^T: B' = scaling * B R S. Only directions that A has are kept, so r' <= r.
+    """
+    p, s, r_t = torch.linalg.svd(a.double().T, full_matrices=False)
+    kept = s > RELATIVE_CUTOFF * s.amax()
+    return p[:, kept], scaling * (b.double() @ r_t.T * s)[:, kept]
+
+
+def measure_gap(
+    weight: Iterable[torch.Tensor],
+    up: torch.Tensor,
+    down: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    transposed: bool = False,
+) -> Gap:
+    """The gap of one linear, computed on the device of its weight.
+
+    weight: consecutive rows of the original's, (out, in), or (in, out) where `transposed`; up (out, k) and down
+    (k, in), the emulator's, or its whole weight (out, in) and None; a (r, in), b (out, r), scaling: the adapter as
+    trained.
+    """
+    with one_thread():
+        p, b_split = split_product(a, b, scaling)
+        of_original = project(weight, p, transposed)
+        of_emulator = _emulated(up, down, p.to(of_original))
+    return Gap(p, b_split, (of_original - of_emulator).to(p))
+
+
+def oblique_gap(
+    span: Gap,
+    weight: Iterable[torch.Tensor],
+    up: torch.Tensor,
+    down: torch.Tensor | None,
+    seen: torch.Tensor,
+    transposed: bool,
+) -> Gap:
+    """The gap whose full correction is best on average over inputs x, not only for those in the span of p.
+
+    seen (in, r'): E[x x^T] p up to a factor. error = argmin_K E |(W - E) x - K p^T x|^2 = (W - E) seen (p^T seen)^-1.
+    Where nothing was seen, or what was seen is not finite, `span` itself.
+    """
+    inner = span.p.T @ seen
+    energy = float(inner.trace()) / max(1, len(inner))
+    if not 0 < energy < math.inf:
+        return span
+    inner = inner + RIDGE * energy * torch.eye(len(inner), dtype=inner.dtype)
+    with one_thread():
+        of_original = project(weight, seen / energy, transposed)
+        of_emulator = _emulated(up, down, (seen / energy).to(of_original))
+    error = torch.linalg.solve(inner / energy, (of_original - of_emulator).to(seen).T).T
+    return Gap(span.p, span.b, error)
+
+
+def _emulated(up: torch.Tensor, down: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
+    """E p (out, r), where and as wide as p is; E = up down, or `up` alone."""
+    return up.to(p) @ (p if down is None else down.to(p) @ p)
+
+
+def project(weight: Iterable[torch.Tensor], p: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """W p (out, r) from consecutive rows of W (out, in), or of W^T (in, out) where `transposed`.
+
+    The product is formed as p^T W^T: thin times wide is several times faster than wide times thin.
+    """
+    parts: list[torch.Tensor] = []
+    total, done = torch.zeros(()), 0
+    for rows in weight:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        p_t = p.to(rows.device, wide).T.contiguous()
+        step = max(1, BLOCK_BYTES // (wide.itemsize * max(1, rows.shape[1])))
+        buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=wide, device=rows.device)
+        for start in range(0, len(rows), step):
+            block = buffer[: min(step, len(rows) - start)].copy_(rows[start : start + step])
+            if transposed:
+                total = total.to(block) + p_t[:, done : done + len(block)] @ block
+            else:
+                parts.append(p_t @ block.T)
+            done += len(block)
+    return total.T if transposed else torch.cat(parts, dim=1).T

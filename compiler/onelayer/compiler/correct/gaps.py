@@ -1,0 +1,103 @@
+"""The correction's reading: weights and factors from disk in, the gap of every compressed linear out, one by one.
+
+A few linears are worked on at once, each in a thread of its own that reads some rows and multiplies them in turn: while
+one reads another computes, so the pass takes as long as reading does, or as its products do on all cores.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from onelayer.compiler.adapters.fit import is_transposed
+from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.correct.correction import BLOCK_BYTES, Gap, measure_gap
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.console import Progress
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.machine.threads import ahead
+from onelayer.compiler.models.streamed_model import StreamedModel
+
+# Weights are read by rows, in pieces of about this size.
+CHUNK_BYTES = 8 << 20
+AT_ONCE = 3  # linears
+# Weights that transformers' rules put together are made one at a time: its code is not meant for several threads.
+_CONVERTING = Lock()
+
+Read = Callable[[], torch.Tensor]
+
+
+def read_gaps(
+    streamed: StreamedModel, small: Emulator, source: Adapter, names: Sequence[str], meter: Meter
+) -> Iterator[tuple[str, Gap]]:
+    """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
+
+    def place(name: str) -> tuple[Path, int]:
+        info = streamed.checkpoint.tensors[streamed.keys[f"{name}.weight"][0]]
+        return info.file, info.start
+
+    def work(name: str) -> Gap:
+        rows = (read() for read in _weight_reads(streamed, name))
+        return gap_of(source, name, rows, small.factors(name), is_transposed(streamed.model.get_submodule(name)))
+
+    ordered = sorted(names, key=place)
+    with Progress(len(ordered), "correct") as progress:
+        for count, gap in enumerate(ahead((partial(work, name) for name in ordered), AT_ONCE, AT_ONCE)):
+            progress.reached(count, ordered[count], meter.sample())
+            yield ordered[count], gap
+
+
+def gap_of(
+    source: Adapter,
+    name: str,
+    rows: Iterator[torch.Tensor],
+    factors: tuple[torch.Tensor, torch.Tensor | None],
+    transposed: bool,
+) -> Gap:
+    """The gap of one linear of `source`. Raises `InputError` by name where a value is not finite."""
+    gap = measure_gap(rows, *factors, *source.factors(name), source.modules[name].scaling, transposed)
+    if not gap.error.isfinite().all():
+        raise InputError(f"{name}: weight or emulator holds values that are not finite; check the original's files")
+    return gap
+
+
+def _weight_reads(streamed: StreamedModel, name: str) -> list[Read]:
+    """Reads of consecutive rows of one weight; of the whole where the checkpoint holds it in another form."""
+    parameter = f"{name}.weight"
+    empty = streamed.bare_parameter(parameter)
+    if parameter not in streamed.plain:
+        return [partial(_converted, streamed, parameter)]
+    (key,) = streamed.keys[parameter]
+    rows, width = empty.shape
+    step = max(1, CHUNK_BYTES // (width * empty.element_size()))
+
+    def read(start: int) -> torch.Tensor:
+        return streamed.checkpoint.read_rows(key, start, min(start + step, rows)).to(empty.dtype)
+
+    return [partial(read, start) for start in range(0, rows, step)]
+
+
+def _converted(streamed: StreamedModel, parameter: str) -> torch.Tensor:
+    with _CONVERTING:
+        (tensor,) = streamed.convert([parameter], streamed.read([parameter])).values()
+    return tensor
+
+
+def workspace_bytes(streamed: StreamedModel, small: Emulator, source: Adapter) -> int:
+    """What the linears that are worked on at once cost at most. Of each its factors in their dtype and in float32, a
+    chunk of its weight and its successor (all of it, twice, where the checkpoint holds it in another form), one block,
+    and six (out, r) in float64."""
+
+    def cost(name: str) -> int:
+        module, rank = source.modules[name], small.facts.compressed[name]
+        weight = streamed.bare_parameter(f"{name}.weight")
+        weight_bytes = weight.numel() * weight.element_size()
+        is_plain = f"{name}.weight" in streamed.plain
+        chunks = min(2 * CHUNK_BYTES, weight_bytes) if is_plain else 2 * weight_bytes
+        sides = module.in_features + module.out_features
+        return chunks + BLOCK_BYTES + 8 * (rank + 6 * module.rank) * sides
+
+    return AT_ONCE * max((cost(name) for name in source.modules if name in small.facts.compressed), default=0)

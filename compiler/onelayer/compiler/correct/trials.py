@@ -1,0 +1,205 @@
+"""Limit, solver and scale of the correction, chosen on held-out data: every candidate scored in one stream.
+
+While a unit of the original is held, all batches run through it as it is, which shows what its linears read; then the
+corrections are computed from its own weights, and every batch runs with each. So the pass reads what one evaluation
+reads, and the emulator's factors; nothing about the inputs is stored.
+
+Letters: N rows (tokens), in features, r rank of the adapter.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from onelayer.compiler.adapters.attach import tuner_layers
+from onelayer.compiler.adapters.fit import is_transposed
+from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver, trial_bytes
+from onelayer.compiler.correct.correction import Gap, oblique_gap
+from onelayer.compiler.correct.gaps import gap_of
+from onelayer.compiler.data.batches import DataSource, tokens_digest
+from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.scoring import Samples, Scoring, workspace_bytes
+from onelayer.compiler.evaluate.variants import Run, open_scored
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.units import Unit, named_parts
+from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.stream import Stream
+
+NAME = "trained"  # of the one adapter that PEFT attaches
+
+Weights = tuple[torch.Tensor, torch.Tensor]
+Factors = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole weight and None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The data that a limit is chosen on, and how it is run; hidden states beyond `host_memory_bytes` wait on disk."""
+
+    data: DataSource
+    max_length: int
+    batch_size: int
+    device: torch.device
+    host_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the stream found: the best candidate, the gaps by which to solve it, and what it cost.
+
+    `gaps` are those of the linears that the data reached. `validation` says what the losses were measured on.
+    """
+
+    best: Candidate
+    candidates: list[Candidate]
+    gaps: dict[str, Gap]
+    validation: dict[str, Any]
+    workspace_bytes: int
+    bytes_read: int
+
+
+def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
+    """Score the corrections of `source` on the original. Raises `InputError` on unusable data."""
+    if min(held_out.max_length, held_out.batch_size) < 1:
+        raise InputError("max_length and batch_size must be at least 1")
+    streamed, classes = open_scored(model, {NAME: source.directory})
+    samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
+    batches = samples.batches(streamed.config, held_out.batch_size)
+    variants, parking = 1 + len(CANDIDATES), Parking(held_out.host_memory_bytes)
+    trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, parking)
+    stream = Stream(
+        streamed,
+        held_out.device,
+        meter,
+        around=trials.around,
+        parking=parking,
+        # In every unit all batches as they are come before any with a correction.
+        order=lambda index: (index % variants, index),
+        description="correct",
+    )
+    stream.run(scoring.inputs(), scoring.take)
+    found = scoring.finish(held_out.device)[1:]
+    losses = [scores.loss(samples.counted) for scores in found]
+    candidates = [
+        Candidate(solver=solver, limit=limit, scale=scale, loss=loss)
+        for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
+    ]
+    best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
+    sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
+    largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.compressed.items()), default=0)
+    workspace = workspace_bytes(streamed, batches, variants, held_out.device, parking)
+    return Choice(
+        best=best,
+        candidates=candidates,
+        gaps=trials.gaps[best.solver],
+        validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
+        workspace_bytes=workspace + trial_bytes(sides, largest),
+        bytes_read=streamed.checkpoint.bytes_read,
+    )
+
+
+@dataclass
+class _Trials:
+    """Watches a unit while it runs as it is, computes its corrections, and runs it with each."""
+
+    source: Adapter
+    small: Emulator
+    variants: int
+    gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
+
+    @contextmanager
+    def around(self, unit: Unit) -> Iterator[Run]:
+        """Stream index i is variant i % variants: 0 the original, then the candidates. All is put back on exit."""
+        layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
+        compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.compressed}
+        switches = tuner_layers(unit)
+        adapted = compressed.values()
+        before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
+        scalings = {layer: layer.scaling[NAME] for layer in layers.values()}
+        factors = {name: self.small.factors(name) for name in compressed}
+        watch = _Watch()
+        for name, layer in compressed.items():
+            linear = layer.get_base_layer()
+            if name not in self.gaps["span"]:  # a unit may be held again
+                rows = iter([linear.weight.detach()])
+                self.gaps["span"][name] = gap_of(self.source, name, rows, factors[name], is_transposed(linear))
+            watch.attach(name, linear, self.gaps["span"][name].p)
+        weights: dict[Any, list[Weights]] = {}
+
+        def run(index: int, args: Any, kwargs: Any) -> Any:
+            variant = index % self.variants
+            for part in switches:
+                part.enable_adapters(variant > 0)
+            if variant == 0:
+                return type(unit.module).forward(unit.module, *args, **kwargs)
+            if not weights:
+                watch.detach()
+                weights.update(self._solve(compressed, factors, watch))
+            _set({layer: solved[variant - 1] for layer, solved in weights.items()})
+            for layer, scaling in scalings.items():  # the weights that were solved hold their scale already
+                layer.scaling[NAME] = 1.0 if layer in before else CANDIDATES[variant - 1][2] * scaling
+            return type(unit.module).forward(unit.module, *args, **kwargs)
+
+        try:
+            yield run
+        finally:
+            watch.detach()
+            _set(before)
+            for layer, scaling in scalings.items():
+                layer.scaling[NAME] = scaling
+
+    def _solve(
+        self, compressed: Mapping[str, Any], factors: Mapping[str, Factors], watch: "_Watch"
+    ) -> Iterator[tuple[Any, list[Weights]]]:
+        """A' and B_c of every candidate, in float32, where the weights are."""
+        for name, layer in compressed.items():
+            linear = layer.get_base_layer()
+            rows, span = [linear.weight.detach()], self.gaps["span"][name]
+            if name not in self.gaps["oblique"]:
+                seen, transposed = watch.seen[name].to(span.p), is_transposed(linear)
+                self.gaps["oblique"][name] = oblique_gap(span, rows, *factors[name], seen, transposed)
+            solved = [self.gaps[solver][name].limited(limit).scaled(scale) for solver, limit, scale in CANDIDATES]
+            place = {"device": linear.weight.device, "dtype": torch.float32}
+            a = solved[0].a.to(**place)
+            yield layer, [(a, item.b.to(**place)) for item in solved]
+
+
+class _Watch:
+    """Sums x x^T p (in, r) over the inputs that linears read, in float64; rows that are not finite are left out."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, name: str, linear: nn.Module, p: torch.Tensor) -> None:
+        """Watch one linear in the directions `p` (in, r)."""
+        weight = linear.weight
+        assert isinstance(weight, torch.Tensor)
+        p = p.to(weight.device, torch.float32)
+        self.seen[name] = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_NF = args[0].reshape(-1, len(p)).float()
+            x_NF = x_NF[torch.isfinite(x_NF).all(dim=-1)]
+            self.seen[name] += x_NF.T @ (x_NF @ p)
+
+        self._handles.append(linear.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Stop watching."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _set(weights: Mapping[Any, Weights]) -> None:
+    for layer, (a, b) in weights.items():
+        layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data = a, b

@@ -1,0 +1,112 @@
+"""A data set becomes fixed batches that a model can be called with, and the digest that says which they were."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedConfig
+
+from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.digests import sha256_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+DataSource = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Samples of equal length, so that nothing is padded: ids (B, T) and what they predict.
+
+    `inputs` are the arguments of the model's forward. `targets[b, t]` is the token that output position t of sample b
+    predicts, or -100 where the loss does not count it; of texts with a class `targets[b]` is that class.
+    `order[b]` is the place of sample b in the list given.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+    order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Samples, and positions of the longest sequence of each: what an encoder-decoder reads, or what it says."""
+        sequences = [tensor for tensor in (*self.inputs.values(), self.targets) if tensor.ndim == 2]
+        return len(self.order), max(tensor.shape[1] for tensor in sequences)
+
+
+def read_tokens(
+    data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
+) -> list[Tokens]:
+    """Tokenised examples of `data`, all of them or `samples` drawn with a private generator; empty ones left out.
+
+    Raises `InputError` where nothing is left.
+    """
+    examples = read_examples(data)
+    if samples is not None and samples < len(examples):
+        examples = random.Random(seed).sample(examples, samples)
+    tokens = [tokenize(example, tokenizer, max_length) for example in examples]
+    kept = [item for item in tokens if item.labelled]
+    if not kept:
+        raise nothing_labelled(data, max_length)
+    return kept
+
+
+def nothing_labelled(data: object, max_length: int) -> InputError:
+    """What to raise where no example of `data` leaves anything to be predicted."""
+    return InputError(
+        f"{data}: no example has a labelled token within --max-length {max_length}; raise it, or give examples of two "
+        "tokens or more"
+    )
+
+
+def tokens_digest(tokens: Iterable[Tokens]) -> str:
+    """Digest of token ids and labels, in order."""
+    return sha256_json([[item.input_ids, item.labels if item.label is None else item.label] for item in tokens])
+
+
+def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
+    """Batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows at once.
+
+    Raises `InputError` where the model cannot tell where the texts of a batch end.
+    """
+    # Some configurations have no such field: those of several models in one have it further in, others not at all.
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if batch_size > 1 and pad is None and any(item.label is not None for item in tokens):
+        raise InputError("config.json: field pad_token_id is not set, so a classifier takes one text at a time; set it")
+    split = [_inputs(item, config) for item in tokens]
+    shapes = sorted(range(len(split)), key=lambda i: tuple(-len(ids) for ids in split[i][0].values()))
+    batches = []
+    for _, group in groupby(shapes, key=lambda i: tuple(len(ids) for ids in split[i][0].values())):
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            order = tuple(indices[start : start + batch_size])
+            rows = [split[i] for i in order]
+            inputs = {name: torch.tensor([row[0][name] for row in rows]) for name in rows[0][0]}
+            batches.append(TokenBatch(inputs, torch.tensor([row[1] for row in rows]), order))
+    return batches
+
+
+def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int] | int]:
+    """Model arguments and aligned targets of one sample, or its class.
+
+    A decoder predicts the next token. An encoder-decoder reads what is not labelled (all of a plain text) and predicts
+    what is, from it shifted right behind the decoder's start token.
+    """
+    if tokens.label is not None:
+        return {"input_ids": tokens.input_ids}, tokens.label
+    if not config.is_encoder_decoder:
+        places = {} if tokens.positions is None else {"position_ids": tokens.positions}
+        return {"input_ids": tokens.input_ids, **places}, [*tokens.labels[1:], IGNORED]
+    asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
+    answer = [label for label in tokens.labels if label != IGNORED]
+    start = getattr(config, "decoder_start_token_id", None)
+    start = start if start is not None else config.pad_token_id
+    return {"input_ids": asked or tokens.input_ids, "decoder_input_ids": [start, *answer[:-1]]}, answer

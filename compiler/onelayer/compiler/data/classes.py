@@ -1,0 +1,99 @@
+"""What a model predicts, and rows tokenised for it: the next token, or one class of a whole text.
+
+A sequence classifier is what transformers' registry of them lists; its logits are (batch, classes). Evaluation, exact
+steps and training all read their rows through here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onelayer.compiler.data.rows import Example
+from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
+from onelayer.compiler.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+SINGLE_LABEL = "single_label_classification"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a sequence classifier: how many there are, and the numbers of those that have names."""
+
+    count: int
+    numbers: Mapping[str, int]
+
+    def number_of(self, example: Example) -> int:
+        """The class of one row. Raises `InputError` where the model has no such class."""
+        label = example.label
+        number = self.numbers.get(label) if isinstance(label, str) else label
+        if number is None or not 0 <= number < self.count:
+            raise InputError(
+                f"{example.source}: field 'label' is {label!r}; write a number from 0 to {self.count - 1}, or a name "
+                f"of label2id in the model's config.json: {', '.join(list(self.numbers)[:5])}"
+            )
+        return number
+
+
+def predicted_classes(
+    cls: "type[PreTrainedModel]", config: "PreTrainedConfig", directory: str | Path
+) -> Classes | None:
+    """The classes that a model of class `cls` tells apart, None where it predicts tokens.
+
+    Raises `InputError` where it does neither, so that there is no loss, and for classifiers whose loss is another one.
+    """
+    if not is_classifier(cls):
+        if cls.can_generate():
+            return None
+        raise InputError(
+            f"{directory}: {cls.__name__} predicts no next token and no class of a text, so there is no loss to "
+            "measure; give a language model or a sequence classifier"
+        )
+    count = config.num_labels or 0
+    kind = config.problem_type or (SINGLE_LABEL if count > 1 else "regression")
+    if kind != SINGLE_LABEL:
+        raise InputError(
+            f"{Path(directory) / 'config.json'}: field problem_type: {kind} is not supported; give a classifier of two "
+            "classes or more, of which a text has one"
+        )
+    return Classes(count, {str(name): int(number) for name, number in (config.label2id or {}).items()})
+
+
+def is_classifier(cls: "type[PreTrainedModel]") -> bool:
+    """Whether transformers lists the class as one that tells apart classes of whole texts."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return cls.__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
+def tokenize_for(
+    classes: Classes | None,
+    example: Example,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    append_eos: bool = False,
+) -> Tokens:
+    """One row as a model with these classes, or one that predicts tokens, is called with it and scored.
+
+    A classified text is cut as its tokenizer cuts, which leaves the tokens that it puts around a text, and gets no end
+    appended. Raises `InputError` where the row is of the other kind.
+    """
+    if classes is None:
+        if example.label is not None:
+            raise InputError(
+                f"{example.source}: field 'label' needs a sequence classifier, and this model predicts tokens; give "
+                "one, or remove the field"
+            )
+        return tokenize(example, tokenizer, max_length, append_eos)
+    if example.text is None or example.label is None:
+        raise InputError(
+            f"{example.source}: has no 'label', and the model is a classifier of {classes.count} classes; write rows "
+            "of 'text' and 'label'"
+        )
+    number = classes.number_of(example)
+    ids = list(tokenizer(example.text, truncation=True, max_length=max_length)["input_ids"])
+    return Tokens(ids, [IGNORED] * len(ids), label=number)

@@ -1,0 +1,226 @@
+"""One example and a tokenizer in, token ids and labels out: what the loss counts is decided here and nowhere else."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onelayer.compiler.data.rows import Example, Message
+from onelayer.compiler.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+IGNORED = -100  # the label that torch's cross-entropy and every transformers loss leave out
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+Span = tuple[int, int]  # characters [start, end) of a text
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and, of equal length, labels: the id itself where the loss counts it, -100 elsewhere. Not shifted.
+
+    `positions` are each token's place in its own row, where several rows are packed into this one.
+    `label` is the number of the class of the whole text, where that is what a model predicts.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    positions: list[int] | None = None
+    label: int | None = None
+
+    @property
+    def labelled(self) -> int:
+        """How many predictions the loss counts: of labelled tokens all but the first, which nothing predicts; of a text
+        with a class one."""
+        if self.label is not None:
+            return 1
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a model directory; nothing is fetched and no code from the directory is run."""
+    from transformers import AutoTokenizer
+
+    directory = Path(model_directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; name a model's directory")
+    remedy = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
+        raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
+    # transformers builds an empty tokenizer where only tokenizer_config.json is left: every text would become nothing.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")
+    return tokenizer
+
+
+def tokenize(
+    example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int, append_eos: bool = False
+) -> Tokens:
+    """Ids and labels of one example, cut at `max_length` tokens.
+
+    `text`: all tokens labelled. `prompt` and `completion`: the completion's. `messages`: the assistant turns'.
+    `append_eos` ends texts and completions that do not end so already; a chat template writes its own end of turn.
+    """
+    if example.text is not None:
+        ids = _ids(tokenizer, example.text)
+        tokens = Tokens(ids, list(ids))
+    elif isinstance(example.prompt, str):
+        assert isinstance(example.completion, str)
+        tokens = _pair_tokens(example.prompt, example.completion, tokenizer)
+    else:
+        tokens, append_eos = _chat_tokens(example, tokenizer), False
+    if append_eos:
+        tokens = _with_eos(tokens, tokenizer)
+    return Tokens(tokens.input_ids[:max_length], tokens.labels[:max_length])
+
+
+def _with_eos(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise InputError(f"{_name(tokenizer)}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    if tokens.input_ids[-1:] == [eos]:
+        return tokens
+    return Tokens([*tokens.input_ids, eos], [*tokens.labels, eos])
+
+
+def _pair_tokens(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Prompt and completion tokenised as the one string they form; where the completion starts, the labels start."""
+    text = prompt + completion
+    ids, prompt_ids = _ids(tokenizer, text), _ids(tokenizer, prompt)
+    closing = [token for token in ids[-1:] if token == tokenizer.eos_token_id]  # what some tokenizers end a text with
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return _labelled_from(ids, len(prompt_ids))
+    if closing and prompt_ids[-1:] == closing:
+        prompt_ids = prompt_ids[:-1]
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return _labelled_from(ids, len(prompt_ids))
+    if not tokenizer.is_fast:
+        ids = [*prompt_ids, *_ids(tokenizer, completion, special=False), *closing]
+        return _labelled_from(ids, len(prompt_ids))
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]  # the boundary is in a token
+    inside = [index for index, offset in enumerate(offsets) if _first_character(text, offset) >= len(prompt)]
+    return _labelled_from(ids, inside[0] if inside else len(ids))
+
+
+def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """A conversation through the tokenizer's chat template, labels on what the assistant is to learn."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{example.source}: messages need a chat template and {_name(tokenizer)} has none; add "
+            "chat_template.jinja beside its tokenizer, or write 'text' or 'prompt' and 'completion' as strings"
+        )
+    if example.messages is None:
+        assert isinstance(example.prompt, list)
+        assert isinstance(example.completion, list)
+        return _rendered(example, [*example.prompt, *example.completion], [len(example.prompt)], tokenizer)
+    if tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template()):
+        return _marked(example, example.messages, tokenizer)
+    turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
+    return _rendered(example, example.messages, turns, tokenizer)
+
+
+def _marked(example: Example, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Labels from the template's own `{% generation %}` marks."""
+    with _template_faults(example, tokenizer):
+        encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
+    return Tokens(ids, [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)])
+
+
+def _rendered(
+    example: Example, messages: list[Message], turns: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
+) -> Tokens:
+    """Labels on the given turns, whose place is found by rendering the conversation up to them.
+
+    For a prompt and completion, the one turn given runs to the end. Holds only where each rendering continues the one
+    before; templates that rewrite earlier turns are refused.
+    """
+    whole = _render(example, messages, tokenizer)
+    spans: list[Span] = []
+    for turn in turns:
+        before = _render(example, messages[:turn], tokenizer, prompt=True)
+        after = whole if example.messages is None else _render(example, messages[: turn + 1], tokenizer)
+        if not (after.startswith(before) and whole.startswith(after)):
+            raise InputError(
+                f"{example.source}: the chat template of {_name(tokenizer)} writes message {turn} in another way "
+                "when others follow, so its tokens cannot be told apart; put {% generation %} marks into the template, "
+                "or write 'prompt' and 'completion' as strings"
+            )
+        spans.append((len(before), len(after)))
+    if not tokenizer.is_fast:
+        return _piecewise(whole, spans, tokenizer)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    inside = [any(first <= _first_character(whole, offset) < last for first, last in spans) for offset in offsets]
+    return Tokens(ids, [token if labelled else IGNORED for token, labelled in zip(ids, inside, strict=True)])
+
+
+def _render(
+    example: Example, messages: list[Message], tokenizer: "PreTrainedTokenizerBase", prompt: bool = False
+) -> str:
+    with _template_faults(example, tokenizer):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    assert isinstance(text, str)
+    return text
+
+
+@contextmanager
+def _template_faults(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Turn what a chat template raises (roles that must alternate, unknown keys) into an `InputError`."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{example.source}: the chat template of {_name(tokenizer)} refuses the messages "
+            f"({_first_line(error)}); change their roles, or write 'text'"
+        ) from None
+
+
+def _piecewise(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Tokens of the stretches inside and outside the spans, each tokenised alone: for tokenizers without offsets."""
+    ids: list[int] = []
+    labels: list[int] = []
+    cuts = [0, *(cut for span in spans for cut in span), len(text)]
+    for index, (start, end) in enumerate(pairwise(cuts)):
+        piece = _ids(tokenizer, text[start:end], special=False)
+        ids += piece
+        labels += piece if index % 2 else [IGNORED] * len(piece)  # spans and gaps take turns, a gap first
+    return Tokens(ids, labels)
+
+
+def _first_character(text: str, offset: Span) -> int:
+    """Where a token's own text starts, blanks not counted; -1 for a token that stands for no text.
+
+    Some tokenizers glue the blank before a word to it, some report it so and some do not: a prompt that ends in a
+    blank must not cost the completion its first word.
+    """
+    piece = text[slice(*offset)]
+    return offset[0] + len(piece) - len(piece.lstrip() or piece) if piece else -1
+
+
+def _labelled_from(ids: list[int], boundary: int) -> Tokens:
+    return Tokens(ids, [IGNORED] * boundary + ids[boundary:])
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True) -> list[int]:
+    """The tokenizer's own ids of a text. `verbose=False`: texts longer than the model's window are cut by us."""
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.name_or_path or "this tokenizer")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

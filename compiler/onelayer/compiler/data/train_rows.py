@@ -1,0 +1,76 @@
+"""Rows of tokens become the large batches of exact steps, the same ones in every run with the same seed."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from onelayer.compiler.data.batches import DataSource, nothing_labelled, tokens_digest
+from onelayer.compiler.data.classes import Classes, tokenize_for
+from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.tokens import Tokens
+from onelayer.compiler.machine.console import at_most
+
+
+def read_labelled(
+    data: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    classes: Classes | None,
+    append_eos: bool = False,
+) -> list[Tokens]:
+    """Every example that has something to predict, tokenised. Raises `InputError` where there is none."""
+    examples = read_examples(data)
+    tokens = [tokenize_for(classes, example, tokenizer, max_length, append_eos) for example in examples]
+    rows = [item for item in tokens if item.labelled]
+    if not rows:
+        raise nothing_labelled(data, max_length)
+    return rows
+
+
+@dataclass(frozen=True)
+class TrainRows:
+    """Tokenised training examples, and the order in which steps take them: a new shuffle for every round."""
+
+    rows: Sequence[Tokens]
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def read(
+        cls,
+        data: DataSource,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        classes: Classes | None = None,
+    ) -> "TrainRows":
+        """Every labelled example, ended as in training; a batch takes none of them twice.
+
+        Raises `InputError` where there is none.
+        """
+        rows = read_labelled(data, tokenizer, max_length, classes, append_eos=True)
+        return cls(rows, at_most("--batch-size", batch_size, len(rows)), seed)
+
+    @property
+    def digest(self) -> str:
+        """Digest of ids and labels, in the order of the data."""
+        return tokens_digest(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.input_ids) for row in self.rows)
+
+    def batch(self, step: int) -> list[Tokens]:
+        """The examples of a step, counted from 0. Depends on nothing but the step, the rows and the seed."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {turn: self._order(turn) for turn in {place // len(self.rows) for place in places}}
+        return [self.rows[orders[place // len(self.rows)][place % len(self.rows)]] for place in places]
+
+    def _order(self, turn: int) -> list[int]:
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.seed} {turn}").shuffle(order)
+        return order

@@ -1,0 +1,1 @@
+"""The emulator's format: directory, reader, figures, slices."""

@@ -1,0 +1,187 @@
+"""What became of each linear, as the records of an emulator say it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, stack_tensor
+from onelayer.compiler.factors.factorize import Factors
+from onelayer.compiler.factors.quantized_factors import PackedDense, PackedFactors
+from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
+from onelayer.compiler.results import Result
+
+# What is said of a linear's factors as they were compiled, and is no longer true of them once they are trained.
+ERROR_FIELDS = ("error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error")
+
+
+class LinearSummary(Result):
+    """One compressed linear; errors are relative Frobenius errors of its output over the calibration rows.
+
+    `error` is that of the factors as stored, `unquantised_error` that of the same factors before they were quantised
+    (None where they are not), `optimal_error` the least that any factors of this rank can have; the `fast` solver does
+    not know it. `form` "dense" is a whole weight, quantised; its rank is the full one.
+    """
+
+    name: str
+    rank: int
+    error: float
+    optimal_error: float | None
+    unquantised_error: float | None = None
+    form: Literal["factors", "dense"] = "factors"
+
+
+class LinearFigures(LinearSummary):
+    """`singular_values`: its output's, the kept ones; `output_energy`: all their squares.
+
+    A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data;
+    where the factors are quantised, it has `prefix_errors[j - 1]`. `dense_error`: of the whole weight, quantised; None
+    where that was not tried.
+    """
+
+    singular_values: list[float]
+    output_energy: float
+    fallback: str | None
+    prefix_errors: list[float] | None = None
+    dense_error: float | None = None
+
+    @property
+    def summary(self) -> LinearSummary:
+        """Without the spectrum."""
+        return LinearSummary(**self.model_dump(include=set(LinearSummary.model_fields)))
+
+    @classmethod
+    def of(
+        cls, name: str, factors: Factors, packed: PackedFactors | None, dense: PackedDense | None
+    ) -> "LinearFigures":
+        """The figures of some factors, of what they were packed to, and of the weight packed instead, to six digits."""
+        rank = factors.up.shape[1]
+        errors = None if packed is None else [digits(error) for error in packed.errors.tolist()]
+        return cls(
+            name=name,
+            rank=rank,
+            error=digits(factors.error) if errors is None else errors[-1],
+            optimal_error=None if factors.optimal_error is None else digits(factors.optimal_error),
+            unquantised_error=None if errors is None else digits(factors.error),
+            singular_values=[digits(value) for value in factors.singular_values[:rank].tolist()],
+            output_energy=digits(factors.energy),
+            fallback=factors.fallback,
+            prefix_errors=errors,
+            dense_error=None if dense is None else digits(dense.error),
+        )
+
+    @classmethod
+    def of_dense(cls, name: str, shape: torch.Size, energy: float, dense_error: float) -> "LinearFigures":
+        """The figures of a weight (out, in) that is quantised as it is."""
+        return cls(
+            name=name,
+            rank=min(shape),
+            error=digits(dense_error),
+            optimal_error=0.0,
+            unquantised_error=0.0,
+            form="dense",
+            singular_values=[],
+            output_energy=digits(energy),
+            fallback=None,
+            dense_error=digits(dense_error),
+        )
+
+    def as_dense(self, shape: tuple[int, int]) -> "LinearFigures":
+        """The figures once the whole weight, which was tried too, takes the factors' place."""
+        assert self.dense_error is not None
+        return LinearFigures.of_dense(self.name, torch.Size(shape), self.output_energy, self.dense_error)
+
+
+class StackSummary(LinearSummary):
+    """One compressed stack of experts, all of one rank; the errors are those of all experts' outputs together.
+
+    `largest_error` is that of the worst expert (unknown of a slice), `fallbacks` how many experts calibration did not
+    determine.
+    """
+
+    experts: int
+    largest_error: float | None
+    fallbacks: int
+
+
+class StackFigures(LinearFigures):
+    """A stack as one linear whose outputs are those of all its experts: squares are summed over them.
+
+    `rows` (E): how many rows each expert read. `expert_fallbacks`: by their reason, the numbers of the experts that
+    calibration did not determine.
+    """
+
+    shape: tuple[int, int, int]
+    rows: list[int]
+    largest_error: float | None
+    expert_fallbacks: dict[str, list[int]]
+
+    @property
+    def stack_summary(self) -> StackSummary:
+        """Without spectrum and rows."""
+        fields = self.model_dump(include=set(LinearSummary.model_fields))
+        starved = {expert for experts in self.expert_fallbacks.values() for expert in experts}
+        return StackSummary(**fields, experts=self.shape[0], largest_error=self.largest_error, fallbacks=len(starved))
+
+    @classmethod
+    def over(
+        cls, name: str, shape: tuple[int, int, int], experts: Sequence[LinearFigures], rows: list[int]
+    ) -> "StackFigures":
+        """The figures of a stack from those of each of its experts, in order."""
+        energies = [item.output_energy for item in experts]
+        energy = sum(energies)
+
+        def together(errors: Sequence[float]) -> float:
+            """The relative error of all from that of each."""
+            lost = sum(error * error * part for error, part in zip(errors, energies, strict=True))
+            return digits((lost / energy) ** 0.5) if energy else 0.0
+
+        def if_known(field: str) -> float | None:
+            errors = [getattr(item, field) for item in experts]
+            return None if None in errors else together(errors)
+
+        prefixes = [item.prefix_errors for item in experts if item.prefix_errors is not None]
+        fallbacks: dict[str, list[int]] = {}
+        for number, item in enumerate(experts):
+            if item.fallback is not None:
+                fallbacks.setdefault(item.fallback, []).append(number)
+        starved = sum(len(numbers) for numbers in fallbacks.values())
+        first = experts[0]
+        return cls(
+            name=name,
+            shape=shape,
+            rank=first.rank,
+            form=first.form,
+            error=together([item.error for item in experts]),
+            optimal_error=if_known("optimal_error"),
+            unquantised_error=if_known("unquantised_error"),
+            singular_values=[
+                digits(sum(value * value for value in column) ** 0.5)
+                for column in zip(*(item.singular_values for item in experts), strict=True)
+            ],
+            output_energy=digits(energy),
+            fallback=f"{starved} of {len(experts)} experts: see expert_fallbacks" if starved else None,
+            prefix_errors=[together(column) for column in zip(*prefixes, strict=True)] if prefixes else None,
+            dense_error=if_known("dense_error"),
+            rows=rows,
+            largest_error=max(item.error for item in experts),
+            expert_fallbacks=fallbacks,
+        )
+
+
+def digits(value: float) -> float:
+    """Rounded to six digits."""
+    return float(f"{value:.6g}")
+
+
+def kept_bytes_share(
+    tensor_bytes: Mapping[str, int],
+    linears: Mapping[str, tuple[int, int]],
+    stacks: Mapping[str, tuple[int, int, int]],
+) -> float:
+    """Bytes of what stands for linears (out, in) and stacks (E, out, in), over what these take at 16 bits."""
+    stands_in = {stack_tensor(name, ending) for name in stacks for ending in (UP, DOWN, DENSE)}
+    kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)) or name in stands_in)
+    weights = sum(math.prod(shape) for shape in (*linears.values(), *stacks.values()))
+    return digits(kept / (REFERENCE_BYTES * weights)) if weights else 1.0

@@ -1,0 +1,1 @@
+"""The evaluate pass: the original is scored, with or without adapters."""

@@ -1,0 +1,182 @@
+"""The scoring pass: loss, perplexity and accuracy of the original, with adapters and as its emulator, in one stream.
+
+In: a checkpoint, a data set, PEFT adapters, an emulator. Out: one row of figures each. Held on the device: one unit,
+the adapters, one micro-batch; the head goes by in slices of the vocabulary, each applied to every batch.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from onelayer.compiler.adapters.fit import check_fit, check_made_for
+from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.data.batches import DataSource
+from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.scoring import Samples, SampleScores, Scoring, total, workspace_bytes
+from onelayer.compiler.evaluate.variants import Variant, open_scored, switching
+from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.linears import is_linear, stack_shapes
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import named_parts
+from onelayer.compiler.results import Report, Result
+from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
+from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.stream import Stream
+
+# Of a larger one a float64 does not hold the exponential: such a perplexity is told as the largest there is.
+LARGEST_LOSS = math.log(sys.float_info.max)
+
+
+class Score(Result):
+    """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labelled token.
+
+    `choice_accuracy` is the share of multiple-choice examples whose right choice has the highest log-likelihood; None
+    where there are no such examples. Of a sequence classifier `tokens` is the number of texts and `token_accuracy` the
+    share of them whose class has the highest logit.
+    """
+
+    adapter: str | None
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    tokens: int
+    choice_accuracy: float | None
+    questions: int
+
+
+class Against(Result):
+    """How far an emulator's predictions are from the original's, over the labelled tokens: `kl_per_token` in nats from
+    the original's distribution to the emulator's, `top1_agreement` the share of tokens with the same best guess."""
+
+    emulator: str
+    kl_per_token: float
+    top1_agreement: float
+    loss: float
+    perplexity: float
+    token_accuracy: float
+
+
+class EvaluateResult(Result):
+    """One score for the original, one for each adapter in the order given; `against` where an emulator was given."""
+
+    results: list[Score]
+    against: Against | None
+    report: Report
+
+
+def evaluate_model(
+    model: str | Path,
+    data: DataSource,
+    *,
+    adapters: Sequence[str | Path] = (),
+    against: str | Path | None = None,
+    max_length: int = 512,
+    batch_size: int = 1,
+    device: str | None = None,
+    revision: str | None = None,
+    host_memory_bytes: int | None = None,
+) -> EvaluateResult:
+    """Score the original and each of `adapters` on the labelled tokens of `data`, reading the checkpoint once.
+
+    A `text` example is cut at `max_length` tokens, all but the first labelled; of `prompt`+`completion` and `messages`
+    the completion and the assistant turns are, of `prompt`+`choices` the right choice. A sequence classifier is scored
+    on `text`+`label`. `against` compares an emulator of the original with it, in the same pass. Hidden states beyond
+    `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can mend.
+    """
+    if min(max_length, batch_size) < 1:
+        raise InputError("--max-length and --batch-size must be at least 1")
+    place = pick_device(device)
+    directory = resolve_model(model, revision)
+    _check_adapters(adapters, directory)
+    named = {f"adapter{number}": path for number, path in enumerate(adapters)}
+    streamed, classes = open_scored(directory, named)
+    emulator = None if against is None else _open_emulator(against, directory, streamed)
+    samples = Samples.read(data, load_tokenizer(directory), max_length, classes)
+    batches = samples.batches(streamed.config, batch_size)
+    variants = [Variant(), *(Variant(adapter=name) for name in named)]
+    if emulator is not None:
+        variants.append(Variant(emulator=emulator))
+    parking = Parking(host_memory_bytes)
+    job = Scoring(batches, len(variants), parking, None if emulator is None else len(variants) - 1)
+    with Meter(place) as meter:
+        around = switching(variants, place)
+        stream = Stream(streamed, place, meter, around=around, parking=parking, description="evaluate")
+        stream.run(job.inputs(), job.take)
+        found = job.finish(place)
+        workspace = workspace_bytes(streamed, batches, len(variants), place, parking)
+        bytes_read = streamed.checkpoint.bytes_read
+        if emulator is not None:
+            workspace += _factor_bytes(emulator, streamed)
+            bytes_read += emulator.checkpoint.bytes_read
+        report = meter.report(streamed.largest_unit_bytes, workspace, bytes_read)
+    scores = [
+        score_of(name, scores, samples)
+        for name, scores in zip([None, *(str(path) for path in adapters)], found, strict=False)
+    ]
+    compared = None if emulator is None else _compare(str(against), job, score_of(None, found[-1], samples))
+    return EvaluateResult(results=scores, against=compared, report=report)
+
+
+def _check_adapters(adapters: Sequence[str | Path], model: Path) -> None:
+    """Refuse by name what is no plain LoRA of this original: PEFT would tell it at length, or not at all."""
+    opened = [Adapter.open(path) for path in adapters]
+    if not opened:
+        return
+    streamed = StreamedModel(model)
+    for adapter in opened:
+        if adapter.recorded_digest("base") is not None:  # reads all weights where they were never hashed before
+            check_made_for(adapter, model, model_digest(model))
+        check_fit(adapter, streamed)
+
+
+def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Score:
+    """The figures of one model from the sums of every sample."""
+    tokens = int(total(found.counts, samples.counted))
+    loss = found.loss(samples.counted)
+    questions = len(samples.questions)
+    return Score(
+        adapter=adapter,
+        loss=loss,
+        perplexity=math.exp(min(loss, LARGEST_LOSS)),
+        token_accuracy=total(found.hits, samples.counted) / tokens,
+        tokens=tokens,
+        choice_accuracy=found.right_answers(samples.questions) / questions if questions else None,
+        questions=questions,
+    )
+
+
+def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Emulator:
+    """An emulator of this original. Raises `InputError` where it is of another, or not of linears alone."""
+    emulator = Emulator.open(path)
+    emulator.check_original(model)
+    linears = {name for unit in streamed.units for name, module in named_parts(unit) if is_linear(module)}
+    if unknown := emulator.facts.compressed.keys() - linears:
+        raise InputError(f"{emulator.directory}: {min(unknown)} is no linear of {model}; compile the emulator again")
+    if unknown := emulator.facts.stacks.keys() - stack_shapes(streamed).keys():
+        raise InputError(f"{emulator.directory}: {min(unknown)} are no experts of {model}; compile the emulator again")
+    return emulator
+
+
+def _factor_bytes(emulator: Emulator, streamed: StreamedModel) -> int:
+    """The factors of the unit that has most of them, and their inner activations, which are smaller than its own."""
+    tensors = emulator.checkpoint.tensors.values()
+    return max(
+        (sum(info.size_bytes for info in tensors if info.name.startswith(f"{unit.name}.")) for unit in streamed.units),
+        default=0,
+    )
+
+
+def _compare(path: str, job: Scoring, score: Score) -> Against:
+    kl_per_token, agreement = job.divergence()
+    return Against(
+        emulator=path,
+        kl_per_token=kl_per_token,
+        top1_agreement=agreement,
+        loss=score.loss,
+        perplexity=score.perplexity,
+        token_accuracy=score.token_accuracy,
+    )

@@ -1,0 +1,111 @@
+"""One unit of the original that is held, run as several models: alone, with an adapter, or as its emulator would."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from onelayer.compiler.adapters.attach import attach, tuner_layers
+from onelayer.compiler.data.classes import Classes, predicted_classes
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
+from onelayer.compiler.models.linears import is_linear
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import Forward, Unit, named_parts, standing_in
+
+Run = Callable[[int, Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a unit runs as: with the named adapter, or with an emulator's factors for weights; the original if neither.
+
+    An emulator differs from its original in nothing but these factors, so it needs no model of its own.
+    """
+
+    adapter: str | None = None
+    emulator: Emulator | None = None
+
+
+def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
+    """Runs a unit as the variant of the batch at hand: stream index i is variant i % n."""
+
+    @contextmanager
+    def around(unit: Unit) -> Iterator[Run]:
+        layers = tuner_layers(unit)
+        emulators = {item.emulator.directory: item.emulator for item in variants if item.emulator is not None}
+        replaced = {directory: _stand_ins(unit, emulator, device) for directory, emulator in emulators.items()}
+
+        def run(index: int, args: Any, kwargs: Any) -> Any:
+            variant = variants[index % len(variants)]
+            for layer in layers:
+                is_tuner = isinstance(layer, BaseTunerLayer)  # the others know only adapters that replace their module
+                used = variant.adapter is not None and (is_tuner or variant.adapter in layer._adapters)
+                layer.enable_adapters(used)
+                if used:
+                    layer.set_adapter([variant.adapter] if is_tuner else variant.adapter)
+            forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
+            if not forwards:
+                return type(unit.module).forward(unit.module, *args, **kwargs)
+            with standing_in(unit.module, forwards) as stand_in:
+                return stand_in(*args, **kwargs)
+
+        yield run
+
+    return around
+
+
+def _stand_ins(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Forward]:
+    """What the compressed linears and experts of a unit do instead, by module."""
+    found: dict[nn.Module, Forward] = {}
+    for name, module in named_parts(unit):
+        if name in emulator.facts.compressed and is_linear(module):
+            up, down = emulator.factors(name)
+            found[module] = _linear(module, up.to(device), None if down is None else down.to(device))
+        stacks = expert_stacks(name, module)
+        if stacks is not None and not emulator.facts.stacks.keys().isdisjoint(stacks.paths):
+            found[module] = _experts(stacks, emulator, device)
+    return found
+
+
+def _linear(linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None) -> Forward:
+    bias = linear.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return lambda x: F.linear(x if down is None else F.linear(x, down), up, bias)
+
+
+def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> Forward:
+    """A module of experts with factors for the stacks that the emulator has as such."""
+    held = {
+        leaf: {ending: tensor.to(device) for ending, tensor in emulator.stack(stacks.path(leaf)).items()}
+        for leaf in stacks.leaves
+        if stacks.path(leaf) in emulator.facts.stacks
+    }
+
+    def product(leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        if leaf not in held:
+            return stacks.product(leaf, expert, x)
+        up, down = emulator.expert_factors(stacks.path(leaf), held[leaf], expert)
+        return F.linear(x if down is None else F.linear(x, down), up)
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        routed = stacks.routed(args, kwargs)
+        assert routed is not None, f"{stacks.name} was compiled as what it is not"
+        return stacks.run(*routed, product)
+
+    return forward
+
+
+def open_scored(directory: Path, adapters: dict[str, str | Path]) -> tuple[StreamedModel, Classes | None]:
+    """The original with adapters attached by name, and its classes if it is a classifier.
+
+    Raises `InputError` where it predicts neither tokens nor classes.
+    """
+    streamed = StreamedModel(directory, attach(adapters))
+    return streamed, predicted_classes(type(streamed.model), streamed.config, directory)

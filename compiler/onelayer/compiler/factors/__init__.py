@@ -1,0 +1,1 @@
+"""Pure numerics: moments, factorization, ranks, quantization, activation factors. No I/O, no models."""

@@ -1,0 +1,83 @@
+"""What a pass shows while it runs: notices, progress, and a clean stop on Ctrl-C."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from onelayer.compiler.machine.meter import GIB
+
+if TYPE_CHECKING:
+    pass
+
+
+def note(text: str) -> None:
+    """Tell a person what was done otherwise than asked: one line on stderr, above any bar."""
+    tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
+
+
+def at_most(option: str, wanted: int, available: int) -> int:
+    """`wanted` examples of a step, or all there are: more would only take some of them twice, so that is noted."""
+    if wanted > available:
+        note(f"{option} {wanted}: there are {available} examples, a step takes each of them once")
+    return min(wanted, available)
+
+
+class Progress:
+    """A bar over units on stderr with an ETA, the current unit and the peak; silent where stderr is no terminal."""
+
+    def __init__(self, total: int, description: str) -> None:
+        self.base = 0  # what earlier passes of the same work have reached
+        self._bar: Any = tqdm(total=total, desc=description, unit="unit", disable=None, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def begin(self, base: int, description: str) -> None:
+        """The next pass begins: where it stands in the whole, and its name."""
+        self.base = base
+        self._bar.set_description(description, refresh=False)
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """The pass stands behind the unit number `count`; units that no batch visits are passed over."""
+        if self.base + count > self._bar.n:
+            self._bar.update(self.base + count - self._bar.n)
+        parts = (unit, note, f"peak {peak_bytes / GIB:.2f} GiB")
+        self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a stop at the next unit boundary; a second signal stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if a stop was asked for."""
+        if self._asked:
+            raise KeyboardInterrupt

@@ -1,0 +1,25 @@
+"""The device that a pass computes on, and moving tensors to it."""
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from onelayer.compiler.errors import InputError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, by default the first GPU and else the CPU. Raises `InputError` where there is none such."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # `meta` holds no values
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]}); use cpu or cuda") from None
+    return device
+
+
+def move(values: Any, device: torch.device) -> Any:
+    """A tree of values with its tensors on `device`."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)

@@ -1,0 +1,1 @@
+"""A transformers model without its weights: units, linears, experts, loading rules."""

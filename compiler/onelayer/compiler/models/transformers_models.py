@@ -1,0 +1,259 @@
+"""The one place where the streaming side touches transformers' semi-private surface.
+
+Goes in: a model directory. Comes out: the real model class without weights, and its own rules for turning checkpoint
+tensors into parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
+`convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `initialize_weights`, `_no_split_modules`,
+`_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`.
+`tests/test_compat.py` says which one broke.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.units import has_forward, owner_of
+from onelayer.compiler.storage.checkpoint import Checkpoint
+
+# safetensors' names of the floating dtypes that weights are computed in.
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The model's config, with caches off. Refuses by name what cannot be streamed as it stands."""
+    path = directory / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore the file") from None
+    parts = [document, *(part for part in document.values() if isinstance(part, dict))]
+    settings = [part["quantization_config"] for part in parts if part.get("quantization_config")]
+    method = settings[0].get("quant_method", "quantised") if settings else None
+    if method == "onelayer":
+        raise InputError(f"{directory}: is an emulator; give the original model it was compiled from")
+    if method is not None:
+        raise InputError(f"{path}: field quantization_config: {method!r} weights; give the unquantised original")
+    try:
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        known = document.get("model_type")
+        reason = f"model_type {known!r} is unknown to transformers {transformers.__version__}"
+        if known in transformers.CONFIG_MAPPING:
+            reason = str(error)
+        raise InputError(f"{path}: {reason}; upgrade transformers or give another model") from None
+    for part in _sub_configs(config):
+        if getattr(part, "use_cache", None):
+            part.use_cache = False  # a key-value cache would grow with depth and serves no streamed pass
+    return config
+
+
+def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _sub_configs(part)
+
+
+def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
+    """The stock class that `config.architectures` names; remote code is never run."""
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise InputError(
+            f"{directory / 'config.json'}: field architectures: {names!r} is not one class of transformers "
+            f"{transformers.__version__}; custom code is not run, give a model of a stock architecture"
+        )
+    return found
+
+
+def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that `from_pretrained` would use: the config's, else that of the first floating tensor."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    stored = (FLOAT_DTYPES[info.dtype] for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES)
+    return next(stored, torch.float32)
+
+
+def build_skeleton(
+    config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype, computed: Collection[str] = ()
+) -> PreTrainedModel:
+    """The real model on the meta device, in evaluation mode.
+
+    Buffers that no checkpoint holds are real, on the host, and so are the parameters named in `computed`.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    for name, parameter in list(model.named_parameters()):
+        if name in computed:
+            owner, leaf = owner_of(model, name)
+            owner._parameters[leaf] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            continue
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps the initialiser from touching it
+        parameter.requires_grad_(False)
+    for name, buffer in list(model.named_buffers()):
+        owner, leaf = owner_of(model, name)
+        owner._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.initialize_weights()
+    model.eval()
+    return model
+
+
+def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
+    """The repeated layers: what transformers itself declares indivisible.
+
+    A model that declares nothing repeats what lies in its `ModuleList`s, the outermost of them.
+    """
+    names = model._no_split_modules or ()
+    declared = frozenset(
+        module
+        for module in model.modules()
+        if type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer)
+    )
+    if declared:
+        return declared
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    inner = {part for module in lists for part in module.modules() if part is not module}
+    return frozenset(part for module in lists if module not in inner for item in module for part in _callable(item))
+
+
+def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    if has_forward(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _callable(child)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Which checkpoint keys make which parameters.
+
+    `keys[name]` are the checkpoint keys behind the runtime name; `plain` are the names that are one stored tensor
+    under perhaps another name, with no operation on it; `alias[name]` is the tied parameter that is stored instead.
+    """
+
+    keys: dict[str, tuple[str, ...]]
+    plain: frozenset[str]
+    alias: dict[str, str]
+
+
+def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
+    """Map every parameter and persistent buffer to its checkpoint keys, by transformers' own rules."""
+    expected = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    prefix = model.base_model_prefix
+    keys: dict[str, list[str]] = {}
+    converted: set[str] = set()
+    for key in checkpoint.tensors:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = rename_source_key(key, [], [], prefix, expected)
+        names = [name]
+        if pattern is not None:
+            targets = by_pattern[pattern].target_patterns
+            names = [name.replace(targets[0], target) for target in targets]
+            converted.update(names)
+        for target in names:
+            if target in expected:
+                if checkpoint.tensors[key].dtype not in FLOAT_DTYPES and expected[target].is_floating_point():
+                    stored_as = checkpoint.tensors[key].dtype
+                    raise InputError(f"tensor {key}: {stored_as} are quantised values; give the unquantised original")
+                keys.setdefault(target, []).append(key)
+    stored = {name: tuple(found) for name, found in keys.items()}
+    plain = frozenset(name for name, found in stored.items() if len(found) == 1 and name not in converted)
+    return LoadPlan(stored, plain, _aliases(model, set(stored)))
+
+
+def _aliases(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+    """For every tied parameter that the checkpoint lacks, the member of its tie that the checkpoint has."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    alias = {}
+    for members in groups.values():
+        present = sorted(members & stored)
+        if present:
+            alias.update(dict.fromkeys(members - stored, present[0]))
+    return alias
+
+
+def tied_names(model: PreTrainedModel) -> frozenset[str]:
+    """Runtime names that share their values with another name."""
+    return frozenset(model.all_tied_weights_keys) | frozenset(model.all_tied_weights_keys.values())
+
+
+def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
+    """Parameters that neither the checkpoint nor a tie provides."""
+    known = plan.keys.keys() | plan.alias.keys()
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in known]
+
+
+def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path) -> frozenset[str]:
+    """Parameters that no checkpoint need hold, by the word of the model's class, and this one lacks: it computes them.
+
+    Raises `InputError` naming the first that is missing otherwise.
+    """
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    missing = missing_parameters(model, plan)
+    computed = frozenset(name for name in missing if any(re.search(pattern, name) for pattern in patterns))
+    if wanting := [name for name in missing if name not in computed]:
+        raise InputError(
+            f"{directory}: {len(wanting)} parameters of {type(model).__name__} are not in the checkpoint, "
+            f"{wanting[0]!r} first; give a checkpoint of this class"
+        )
+    return computed
+
+
+def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Set the parameters of `model` that the given checkpoint tensors make, converted, on the host.
+
+    Raises `InputError` naming the first tensor whose shape or conversion does not fit.
+    """
+    settings = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": "cpu"},
+        # A fresh list each time: the rules collect state.
+        weight_mapping=cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model)),
+    )
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
+    for name, stored, wanted in info.mismatched_keys:
+        raise InputError(f"tensor {name}: shape {tuple(stored)} does not fit the config's {tuple(wanted)}")
+    for name, reason in info.conversion_errors.items():
+        raise InputError(f"tensor {name}: cannot be converted ({reason.strip().splitlines()[-1]})")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own bar, which would count tensors inside our units."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,82 @@
+"""A streamed unit and the modules and tensors in it."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def standing_in(module: nn.Module, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
+    """The forward of `module`, those of its parts (or its own) that `forwards` names replaced meanwhile."""
+    inner = [part for part in forwards if part is not module]
+    for part in inner:
+        # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
+        part.forward = forwards[part]
+    try:
+        # A unit's own forward is the stream's stub, so it is called past that.
+        own = type(module).forward
+        yield forwards.get(module) or (lambda *args, **kwargs: own(module, *args, **kwargs))
+    finally:
+        for part in inner:
+            del part.forward
+
+
+def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds the parameter or buffer `name`, and its attribute there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def has_forward(module: torch.nn.Module) -> bool:
+    """Whether a module is called at all: lists and other containers only hold what is."""
+    return type(module).forward is not torch.nn.Module.forward
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A module that is loaded, run for every batch and dropped as one.
+
+    `parameters` are the stored parameters and buffers below it by runtime name; `lazy` those of them that stay on
+    disk and are read by rows; `is_block` tells a repeated layer from a norm or a projection.
+    """
+
+    name: str
+    position: int
+    module: nn.Module
+    parameters: tuple[str, ...]
+    lazy: frozenset[str]
+    is_block: bool
+    weight_bytes: int
+
+
+def bare_name(name: str) -> str:
+    """The runtime name in the unadapted model of a parameter or module that PEFT may have wrapped."""
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", name)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's values, on any device, the meta device included."""
+    return tensor.numel() * tensor.element_size()
+
+
+def set_tensor(owner: nn.Module, leaf: str, tensor: Any) -> None:
+    """Put a tensor in a module's slot as it stands; stand-ins for tensors are no `nn.Parameter`."""
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+        return
+    if isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    owner._parameters[leaf] = tensor
+
+
+def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a unit with their names in the unadapted model; what PEFT wraps has that of its wrapper."""
+    for name, module in unit.module.named_modules():
+        yield bare_name(f"{unit.name}.{name}" if name else unit.name), module

@@ -1,0 +1,1 @@
+"""The polish pass: exact LoRA steps on the original."""

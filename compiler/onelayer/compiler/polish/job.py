@@ -1,0 +1,180 @@
+"""One polish in progress: every step streams the original forward and back, then moves the adapter once.
+
+In: the original with its adapter attached, training rows, held-out batches. Out: the state after the last step. Held on
+the device: one unit, its recomputation for one micro-batch, the adapter and its optimiser; kept unit inputs lie on the
+host and, beyond the budget, in mapped files.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onelayer.compiler.data.batches import TokenBatch, make_batches
+from onelayer.compiler.data.packing import joined, packs_of
+from onelayer.compiler.data.train_rows import TrainRows
+from onelayer.compiler.machine.console import Progress
+from onelayer.compiler.models.unit_memory import step_bytes
+from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
+from onelayer.compiler.polish.resume import PolishState
+from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.token_loss import TokenLoss
+from onelayer.compiler.streaming.gradient_stream import GradientStream
+
+if TYPE_CHECKING:
+    from onelayer.compiler.models.streamed_model import StreamedModel
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; the adapter is as the last good step left it."""
+
+
+class PolishJob:
+    """The loop over steps. `kept_bytes` is what the host held of unit inputs at most."""
+
+    def __init__(
+        self,
+        stream: GradientStream,
+        state: PolishState,
+        rows: TrainRows,
+        held_out: Sequence[TokenBatch],
+        settings: Settings,
+        directory: Path,
+    ) -> None:
+        self.stream = stream
+        self.state = state
+        self.rows = rows
+        self.held_out = list(held_out)
+        self.settings = settings
+        self.directory = directory
+        self.kept_bytes = 0
+
+    def run(self) -> str | None:
+        """All steps that are not done yet, each durable. Returns why it stopped early, if it did.
+
+        Raises `NotFiniteError` where not one step was good, so that there is nothing to hand out.
+        """
+        try:
+            self._run()
+        except NotFiniteError as error:
+            if not self.state.steps:
+                raise
+            return str(error)
+        return None
+
+    def _run(self) -> None:
+        units = len(self.stream.streamed.units)
+        first = len(self.state.steps)
+        total = 2 * units * (self.settings.steps - first) + (units if self.held_out else 0)
+        with Progress(total, "polish") as bar, self.stream:
+            self.stream.bar = bar
+            if self.settings.packing and first == 0:
+                self._check_packing()
+            if self.settings.activations is not None and self.state.gradient_cosine is None:
+                self.state.gradient_cosine = self._cosine()
+            for step in range(first, self.settings.steps):
+                bar.begin(2 * units * (step - first), self._describe(step))
+                self.state.steps.append(self._step(step))
+                self.state.save(self.directory)
+            if self.held_out and not any(item["step"] == self.settings.steps for item in self.state.held_out):
+                bar.begin(2 * units * (self.settings.steps - first), "held-out loss")
+                self._measure()
+                self.state.save(self.directory)
+
+    def _describe(self, step: int) -> str:
+        last = self.state.steps[-1] if self.state.steps else None
+        told = (
+            f", loss {last['loss']:.3f}, {last['seconds']:.0f} s and {last['bytes_read'] / 1e9:.2f} GB" if last else ""
+        )
+        return f"polish step {step + 1}/{self.settings.steps}{told}"
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Gradients of one large batch, one move of the optimiser; returns the figures of the step."""
+        start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
+        batches = self._batches(step)
+        asked = self.held_out if step % self.settings.eval_steps == 0 else []
+        self.stream.trained, self.stream.seed = len(batches), self.settings.seed * 1_000_003 + step
+        self.stream.rank = self.settings.activations
+        loss = TokenLoss([*batches, *asked], len(batches), self.stream.device)
+        self.stream.run([batch.inputs for batch in [*batches, *asked]], loss.take)
+        self.kept_bytes = max(self.kept_bytes, self.stream.parking.held_bytes)
+        if not loss.finish():
+            raise NotFiniteError(f"step {step + 1}: the loss is not finite")
+        if loss.held_out_loss is not None:
+            self.state.measured(loss.held_out_loss)
+        self.stream.reverse()
+        return {
+            "loss": loss.loss,
+            "gradient_norm": self._move(step),
+            "learning_rate": self.settings.learning_rate_at(step),
+            "tokens": loss.trained_tokens,
+            "sequences": sum(len(batch.order) for batch in batches),
+            "seconds": round(time.perf_counter() - start_seconds, 3),
+            "bytes_read": self.stream.streamed.checkpoint.bytes_read - start_bytes,
+        }
+
+    def _batches(self, step: int) -> list[TokenBatch]:
+        """The examples of a step as the model is called with them."""
+        rows = self.rows.batch(step)
+        if self.settings.packing:
+            rows = [joined(pack) for pack in packs_of(rows, self.settings.max_length)]
+        return make_batches(rows, self.stream.streamed.config, self.settings.micro_batch_size)
+
+    def _check_packing(self) -> None:
+        """Try the fullest pack of all steps, and the one with the longest row: what differs by length shows there."""
+        check_takes_positions(self.stream.streamed.model)
+        steps = (packs_of(self.rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
+        shared = [pack for packs in steps for pack in packs if len(pack) > 1]
+        if shared:
+            fullest = max(shared, key=lambda pack: sum(len(row.input_ids) for row in pack))
+            longest = max(shared, key=lambda pack: len(pack[0].input_ids))
+            self.stream.trained = 0
+            check_apart(self.stream, [fullest] if longest is fullest else [fullest, longest])
+
+    def _move(self, step: int) -> float:
+        """Clip, step, forget the gradients; returns their norm before clipping."""
+        parameters = list(self.state.parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_gradient_norm))
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"step {step + 1}: the gradient is not finite")
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(step)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _cosine(self) -> float:
+        """Cosine between the gradients of the first micro-batch with compressed inputs and with exact ones."""
+        (batch, *_) = self._batches(0)
+        found = []
+        for rank in (None, self.settings.activations):
+            self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
+            loss = TokenLoss([batch], 1, self.stream.device)
+            self.stream.run([batch.inputs], loss.take)
+            loss.finish()
+            self.stream.reverse()
+            gradients = [parameter.grad for parameter in self.state.parameters.values()]
+            found.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
+            self.state.optimizer.zero_grad(set_to_none=True)
+        return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
+
+    def _measure(self) -> None:
+        """The held-out loss of the adapter as it is, in a forward stream of its own."""
+        self.stream.trained = 0
+        loss = TokenLoss(self.held_out, 0, self.stream.device)
+        self.stream.run([batch.inputs for batch in self.held_out], loss.take)
+        loss.finish()
+        assert loss.held_out_loss is not None
+        self.state.measured(loss.held_out_loss)
+
+
+def workspace_bytes(
+    streamed: "StreamedModel", width: int, rows: "TrainRows", settings: "Settings", state: "PolishState", on_gpu: bool
+) -> int:
+    """The same for a polish that is about to run."""
+    longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
+    tokens = settings.micro_batch_size * longest
+    return step_bytes(streamed.largest_unit_bytes, width, streamed.dtype.itemsize, tokens, state.bytes, on_gpu)

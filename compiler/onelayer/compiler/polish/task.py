@@ -1,0 +1,121 @@
+"""What a polish is of: the original, the adapter it starts from, the data, and what identifies them for a resume."""
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from onelayer.compiler.adapters.fit import check_made_for
+from onelayer.compiler.adapters.reader import Adapter, adapter_digest
+from onelayer.compiler.adapters.writer import Base
+from onelayer.compiler.data.batches import DataSource, TokenBatch, make_batches, tokens_digest
+from onelayer.compiler.data.classes import predicted_classes
+from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.train_rows import TrainRows, read_labelled
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.transformers_models import model_class, read_config
+from onelayer.compiler.polish.resume import PolishState
+from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.trained_adapter import Fresh, open_trained, write_polished
+from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
+from onelayer.compiler.storage.files import atomic_directory
+
+
+@dataclass(frozen=True)
+class PolishTask:
+    """The inputs of one polish, read and checked. `start` is an adapter's directory, or what a fresh one is like."""
+
+    directory: Path
+    base: dict[str, Any]
+    start: Path | Fresh
+    rows: TrainRows
+    held_out: Sequence[Tokens]
+    settings: Settings
+    device: torch.device
+
+    @classmethod
+    def read(
+        cls,
+        model: str | Path,
+        revision: str | None,
+        start: str | Path | Fresh,
+        data: DataSource,
+        eval_data: DataSource | None,
+        settings: Settings,
+        device: torch.device,
+    ) -> "PolishTask":
+        """Find and tokenise everything. Raises `InputError` for what the caller can mend."""
+        directory = resolve_model(model, revision)
+        tokenizer = load_tokenizer(directory)
+        config = read_config(directory)
+        classes = predicted_classes(model_class(config, directory), config, directory)
+        if classes is not None and settings.packing:
+            raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
+        length = settings.max_length
+        rows = TrainRows.read(data, tokenizer, length, settings.batch_size, settings.seed, classes)
+        held_out = [] if eval_data is None else read_labelled(eval_data, tokenizer, length, classes)
+        name = str(Path(model).absolute()) if Path(model).exists() else str(model)
+        base = {"model": name, "revision": revision, "digest": model_digest(directory)}
+        start = start if isinstance(start, Fresh) else resolve_model(start)
+        return cls(directory, base, start, rows, held_out, settings, device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change the adapter; a run is taken up only where all of it is the same."""
+        limit = self.settings.max_gradient_norm
+        limit_told = limit if math.isfinite(limit) else None  # JSON has no infinity
+        libraries = {"torch": torch, "transformers": transformers, "peft": peft}
+        return {
+            "base": self.base,
+            "adapter": str(self.start) if isinstance(self.start, Fresh) else adapter_digest(self.start),
+            "data": {"train": self.rows.digest, "held_out": tokens_digest(self.held_out)},
+            "settings": {**vars(self.settings), "max_gradient_norm": limit_told, "device": self.device.type},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: library.__version__ for name, library in libraries.items()},
+            },
+        }
+
+    def open(self, work: Path) -> tuple[Adapter, StreamedModel, PolishState]:
+        """The adapter to begin with, the empty original with it attached, and the state before the first step.
+
+        A fresh adapter is made once, in the work directory. Raises `InputError` where the two do not belong together.
+        """
+        path = self.start if isinstance(self.start, Path) else work / "start"
+        if isinstance(self.start, Fresh) and not path.exists():
+            with atomic_directory(path) as partial:
+                self.start.write(partial, self.directory)
+        source = Adapter.open(path)
+        self._check(source)
+        streamed, trained = open_trained(self.directory, source, self.device)
+        optimizer = torch.optim.AdamW(list(trained.values()), lr=self.settings.learning_rate, weight_decay=0.0)
+        return source, streamed, PolishState(trained, optimizer)
+
+    def _check(self, source: Adapter) -> None:
+        check_made_for(source, self.directory, self.base["digest"])
+        if not source.modules:
+            raise InputError(f"{source.directory}: adapts no module, there is nothing to train; give a LoRA adapter")
+
+    def held_out_batches(self, config: PreTrainedConfig) -> list[TokenBatch]:
+        """The held-out data as the model is called with it."""
+        return make_batches(self.held_out, config, self.settings.micro_batch_size)
+
+    def publish(
+        self, output: Path, source: Adapter, streamed: StreamedModel, state: PolishState, failure: str | None
+    ) -> None:
+        """Write the adapter, with its provenance and history, in one step."""
+        kind = type(streamed.model)
+        fan_in_fan_out = source.config.fan_in_fan_out
+        base = Base(self.base["model"], self.base["revision"], kind.__name__, kind.__module__, fan_in_fan_out)
+        identity = self.identity
+        record = {name: identity[name] for name in ("base", "data", "settings")} | state.history
+        with atomic_directory(output) as partial:
+            write_polished(partial, source, state.chosen(), base, {**record, "stopped": failure})

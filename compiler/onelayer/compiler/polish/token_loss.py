@@ -1,0 +1,132 @@
+"""The loss of next-token prediction and its gradient at the hidden states, from slices of the head. No logits whole.
+
+The head is read twice for all batches together: once for the normalisation, once for the gradient. Shape letters:
+N predicted tokens, S a slice of the vocabulary, H hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onelayer.compiler.data.batches import TokenBatch
+from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.evaluate.token_scores import TokenScores
+from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.unit_memory import SLICE_BYTES
+
+
+@dataclass
+class _Waiting:
+    """One batch's logits that are not formed yet; `hidden` (N, H) are the states of its predictions, in the graph."""
+
+    logits: DeferredLogits
+    hidden: torch.Tensor
+    scores: TokenScores
+
+
+class TokenLoss:
+    """Mean cross-entropy over all labelled tokens of the batches together, in float32 as transformers computes it.
+
+    The first `trained` batches form one mean, whose gradients go back; those behind them another, which is only
+    measured. Hand `take` to the forward stream, then call `finish`.
+    """
+
+    def __init__(self, batches: Sequence[TokenBatch], trained: int, device: torch.device) -> None:
+        self.batches = batches
+        self.trained = trained
+        self.device = device
+        self._rows = [batch.targets != IGNORED for batch in batches]
+        self._sums = [0.0] * len(batches)
+        self._waiting: dict[int, _Waiting] = {}
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the gradients are of."""
+        return sum(int(rows.sum()) for rows in self._rows[: self.trained])
+
+    @property
+    def loss(self) -> float:
+        """Mean over the tokens trained on, in nats."""
+        return sum(self._sums[: self.trained]) / self.trained_tokens
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Mean over the tokens that are only scored; None where there are none."""
+        tokens = sum(int(rows.sum()) for rows in self._rows[self.trained :])
+        return sum(self._sums[self.trained :]) / tokens if tokens else None
+
+    def take(self, index: int, output: Any) -> None:
+        """One batch has run through. Logits that exist are dealt with at once, others wait for the head."""
+        rows, logits = self._rows[index], output.logits
+        labels_N = self.batches[index].targets[rows]
+        with torch.set_grad_enabled(index < self.trained):
+            if isinstance(logits, DeferredLogits):
+                hidden_NH = logits.hidden[rows]
+                self._waiting[index] = _Waiting(logits, hidden_NH, TokenScores(labels_N.to(self.device)))
+                return
+            losses_N = torch.nn.functional.cross_entropy(logits[rows].float(), labels_N, reduction="none")
+            self._sums[index] = float(losses_N.detach().sum(dtype=torch.float64))
+            if index < self.trained and losses_N.requires_grad:
+                (losses_N.sum() / self.trained_tokens).backward(retain_graph=True)
+
+    def finish(self) -> bool:
+        """Read the head, fill in the losses, send gradients back; False, and none sent, where a loss is not finite."""
+        for index, rows, weight, start in self._slices(range(len(self.batches))):
+            waiting = self._waiting[index]
+            logits_NS = waiting.logits.slice_of(waiting.hidden[rows].detach().to(self.device), weight, *start)
+            waiting.scores.update(rows, logits_NS, start[0])
+        for index, waiting in self._waiting.items():
+            self._sums[index] = float(waiting.scores.losses.sum())
+        if not all(torch.isfinite(torch.tensor(self._sums))):
+            return False
+        self._send_back()
+        return True
+
+    def _slices(self, indices: Sequence[int]) -> Iterator[tuple[int, slice, torch.Tensor, tuple[int, int]]]:
+        """Every slice of the head once, with every piece of the waiting predictions that is as small as a slice."""
+        waiting = [index for index in indices if index in self._waiting]
+        if not waiting:
+            return
+        head = self._waiting[waiting[0]].logits.head
+        for start, stop in head.row_slices():
+            weight = head.read(start, stop).to(self.device)
+            step = max(1, SLICE_BYTES // (4 * (stop - start)))
+            for index in waiting:
+                count = len(self._waiting[index].hidden)
+                for first in range(0, count, step):
+                    yield index, slice(first, min(first + step, count)), weight, (start, stop)
+
+    def _send_back(self) -> None:
+        scale = 1 / max(1, self.trained_tokens)
+        gradients = {
+            index: torch.zeros(waiting.hidden.shape, dtype=torch.float32)
+            for index, waiting in self._waiting.items()
+            if index < self.trained and waiting.hidden.requires_grad
+        }
+        for index, rows, weight, start in self._slices(sorted(gradients)):
+            waiting = self._waiting[index]
+            part = _slice_gradient(waiting, rows, weight, start, scale)
+            gradients[index][rows] += part.to("cpu", torch.float32)
+        for index, gradient_NH in gradients.items():
+            hidden_NH = self._waiting.pop(index).hidden
+            # Code behind the last unit may share graph with code in front of others, which is still to be walked.
+            hidden_NH.backward(gradient_NH.to(hidden_NH.dtype), retain_graph=True)
+        self._waiting.clear()
+
+
+def _slice_gradient(
+    waiting: _Waiting, rows: slice, weight: torch.Tensor, bounds: tuple[int, int], scale: float
+) -> torch.Tensor:
+    """What one slice of the vocabulary adds to the gradient at some hidden states: (softmax - one hot) W, scaled."""
+    start, stop = bounds
+    with torch.enable_grad():
+        hidden_NH = waiting.hidden[rows].detach().to(weight.device).requires_grad_()
+        logits_NS = waiting.logits.slice_of(hidden_NH, weight, start, stop)
+    gradient_NS = (logits_NS.detach().double() - waiting.scores.log_sums[rows, None]).exp().float()
+    labels_N = waiting.scores.labels_N[rows]
+    inside_N = ((labels_N >= start) & (labels_N < stop)).nonzero()[:, 0]
+    gradient_NS[inside_N, labels_N[inside_N] - start] -= 1
+    (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, (gradient_NS * scale).to(logits_NS.dtype))
+    return gradient_NH

@@ -1,0 +1,100 @@
+"""The adapter that exact steps train: one made before, or a fresh one, attached to the empty model by PEFT itself."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from onelayer.compiler.adapters.attach import attach, factor_names, linear_targets
+from onelayer.compiler.adapters.fit import check_fit
+from onelayer.compiler.adapters.reader import Adapter, adapter_digest
+from onelayer.compiler.adapters.writer import Base, write_adapter
+from onelayer.compiler.data.classes import is_classifier
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.polish.resume import Parameters
+
+NAME = "default"
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A LoRA adapter that does not exist yet; of a classifier it leaves out the head."""
+
+    rank: int
+    alpha: float
+    target_modules: str | list[str]
+    seed: int
+
+    def write(self, directory: Path, model: Path) -> None:
+        """Write it as PEFT initialises it (B is zero), from a generator of its own.
+
+        Raises `InputError` where the targets name nothing that can be adapted.
+        """
+
+        def prepare(empty: PreTrainedModel) -> None:
+            config = LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, and says int
+                target_modules=linear_targets(empty, self.target_modules),
+                task_type="CAUSAL_LM" if empty.can_generate() and not empty.config.is_encoder_decoder else None,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in empty.modules()),
+                exclude_modules=list(SEQ_CLS_HEAD_NAMES) if is_classifier(type(empty)) else None,
+            )
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PEFT's, about Conv1D and ties
+                torch.manual_seed(self.seed)
+                try:
+                    adapted = get_peft_model(empty, config)
+                except ValueError as error:
+                    raise InputError(f"--target-modules {self.target_modules}: {str(error).splitlines()[0]}") from None
+                adapted.save_pretrained(str(directory), save_embedding_layers=False)
+
+        StreamedModel(model, prepare)
+
+
+def open_trained(model: Path, source: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
+    """The original with `source` attached, and A and B of every adapted module: float32, on `device`.
+
+    What the adapter replaces besides is attached too and stays as it is. Raises `InputError` where it does not fit.
+    """
+    check_fit(source, StreamedModel(model))
+    streamed = StreamedModel(model, attach({NAME: source.directory}))
+    for parameter in streamed.model.parameters():
+        if type(parameter) is torch.nn.Parameter:  # stand-ins for weights that are elsewhere never were
+            parameter.requires_grad_(False)
+    trained: Parameters = {}
+    for name, module in source.modules.items():
+        for key in factor_names(name, module.embedding, NAME):
+            parameter = streamed.model.get_parameter(key)
+            parameter.data = parameter.data.to(device, torch.float32)
+            parameter.requires_grad_(True)
+            trained[key] = parameter
+    return streamed, trained
+
+
+def factors_of(source: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
+    found = {}
+    for name, module in source.modules.items():
+        a, b = (tensors[key].cpu() for key in factor_names(name, module.embedding, NAME))
+        found[name] = (a, module.scaling * b)
+    return found
+
+
+def write_polished(
+    directory: Path, source: Adapter, tensors: dict[str, torch.Tensor], base: Base, record: dict[str, Any]
+) -> None:
+    """Write the trained parameters as an adapter of the original, in the form that everybody scales alike."""
+    factors = factors_of(source, tensors)
+    assert all(math.isfinite(float(part.sum())) for pair in factors.values() for part in pair)
+    origin = {"digest": adapter_digest(source.directory), "corrected": bool((source.provenance or {}).get("corrected"))}
+    provenance = {"kind": "adapter", "corrected": True, "polished": True, "source_adapter": origin, **record}
+    write_adapter(directory, factors, source=source, base=base, provenance=provenance)

@@ -1,0 +1,125 @@
+"""The stream of a refinement: the original's units with what goes in and comes out of them, each left trained behind.
+
+Held beside a unit: what its calls took and gave, on the host or in mapped files, until its factors are trained.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from onelayer.compiler.data.batches import TokenBatch
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.machine.console import StopRequest
+from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.models.linears import unit_linears, unit_width
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.unit_memory import RESERVE_BYTES, training_bytes
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.refine.reconstruction import Call, TrainedLinear, refine_unit
+from onelayer.compiler.refine.resume import RefineWork
+from onelayer.compiler.refine.settings import Pace
+from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.stream import Stream, Visit
+from onelayer.compiler.streaming.unit_boundary import Kept, called, delivered, opened
+
+
+class RefinePass(Stream):
+    """One pass over the original that trains the factors of every unit of `source` and hands them to `work`."""
+
+    def __init__(
+        self, streamed: StreamedModel, source: Emulator, work: RefineWork, pace: Pace, meter: Meter, parking: Parking
+    ) -> None:
+        super().__init__(streamed, meter.device, meter, around=self._around, parking=parking, description="refine")
+        self.source, self.work, self.pace = source, work, pace
+        self.stop: StopRequest | None = None
+        self._calls: list[Call] | None = None  # of the unit that runs, where it is to be trained
+        self._known: dict[int, WeakTensorKeyDictionary] = {}
+        self._samples: list[int] = []  # of every batch
+
+    def refine(self, batches: Sequence[TokenBatch], stop: StopRequest) -> None:
+        """Run up to the last unit that is still to be trained."""
+        self.stop, self._samples = stop, [batch.shape[0] for batch in batches]
+        wanted = [unit.position for unit in self.streamed.units if self._is_wanted(unit)]
+        if wanted:
+            self.last = max(wanted)
+            self.run([batch.inputs for batch in batches], lambda index, output: None)
+
+    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+        """Run the unit that is held for one visit; keep what went in and came out where it is to be trained."""
+        if self._calls is None:
+            return super().call(visit, run)
+        inputs = opened((visit.args, visit.kwargs))
+        kept = Kept.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
+        outputs = move(called(partial(run, visit.index), *move(inputs, self.device)), torch.device("cpu"))
+        call = Call.of(self._samples[visit.index], kept, outputs)
+        self.parking.hold((kept.tensors, call.targets))
+        self._calls.append(call)
+        return delivered(inputs[0], outputs)
+
+    @contextmanager
+    def _around(self, unit: Unit) -> Iterator[None]:
+        """Train a unit's factors when all batches are through it."""
+        if not self._is_wanted(unit):
+            yield
+            return
+        self._calls = []
+        try:
+            yield
+            calls = self._calls
+        finally:
+            self._calls = None
+        if calls:
+            self._train(unit, calls)
+        assert self.stop is not None
+        self.stop.check()
+
+    def _train(self, unit: Unit, calls: list[Call]) -> None:
+        names = {name.removeprefix(f"{unit.name}."): name for name in linears_of(unit, self.source)}
+        linears = {
+            path: TrainedLinear(self.source, name, self.streamed.dtype, self.device) for path, name in names.items()
+        }
+        before, after = refine_unit(unit, linears, calls, self.pace, self.meter)
+        stored = {
+            names[path] + ending: tensor.cpu()
+            for path, linear in linears.items()
+            for ending, tensor in linear.stored().items()
+        }
+        dropped_rows = sum(call.dropped_rows for call in calls)
+        self.work.finish(unit, stored if after < before else {}, before, after, dropped_rows)
+        self.meter.note = f"error {before:.3f} to {after:.3f}"
+        return_free_memory()
+
+    def _is_wanted(self, unit: Unit) -> bool:
+        return not self.work.has(unit) and bool(linears_of(unit, self.source))
+
+
+def linears_of(unit: Unit, source: Emulator) -> list[str]:
+    """The linears below a unit that the emulator compresses, by runtime module name."""
+    return [name for name, _ in unit_linears(unit) if name in source.facts.compressed and name != unit.name]
+
+
+def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int, on_gpu: bool) -> int:
+    """What a refinement holds beside the weights of the largest unit, predicted from shapes alone.
+
+    The unit's factors with their gradients and optimiser, copies of the widest one as it is rounded, the graph of one
+    batch as in an exact step and, on a host that is the device too, the unit that is read ahead; a reserve.
+    """
+    worst = 0
+    for unit in streamed.units:
+        names = linears_of(unit, source)
+        values = [_values(source, name) for name in names]
+        width = unit_width(streamed, unit) if names else 0
+        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu)
+        worst = max(worst, training + unit.weight_bytes)
+    return worst + RESERVE_BYTES
+
+
+def _values(source: Emulator, name: str) -> int:
+    out_features, in_features = source.shape(name)
+    rank = source.facts.ranks.get(name)
+    return out_features * in_features if rank is None else rank * (out_features + in_features)

@@ -1,0 +1,234 @@
+"""One unit's factors in, the same trained to give the original unit's outputs for the original's inputs; no I/O.
+
+Block reconstruction, as BRECQ does it for rounding (arXiv 2102.05426, section 3): the factorisation is the best for
+each linear alone, this is a better one for what the linears of a unit do together, at the same bytes.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
+from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
+from onelayer.compiler.factors.quantize import pack, unpack
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.units import Unit, standing_in
+from onelayer.compiler.refine.settings import Pace
+from onelayer.compiler.streaming.unit_boundary import Kept, differentiable, rerun
+
+
+class TrainedLinear:
+    """What stands for one linear's weight. `masters` by ending: up (k, out) and down (k, in), or the whole (out, in).
+
+    Products use the masters as `round` last found them in the form in which they are stored, and leave gradients
+    there; `hand_gradients` gives them to the masters as if nothing had been rounded (straight-through estimator,
+    arXiv 1308.3432).
+    """
+
+    def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        first, second = emulator.factors(name)
+        found = {DENSE: first} if second is None else {UP: first.T, DOWN: second}
+        self.kind, self.dtype = emulator.facts.packed, dtype
+        self.masters = {ending: factor.to(device, torch.float32).contiguous() for ending, factor in found.items()}
+        self.rounded: dict[str, torch.Tensor] = {}
+        self.round()
+
+    def round(self) -> None:
+        """Take the masters over as they are now."""
+        kind, dtype = self.kind, self.dtype
+        for ending, master in self.masters.items():
+            found = master.to(dtype) if kind is None else unpack(pack(master, kind), master.shape[1], kind, dtype)
+            self.rounded[ending] = found.float().detach().requires_grad_()
+
+    def hand_gradients(self) -> None:
+        """The gradients of what products used since the last `round` become those of the masters."""
+        for ending, master in self.masters.items():
+            master.grad = self.rounded[ending].grad
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(N, in) -> (N, out), as the emulator computes it."""
+        used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
+        y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors as an emulator holds them, by the ending of their names."""
+        if self.kind is not None:
+            return {ending: pack(master, self.kind) for ending, master in self.masters.items()}
+        return {
+            ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
+            for ending, master in self.masters.items()
+        }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the original unit for some samples: what went in, and the tensors that came out, on the host.
+
+    `finite` masks the rows of each target, (rows,), that are finite as a whole; None where all are.
+    """
+
+    samples: int
+    kept: Kept
+    targets: list[torch.Tensor]
+    versions: list[int]
+    finite: list[torch.Tensor | None]
+
+    @classmethod
+    def of(cls, samples: int, kept: Kept, outputs: Any) -> "Call":
+        """Keep the outputs beside what is kept of the inputs."""
+        targets = [output.detach() for output in differentiable(outputs)]
+        finite = [finite_rows(target) for target in targets]
+        return cls(samples, kept, targets, [target._version for target in targets], finite)
+
+    @property
+    def rows(self) -> int:
+        """Of all targets."""
+        return sum(map(row_count, self.targets))
+
+    @property
+    def dropped_rows(self) -> int:
+        """Those that are not finite."""
+        return sum(int((~mask).sum()) for mask in self.finite if mask is not None)
+
+    @property
+    def weight(self) -> float:
+        """Its samples, counted by the share of their rows that are finite."""
+        return self.samples * (1 - self.dropped_rows / max(1, self.rows))
+
+    def check_unchanged(self) -> None:
+        """Raise `RuntimeError` where the model's code changed an input or an output in place after the call."""
+        self.kept.check_unchanged()
+        if self.versions != [target._version for target in self.targets]:
+            raise RuntimeError("an output was changed in place after the unit had given it, so it cannot be learned")
+
+
+def refine_unit(
+    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: Pace, meter: Meter
+) -> tuple[float, float]:
+    """Train the factors of one unit, which is resident; `linears` by their module's path below it.
+
+    Returns the unit's relative output error over all calls before and after; where it would not be less, the factors
+    are what they were. Raises `RuntimeError` where the outputs are not finite before.
+    """
+    masters = [master for linear in linears.values() for master in linear.masters.values()]
+    begun = [master.clone() for master in masters]
+    device = masters[0].device
+    for call in calls:
+        call.check_unchanged()
+    check_rows(unit.name, sum(call.dropped_rows for call in calls), sum(call.rows for call in calls))
+    calls = [call for call in calls if call.weight]
+    with _standing_in(unit, linears):
+        before = _error(unit, calls, device)
+        if not math.isfinite(before):
+            raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
+        _train(unit, linears, calls, pace, meter)
+        after = _error(unit, calls, device)
+    if after < before:
+        return before, after
+    for master, value in zip(masters, begun, strict=True):
+        master.copy_(value)
+    return before, before
+
+
+def _train(unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: Pace, meter: Meter) -> None:
+    """Adam with a rate that falls to zero in a straight line; calls in an order of the unit's own."""
+    masters = [master for linear in linears.values() for master in linear.masters.values()]
+    rates = [pace.learning_rate * float(master.square().mean().sqrt()) for master in masters]
+    groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, foreach=False)  # one factor after the other: no copies of all of them
+    for step, chosen in zip(range(pace.steps), _shuffled(calls, pace, unit.position), strict=False):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / pace.steps)
+        total = sum(call.weight for call in chosen)
+        used = [factor for linear in linears.values() for factor in linear.rounded.values()]
+        for call in chosen:
+            with torch.enable_grad(), _guarded(unit, linears if call.dropped_rows else ()):
+                distance, _ = _distance(unit, call, masters[0].device)
+                # Without a graph where none of the linears had a part in the call.
+                if distance.requires_grad:
+                    torch.autograd.backward(distance * (call.weight / total), inputs=used)
+            meter.sample()
+        for linear in linears.values():
+            linear.hand_gradients()
+        optimizer.step()
+        for linear in linears.values():
+            linear.round()
+
+
+def _shuffled(calls: Sequence[Call], pace: Pace, position: int) -> Iterator[list[Call]]:
+    """The calls of one step after the other: all in turn, in another order every time."""
+    generator = torch.Generator().manual_seed(pace.seed * 1_000_003 + position)
+    chosen, weight = list[Call](), 0.0
+    while True:
+        for index in torch.randperm(len(calls), generator=generator).tolist():
+            chosen.append(calls[index])
+            weight += calls[index].weight
+            if weight >= pace.step_samples:
+                yield chosen
+                chosen, weight = [], 0.0
+
+
+def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The squared distance of the unit's outputs from the original's, relative to each one's size, and their number."""
+    outputs, _ = rerun(unit, call.kept, device)
+    total, counted = torch.zeros((), device=device), 0
+    for output, target, finite in zip(outputs, call.targets, call.finite, strict=True):
+        wide = torch.promote_types(output.dtype, torch.float32)
+        found, exact = output.to(wide), target.to(device, wide)
+        if finite is not None:
+            keep = finite.to(device)
+            found, exact = (values.reshape(row_count(values), -1)[keep] for values in (found, exact))
+        if exact.numel() or finite is None:
+            lost, energy = (found - exact).abs().square().mean(), exact.abs().square().mean()
+            total, counted = total + lost / energy.clamp_min(torch.finfo(torch.float32).tiny), counted + 1
+    return total, counted
+
+
+@torch.no_grad()
+def _error(unit: Unit, calls: Sequence[Call], device: torch.device) -> float:
+    """||outputs - the original's|| / ||the original's||, root mean square over samples and outputs."""
+    total, count = 0.0, 0.0
+    for call in calls:
+        distance, outputs = _distance(unit, call, device)
+        total, count = total + call.weight * float(distance), count + call.weight * outputs
+    return math.sqrt(total / max(1, count))
+
+
+def _standing_in(unit: Unit, linears: Mapping[str, TrainedLinear]) -> AbstractContextManager[Any]:
+    """The unit computes with the factors in place of the weights meanwhile."""
+    modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
+    return standing_in(
+        unit.module, {module: partial(linears[path].product, bias=module.bias) for path, module in modules.items()}
+    )
+
+
+@contextmanager
+def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
+    """Rows that are not finite are zero to the linears at `paths` meanwhile, and so are such gradients.
+
+    A product's gradient sums over rows: one that is not finite would spoil it, although nothing is asked of its output.
+    """
+
+    def finite(rows: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.isfinite(rows).all(dim=-1, keepdim=True), rows, 0)
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return finite(args[0]), *args[1:]
+
+    def behind(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(finite)
+
+    with ExitStack() as handles:
+        for path in paths:
+            module = unit.module.get_submodule(path)
+            handles.enter_context(module.register_forward_pre_hook(before))
+            handles.enter_context(module.register_forward_hook(behind))
+        yield

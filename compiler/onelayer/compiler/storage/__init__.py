@@ -1,0 +1,1 @@
+"""Files on disk: the safetensors format, checkpoints, digests, writers, work directories."""

@@ -1,0 +1,191 @@
+"""Safetensors in: a model directory becomes a checked table of tensors that are read one at a time.
+
+Every header is hostile until checked: sizes, offsets, dtypes and shapes must agree with the file before a byte of
+weight is read, and an index cannot name a file outside its directory. Only safetensors are read, never a pickle.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
+from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+# In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
+SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
+INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory's tensors by checkpoint name; nothing is held but the headers."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[Path, dict[str, str]]
+    index_file: Path | None
+    _counts: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Checkpoint":
+        """Check every header below `directory`. Raises `InputError` naming the file and the remedy."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory; give a model directory with config.json")
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: has no config.json; give a transformers model directory")
+        index_file, placed = _find_files(directory)
+        files = tuple(sorted(set(placed.values()))) if placed else (_single_file(directory),)
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[Path, dict[str, str]] = {}
+        for file in files:
+            table, metadata[file] = read_header(file)
+            for name, info in table.items():
+                if placed and placed.get(name) != file:
+                    continue  # a tensor that the index places elsewhere, or not at all, is not part of the model
+                tensors[name] = info
+        for name, file in placed.items():
+            if name not in tensors:
+                raise InputError(f"{file}: tensor {name!r} is missing, {index_file} places it there; restore the file")
+        return cls(directory, files, tensors, metadata, index_file)
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        from safetensors import safe_open
+
+        # Positional reads, not a file mapping: mapped pages count as ours on some systems and fail on others.
+        return {file: safe_open(file, framework="pt", backend="pread") for file in self.files}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weight read through this object so far."""
+        return self._counts["bytes"]
+
+    def _count(self, size_bytes: int) -> None:
+        with self._lock:  # several threads read
+            self._counts["bytes"] += size_bytes
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor, in its own dtype, on the host."""
+        info = self.tensors[name]
+        self._count(info.size_bytes)
+        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Rows `start:stop` of one tensor, in its own dtype, on the host."""
+        import torch
+
+        from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
+
+        info = self.tensors[name]
+        stop = min(stop, info.shape[0])
+        row_bytes = info.size_bytes // max(1, info.shape[0])
+        self._count(row_bytes * (stop - start))
+        dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
+        if info.dtype not in dtypes:
+            rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
+            return rows
+        # The library reads the whole tensor for any part of it.
+        buffer = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
+        missing = buffer.numpy().data
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.start + row_bytes * start)
+            while missing:
+                if not (count := file.readinto(missing)):
+                    raise InputError(f"{info.file}: ends within tensor {name!r}; download the file again")
+                missing = missing[count:]
+        return buffer.view(dtypes[info.dtype]).reshape(stop - start, *info.shape[1:])
+
+    def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
+        """The given rows of a matrix (n, width), in its own dtype, on the host; nothing else is read."""
+        import torch
+
+        info = self.tensors[name]
+        row_bytes = info.size_bytes // info.shape[0]
+        table = np.memmap(info.file, np.uint8, mode="r", offset=info.start, shape=(info.shape[0], row_bytes))
+        self._count(row_bytes * len(rows))
+        dtype = self.read_rows(name, 0, 0).dtype
+        return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
+
+
+def _find_files(directory: Path) -> tuple[Path | None, dict[str, Path]]:
+    """The index of a sharded checkpoint and the file of each tensor; nothing for a single file."""
+    if any((directory / name).is_file() for name in SINGLE_FILES):
+        return None, {}
+    for name in INDEX_FILES:
+        index_file = directory / name
+        if index_file.is_file():
+            return index_file, dict(_index_rows(index_file))
+    return None, {}
+
+
+def _index_rows(index_file: Path) -> Iterator[tuple[str, Path]]:
+    document = read_json(index_file)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index_file}: field weight_map is missing or empty; download the file again")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+            raise InputError(f"{index_file}: {name!r} lies in {str(file_name)[:80]!r}, outside the directory; refused")
+        file = index_file.parent / file_name
+        if not file_name.endswith(".safetensors"):
+            raise InputError(f"{index_file}: {file_name!r} is not a safetensors file; convert the model to safetensors")
+        if not file.is_file():
+            raise InputError(f"{file}: missing shard, {index_file.name} names it; download the file again")
+        yield name, file
+
+
+def _single_file(directory: Path) -> Path:
+    for name in SINGLE_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    for name in PICKLES:
+        if (directory / name).exists():
+            raise InputError(
+                f"{directory / name}: a pickle can run code and is not read; convert the model to safetensors"
+            )
+    raise InputError(f"{directory}: has no model.safetensors or model.safetensors.index.json; give a model directory")
+
+
+def resolve_model(model: str | Path, revision: str | None = None) -> Path:
+    """A local directory as it stands, or a Hub id as its downloaded snapshot (weights, config and tokenizer only)."""
+    if Path(model).exists():
+        return Path(model)
+    name = str(model)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such directory; give a model directory or a Hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: no such directory, and not available from the Hub ({reason})") from None
+
+
+def model_digest(directory: str | Path) -> str:
+    """Digest of what a model computes: its weight files by name and content, and its config.json."""
+    checkpoint = Checkpoint.open(directory)
+    return sha256_json(
+        {
+            "files": {file.name: file_digest(file) for file in checkpoint.files},
+            "config": sha256_file(checkpoint.directory / "config.json"),
+        }
+    )

@@ -1,0 +1,76 @@
+"""SHA-256 of files, remembered across runs: a 100 GB checkpoint is hashed once, not at every command."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.storage.files import BUFFER_BYTES, onelayer_home, write_json
+
+# Below this a file is hashed every time: cheaper than looking it up.
+MEMO_FLOOR_BYTES = 1 << 20
+# A file changed this recently could change again within the same time stamp, so its digest is not remembered.
+RACY_SECONDS = 2.0
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file, from memory where size, modification time and inode are those it was computed for.
+
+    A modification time alone never changes the answer: it only decides whether the bytes are read again. Files of the
+    Hub's cache are links to blobs named by their own SHA-256, which is taken as it stands.
+    """
+    real = path.resolve()
+    if real.parent.name == "blobs" and _BLOB_NAME.fullmatch(real.name):
+        return real.name
+    status = real.stat()
+    if status.st_size < MEMO_FLOOR_BYTES:
+        return sha256_file(real)
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+    memo = _read_memo()
+    known = memo.get(str(real))
+    if known is not None and known["stamp"] == stamp:
+        return str(known["sha256"])
+    digest = sha256_file(real)
+    if time.time() - status.st_mtime > RACY_SECONDS:
+        _remember(str(real), {"stamp": stamp, "sha256": digest})
+    return digest
+
+
+def _memo_path() -> Path:
+    return onelayer_home() / "digests.json"
+
+
+def _read_memo() -> dict[str, dict[str, object]]:
+    try:
+        memo = json.loads(_memo_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent or damaged: the memo only saves time, so it is made anew
+        return {}
+    return memo if isinstance(memo, dict) else {}
+
+
+def _remember(path: str, entry: dict[str, object]) -> None:
+    memo = {name: value for name, value in _read_memo().items() if os.path.exists(name)}
+    memo[path] = entry
+    with contextlib.suppress(OSError):  # a read-only home costs a second hashing, nothing else
+        _memo_path().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_memo_path(), memo)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(document: Any) -> str:
+    """Hex SHA-256 of a JSON-plain value, independent of the order of its keys."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""Exact gradients of small trained parameters, with one unit of the model in memory: a stream forward, one back.
+
+Forward, every batch goes through the model as in `Stream`; each unit's inputs are kept (on the host, in mapped files
+beyond the budget) and its inside is not. Back, units come in reverse order: each is run again for every visit with the
+graph of its inside, which turns the gradients of its outputs into those of its inputs and of the parameters trained
+in it. Every unit is loaded twice; the one where the stream turns round stays, and is loaded once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from onelayer.compiler.factors.activation_factors import Compressed, compress
+from onelayer.compiler.machine.console import Progress
+from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.meter import return_free_memory
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.stream import Batch, Stream, Visit
+from onelayer.compiler.streaming.unit_boundary import Kept, Slots, called, cut, delivered, opened, rerun
+from onelayer.compiler.streaming.unit_loader import Loader
+
+HOST = torch.device("cpu")
+
+
+@dataclass
+class Record:
+    """One call of a unit: what went in, the slots of what came out, and the seed that its random numbers came from."""
+
+    index: int
+    seed: int
+    kept: Kept
+    slots: Slots
+
+
+@dataclass
+class GradientStream(Stream):
+    """Two passes over the checkpoint: `run` forward, then `reverse`. Used again and again, as one `with` block.
+
+    Batches from number `trained` on are only scored: they leave no records, and run in evaluation mode. `seed` fixes
+    dropout and other noise: each call of a unit has its own, so that it comes out alike when it is run again. With
+    `rank` (a number, or a share of the features), unit inputs are kept as factors of that rank and two bits for what
+    they leave of each value, so that gradients are approximate; the forward pass is exact all the same.
+    """
+
+    trained: int = 0
+    seed: int = 0
+    rank: int | float | None = None
+    bar: Progress | None = None
+    _records: list[tuple[Unit, list[Record]]] = field(default_factory=list)
+    _known: dict[int, WeakTensorKeyDictionary] = field(default_factory=dict)
+    _calls: dict[int, int] = field(default_factory=dict)
+    _loader: Loader | None = None
+
+    def __enter__(self) -> "GradientStream":
+        self._loader = Loader(self.streamed, self.device, keep=True).__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._loader is not None
+        self.forget()
+        self._loader.__exit__(*exception)
+
+    def forget(self) -> None:
+        """Drop what a forward pass kept."""
+        self._records.clear()
+        self._known.clear()
+        self._calls.clear()
+
+    def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
+        """The forward pass. `consume` may call backward on what it gets for a batch that is trained on, or later."""
+        self.forget()
+        self._known = {index: WeakTensorKeyDictionary() for index in range(self.trained)}
+        super().run(batches, consume)
+        self._known.clear()
+        assert self._loader is not None
+        self._loader.forget_ahead()
+
+    def reverse(self) -> None:
+        """The pass back: `.grad` of every trained parameter grows by what the batches' outputs were given."""
+        assert self._loader is not None
+        with torch.no_grad(), self.progress() as bar:
+            while self._records:
+                unit, records = self._records.pop()
+                with self._loader.hold(unit):
+                    self._loader.read_ahead(self._records[-1][0] if self._records else None)
+                    if self.around is not None:
+                        with self.around(unit):
+                            self._reverse_unit(unit, records)
+                    else:
+                        self._reverse_unit(unit, records)
+                return_free_memory()
+                bar.reached(2 * len(self.streamed.units) - unit.position, unit.name, self.meter.sample())
+        self.forget()
+
+    def _reverse_unit(self, unit: Unit, records: list[Record]) -> None:
+        while records:
+            record = records.pop()
+            if any(slot is not None for slot in record.slots):
+                with self._blame(record.index, unit), self._random(record.seed), training(self.streamed.model, True):
+                    self._reverse_call(unit, record)
+            self.meter.sample()
+
+    def _reverse_call(self, unit: Unit, record: Record) -> None:
+        record.kept.check_unchanged()
+        with torch.enable_grad():
+            outputs, leaves = rerun(unit, record.kept, self.device)
+        pairs = [
+            (output, slot.to(output.device))
+            for output, slot in zip(outputs, record.slots, strict=True)
+            if slot is not None and output.requires_grad
+        ]
+        record.slots.clear()
+        if pairs:
+            outputs, gradients = map(list, zip(*pairs, strict=True))
+            torch.autograd.backward(outputs, gradients)
+            record.kept.push(leaves)
+
+    # ---- how the forward pass differs from a plain stream ----------------------------------------------------------
+
+    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+        """Run a unit without its inside's graph; keep its inputs and cut the graph behind it."""
+        if visit.index >= self.trained:
+            return super().call(visit, run)
+        seed = self._next_seed(visit.index)
+        shrink = None if self.rank is None else partial(self._shrunk, seed)
+        inputs = opened((visit.args, visit.kwargs))
+        kept = Kept.of(inputs, self._known[visit.index], shrink)
+        self.parking.hold(kept.tensors)
+        with self._random(seed):
+            here = move(inputs, self.device)
+            outputs = move(called(partial(run, visit.index), *here), HOST)
+        if visit.grad_enabled and (kept.wants_gradients or _is_trained(visit.unit)):
+            outputs, slots = cut(outputs)
+            if not self._records or self._records[-1][0] is not visit.unit:
+                self._records.append((visit.unit, []))
+            self._records[-1][1].append(Record(visit.index, seed, kept, slots))
+        return delivered(inputs[0], outputs)
+
+    def _shrunk(self, seed: int, tensor: torch.Tensor) -> Compressed:
+        assert self.rank is not None
+        rank = self.rank if isinstance(self.rank, int) else max(1, round(self.rank * tensor.shape[-1]))
+        return compress(tensor, rank, torch.Generator().manual_seed(seed))
+
+    def records_gradients(self, index: int) -> bool:
+        """Autograd follows the code between units for the batches that are trained on."""
+        return index < self.trained
+
+    @contextmanager
+    def scope(self, index: int) -> Iterator[None]:
+        """Training mode for what is trained on, and random numbers of the batch's own."""
+        is_trained = index < self.trained
+        numbers = self._random(self._next_seed(index)) if is_trained else nullcontext()
+        with training(self.streamed.model, is_trained), numbers:
+            yield
+
+    def loading(self) -> Any:
+        """One loader for all passes, so that the unit at which one ends is there when the next begins."""
+        assert self._loader is not None
+        return nullcontext(self._loader)
+
+    def progress(self) -> Any:
+        """The bar of the whole work, where there is one."""
+        return super().progress() if self.bar is None else nullcontext(self.bar)
+
+    def _next_seed(self, index: int) -> int:
+        """A seed for the next piece of a batch's way through the model, the same in every run with the same seed."""
+        self._calls[index] = self._calls.get(index, 0) + 1
+        digest = hashlib.sha256(f"{self.seed} {index} {self._calls[index]}".encode()).digest()
+        return int.from_bytes(digest[:7])
+
+    @contextmanager
+    def _random(self, seed: int) -> Iterator[None]:
+        """Random numbers from a seed, without a trace in the generators of whoever called."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
+
+
+def _is_trained(unit: Unit) -> bool:
+    return any(parameter.requires_grad for parameter in unit.module.parameters())
+
+
+@contextmanager
+def training(model: nn.Module, mode: bool) -> Iterator[None]:
+    """The model in training or evaluation mode; switches only where that changes anything.
+
+    Layers that learn from every batch in training mode (batch norms) stay as they are: the original is not trained.
+    """
+    if model.training != mode:
+        model.train(mode)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    yield

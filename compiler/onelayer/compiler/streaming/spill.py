@@ -1,0 +1,86 @@
+"""Where parked hidden states lie: in host memory up to a budget, beyond it in mapped files, with the same values.
+
+A tensor is moved by giving the very same tensor object another storage, so that every reference to it, those in the
+frames of the model's own code included, follows.
+"""
+
+import os
+import tempfile
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserved_version
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from onelayer.compiler.machine.meter import return_free_memory
+from onelayer.compiler.storage.files import onelayer_home
+
+# Smaller tensors cost less to keep than to file.
+SMALLEST_BYTES = 16 << 10
+# A tensor that moves to a file leaves a hole between what the model allocates, which nothing may fill: without giving
+# them back the process grows with the number of batches. At each tensor that would take a quarter longer.
+MOST_FREED_BYTES = 4 << 20
+# By default parked states may take this share of the memory that is free when the pass begins.
+DEFAULT_SHARE = 0.5
+
+
+class Parking:
+    """Holds the tensors of parked batches within `budget_bytes` of host memory; the rest goes to mapped files."""
+
+    def __init__(self, budget_bytes: int | None = None) -> None:
+        available = psutil.virtual_memory().available
+        self.budget_bytes = int(available * DEFAULT_SHARE) if budget_bytes is None else budget_bytes
+        self.spilled_bytes = 0
+        self.held_bytes = 0  # host memory of the storages behind all tensors seen that still live
+        self._freed_bytes = 0  # by tensors that went to files since free memory was last given back
+        self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._users: Counter[int] = Counter()  # how many of them share a storage, by its address
+
+    def hold(self, arguments: Any) -> None:
+        """Take in what one parked call holds on to; what is known already is not counted again."""
+        for tensor in tree_leaves(arguments):
+            if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor in self._seen:
+                continue
+            size_bytes = tensor.untyped_storage().nbytes()
+            if size_bytes < SMALLEST_BYTES:
+                continue
+            self._seen[tensor] = True
+            address = tensor.untyped_storage().data_ptr()
+            known = self._users[address] > 0
+            if not known and self.held_bytes + size_bytes > self.budget_bytes and tensor.is_contiguous():
+                self._spill(tensor)
+                continue
+            self._users[address] += 1
+            self.held_bytes += 0 if known else size_bytes
+            weakref.finalize(tensor, self._release, address, size_bytes).atexit = False
+
+    def _release(self, address: int, size_bytes: int) -> None:
+        self._users[address] -= 1
+        if not self._users[address]:
+            del self._users[address]
+            self.held_bytes -= size_bytes
+
+    def _spill(self, tensor: torch.Tensor) -> None:
+        directory = onelayer_home() / "spill"
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=directory)
+        try:
+            os.truncate(descriptor, tensor.nbytes)
+            mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        finally:
+            os.close(descriptor)
+            Path(name).unlink()  # the mapping keeps the bytes for as long as the tensor lives, and no longer
+        # The values stay what they were, so autograd need not think that they have changed.
+        with torch.no_grad(), preserved_version(tensor):
+            mapped.copy_(tensor.reshape(-1))
+            tensor.set_(mapped.untyped_storage(), 0, tensor.shape, tensor.stride())
+        self.spilled_bytes += tensor.nbytes
+        self._freed_bytes += tensor.nbytes
+        if self._freed_bytes >= MOST_FREED_BYTES:
+            return_free_memory()
+            self._freed_bytes = 0

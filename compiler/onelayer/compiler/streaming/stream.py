@@ -1,0 +1,224 @@
+"""Lockstep: many batches run through the model's own forward, while each unit is loaded once and only one is held.
+
+Every batch runs in its own greenlet. A unit's forward is a stub that parks the batch with its arguments; when all are
+parked, one unit is loaded, run for every batch parked at it, and dropped: the first in module order of those where no
+batch of few inputs waits, so that images are through with their own units before text enters the shared ones. The code
+between units is the model's own. It runs on the host, where parked hidden states lie; only units run on the device.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.console import Progress
+from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.models.lazy_tensors import OutsideTableError
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.unit_loader import Loader
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Visit:
+    """One batch parked at one unit, with the arguments of the call, and whether its code records gradients there."""
+
+    unit: Unit
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grad_enabled: bool
+    index: int = -1
+    resume: greenlet | None = None
+
+
+class BatchError(RuntimeError):
+    """A batch failed inside a unit or between units; says which, and keeps the cause."""
+
+
+@dataclass
+class Stream:
+    """One pass over the checkpoint. `around` may watch a unit while it runs for all its batches; `meter` counts.
+
+    `around(unit)` is a context manager entered once the unit's weights are held; it yields a callable that runs the
+    unit for one visit in place of the plain call, or None. Batches parked at a unit run by `order` of their index.
+    """
+
+    streamed: StreamedModel
+    device: torch.device
+    meter: Meter
+    around: Callable[[Unit], Any] | None = None
+    parking: Parking = field(default_factory=Parking)
+    last: int | None = None
+    order: Callable[[int], Any] = int
+    description: str = "stream"
+
+    def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
+        """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it is there.
+
+        With `last` set, the pass ends once every unit up to that position has run and every batch has gone beyond;
+        outputs of batches that were cut short are not delivered. Raises `BatchError` from the first failure; no batch
+        is left hanging.
+        """
+        parked: list[Visit] = []
+        last = self.last
+        ahead = {unit for unit in self.streamed.units if last is not None and unit.position <= last}
+        inputs = [len(batch) for batch in batches]
+
+        def advance(worker: greenlet, index: int, value: Any, grad_enabled: bool) -> None:
+            """Let one batch run until it parks again or ends."""
+            with self._blame(index, None), self.scope(index), torch.set_grad_enabled(grad_enabled):
+                result = worker.switch(value)
+            if worker.dead:
+                consume(index, result)
+            else:
+                result.index, result.resume = index, worker
+                self.parking.hold((result.args, result.kwargs))
+                parked.append(result)
+
+        with torch.no_grad(), self.streamed.glue(), self._stubs(), self.loading() as loader, self.progress() as bar:
+            try:
+                for index, batch in enumerate(batches):
+                    worker = greenlet(self._through)
+                    advance(worker, index, batch, self.records_gradients(index))
+                while parked:
+                    unit = _next_unit(parked, inputs)
+                    if last is not None and not ahead and all(visit.unit.position > last for visit in parked):
+                        break
+                    ahead.discard(unit)
+                    self._visit(unit, parked, loader, advance)
+                    return_free_memory()
+                    bar.reached(unit.position + 1, unit.name, self.meter.sample(), self.meter.note)
+            finally:
+                for visit in parked:
+                    assert visit.resume is not None
+                    visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
+
+    def _through(self, batch: Batch) -> Any:
+        """One batch's way through the model. Raises `InputError` where its rows are longer than a table of positions.
+
+        No configuration tells how long rows may be: rotary positions have no end. An index outside a table that is not
+        among the tokens is a position; models that begin to count at 2 have so many fewer positions than rows.
+        """
+        try:
+            return self.streamed.model(**batch)
+        except OutsideTableError as error:
+            ids = [tensor for tensor in batch.values() if tensor.dim() == 2 and not tensor.is_floating_point()]
+            length = max((tensor.shape[1] for tensor in ids), default=0)
+            limit = min(error.rows, error.rows - error.index + length - 1)
+            if limit < 2 or any(error.index == int(tensor.max()) for tensor in ids):
+                raise
+            raise InputError(
+                f"--max-length: an example has {length} tokens, and the model's table of positions ends after {limit} "
+                f"({error.rows} rows); give --max-length {limit}"
+            ) from error
+
+    def _visit(
+        self, unit: Unit, parked: list[Visit], loader: Loader, advance: Callable[[greenlet, int, Any, bool], None]
+    ) -> None:
+        """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
+        with loader.hold(unit):
+            loader.read_ahead(self._twin_behind(unit))
+            with _watch(self.around, unit) as run:
+                # A layer that calls itself again (shared layers) is parked here again at once, and stays resident.
+                while here := [visit for visit in parked if visit.unit is unit]:
+                    visit = min(here, key=lambda visit: self.order(visit.index))
+                    assert visit.resume is not None
+                    with self._blame(visit.index, unit), self.scope(visit.index):
+                        output = self.call(visit, run)
+                        visit.args, visit.kwargs = (), {}
+                    self.meter.sample()
+                    parked.remove(visit)
+                    advance(visit.resume, visit.index, output, visit.grad_enabled)
+
+    def _twin_behind(self, unit: Unit) -> Unit | None:
+        """The unit behind this one, where it is of the same kind: a block of another kind may never be visited."""
+        following = self.streamed.units[unit.position + 1 : unit.position + 2]
+        return following[0] if following and type(following[0].module) is type(unit.module) else None
+
+    # ---- what a pass that keeps more than outputs does otherwise ---------------------------------------------------
+
+    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+        """Run the unit that is held for one visit; what comes out lies on the host."""
+        args, kwargs = move((visit.args, visit.kwargs), self.device)
+        return move(run(visit.index, args, kwargs), torch.device("cpu"))
+
+    def records_gradients(self, index: int) -> bool:
+        """Whether autograd follows the code between units for a batch."""
+        return False
+
+    def scope(self, index: int) -> AbstractContextManager[Any]:
+        """What holds while any code of one batch runs."""
+        return nullcontext()
+
+    def loading(self) -> AbstractContextManager[Loader]:
+        """Where the weights of units come from during the pass."""
+        return Loader(self.streamed, self.device)
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """The bar that shows how far the pass is."""
+        return Progress(len(self.streamed.units) if self.last is None else self.last + 1, self.description)
+
+    @contextmanager
+    def _stubs(self) -> Iterator[None]:
+        """Replace the forward of every unit by one that parks its caller."""
+
+        def parking(unit: Unit) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                scheduler = getcurrent().parent
+                assert scheduler is not None, f"{unit.name} was called outside the stream"
+                return scheduler.switch(Visit(unit, args, kwargs, torch.is_grad_enabled()))
+
+            return forward
+
+        stubbed = []
+        try:
+            for unit in self.streamed.units:
+                # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
+                unit.module.forward = parking(unit)
+                stubbed.append(unit.module)
+            yield
+        finally:
+            for module in stubbed:
+                del module.forward
+
+    @contextmanager
+    def _blame(self, index: int, unit: Unit | None) -> Iterator[None]:
+        where = f"unit {unit.name}" if unit else "the code between units"
+        try:
+            yield
+        except (InputError, BatchError, KeyboardInterrupt, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            kind = type(self.streamed.model).__name__
+            raise BatchError(f"{kind}, batch {index}, {where}: {type(error).__name__}: {error}") from error
+
+
+def _next_unit(parked: Sequence[Visit], inputs: Sequence[int]) -> Unit:
+    """The unit to run. `inputs` counts each batch's inputs: one with more will likely come where others wait."""
+    fewest: dict[Unit, int] = {}
+    for visit in parked:
+        fewest[visit.unit] = min(inputs[visit.index], fewest.get(visit.unit, inputs[visit.index]))
+    return min(fewest, key=lambda unit: (-fewest[unit], unit.position))
+
+
+@contextmanager
+def _watch(around: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
+    """The callable that runs a unit for one visit, inside whatever `around` wants to do about it."""
+    forward = type(unit.module).forward
+
+    def run(index: int, args: Any, kwargs: Any) -> Any:
+        return forward(unit.module, *args, **kwargs)
+
+    if around is None:
+        yield run
+    else:
+        with around(unit) as special:
+            yield special or run

@@ -1,0 +1,71 @@
+"""One unit after another: the weights of one are held, those of the next read ahead, those of the last kept for a turn.
+
+In: the order in which units are wanted. Out: units whose weights lie on the device while they are held. The device
+holds one unit; the host one more, as stored, while it is read ahead.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import Unit
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Loader:
+    """Loads units for one pass. With `keep`, the last unit's weights wait for the next request, which may be for it."""
+
+    def __init__(self, streamed: StreamedModel, device: torch.device, keep: bool = False) -> None:
+        self.streamed = streamed
+        self.device = device
+        self.keep = keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._pending: tuple[Unit, Future[Tensors]] | None = None
+        self._kept: tuple[Unit, Tensors] | None = None
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kept = self._pending = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @contextmanager
+    def hold(self, unit: Unit) -> Iterator[None]:
+        """The unit's weights are on the device; on exit it is empty again."""
+        tensors = self._take(unit)
+        with self.streamed.resident(unit, self.device, tensors):
+            yield
+        if self.keep:
+            self._kept = (unit, tensors)
+
+    def read_ahead(self, unit: Unit | None) -> None:
+        """Start to read a unit that is likely wanted next."""
+        if unit is not None and self._pending is None and not self._is_kept(unit):
+            names = [name for name in unit.parameters if name not in unit.lazy]
+            self._pending = (unit, self._pool.submit(self.streamed.read, names))
+
+    def forget_ahead(self) -> None:
+        """Give up what was read ahead and not asked for; otherwise nothing would be read ahead any more."""
+        if self._pending is not None:
+            self._pending[1].cancel()
+            self._pending = None
+
+    def _is_kept(self, unit: Unit) -> bool:
+        return self._kept is not None and self._kept[0] is unit
+
+    def _take(self, unit: Unit) -> Tensors:
+        """The weights of a unit on the device: kept, read ahead or read now; an error of the thread surfaces here."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[0] is unit:
+            return kept[1]
+        kept = None  # the device holds one unit: the old one goes before the new one comes
+        names = [name for name in unit.parameters if name not in unit.lazy]
+        if self._pending is not None and self._pending[0] is unit:
+            future, self._pending = self._pending[1], None
+            return self.streamed.on_device(names, future.result(), self.device)
+        return self.streamed.on_device(names, self.streamed.read(names), self.device)

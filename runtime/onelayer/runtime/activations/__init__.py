@@ -1,0 +1,1 @@
+"""Activation compression (LoRAct): what is saved for the backward pass."""

@@ -1,0 +1,141 @@
+"""A transformers model in, the same model training in less memory out: one line, for anybody's training loop.
+
+    compress_activations(model, rank=0.125)
+
+The forward pass stays exact. What is stored for backward is compressed (LoRAct, arXiv 2509.23472, and what its factors
+leave in two bits a value) and the rest recomputed, so gradients are approximated; the handle that comes back measures
+how well, and takes it off again.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.stored_forms import RESIDUAL_BITS, RESIDUAL_CHOICES
+from onelayer.runtime.activations.engine import Engine, Where
+from onelayer.runtime.activations.figures import Figures
+from onelayer.runtime.activations.layer_plan import LayerPlan
+
+logger = logging.getLogger("onelayer")
+
+Rank = int | float
+DEFAULT_RANK: Rank = 0.125
+
+
+class ActivationCompression:
+    """What `compress_activations` returns: the setting, what fell back, its figures, and the way to remove it."""
+
+    def __init__(self, model: PreTrainedModel, rank: Rank, where: Where, residual_bits: int, seed: int) -> None:
+        self.model = model
+        self._engine = Engine(model, rank, where, residual_bits, seed, self._fell_back)
+        self._said: set[str] = set()
+        self._enable: Callable[..., None] = model._set_gradient_checkpointing
+        try:
+            self._enable(enable=True, gradient_checkpointing_func=self._engine.run)
+        except ValueError as error:
+            self._engine.remove()
+            raise InputError(f"{type(model).__name__} has no layers that can be recomputed: {error}") from error
+        model._set_gradient_checkpointing = self._keep  # type: ignore[method-assign]
+
+    @property
+    def rank(self) -> Rank | None:
+        """The rank, a number or a share of the features; may be set between two forward passes. None keeps all."""
+        return self._engine.rank
+
+    @rank.setter
+    def rank(self, rank: Rank | None) -> None:
+        self._engine.rank = rank
+
+    @property
+    def residual_bits(self) -> int:
+        """Bits of each value's residual beside its factors."""
+        return self._engine.residual_bits
+
+    @property
+    def where(self) -> Where:
+        """What was asked for: "layer" or "sublayer"."""
+        return self._engine.where
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Layers recomputed as a whole although sub-layers were asked for, and why; known after the first forward."""
+        return {name: plan for name, plan in self._engine.plans.items() if isinstance(plan, str)}
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms whose outputs are stored, by name; known after the first forward."""
+        plans = self._engine.plans.items()
+        return [f"{name}.{part}" for name, plan in plans if isinstance(plan, LayerPlan) for part in plan.norms]
+
+    @contextmanager
+    def measure(self, with_errors: bool = True) -> Iterator[Figures]:
+        """Collect figures of the forward passes inside `with`; the errors cost a rebuilding of each stored tensor."""
+        outer, self._engine.figures = self._engine.figures, Figures(with_errors=with_errors)
+        try:
+            yield self._engine.figures
+        finally:
+            self._engine.figures = outer
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Inside `with`, layers are recomputed from their exact inputs, as by transformers' own checkpointing."""
+        rank, where = self._engine.rank, self._engine.where
+        self._engine.rank, self._engine.where = None, "layer"
+        try:
+            yield
+        finally:
+            self._engine.rank, self._engine.where = rank, where
+
+    def remove(self) -> None:
+        """Give the model its own forward and its own checkpointing back, switched off."""
+        del self.model._set_gradient_checkpointing
+        self._enable(enable=False)
+        self._engine.remove()
+
+    def _keep(self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1) -> None:
+        """Stands in for the model's own switch: two ways to recompute cannot both be on, a trainer's must not win."""
+        if enable:
+            self._say("activations are compressed, which takes the place of the checkpointing that was switched on")
+        self._enable(enable=enable, gradient_checkpointing_func=self._engine.run)
+
+    def _fell_back(self, name: str, reason: str) -> None:
+        self._say(f"activations of whole layers are compressed, not of sub-layers, from {name} on: {reason}")
+
+    def _say(self, text: str) -> None:
+        if text.partition(" from ")[0] not in self._said:
+            self._said.add(text.partition(" from ")[0])
+            logger.warning("%s", text)
+
+
+def compress_activations(
+    model: nn.Module,
+    *,
+    rank: Rank = DEFAULT_RANK,
+    where: Where = "sublayer",
+    residual_bits: int = RESIDUAL_BITS,
+    seed: int = 0,
+) -> ActivationCompression:
+    """Train `model`, a transformers model or one wrapped by PEFT, with compressed activations from now on.
+
+    `rank` is the number of rows kept of each stored matrix, or as a float below 1 its share of the hidden size.
+    `where` is "sublayer" or "layer", see the engine. `residual_bits` are those of each value's residual beside its
+    factors: 2, which is what commands use, 1 or 4, or 0 for LoRAct as published. Nothing changes outside of training,
+    nor in the global random state. Raises `InputError` for settings and models that cannot be used.
+    """
+    if where not in ("layer", "sublayer"):
+        raise InputError(f"where: {where!r}; give layer or sublayer")
+    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+        raise InputError(f"rank: {rank!r}; give a number of rows, or a share of the hidden size below 1")
+    if isinstance(residual_bits, bool) or residual_bits not in RESIDUAL_CHOICES:
+        raise InputError(f"residual_bits: {residual_bits!r}; give one of {', '.join(map(str, RESIDUAL_CHOICES))}")
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        raise InputError(f"{type(model).__name__} is no transformers model, nor does it hold one")
+    if "_set_gradient_checkpointing" in vars(base):
+        raise InputError("the activations of this model are compressed already; remove() the first compression")
+    return ActivationCompression(base, rank, where, residual_bits, seed)

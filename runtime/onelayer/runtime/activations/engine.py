@@ -1,0 +1,226 @@
+"""What runs in the place of a decoder layer's forward: the layer, recomputed in backward from compressed activations.
+
+`layer`: the whole layer from its compressed input. `sublayer`: each norm output is compressed once, and serves the
+norm's own backward and the recomputation of the attention or MLP behind it; a layer that is not built so falls back.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from onelayer.compiler.factors.activation_factors import Compressed, Kept, compress
+from onelayer.runtime.activations.figures import Figures
+from onelayer.runtime.activations.layer_plan import LayerPlan, plan_layer
+from onelayer.runtime.activations.norms import CompressedNorm, Norm, NormCopy
+from onelayer.runtime.activations.padding import PaddingMask
+from onelayer.runtime.activations.recompute import StandIn, recomputed, replaced, tensors_in
+from onelayer.runtime.activations.routing import Routing
+
+Where = Literal["layer", "sublayer"]
+
+
+def features_rank(rank: int | float | None, features: int) -> int | None:
+    """A rank that may be a share of the features, as a number; None keeps everything exactly."""
+    return rank if rank is None or isinstance(rank, int) else max(1, round(rank * features))
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter in it is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+class Engine:
+    """Runs the layers of `model`. Transformers calls `run` in the place of its checkpoint function.
+
+    `fell_back(name, reason)` is told of each layer that sub-layers were asked for and that is not built so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int | float | None,
+        where: Where,
+        residual_bits: int,
+        seed: int,
+        fell_back: Callable[[str, str], None],
+    ) -> None:
+        self.rank, self.where, self.seed, self.fell_back = rank, where, seed, fell_back
+        self.residual_bits = residual_bits
+        self.figures: Figures | None = None
+        self.plans: dict[str, LayerPlan | str] = {}
+        self.padding = PaddingMask(model)
+        self._names = {module: name for name, module in model.named_modules()}
+        self._running: nn.Module | None = None
+        self._copies: Any = WeakTensorKeyDictionary()
+        self._chooses: dict[nn.Module | None, bool] = {}
+        self._patched: list[tuple[nn.Module, Any]] = []
+        self._plans_of_makes: dict[tuple[Any, ...], LayerPlan | str] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def remove(self) -> None:
+        """Give every module its own forward back."""
+        self.padding.remove()
+        for module, own in reversed(self._patched):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+    def run(self, call: Any, *args: Any) -> Any:
+        """`call(*args)`, where `call` is a layer's forward with its keyword arguments bound."""
+        kwargs: dict[str, Any] = {}
+        if isinstance(call, partial):
+            call, args, kwargs = call.func, (*call.args, *args), dict(call.keywords)
+        layer = next((value for value in args if isinstance(value, nn.Module)), getattr(call, "__self__", None))
+        given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point() and tensor.ndim > 1]
+        needed = layer is None or trains(layer) or any(tensor.requires_grad for tensor in given)
+        if not given or not needed or not torch.is_grad_enabled():
+            return call(*args, **kwargs)
+        if layer is not None and self.where == "sublayer":
+            plan = self._plan(layer, call, given[0], args, kwargs)
+            if isinstance(plan, LayerPlan):
+                self._running, outer = layer, self._running
+                try:
+                    return call(*args, **kwargs)
+                finally:
+                    self._running = outer
+        return self._recompute(call, args, kwargs, self._layer_inputs(layer, given), layer)
+
+    def _plan(
+        self, layer: nn.Module, call: Callable[..., Any], hidden: torch.Tensor, args: tuple[Any, ...], kwargs: Any
+    ) -> LayerPlan | str:
+        """How the layer is built, found out in its first call; layers of one make share the answer."""
+        # A layer that came into the model later has no name in it.
+        name = self._names.setdefault(layer, f"{type(layer).__name__} {len(self._names)}")
+        if name not in self.plans:
+
+            def once(stranger: torch.Tensor) -> Any:
+                given = replaced((args, kwargs), torch.Tensor, lambda tensor: stranger if tensor is hidden else tensor)
+                return call(*given[0], **given[1])
+
+            shared = [tensor for tensor in tensors_in((args, kwargs)) if tensor is not hidden]
+            make = tuple((part, type(module)) for part, module in layer.named_modules())
+            if make not in self._plans_of_makes:
+                self._plans_of_makes[make] = plan_layer(layer, once, hidden, shared)
+            plan = self.plans[name] = self._plans_of_makes[make]
+            if isinstance(plan, str):
+                self.fell_back(name, plan)
+            else:
+                self._install(layer, name, plan)
+        return self.plans[name]
+
+    def _install(self, layer: nn.Module, name: str, plan: LayerPlan) -> None:
+        """Put our forward into the norms and sub-blocks of a layer."""
+        for part, norm in plan.norms.items():
+            module = layer.get_submodule(part)
+            self._patch(module, partial(self._norm, layer, f"{name}.{part}", module, norm, module.forward))
+        for part in plan.blocks:
+            module = layer.get_submodule(part)
+            self._patch(module, partial(self._block, layer, module, module.forward))
+
+    def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._patched.append((module, vars(module).get("forward")))
+        module.forward = forward
+
+    def _norm(
+        self, layer: nn.Module, name: str, module: nn.Module, norm: Norm, forward: Callable[..., Any], x: torch.Tensor
+    ) -> torch.Tensor:
+        """A norm of a layer that runs in sub-layers: its output as ever, and a compressed copy to be found by it."""
+        if self._running is not layer:
+            return forward(x)  # type: ignore[no-any-return]
+        normalised, inverse = norm.normalise(x)
+        stored = self._compress(normalised, name, "norm outputs", self.padding.tokens(x))
+        del normalised
+        output: torch.Tensor
+        if x.requires_grad or trains(module):
+            self._count("inverse norms", inverse)
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            output = CompressedNorm.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, forward, norm, stored, inverse
+            )
+        else:
+            output = forward(x)
+        # Its precision need not be that of x: autocast and norms in float32 make it wider.
+        self._remember(output, NormCopy(stored, norm, module, output.dtype))
+        return output
+
+    def _block(
+        self, layer: nn.Module, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A sub-block of a layer that runs in sub-layers: recomputed from the copies of the norms that feed it."""
+        given = list(tensors_in((args, kwargs)))
+        copies = {id(tensor): copy for tensor in given if (copy := self._copy_of(tensor)) is not None}
+        needed = trains(module) or any(tensor.requires_grad for tensor in given)
+        if self._running is not layer or not copies or not needed:
+            return forward(*args, **kwargs)
+        return self._recompute(forward, args, kwargs, copies, module)
+
+    def _layer_inputs(self, layer: nn.Module | None, given: list[torch.Tensor]) -> dict[int, StandIn]:
+        """Compressed stand-ins for the hidden state of a layer, and for others of its width that carry a gradient.
+
+        Those others (an encoder's output, to every layer of a decoder) are compressed once for all who receive them.
+        """
+        hidden, *others = given
+        name = self._names.get(layer, "") if layer is not None else ""
+        stand_ins: dict[int, StandIn] = {}
+        for tensor in [hidden, *(t for t in others if t.requires_grad and t.shape[-1] == hidden.shape[-1])]:
+            copy = None if tensor is hidden else self._copy_of(tensor)
+            if copy is not None:
+                stand_ins[id(tensor)] = copy
+                continue
+            tokens = self.padding.tokens(tensor) if tensor is hidden else None
+            stand_ins[id(tensor)] = compressed = self._compress(tensor, name, "layer inputs", tokens)
+            if tensor is not hidden:
+                self._remember(tensor, compressed)
+        return stand_ins
+
+    def _remember(self, tensor: torch.Tensor, copy: StandIn) -> None:
+        """What is stored of a tensor, for others who are given the same."""
+        self._copies[tensor] = (copy, tensor._version)
+
+    def _copy_of(self, tensor: torch.Tensor) -> StandIn | None:
+        """What is stored of a tensor, unless the tensor was changed in place since."""
+        copy, version = self._copies.get(tensor, (None, 0))
+        return copy if copy is not None and version == tensor._version else None
+
+    def _recompute(
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        stand_ins: Mapping[int, StandIn],
+        owner: nn.Module | None,
+    ) -> Any:
+        """The call, keeping the stand-ins; discrete choices in it are repeated, if it makes any."""
+        routing = Routing() if self._chooses.get(owner, True) else None
+        if self.figures is not None:
+            for tensor in tensors_in(kwargs):
+                if id(tensor) not in stand_ins:
+                    self.figures.add_shared(tensor)
+        result = recomputed(call, args, kwargs, stand_ins, routing)
+        if routing is not None:
+            self._chooses[owner] = routing.found
+            if self.figures is not None:
+                self.figures.add("routing", routing.saved_bytes)
+        return result
+
+    def _compress(self, tensor: torch.Tensor, name: str, category: str, tokens: torch.Tensor | None) -> Compressed:
+        """Compress by a generator of our own, whose state depends on the place alone: a resumed run draws the same."""
+        generator = self._generators.setdefault(tensor.device, torch.Generator(tensor.device))
+        generator.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        compressed = compress(tensor, features_rank(self.rank, tensor.shape[-1]), generator, tokens, self.residual_bits)
+        if self.figures is not None:
+            self.figures.add(category, compressed.saved_bytes)
+            if isinstance(compressed, Kept):
+                self.figures.exact.append(compressed.tensor)
+            self.figures.compare(name, tensor, compressed, tokens)
+        return compressed
+
+    def _count(self, category: str, tensor: torch.Tensor) -> None:
+        if self.figures is not None:
+            self.figures.add(category, tensor.numel() * tensor.element_size())

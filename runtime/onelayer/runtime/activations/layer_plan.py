@@ -1,0 +1,150 @@
+"""One decoder layer and the arguments of a call in; out where its norms feed sub-blocks, or why that does not hold.
+
+Nothing is looked up by name. The layer is run once on its real arguments, keeping nothing: a leaf module that computes
+a normalisation is a norm, and a module that receives a norm's output is a sub-block. What autograd would still keep
+beside norms and sub-blocks decides whether the pattern holds.
+"""
+
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from onelayer.runtime.activations.norms import Norm, recognise
+from onelayer.runtime.activations.recompute import tensors_in
+
+# More than this share of the hidden state kept beside the sub-blocks, and the pattern does not hold.
+_LEFTOVER_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Names inside a layer: its norms with what they compute, and the modules to recompute from a norm's output."""
+
+    norms: dict[str, Norm]
+    blocks: tuple[str, ...]
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells storages apart, among those alive."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def plan_layer(
+    layer: nn.Module, call: Callable[[torch.Tensor], Any], hidden: torch.Tensor, shared: Sequence[torch.Tensor]
+) -> LayerPlan | str:
+    """Run `layer` once by `call(hidden)` and say how it is built; a reason where it does not fit.
+
+    `shared` are the layer's other inputs: masks, positions, an encoder's output. They are there for all layers alike.
+
+    The run leaves no trace: random state is put back, nothing is kept for backward, and it happens in an empty
+    context, where transformers' recorders of router logits and hidden states do not see it.
+    """
+    trace = _Trace(layer, list(shared))
+    devices = [hidden.device] if hidden.device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=hidden.device.type if devices else "cuda"), trace.watching():
+        # As if a trained layer lay below, so that the first layer is judged like the others.
+        contextvars.Context().run(call, hidden.detach().requires_grad_())
+    if not trace.blocks:
+        return "no norm feeds a sub-block"
+    if trace.leftover_bytes > _LEFTOVER_SHARE * hidden.numel() * hidden.element_size():
+        return f"{trace.leftover_bytes} bytes in a call would be kept beside what its norms feed"
+    return LayerPlan(trace.norms, tuple(trace.blocks))
+
+
+@dataclass
+class _Trace:
+    """Watches one run of a layer. `owner` is the norm candidate or sub-block that is running, if any."""
+
+    layer: nn.Module
+    shared: list[torch.Tensor]
+    norms: dict[str, Norm] = field(default_factory=dict)
+    blocks: dict[str, None] = field(default_factory=dict)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    owner: nn.Module | None = None
+    owned: list[torch.Tensor] = field(default_factory=list)
+    leftovers: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def leftover_bytes(self) -> int:
+        """What autograd would keep outside norms and sub-blocks."""
+        lasting = (*self.layer.parameters(), *self.layer.buffers(), *self.shared)
+        resident = {storage_of(tensor) for tensor in lasting}
+        kept = {pointer: tensor for pointer, tensor in self.leftovers.items() if pointer not in resident}
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks on every module and on everything that autograd saves."""
+        handles = []
+        for name, module in self.layer.named_modules():
+            if module is not self.layer:
+                handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave(name)))
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._saved, _never):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _saved(self, tensor: torch.Tensor) -> None:
+        if self.owner is None:
+            self._leave_over([tensor])
+        elif self.owner not in self._block_modules:
+            self.owned.append(tensor.detach())
+
+    @property
+    def _block_modules(self) -> list[nn.Module]:
+        return [self.layer.get_submodule(name) for name in self.blocks]
+
+    def _leave_over(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            # Held, so that no later tensor takes the same address.
+            self.leftovers.setdefault(storage_of(tensor), tensor.detach())
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if self.owner is not None:
+                return
+            given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
+            leaf = next(module.children(), None) is None
+            if not leaf and any(tensor is output for tensor in given for output in self.outputs):
+                self.owner = module
+                self.blocks[name] = None
+                # Whatever else was computed in this layer for the sub-block must be kept for its recomputation.
+                self._leave_over([t for t in given if t.grad_fn is not None and not self._is_output(t)])
+            elif leaf and len(given) == 1:
+                self.owner = module
+
+        return hook
+
+    def _is_output(self, tensor: torch.Tensor) -> bool:
+        return any(tensor is output for output in self.outputs)
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self.owner is not module:
+                return
+            self.owner = None
+            if name in self.blocks:
+                return
+            norm = None
+            if isinstance(output, torch.Tensor) and len(args) == 1 and isinstance(args[0], torch.Tensor):
+                norm = recognise(module, args[0], output)
+            if norm is None:
+                self._leave_over(self.owned)
+            else:
+                self.norms[name] = norm
+                self.outputs.append(output)
+            self.owned = []
+
+        return hook
+
+
+def _never(nothing: None) -> torch.Tensor:
+    raise AssertionError("nothing is kept in a trial run, so nothing can be asked for")

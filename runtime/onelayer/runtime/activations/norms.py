@@ -1,0 +1,163 @@
+"""Normalisation layers, recognised by what they compute, whose backward pass needs the normalised tokens alone.
+
+A norm is y = x̂ * scale + bias with x̂ = (x - mean) * r, r the inverse root mean square per token (inverse standard
+deviation where the mean is taken off). x̂ is kept compressed and r exactly; y is rebuilt from x̂ for whatever the norm
+feeds, and the gradient of x follows from x̂ and r. Nothing is divided by the weight, which may be zero.
+Shapes: (..., n) for x, x̂ and y, (..., 1) for r.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from onelayer.compiler.factors.activation_factors import Compressed
+
+_USUAL_EPSILONS = (1e-6, 1e-5)
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}  # of x̂'s size, which is 1; shorter floats get the next line
+_SHORT_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a module computes: is the mean taken off, is the scale 1 + weight, and the epsilon under the root."""
+
+    centred: bool
+    plus_one: bool
+    epsilon: float
+
+    @torch.no_grad()
+    def normalise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x̂ in the precision of x, and r in float32 or better."""
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        if self.centred:
+            wide = wide - wide.mean(-1, keepdim=True)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * inverse).to(x.dtype), inverse
+
+    def scale(self, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """What x̂ is multiplied by."""
+        return weight if weight is None or not self.plus_one else 1.0 + weight.float()
+
+
+@dataclass(frozen=True)
+class NormCopy:
+    """The one stored copy of a norm's output: it serves the norm's backward and the recomputation of what follows."""
+
+    normalised: Compressed
+    norm: Norm
+    module: nn.Module
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def rebuild(self) -> torch.Tensor:
+        """y, from the approximated x̂."""
+        y = self.normalised.rebuild()
+        scale, bias = self.norm.scale(_parameter(self.module, "weight")), _parameter(self.module, "bias")
+        y = y if scale is None else y * scale
+        return (y if bias is None else y + bias).to(self.dtype)
+
+
+@torch.no_grad()
+def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
+    """The norm that turns x into y by the module's parameters, or None.
+
+    Tried on the tensors of a real call, whatever the module is called: with and without the mean, weight and
+    1 + weight, and every small number among its attributes as epsilon. A form that fits has to fit one more call, with
+    the tokens shifted by their size: tokens without a mean do not tell the forms apart, and tokens that are normalised
+    already look so behind a module that leaves them alone. The nearest of those that fit is taken.
+    """
+    shape = (x.shape[-1],)
+    parameters = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+    if next(module.children(), None) is not None or x.shape != y.shape or not x.is_floating_point():
+        return None
+    if not parameters.keys() <= {"weight", "bias"} or any(size != shape for size in parameters.values()):
+        return None
+    # Norms kept in float32 round to the precision of x on the way.
+    tolerance = max(_TOLERANCE.get(dtype, _SHORT_TOLERANCE) for dtype in (x.dtype, y.dtype))
+    for forms in _forms(module, x.dtype):
+        if all(_error(form, module, x, y) >= tolerance for form in forms):
+            continue
+        shifted = x + x.float().square().mean(-1, keepdim=True).sqrt().to(x.dtype)
+        calls = [(x, y), (shifted, module.forward(shifted))]
+        errors = {form: max(_error(form, module, *call) for call in calls) for form in forms}
+        nearest = min(errors, key=errors.__getitem__)
+        if errors[nearest] < tolerance:
+            return nearest
+    return None
+
+
+def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
+    """What to try for tokens of `dtype`: with epsilons that the module names, and only then with those it may hide."""
+    if type(module).forward is nn.LayerNorm.forward:
+        return [[Norm(centred=True, plus_one=False, epsilon=module.eps)]]  # type: ignore[arg-type]
+    named = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
+    # Torch's own RMSNorm takes the machine epsilon where none is given.
+    hidden = [*_USUAL_EPSILONS, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps]
+    flags = (False, True)
+    return [
+        [Norm(centred, plus_one, epsilon) for epsilon in epsilons for centred in flags for plus_one in flags]
+        for epsilons in (dict.fromkeys(named), dict.fromkeys(hidden))
+    ]
+
+
+def _error(norm: Norm, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest difference between y and what `norm` gives, relative to the largest entry of y."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    normalised, _ = norm.normalise(x.to(wide))
+    scale, bias = norm.scale(_parameter(module, "weight")), _parameter(module, "bias")
+    expected = normalised if scale is None else normalised * scale
+    expected = expected if bias is None else expected + bias
+    largest = y.abs().max().item()
+    error = (expected - y).abs().max().item() / largest if largest else math.inf
+    return error if math.isfinite(error) else math.inf
+
+
+def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    value = getattr(module, name, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+class CompressedNorm(torch.autograd.Function):
+    """The module's own forward, and a backward from the compressed x̂ and the exact r."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        norm: Norm,
+        normalised: Compressed,
+        inverse: torch.Tensor,
+    ) -> torch.Tensor:
+        """y, bit for bit what the module gives."""
+        ctx.norm, ctx.normalised, ctx.inverse = norm, normalised, inverse
+        ctx.save_for_backward(weight)
+        ctx.x_dtype = x.dtype
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, and of weight and bias where they are trained."""
+        (weight,) = ctx.saved_tensors
+        norm: Norm = ctx.norm
+        wide = gradient.to(ctx.inverse.dtype)
+        normalised = ctx.normalised.rebuild().to(wide.dtype)
+        leading = tuple(range(gradient.ndim - 1))
+        weight_gradient = (wide * normalised).sum(leading).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        bias_gradient = wide.sum(leading).to(gradient.dtype) if ctx.needs_input_grad[2] else None
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            scale = norm.scale(weight)
+            wide = wide if scale is None else wide * scale
+            inner = wide - normalised * (wide * normalised).mean(-1, keepdim=True)
+            inner = inner - wide.mean(-1, keepdim=True) if norm.centred else inner
+            x_gradient = (inner * ctx.inverse).to(ctx.x_dtype)
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None

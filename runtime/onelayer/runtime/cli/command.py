@@ -1,0 +1,23 @@
+"""What every command prints: its result or its error."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+
+def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json: bool) -> Any:
+    """Do the work and print its result; what libraries print meanwhile goes to stderr, stdout is for the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        result = work()
+        document = result if isinstance(result, dict | list) else result.model_dump(mode="json")
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else summary(document))
+    return result
+
+
+def print_error(text: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"onelayer: error: {' '.join(text.split())}", err=True)

@@ -1,0 +1,57 @@
+"""The `onelayer` command as a process: arguments in, an exit code out, every failure one line on stderr."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.exceptions import TyperException
+
+from onelayer.compiler.errors import InputError
+from onelayer.runtime.cli.app import app
+from onelayer.runtime.cli.command import print_error
+
+RESUME = {
+    "compile": "finished layers are kept, run the same command again to go on",
+    "merge": "finished files are kept, run the same command again to go on",
+    "polish": "finished steps are kept, run the same command again to go on",
+    "refine": "finished layers are kept, run the same command again to go on",
+    "run": "finished steps are kept, run the same command again to go on",
+    "train": "run the same command again with --resume to go on from the last checkpoint",
+}
+
+
+# PEFT imports bitsandbytes where it is installed, which then tells about a kernel that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 failed while running, 2 the input is wrong, 130 interrupted."""
+    sys.exit(_invoke(list(sys.argv[1:] if arguments is None else arguments) or ["--help"]))
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Run one command; every way to fail ends in one line on stderr and an exit code."""
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="onelayer", standalone_mode=False)
+    except TyperException as error:
+        context = getattr(error, "ctx", None)  # where in the commands the mistake is
+        command = context.command_path if context is not None else "onelayer"
+        return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except Exception as error:
+        if os.environ.get("ONELAYER_DEBUG"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return _fail(f"{text} (set ONELAYER_DEBUG=1 for the traceback)", 1)
+    if code == 130:  # what typer makes of Ctrl-C
+        advice = RESUME.get(arguments[0], "nothing half-written is kept, run the same command again")
+        typer.echo(f"onelayer: interrupted; {advice}", err=True)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(text: str, code: int) -> int:
+    print_error(text)
+    return code

@@ -1,0 +1,92 @@
+"""The command `onelayer run`: a manifest in, its steps brought up to date, or with --dry-run foretold."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onelayer.runtime.cli.command import print_error, print_result
+from onelayer.runtime.cli.options import Json, MaxSize
+from onelayer.runtime.pipeline.housekeeping import listing, prune_by_rules
+from onelayer.runtime.reporting import run_summaries, summaries
+from onelayer.runtime.store.store import ArtifactStore
+
+
+def run(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="YAML file; see manifests/README.md.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and why.")] = False,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this task; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Do what a manifest asks for and is not done yet.
+
+    Results are kept in $ONELAYER_HOME (default ~/.cache/onelayer) and never made twice; report.html shows them.
+
+    \b
+    Example:
+      onelayer run manifests/demo.yaml --dry-run
+      onelayer run manifests/demo.yaml --task sql
+    """
+    from onelayer.runtime.manifest.manifest import load_manifest
+    from onelayer.runtime.pipeline import run
+
+    loaded = load_manifest(manifest)
+    if dry_run:
+        print_result(lambda: run.plan(loaded, tasks=task), run_summaries.plan_steps_summary, as_json)
+        return
+    result = print_result(
+        lambda: run.run(loaded, tasks=task, notify=lambda text: typer.echo(text, err=True)),
+        run_summaries.run_summary,
+        as_json,
+    )
+    for step in result.failed:
+        print_error(f"{step.name}: {step.reason}")
+    if result.failed:
+        raise typer.Exit(1)
+
+
+app = typer.Typer(rich_markup_mode=None, help="List, verify and prune what `onelayer run` keeps.")
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List every finished artifact with its size, its age and the manifests that used it last, oldest first."""
+    print_result(lambda: listing(ArtifactStore()), summaries.artifacts, as_json)
+
+
+@app.command("verify")
+def verify(as_json: Json = False) -> None:
+    """Name every file that is not as it was written."""
+    store = ArtifactStore()
+    faults = print_result(
+        lambda: [fault.model_dump(mode="json") for fault in store.verify()], summaries.faults, as_json
+    )
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command("prune")
+def prune(
+    older_than_days: Annotated[
+        float | None, typer.Option(min=0, metavar="DAYS", help="Remove what was not used for so long.")
+    ] = None,
+    max_size: MaxSize = None,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="MANIFEST", help="Remove all that no such manifest uses; may be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts by age, size, or what manifests use.
+
+    One that a run is making or using right now always stays.
+
+    \b
+    Example:
+      onelayer artifacts prune --keep manifests/demo.yaml --dry-run
+      onelayer artifacts prune --older-than-days 30 --max-size 200GiB
+    """
+    print_result(
+        lambda: prune_by_rules(older_than_days, max_size, keep or [], dry_run=dry_run), summaries.pruned, as_json
+    )

@@ -1,0 +1,198 @@
+"""One YAML file in, checked and frozen settings out: what a person wants trained, and how."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PrivateAttr, ValidationError
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
+from onelayer.runtime.faults import Fault, Location, faults_of, unknown_name, written
+from onelayer.runtime.manifest.sections import (
+    Correct,
+    Emulator,
+    Model,
+    Polish,
+    Section,
+    Stream,
+    Task,
+    Training,
+    overridden,
+)
+from onelayer.runtime.manifest.values import Folder, TaskName
+from onelayer.runtime.manifest.yaml_file import read_yaml
+from onelayer.runtime.training.settings import REFUSED_ARGS
+from onelayer.runtime.training.trainer_args import trainer_args_model
+
+PAPER_LIMIT = 3.0
+
+
+class Manifest(Section):
+    """A whole manifest, paths made absolute."""
+
+    version: Literal[1]
+    model: Model
+    emulator: Emulator | None = None
+    train: Training = Training()
+    correct: Correct = Correct()
+    polish: Polish | None = None
+    tasks: Annotated[dict[TaskName, Task], Field(min_length=1)]
+    direct: bool = False
+    seed: NonNegativeInt = 0
+    stream: Stream = Stream()
+    output: Folder | None = None
+    _path: Path = PrivateAttr(default=Path())
+
+    @property
+    def path(self) -> Path:
+        """The file this was read from."""
+        return self._path
+
+    def training(self, task_name: str) -> Training:
+        """A task's training: sections merged key by key over the defaults, `max_length` replaced.
+
+        An argument set to null takes the default of that name away.
+        """
+        task = self.tasks[task_name]
+        lora = overridden(self.train.lora, task.lora)
+        activations = overridden(self.train.activations, task.activations)
+        merged = {**self.train.args, **task.args}
+        args = {name: value for name, value in merged.items() if value is not None}
+        return Training(
+            lora=lora, activations=activations, args=args, max_length=task.max_length or self.train.max_length
+        )
+
+    def limit(self, task_name: str) -> float | Literal["auto"] | None:
+        """A task's limit of the correction."""
+        limit = self.correct.limit
+        if limit != "default":
+            return limit
+        return PAPER_LIMIT if self.tasks[task_name].validation is None else "auto"
+
+    def polishing(self, task_name: str) -> Polish | None:
+        """A task's exact steps, its own settings over the common ones; None where neither asks for any."""
+        own = self.tasks[task_name].polish
+        return self.polish if own is None else overridden(self.polish or Polish(), own)
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read and check a manifest; one `InputError` names every fault with its place in the file."""
+    path = Path(path)
+    document, faults = read_yaml(path)
+    if not isinstance(document, dict):
+        raise InputError(
+            f"{path}: a manifest is a mapping with version, model, emulator and tasks; see manifests/README.md"
+        )
+    for block, where in args_blocks(document):
+        faults += check_args(block, where)
+    try:
+        manifest = Manifest.model_validate(document, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        faults += faults_of(error, Manifest, document)
+    else:
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _impossible_ratios(manifest)
+    if faults:
+        raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
+    manifest._path = path.resolve()
+    return manifest
+
+
+def _stopping_twice(manifest: Manifest) -> list[Fault]:
+    """A fault per task whose merged arguments say twice when training ends: one would win without a word."""
+    return [
+        (("tasks", name, "args"), "max_steps and num_train_epochs both say when to stop, set one of them to null")
+        for name in manifest.tasks
+        if {"max_steps", "num_train_epochs"} <= manifest.training(name).args.keys()
+    ]
+
+
+def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
+    """A fault per task without the data by which `correct.limit: auto` chooses."""
+    return [
+        (("tasks", name, "validation"), "is missing, `correct.limit: auto` chooses by the loss on held-out data")
+        for name, task in manifest.tasks.items()
+        if manifest.correct.limit == "auto" and task.validation is None
+    ]
+
+
+def _impossible_ratios(manifest: Manifest) -> list[Fault]:
+    """A fault per ratio that is said twice, or that no slice of the emulator can have."""
+    emulator = manifest.emulator
+    faults: list[Fault] = []
+    if emulator is not None:
+        given = [name for name in ("ratio", "keep_bytes", "memory") if name in emulator.model_fields_set]
+        given = [name for name in given if getattr(emulator, name) is not None]
+        faults += [(("emulator", name), f"{given[0]} is given too, keep one of them") for name in given[1:]]
+    for name, task in manifest.tasks.items():
+        where: Location = ("tasks", name, "ratio")
+        if task.ratio is None:
+            continue
+        if emulator is None:
+            faults.append((where, "there is no emulator, add one or leave the ratio out"))
+        elif (stored := _known_ratio(emulator)) is not None and task.ratio >= stored:
+            faults.append((where, f"must be below the emulator's ratio {stored:.4g}, of which it is a slice"))
+    return faults
+
+
+def _known_ratio(emulator: Emulator) -> float | None:
+    """The emulator's ratio, None where it takes the original to tell."""
+    if emulator.ratio is not None:
+        return emulator.ratio
+    if emulator.memory is not None or emulator.factor_dtype is None:
+        return None
+    return keep_ratio(emulator.share, emulator.factor_dtype, REFERENCE_BYTES)
+
+
+def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:
+    """The chosen task names in the manifest's order, all of them for None; `InputError` for an unknown one."""
+    for name in tasks or []:
+        if name not in manifest.tasks:
+            raise InputError(f"{manifest.path}: tasks.{name}: {unknown_name(name, list(manifest.tasks), 'task')}")
+    return [name for name in manifest.tasks if tasks is None or name in tasks]
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The JSON Schema of a manifest, for editors that complete and check YAML."""
+    schema = Manifest.model_json_schema()
+    args_model = trainer_args_model()
+    if args_model is not None:
+        schema["$defs"]["TrainerArgs"] = args_model.model_json_schema()
+        for owner in ("Training", "Task"):
+            schema["$defs"][owner]["properties"]["args"] = {"$ref": "#/$defs/TrainerArgs"}
+    return schema
+
+
+# Arguments of SFTConfig that a manifest decides elsewhere, with the place; beside those that training always refuses.
+_RESERVED_ARGS = {
+    **{name: f"cannot be set here, {remedy}" for name, remedy in REFUSED_ARGS.items()},
+    "output_dir": "not here, the store decides where results go",
+    "resume_from_checkpoint": "not here, an interrupted training is resumed by running the manifest again",
+    "seed": "not here, set the manifest's top-level `seed`",
+    "max_length": "not here, set `max_length` under `train` or the task",
+}
+
+
+def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location]]:
+    """Every `args:` mapping of a document that is not checked yet, with its place."""
+    tasks = document.get("tasks")
+    owners: list[tuple[Any, Location]] = [(document.get("train"), ("train",))]
+    owners += [(task, ("tasks", name)) for name, task in tasks.items()] if isinstance(tasks, dict) else []
+    return [
+        (owner["args"], (*where, "args"))
+        for owner, where in owners
+        if isinstance(owner, dict) and isinstance(owner.get("args"), dict)
+    ]
+
+
+def check_args(block: dict[str, Any], where: Location) -> list[Fault]:
+    """Check one `args:` mapping against SFTConfig and put the coerced values in its place."""
+    faults: list[Fault] = [((*where, name), _RESERVED_ARGS[name]) for name in block if name in _RESERVED_ARGS]
+    args_model = trainer_args_model()
+    if args_model is None:  # without the training extra no name can be checked; the train step says what to install
+        return faults
+    allowed = {name: value for name, value in block.items() if name not in _RESERVED_ARGS}
+    try:
+        block.update(args_model.model_validate(allowed).model_dump(exclude_unset=True))
+    except ValidationError as error:
+        faults += [((*where, *place), text) for place, text in faults_of(error, args_model, allowed)]
+    return faults

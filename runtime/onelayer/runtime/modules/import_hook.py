@@ -1,0 +1,58 @@
+"""Puts the emulator loader into transformers, now or when transformers comes.
+
+Two things must hold at once. After `import onelayer.runtime`, plain `AutoModel.from_pretrained(emulator)` works,
+whichever was imported first. And `onelayer --help` and `run --dry-run`, whose modules live in this package too, answer
+in a fraction of a second, so importing the package must not import torch. Hence a post-import hook (as in PEP 369): the
+loader is registered right after transformers' own registry of loading methods has been imported, and not before.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+REGISTRY = "transformers.quantizers"
+PLUGIN = "onelayer.runtime.modules.transformers_plugin"  # importing it registers the loader
+
+
+def register_loader() -> None:
+    """Register the emulator loader at once where transformers' registry is there, else as soon as it is imported."""
+    if REGISTRY in sys.modules:
+        importlib.import_module(PLUGIN)
+    elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegistryFinder())
+
+
+class _RegistryFinder(MetaPathFinder):
+    """Finds one module, once, as the other finders do, and wraps its loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenPlugin(spec.loader)
+        return spec
+
+
+class _ThenPlugin(Loader):
+    """Loads a module with its own loader, then imports the plugin."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module keeps its ordinary loader, which `inspect` and `pkgutil` ask for its source.
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        importlib.import_module(PLUGIN)

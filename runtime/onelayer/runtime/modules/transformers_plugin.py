@@ -1,0 +1,236 @@
+"""The plugin that lets plain `AutoModel.from_pretrained(emulator)` work: importing this module registers it.
+
+In: the `quantization_config` of an emulator's config.json. Out: the stock model class with every listed linear replaced
+by a `CompressedLinear` and every listed stack of experts by factors, before the weights are read. `quant_method` is the
+one door that transformers opens to foreign modules on loading; what is quantised was so when the emulator was written.
+
+Touched of transformers' semi-private surface, all of it in this file: the hooks `update_attn_implementation`,
+`_process_model_before_weight_loading`, `_process_model_after_weight_loading` and `get_state_dict_and_metadata` of
+`HfQuantizer`, and the config attribute `transformers_weights`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from onelayer.compiler.emulators.reader import StackFacts
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.quantize import require
+from onelayer.compiler.factors.stored_forms import known_kind
+from onelayer.runtime.modules.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
+from onelayer.runtime.modules.low_rank_linear import CompressedLinear, LowRankLinear
+from onelayer.runtime.modules.quantized_linear import PackedLinear, Packing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+METHOD = "onelayer"
+FORMAT_VERSIONS = (1, 2)  # 2: with stacks of experts
+
+
+@register_quantization_config(METHOD)
+class EmulatorConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an emulator: ranks by runtime module name, provenance, and the weights file.
+
+    Fields it does not know are kept, so that a folder saved again loses nothing.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, int],
+        format_version: int,
+        weights_file: str | None = None,
+        factor_dtype: str | None = None,
+        unpacked_dtype: str | None = None,
+        quantized_dense: Sequence[str] = (),
+        stacks: Mapping[str, Any] | None = None,
+        quant_method: str = METHOD,
+        **provenance: Any,
+    ) -> None:
+        if format_version not in FORMAT_VERSIONS:
+            raise InputError(
+                f"config.json: quantization_config.format_version is {format_version!r}, this onelayer reads "
+                f"{FORMAT_VERSIONS[-1]}; compile the emulator again, or install the onelayer that wrote it"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enumeration of transformers' own methods
+        self.format_version = format_version
+        self.ranks = ranks
+        self.weights_file = weights_file
+        self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
+        self.quantized_dense = list(quantized_dense)
+        self.stacks = dict(stacks or {})
+        vars(self).update(provenance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-plain; a folder that transformers saved again has standard file names and no `weights_file`."""
+        fields: dict[str, Any] = super().to_dict()
+        optional = ["weights_file", "factor_dtype", "unpacked_dtype"]
+        optional += ["quantized_dense"] if self.packing is None else []
+        optional += [] if self.stacks else ["stacks"]
+        return {name: value for name, value in fields.items() if name not in optional or value}
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the factors are packed; None where they are plain tensors."""
+        kind = known_kind(self.factor_dtype)
+        if kind is None:
+            return None
+        require(kind)
+        return Packing(kind, getattr(torch, str(self.unpacked_dtype)))
+
+    @property
+    def modules(self) -> dict[str, int | None]:
+        """The rank of every compressed module; None for a weight that is quantised whole."""
+        return {**self.ranks, **dict.fromkeys(self.quantized_dense)}
+
+
+@register_quantizer(METHOD)
+class EmulatorQuantizer(HfQuantizer):
+    """Swaps linears for factors on the empty model; transformers then loads the factors like any parameter."""
+
+    requires_calibration = True  # transformers' word for: only from a checkpoint already in this form
+    quantization_config: EmulatorConfig
+
+    def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
+        """Point to the weights file; the one hook that sees the config before files are looked up.
+
+        The file's name is not the standard one on purpose: without this plugin, transformers would merely warn of an
+        unknown method and return random weights. So it finds no file, and stops.
+        """
+        if self.quantization_config.weights_file is not None:
+            config.transformers_weights = self.quantization_config.weights_file
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        settings = self.quantization_config
+        replaced = replace_linears(model, settings.modules, settings.packing)
+        experts = replace_stacks(model, settings.stacks, settings.packing)
+        factors = [name for module in replaced for name in module.factors]
+        _check_factors(checkpoint_files or [], [*factors, *(name for item in experts for name in item.tensors)])
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        for module in model.modules():
+            if isinstance(module, CompressedLinear):
+                module.freeze()
+            freeze_experts(module)
+        # Saved again, the weights get the standard name, so a pointer to the old one must not be saved with them.
+        self.quantization_config.weights_file = None
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the factors as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters on it; Trainer goes on refusing the bare emulator."""
+        return True
+
+
+def replace_linears(
+    model: "PreTrainedModel", ranks: Mapping[str, int | None], packing: Packing | None
+) -> list[CompressedLinear]:
+    """Put a `CompressedLinear` in the place of every named linear of an empty model; returns them.
+
+    A folder can be loaded as another class than it was written from, with or without the head: names are looked up with
+    and without the base model's prefix, and a head's linear that this class does not have is passed over.
+    """
+    modules = dict(model.named_modules())
+    replaced = []
+    for name, rank in ranks.items():
+        found = _known_as(model, name, modules)
+        if found is not None:
+            path, _, leaf = found.rpartition(".")
+            replaced.append(_compressed(found, modules[found], rank, packing))
+            setattr(modules[path], leaf, replaced[-1])
+    return replaced
+
+
+def replace_stacks(
+    model: "PreTrainedModel", stacks: Mapping[str, Any], packing: Packing | None
+) -> list[CompressedExperts]:
+    """Put factors in the place of every named stack of experts of an empty model; returns what stands for them.
+
+    Names are looked up as those of linears.
+    """
+    modules = dict(model.named_modules())
+    wanted: dict[str, dict[str, StackFacts]] = {}
+    for name, facts in stacks.items():
+        path, _, leaf = name.rpartition(".")
+        found = _known_as(model, path, modules)
+        if found is not None:
+            wanted.setdefault(found, {})[leaf] = StackFacts.model_validate(facts)
+    return [compress_experts(name, modules[name], facts, packing) for name, facts in wanted.items()]
+
+
+def _known_as(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The name of a module in this class, with or without the base model's prefix; None for one beside the base model.
+
+    Raises `InputError` where the base model should have it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
+    if found is None and name.startswith(prefix):
+        raise InputError(f"config.json: quantization_config.ranks names {name}, which {type(model).__name__} lacks")
+    return found
+
+
+def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing | None) -> CompressedLinear:
+    """Room for what stands for a linear, or for GPT-2's `Conv1D`, whose weight is (in, out); on the same device."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise InputError(f"config.json: quantization_config.ranks names {name}, which is a {type(module).__name__}")
+    weight: torch.Tensor = module.weight
+    features = tuple(weight.shape) if isinstance(module, Conv1D) else (weight.shape[1], weight.shape[0])
+    common: dict[str, Any] = {
+        "in_features": features[0],
+        "out_features": features[1],
+        "bias": module.bias is not None,
+        "device": weight.device,
+        "dtype": weight.dtype,
+        "was_conv1d": isinstance(module, Conv1D),
+    }
+    compressed: CompressedLinear
+    if packing is not None:
+        compressed = PackedLinear(rank=rank, packing=packing, **common)
+    elif rank is not None:
+        compressed = LowRankLinear(rank=rank, **common)
+    else:
+        raise InputError(f"config.json: quantization_config: {name} is quantised whole, in no known factor_dtype")
+    # Keeps transformers' initialiser away, which would write to `weight`.
+    compressed._is_hf_initialized = True  # type: ignore[assignment]
+    return compressed
+
+
+def _check_factors(checkpoint_files: list[str], factors: list[str]) -> None:
+    """Refuse files outside the folder, and fewer tensors than `factors`, the names that modules give to what they need:
+    transformers would leave the others uninitialised."""
+    folders = {Path(file).parent for file in checkpoint_files}
+    if len(folders) > 1:
+        raise InputError(f"{sorted(folders)[0]}: the index names files outside the folder; compile the emulator again")
+    names = [name for file in checkpoint_files for name in _tensor_names(file)]
+    for factor, needed in Counter(factors).items():
+        stored = sum(name.endswith(f".{factor}") for name in names)
+        if checkpoint_files and stored < needed:
+            raise InputError(
+                f"{Path(checkpoint_files[0]).parent}: {needed} modules need a tensor named *.{factor} and the files "
+                f"hold {stored}; copy the emulator again"
+            )
+
+
+def _tensor_names(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as header:
+        return list(header.keys())

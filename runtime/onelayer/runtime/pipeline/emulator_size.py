@@ -1,0 +1,107 @@
+"""The size of a manifest's emulator, from a ratio, a share of bytes or a memory budget."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.stored_forms import FactorDtype, best_of, within_bytes
+from onelayer.runtime.manifest.manifest import Manifest
+from onelayer.runtime.manifest.sections import Emulator
+from onelayer.runtime.planning.choice import USABLE_SHARE, best_ratio, kind_of, limit_of
+from onelayer.runtime.planning.read_shapes import shapes_from_headers
+from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.train_memory import Setting
+
+# Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
+PLANNER_VERSION = 6
+DEFAULT_BATCH_SIZE = 8
+AUTO_RANK = 0.125  # what is planned with where the rank will be measured
+
+
+def setting_of(manifest: Manifest, task: str) -> Setting:
+    """All that will run for a task, as the planner sees it; a compile's key holds it, where memory decides the size."""
+    training, emulator, batch = manifest.training(task), manifest.emulator, manifest.stream.batch_size
+    where, rank = training.activations.where, training.activations.rank
+    share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
+    batch_size = int(training.args.get("per_device_train_batch_size") or DEFAULT_BATCH_SIZE)
+    trained = Setting(batch_size, training.max_length, training.lora.r, where, share, allocation="uniform")
+    if emulator is None:
+        return trained
+    refinement, longest = emulator.refinement, emulator.calibration.max_length
+    return replace(
+        trained,
+        allocation=emulator.allocation,
+        is_cut=any(task.ratio is not None for task in manifest.tasks.values()),
+        compile_tokens=batch * longest,
+        refine_tokens=0 if refinement is None else refinement.batch_size * longest,
+        scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
+    )
+
+
+def _planned_tasks(manifest: Manifest) -> list[str]:
+    """Those whose training the common emulator must fit; one with a ratio of its own takes care of itself."""
+    return [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
+
+
+def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
+    """The different settings among the tasks, in a fixed order."""
+    settings = {setting_of(manifest, name) for name in _planned_tasks(manifest)}
+    return sorted((asdict(setting) for setting in settings), key=str)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a compile is told of an emulator's size; None is the original's own dtype."""
+
+    ratio: float
+    factor_dtype: FactorDtype | None
+
+
+def emulator_size(manifest: Manifest, directory: Path) -> Size:
+    """Of the common emulator. Raises `InputError` where none fits the manifest's memory."""
+    emulator = manifest.emulator
+    assert emulator is not None
+    if emulator.ratio is not None:
+        return Size(emulator.ratio, emulator.factor_dtype)
+    return size_of_shapes(manifest, emulator, shapes_from_headers(directory))
+
+
+def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:
+    """What the manifest says, or what follows from its share of bytes or its memory."""
+    dtype = emulator.factor_dtype
+    if emulator.ratio is not None:
+        return Size(emulator.ratio, dtype)
+    if emulator.memory is None:
+        return Size(*within_bytes(emulator.share, dtype, shapes.value_bytes))
+    dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype) if dtype is None else (dtype,)
+    found = {each: _ratios(manifest, shapes, emulator.memory, each) for each in dtypes}
+    chosen = dtype or best_of({each: _common(ratios) for each, ratios in found.items()})
+    ratio = _common(found[chosen])
+    if ratio is None:
+        task = next(name for name, largest in found[chosen].items() if largest is None)
+        smallest = best_ratio(shapes, setting_of(manifest, task), emulator.memory, chosen)
+        if smallest.memory.peak <= USABLE_SHARE * emulator.memory:
+            limit = limit_of(shapes, smallest, emulator.memory)
+            raise InputError(
+                f"{manifest.path}: emulator.memory: too little for {limit}; lower stream.batch_size, "
+                "emulator.refine.batch_size or max_length of calibration and tasks, or leave the refinement out"
+            )
+        raise InputError(
+            f"{manifest.path}: emulator.memory: tasks.{task} cannot be trained in it with any emulator; lower its "
+            "max_length or per_device_train_batch_size, or compress its activations"
+        )
+    return Size(ratio, dtype or kind_of(chosen))
+
+
+def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
+    """The largest ratio with which each task can be trained."""
+    settings = {name: setting_of(manifest, name) for name in _planned_tasks(manifest)}
+    return {name: best_ratio(shapes, setting, memory_bytes, dtype).ratio for name, setting in settings.items()}
+
+
+def _common(ratios: Mapping[str, float | None]) -> float | None:
+    """The largest with which all can be trained."""
+    known = [ratio for ratio in ratios.values() if ratio is not None]
+    return min(known) if len(known) == len(ratios) else None

@@ -1,0 +1,53 @@
+"""A step that is to run in, a shorter way to its result out: a smaller emulator is a slice of a larger one at hand."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from onelayer.runtime.store.record import Artifact, StepSpec
+from onelayer.runtime.store.store import ArtifactStore
+
+
+def size_field(fields: Mapping[str, Any]) -> str:
+    """The field that says how much of the original an emulator keeps."""
+    return "keep_bytes" if "keep_bytes" in fields else "ratio"
+
+
+def described(emulator: Artifact) -> str:
+    """An emulator of the store by its size, for a reason."""
+    name = size_field(emulator.fields)
+    return f"the emulator of {name} {emulator.fields[name]}"
+
+
+def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
+    """The smallest intact emulator in the store of which that of `spec` is a slice: same inputs, same settings."""
+    name = size_field(spec.fields)
+    size = spec.fields.get(name)
+    if spec.kind != "compile" or not isinstance(size, float) or not _is_a_prefix(spec.fields):
+        return None
+    found = []
+    for artifact in store.artifacts():
+        same = (artifact.kind, artifact.step_version, artifact.inputs) == (spec.kind, spec.step_version, spec.inputs)
+        larger = artifact.fields.get(name)
+        alike = {**artifact.fields, name: size} == spec.fields
+        if same and alike and isinstance(larger, float) and larger > size and store.damage(artifact) is None:
+            found.append((larger, artifact))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _is_a_prefix(fields: Mapping[str, Any]) -> bool:
+    """Whether factors are prefixes of larger ones. Quantised factors are rounded for their rank, and with a share of
+    bytes they may be; ranks by spectrum are chosen anew for every size."""
+    dtype = fields.get("factor_dtype")
+    rounded = dtype in ("int8", "nf4") or (dtype is None and "keep_bytes" in fields)
+    return not rounded and "rank_allocation" not in fields
+
+
+def cut(store: ArtifactStore, larger: Artifact, ratio: float, output: Path) -> Mapping[str, Any]:
+    """Cut the smaller emulator, without the original, and keep the larger one from being pruned meanwhile."""
+    from onelayer.compiler import slice_emulator
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(store.use(larger.key))
+        return slice_emulator(folder, ratio=ratio, output=output).model_dump(mode="json")

@@ -1,0 +1,133 @@
+"""A manifest in, its steps out: what each step runs, which settings can change its result, and which inputs it reads.
+
+Nothing here imports torch before a step executes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onelayer.runtime.manifest.manifest import Manifest
+from onelayer.runtime.manifest.sections import Emulator, Refine
+from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, Size, emulator_size, planned_settings
+from onelayer.runtime.pipeline.sources import Source
+from onelayer.runtime.pipeline.step import Step, model_source
+from onelayer.runtime.pipeline.task_steps import _task_steps
+
+
+def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
+    """The steps for the given tasks, each behind those it needs; the emulator is one step for all of them."""
+    emulator = manifest.emulator
+    steps = [] if emulator is None else [_compile_step(manifest, emulator)]
+    ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
+    steps += [_slice_step(ratio) for ratio in ratios if ratio is not None]
+    if emulator is not None and (refinement := emulator.refinement) is not None:
+        steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
+    for task in tasks:
+        steps += _task_steps(manifest, task)
+    return steps
+
+
+def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
+    calibration = emulator.calibration
+    model = model_source(manifest)
+    is_local = Path(model.text).is_absolute()
+
+    def size() -> Size:
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        return emulator_size(manifest, resolve_model(model.text, model.revision))
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import compile_emulator
+
+        chosen = size()
+        result = compile_emulator(
+            model.text,
+            list(calibration.data),
+            output,
+            ratio=chosen.ratio,
+            factor_dtype=chosen.factor_dtype,
+            rank_allocation=emulator.allocation,
+            samples=calibration.samples,
+            max_length=calibration.max_length,
+            batch_size=manifest.stream.batch_size,
+            device=manifest.stream.device,
+            seed=manifest.seed,
+            revision=model.revision,
+        )
+        return result.model_dump(mode="json")
+
+    fields = {
+        **_size_fields(manifest, emulator),
+        # Left out where there is none, so that results from before there was a choice are found.
+        **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
+        **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
+        "samples": calibration.samples,
+        "max_length": calibration.max_length,
+        "seed": manifest.seed,
+        # A Hub id is written into emulator and adapter, so it is part of the result; a local folder may move.
+        "model": None if is_local else model.text,
+        "revision": None if is_local else model.revision,
+    }
+    sources = {"model": model, **calibration_sources(emulator)}
+    passes = manifest.stream.model_dump(mode="json")
+    return Step("compile", "compile", execute, fields, sources, ratio=lambda: size().ratio, passes=passes)
+
+
+def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
+    """What decides the size: a ratio, a share of bytes, or a memory budget with all that the planner looks at."""
+    if emulator.ratio is not None:
+        return {"ratio": emulator.ratio}
+    if emulator.memory is None:
+        return {"keep_bytes": emulator.share}
+    return {"memory": emulator.memory, "planned": {"version": PLANNER_VERSION, "tasks": planned_settings(manifest)}}
+
+
+def _slice_step(ratio: float) -> Step:
+    """A smaller emulator, cut out of the common one without the original."""
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import slice_emulator
+
+        return slice_emulator(inputs["emulator"], ratio=ratio, output=output).model_dump(mode="json")
+
+    return Step(f"slice {ratio}", "slice", execute, {"ratio": ratio}, {}, needs={"emulator": "compile"})
+
+
+def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
+    """Refine the common emulator, or its slice of `ratio`, on the data that it was compiled with."""
+    model, calibration = model_source(manifest), emulator.calibration
+    settings = refine.model_dump(mode="json")
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import refine_emulator
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        result = refine_emulator(
+            inputs["emulator"],
+            model=resolve_model(model.text, model.revision),
+            calibration=list(calibration.data),
+            output=output,
+            max_length=calibration.max_length,
+            device=manifest.stream.device,
+            seed=manifest.seed,
+            **settings,
+        )
+        return result.model_dump(mode="json")
+
+    fields = {
+        **settings,
+        "max_length": calibration.max_length,
+        "seed": manifest.seed,
+        **({} if ratio is None else {"ratio": ratio}),
+    }
+    sources = {"model": model, **calibration_sources(emulator)}
+    base, name = ("compile", "refine") if ratio is None else (f"slice {ratio}", f"refine {ratio}")
+    passes = {"device": manifest.stream.device}
+    return Step(name, "refine", execute, fields, sources, needs={"emulator": base}, passes=passes)
+
+
+def calibration_sources(emulator: Emulator) -> dict[str, Source]:
+    """The calibration data by the roles that they have in a step."""
+    return {f"calibration {index}": Source(data) for index, data in enumerate(emulator.calibration.data, start=1)}

@@ -1,0 +1,198 @@
+"""What a task does with a trained adapter, as steps: correct it for the original, polish it, merge it, score it.
+
+Nothing here imports torch before a step executes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.storage.files import write_json
+from onelayer.runtime.manifest.manifest import Manifest
+from onelayer.runtime.manifest.sections import Lora, Polish, Training
+from onelayer.runtime.pipeline.sources import Source
+from onelayer.runtime.pipeline.step import EVALUATION, Step, emulator_step, fitting_step, model_source
+from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
+
+
+def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
+    """Fit the adapter of a task to the original."""
+    held_out: dict[str, Any] = {}
+    limit = manifest.limit(task)
+    if limit == "auto":
+        held_out = {"data": manifest.tasks[task].validation, **manifest.stream.model_dump()}
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import correct_adapter
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        result = correct_adapter(
+            inputs["adapter"],
+            emulator=inputs["emulator"],
+            model=resolve_model(model.text, model.revision),
+            output=output,
+            limit=limit,
+            **held_out,
+        )
+        return result.model_dump(mode="json")
+
+    needs = {"emulator": emulator_step(manifest, task), "adapter": f"{task}.train"}
+    fields: dict[str, Any] = {"limit": limit}
+    sources = {"model": model}
+    if limit == "auto":
+        fields["max_length"] = held_out["max_length"] = manifest.training(task).max_length
+        sources["validation data"] = Source(held_out["data"])
+    return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
+
+
+def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish) -> Step:
+    """A few exact steps on the original, from the corrected adapter on."""
+    validation, max_length = manifest.tasks[task].validation, manifest.training(task).max_length
+    data, settings = Source(manifest.tasks[task].train), polishing.model_dump(mode="json")
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import polish_adapter
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        result = polish_adapter(
+            inputs["adapter"],
+            model=resolve_model(model.text, model.revision),
+            data=data.text,
+            output=output,
+            max_length=max_length,
+            eval_data=validation,
+            device=manifest.stream.device,
+            seed=manifest.seed,
+            **settings,
+        )
+        return result.model_dump(mode="json")
+
+    sources = {"model": model, "train data": data}
+    if validation is not None:
+        sources["validation data"] = Source(validation)
+    fields = {**settings, "max_length": max_length, "seed": manifest.seed}
+    needs = {"adapter": fitting_step(manifest, task)}
+    passes = {"device": manifest.stream.device}
+    return Step(f"{task}.polish", "polish", execute, fields, sources, needs=needs, task=task, passes=passes)
+
+
+def merge_step(task: str, model: Source, adapter: str) -> Step:
+    """Write the original with the adapter of a step in it."""
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import merge_adapter
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        base = resolve_model(model.text, model.revision)
+        return merge_adapter(inputs["adapter"], model=base, output=output).model_dump(mode="json")
+
+    return Step(f"{task}.merge", "merge", execute, {}, {"model": model}, needs={"adapter": adapter}, task=task)
+
+
+def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
+    """Score the original and every adapter of a task in one stream; without the direct one where that failed."""
+    test = manifest.tasks[task].test
+    assert test is not None
+    max_length = manifest.training(task).max_length
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import evaluate_model
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        result = evaluate_model(
+            resolve_model(model.text, model.revision),
+            test,
+            adapters=list(inputs.values()),
+            max_length=max_length,
+            batch_size=manifest.stream.batch_size,
+            device=manifest.stream.device,
+        )
+        document: dict[str, Any] = result.model_dump(mode="json")
+        names: dict[str | None, str] = {None: "original", **{str(path): name for name, path in inputs.items()}}
+        rows = [{"name": names[row["adapter"]], **row} for row in document["results"]]
+        output.mkdir(exist_ok=True)
+        write_json(output / EVALUATION, {**document, "results": rows})
+        return document
+
+    needs = {} if manifest.emulator is None else {"uncorrected": f"{task}.train", "corrected": f"{task}.correct"}
+    if manifest.polishing(task) is not None:
+        needs["polished"] = f"{task}.polish"
+    if manifest.direct or manifest.emulator is None:
+        needs["direct"] = f"{task}.direct"
+    return Step(
+        f"{task}.evaluate",
+        "evaluate",
+        execute,
+        {"max_length": max_length},
+        {"model": model, "test data": Source(test)},
+        needs=needs,
+        optional=frozenset({"direct"}),
+        task=task,
+    )
+
+
+def _task_steps(manifest: Manifest, task: str) -> list[Step]:
+    """What one task runs: training and correction, or training on the original itself; then what was asked for."""
+    model = model_source(manifest)
+    steps = []
+    if manifest.emulator is not None:
+        steps += [_train_step(manifest, task, direct=False), correct_step(manifest, task, model)]
+    direct = [_train_step(manifest, task, direct=True)] if manifest.direct or manifest.emulator is None else []
+    if manifest.emulator is None:
+        steps += direct
+    if (polishing := manifest.polishing(task)) is not None:
+        steps.append(polish_step(manifest, task, model, polishing))
+    if manifest.emulator is not None:
+        steps += direct
+    if manifest.tasks[task].merge:
+        adapter = fitting_step(manifest, task) if polishing is None else f"{task}.polish"
+        steps.append(merge_step(task, model, adapter))
+    if manifest.tasks[task].test is not None:
+        steps.append(evaluate_step(manifest, task, model))
+    return steps
+
+
+def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
+    """LoRA on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
+    training = manifest.training(task)
+    model, data = model_source(manifest), Source(manifest.tasks[task].train)
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler.storage.checkpoint import resolve_model
+        from onelayer.runtime import train_lora
+
+        base = resolve_model(model.text, model.revision) if direct else inputs["emulator"]
+        result = train_lora(base, data.text, output, **train_arguments(training), seed=manifest.seed, resume=True)
+        return result.model_dump(mode="json")
+
+    lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
+    semantic = {name: value for name, value in training.args.items() if name not in NON_SEMANTIC_ARGS}
+    further = _further_lora_fields(training.lora)
+    # Left out where nothing is compressed, so that results from before there was a choice are found.
+    compressed = training.activations.where != "none"
+    activations = {"activations": training.activations.model_dump(mode="json")} if compressed else {}
+    fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
+    if direct:
+        return Step(f"{task}.direct", "train", execute, fields, {"model": model, "train data": data}, task=task)
+    needs = {"emulator": emulator_step(manifest, task)}
+    return Step(f"{task}.train", "train", execute, fields, {"train data": data}, needs=needs, task=task)
+
+
+def train_arguments(training: Training) -> dict[str, Any]:
+    """A training section as keyword arguments of `train_lora`."""
+    modules = training.lora.target_modules
+    return {
+        "lora_rank": training.lora.r,
+        "lora_alpha": training.lora.alpha,
+        "target_modules": modules if isinstance(modules, str) else list(modules),
+        "max_length": training.max_length,
+        "activations": training.activations.where,
+        "activation_rank": training.activations.rank,
+        "lora": _further_lora_fields(training.lora),
+        "args": dict(training.args),
+    }
+
+
+def _further_lora_fields(lora: Lora) -> dict[str, Any]:
+    """What a manifest sets of LoRA beyond the common three; defaults are left out, so a new field keeps old keys."""
+    return lora.model_dump(mode="json", exclude_defaults=True, exclude={"r", "alpha", "target_modules"})

@@ -1,0 +1,1 @@
+"""The planner: memory and time of every pass, from headers alone."""

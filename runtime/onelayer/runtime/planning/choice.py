@@ -1,0 +1,168 @@
+"""Shapes and a memory budget in; factor dtype, keep-ratio and how activations are stored out, with what limits them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import get_args
+
+from onelayer.compiler.factors.ranks import rank_for
+from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.results import Result
+from onelayer.runtime.planning.pass_memory import pass_bytes
+from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.train_memory import Setting, TrainMemory, emulator_bytes, train_memory
+
+# The rest is for the device's own context and for memory lost between blocks of the allocator.
+USABLE_SHARE = 0.95
+# Factors are looked at up to the largest ratio; behind it only weights that are kept whole, where they are rounded.
+SMALLEST_RATIO, LARGEST_RATIO, STEPS, WHOLE = 0.01, 0.95, 1000, 1.0
+# A more exact way to store activations is taken if it leaves this share of the ratio that the thriftiest allows: what
+# is missing in the emulator costs more than what is missing in the backward pass (manifests/LOG.md).
+WORTHWHILE = 0.9
+
+
+# What each pass holds most of.
+LIMITS = {
+    "compile": "the largest layer with its moments and solver, or its batch",
+    "correct": "the factors of the largest linear, or the largest layer with what is scored",
+    "refine": "the factors of the largest layer as they are trained, or their batch",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, the largest ratio with which it fits (None: with none), and the bytes."""
+
+    setting: Setting
+    factor_dtype: FactorDtype
+    ratio: float | None
+    memory: TrainMemory
+
+    @property
+    def reached(self) -> float:
+        """The ratio, 0 where nothing fits."""
+        return self.ratio or 0.0
+
+
+class Alternative(Result):
+    """What giving something up would allow: `ratio` is then the largest that fits."""
+
+    give_up: str
+    ratio: float
+
+
+def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+    """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget.
+
+    It is 1 where all weights fit as they are, only rounded.
+    """
+    usable = int(budget_bytes * USABLE_SHARE)
+    fixed = train_memory(shapes, 0, setting)
+
+    def fits(ratio: float) -> bool:
+        passes = pass_bytes(shapes, ratio, setting)
+        return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
+
+    low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
+    found = WHOLE if largest_ratio(setting, dtype) == WHOLE and fits(WHOLE) else None
+    while found != WHOLE and low <= high:
+        middle = (low + high) // 2
+        if fits(middle / STEPS):
+            found, low = middle / STEPS, middle + 1
+        else:
+            high = middle - 1
+    held = emulator_bytes(shapes, SMALLEST_RATIO if found is None else found, dtype)
+    return Choice(setting, dtype, found, replace(fixed, emulator=held))
+
+
+def largest_ratio(setting: Setting, dtype: FactorDtype) -> float:
+    """What is looked at: a whole emulator in the original's own dtype would be a copy of it."""
+    return LARGEST_RATIO if dtype == "bf16" or setting.is_cut else WHOLE
+
+
+def ways_to_store(setting: Setting) -> list[Setting]:
+    """How activations can be stored, the most exact first."""
+    shares = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    compressed = [replace(setting, where="sublayer", rank=share) for share in shares]
+    coarse = [replace(setting, where="layer", rank=share) for share in shares[2:]]
+    return [replace(setting, where="none", rank=None), *compressed, *coarse]
+
+
+def choose(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+    """The most exact way to store activations that leaves nearly as large a ratio as any other.
+
+    For int8 that keeps all no way is given that does not: what it leaves out would cost more than all rounding does
+    (manifests/LOG.md, int8 that keeps all).
+    """
+    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in ways_to_store(setting)]
+    best = max(choice.reached for choice in choices)
+    if not best:
+        return min(choices, key=lambda choice: choice.memory.peak)
+    enough = best if best == WHOLE and dtype == "int8" else WORTHWHILE * best
+    return next(choice for choice in choices if choice.reached >= enough)
+
+
+def choose_each(shapes: ModelShapes, setting: Setting, budget_bytes: int) -> dict[FactorDtype, Choice]:
+    """The choice for every factor dtype, those that round the least first."""
+    dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype)
+    return {dtype: choose(shapes, setting, budget_bytes, dtype) for dtype in dtypes}
+
+
+def kind_of(dtype: FactorDtype) -> FactorDtype | None:
+    """What `compile` is told: None, the original's own dtype, for which `bf16` stands in a plan."""
+    return None if dtype == "bf16" else dtype
+
+
+def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
+    """What stands against a larger ratio, in a sentence."""
+    if choice.reached == WHOLE:
+        return f"nothing: all weights fit as they are, rounded to {choice.factor_dtype}"
+    end = largest_ratio(choice.setting, choice.factor_dtype)
+    if choice.reached >= end:
+        return "nothing: an emulator near the size of the original fits"
+    ratio = SMALLEST_RATIO if choice.ratio is None else choice.ratio + 1 / STEPS
+    if ratio > LARGEST_RATIO:
+        ratio = end
+    usable = int(budget_bytes * USABLE_SHARE)
+    for name, size in pass_bytes(shapes, ratio, choice.setting).items():
+        if size > usable:
+            return f"{name}: {LIMITS[name]}"
+    memory = choice.memory
+    moments = {
+        "the emulator's weights": memory.emulator,
+        "saved activations": memory.saved,
+        "the loss": memory.loss if memory.loss >= memory.recompute else 0,
+        "one layer's backward pass": memory.recompute if memory.recompute > memory.loss else 0,
+        "the adapter and its optimiser": memory.adapter,
+    }
+    largest = sorted(moments.items(), key=lambda item: -item[1])[:2]
+    return "train: " + " and ".join(f"{name} ({size / (1 << 30):.2f} GiB)" for name, size in largest)
+
+
+def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
+    """What could be given up for a larger ratio, and what each would bring; the most useful first."""
+    setting, stored = choice.setting, choice.factor_dtype
+    offers: list[tuple[str, Setting, FactorDtype]] = []
+    if setting.batch_size > 1:
+        smaller = max(1, setting.batch_size // 2)
+        offers.append((f"--batch-size {smaller}", replace(setting, batch_size=smaller), stored))
+        offers.append(("--batch-size 1", replace(setting, batch_size=1), stored))
+    if setting.max_length > 256:
+        shorter = setting.max_length // 2
+        offers.append((f"--max-length {shorter}", replace(setting, max_length=shorter), stored))
+    offers += [(f"factors of full precision, for {dtype}", setting, dtype) for dtype in ("int8", "nf4")]
+    found = {text: choose(shapes, way, budget_bytes, dtype).reached for text, way, dtype in offers}
+    rows = [Alternative(give_up=text, ratio=ratio) for text, ratio in found.items() if ratio > choice.reached]
+    return sorted(rows, key=lambda row: -row.ratio)
+
+
+def median_rank(shapes: ModelShapes, ratio: float) -> int:
+    """The rank of the linear in the middle; linears that stay dense count with their full rank."""
+    return int(median(_ranks(shapes, ratio)))
+
+
+def _ranks(shapes: ModelShapes, ratio: float) -> Iterable[int]:
+    for block in shapes.blocks:
+        for linear in block.compressible:
+            full = min(linear.out_features, linear.in_features)
+            yield rank_for(ratio, linear.out_features, linear.in_features) or full

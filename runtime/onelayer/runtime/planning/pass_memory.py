@@ -1,0 +1,163 @@
+"""Shapes and a setting in; what every pass over the original holds on the device at its peak. Torch-free."""
+
+from onelayer.compiler.correct.candidates import trial_bytes
+from onelayer.compiler.factors.ranks import Allocation, rank_for
+from onelayer.compiler.models.unit_memory import EXPERT_ROWS, SLICE_BYTES, routed_width, step_bytes, training_bytes
+from onelayer.runtime.planning.shapes import Block, Linear, ModelShapes
+from onelayer.runtime.planning.sub_blocks import expert_parts, lora_parameters, sub_blocks
+from onelayer.runtime.planning.train_memory import FACTOR_BYTES, Setting, expert_factor_bytes, kept_values
+
+CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
+SOLVE_BLOCK_BYTES = 1 << 20
+# With ranks by spectrum layers take unequal shares: the largest was measured to train up to 1.16 times its own
+# (manifests/LOG.md); half as much again is planned for.
+SPECTRUM_MARGIN = 1.5
+
+
+def pass_bytes(shapes: ModelShapes, ratio: float, setting: Setting) -> dict[str, int]:
+    """Bytes by pass, in the order in which they run; a refinement that does not run takes none.
+
+    `compile` takes `setting.compile_tokens` at once, `refine` its `refine_tokens`, `correct` its `scored_tokens`.
+    """
+    compiled = setting.max_length if setting.compile_tokens is None else setting.compile_tokens
+    refined = setting.max_length if setting.refine_tokens is None else setting.refine_tokens
+    corrected = correct_bytes(shapes, ratio, setting.lora_rank)
+    if setting.scored_tokens:
+        corrected = max(corrected, chosen_correct_bytes(shapes, ratio, setting.lora_rank, setting.scored_tokens))
+    return {
+        "compile": compile_bytes(shapes, setting.widest(ratio), compiled),
+        "refine": refine_bytes(shapes, ratio, refined, setting.allocation, setting.on_gpu) if refined else 0,
+        "correct": corrected,
+    }
+
+
+def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
+    """Bound of a correction: of the worst linear pieces of its weight, its factors, and six (out, r) in float64; and
+    what is solved, in float64."""
+
+    def cost(linear: Linear) -> int:
+        rank = rank_for(ratio, linear.out_features, linear.in_features)
+        if rank is None:
+            return 0
+        pieces = min(4 * CHUNK_BYTES, linear.parameters * shapes.value_bytes)
+        sides = linear.out_features + linear.in_features
+        return pieces + SOLVE_BLOCK_BYTES + 8 * (rank + 6 * lora_rank) * sides
+
+    solved = 8 * lora_parameters(shapes, lora_rank)
+    return solved + max((cost(linear) for block, _ in shapes.kinds for linear in block.compressible), default=0)
+
+
+def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batch_tokens: int) -> int:
+    """Bound of a correction that held-out text chooses: block after block of the original runs `batch_tokens` at once,
+    beside the block that is read ahead, slices of the head, and every candidate's weights of the adapter."""
+    ranks = [
+        (rank, linear)
+        for block, _ in shapes.kinds
+        for linear in block.compressible
+        if (rank := rank_for(ratio, linear.out_features, linear.in_features))
+    ]
+    factors = max((4 * rank * (linear.out_features + linear.in_features) for rank, linear in ranks), default=0)
+    tried = trial_bytes(lora_parameters(shapes, lora_rank), factors)
+    batch = 4 * batch_tokens * max(_width(shapes, block) for block, _ in shapes.kinds)
+    return 2 * shapes.largest_block_bytes + 3 * SLICE_BYTES + batch + tried
+
+
+def refine_bytes(
+    shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation, on_gpu: bool = True
+) -> int:
+    """Of a refinement on the card: the block that is refined, and its factors as they are trained.
+
+    A bound with uniform ranks. By spectrum a block may hold more than its share, up to its weights; `SPECTRUM_MARGIN`
+    is then a guess, and the pass itself tells its bound from the ranks.
+    """
+    margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
+    costs = []
+    for block, _ in shapes.kinds:
+        values = [min(linear.parameters, int(margin * kept_values(linear, ratio))) for linear in block.compressible]
+        training = training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
+        costs.append(block.parameters * shapes.value_bytes + training)
+    return max(costs)
+
+
+def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
+    """Bound of an exact step on the card, on `tokens` at once: the block that computes and what it needs beside."""
+    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
+    adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
+    block = shapes.largest_block_bytes
+    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
+
+
+def _width(shapes: ModelShapes, block: Block) -> int:
+    """Inputs and outputs of all matrices of a block for a token, of experts once for each that it is sent to."""
+    dense = sum(linear.in_features + linear.out_features for linear in block.linears)
+    if block.experts is None:
+        return dense
+    opened, inner = (width // shapes.experts_per_token for width in expert_parts(shapes, block))
+    return dense + routed_width(shapes.experts_per_token, opened, inner, shapes.hidden)
+
+
+# What a Python process with these libraries holds before it does anything.
+PROCESS_BYTES = 500 << 20
+
+
+def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
+    """Device peak of a compile: the largest block with its moments, and the fuller of its last batch and its solver."""
+    return max(_compile_block(shapes, block, ratio, batch_tokens) for block, _ in shapes.kinds)
+
+
+def _compile_block(shapes: ModelShapes, block: Block, ratio: float, batch_tokens: int) -> int:
+    parts = sub_blocks(block, shapes.hidden)
+    moments = solver = factors = widest = 0
+    for part in parts:
+        shared = any(linear.out_features >= linear.in_features for linear in part.readers)
+        sides = [part.hidden] if shared else [min(linear.out_features, linear.in_features) for linear in part.readers]
+        sides += [min(part.closing.out_features, part.closing.in_features)] if part.closing else []
+        moments += sum(8 * side * side for side in sides)
+        widest = max([widest, *sides])
+    for linear in block.compressible:
+        rank = rank_for(ratio, linear.out_features, linear.in_features)
+        if rank is None:  # what rounding a whole weight loses is judged in float64: three matrices
+            solver = max(solver, 3 * 8 * linear.parameters)
+            factors += int(linear.parameters * FACTOR_BYTES["int8"])
+        else:
+            solver = max(solver, _solver_bytes(linear, rank, shapes.value_bytes))
+            factors += rank * (linear.out_features + linear.in_features) * shapes.value_bytes
+    width = max(part.opened + part.inner + 3 * part.hidden for part in parts) if parts else 4 * shapes.hidden
+    batch = batch_tokens * (width * shapes.value_bytes + 8 * max(part.inner for part in parts)) + 8 * widest * widest
+    opened, inner = expert_parts(shapes, block)
+    routed = batch_tokens * (opened + inner + 2 * shapes.experts_per_token * shapes.hidden) * shapes.value_bytes
+    fullest = max(solver + factors, batch, routed if inner else 0, factors + _expert_bytes(shapes, block, ratio))
+    return block.parameters * shapes.value_bytes + moments + fullest
+
+
+def _expert_bytes(shapes: ModelShapes, block: Block, ratio: float) -> int:
+    """One expert as it is solved: moments of its rows and of all tokens, some of its rows, and the solver."""
+    if block.experts is None:
+        return 0
+    stacks = block.experts.stacks
+    moments = 2 * sum(8 * min(stack.out_features, stack.in_features) ** 2 for stack in stacks)
+    width = sum(stack.out_features + stack.in_features for stack in stacks)
+    narrow = max(min(stack.out_features, stack.in_features) for stack in stacks)
+    rows = EXPERT_ROWS * (width * shapes.value_bytes + 8 * narrow)
+    ranks = [(stack, rank_for(ratio, stack.out_features, stack.in_features)) for stack in stacks]
+    return moments + max([rows, *(_solver_bytes(stack, rank, shapes.value_bytes) for stack, rank in ranks if rank)])
+
+
+def _solver_bytes(linear: Linear, rank: int, value_bytes: int) -> int:
+    """Beside weight and moment, in float64: the weight, its product with a square root of the moment, and the
+    eigenproblem of the narrow side with its workspace; or, where the moment is of the input, what the factors leave of
+    the weight with two products of it. The basis comes twice, as does the stored factor that it becomes."""
+    rows, columns = linear.out_features, linear.in_features
+    narrow = min(rows, columns)
+    product = 8 * rows * columns if rows > columns else 0
+    solve = product + 8 * 4 * narrow * narrow
+    judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
+    return 8 * rows * columns + max(solve, judge) + (2 * 8 + value_bytes) * rank * rows
+
+
+def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:
+    """Host memory of a compile: the process, the next block read ahead and converted, the waiting hidden states, once
+    more those that a block's experts read, and their factors twice."""
+    copies = 3 if any(block.experts is not None for block in shapes.blocks) else 2
+    states = samples * max_length * shapes.hidden * copies * max(shapes.value_bytes, 2)
+    return PROCESS_BYTES + 2 * shapes.largest_block_bytes + states + 2 * expert_factor_bytes(shapes, ratio)

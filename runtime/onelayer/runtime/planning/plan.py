@@ -1,0 +1,293 @@
+"""A model and a memory budget in; whether compile, train and correct fit, with which settings, and what it will cost.
+
+From headers and config.json alone: no weight is loaded. Predictions are of bytes that tensors take; a test and
+`scripts/plan/measure.py` compare them with counts of what really lived.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.ranks import Allocation, copies_on_disk, rank_for
+from onelayer.compiler.factors.stored_forms import INSTALL, FactorDtype, best_of
+from onelayer.compiler.results import Result
+from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
+from onelayer.compiler.storage.files import read_json
+from onelayer.runtime.planning.choice import (
+    LARGEST_RATIO,
+    SMALLEST_RATIO,
+    Alternative,
+    Choice,
+    alternatives,
+    choose_each,
+    kind_of,
+    limit_of,
+    median_rank,
+)
+from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
+from onelayer.runtime.planning.read_shapes import read_shapes
+from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
+from onelayer.runtime.planning.train_memory import Setting, emulator_bytes
+
+SAMPLES = 64
+MAX_LENGTH, BATCH_SIZE, LORA_RANK = 512, 8, 8
+POLISH_BATCH = 64
+
+
+class Predicted(Result):
+    """Peaks on the device, on the host, and bytes on the disk; `read_bytes` is one pass over the original."""
+
+    compile_bytes: int
+    refine_bytes: int
+    train_bytes: int
+    correct_bytes: int
+    emulator_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    model_bytes: int
+    largest_layer_bytes: int
+
+
+class TrainParts(Result):
+    """What the peak of training is made of."""
+
+    emulator: int
+    adapter: int
+    saved_activations: int
+    loss: int
+    one_layer_backward: int
+
+
+class FactorChoice(Result):
+    """One factor dtype: the largest ratio that fits, the middle linear's rank there, bytes, and the expected error.
+
+    `error` is what leaving out the directions behind that rank costs, the root mean square over linears, where spectra
+    are known; what rounding costs comes on top. `error_is_bound`: the spectra are shorter than the rank, it is less.
+    """
+
+    factor_dtype: FactorDtype
+    ratio: float | None
+    rank: int | None
+    emulator_bytes: int
+    train_bytes: int
+    error: float | None = None
+    error_is_bound: bool = False
+
+
+class PlanResult(Result):
+    """What fits in `memory_bytes`; `ratio` is None where nothing does. `bf16` stands for the original's own dtype."""
+
+    model: str
+    memory_bytes: int
+    max_length: int
+    batch_size: int
+    fits: bool
+    ratio: float | None
+    factor_dtype: FactorDtype
+    activations: str
+    activation_rank: float | None
+    predicted: Predicted
+    train_parts: TrainParts
+    limit: str
+    give_up: list[Alternative]
+    choices: list[FactorChoice]
+    speed: Speed | None
+    seconds: Seconds | None
+    remarks: list[str]
+
+
+def plan_run(
+    model: str | Path,
+    memory_bytes: int,
+    *,
+    max_length: int = MAX_LENGTH,
+    batch_size: int = BATCH_SIZE,
+    lora_rank: int = LORA_RANK,
+    factor_dtype: FactorDtype | None = None,
+    on_gpu: bool = True,
+    emulator: str | Path | None = None,
+    speed: Speed | None = None,
+    timing: bool = True,
+    revision: str | None = None,
+) -> PlanResult:
+    """Plan for a device with `memory_bytes`; `model` may be a directory without weights, only with its config.json.
+
+    `factor_dtype` fixes how factors are stored; None chooses that together with the ratio. `emulator` is one of this
+    model: its spectra say what each choice would lose. Durations are of `speed`, by default tried for a second on this
+    machine (never where `timing` is false or there are no weights to read). Raises `InputError` for what the caller can
+    mend.
+    """
+    if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
+        raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
+    directory = resolve_model(model, revision)
+    shapes = read_shapes(directory)
+    setting = Setting(batch_size, max_length, lora_rank, on_gpu=on_gpu)
+    found = choose_each(shapes, setting, memory_bytes)
+    best = found[factor_dtype or _best(found)]
+    if speed is None and timing and shapes.has_weights:
+        speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
+    spectra = None if emulator is None else _spectra(Path(emulator))
+    return PlanResult(
+        model=str(model),
+        memory_bytes=memory_bytes,
+        max_length=max_length,
+        batch_size=batch_size,
+        fits=best.ratio is not None,
+        ratio=best.ratio,
+        factor_dtype=best.factor_dtype,
+        activations=best.setting.where,
+        activation_rank=best.setting.rank,
+        predicted=predict(shapes, best),
+        train_parts=_parts(best),
+        limit=limit_of(shapes, best, memory_bytes),
+        give_up=alternatives(shapes, best, memory_bytes),
+        choices=[_factor_choice(shapes, choice, spectra) for choice in found.values()],
+        speed=speed,
+        seconds=None if speed is None else _seconds(shapes, best, speed),
+        remarks=_remarks(shapes, best, memory_bytes),
+    )
+
+
+def size_for(
+    model: str | Path,
+    memory_bytes: int,
+    factor_dtype: FactorDtype | None = None,
+    rank_allocation: Allocation = "spectrum",
+    *,
+    compile_tokens: int | None = None,
+) -> tuple[float, FactorDtype | None]:
+    """Ratio and factor dtype of `compile --memory`: the best with which training fits too, as `plan_run` chooses them.
+
+    `compile_tokens` are computed at once in the compile, by default one example of 512.
+
+    A dtype that is given is kept; None comes back where the original's own is the best. Raises `InputError` where no
+    ratio fits.
+    """
+    shapes = read_shapes(resolve_model(model))
+    setting = Setting(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
+    choices = choose_each(shapes, setting, memory_bytes)
+    found = choices[factor_dtype or _best(choices)]
+    if found.ratio is None:
+        reason = limit_of(shapes, found, memory_bytes)
+        raise InputError(
+            f"--memory: too little for {reason}, when training has {BATCH_SIZE} x {MAX_LENGTH} tokens at once; give "
+            "more memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
+        )
+    return found.ratio, factor_dtype or kind_of(found.factor_dtype)
+
+
+def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
+    return best_of({dtype: choice.ratio for dtype, choice in choices.items()})
+
+
+def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
+    """The bytes of one choice."""
+    ratio = choice.ratio or SMALLEST_RATIO
+    setting = choice.setting
+    emulator = emulator_bytes(shapes, ratio, choice.factor_dtype)
+    model = shapes.parameters * shapes.value_bytes
+    copies = copies_on_disk(setting.allocation, quantised=choice.factor_dtype != "bf16")
+    compiled = max(emulator, copies * emulator_bytes(shapes, setting.widest(ratio), choice.factor_dtype))
+    passes = pass_bytes(shapes, ratio, setting)
+    return Predicted(
+        compile_bytes=passes["compile"],
+        refine_bytes=passes["refine"],
+        train_bytes=choice.memory.peak,
+        correct_bytes=passes["correct"],
+        emulator_bytes=emulator,
+        host_bytes=host_bytes(shapes, SAMPLES, setting.max_length, ratio),
+        disk_bytes=model + compiled + 2 * choice.memory.adapter // 3,
+        read_bytes=model,
+        model_bytes=model,
+        largest_layer_bytes=shapes.largest_block_bytes,
+    )
+
+
+def _parts(choice: Choice) -> TrainParts:
+    memory = choice.memory
+    return TrainParts(
+        emulator=memory.emulator,
+        adapter=memory.adapter,
+        saved_activations=memory.saved,
+        loss=memory.loss,
+        one_layer_backward=memory.recompute,
+    )
+
+
+def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: dict[str, Any] | None) -> FactorChoice:
+    row = FactorChoice(
+        factor_dtype=choice.factor_dtype,
+        ratio=choice.ratio,
+        rank=None if choice.ratio is None else median_rank(shapes, choice.ratio),
+        emulator_bytes=choice.memory.emulator,
+        train_bytes=choice.memory.peak,
+    )
+    if spectra is None or choice.ratio is None:
+        return row
+    error, is_bound = _error(shapes, choice.ratio, spectra)
+    return row.model_copy(update={"error": error, "error_is_bound": is_bound})
+
+
+def _spectra(emulator: Path) -> dict[str, Any]:
+    """Leading singular values and energy of each linear's output, by name, from `emulator.json`."""
+    document = read_json(emulator / "emulator.json")
+    if not isinstance(document, dict) or not isinstance(document.get("linears"), list):
+        raise InputError(f"{emulator / 'emulator.json'}: says nothing of linears; give an emulator directory")
+    return {row["name"]: row for row in document["linears"]}
+
+
+def _error(shapes: ModelShapes, ratio: float, spectra: dict[str, Any]) -> tuple[float | None, bool]:
+    """The root mean square over linears of what is left out at `ratio`, and whether it is only an upper bound."""
+    squares, is_bound = [], False
+    for block in shapes.blocks:
+        for linear in block.compressible:
+            # Headers and modules may differ in a prefix; blocks and linears are called the same.
+            ends = f"{block.name}.{linear.name}".split(".")[1:]
+            row = next((row for name, row in spectra.items() if name.split(".")[-len(ends) :] == ends), None)
+            rank = rank_for(ratio, linear.out_features, linear.in_features)
+            if row is None or rank is None or not row.get("output_energy"):
+                squares.append(0.0)
+                continue
+            values = row["singular_values"][:rank]
+            is_bound |= len(values) < rank
+            squares.append(max(0.0, 1 - sum(value * value for value in values) / row["output_energy"]))
+    return round((sum(squares) / len(squares)) ** 0.5, 4), is_bound
+
+
+def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
+    return seconds_at(
+        speed,
+        shapes,
+        ratio=choice.ratio or SMALLEST_RATIO,
+        samples=SAMPLES,
+        max_length=choice.setting.max_length,
+        batch_size=choice.setting.batch_size,
+        recomputes=choice.setting.where != "none",
+        polish_batch=POLISH_BATCH,
+    )
+
+
+def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str]:
+    """What a reader should know beside the figures."""
+    remarks = []
+    whole = choice.memory.peak - choice.memory.emulator + shapes.parameters * shapes.value_bytes
+    if whole <= memory_bytes:
+        remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
+    stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
+    if stacked:
+        share = stacked / shapes.parameters
+        remarks.append(
+            f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
+            "to transformers' experts interface they stay as they are"
+        )
+    if choice.ratio is not None and choice.ratio < 0.15:
+        remarks.append("below a ratio of 0.15 little of what is learnt reaches the original; polish the adapter")
+    if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        remarks.append(f"bitsandbytes is missing here: {INSTALL}")
+    if choice.ratio == LARGEST_RATIO:
+        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is looked at")
+    return remarks

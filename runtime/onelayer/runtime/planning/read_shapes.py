@@ -1,0 +1,163 @@
+"""Shapes of a model's weights, read from headers alone."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
+from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint
+from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
+from onelayer.runtime.planning.shapes import Block, Experts, Linear, ModelShapes
+
+
+def read_shapes(directory: Path) -> ModelShapes:
+    """Shapes from headers where there are weights (torch stays out), else from the config.
+
+    Raises `InputError` where the directory holds no model that can be streamed.
+    """
+    if any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES)):
+        return shapes_from_headers(directory)
+    return _shapes_from_config(directory)
+
+
+def _shapes_from_config(directory: Path) -> ModelShapes:
+    document = read_config_document(directory)
+    import torch
+
+    from onelayer.compiler.models import transformers_models
+
+    config = transformers_models.read_config(directory)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"):
+        model = transformers_models.model_class(config, directory)._from_config(config, dtype=dtype)
+    # Tied parameters are one object here, and come once.
+    table = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    # The class knows what the file may leave to its defaults.
+    named = {"hidden_size", "vocab_size", "num_experts_per_tok"}
+    text = config.get_text_config()
+    known = {name: getattr(text, name) for name in named if isinstance(getattr(text, name, None), int)}
+    return shapes_of(str(directory), {**document, **known}, table, dtype.itemsize, False)
+
+
+_BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
+_EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+_HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
+# How classes end that answer with labels or places instead of words.
+_WITHOUT_VOCABULARY = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+
+
+def shapes_from_headers(directory: str | Path) -> ModelShapes:
+    """Shapes of a checkpoint. Raises `InputError` where it cannot be read or repeats no layers."""
+    checkpoint = Checkpoint.open(directory)
+    table = {name: info.shape for name, info in checkpoint.tensors.items()}
+    dtypes = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in DTYPE_BITS)
+    stored_bytes = DTYPE_BITS[dtypes.most_common(1)[0][0]] // 8
+    return shapes_of(str(directory), read_json(checkpoint.directory / "config.json"), table, stored_bytes, True)
+
+
+def shapes_of(
+    name: str, config: Mapping[str, Any], table: Mapping[str, tuple[int, ...]], stored_bytes: int, has_weights: bool
+) -> ModelShapes:
+    """Shapes from a config document and a table of tensor names; `stored_bytes` counts where it names no dtype."""
+    if config.get("quantization_config"):
+        raise InputError(f"{name}: field quantization_config: quantised weights; give the unquantised original")
+    text = {**config, **(config.get("text_config") or {})}
+    inside: dict[str, dict[str, tuple[int, ...]]] = {}
+    outside: dict[str, tuple[int, ...]] = {}
+    for tensor, shape in table.items():
+        found = _BLOCK.match(tensor)
+        if found:
+            inside.setdefault(found[1], {})[found[2]] = shape
+        else:
+            outside[tensor] = shape
+    blocks = tuple(_block(block, tensors) for block, tensors in inside.items())
+    blocks = tuple(block for block in blocks if block.linears or block.experts)
+    if not blocks:
+        raise InputError(f"{name}: has no linears in repeated layers to factorise")
+    loose = sum(math.prod(shape) for shape in outside.values())
+    loose += sum(
+        math.prod(shape)
+        for block, tensors in inside.items()
+        for shape in tensors.values()
+        if block not in {kept.name for kept in blocks}
+    )
+    widths = Counter(linear.in_features for block in blocks for linear in block.linears)
+    hidden = next((int(text[key]) for key in _HIDDEN_NAMES if isinstance(text.get(key), int)), None)
+    per_token = next((int(text[key]) for key in EXPERTS_PER_TOKEN_NAMES if isinstance(text.get(key), int)), 1)
+    return ModelShapes(
+        name=name,
+        value_bytes=_value_bytes(text, stored_bytes),
+        hidden=hidden or widths.most_common(1)[0][0],
+        vocabulary=int(text.get("vocab_size") or 0),
+        blocks=blocks,
+        outside_parameters=loose,
+        experts_per_token=per_token,
+        has_weights=has_weights,
+        has_vocabulary_head=not any(
+            str(kind).endswith(_WITHOUT_VOCABULARY) for kind in config.get("architectures") or ()
+        ),
+    )
+
+
+def _value_bytes(config: Mapping[str, Any], stored_bytes: int) -> int:
+    """Bytes per parameter as the model is computed: the config's dtype, else the checkpoint's."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
+    named = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+    return named.get(dtype.removeprefix("torch."), stored_bytes)
+
+
+def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> Block:
+    """One block's tensors by name below it, sorted into linears, experts and the rest."""
+    twins: dict[tuple[str, str], list[str]] = {}
+    for tensor in tensors:
+        if found := _EXPERT.match(tensor):
+            twins.setdefault((found[1], found[3]), []).append(tensor)
+    stacked = {tensor for group in twins.values() if len(group) > 1 for tensor in group}
+    experts = _listed_experts(twins, tensors) or _stacked_experts(tensors)
+    linears, other = [], 0
+    for tensor, shape in tensors.items():
+        if tensor in stacked or len(shape) == 3:
+            continue
+        routes = experts is not None and shape[0] == experts.count
+        if len(shape) == 2 and tensor.endswith(".weight") and not routes:
+            linears.append(Linear(tensor.removesuffix(".weight"), shape[0], shape[1]))
+        else:
+            other += math.prod(shape)
+    return Block(name, tuple(linears), experts, other)
+
+
+def _listed_experts(
+    twins: Mapping[tuple[str, str], list[str]], tensors: Mapping[str, tuple[int, ...]]
+) -> Experts | None:
+    """Experts stored one by one, as `experts.5.up_proj.weight`."""
+    groups = [group for group in twins.values() if len(group) > 1 and len(tensors[group[0]]) == 2]
+    if not groups:
+        return None
+    linears = tuple(Linear(_EXPERT.sub(r"\1.\3", first), tensors[first][0], tensors[first][1]) for first, *_ in groups)
+    return Experts(max(len(group) for group in groups), linears)
+
+
+def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> Experts | None:
+    """Experts stored as one (count, out, in) tensor."""
+    stacks = {tensor: shape for tensor, shape in tensors.items() if len(shape) == 3}
+    if not stacks:
+        return None
+    linears = tuple(Linear(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
+    return Experts(max(shape[0] for shape in stacks.values()), linears)
+
+
+def read_config_document(directory: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises `InputError` naming the file."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: has no config.json; give a transformers model directory")
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: is no mapping ({json.dumps(document)[:40]}); restore the file")
+    return document

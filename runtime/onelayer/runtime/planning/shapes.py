@@ -1,0 +1,112 @@
+"""A model's shapes in numbers, without torch: repeated blocks and their linears, from headers and config.json.
+
+In: tensor names with their shapes. Out: what a planner needs to count bytes. Nothing is known of architectures: a block
+is what lies below the first number in a name (`layers.7.`), and what lies below a second one with many twins is an
+expert of a mixture.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from onelayer.compiler.models.unit_memory import SMALL_SHARE
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix, by the name of its module below the block."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the weight."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one mixture: how many, and the matrices of one as the checkpoint has them."""
+
+    count: int
+    linears: tuple[Linear, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Of all experts."""
+        return self.count * sum(linear.parameters for linear in self.linears)
+
+    @property
+    def stacks(self) -> tuple[Linear, ...]:
+        """The matrices of one expert as transformers stacks them: a gate lies on top of its twin, in one matrix."""
+        shapes = [(linear.out_features, linear.in_features) for linear in self.linears]
+        (rows, columns), count = Counter(shapes).most_common(1)[0]
+        if len(shapes) != 3 or count != 2:
+            return self.linears
+        gate = self.linears[shapes.index((rows, columns))]
+        others = tuple(linear for linear, shape in zip(self.linears, shapes, strict=True) if shape != (rows, columns))
+        return (Linear(gate.name, 2 * rows, columns), *others)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated layer: its linears, its experts if it has any, and how many parameters it has beside them."""
+
+    name: str
+    linears: tuple[Linear, ...]
+    experts: Experts | None
+    other_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """All of the block's."""
+        dense = sum(linear.parameters for linear in self.linears) + self.other_parameters
+        return dense + (self.experts.parameters if self.experts else 0)
+
+    @property
+    def compressible(self) -> tuple[Linear, ...]:
+        """The linears that are large enough to be worth factors."""
+        total = sum(linear.parameters for linear in self.linears)
+        return tuple(linear for linear in self.linears if linear.parameters >= SMALL_SHARE * total)
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """All blocks in order, and what lies outside them: `outside_parameters`, embeddings and head for the most part."""
+
+    name: str
+    value_bytes: int
+    hidden: int
+    vocabulary: int
+    blocks: tuple[Block, ...]
+    outside_parameters: int
+    experts_per_token: int
+    has_weights: bool
+    has_vocabulary_head: bool = True
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Block, int], ...]:
+        """One block of each make, and how many there are of it."""
+        counts = Counter((block.linears, block.experts, block.other_parameters) for block in self.blocks)
+        return tuple((Block(f"{count} alike", *make), count) for make, count in counts.items())
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return self.outside_parameters + sum(block.parameters for block in self.blocks)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that take part in computing one token: of a mixture the experts that it is sent to."""
+        idle = 0.0
+        for block in self.blocks:
+            if block.experts is not None:
+                idle += block.experts.parameters * (1 - min(1.0, self.experts_per_token / block.experts.count))
+        return self.parameters - int(idle)
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """Weights of the largest block as they are held."""
+        return self.value_bytes * max(block.parameters for block in self.blocks)

@@ -1,0 +1,130 @@
+"""How fast this machine reads and multiplies, by a short trial, and how long passes over a model take then."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from onelayer.compiler.results import Result
+from onelayer.compiler.storage.files import BUFFER_BYTES
+from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.train_memory import active_values
+
+READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
+_SIDE = 2048
+# Per value of a symmetric matrix and side: what an eigenproblem costs in multiplications of the same rate, roughly.
+EIGEN_FLOPS = 30
+# Arithmetic per parameter and token: forward; gradients of the inputs; forward again where layers are recomputed.
+FORWARD = BACKWARD = RECOMPUTE = 2
+# What refine takes by default: samples, and those of all steps of a layer together.
+REFINE_SAMPLES, REFINE_TRAINED = 256, 100 * 8
+
+
+class Speed(Result):
+    """Bytes read per second, multiplications and additions per second, and where the multiplying was tried."""
+
+    read_bytes_per_second: float
+    flops_per_second: float
+    device: str
+
+
+class Seconds(Result):
+    """Rough durations: passes over the whole model, one training step, one exact step with its two passes."""
+
+    compile: float
+    refine: float
+    train_step: float
+    correct: float
+    evaluate_1000_tokens: float
+    polish_step: float
+
+
+def try_speed(file: Path, dtype_bytes: int) -> Speed:
+    """Read a file and multiply matrices for less than a second each."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Speed(
+        read_bytes_per_second=_try_reading(file),
+        flops_per_second=_try_multiplying(torch.device(device), torch.bfloat16 if dtype_bytes == 2 else torch.float32),
+        device=device,
+    )
+
+
+def _try_reading(file: Path) -> float:
+    """Bytes per second over the head of a file; where the system allows, it is first dropped from memory."""
+    with open(file, "rb", buffering=0) as source:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        count, started = 0, time.perf_counter()
+        for size in _blocks(source.fileno()):
+            count += size
+            if time.perf_counter() - started > READ_SECONDS:
+                break
+        return count / max(time.perf_counter() - started, 1e-9)
+
+
+def _blocks(descriptor: int) -> Iterator[int]:
+    while block := os.read(descriptor, BUFFER_BYTES):
+        yield len(block)
+
+
+def _try_multiplying(device: "torch.device", dtype: "torch.dtype") -> float:  # type: ignore[name-defined]  # noqa: F821
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(_SIDE, _SIDE, generator=generator).to(device, dtype)
+    products, started = 0, 0.0
+    while products < 2 or time.perf_counter() - started < MULTIPLY_SECONDS:
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        products += 1
+        if products == 1:  # the first one loads libraries
+            started = time.perf_counter()
+    return (products - 1) * 2 * _SIDE**3 / (time.perf_counter() - started)
+
+
+def seconds_at(
+    speed: Speed,
+    shapes: ModelShapes,
+    *,
+    ratio: float,
+    samples: int,
+    max_length: int,
+    batch_size: int,
+    recomputes: bool,
+    polish_batch: int,
+) -> Seconds:
+    """Durations at some speed. Reading and computing overlap within a pass, so the slower of the two counts."""
+    flops = speed.flops_per_second
+    read = shapes.parameters * shapes.value_bytes / speed.read_bytes_per_second
+    active = shapes.active_parameters
+    sides = [min(linear.out_features, linear.in_features) for block in shapes.blocks for linear in block.compressible]
+    moments = samples * max_length * 2 * sum(side * side for side in sides) + EIGEN_FLOPS * sum(s**3 for s in sides)
+    for experts in (block.experts for block in shapes.blocks if block.experts is not None):
+        for side in (min(stack.out_features, stack.in_features) for stack in experts.stacks):
+            rows = samples * max_length * shapes.experts_per_token
+            moments += rows * 2 * side * side + experts.count * EIGEN_FLOPS * side**3
+    train = FORWARD + BACKWARD + (RECOMPUTE if recomputes else 0)
+    exact_tokens = polish_batch * max_length
+    # Its factors are judged twice, and trained: forward, and back to inputs and factors, each of which costs as much.
+    refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
+    return Seconds(
+        compile=_digits(max(read, (FORWARD * active * samples * max_length + moments) / flops)),
+        refine=_digits(
+            max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
+            + FORWARD * ratio * active * refined_tokens / flops
+        ),
+        train_step=_digits(train * active_values(shapes, ratio) * batch_size * max_length / flops),
+        correct=_digits(read),
+        evaluate_1000_tokens=_digits(max(read, FORWARD * active * 1000 / flops)),
+        polish_step=_digits(
+            max(read, FORWARD * active * exact_tokens / flops)
+            + max(read, (RECOMPUTE + BACKWARD) * active * exact_tokens / flops)
+        ),
+    )
+
+
+def _digits(seconds: float) -> float:
+    return float(f"{seconds:.2g}")

@@ -1,0 +1,85 @@
+"""A block's linears in, the parts that training and compiling see of it out: sub-blocks, and what each keeps per token.
+
+Letters: H the hidden width, I the inner width of a sub-block (heads times their width, or the width of an MLP), O what
+its linears make of its input, r the rank of the adapter. Torch-free.
+"""
+
+from dataclasses import dataclass
+
+from onelayer.runtime.planning.shapes import Block, Linear, ModelShapes
+
+MASTER_BYTES = 4  # adapters, norms and losses are computed in float32, whatever the model's dtype
+
+
+@dataclass(frozen=True)
+class SubBlock:
+    """Linears that read one normed input, and the one that leads back to the hidden width."""
+
+    readers: tuple[Linear, ...]
+    closing: Linear | None
+    hidden: int
+
+    @property
+    def inner(self) -> int:
+        """I: what the closing linear reads."""
+        return self.closing.in_features if self.closing else 0
+
+    @property
+    def opened(self) -> int:
+        """O: the summed outputs of the readers."""
+        return sum(linear.out_features for linear in self.readers)
+
+    @property
+    def is_gated(self) -> bool:
+        """Two halves of the inner width, multiplied: an MLP with a gate, fused or not."""
+        widths = [linear.out_features for linear in self.readers]
+        return widths in ([self.inner, self.inner], [2 * self.inner])
+
+    @property
+    def is_plain(self) -> bool:
+        """One linear up, one down: an MLP without a gate."""
+        return [linear.out_features for linear in self.readers] == [self.inner]
+
+    def saved_per_token(self, value_bytes: int, lora_rank: int, autocast: bool) -> int:
+        """Bytes that autograd keeps per token: the norm's input and output, what activation or attention needs, and
+        the inputs of the adapters, which under autocast are a copy for each linear."""
+        linears = len(self.readers) + (self.closing is not None)
+        low = linears * lora_rank * value_bytes
+        if not autocast:
+            inner = self.inner * (2 if self.is_gated else 1)
+            return value_bytes * (2 * self.hidden + self.opened + inner) + low
+        copies = sum(linear.in_features for linear in self.readers) + self.inner
+        inner = 0 if self.is_plain else self.inner
+        return MASTER_BYTES * self.hidden + value_bytes * (self.opened + inner + copies) + low
+
+
+def sub_blocks(block: Block, hidden: int) -> tuple[SubBlock, ...]:
+    """The sub-blocks of a block, by the module that their linears lie in."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in block.linears:
+        groups.setdefault(linear.name.rpartition(".")[0], []).append(linear)
+    found = []
+    for linears in groups.values():
+        back = [linear for linear in linears if linear.out_features == hidden]
+        narrow = [linear for linear in back if linear.in_features != hidden]
+        closing = next(iter(narrow or back), None)
+        found.append(SubBlock(tuple(linear for linear in linears if linear is not closing), closing, hidden))
+    return tuple(found)
+
+
+def expert_parts(shapes: ModelShapes, block: Block) -> tuple[int, int]:
+    """Of a mixture, per token: the summed width that its active experts open, and their inner width; zeros if none."""
+    if block.experts is None:
+        return 0, 0
+    # Stacks may lie either way; what opens is as wide as what closes, or twice as wide where it has a gate.
+    widths = [
+        linear.in_features if linear.out_features == shapes.hidden else linear.out_features
+        for linear in block.experts.stacks
+    ]
+    return shapes.experts_per_token * max(widths), shapes.experts_per_token * min(widths)
+
+
+def lora_parameters(shapes: ModelShapes, lora_rank: int) -> int:
+    """Parameters of an adapter on every linear of the repeated layers; experts have none."""
+    linears = (linear for block in shapes.blocks for linear in block.linears)
+    return sum(lora_rank * (linear.in_features + linear.out_features) for linear in linears)

@@ -1,0 +1,1 @@
+"""Results for people: tables, summaries, charts, the HTML report."""

@@ -1,0 +1,99 @@
+"""A plan's document in, text for a person out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from onelayer.runtime.reporting.tables import scores, table
+from onelayer.runtime.sizes import size
+
+
+def plan_summary(document: Mapping[str, Any]) -> str:
+    """What fits, what it costs, what limits it and what to give up."""
+    memory, predicted = document["memory_bytes"], document["predicted"]
+    settings = f"batches of {document['batch_size']} x {document['max_length']} tokens"
+    if document["fits"]:
+        stored = document["activations"]
+        how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"
+        dtype, ratio = document["factor_dtype"], document["ratio"]
+        kept = f"all weights in {dtype}" if ratio == 1 else f"ratio {ratio} of {dtype} factors"
+        head = f"{document['model']}: fits in {size(memory)} with {kept}, activations {how}; {settings}"
+    else:
+        head = f"{document['model']}: does not fit in {size(memory)}; {settings}"
+    passes = [("predicted", "device peak"), *((name, size(predicted[f"{name}_bytes"])) for name in _PASSES)]
+    parts = document["train_parts"]
+    made_of = ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in parts.items())
+    lines = [
+        head,
+        "",
+        table(passes),
+        f"training is made of: {made_of}",
+        f"emulator {size(predicted['emulator_bytes'])}, original {size(predicted['model_bytes'])}, "
+        f"host {size(predicted['host_bytes'])}, disk {size(predicted['disk_bytes'])}, "
+        f"read per pass {size(predicted['read_bytes'])}",
+        f"limited by {document['limit']}",
+    ]
+    lines += [f"give up: {row['give_up']} allows ratio {row['ratio']}" for row in document["give_up"]]
+    lines += ["", _choices(document)]
+    if document["seconds"]:
+        speed = document["speed"]
+        rows = [
+            ("rough seconds", ""),
+            *((name.replace("_", " "), value) for name, value in document["seconds"].items()),
+        ]
+        lines += ["", table(rows)]
+        lines.append(
+            f"at {size(int(speed['read_bytes_per_second']))}/s from disk and "
+            f"{speed['flops_per_second'] / 1e12:.3g} TFLOP/s on {speed['device']}"
+        )
+    return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+_PASSES = ("compile", "refine", "train", "correct")
+
+
+def _choices(document: Mapping[str, Any]) -> str:
+    head = ("factors", "largest ratio", "middle rank", "emulator", "train peak", "error left out")
+    rows = [
+        (
+            row["factor_dtype"],
+            row["ratio"],
+            row["rank"],
+            size(row["emulator_bytes"]),
+            size(row["train_bytes"]),
+            None if row["error"] is None else f"{'<' if row['error_is_bound'] else ''}{row['error']}",
+        )
+        for row in document["choices"]
+    ]
+    return table([head, *rows])
+
+
+def plan_steps_summary(document: Mapping[str, Any]) -> str:
+    """The steps with their states, predicted bytes and peaks, and reasons."""
+    head = ("step", "state", "reads", "writes", "device peak", "why")
+    rows = [
+        (row["name"], row["state"], *(_size(row[f"{name}_bytes"]) for name in ("read", "write", "peak")), row["reason"])
+        for row in document["steps"]
+    ]
+    to_run = [row for row in document["steps"] if row["state"] == "to run"]
+    total = f"{len(to_run)} of {len(rows)} steps to run"
+    return f"{table([head, *rows])}\n{total}; bytes and peaks are predictions"
+
+
+def _size(size_bytes: int | None) -> str | None:
+    return None if size_bytes is None else size(size_bytes)
+
+
+def run_summary(document: Mapping[str, Any]) -> str:
+    """The steps with their states and reasons, then the scores of every task, and where things lie."""
+    steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
+    parts = [table(steps)]
+    for task, rows in document["evaluations"].items():
+        parts.append(f"{task}\n{scores([(row['name'], row) for row in rows])}")
+    parts.append("\n".join(f"{row['name']}: {row['path']}" for row in document["steps"] if _is_product(row)))
+    parts.append(f"report: {document['report']}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _is_product(row: Mapping[str, Any]) -> bool:
+    """Whether a step leaves what people came for."""
+    return row["kind"] in ("correct", "polish", "merge") and row["state"] in ("cached", "ran")

@@ -1,0 +1,133 @@
+"""Result documents in, plain text for a person out: short aligned tables that fit a terminal and read well in a log."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onelayer.runtime.reporting.tables import age, report_line, scores, summary, table
+from onelayer.runtime.sizes import size
+
+WORST_LINEARS = 5
+
+
+def inspect_summary(document: Mapping[str, Any]) -> str:
+    """What a directory is; of an emulator also the rank and error of every linear and stack of experts.
+
+    A refined one tells the errors of its layers in place of its linears'.
+    """
+    if document["kind"] != "emulator":
+        return summary(document)
+    rows: list[tuple[object, ...]] = [("linear", "rank", "error", "optimal", "remark")]
+    stacks = document.get("stacks", [])
+    for row in [*document["linears"], *stacks]:
+        errors = (row.get("error", ""), row.get("optimal_error", ""))
+        rows.append((row["name"], row["rank"], *errors, row["fallback"] or ""))
+    rows += [(row["name"], "dense", 0.0, 0.0, row["reason"]) for row in document["dense"]]
+    head = {name: value for name, value in document.items() if name not in ("linears", "stacks", "dense")}
+    units = document.get("refined", {}).get("units", [])
+    layers = [("layer", "as compiled", "refined"), *((unit["name"], unit["before"], unit["after"]) for unit in units)]
+    return "\n\n".join([summary(head), *([table(layers)] if units else []), table(rows)])
+
+
+def compile_summary(document: Mapping[str, Any]) -> str:
+    """The sizes, the linears and stacks of experts that lost most, what stayed dense of experts, and what it cost."""
+    before, after = document["parameters_before"], document["parameters_after"]
+    dtype = document["factor_dtype"] or "the original's dtype"
+    head = (
+        f"{document['output']}: {after:,} of {before:,} parameters ({after / before:.1%}), "
+        f"{document['kept_bytes_share']:.1%} of the layers' bytes at 16 bits\n"
+        f"ratio {document['ratio']:.4g}, factors in {dtype}, ranks {document['rank_allocation']}"
+    )
+    stacks, dense = document["stacks"], document["layer_parameters_stacked"]
+    worst = sorted([*document["linears"], *stacks], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
+    rows = [("largest errors", "rank", "error", "optimal")]
+    rows += [(row["name"], row["rank"], row["error"], row["optimal_error"]) for row in worst]
+    told = []
+    if stacks:
+        experts, fallbacks = (sum(row[field] for row in stacks) for field in ("experts", "fallbacks"))
+        told.append(f"{experts} expert matrices in {len(stacks)} stacks, {fallbacks} of them completed by a fallback")
+    if dense:
+        told.append(f"{dense:,} parameters of experts out of reach of transformers' experts interface stay dense")
+    return "\n".join([head, *([table(rows)] if worst else []), *told, report_line(document["report"])])
+
+
+def refine_summary(document: Mapping[str, Any]) -> str:
+    """The layers that are furthest from the original's, before and after, and what it cost."""
+    units = sorted(document["units"], key=lambda unit: unit["after"], reverse=True)
+    rows = [("largest errors of layers", "before", "after")]
+    rows += [(unit["name"], unit["before"], unit["after"]) for unit in units[:WORST_LINEARS]]
+    better = sum(unit["after"] < unit["before"] for unit in units)
+    head = f"{document['output']}: {better} of {len(units)} layers came closer to the original's"
+    return "\n".join([head, table(rows), report_line(document["report"])])
+
+
+def correct_summary(document: Mapping[str, Any]) -> str:
+    """Where the adapter is, how much was corrected, and what it cost."""
+    limit = "none" if document["limit"] is None else document["limit"]
+    how = f"limit {limit}, {document['solver']} solver, scale {document['scale']}"
+    parts = [f"{document['output']}: {len(document['linears'])} linears corrected, {how}"]
+    if document["candidates"]:
+        tried = document["candidates"]
+        rows = [
+            (row["solver"], "none" if row["limit"] is None else row["limit"], row["scale"], row["loss"])
+            for row in tried
+        ]
+        parts.append(table([("solver tried", "limit", "scale", "held-out loss"), *rows]))
+    return "\n".join([*parts, report_line(document["report"])])
+
+
+def evaluate_summary(document: Mapping[str, Any]) -> str:
+    """One row per model scored."""
+    rows = [(row["adapter"] or "original", row) for row in document["results"]]
+    parts = [scores(rows), report_line(document["report"])]
+    if against := document["against"]:
+        parts.insert(1, f"against the original\n{table([*against.items()])}")
+    return "\n".join(parts)
+
+
+def artifacts(document: Sequence[Mapping[str, Any]]) -> str:
+    """One row per artifact, with those who used it last, and the total."""
+    rows = [
+        (row["key"][:12], row["kind"], size(row["total_bytes"]), age(row["age_seconds"]), ", ".join(row["used_by"]))
+        for row in document
+    ]
+    if not rows:
+        return "the store is empty"
+    total = f"{len(document)} artifacts, {size(sum(row['total_bytes'] for row in document))}"
+    return (
+        "\n".join([table([("key", "kind", "size", "age", "used by"), *rows]), total]) if rows else "the store is empty"
+    )
+
+
+def faults(document: Sequence[Mapping[str, Any]]) -> str:
+    """One line per damaged file."""
+    lines = [f"{row['key'][:12]} ({row['kind']}): {row['file']} {row['problem']}" for row in document]
+    return "\n".join(lines) or "every file is as it was written"
+
+
+def pruned(document: Mapping[str, Any]) -> str:
+    """What went, what stayed because it is in use, and the bytes."""
+    verb = "would be removed" if document["dry_run"] else "removed"
+    lines = [f"{len(document['removed'])} artifacts {verb}, {size(document['freed_bytes'])}"]
+    lines += [f"{key[:12]} is in use and stays" for key in document["in_use"]]
+    return "\n".join(lines)
+
+
+def polish_summary(document: Mapping[str, Any]) -> str:
+    """One row per step, which adapter was taken, and what it cost."""
+    held_out = {item["step"]: item["loss"] for item in document["held_out"]}
+    rows: list[tuple[object, ...]] = [("step", "batch loss", "held-out loss", "gradient norm", "seconds", "read")]
+    for number, step in enumerate(document["steps"]):
+        cost = (step["gradient_norm"], step["seconds"], size(step["bytes_read"]))
+        rows.append((number + 1, step["loss"], held_out.get(number), *cost))
+    last = len(document["steps"])
+    if last in held_out:
+        rows.append(("after", None, held_out[last], None, None, None))
+    parts = [f"{document['output']}: {last} exact steps, losses before each", table(rows)]
+    if held_out:
+        parts.append(f"written: the adapter after {document['chosen_step']} steps, the best on held-out data")
+    if document["gradient_cosine"] is not None:
+        parts.append(f"layer inputs compressed: cosine {document['gradient_cosine']:.4f} to the exact gradient")
+    parts.append(
+        f"layer inputs kept: {size(document['kept_bytes'])} of host memory, {size(document['spilled_bytes'])} in files"
+    )
+    return "\n".join([*parts, report_line(document["report"])])

@@ -1,0 +1,75 @@
+"""Plain-text tables and values for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onelayer.runtime.sizes import size
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Rows of cells as aligned columns."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _value(name: str, value: object) -> object:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return size(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else value
+
+
+def summary(document: Mapping[str, Any]) -> str:
+    """Every plain value of a document under its name, one level of nesting unfolded, lists counted."""
+    rows: list[tuple[str, object]] = []
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            inner = [(f"{name}.{key}", _value(key, item)) for key, item in value.items()]
+            rows += [(label, item) for label, item in inner if not isinstance(item, Mapping | list)]
+        elif isinstance(value, list):
+            rows.append((name, ", ".join(map(str, value)) if _is_short(value) else f"{len(value)} entries"))
+        else:
+            rows.append((name, _value(name, value)))
+    return table(rows) if rows else "nothing to show"
+
+
+def _is_short(values: list[Any]) -> bool:
+    return len(values) <= 8 and all(isinstance(value, str | int | float) for value in values)
+
+
+def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """One row of figures per model, by name."""
+    head = ("", "loss", "perplexity", "token accuracy", "tokens")
+    body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
+    if not any(row.get("questions") for _, row in rows):
+        return table([head, *body])
+    answers = [("choice accuracy", "questions"), *((row["choice_accuracy"], row["questions"]) for _, row in rows)]
+    return table([(*left, *right) for left, right in zip([head, *body], answers, strict=True)])
+
+
+def report_line(report: Mapping[str, Any]) -> str:
+    """The memory contract in one line: what was measured beside what was promised."""
+    promised = report["largest_unit_bytes"] + report["workspace_bytes"]
+    return (
+        f"device peak {size(report['peak_device_bytes'])} "
+        f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
+        f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, {report['seconds']:.1f} s"
+    )
+
+
+def age(seconds: float) -> str:
+    """A duration in the largest unit of which there are two."""
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,1 @@
+"""The artifact store: records, locks, pruning."""

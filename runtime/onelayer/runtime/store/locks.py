@@ -1,0 +1,77 @@
+"""Who makes, uses and removes an artifact: one lock per key, one mark per use; a dead process holds neither."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from onelayer.runtime.store.record import METADATA, Notify, silent
+
+
+class ArtifactLocks:
+    """The locks of a store's artifacts, as files in `<root>/.locks`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._locks = root / ".locks"
+
+    @contextlib.contextmanager
+    def making(self, key: str, notify: Notify = silent) -> Iterator[None]:
+        """Hold the right to make or remove an artifact; says so where somebody else has it, and waits."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._locks / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            notify(f"another run is working on {key[:12]}, waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def use(self, key: str) -> Iterator[None]:
+        """Keep `prune` away from an artifact meanwhile; many runs may use it at once."""
+        with self.making(key):
+            file = self._root / key / METADATA
+            if not file.exists():
+                raise RuntimeError(f"{file.parent} was removed meanwhile; run the command again")
+            os.utime(file)  # `prune --older-than-days` counts from the last use
+            mark = FileLock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
+            mark.acquire()
+        try:
+            yield
+        finally:
+            mark.release()
+            Path(mark.lock_file).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Yield whether an artifact is free to remove: nobody makes it and nobody uses it. Never waits."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._locks / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield all(_abandoned(mark) for mark in self._locks.glob(f"{key}.*.use"))
+        finally:
+            lock.release()
+
+
+def _abandoned(mark: Path) -> bool:
+    """Whether a use mark was left by a process that died; it is removed then."""
+    lock = FileLock(mark)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    mark.unlink(missing_ok=True)
+    return True

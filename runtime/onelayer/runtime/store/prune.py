@@ -1,0 +1,85 @@
+"""A store in, a smaller one out: artifacts removed by age, by size, or where given manifests do not reach them."""
+
+import time
+from pathlib import Path
+
+from onelayer.compiler.results import Result
+from onelayer.compiler.storage.files import directory_bytes
+from onelayer.runtime.store.record import METADATA
+from onelayer.runtime.store.store import ArtifactStore, remove_artifact
+
+
+class Pruned(Result):
+    """Keys that were removed (or would be, in a dry run), keys that were in use and stayed, and the bytes freed."""
+
+    removed: list[str]
+    in_use: list[str]
+    freed_bytes: int
+    dry_run: bool
+
+
+class _Entry(Result):
+    """One folder of the store: a finished artifact, or what an interrupted run left of one."""
+
+    path: Path
+    key: str
+    size_bytes: int
+    last_use: float  # seconds since the epoch
+
+
+def prune(
+    store: ArtifactStore,
+    *,
+    older_than_seconds: float | None = None,
+    max_total_bytes: int | None = None,
+    keep: set[str] | None = None,
+    dry_run: bool = False,
+) -> Pruned:
+    """Remove what any of the given rules names; an artifact that a run makes or uses right now always stays.
+
+    `older_than_seconds` counts from the last use. `max_total_bytes` removes the least recently used first until the
+    store fits. `keep` is the set of keys outside which everything goes.
+    """
+    entries = sorted(_entries(store), key=lambda entry: entry.last_use)
+    chosen: dict[Path, _Entry] = {}
+    now = time.time()
+    for entry in entries:
+        old = older_than_seconds is not None and now - entry.last_use > older_than_seconds
+        if old or (keep is not None and entry.key not in keep):
+            chosen[entry.path] = entry
+    if max_total_bytes is not None:
+        total_bytes = sum(entry.size_bytes for entry in entries if entry.path not in chosen)
+        for entry in entries:
+            if total_bytes > max_total_bytes and entry.path not in chosen:
+                chosen[entry.path] = entry
+                total_bytes -= entry.size_bytes
+    removed: list[_Entry] = []
+    in_use: list[str] = []
+    for entry in chosen.values():
+        with store.claim(entry.key) as free:
+            if not free:
+                in_use.append(entry.key)
+                continue
+            if not dry_run:
+                remove_artifact(entry.path)
+            removed.append(entry)
+    return Pruned(
+        removed=[entry.key for entry in removed],
+        in_use=in_use,
+        freed_bytes=sum(entry.size_bytes for entry in removed),
+        dry_run=dry_run,
+    )
+
+
+def _entries(store: ArtifactStore) -> list[_Entry]:
+    """Every artifact folder of the store, unfinished ones too."""
+    entries = []
+    for path in store.root.iterdir() if store.root.is_dir() else ():
+        unfinished = path.name.startswith(".") and path.name.endswith(".partial")
+        if not path.is_dir() or (path.name.startswith(".") and not unfinished):
+            continue
+        mark = path / METADATA if not unfinished and (path / METADATA).exists() else path
+        key = path.name.removeprefix(".").removesuffix(".partial")
+        size_bytes = directory_bytes(path)
+        entries.append(_Entry(path=path, key=key, size_bytes=size_bytes, last_use=mark.stat().st_mtime))
+    return entries

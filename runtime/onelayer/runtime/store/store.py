@@ -1,0 +1,197 @@
+"""The content-addressed store: the key of a step in, its finished artifact out, each made once and complete or absent.
+
+`<home>/artifacts/<key>/` holds `payload/` and, written last, `artifact.json`; the folder appears by one rename.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import ValidationError
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
+from onelayer.compiler.storage.files import directory_bytes, onelayer_home, publish_directory, read_json, write_json
+from onelayer.runtime.store.locks import ArtifactLocks
+from onelayer.runtime.store.record import METADATA, Artifact, Fault, Notify, StepSpec, library_versions, silent
+
+# Beside an unfinished payload: what it was begun with that its key leaves out, above all the libraries' versions.
+BEGUN_WITH = "begun.json"
+# Beside a payload that is complete and not yet described: what its making told, and how long that took.
+MADE = "made.json"
+
+
+class ArtifactStore:
+    """Artifacts below one folder, by default `$ONELAYER_HOME/artifacts`; safe for several processes at once."""
+
+    def __init__(self, home: str | Path | None = None) -> None:
+        self.home = Path(home) if home is not None else onelayer_home()
+        self.root = self.home / "artifacts"
+        self._locks = ArtifactLocks(self.root)
+
+    def payload(self, key: str) -> Path:
+        """Where the files of an artifact lie."""
+        return self.root / key / "payload"
+
+    def find(self, key: str) -> Artifact | None:
+        """The finished artifact of a key, if there is one. Its files are not looked at."""
+        if not (self.root / key / METADATA).is_file():
+            return None
+        return self._read(key)
+
+    def _read(self, key: str) -> Artifact:
+        file = self.root / key / METADATA
+        try:
+            return Artifact.model_validate(read_json(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"{file}: {where}: {first['msg']}; remove the folder {file.parent}") from None
+
+    def damage(self, artifact: Artifact, digest: Callable[[Path], str] = file_digest) -> str | None:
+        """The first file that is missing, added or changed, with what is wrong; None for an intact artifact.
+
+        With the default `digest` a large file is read only where its size, time stamp or inode moved.
+        """
+        return next((f"{fault.file} {fault.problem}" for fault in self._faults(artifact, digest)), None)
+
+    def _faults(self, artifact: Artifact, digest: Callable[[Path], str]) -> Iterator[Fault]:
+        payload = self.payload(artifact.key)
+        present = set(_files(payload))
+        for file in sorted(present | set(artifact.files)):
+            if file not in artifact.files:
+                problem = "does not belong to the artifact"
+            elif file not in present:
+                problem = "is missing"
+            elif digest(payload / file) != artifact.files[file]:
+                problem = "changed since it was written"
+            else:
+                continue
+            yield Fault(key=artifact.key, kind=artifact.kind, file=file, problem=problem)
+
+    def ensure(
+        self,
+        spec: StepSpec,
+        make: Callable[[Path], Mapping[str, Any]],
+        digest: Callable[[Path], str] | None = None,
+        *,
+        resumable: bool = False,
+        begun_with: Mapping[str, Any] | None = None,
+        notify: Notify = silent,
+    ) -> tuple[Artifact, bool]:
+        """The artifact of `spec`, and whether it had to be made: `make(folder)` makes and fills a folder.
+
+        Of several callers with the same spec one makes it and the others wait for it. Where `resumable`, what an
+        interrupted attempt left beside that folder stays for the next, if it was begun with the same libraries and
+        with `begun_with`: what changes no result, and yet how a step goes on. `digest` names the payload's content
+        where it holds files that differ from run to run (reports); by default all files count.
+        """
+        with self._locks.making(spec.key, notify):
+            found = self.find(spec.key)
+            if found is not None:
+                if self.damage(found) is None:
+                    return found, False
+                remove_artifact(self.root / spec.key)
+            partial = self.root / f".{spec.key}.partial"
+            begun = {"versions": library_versions(), **(begun_with or {})}
+            if partial.exists() and not (resumable and _goes_on(partial, begun)):
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            write_json(partial / BEGUN_WITH, begun)
+            try:
+                return self._fill(spec, partial, make, digest), True
+            except BaseException:
+                if not resumable:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+    def _fill(
+        self,
+        spec: StepSpec,
+        partial: Path,
+        make: Callable[[Path], Mapping[str, Any]],
+        digest: Callable[[Path], str] | None,
+    ) -> Artifact:
+        """Run `make` aside, describe what it left, and publish it under its key."""
+        payload = partial / "payload"
+        document, seconds = _made(partial, payload, make)
+        files = {file: file_digest(payload / file) for file in _files(payload)}
+        assert files, f"step {spec.kind} left no file"
+        costs = document.get("report") or document
+        artifact = Artifact(
+            key=spec.key,
+            **spec.model_dump(mode="json"),
+            digest=digest(payload) if digest is not None else sha256_json(files),
+            files=files,
+            total_bytes=directory_bytes(payload),
+            seconds=round(seconds, 3),
+            peak_device_bytes=costs.get("peak_device_bytes"),
+            promised_bytes=costs.get("largest_unit_bytes", 0) + costs.get("workspace_bytes", 0) or None,
+            peak_host_bytes=costs.get("peak_host_bytes"),
+            versions=library_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        for leftover in partial.iterdir():
+            if leftover.is_dir() and leftover != payload:
+                shutil.rmtree(leftover)
+            elif leftover.is_file():
+                leftover.unlink()
+        write_json(partial / METADATA, artifact.model_dump(mode="json"))
+        publish_directory(partial, self.root / spec.key)
+        return artifact
+
+    @contextlib.contextmanager
+    def use(self, key: str) -> Iterator[Path]:
+        """Yield an artifact's payload and keep `prune` away from it meanwhile; many runs may use it at once."""
+        with self._locks.use(key):
+            yield self.payload(key)
+
+    def claim(self, key: str) -> contextlib.AbstractContextManager[bool]:
+        """Whether an artifact is free to remove, held while it is removed: nobody makes it, nobody uses it."""
+        return self._locks.claim(key)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every finished artifact, oldest first."""
+        keys = [path.parent.name for path in self.root.glob(f"[!.]*/{METADATA}")]
+        return sorted((self._read(key) for key in keys), key=lambda artifact: (artifact.created, artifact.key))
+
+    def verify(self) -> list[Fault]:
+        """Read every byte of every artifact again; a fault per file that is not as it was written."""
+        return [fault for artifact in self.artifacts() for fault in self._faults(artifact, sha256_file)]
+
+
+def remove_artifact(folder: Path) -> None:
+    """Remove a folder of the store, metadata first: half removed it is no artifact any more."""
+    (folder / METADATA).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _goes_on(partial: Path, begun: Mapping[str, Any]) -> bool:
+    """Whether an interrupted attempt was begun with the same; another's would not fit to ours, or be refused."""
+    file = partial / BEGUN_WITH
+    return file.is_file() and read_json(file) == json.loads(json.dumps(begun))
+
+
+def _made(partial: Path, payload: Path, make: Callable[[Path], Mapping[str, Any]]) -> tuple[Mapping[str, Any], float]:
+    """What making told, and its seconds: of an attempt that stopped behind it, or of now.
+
+    A payload of which nothing is told is what a failing step left; the next attempt must find its place free.
+    """
+    if not (partial / MADE).is_file():
+        if payload.exists():
+            shutil.rmtree(payload)
+        started = time.perf_counter()
+        document = make(payload)
+        write_json(partial / MADE, {"document": dict(document), "seconds": time.perf_counter() - started})
+    made = read_json(partial / MADE)
+    return made["document"], made["seconds"]
+
+
+def _files(payload: Path) -> list[str]:
+    """Relative names of all files below a folder, with forward slashes."""
+    return sorted(str(PurePosixPath(path.relative_to(payload))) for path in payload.rglob("*") if path.is_file())

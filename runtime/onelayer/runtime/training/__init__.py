@@ -1,0 +1,1 @@
+"""LoRA training on an emulator, with PEFT, transformers and TRL."""

@@ -1,0 +1,51 @@
+"""A trained PEFT model in, its adapter directory out: PEFT's own files, made to name the original, and provenance."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onelayer.compiler.adapters.config import CONFIG_FILE
+from onelayer.compiler.adapters.reader import PROVENANCE_FILE
+from onelayer.compiler.adapters.writer import Base, model_card
+from onelayer.compiler.storage.files import read_json, write_json, write_text
+from onelayer.runtime.modules.low_rank_linear import CompressedLinear
+from onelayer.runtime.training.inputs import TrainModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def write_adapter_directory(
+    directory: Path, adapted: "PeftModel", model: TrainModel, provenance: dict[str, Any]
+) -> None:
+    """Save the adapter into an existing directory.
+
+    PEFT notes the path that the base was loaded from, here the emulator's on this machine; the names of the modules are
+    the original's, so the original is what an adapter must name. The order of sets is fixed, to give equal runs equal
+    bytes.
+    """
+    adapted.save_pretrained(str(directory))
+    path = directory / CONFIG_FILE
+    config = read_json(path)
+    names = {"base_model_name_or_path": model.base["model"], "revision": model.base["revision"]}
+    transposed = _was_conv1d(adapted)
+    config.update(names, fan_in_fan_out=config["fan_in_fan_out"] or transposed)
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config[field] = sorted(config[field])
+    write_json(path, config)
+    base = Base(
+        model=model.base["model"],
+        revision=model.base["revision"],
+        class_name=model.model_class.__name__,
+        class_module=model.model_class.__module__,
+        fan_in_fan_out=transposed,
+    )
+    write_text(directory / "README.md", model_card(base, provenance))
+    write_json(directory / PROVENANCE_FILE, provenance)
+
+
+def _was_conv1d(adapted: "PeftModel") -> bool:
+    """Whether every adapted linear is a `Conv1D` in the original, which PEFT is told by `fan_in_fan_out`."""
+    bases = [getattr(module, "base_layer", None) for module in adapted.modules()]
+    linears = [base for base in bases if isinstance(base, CompressedLinear)]
+    return bool(linears) and all(base.was_conv1d for base in linears)

@@ -1,0 +1,81 @@
+"""The trainers and what they leave out: a halt on a bad loss, a count of saved activations, complete checkpoints.
+
+TRL's SFTTrainer trains models that predict tokens, transformers' own Trainer those that predict a class.
+Imports trl, transformers and torch; import it where training starts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from onelayer.compiler.storage.files import sync, write_text
+
+# Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
+COMPLETE_FILE = "complete"
+
+
+class Progress(TrainerCallback):
+    """A bar over steps on stderr with the loss; silent where stderr is no terminal. Trainer's own prints to stdout."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar, at the step that a resumed run begins with."""
+        self._bar: Any = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance."""
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Show the newest loss."""
+        if logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+class MarkComplete(TrainerCallback):
+    """Marks each checkpoint once all of its files are on the disk."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Flush and mark the checkpoint just written."""
+        if args.save_only_model:  # without the optimiser's state it cannot be continued from
+            return
+        assert args.output_dir is not None
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for path in checkpoint.iterdir():
+            sync(path)
+        write_text(checkpoint / COMPLETE_FILE, f"{state.global_step}\n")
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The checkpoint to continue from, or None."""
+    complete = [file.parent for file in work.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
+    """Step and loss of every entry that Trainer logged."""
+    return [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+
+
+def mean_loss(history: list[dict[str, float]]) -> float:
+    """The mean training loss over all steps, those before a resume too, from what Trainer logged.
+
+    Each entry holds the mean since the entry before.
+    """
+    entries = logged_losses(history)
+    starts = [0, *(step for step, _ in entries)]
+    weights = [step - start for (step, _), start in zip(entries, starts, strict=False)]
+    return sum(weight * loss for weight, (_, loss) in zip(weights, entries, strict=True)) / sum(weights)

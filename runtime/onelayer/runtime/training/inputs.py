@@ -1,0 +1,118 @@
+"""What training reads: a model directory as facts, without weights; a data set as token rows with their digest."""
+
+import hashlib
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
+from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.checkpoint import model_digest
+from onelayer.compiler.storage.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainModel:
+    """A model directory. `ranks` are its compressed modules (none in a plain model); `base` is the original.
+
+    `classes` are those that it predicts; None where it is a causal model.
+    """
+
+    directory: Path
+    ranks: Mapping[str, int]
+    digest: str
+    base: dict[str, Any]
+    config: "PreTrainedConfig"
+    model_class: "type[PreTrainedModel]"
+    tokenizer: "PreTrainedTokenizerBase"
+    classes: Classes | None
+
+    def load(self) -> "PreTrainedModel":
+        """The model with its weights, on the host."""
+        import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
+
+        model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
+        return model
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Token rows for the trainer (`input_ids`, `labels`), a digest of all of them, and how many had no label.
+
+    `labels` are as many as the ids, or the one class of the text.
+    """
+
+    rows: list[dict[str, Any]]
+    digest: str
+    skipped: int
+
+
+def read_model(directory: Path, name: str) -> TrainModel:
+    """Read config, tokenizer and headers. `name` is what the person called it: a path or a Hub id."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    from onelayer.compiler.models.transformers_models import model_class
+
+    document = read_json(directory / "config.json")
+    method = (document.get("quantization_config") or {}).get("quant_method")
+    digest = model_digest(directory)
+    ranks: Mapping[str, int] = {}
+    base = {"model": name, "revision": _snapshot_revision(directory), "digest": digest}
+    if method == "onelayer":
+        facts = Emulator.open(directory).facts
+        ranks = facts.compressed
+        base = {"model": facts.base_model, "revision": facts.base_revision, "digest": facts.base_digest}
+    elif method is not None:
+        raise InputError(f"{directory}/config.json: quantization_config: {method!r} weights; give an emulator")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    loaded_class = model_class(config, directory)
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
+    if loaded_class.__name__ not in known and classes is None:
+        raise InputError(
+            f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
+            "training needs"
+        )
+    return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
+
+
+def _snapshot_revision(directory: Path) -> str | None:
+    """The commit of a model from the Hub's cache, whose snapshots are named by it."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
+    """Tokenise, leave out and count examples without a label, which would only cost time."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    digest = hashlib.sha256()
+    rows = []
+    skipped = 0
+    for example in read_examples(data):
+        tokens = tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)
+        if not tokens.labelled:
+            skipped += 1
+            continue
+        if limit is not None and len(tokens.input_ids) > limit:
+            raise InputError(
+                f"{example.source}: {len(tokens.input_ids)} tokens, and {model.directory} has positions for {limit}; "
+                f"set max_length to {limit} or less"
+            )
+        for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+        labels = tokens.labels if tokens.label is None else tokens.label
+        rows.append({"input_ids": tokens.input_ids, "labels": labels})
+    if not rows:
+        raise InputError(f"{data}: no example has a labelled token within max_length {max_length}; raise it")
+    return TrainData(rows, digest.hexdigest(), skipped)

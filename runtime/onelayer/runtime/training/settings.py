@@ -1,0 +1,184 @@
+"""What a person asks of training in, checked arguments for PEFT's LoraConfig and TRL's SFTConfig out; torch-free.
+
+The few common settings have names of their own (`TrainSettings`); everything else that SFTConfig and LoraConfig know
+can be passed under its own name in `args` and `lora`, and is checked here before any weight is read.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationError
+
+from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
+from onelayer.compiler.errors import InputError
+from onelayer.runtime.faults import faults_of, written
+from onelayer.runtime.training.trainer_args import trainer_args_model
+
+INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
+
+
+Where = Literal["none", "layer", "sublayer"]
+# A number of rows (strict, so that 1.0 is not taken for one row), a share of the hidden size, or by measurement.
+ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
+
+
+class TrainSettings(BaseModel):
+    """The settings of `train_lora` that have a name of their own, with its defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    lora_rank: PositiveInt = 8
+    lora_alpha: PositiveInt = 8
+    target_modules: str | list[str] = "all-linear"
+    learning_rate: PositiveFloat = 2e-4  # ten times TRL's default, which is meant for full tuning
+    max_steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    batch_size: PositiveInt = 8
+    gradient_accumulation: PositiveInt = 1
+    max_length: int = Field(512, ge=2)
+    seed: NonNegativeInt = 0
+    activations: Where = "none"
+    activation_rank: ActivationRank = 0.125
+    activation_report: bool = False
+
+
+# Our names, and the names that SFTConfig and LoraConfig have for the same.
+TRAINER_NAMES = {
+    "learning_rate": "learning_rate",
+    "max_steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+}
+LORA_NAMES = {"lora_rank": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
+LORA_SHORT = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+
+# Defaults that differ from SFTConfig's. Losses are logged at every step, so that a resumed run can report their mean.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "activation_checkpointing": False,
+    "logging_nan_inf_filter": False,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_steps": 100,
+    "save_total_limit": 2,
+}
+
+# Names that transformers 5.23 deprecates, and whose value it ignores where the new name has one.
+RENAMED_ARGS = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+# SFTConfig arguments that would be ignored here, or undo what is promised, and what to do instead.
+REFUSED_ARGS = {
+    **dict.fromkeys(("output_dir", "resume_from_checkpoint", "seed", "max_length"), "train_lora has its own parameter"),
+    **dict.fromkeys(
+        ("assistant_only_loss", "chat_template_path", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"),
+        "onelayer labels the data itself; change the data",
+    ),
+    **dict.fromkeys(
+        ("dataset_text_field", "eos_token", "pad_token", "truncation_mode"),
+        "onelayer tokenises the data itself; change the data or the tokenizer's files",
+    ),
+    **dict.fromkeys(("eval_strategy", "do_eval", "load_best_model_at_end"), "score with `onelayer evaluate` instead"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the finished adapter yourself"),
+    "model_init_kwargs": "the emulator is loaded as it is",
+    "trust_remote_code": "remote code is never run",
+}
+
+
+class LoraFields(BaseModel):
+    """LoraConfig's fields under which the adapter stays W + s B A, which is what correction can be solved for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    r: PositiveInt
+    lora_alpha: PositiveInt
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None = None
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, PositiveInt] = {}
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: str | list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+
+
+def train_settings(**values: Any) -> TrainSettings:
+    """Check the named settings. Raises `InputError` naming the first that is wrong."""
+    settings: TrainSettings = _checked(TrainSettings, values, "")
+    if settings.max_steps is not None and settings.epochs is not None:
+        raise InputError("max_steps and epochs both say when to stop; give one of them")
+    if settings.activation_report and settings.activations == "none":
+        raise InputError("activation_report: nothing is compressed; set activations to layer or sublayer")
+    return settings
+
+
+def lora_fields(settings: TrainSettings, lora: Mapping[str, Any] | None, compressed: Mapping[str, int]) -> LoraFields:
+    """The fields of the LoraConfig. `compressed` holds the modules that have no weight, by name.
+
+    Raises `InputError` for variants that are not plain LoRA, and for fields that no LoraConfig has.
+    """
+    given = {LORA_SHORT.get(name, name): value for name, value in (lora or {}).items()}
+    for name, value in given.items():
+        if name in VARIANT_FIELDS and value:
+            raise InputError(
+                f"lora.{name}: {VARIANT_FIELDS[name]} cannot be corrected for the original; train plain LoRA"
+            )
+    init = str(given.get("init_lora_weights")).lower()
+    for prefix, variant in VARIANT_INITS.items():
+        if init.startswith(prefix):
+            raise InputError(
+                f"lora.init_lora_weights: {variant} changes the base weight; use true, gaussian or orthogonal"
+            )
+    fields: LoraFields = _checked(LoraFields, {**_once(settings, given, LORA_NAMES, "lora"), **given}, "lora")
+    for wanted in fields.modules_to_save or []:
+        hit = next((name for name in compressed if name == wanted or name.endswith(f".{wanted}")), None)
+        if hit is not None:
+            raise InputError(
+                f"lora.modules_to_save: {hit} is compressed in the emulator and cannot be saved for the original"
+            )
+    return fields
+
+
+def trainer_arguments(settings: TrainSettings, args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of the SFTConfig but its folder. Numbers written as text, as YAML reads 1e-4, become numbers."""
+    given = dict(args or {})
+    for name in given:
+        if name in REFUSED_ARGS:
+            raise InputError(f"args.{name}: cannot be set here, {REFUSED_ARGS[name]}")
+    model = trainer_args_model()
+    if model is None:
+        raise InputError(INSTALL)
+    given = _checked(model, given, "args").model_dump(exclude_unset=True)
+    given = {RENAMED_ARGS.get(name, name): value for name, value in given.items()}
+    if settings.activations != "none" and given.get("activation_checkpointing"):
+        raise InputError(
+            f"args.activation_checkpointing: activations={settings.activations} recomputes layers already; leave it out"
+        )
+    own = {name: value for name, value in _once(settings, given, TRAINER_NAMES, "args").items() if value is not None}
+    fixed = {"max_length": settings.max_length, "seed": settings.seed, "disable_tqdm": True}
+    return {**TRAINER_DEFAULTS, **own, **given, **fixed}
+
+
+def _once(settings: TrainSettings, given: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Our settings under their foreign names. One set in both places, differently, is refused."""
+    for ours, theirs in names.items():
+        value, default = getattr(settings, ours), TrainSettings.model_fields[ours].default
+        if theirs in given and value not in (default, given[theirs]):
+            raise InputError(f"{ours} is {value!r} and {where}.{theirs} is {given[theirs]!r}; give it once")
+    return {theirs: getattr(settings, ours) for ours, theirs in names.items()}
+
+
+def _checked(model: type[BaseModel], values: Mapping[str, Any], where: str) -> Any:
+    """Validate, or raise an `InputError` naming the first fault as `where.field`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        place, text = faults_of(error, model, dict(values))[0]
+        raise InputError(f"{written((where, *place) if where else place)}: {text}") from None

@@ -1,0 +1,170 @@
+"""A model, token rows and checked arguments in, a trainer with a fresh LoRA adapter attached out.
+
+Imports trl, transformers and torch; import it where training starts.
+"""
+
+import math
+import warnings
+from contextlib import nullcontext
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.errors import InputError
+from onelayer.runtime.activations.figures import SavedBytes
+from onelayer.runtime.training.callbacks import MarkComplete, Progress
+from onelayer.runtime.training.compressed_activations import TrainActivations
+from onelayer.runtime.training.inputs import TrainData, TrainModel
+from onelayer.runtime.training.settings import LoraFields
+
+
+class _Watched(Trainer):
+    """A Trainer that stops before a step on a loss that is no number, and measures its first forward pass."""
+
+    saved_activation_bytes: int | None = None
+    activations: TrainActivations | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL's; PEFT's use of a deprecated name of transformers is nothing that a user could mend."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; in the first call, what is saved for its backward pass is counted."""
+        if self.saved_activation_bytes is not None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        compressed = nullcontext(None) if self.activations is None else self.activations.counted()
+        with SavedBytes(model) as saved, compressed as figures:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.saved_activation_bytes = saved.total(figures)
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch; raises before the optimiser can use a loss that is no number."""
+        if self.activations is not None and self.activations.unseen:
+            self.activations.look(lambda: self._plain_loss(model, inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not math.isfinite(float(loss)):
+            step = self.state.global_step + 1
+            raise FloatingPointError(
+                f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
+            )
+        return loss
+
+    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The model's own loss of a batch, past the metrics that TRL collects and past DDP's bookkeeping."""
+        bare = self.accelerator.unwrap_model(model).train()
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = bare(**self._prepare_inputs(inputs)).loss
+        return loss
+
+
+class LoraTrainer(_Watched, SFTTrainer):
+    """For models that predict tokens."""
+
+
+class ClassTrainer(_Watched):
+    """For sequence classifiers, whose rows are padded to the longest of their batch."""
+
+
+def make_trainer(
+    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, cuda: bool
+) -> LoraTrainer | ClassTrainer:
+    """The trainer for what the model predicts. Raises `InputError` where arguments or targets do not fit together."""
+    dtype = model.config.dtype
+    precision = {"bf16": cuda and dtype == torch.bfloat16, "fp16": cuda and dtype == torch.float16}
+    own = {"output_dir": str(work), "use_cpu": not cuda, **precision}
+    make = _token_trainer if model.classes is None else _class_trainer
+    try:
+        trainer = make(model, examples, fields, {**own, **arguments})
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:  # combinations of arguments, and target modules, that they refuse
+        raise InputError(f"training cannot start: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _token_trainer(
+    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
+) -> LoraTrainer:
+    # Rows are ready for the collator as they are, unless TRL is to pack them.
+    config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
+    loaded = model.load()
+    return LoraTrainer(
+        model=loaded,
+        args=config,
+        train_dataset=Dataset.from_list(examples.rows),
+        processing_class=model.tokenizer,
+        peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
+        callbacks=[Progress(), MarkComplete()],
+    )
+
+
+def _class_trainer(
+    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
+) -> ClassTrainer:
+    """The head is a module to save, as PEFT has it, or with an empty `modules_to_save` left as it is."""
+    del arguments["max_length"]  # rows are cut already
+    for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
+        if name in arguments:
+            raise InputError(f"args.{name}: is for models that predict tokens, not for {model.directory}; leave it out")
+    pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
+    if arguments["per_device_train_batch_size"] > 1 and (None in pads or pads[0] != pads[1]):
+        raise InputError(
+            f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
+            "classifier cannot tell where padded texts end; set both alike, or set batch_size to 1"
+        )
+    config = TrainingArguments(**arguments)
+    loaded = model.load()
+    set_seed(config.seed)
+    if fields.modules_to_save == []:
+        excluded = fields.exclude_modules  # a pattern is a person's whole choice
+        if not isinstance(excluded, str):
+            excluded = [*(excluded or ()), *SEQ_CLS_HEAD_NAMES]
+        lora = _lora_config(loaded, fields, modules_to_save=None, exclude_modules=excluded)
+    else:
+        lora = _lora_config(loaded, fields, task_type="SEQ_CLS")
+    return ClassTrainer(
+        model=peft.get_peft_model(loaded, lora),
+        args=config,
+        train_dataset=Dataset.from_list(examples.rows),
+        data_collator=DataCollatorWithPadding(model.tokenizer),
+        compute_loss_func=_class_loss,
+        processing_class=model.tokenizer,
+        callbacks=[Progress(), MarkComplete()],
+    )
+
+
+def _class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cross-entropy over the rows of a step. Some models' own is over a micro-batch, whatever its share."""
+    loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _lora_config(loaded: PreTrainedModel, fields: LoraFields, **more: Any) -> peft.LoraConfig:
+    transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
+    targets = linear_targets(loaded, fields.target_modules)
+    given = {**fields.model_dump(), "target_modules": targets, "fan_in_fan_out": transposed, **more}
+    return peft.LoraConfig(**given)

@@ -1,0 +1,76 @@
+"""How long a correction takes, in units of reading the same bytes once: python -m scripts.bench.correct [--runs 5].
+
+Writes a Llama of random weights (at least 2 GB), an emulator and an adapter to a temporary directory, and times in turn
+a bare read of the bytes that the correction needs and the correction, from the disk and from the system's cache.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from onelayer.compiler import correct_adapter
+from onelayer.compiler.storage.checkpoint import model_digest
+from scripts.bench.files import (
+    Shape,
+    forget,
+    measured,
+    read_once,
+    spread,
+    tensors_of,
+    write_adapter,
+    write_emulator,
+    write_original,
+)
+
+
+def main() -> None:
+    """Make the files, time the pairs, print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--ratio", type=float, default=0.25)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="onelayer-bench-") as folder:
+        os.environ["ONELAYER_HOME"] = f"{folder}/home"
+        root, shape = Path(folder), Shape(layers=options.layers)
+        write_original(root / "original", shape)
+        write_emulator(root / "emulator", root / "original", shape, options.ratio)
+        write_adapter(root / "adapter", shape, options.rank)
+        for name in ("original", "emulator"):
+            seconds = measured(lambda name=name: model_digest(root / name))  # type: ignore[misc]
+            print(f"{name} hashed in {seconds:.2f} s, once for each checkpoint")
+        run_pairs(root, options.runs)
+
+
+def run_pairs(root: Path, runs: int) -> None:
+    """Time reading and correcting in turn, cold and warm."""
+    inputs = [root / "original", root / "emulator"]
+    tensors = tensors_of(inputs, ".layers.")
+    tensors = [info for info in tensors if "norm" not in info.name]
+    print(f"{sum(info.size_bytes for info in tensors) / 1e9:.2f} GB to read")
+    for state in ("disk", "cache"):
+        reads, corrections = [], []
+        for _ in range(runs):
+            if state == "disk":
+                forget(inputs)
+            reads.append(measured(lambda: read_once(tensors)))
+            if state == "disk":
+                forget(inputs)
+            corrections.append(measured(lambda: correct(root)))
+            shutil.rmtree(root / "out")
+        ratios = [correction / read for correction, read in zip(corrections, reads, strict=True)]
+        print(f"from the {state}: read {spread(reads)} s, correct {spread(corrections)} s, ratio {spread(ratios)}")
+
+
+def correct(root: Path) -> None:
+    """One correction, as a user would call it."""
+    correct_adapter(
+        root / "adapter", emulator=root / "emulator", model=root / "original", output=root / "out", limit=3.0
+    )
+
+
+if __name__ == "__main__":
+    main()

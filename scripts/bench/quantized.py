@@ -1,0 +1,64 @@
+"""One training step on emulators of equal rank, by factor dtype: forward and backward, the dtypes in turn.
+
+    python -m scripts.bench.quantized --model DIR --train train.jsonl [--ratio 0.25]
+
+What an emulator of some bytes is good for is measured by bench_quality.py.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from onelayer.compiler import compile_emulator
+from onelayer.runtime import load_emulator
+
+DTYPES = (None, "bf16", "int8", "nf4")
+
+
+def main() -> None:
+    """Compile the emulators, time the steps, print a line for each dtype."""
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory() as name:
+        models = {str(dtype): _adapted(arguments, Path(name) / str(dtype), dtype) for dtype in DTYPES}
+        vocabulary = models["None"].config.vocab_size
+        ids = torch.arange(arguments.batch_size * arguments.max_length).reshape(arguments.batch_size, -1) % vocabulary
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(arguments.rounds + 1):  # the first warms up
+            for name, model in models.items():
+                started = time.perf_counter()
+                model(input_ids=ids, labels=ids).loss.backward()
+                seconds[name].append(time.perf_counter() - started)
+    reference = median(seconds["bf16"][1:])
+    for name, values in seconds.items():
+        label = "float" if name == "None" else name
+        print(f"{label:6}{median(values[1:]):9.3f} s{median(values[1:]) / reference:8.3f} of bf16, {arguments.ratio}")
+
+
+def _adapted(arguments: argparse.Namespace, path: Path, dtype: Any) -> Any:
+    """An emulator of that dtype with a fresh LoRA on all linears."""
+    settings: dict[str, Any] = {"ratio": arguments.ratio, "factor_dtype": dtype, "samples": 8, "max_length": 64}
+    compile_emulator(arguments.model, arguments.train, path, **settings)
+    lora = LoraConfig(r=arguments.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(load_emulator(path), lora)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of a causal model")
+    parser.add_argument("--train", required=True, help="data for the calibration")
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=13)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--lora-rank", type=int, default=8)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

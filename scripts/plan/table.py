@@ -1,0 +1,121 @@
+"""What would fit: predictions for public models, typed in by their dimensions, on cards of 8 to 24 GB, as markdown.
+
+    python -m scripts.plan.table
+
+Nothing here is measured but the two figures of the EMLoC paper (arXiv 2506.12015, table 1) that stand beside models of
+their size. Durations assume the disk and the card named in the table's caption.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from onelayer.runtime.planning.plan import PlanResult, plan_run
+from onelayer.runtime.planning.read_shapes import read_shapes
+from onelayer.runtime.planning.speed import Speed
+from onelayer.runtime.planning.train_memory import Setting, emulator_bytes, train_memory
+
+GIB = 1 << 30
+CARDS_GIB = (8, 12, 16, 24)
+MAX_LENGTH, BATCH_SIZE = 1024, 4
+ASSUMED = Speed(read_bytes_per_second=3e9, flops_per_second=6e13, device="assumed")
+
+# Dimensions as in the models' own config.json. `paper`: GB that EMLoC reports for tuning a model of about that size.
+DENSE: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+MIXTURE: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16"}
+
+
+def _dense(
+    hidden: int, inner: int, layers: int, heads: int, groups: int, width: int, vocabulary: int
+) -> dict[str, Any]:
+    return DENSE | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": width,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "8B dense (Llama 3 8B)": _dense(4096, 14336, 32, 32, 8, 128, 128256),
+    "14B dense (Qwen3 14B)": _dense(5120, 17408, 40, 40, 8, 128, 151936),
+    "20B dense (InternLM 2.5 20B)": _dense(6144, 16384, 48, 48, 8, 128, 92544),
+    "32B dense (Qwen3 32B)": _dense(5120, 25600, 64, 64, 8, 128, 151936),
+    "70B dense (Llama 3 70B)": _dense(8192, 28672, 80, 64, 8, 128, 128256),
+    "30B mixture, 3B active (Qwen3 30B-A3B)": MIXTURE
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
+}
+
+PAPER_MODELS = ("20B dense (InternLM 2.5 20B)", "32B dense (Qwen3 32B)")
+PAPER_NOTE = "EMLoC reports 18.6 GB for a 26B and 20.1 GB for a 38B vision-language model, both with an emulator of 5B"
+
+
+def main() -> None:
+    """Print the table."""
+    print(
+        f"Predictions, not measurements: LoRA of rank 8, batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, bfloat16; the"
+    )
+    print("dtype of the emulator's factors and the ratio of the weights they keep, how activations are stored, and the")
+    print(
+        "peaks of training / compiling on the card in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a"
+    )
+    print("card of 60 TFLOP/s.\n")
+    head = ["model", *(f"{card} GB card" for card in CARDS_GIB), "polish step"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, config in MODELS.items():
+        plans = [planned(config, card * GIB) for card in CARDS_GIB]
+        assert plans[-1].seconds is not None
+        print(f"| {' | '.join([name, *map(cell, plans), f'{plans[-1].seconds.polish_step:.0f} s'])} |")
+    print(f"\n{PAPER_NOTE}. Their language models have 20B and 32B parameters; with an emulator of 5B of those")
+    print(f"and one example of {MAX_LENGTH} tokens at a time:\n")
+    for name in PAPER_MODELS:
+        emulator, peak = small_emulator(MODELS[name])
+        print(f"- {name}: emulator {emulator / 1e9:.1f} GB, training {peak / 1e9:.1f} GB, predicted")
+
+
+def planned(config: dict[str, Any], memory_bytes: int) -> PlanResult:
+    """The plan for one card."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return plan_run(folder, memory_bytes, max_length=MAX_LENGTH, batch_size=BATCH_SIZE, speed=ASSUMED)
+
+
+def cell(plan: PlanResult) -> str:
+    """Factor dtype and ratio, how activations are stored, and the two peaks."""
+    if plan.ratio is None:
+        return "does not fit"
+    stored = "whole" if plan.activations == "none" else f"{plan.activations} 1/{round(1 / (plan.activation_rank or 1))}"
+    peaks = f"{plan.predicted.train_bytes / GIB:.1f} / {plan.predicted.compile_bytes / GIB:.1f}"
+    return f"{plan.factor_dtype} {plan.ratio:.2f}, {stored}, {peaks}"
+
+
+def small_emulator(config: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of an emulator of 5B parameters, and of training on it with whole activations."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        shapes = read_shapes(Path(folder))
+    ratios = [step / 1000 for step in range(10, 950)]
+    ratio = max(ratio for ratio in ratios if emulator_bytes(shapes, ratio) <= 5e9 * shapes.value_bytes)
+    emulator = emulator_bytes(shapes, ratio)
+    return emulator, train_memory(shapes, emulator, Setting(1, MAX_LENGTH)).peak
+
+
+if __name__ == "__main__":
+    main()

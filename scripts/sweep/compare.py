@@ -1,0 +1,132 @@
+"""The sweep's comparison: a resident model and a directory go in, what both answer to the same batches comes out."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
+
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming import stream
+from scripts.sweep.inputs import Batch, candidates
+
+CPU = torch.device("cpu")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip().splitlines() or [""])[0][:150]
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without cache, as streaming runs it, and without gradients, which make some products another way."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if "use_cache" in getattr(config, "__dict__", {}):
+            config.use_cache = False  # type: ignore[union-attr]
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def outputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[list[torch.Tensor]]:
+    """Every tensor of the model's answer to each batch."""
+    with torch.no_grad():
+        return [tensors_of(model(**batch)) for batch in batches]
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors of an output in their order; deferred logits are formed."""
+    leaves = tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
+    return [
+        leaf.materialize() if isinstance(leaf, DeferredLogits) else leaf
+        for leaf in leaves
+        if isinstance(leaf, torch.Tensor)
+    ]
+
+
+def first_that_runs(model: PreTrainedModel, registry: str) -> tuple[str, list[Batch]]:
+    """The first batches that the resident model accepts, best those whose images or sound change its answer."""
+    failures: list[str] = []
+    ignored: list[tuple[str, list[Batch]]] = []
+    for kind, batches in candidates(model, registry):
+        try:
+            answers = outputs_of(model, batches)
+            if kind != "text" and not difference(answers, outputs_of(model, [turned(batch) for batch in batches])):
+                ignored.append((f"{kind} (hardly any effect)", batches))
+                continue
+        except TimeoutError:
+            raise
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {first_line(error)}")
+            continue
+        if kind == "text" and (ignored or failures):
+            return ignored[0] if ignored else (f"text (not more: {failures[0]})", batches)
+        return kind, batches
+    if ignored:
+        return ignored[0]
+    raise RuntimeError("; ".join(dict.fromkeys(failures)))
+
+
+def turned(batch: Batch) -> Batch:
+    """The batch with its images and sound the other way round; patches that begin with where they lie, negative."""
+
+    def one(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name == "flattened_patches":
+            return torch.cat([value[..., :2], -value[..., 2:]], dim=-1)
+        return value.flip(-1) if value.is_floating_point() else value
+
+    return {name: one(name, value) for name, value in batch.items()}
+
+
+def difference(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> float:
+    """The largest difference of any tensor, relative to that tensor's largest value; infinite where shapes differ."""
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        if [item.shape for item in ours] != [item.shape for item in theirs]:
+            return float("inf")
+        for one, other in zip(ours, theirs, strict=True):
+            if not torch.equal(one, other):
+                one, other = one.double(), other.double()
+                same = (one == other) | (one.isnan() & other.isnan())
+                distance = (one - other).abs().masked_fill(same, 0.0)
+                worst = max(worst, float(distance.max() / other[other.isfinite()].abs().max().clamp_min(1e-12)))
+    return worst
+
+
+def streamed_outputs(
+    directory: Path, batches: list[Batch]
+) -> tuple[list[list[torch.Tensor]], Counter[str], StreamedModel]:
+    """Stream some batches as onto another device, where nothing is shared with the host: outputs, loads by unit."""
+    outputs: dict[int, Any] = {}
+    loads: Counter[str] = Counter()
+    streamed = StreamedModel(directory)
+
+    @contextlib.contextmanager
+    def around(unit: Unit) -> Iterator[None]:
+        loads[unit.name] += 1
+        yield
+
+    def copied(values: Any, device: torch.device) -> Any:
+        return tree_map_only(torch.Tensor, lambda x: x.clone() if type(x) is torch.Tensor else x, values)
+
+    with Meter(CPU) as meter, mock.patch.object(stream, "move", copied):
+        stream.Stream(streamed, CPU, meter, around=around).run(batches, outputs.__setitem__)
+    return [tensors_of(outputs[index]) for index in range(len(batches))], loads, streamed
+
+
+def moved(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, its weights 16 bytes behind where they would lie by themselves."""
+    for parameter in model.parameters():
+        skip = 16 // parameter.element_size()
+        place = torch.empty(parameter.numel() + skip, dtype=parameter.dtype)[skip:].view(parameter.shape)
+        parameter.data = place.copy_(parameter.data)
+    return model

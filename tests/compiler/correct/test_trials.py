@@ -1,0 +1,227 @@
+"""The limit chosen on held-out data: each loss is that of the adapter which the candidate would write."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.peft_adapters import load_original, random_adapter
+from helpers.reference_emulators import write_emulator
+from helpers.tiny_models import save_tiny
+from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.correct import trials
+from onelayer.compiler.correct.candidates import CANDIDATES
+from onelayer.compiler.correct.command import CorrectResult, correct_adapter
+from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.command import evaluate_model
+from onelayer.compiler.evaluate.scoring import Samples, parked_bytes
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.streaming.spill import Parking
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "what is the sum of two and three ?", "name a city"]
+LORA: dict[str, dict[str, Any]] = {
+    "llama": {"r": 3, "lora_alpha": 12, "target_modules": "all-linear"},
+    "gpt2": {"r": 3, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"]},
+    "qwen3_moe": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]},
+    "gemma2": {"r": 2, "use_rslora": True, "target_modules": ["up_proj"], "modules_to_save": ["norm"]},
+    "llama_tied": {"r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [5, 3]},
+}
+
+
+class Setting:
+    def __init__(self, root: Path, family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> None:
+        self.root = root
+        model = save_tiny(family, root / "original", dtype, shards=2)
+        skip = ("gate", "experts") if "moe" in family else ()
+        write_emulator(model, root / "original", root / "emulator", ratio=0.3, skip=skip)
+        random_adapter(load_original(root / "original"), root / "adapter", **lora)
+        self.data = root / "held-out.jsonl"
+        self.data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+    def correct(self, name: str, **changes: Any) -> CorrectResult:
+        paths = {"emulator": self.root / "emulator", "model": self.root / "original", "output": self.root / name}
+        return correct_adapter(self.root / "adapter", **{**paths, **changes})
+
+
+@pytest.mark.parametrize("family", LORA)
+def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, family, **LORA[family])
+    result = setting.correct("auto", limit="auto", data=setting.data, batch_size=2)
+    assert result.candidates is not None
+    assert [(item.solver, item.limit, item.scale) for item in result.candidates] == list(CANDIDATES)
+    best = min(result.candidates, key=lambda candidate: candidate.loss)
+    assert (result.limit, result.solver, result.scale) == (best.limit, best.solver, best.scale)
+    assert len({round(candidate.loss, 5) for candidate in result.candidates}) > 2
+    paths = []
+    for number, (solver, limit, scale) in enumerate(CANDIDATES):
+        if (solver, scale) == ("span", 1.0):
+            paths.append(Path(setting.correct(f"alone-{number}", limit=limit).output))
+        else:
+            monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", ((solver, limit, scale),))
+            paths.append(Path(setting.correct(f"alone-{number}", limit="auto", data=setting.data).output))
+            monkeypatch.undo()
+    scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "adapter", *paths]).results[1:]
+    for candidate, score in zip(result.candidates, scores[1:], strict=True):
+        assert candidate.loss == pytest.approx(score.loss, rel=1e-5)
+    assert scores[0].loss == pytest.approx(result.candidates[0].loss, rel=1e-5), "limit 0 is the adapter as trained"
+    same = paths[result.candidates.index(best)]
+    assert Checkpointless(tmp_path / "auto").close_to(Checkpointless(same))
+    record = read_json(tmp_path / "auto/onelayer.json")
+    assert (record["limit"], record["solver"], record["scale"]) == (best.limit, best.solver, best.scale)
+    assert record["candidates"] == [candidate.model_dump() for candidate in result.candidates]
+    assert len(record["validation"]["digest"]) == 64
+
+
+class Checkpointless:
+    """The tensors of a written adapter."""
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.tensors = load_file(directory / "adapter_model.safetensors")
+
+    def close_to(self, other: "Checkpointless") -> bool:
+        assert self.tensors.keys() == other.tensors.keys()
+        return all(
+            torch.allclose(tensor, other.tensors[name], rtol=1e-4, atol=1e-5) for name, tensor in self.tensors.items()
+        )
+
+
+@pytest.mark.usefixtures("factor_dtype")
+def test_the_losses_are_those_of_the_emulators_own_weights(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    found = setting.correct("auto", limit="auto", data=setting.data).candidates
+    assert found is not None
+    alone = setting.correct("alone", limit=None).output
+    (score,) = evaluate_model(tmp_path / "original", setting.data, adapters=[alone]).results[1:]
+    whole = next(item for item in found if (item.solver, item.limit, item.scale) == ("span", None, 1))
+    assert whole.loss == pytest.approx(score.loss, rel=1e-5)
+
+
+@pytest.mark.usefixtures("factor_dtype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: torch.dtype, tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", dtype, **LORA["llama"])
+    result = setting.correct("auto", limit="auto", data=setting.data)
+    one_pass = evaluate_model(tmp_path / "original", setting.data).report.bytes_read
+    tensors = Checkpoint.open(tmp_path / "emulator").tensors.values()
+    factors = sum(info.size_bytes for info in tensors if ".lr_" in info.name)
+    assert result.report.bytes_read == one_pass + factors
+    assert result.report.peak_host_bytes > 0
+
+
+def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide enough for tensors that are worth filing: what every variant parks fits the prediction, or the budget."""
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    setting.data.write_text("".join(json.dumps({"text": f"{text} " * 20}) + "\n" for text in TEXTS * 2))
+    made: list[Parking] = []
+    held: list[int] = []
+    own = Parking.hold
+
+    class Noted(Parking):
+        def __init__(self, budget_bytes: int | None = None) -> None:
+            super().__init__(budget_bytes)
+            made.append(self)
+
+        def hold(self, arguments: Any) -> None:
+            own(self, arguments)
+            held.append(self.held_bytes)
+
+    monkeypatch.setattr("onelayer.compiler.correct.trials.Parking", Noted)
+    free = setting.correct("free", limit="auto", data=setting.data)
+    most = max(held)
+    assert most > 0
+    tokenizer = load_tokenizer(tmp_path / "original")
+    batches = Samples.read(setting.data, tokenizer, 512).batches(StreamedModel(tmp_path / "original").config, 1)
+    streamed, variants = StreamedModel(tmp_path / "original"), 1 + len(CANDIDATES)
+    predicted = parked_bytes(streamed, batches, variants, made[0])
+    assert most <= predicted
+    assert free.report.workspace_bytes >= predicted
+    held.clear()
+    tight = setting.correct("tight", limit="auto", data=setting.data, host_memory_bytes=most // 4)
+    assert max(held) <= most // 4
+    assert made[1].spilled_bytes > most // 4
+    assert free.report.workspace_bytes - tight.report.workspace_bytes >= most // 2
+    assert tight.candidates == free.candidates
+    assert Checkpointless(tmp_path / "tight").close_to(Checkpointless(tmp_path / "free"))
+
+
+def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", (("span", 3.0, 1.1),))
+    setting.correct("auto", limit="auto", data=setting.data)
+    whole = trials.try_limits
+
+    def without_last(*arguments: Any) -> Any:
+        found = whole(*arguments)
+        return replace(found, gaps={name: gap for name, gap in found.gaps.items() if "layers.1" not in name})
+
+    monkeypatch.setattr("onelayer.compiler.correct.command.try_limits", without_last)
+    setting.correct("again", limit="auto", data=setting.data)
+    assert Checkpointless(tmp_path / "again").close_to(Checkpointless(tmp_path / "auto"))
+
+
+def test_a_scale_holds_for_every_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the emulator kept whole too: with no correction, the written adapter is the trained one, scaled."""
+    setting = Setting(tmp_path, "qwen3_moe", r=3, lora_alpha=6, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", (("span", 0.0, 1.2),))
+    result = setting.correct("auto", limit="auto", data=setting.data)
+    assert {linear.compressed for linear in result.linears} == {True, False}
+    plain, scaled = (Adapter.open(tmp_path / name) for name in ("adapter", "auto"))
+    for name, module in plain.modules.items():
+        (a, b), (c, d) = plain.factors(name), scaled.factors(name)
+        was, now = module.scaling * b @ a, scaled.modules[name].scaling * d @ c
+        assert torch.allclose(1.2 * was, now, rtol=1e-4, atol=1e-6), name
+    scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "auto"]).results
+    assert result.candidates is not None
+    assert scores[1].loss == pytest.approx(result.candidates[0].loss, rel=1e-5)
+
+
+def test_by_default_it_is_chosen_where_there_is_something_to_choose_by(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    chosen, plain = setting.correct("chosen", data=setting.data), setting.correct("plain")
+    assert chosen.candidates is not None
+    assert (plain.candidates, plain.limit, plain.solver, plain.scale) == (None, 3.0, "span", 1.0)
+
+
+def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    for changes, message in (
+        ({"limit": "auto"}, "name some with --data"),
+        ({"limit": 2.0, "data": setting.data}, "serves only --limit auto"),
+        ({"limit": "most"}, "must be a number, none, auto or default"),
+        ({"limit": "auto", "data": setting.data, "max_length": 1}, "no example has a labelled token"),
+        ({"limit": "auto", "data": setting.data, "batch_size": 0}, "at least 1"),
+        ({"limit": "auto", "data": tmp_path / "nowhere.jsonl"}, "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            setting.correct("out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_original_is_opened_without_weights(tmp_path: Path) -> None:
+    """Two skeletons are built (with and without PEFT), and both are empty when the pass is over."""
+    setting = Setting(tmp_path, "llama", **LORA["llama"])
+    opened: list[StreamedModel] = []
+    build = StreamedModel.__init__
+
+    def noted(self: StreamedModel, *arguments: Any, **named: Any) -> None:
+        opened.append(self)
+        build(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StreamedModel, "__init__", noted)
+        setting.correct("auto", limit="auto", data=setting.data)
+    for streamed in opened:
+        for name, parameter in streamed.model.named_parameters():
+            assert parameter.is_meta or "lora_" in name, name

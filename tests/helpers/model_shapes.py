@@ -1,0 +1,34 @@
+"""Shapes of models that are nowhere: typed in, for what the planner makes of them."""
+
+from onelayer.runtime.planning.read_shapes import shapes_of
+from onelayer.runtime.planning.shapes import ModelShapes
+
+Table = dict[str, tuple[int, ...]]
+
+
+def decoder(
+    hidden: int, inner: int, layers: int, vocabulary: int, *, narrow: int | None = None, value_bytes: int = 2
+) -> ModelShapes:
+    """A Llama; `narrow` are the features of its keys and values, by default as many as of its queries."""
+    table: Table = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
+    for number in range(layers):
+        parts = dict.fromkeys(("attention.q", "attention.o"), (hidden, hidden))
+        parts |= dict.fromkeys(("attention.k", "attention.v"), (narrow or hidden, hidden))
+        parts |= {**dict.fromkeys(("mlp.gate", "mlp.up"), (inner, hidden)), "mlp.down": (hidden, inner)}
+        table |= {f"layers.{number}.{part}.weight": shape for part, shape in parts.items()}
+    return shapes_of("typed in", {"hidden_size": hidden, "vocab_size": vocabulary}, table, value_bytes, False)
+
+
+def mixture(
+    hidden: int, inner: int, layers: int, vocabulary: int, *, experts: int, per_token: int, value_bytes: int = 2
+) -> ModelShapes:
+    """One whose layers have nothing but attention and `experts`, of which a token is sent to `per_token`."""
+    table: Table = {"embed.weight": (vocabulary, hidden)}
+    for layer in range(layers):
+        table |= {f"layers.{layer}.attention.{name}.weight": (hidden, hidden) for name in "qkvo"}
+        for expert in range(experts):
+            place = f"layers.{layer}.experts.{expert}"
+            table |= {f"{place}.{name}.weight": (inner, hidden) for name in ("gate", "up")}
+            table[f"{place}.down.weight"] = (hidden, inner)
+    config = {"hidden_size": hidden, "vocab_size": vocabulary, "num_experts_per_tok": per_token}
+    return shapes_of("typed in", config, table, value_bytes, False)

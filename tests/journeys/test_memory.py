@@ -1,0 +1,110 @@
+"""The memory contract, measured in fresh processes: batches, long samples and prompts, and mixtures stay inside it."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.tiny_models import build, causal, tiny_tokenizer
+from onelayer.compiler.compile.command import compile_emulator
+from onelayer.compiler.polish.command import polish_adapter
+from onelayer.compiler.refine.command import refine_emulator
+from onelayer.compiler.results import Report
+
+WORDS = "the quick brown fox jumps over the lazy dog "
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+# Reads long prompts and says little; one whose tokens are sent to half of its wide experts.
+READER = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 2, "num_heads": 4}
+MIXTURE = {"hidden_size": 128, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 4}
+MODULES = ["onelayer.compiler.polish.command", "onelayer.compiler.refine.command"]
+MODULES += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "t5")]
+
+
+def compiled(root: Path, **settings: Any) -> Report:
+    """Of the model and the data in `root`."""
+    given = {"host_memory_bytes": 0, "ratio": 0.2, **settings}
+    return compile_emulator(root / "model", root / "data.jsonl", root / "emulator", **given).report
+
+
+def refined(root: Path, **settings: Any) -> Report:
+    """The emulator that `compiled` left."""
+    given = {"model": root / "model", "calibration": root / "data.jsonl", "steps": 2, **settings}
+    return refine_emulator(root / "emulator", output=root / "refined", host_memory_bytes=0, **given).report
+
+
+def polished(root: Path, **settings: Any) -> Report:
+    """A fresh adapter."""
+    given = {"model": root / "model", "data": root / "data.jsonl", "lora_rank": 8, "steps": 1, **settings}
+    return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
+
+
+def run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any], home: str) -> None:
+    os.environ["ONELAYER_HOME"] = home
+    torch.set_num_threads(1)
+    (root / "report.json").write_text(command(root, **settings).model_dump_json())
+
+
+def measured(command: Callable[..., Report], root: Path, home: Path, **settings: Any) -> Report:
+    """Run in a child: a process that has computed before holds free memory, which would hide what this takes."""
+    (root / "report.json").unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+    process = context.Process(target=run_here, args=(command, root, settings, str(home)))
+    process.start()
+    process.join()
+    return Report.model_validate_json((root / "report.json").read_text())
+
+
+def prepare(root: Path, model: Any, rows: list[dict[str, str]]) -> None:
+    model.save_pretrained(root / "model")
+    tiny_tokenizer(root / "model")
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_promise(report: Report) -> None:
+    assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes
+
+
+@pytest.mark.parametrize(("batch_size", "max_length"), [(16, 64), (1, 1024)])
+def test_large_batches_and_long_samples_stay_within_the_prediction(
+    batch_size: int, max_length: int, tmp_path: Path, own_store: Path
+) -> None:
+    model = causal("Llama", num_hidden_layers=2, max_position_embeddings=1024, **WIDE)
+    prepare(tmp_path, model, [{"text": WORDS * 200}] * 16)
+    check_promise(measured(compiled, tmp_path, own_store, batch_size=batch_size, max_length=max_length))
+
+
+def test_the_holes_that_steps_leave_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
+    prepare(tmp_path, causal("Llama", num_hidden_layers=2, **WIDE), [{"text": WORDS * 100}] * 64)
+    measured(compiled, tmp_path, own_store, max_length=128)
+    reports = [measured(refined, tmp_path, own_store, batch_size=32, steps=8, max_length=128)]
+    settings = {"batch_size": 64, "micro_batch_size": 32, "steps": 3, "max_length": 128}
+    reports.append(measured(polished, tmp_path, own_store, **settings))
+    for report in reports:
+        assert report.peak_device_bytes > 256 << 20, "little is computed, so that nothing could be seen"
+        check_promise(report)
+
+
+def test_long_prompts_of_an_encoder_decoder_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model = build("T5Config", "T5ForConditionalGeneration", dropout_rate=0.0, **READER, **tokens)
+    prepare(tmp_path, model, [{"prompt": WORDS * 22, "completion": " fox"}] * 32)
+    settings = {"batch_size": 32, "max_length": 512}
+    reports = [measured(command, tmp_path, own_store, **settings) for command in (compiled, refined)]
+    for report in reports:
+        assert report.peak_device_bytes > 128 << 20, "little is computed, so that nothing could be seen"
+        check_promise(report)
+
+
+def test_routed_tokens_of_a_mixture_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
+    prepare(tmp_path, causal("Mixtral", **MIXTURE), [{"text": WORDS * 100}] * 32)
+    report = measured(polished, tmp_path, own_store, batch_size=32, micro_batch_size=32, max_length=128)
+    check_promise(report)
+    measured(compiled, tmp_path, own_store, max_length=128)
+    report = measured(refined, tmp_path, own_store, batch_size=32, max_length=128)
+    check_promise(report)

@@ -1,0 +1,61 @@
+"""The commands in a process of their own: what is imported, what values are read and how they are written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.fake_steps import write_project
+from helpers.places import ROOT
+from onelayer.runtime.cli.options import parse_bytes, parse_limit, parse_target_modules
+from onelayer.runtime.reporting.tables import table
+from onelayer.runtime.sizes import size
+
+
+def test_text_becomes_values() -> None:
+    assert parse_bytes("24GiB") == 24 << 30
+    assert (parse_bytes("1.5kb"), parse_bytes("7")) == (1500, 7)
+    assert (parse_limit("none"), parse_limit("2.5")) == (None, 2.5)
+    assert parse_target_modules("q_proj,v_proj") == ["q_proj", "v_proj"]
+    assert parse_target_modules("q_proj") == ["q_proj"]
+    assert parse_target_modules("all-linear") == "all-linear"
+    assert parse_target_modules(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [size(n) for n in (512, 1536, 3 << 29, 5 << 40)] == ["512 B", "1.50 KiB", "1.50 GiB", "5.00 TiB"]
+    assert table([("a", 1), ("bbb", None)]) == "a    1\nbbb  -"
+
+
+def run_python(code: str, home: Path) -> str:
+
+    environment = os.environ | {
+        "ONELAYER_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime")]),
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "MANIFEST", "--dry-run"], ["artifacts", "list"]]
+)
+def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
+    project = write_project(tmp_path)
+    arguments = [str(project) if argument == "MANIFEST" else argument for argument in arguments]
+    code = f"""
+import sys
+from onelayer.runtime.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as ending:
+    print("code", ending.code, sorted({{"torch", "transformers", "trl", "peft"}} & set(sys.modules)))
+"""
+    assert run_python(code, tmp_path / "home").splitlines()[-1] == "code 0 []"
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    code = "import runpy, sys; sys.argv = ['onelayer']; runpy.run_module('onelayer.runtime', run_name='__main__')"
+    assert "Usage: onelayer" in run_python(code, tmp_path)

@@ -1,0 +1,32 @@
+"""The parts around TRL's trainer: counting saved bytes, finding the checkpoint to continue from, the mean loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from onelayer.runtime.activations.figures import SavedBytes
+from onelayer.runtime.training import callbacks
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    with SavedBytes(layer) as saved:
+        h = layer(x)  # saves x, and the weight, which is resident
+        (h * h).sum()  # saves h, twice
+    assert saved.total() == 2 * 4 * 8 * 4
+
+
+def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:
+    assert callbacks.newest_checkpoint(tmp_path) is None
+    for step in (20, 100, 300):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (20, 100):
+        (tmp_path / f"checkpoint-{step}" / callbacks.COMPLETE_FILE).touch()
+    assert callbacks.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_the_mean_loss_weighs_entries_by_their_steps() -> None:
+    history = [{"step": 2, "loss": 3.0}, {"step": 3, "loss": 6.0}, {"step": 3, "train_runtime": 1.0}]
+    assert callbacks.mean_loss(history) == pytest.approx((2 * 3.0 + 6.0) / 3)
