@@ -106,7 +106,7 @@ def compressed(model: Any, where: Where, share: float, residual_bits: int) -> It
 
 
 def step(model: Any, ids: torch.Tensor) -> None:
-    """Forward and backward; what the optimiser does is the same for all."""
+    """Forward and backward; what the optimizer does is the same for all."""
     model.zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 

@@ -27,7 +27,7 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.polish.command import PolishResult
 from onelayer.compiler.polish.token_loss import TokenLoss
-from onelayer.compiler.polish.trained_adapter import Fresh, open_trained
+from onelayer.compiler.polish.trained_adapter import FreshAdapter, attach_trainable
 from onelayer.compiler.results import Report
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.stream import Stream
@@ -84,8 +84,8 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, data = make_model(folder, arguments.width, arguments.layers, arguments.samples, arguments.tokens)
-        Fresh(8, 8, "all-linear", 0).write(folder / "adapter", model)
-        streamed, _ = open_trained(model, Adapter.open(folder / "adapter"), CPU)
+        FreshAdapter(8, 8, "all-linear", 0).write(folder / "adapter", model)
+        streamed, _ = attach_trainable(model, Adapter.open(folder / "adapter"), CPU)
         bare = StreamedModel(model)
         tokens = read_tokens(data, load_tokenizer(model), arguments.tokens)
         batches = make_batches(tokens, streamed.config, 1)

@@ -38,7 +38,7 @@ def write_tasks(directory: Path, code: Sequence[str]) -> None:
     tables = [table for table in tables if "decoding_table = (" in table]
     mix = windows(code, CODE_CHARACTERS)[:CALIBRATION_WINDOWS]
     for task, texts, characters in (("docs", docs, DOCS_CHARACTERS), ("charmaps", tables, TABLE_CHARACTERS)):
-        # Whole topics and whole files are held out, not windows: neighbours of a training window would be too easy.
+        # Whole topics and whole files are held out, not windows: neighbors of a training window would be too easy.
         train = windows([text for index, text in enumerate(texts) if index % 8 not in (0, 1, 4)], characters)
         seen = set(train)
         for name, held_out, count in (

@@ -29,7 +29,7 @@ from onelayer.compiler.models.unit_memory import SLICE_BYTES
 from onelayer.runtime import train_lora
 from onelayer.runtime.planning.pass_memory import compile_bytes, correct_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
-from onelayer.runtime.planning.train_memory import Setting, emulator_bytes, expert_factor_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, expert_factor_bytes, train_memory
 
 ALLOWED, RATIO, SAMPLES = 0.10, 0.3, 4
 
@@ -181,7 +181,7 @@ def measure(case: Case) -> Iterator[tuple[str, int, int]]:
             )
         )
         rank = None if case.where == "none" else case.rank
-        setting = Setting(case.batch_size, case.max_length, 8, case.where, rank, on_gpu=False)
+        setting = PlannedRun(case.batch_size, case.max_length, 8, case.where, rank, on_gpu=False)
         yield "train", train_memory(shapes, emulator_bytes(shapes, RATIO), setting).peak, trained
         corrected = watched(
             lambda: correct_adapter(

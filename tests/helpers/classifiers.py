@@ -1,4 +1,4 @@
-"""Tiny sequence classifiers and rows for them: a family goes in, a saved seeded model and labelled data come out."""
+"""Tiny sequence classifiers and rows for them: a family goes in, a saved seeded model and labeled data come out."""
 
 import json
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from helpers.tiny_models import DECODER, HIDDEN, VOCAB, build, tiny_tokenizer
 
-NAMES = ["colour", "city", "number"]
+NAMES = ["color", "city", "number"]
 FAMILIES = ("bert", "llama")
 TEXTS = (
-    ("the quick brown fox", "colour"), ("rome is a city", "city"), ("one plus two", "number"),
-    ("blue jugs and boxes", "colour"), ("what is the city", 1), ("five dozen", 2), ("the sum is eight", 2),
+    ("the quick brown fox", "color"), ("rome is a city", "city"), ("one plus two", "number"),
+    ("blue jugs and boxes", "color"), ("what is the city", 1), ("five dozen", 2), ("the sum is eight", 2),
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def save_classifier(family: str, directory: Path, **changes: Any) -> Any:
     return model
 
 
-def write_labelled(path: Path, rows: Sequence[tuple[str, int | str]] = TEXTS) -> Path:
+def write_labeled(path: Path, rows: Sequence[tuple[str, int | str]] = TEXTS) -> Path:
     """Rows of `text` and `label` as a .jsonl file."""
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
     return path

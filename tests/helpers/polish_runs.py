@@ -13,7 +13,7 @@ from onelayer.compiler import polish_adapter
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.polish.command import PolishResult
-from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.settings import PolishSettings
 
 WORDS = CORPUS[0].split()
 
@@ -48,7 +48,7 @@ def polished(setup: Path, **fields: Any) -> PolishResult:
 def resident_steps(setup: Path, steps: int = 3, learning_rate: float = 1e-2) -> dict[str, torch.Tensor]:
     """The same steps with PEFT, torch and the whole model in memory; B A of every module."""
     model = load_adapter(load_original(setup / "model"), setup / "adapter").train()
-    settings = Settings(steps, 5, 1, learning_rate, 0, 1.0, 64, 1, None, 0)
+    settings = PolishSettings(steps, 5, 1, learning_rate, 0, 1.0, 64, 1, None, 0)
     rows = TrainRows.read(setup / "train.jsonl", load_tokenizer(setup / "model"), 64, 5, 0)
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for parameter in trained:
@@ -58,7 +58,7 @@ def resident_steps(setup: Path, steps: int = 3, learning_rate: float = 1e-2) -> 
         batch = rows.batch(step)
         for tokens in batch:
             ids, labels = torch.tensor([tokens.input_ids]), torch.tensor([tokens.labels])
-            total = sum(row.labelled for row in batch)
+            total = sum(row.labeled for row in batch)
             model(input_ids=ids, labels=labels, num_items_in_batch=total).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers.tiny_models import save_tiny
 from onelayer.compiler.emulators.directory import SHIM_FILE, SHIM_TEXT, auto_map
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.factors.quantize import pack
+from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.storage.checkpoint import model_digest
 
@@ -93,12 +93,12 @@ def write_emulator(
         weight_oi = stored.T if isinstance(module, Conv1D) else stored
         shapes[name] = (weight_oi.shape[0], weight_oi.shape[1])
         if kind is not None and number % 3 == 2:
-            tensors[f"{name}.lr_dense"] = pack(weight_oi, kind)
+            tensors[f"{name}.lr_dense"] = quantize_matrix(weight_oi, kind)
             continue
         ranks[name] = rank_for(*shapes[name], ratio)
         up, down = svd_factors(weight_oi, ranks[name])
         if kind is not None:
-            up, down = pack(up.T, kind), pack(down, kind)
+            up, down = quantize_matrix(up.T, kind), quantize_matrix(down, kind)
         tensors[f"{name}.lr_up"], tensors[f"{name}.lr_down"] = up.contiguous(), down.contiguous()
     _write_shards(tensors, directory)
     dtype = str(model.dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ def tiny_vit(**changes: Any) -> Any:
 
 
 def batch_for(model: Any, padded: bool = True) -> dict[str, torch.Tensor]:
-    """Two labelled rows of twelve tokens, the second with three of padding; or two images."""
+    """Two labeled rows of twelve tokens, the second with three of padding; or two images."""
     generator = torch.Generator().manual_seed(3)
     if "pixel_values" in model.main_input_name:
         images = torch.randn(2, 3, 16, 16, generator=generator)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.classifiers import FAMILIES, TEXTS, row_losses, save_classifier, write_labelled
+from helpers.classifiers import FAMILIES, TEXTS, row_losses, save_classifier, write_labeled
 from helpers.peft_adapters import load_adapter, random_adapter
 from helpers.tiny_models import save_tiny
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
@@ -17,7 +17,7 @@ from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.runtime import load_emulator, train_lora
 from onelayer.runtime.manifest.manifest import load_manifest
 from onelayer.runtime.pipeline.run import run
@@ -47,7 +47,7 @@ def resident(model: Any, directory: Path, adapter: Path | None = None) -> Any:
 def test_scores_equal_the_resident_models_with_and_without_a_trained_head(
     family: str, batch_size: int, tmp_path: Path
 ) -> None:
-    directory, data = tmp_path / "model", write_labelled(tmp_path / "data.jsonl")
+    directory, data = tmp_path / "model", write_labeled(tmp_path / "data.jsonl")
     model = save_classifier(family, directory)
     plain, whole = tmp_path / "plain", tmp_path / "whole"
     random_adapter(resident(model, directory), plain, task_type=None, target_modules=TARGETS[family])
@@ -74,8 +74,8 @@ def test_the_original_keeps_its_own_norm_beside_an_adapter_that_replaces_it(tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_emulator_of_a_classifier_is_compiled_from_labelled_rows_and_compared(family: str, tmp_path: Path) -> None:
-    directory, data = tmp_path / "model", write_labelled(tmp_path / "data.jsonl")
+def test_an_emulator_of_a_classifier_is_compiled_from_labeled_rows_and_compared(family: str, tmp_path: Path) -> None:
+    directory, data = tmp_path / "model", write_labeled(tmp_path / "data.jsonl")
     save_classifier(family, directory)
     compiled = compile_emulator(directory, data, tmp_path / "emulator", ratio=0.5)
     texts = tmp_path / "texts.jsonl"
@@ -101,7 +101,7 @@ def resident_steps(model: Any, setup: Path, steps: int, rate: float) -> tuple[di
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(list(trained.values()), weight_decay=0.0)
-    settings = Settings(steps, 5, 2, rate, 0, 1.0, 64, 1, None, 0)
+    settings = PolishSettings(steps, 5, 2, rate, 0, 1.0, 64, 1, None, 0)
     norms = []
     model.train()
     for step in range(steps):
@@ -119,7 +119,7 @@ def resident_steps(model: Any, setup: Path, steps: int, rate: float) -> tuple[di
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
 def test_exact_steps_are_those_of_the_resident_model(family: str, task_type: str | None, tmp_path: Path) -> None:
     directory, adapter = tmp_path / "model", tmp_path / "adapter"
-    data = write_labelled(tmp_path / "data.jsonl")
+    data = write_labeled(tmp_path / "data.jsonl")
     model = save_classifier(family, directory)
     options: dict[str, Any] = {"size": 0.05, "lora_alpha": 8, "task_type": task_type}
     random_adapter(resident(model, directory), adapter, target_modules=TARGETS[family], **options)
@@ -143,7 +143,7 @@ def test_exact_steps_are_those_of_the_resident_model(family: str, task_type: str
 
 def test_a_fresh_adapter_of_a_classifier_leaves_out_the_head(tmp_path: Path) -> None:
     model = save_classifier("bert", tmp_path / "model")
-    data = write_labelled(tmp_path / "data.jsonl")
+    data = write_labeled(tmp_path / "data.jsonl")
     polish_adapter(
         None, model=tmp_path / "model", data=data, output=tmp_path / "out", steps=2, batch_size=7, lora_rank=2,
         learning_rate=1e-2,
@@ -158,7 +158,7 @@ def test_a_fresh_adapter_of_a_classifier_leaves_out_the_head(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a", "label": 3}], r":1: field 'label' is 3; write a number from 0 .*: city, colour, number"),
+        ([{"text": "a", "label": 3}], r":1: field 'label' is 3; write a number from 0 .*: city, color, number"),
         ([{"text": "a", "label": -1}], r":1: field 'label' is -1"),
         ([{"text": "a", "label": 0}, {"text": "a", "label": "sea"}], r":2: field 'label' is 'sea'"),
         ([{"text": "a", "label": 0}, {"text": "a"}], r":2: has no 'label' and .*:1 has one; keep them apart"),
@@ -182,7 +182,7 @@ def test_rows_that_do_not_fit_are_refused(rows: list[dict[str, Any]], message: s
 
 def test_labels_are_refused_by_a_model_that_predicts_tokens(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
-    data = write_labelled(tmp_path / "data.jsonl")
+    data = write_labeled(tmp_path / "data.jsonl")
     with pytest.raises(InputError, match=r":1: field 'label' needs a sequence classifier"):
         evaluate_model(tmp_path / "model", data)
     with pytest.raises(InputError, match=r":1: field 'label' needs a sequence classifier"):
@@ -190,7 +190,7 @@ def test_labels_are_refused_by_a_model_that_predicts_tokens(tmp_path: Path) -> N
 
 
 def test_classifiers_of_another_kind_are_refused(tmp_path: Path) -> None:
-    data = write_labelled(tmp_path / "data.jsonl")
+    data = write_labeled(tmp_path / "data.jsonl")
     save_classifier("bert", tmp_path / "several", problem_type="multi_label_classification")
     with pytest.raises(InputError, match=r"config\.json: field problem_type: multi_label_classification"):
         evaluate_model(tmp_path / "several", data)
@@ -206,13 +206,13 @@ def test_a_checkpoint_without_the_head_is_refused_by_name(tmp_path: Path) -> Non
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "headless" / name).write_bytes((tmp_path / "model" / name).read_bytes())
     with pytest.raises(InputError, match=r"classifier\.weight"):
-        evaluate_model(tmp_path / "headless", write_labelled(tmp_path / "data.jsonl"))
+        evaluate_model(tmp_path / "headless", write_labeled(tmp_path / "data.jsonl"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trains_head", [True, False])
 def test_the_whole_loop(family: str, trains_head: bool, tmp_path: Path) -> None:
-    directory, data = tmp_path / "model", write_labelled(tmp_path / "data.jsonl")
+    directory, data = tmp_path / "model", write_labeled(tmp_path / "data.jsonl")
     model = save_classifier(family, directory)
     compile_emulator(directory, data, tmp_path / "emulator", ratio=0.5)
     lora: dict[str, Any] | None = None if trains_head else {"modules_to_save": []}
@@ -250,7 +250,7 @@ def test_the_whole_loop(family: str, trains_head: bool, tmp_path: Path) -> None:
 
 def test_a_manifest_runs_a_classifier(tmp_path: Path) -> None:
     save_classifier("bert", tmp_path / "model")
-    write_labelled(tmp_path / "data.jsonl")
+    write_labeled(tmp_path / "data.jsonl")
     (tmp_path / "m.yaml").write_text(MANIFEST)
     manifest, store = load_manifest(tmp_path / "m.yaml"), ArtifactStore(tmp_path / "home")
     result = run(manifest, store)
@@ -262,7 +262,7 @@ def test_a_manifest_runs_a_classifier(tmp_path: Path) -> None:
 
 def test_parts_of_a_step_weigh_by_their_rows(tmp_path: Path) -> None:
     save_classifier("bert", tmp_path / "model")
-    data = write_labelled(tmp_path / "data.jsonl", TEXTS[:6])
+    data = write_labeled(tmp_path / "data.jsonl", TEXTS[:6])
     options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "args": {"max_grad_norm": 1e9}}
     whole = train_lora(tmp_path / "model", data, tmp_path / "whole", batch_size=6, **options)
     parts = train_lora(tmp_path / "model", data, tmp_path / "parts", batch_size=2, gradient_accumulation=3, **options)
@@ -278,14 +278,14 @@ def test_parts_of_a_step_weigh_by_their_rows(tmp_path: Path) -> None:
     [
         ({}, {"args": {"packing": True}}, r"args\.packing: is for models that predict tokens"),
         ({"pad_token_id": 3}, {}, r"pad_token_id is 3 in config\.json and 0 in the tokenizer"),
-        ({"num_labels": 2}, {}, r"field 'label' is 'colour'; write a number from 0 to 1"),
+        ({"num_labels": 2}, {}, r"field 'label' is 'color'; write a number from 0 to 1"),
     ],
 )
 def test_training_that_cannot_be_right_is_refused(
     changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     save_classifier("llama", tmp_path / "model", **changes)
-    data = write_labelled(tmp_path / "data.jsonl")
+    data = write_labeled(tmp_path / "data.jsonl")
     with pytest.raises(InputError, match=message):
         train_lora(tmp_path / "model", data, tmp_path / "out", max_steps=1, **options)
     assert not (tmp_path / "out").exists()

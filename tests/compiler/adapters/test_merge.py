@@ -108,7 +108,7 @@ def test_in_bfloat16_it_is_rounded_once(tmp_path: Path) -> None:
 def test_everything_else_is_the_same_bytes(shards: int | None, tmp_path: Path) -> None:
     original, output = tmp_path / "original", tmp_path / "merged"
     save_tiny("llama", original, torch.bfloat16, shards=shards)
-    (original / "LICENSE").write_text("licence")
+    (original / "LICENSE").write_text("license")
     (original / "additional_chat_templates").mkdir()
     (original / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     (original / "pytorch_model.bin").write_bytes(b"stale")

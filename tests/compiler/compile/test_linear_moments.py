@@ -6,10 +6,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers.mixtures import MIXTURES, inner, modules_of_experts
-from onelayer.compiler.compile.expert_factors import ExpertCalls, watched
+from onelayer.compiler.compile.expert_factors import ExpertCalls, hooks_on
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.models.experts import stacks_below
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 
 CPU = torch.device("cpu")
 
@@ -136,11 +136,11 @@ def test_a_row_that_is_not_finite_leaves_the_rest_of_its_batch_as_it_is(bias: bo
 
 def test_a_row_that_is_not_finite_leaves_the_rest_of_its_expert_as_it_is() -> None:
     (name, module), *_ = modules_of_experts(MIXTURES["mixtral"]()).items()
-    calls = ExpertCalls(next(stacks_below(name, module)), Parking(), CPU, torch.float64)
+    calls = ExpertCalls(next(stacks_below(name, module)), SpillPool(), CPU, torch.float64)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(24, module.config.hidden_size, generator=generator)
     hidden[20, 3] = float("inf")
-    with torch.no_grad(), watched([calls]):
+    with torch.no_grad(), hooks_on([calls]):
         module(hidden, torch.tensor([[1, 2]] * 24), torch.full((24, 2), 0.5))
         calls.sort()
         found = calls.moments(1)["down_proj"]

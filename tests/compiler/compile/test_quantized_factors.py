@@ -25,7 +25,7 @@ TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("quantise")
+    directory = tmp_path_factory.mktemp("quantize")
     save_tiny("qwen2", directory / "original", shards=2)
     tiny_tokenizer(directory / "original")
     (directory / "mix.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 8))
@@ -55,7 +55,7 @@ def test_the_report_is_of_what_is_stored(root: Path, kind: FactorDtype | None, t
     assert emulator.digest == Emulator.open(again.output).digest
 
 
-def test_at_the_top_of_the_scale_every_linear_is_quantised_whole(root: Path, tmp_path: Path) -> None:
+def test_at_the_top_of_the_scale_every_linear_is_quantized_whole(root: Path, tmp_path: Path) -> None:
     result = compiled(root, tmp_path / "emulator", keep_bytes=0.9, factor_dtype="nf4")
     assert {item.form for item in result.linears} == {"dense"}
     assert result.parameters_after == result.parameters_before
@@ -129,7 +129,7 @@ def test_what_a_person_can_get_wrong(root: Path, tmp_path: Path, monkeypatch: py
         Emulator.open(tmp_path / "emulator")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(InputError, match=r"pip install 'onelayer\[quantised\]'"):
+    with pytest.raises(InputError, match=r"pip install 'onelayer\[quantized\]'"):
         compiled(root, tmp_path / "without", factor_dtype="nf4")
     compiled(root, tmp_path / "int8", factor_dtype="int8")
     with pytest.raises(InputError, match="bitsandbytes"):

@@ -22,7 +22,7 @@ from onelayer.compiler.evaluate.scoring import Samples, parked_bytes
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.files import read_json
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "what is the sum of two and three ?", "name a city"]
 LORA: dict[str, dict[str, Any]] = {
@@ -124,11 +124,11 @@ def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
     """Wide enough for tensors that are worth filing: what every variant parks fits the prediction, or the budget."""
     setting = Setting(tmp_path, "llama", **LORA["llama"])
     setting.data.write_text("".join(json.dumps({"text": f"{text} " * 20}) + "\n" for text in TEXTS * 2))
-    made: list[Parking] = []
+    made: list[SpillPool] = []
     held: list[int] = []
-    own = Parking.hold
+    own = SpillPool.hold
 
-    class Noted(Parking):
+    class Noted(SpillPool):
         def __init__(self, budget_bytes: int | None = None) -> None:
             super().__init__(budget_bytes)
             made.append(self)
@@ -160,7 +160,7 @@ def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, m
     setting = Setting(tmp_path, "llama", **LORA["llama"])
     monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", (("span", 3.0, 1.1),))
     setting.correct("auto", limit="auto", data=setting.data)
-    whole = trials.try_limits
+    whole = trials.score_candidates
 
     def without_last(*arguments: Any) -> Any:
         found = whole(*arguments)
@@ -200,7 +200,7 @@ def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:
         ({"limit": "auto"}, "name some with --data"),
         ({"limit": 2.0, "data": setting.data}, "serves only --limit auto"),
         ({"limit": "most"}, "must be a number, none, auto or default"),
-        ({"limit": "auto", "data": setting.data, "max_length": 1}, "no example has a labelled token"),
+        ({"limit": "auto", "data": setting.data, "max_length": 1}, "no example has a labeled token"),
         ({"limit": "auto", "data": setting.data, "batch_size": 0}, "at least 1"),
         ({"limit": "auto", "data": tmp_path / "nowhere.jsonl"}, "no such file"),
     ):

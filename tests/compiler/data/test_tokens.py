@@ -1,4 +1,4 @@
-"""Tokens and labels: what is labelled is checked by decoding it, the ids by the tokenizer's own call."""
+"""Tokens and labels: what is labeled is checked by decoding it, the ids by the tokenizer's own call."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ ASSISTANT = {"role": "assistant", "content": "rome"}
 MESSAGES = [USER, ASSISTANT, {"role": "user", "content": "another"}, {"role": "assistant", "content": "paris"}]
 
 
-def labelled_text(tokens: Tokens, tokenizer: Any) -> str:
-    """The labelled tokens decoded; labels must be the ids themselves, unshifted."""
+def labeled_text(tokens: Tokens, tokenizer: Any) -> str:
+    """The labeled tokens decoded; labels must be the ids themselves, unshifted."""
     pairs = [(token, label) for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label != -100]
     assert all(token == label for token, label in pairs)
     return str(tokenizer.decode([token for token, _ in pairs]))
@@ -41,7 +41,7 @@ def test_text_is_the_tokenizers_default_cut(make: Any) -> None:
     ids = tokenizer("the quick brown fox").input_ids
     tokens = tokenize(Example("x:1", text="the quick brown fox"), tokenizer, 512)
     assert tokens == Tokens(ids, ids)
-    assert tokens.labelled == len(ids) - 1
+    assert tokens.labeled == len(ids) - 1
     assert tokenize(Example("x:1", text="the quick brown fox"), tokenizer, 3) == Tokens(ids[:3], ids[:3])
 
 
@@ -60,7 +60,7 @@ def test_eos_is_appended_once_and_before_the_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "labelled"),
+    ("prompt", "completion", "labeled"),
     [
         ("what is one plus two ?", " three", " three"),  # the prompt's ids are a prefix
         ("what is one plus two ? ", "three", " three"),  # the blank joins the completion's first token
@@ -68,39 +68,39 @@ def test_eos_is_appended_once_and_before_the_cut() -> None:
         ("THE ", "Fox jumps", " fox jumps"),
     ],
 )
-def test_completion_alone_is_labelled(prompt: str, completion: str, labelled: str) -> None:
+def test_completion_alone_is_labeled(prompt: str, completion: str, labeled: str) -> None:
     tokenizer = tiny_tokenizer()
     tokens = tokenize(Example("x:1", prompt=prompt, completion=completion), tokenizer, 512)
     assert tokens.input_ids == tokenizer(prompt + completion).input_ids
-    assert labelled_text(tokens, tokenizer).strip() == labelled.strip()
+    assert labeled_text(tokens, tokenizer).strip() == labeled.strip()
 
 
 def test_completion_of_a_tokenizer_that_closes_its_texts() -> None:
     tokenizer = closing_tokenizer()
     tokens = tokenize(Example("x:1", prompt="the sum", completion=" is five"), tokenizer, 512)
     assert tokens.input_ids == tokenizer("the sum is five").input_ids
-    assert labelled_text(tokens, tokenizer).split() == ["is", "five</s>"]
+    assert labeled_text(tokens, tokenizer).split() == ["is", "five</s>"]
 
 
-def test_a_cut_before_the_completion_leaves_nothing_labelled() -> None:
+def test_a_cut_before_the_completion_leaves_nothing_labeled() -> None:
     tokens = tokenize(Example("x:1", prompt="the quick brown fox", completion=" jumps"), tiny_tokenizer(), 2)
-    assert tokens.labelled == 0
+    assert tokens.labeled == 0
     assert len(tokens.input_ids) == 2
 
 
 @pytest.mark.parametrize("generation_tags", [True, False])
-def test_assistant_turns_are_labelled_with_marks_and_without(generation_tags: bool) -> None:
+def test_assistant_turns_are_labeled_with_marks_and_without(generation_tags: bool) -> None:
     tokenizer = tiny_tokenizer(generation_tags=generation_tags)
     tokens = tokenize(Example("x:1", messages=MESSAGES), tokenizer, 512, append_eos=True)
     assert tokens.input_ids == list(tokenizer.apply_chat_template(MESSAGES)["input_ids"])
-    assert labelled_text(tokens, tokenizer).replace(" ", "") == "rome</s>paris</s>"
+    assert labeled_text(tokens, tokenizer).replace(" ", "") == "rome</s>paris</s>"
 
 
 def test_a_conversation_as_prompt_and_completion_labels_the_completion() -> None:
     tokenizer = tiny_tokenizer()
     tokens = tokenize(Example("x:1", prompt=MESSAGES[:3], completion=MESSAGES[3:]), tokenizer, 512)
     assert tokens.input_ids == list(tokenizer.apply_chat_template(MESSAGES)["input_ids"])
-    assert labelled_text(tokens, tokenizer).replace(" ", "") == "paris</s>"
+    assert labeled_text(tokens, tokenizer).replace(" ", "") == "paris</s>"
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -111,10 +111,10 @@ def test_a_tokenizer_without_offsets(pieces: int) -> None:
     tokenizer: Any = ByT5Tokenizer()
     tokens = tokenize(Example("x:1", prompt="sum: ", completion="five"), tokenizer, 512)
     assert tokens.input_ids == tokenizer("sum: five").input_ids
-    assert labelled_text(tokens, tokenizer) == "five</s>"
+    assert labeled_text(tokens, tokenizer) == "five</s>"
     tokenizer.chat_template = tiny_tokenizer(generation_tags=False).chat_template.replace("{{ bos_token }}", "")
     tokens = tokenize(Example("x:1", messages=MESSAGES[: 2 * pieces]), tokenizer, 512)
-    assert labelled_text(tokens, tokenizer) == "rome</s>paris</s>"[: 8 * pieces + 1 * (pieces - 1)]
+    assert labeled_text(tokens, tokenizer) == "rome</s>paris</s>"[: 8 * pieces + 1 * (pieces - 1)]
 
 
 def test_chat_faults() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from helpers.spectra import generator, spectral
-from onelayer.compiler.factors.activation_factors import Factors, Kept, compress, project, sample_rows
+from onelayer.compiler.factors.activation_factors import ActivationFactors, ExactTensor, compress, project, sample_rows
 
 
 def error(matrix: torch.Tensor, rank: int) -> float:
     factors = compress(matrix, rank, generator())
-    assert isinstance(factors, Factors)
+    assert isinstance(factors, ActivationFactors)
     return float((factors.rebuild().double() - matrix.double()).norm() / matrix.double().norm())
 
 
@@ -92,7 +92,7 @@ def test_what_is_not_finite_stays_visible(value: float) -> None:
 def test_zeros_come_back_as_zeros() -> None:
     assert error(torch.cat([torch.zeros(200, 32), torch.eye(32)[:4]]), 8) < 1e-6
     zeros = compress(torch.zeros(64, 16), 4, generator())
-    assert isinstance(zeros, Factors)
+    assert isinstance(zeros, ActivationFactors)
     assert not zeros.rebuild().any()
 
 
@@ -115,21 +115,21 @@ def test_rows_are_drawn_by_their_norm_and_once() -> None:
 def test_where_factors_are_not_smaller_the_tensor_is_kept() -> None:
     tensor = torch.randn(64, 1024, generator=generator())
     kept = compress(tensor, 128, generator())  # the reference stores 69,632 numbers instead of 65,536
-    assert isinstance(kept, Kept)
+    assert isinstance(kept, ExactTensor)
     assert kept.saved_bytes == 65536 * 4
     assert torch.equal(kept.rebuild(), tensor)
     smaller = compress(tensor, 32, generator())
-    assert isinstance(smaller, Factors)
+    assert isinstance(smaller, ActivationFactors)
     assert smaller.saved_bytes == 32 * (64 + 2 * 1024 + 4) + 2 * 64 + 64 * 256 + 2 * (64 + 1024)
     without = compress(tensor, 32, generator(), residual_bits=0)
     assert without.saved_bytes == 32 * (64 + 2 * 1024 + 4) + 2 * 64
     # Factors alone would be smaller here, with their residual they are not.
-    assert isinstance(compress(tensor.bfloat16(), 60, generator(), residual_bits=0), Factors)
-    assert isinstance(compress(tensor.bfloat16(), 60, generator()), Kept)
-    assert isinstance(compress(tensor, None, generator()), Kept)
-    assert isinstance(compress(tensor, 64, generator()), Kept)
-    assert isinstance(compress(torch.empty(0, 8), 2, generator()), Kept)
-    assert isinstance(compress(torch.ones(64, 64, dtype=torch.int32), 2, generator()), Kept)
+    assert isinstance(compress(tensor.bfloat16(), 60, generator(), residual_bits=0), ActivationFactors)
+    assert isinstance(compress(tensor.bfloat16(), 60, generator()), ExactTensor)
+    assert isinstance(compress(tensor, None, generator()), ExactTensor)
+    assert isinstance(compress(tensor, 64, generator()), ExactTensor)
+    assert isinstance(compress(torch.empty(0, 8), 2, generator()), ExactTensor)
+    assert isinstance(compress(torch.ones(64, 64, dtype=torch.int32), 2, generator()), ExactTensor)
 
 
 def test_padding_carries_no_weight_and_takes_no_room() -> None:

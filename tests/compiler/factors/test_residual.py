@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.spectra import generator, spectral
-from onelayer.compiler.factors.activation_factors import Factors, compress, pack
+from onelayer.compiler.factors.activation_factors import ActivationFactors, compress, quantize_residual
 from onelayer.compiler.factors.stored_forms import RESIDUAL_BITS, factored_bytes
 
 BITS = (1, 2, 4)
@@ -15,14 +15,14 @@ def normal(rows: int, columns: int) -> torch.Tensor:
 
 
 def rebuilt(matrix: torch.Tensor, bits: int) -> torch.Tensor:
-    return pack(matrix.clone(), bits).add_to(torch.zeros_like(matrix))
+    return quantize_residual(matrix.clone(), bits).add_to(torch.zeros_like(matrix))
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
-# Distortions of the uniform quantisers of a normal variable in Max's table.
+# Distortions of the uniform quantizers of a normal variable in Max's table.
 @pytest.mark.parametrize(("bits", "lost"), [(1, 0.3634), (2, 0.1188), (4, 0.01154)])
 def test_as_little_is_lost_as_theory_says(bits: int, lost: float) -> None:
     matrix = normal(512, 256)
@@ -33,7 +33,7 @@ def test_as_little_is_lost_as_theory_says(bits: int, lost: float) -> None:
 @pytest.mark.parametrize("columns", [1, 3, 8, 13, 64])
 def test_every_value_goes_to_the_nearest_level_of_its_own_scales(bits: int, columns: int) -> None:
     matrix = normal(40, columns)
-    packed = pack(matrix.clone(), bits)
+    packed = quantize_residual(matrix.clone(), bits)
     assert packed.codes_tm.shape == (40, -(-columns * bits // 8))
     levels = torch.arange(2**bits) - (2**bits - 1) / 2
     grid = packed.scale_t1.float()[:, :, None] * packed.scale_n.float()[None, :, None] * levels
@@ -72,7 +72,7 @@ def test_every_bit_counts_and_is_counted() -> None:
     errors = []
     for bits in (0, *BITS):
         factors = compress(matrix, 12, generator(), residual_bits=bits)
-        assert isinstance(factors, Factors)
+        assert isinstance(factors, ActivationFactors)
         assert factors.saved_bytes == factored_bytes(256, 100, 12, bits)
         errors.append(relative(factors.rebuild(), matrix))
     for error, lost in zip(errors[1:], (0.3634, 0.1188, 0.01154), strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from onelayer.compiler.machine.threads import ahead, one_thread
+from onelayer.compiler.machine.threads import read_ahead, single_threaded
 
 
 def test_results_come_in_order_and_no_more_than_allowed_wait() -> None:
@@ -18,7 +18,7 @@ def test_results_come_in_order_and_no_more_than_allowed_wait() -> None:
             yield lambda number=number: number * number  # type: ignore[misc]
 
     seen = []
-    for result in ahead(jobs(), 2):
+    for result in read_ahead(jobs(), 2):
         seen.append(result)
         assert len(begun) <= len(seen) + 3
     assert seen == [number * number for number in range(9)]
@@ -36,7 +36,7 @@ def test_an_error_surfaces_in_its_place_and_stops_the_rest() -> None:
 
         return work
 
-    results = ahead((job(number) for number in range(99)), 2)
+    results = read_ahead((job(number) for number in range(99)), 2)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(OSError, match="disk error"):
         next(results)
@@ -45,7 +45,7 @@ def test_an_error_surfaces_in_its_place_and_stops_the_rest() -> None:
 
 
 def test_leaving_early_leaves_no_thread() -> None:
-    results = ahead((lambda: 1 for _ in range(99)), 2)
+    results = read_ahead((lambda: 1 for _ in range(99)), 2)
     next(results)
     results.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
@@ -55,7 +55,7 @@ def test_the_number_of_threads_is_put_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with one_thread():
+        with single_threaded():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:

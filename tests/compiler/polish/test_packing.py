@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.polish_runs import WORDS, polished, prepare, write_rows
 from helpers.tiny_models import TINY, causal, save_tiny
-from onelayer.compiler.data.packing import joined, packs_of
+from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.polish.packing_check import change_of
@@ -42,7 +42,7 @@ def test_a_row_goes_where_the_least_room_is_left() -> None:
 
 
 def test_a_pack_begins_its_positions_anew_and_predicts_no_first_token() -> None:
-    row = joined([Tokens([5, 6, 7], [5, 6, 7]), Tokens([8, 9], [IGNORED, 9])])
+    row = join_rows([Tokens([5, 6, 7], [5, 6, 7]), Tokens([8, 9], [IGNORED, 9])])
     assert row.input_ids == [5, 6, 7, 8, 9]
     assert row.labels == [IGNORED, 6, 7, IGNORED, 9]
     assert row.positions == [0, 1, 2, 0, 1]

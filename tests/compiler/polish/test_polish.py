@@ -14,7 +14,7 @@ from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.settings import PolishSettings
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_every_row_is_taken_once_in_a_round(setup: Path) -> None:
 
 
 def test_the_rate_rises_then_falls_to_zero_behind_the_last_step() -> None:
-    settings = Settings(6, 1, 1, 1.0, 2, 1.0, 8, 1, None, 0)
+    settings = PolishSettings(6, 1, 1, 1.0, 2, 1.0, 8, 1, None, 0)
     rates = [settings.learning_rate_at(step) for step in range(6)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
 

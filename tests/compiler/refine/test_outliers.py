@@ -16,7 +16,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.refine.command import RefineResult, refine_emulator
 from onelayer.compiler.refine.reconstruction import Call
-from onelayer.compiler.streaming.unit_boundary import Kept
+from onelayer.compiler.streaming.unit_boundary import UnitInputs
 
 TEXT = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"
 BAD = " 9"
@@ -90,7 +90,7 @@ def test_of_a_sample_only_the_rows_that_are_not_finite_are_left_out(
     """The errors told are those of all other rows of the emulators in memory."""
     real = Call.of
 
-    def spoilt(samples: int, kept: Kept, outputs: Any) -> Call:
+    def spoilt(samples: int, kept: UnitInputs, outputs: Any) -> Call:
         """As if the original had overflown at the first position."""
         spoilt_outputs = outputs[0].clone()  # beside what went into containers, nothing here
         spoilt_outputs[:, 0, 3] = float("inf")

@@ -20,7 +20,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming import spill
 from onelayer.compiler.streaming.gradient_stream import GradientStream
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import BatchError
 
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def test_spilled_inputs_give_the_same_gradients(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(spill, "SMALLEST_BYTES", 64)
     save_adapted("gemma3", tmp_path)
     expected = streamed_gradients(open_streamed(tmp_path), batches_for("gemma3"))
-    tight = Parking(4096)
+    tight = SpillPool(4096)
     found = streamed_gradients(open_streamed(tmp_path), batches_for("gemma3"), parking=tight)
     assert tight.spilled_bytes > 0
     assert tight.held_bytes <= 4096
@@ -210,7 +210,7 @@ def test_shared_inputs_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for depth in (2, 4):
         directory = tmp_path / str(depth)
         save_deep(depth, directory)
-        streamed, room = open_streamed(directory), Parking(1 << 30)
+        streamed, room = open_streamed(directory), SpillPool(1 << 30)
         batches = batches_for("llama")
         with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=3, parking=room) as stream:
             stream.run(batches, lambda index, output: None)
@@ -277,7 +277,7 @@ def test_compressed_inputs_take_less_and_keep_the_direction(tmp_path: Path) -> N
     expected = resident_gradients(resident, batches)
     cosines, held = [], []
     for rank in (None, 24, 0.25):
-        room = Parking(1 << 30)
+        room = SpillPool(1 << 30)
         streamed = open_streamed(tmp_path)
         with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=1, rank=rank, parking=room) as stream:
             stream.run(batches, lambda index, output: some_loss_with_gradient(index, output))

@@ -9,7 +9,7 @@ import torch
 
 from helpers.tiny_models import save_tiny
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.streaming.unit_loader import Loader
+from onelayer.compiler.streaming.unit_loader import UnitLoader
 
 
 def test_what_was_read_ahead_and_not_asked_for_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +25,7 @@ def test_what_was_read_ahead_and_not_asked_for_is_given_up(tmp_path: Path, monke
 
     monkeypatch.setattr(streamed, "read", read)
     first, second, third = (unit for unit in streamed.units if unit.is_block)
-    with Loader(streamed, torch.device("cpu")) as loader:
+    with UnitLoader(streamed, torch.device("cpu")) as loader:
         loader.read_ahead(second)
         loader.forget_ahead()
         loader.read_ahead(third)

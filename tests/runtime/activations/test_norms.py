@@ -1,4 +1,4 @@
-"""Norms that are recognised by what they compute: the right form of each, in short precisions and on odd tokens too."""
+"""Norms that are recognized by what they compute: the right form of each, in short precisions and on odd tokens too."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from torch import nn
 from helpers.resident_gradients import adapted, batch_for, distance, gradients
 from helpers.tiny_models import HIDDEN, causal
 from onelayer.runtime import compress_activations
-from onelayer.runtime.activations.norms import Norm, recognise
+from onelayer.runtime.activations.norms import Norm, recognize
 
 FEATURES = 64
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     """A LayerNorm that is not torch's, as some models have."""
 
     def __init__(self, plus_one: bool = False) -> None:
@@ -39,37 +39,37 @@ def tokens(dtype: torch.dtype, mean: float = 0.0, massive: float = 0.0, scale: f
 def test_the_mean_is_taken_off_by_those_that_do(dtype: torch.dtype, mean: float, massive: float) -> None:
     x = tokens(dtype, mean, massive)
     rms, layer = nn.RMSNorm(FEATURES, eps=1e-6).to(dtype), nn.LayerNorm(FEATURES).to(dtype)
-    own, shifted = Centred().to(dtype), Centred(plus_one=True).to(dtype)
-    assert recognise(rms, x, rms(x)) == Norm(centred=False, plus_one=False, epsilon=1e-6)
-    assert recognise(layer, x, layer(x)) == Norm(centred=True, plus_one=False, epsilon=1e-5)
-    assert recognise(own, x, own(x)) == Norm(centred=True, plus_one=False, epsilon=1e-5)
-    assert recognise(shifted, x, shifted(x)) == Norm(centred=True, plus_one=True, epsilon=1e-5)
+    own, shifted = Centered().to(dtype), Centered(plus_one=True).to(dtype)
+    assert recognize(rms, x, rms(x)) == Norm(centered=False, plus_one=False, epsilon=1e-6)
+    assert recognize(layer, x, layer(x)) == Norm(centered=True, plus_one=False, epsilon=1e-5)
+    assert recognize(own, x, own(x)) == Norm(centered=True, plus_one=False, epsilon=1e-5)
+    assert recognize(shifted, x, shifted(x)) == Norm(centered=True, plus_one=True, epsilon=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_leaves_normalised_tokens_alone_is_no_norm(dtype: torch.dtype) -> None:
+def test_what_leaves_normalized_tokens_alone_is_no_norm(dtype: torch.dtype) -> None:
     x = nn.functional.layer_norm(tokens(torch.float32), (FEATURES,)).to(dtype)
     for module in (nn.Identity(), nn.Dropout(0.0)):
-        assert recognise(module, x, module(x)) is None
+        assert recognize(module, x, module(x)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_form_is_forced_on_what_is_no_norm_over_the_features(dtype: torch.dtype) -> None:
     x = tokens(dtype, mean=0.1)
     for module in (nn.GroupNorm(4, 12).to(dtype), nn.Softmax(-1), nn.GELU()):
-        assert recognise(module, x, module(x)) is None
-    scaled = Centred().to(dtype)
-    assert recognise(scaled, x, x / x.abs().mean(-1, keepdim=True)) is None
+        assert recognize(module, x, module(x)) is None
+    scaled = Centered().to(dtype)
+    assert recognize(scaled, x, x / x.abs().mean(-1, keepdim=True)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, 0.02])
 def test_an_epsilon_that_is_not_named(dtype: torch.dtype, scale: float) -> None:
     module, x = nn.RMSNorm(FEATURES).to(dtype), tokens(dtype, scale=scale)
-    norm = recognise(module, x, module(x))
+    norm = recognize(module, x, module(x))
     assert norm is not None
     expected = module(x).float()
-    assert (norm.normalise(x)[0].float() - expected).norm() < 0.01 * expected.norm()
+    assert (norm.normalize(x)[0].float() - expected).norm() < 0.01 * expected.norm()
 
 
 def test_an_epsilon_that_stands_in_the_forward_alone() -> None:
@@ -78,7 +78,7 @@ def test_an_epsilon_that_stands_in_the_forward_alone() -> None:
             return nn.functional.layer_norm(x, (FEATURES,), eps=1e-5)
 
     x = tokens(torch.float32, scale=0.02)
-    assert recognise(Bare(), x, Bare()(x)) == Norm(centred=True, plus_one=False, epsilon=1e-5)
+    assert recognize(Bare(), x, Bare()(x)) == Norm(centered=True, plus_one=False, epsilon=1e-5)
 
 
 @pytest.mark.parametrize("massive", [0.0, 10.0])

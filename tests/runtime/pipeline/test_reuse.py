@@ -59,7 +59,7 @@ def test_an_emulator_of_anything_else_is_not_cut(tmp_path: Path, fakes: FakeStep
     assert go(path, home, fakes)[0] == "compile"
 
 
-def test_quantised_emulators_are_compiled_anew(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_quantized_emulators_are_compiled_anew(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     edit(path, "ratio: 0.25", "factor_dtype: nf4, ratio: 0.5")
     go(path, home, fakes)
@@ -85,7 +85,7 @@ def test_without_an_emulator_training_is_on_the_original(tmp_path: Path, fakes: 
     assert go(path, home, fakes) == ["train sql direct", "merge", "evaluate 1", "train support direct"]
 
 
-def test_a_store_copied_to_another_machine_is_recognised(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_a_store_copied_to_another_machine_is_recognized(tmp_path: Path, fakes: FakeSteps) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()

@@ -19,7 +19,7 @@ from onelayer.runtime.planning.plan import size_for
 from onelayer.runtime.planning.read_shapes import shapes_from_headers, shapes_of
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import Speed, seconds_at
-from onelayer.runtime.planning.train_memory import Setting, emulator_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, train_memory
 
 GIB = 1 << 30
 HIDDEN, INNER, NARROW = 4096, 14336, 1024
@@ -113,7 +113,7 @@ def test_rounding_whole_weights_is_judged_in_float64() -> None:
 
 
 def test_a_refinement_on_a_host_leaves_holes_in_its_heap() -> None:
-    setting = Setting(batch_size=1, max_length=1024, refine_tokens=1024)
+    setting = PlannedRun(batch_size=1, max_length=1024, refine_tokens=1024)
     on_gpu, on_host = (pass_bytes(LARGE, 0.3, replace(setting, on_gpu=gpu)) for gpu in (True, False))
     assert on_host["refine"] > on_gpu["refine"]
     assert on_host["compile"] == on_gpu["compile"]
@@ -199,7 +199,7 @@ def test_a_classifier_has_no_loss_over_the_vocabulary(tmp_path: Path) -> None:
     for kind in ("BertForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM"):
         tiny_models.build("BertConfig", kind, num_attention_heads=2, **shape).save_pretrained(tmp_path / kind)
         shapes = shapes_from_headers(tmp_path / kind)
-        found[kind] = train_memory(shapes, emulator_bytes(shapes, 0.5), Setting(8, 512)).loss
+        found[kind] = train_memory(shapes, emulator_bytes(shapes, 0.5), PlannedRun(8, 512)).loss
     # Of 4096 tokens the final norm and its gradient, as they are and in float32: four times 32 values.
     assert found["BertForSequenceClassification"] == found["BertForTokenClassification"] == 4096 * 32 * 4 * 4
     assert found["BertForMaskedLM"] > 4096 * 3000 * 4

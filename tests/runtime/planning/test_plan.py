@@ -19,12 +19,12 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import best_of
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, WHOLE, best_ratio, choose_each, limit_of
+from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, WHOLE, best_ratio, choose_each, limiting_pass
 from onelayer.runtime.planning.plan import plan_run, size_for
 from onelayer.runtime.planning.read_shapes import read_shapes, shapes_from_headers
 from onelayer.runtime.planning.speed import Speed
 from onelayer.runtime.planning.sub_blocks import expert_parts
-from onelayer.runtime.planning.train_memory import Setting, emulator_bytes, stored_copy_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, stored_copy_bytes, train_memory
 
 GIB = 1 << 30
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -104,7 +104,7 @@ def test_experts_open_and_close_whichever_way_they_lie(tmp_path: Path, name: str
 def test_a_mixture_with_low_rank_experts_fits_where_its_dense_experts_would_not() -> None:
     shapes = mixture(1024, 512, 8, 1000, experts=64, per_token=4)
     dense = shapes.parameters * shapes.value_bytes
-    choice = best_ratio(shapes, Setting(batch_size=2, max_length=256), dense)
+    choice = best_ratio(shapes, PlannedRun(batch_size=2, max_length=256), dense)
     assert choice.reached > 0.3
     assert emulator_bytes(shapes, 0.25) == pytest.approx(0.25 * dense, rel=0.02)
 
@@ -121,7 +121,7 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
 
 
 def test_more_memory_never_allows_less_and_what_is_chosen_fits() -> None:
-    setting = Setting(batch_size=4, max_length=1024)
+    setting = PlannedRun(batch_size=4, max_length=1024)
     reached = [best_ratio(LARGE, setting, card * GIB).reached for card in (16, 24, 32, 48, 64)]
     assert reached == sorted(reached)
     assert reached[-1] > reached[0]
@@ -157,16 +157,16 @@ def test_too_little_memory_says_what_limits_and_what_to_give_up(tmp_path: Path) 
         size_for(folder, 100 << 20)
 
 
-def test_quantised_factors_hold_more_in_the_same_bytes() -> None:
+def test_quantized_factors_hold_more_in_the_same_bytes() -> None:
     sizes = [emulator_bytes(LARGE, 0.3, dtype) for dtype in ("bf16", "int8", "nf4")]
     assert sizes == sorted(sizes, reverse=True)
-    setting = Setting(batch_size=1, max_length=1024, where="sublayer", rank=0.125, refine_tokens=0)
+    setting = PlannedRun(batch_size=1, max_length=1024, where="sublayer", rank=0.125, refine_tokens=0)
     plain, nf4 = (best_ratio(LARGE, setting, 8 * GIB, dtype).reached for dtype in ("bf16", "nf4"))
     assert nf4 > 2 * plain > 0
 
 
 def test_rank_comes_before_precision() -> None:
-    setting = Setting(batch_size=1, max_length=1024)
+    setting = PlannedRun(batch_size=1, max_length=1024)
     for card, expected in (
         (6, "nf4"),
         (8, "nf4"),
@@ -186,23 +186,23 @@ def test_rank_comes_before_precision() -> None:
 
 @pytest.mark.parametrize(("card", "expected"), [(12, "int8"), (16, "int8"), (20, "bf16"), (64, "bf16")])
 def test_an_emulator_that_is_cut_keeps_no_weight_whole(card: int, expected: str) -> None:
-    choices = choose_each(LARGE, Setting(batch_size=1, max_length=1024, is_cut=True), card * GIB)
+    choices = choose_each(LARGE, PlannedRun(batch_size=1, max_length=1024, is_cut=True), card * GIB)
     ratios = {dtype: choice.reached for dtype, choice in choices.items()}
     assert max(ratios.values()) == LARGEST_RATIO
     assert best_of(ratios) == expected
 
 
 def test_whole_weights_are_looked_at_where_rounding_saves_memory() -> None:
-    setting = Setting(batch_size=1, max_length=1024, where="sublayer", rank=0.5)
+    setting = PlannedRun(batch_size=1, max_length=1024, where="sublayer", rank=0.5)
     held = best_ratio(LARGE, setting, 64 * GIB, "int8")
     assert (held.ratio, held.memory.emulator) == (WHOLE, emulator_bytes(LARGE, WHOLE, "int8"))
-    assert limit_of(LARGE, held, 64 * GIB) == "nothing: all weights fit as they are, rounded to int8"
+    assert limiting_pass(LARGE, held, 64 * GIB) == "nothing: all weights fit as they are, rounded to int8"
     assert best_ratio(LARGE, setting, 64 * GIB).ratio == LARGEST_RATIO
     # A little less than what holds all: factors, and what stands against whole weights is named.
     needed = int(held.memory.peak / USABLE_SHARE)
     less = best_ratio(LARGE, setting, needed - (64 << 20), "int8")
     assert less.reached == LARGEST_RATIO
-    assert limit_of(LARGE, less, needed - (64 << 20)).startswith("train: the emulator's weights")
+    assert limiting_pass(LARGE, less, needed - (64 << 20)).startswith("train: the emulator's weights")
     # All that fits only with coarser activations is taken for int8, as rounding costs less than what factors leave out.
     exact = replace(setting, where="none", rank=None)
     tight = int(best_ratio(LARGE, exact, 64 * GIB, "int8").memory.peak / USABLE_SHARE) - (64 << 20)

@@ -12,7 +12,7 @@ import onelayer.compiler
 from helpers.fake_steps import FakeSteps, write_project
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import load_manifest
-from onelayer.runtime.pipeline.outputs import LINKED_BYTES, place
+from onelayer.runtime.pipeline.outputs import LINKED_BYTES, link_outputs
 from onelayer.runtime.pipeline.run import RunResult, run
 from onelayer.runtime.reporting.html_report import write_report
 from onelayer.runtime.reporting.run_figures import LinearError, MemoryRow, ReportData
@@ -175,10 +175,10 @@ def test_large_files_are_linked_small_ones_copied_and_nothing_foreign_replaced(t
     (payload / "small.json").write_text("{}")
     output = tmp_path / "out"
     output.mkdir()
-    (folder,) = place({"task": ("key", payload)}, output)
+    (folder,) = link_outputs({"task": ("key", payload)}, output)
     assert (folder / "sub" / "large.bin").stat().st_ino == (payload / "sub" / "large.bin").stat().st_ino
     assert (folder / "small.json").stat().st_ino != (payload / "small.json").stat().st_ino
     (output / "mine").mkdir()
     with pytest.raises(InputError, match="no run put there"):
-        place({"mine": ("key", payload)}, output)
+        link_outputs({"mine": ("key", payload)}, output)
     assert not (output / ".mine.partial").exists()

@@ -21,7 +21,7 @@ Train = Callable[..., TrainResult]
         ({"target_modules": ["qproj"]}, "qproj"),
         ({"target_modules": ["lm_head"]}, "lm_head"),
         ({"data": "absent"}, r"absent\.jsonl"),
-        ({"max_length": 2, "data": "pairs"}, "no example has a labelled token"),
+        ({"max_length": 2, "data": "pairs"}, "no example has a labeled token"),
     ],
 )
 def test_refusals(train: Train, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -22,7 +22,7 @@ from onelayer.compiler.adapters.reader import PROVENANCE_FILE, Adapter, adapter_
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import GIB, Meter
-from onelayer.compiler.machine.threads import ahead, one_thread
+from onelayer.compiler.machine.threads import read_ahead, single_threaded
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
 from onelayer.compiler.results import Report, Result
@@ -77,7 +77,7 @@ def merge_adapter(
         streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
         changes = plan_changes(parts, streamed)
-        with merge_directory(output, record) as work, one_thread():
+        with merge_directory(output, record) as work, single_threaded():
             _check_space(output, work, checkpoint)
             _write_shards(work, checkpoint, changes, meter)
             copy_companions(directory, work)
@@ -132,7 +132,7 @@ def _write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Chang
     missing = [file for file in checkpoint.files if not (target / file.name).exists()]
     jobs = (partial(_write_shard, target, file, checkpoint, changes) for file in missing)
     with Progress(len(missing), "merge") as progress:
-        for count, file in enumerate(ahead(jobs, SHARDS_AT_ONCE, SHARDS_AT_ONCE), start=1):
+        for count, file in enumerate(read_ahead(jobs, SHARDS_AT_ONCE, SHARDS_AT_ONCE), start=1):
             progress.reached(count, file.name, meter.sample())
     if checkpoint.index_file is not None:
         tensors = checkpoint.tensors.values()
@@ -182,7 +182,7 @@ def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> I
             merged[[numbers[position] - start for position in inside]] = replaced.read(key)[inside].to(dtype)
         return merged
 
-    return ahead((partial(work, start) for start in range(0, rows, step)), CHUNKS_AT_ONCE, CHUNKS_AT_ONCE)
+    return read_ahead((partial(work, start) for start in range(0, rows, step)), CHUNKS_AT_ONCE, CHUNKS_AT_ONCE)
 
 
 def _added(

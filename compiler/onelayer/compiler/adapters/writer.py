@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 
-Factors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
+LoraFactors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Base:
 
 
 def write_adapter(
-    directory: Path, factors: Factors, *, source: Adapter, base: Base, provenance: dict[str, Any]
+    directory: Path, factors: LoraFactors, *, source: Adapter, base: Base, provenance: dict[str, Any]
 ) -> None:
     """Write an adapter into an existing directory.
 

@@ -15,24 +15,24 @@ import transformers
 
 from onelayer.compiler.compile.job import Compilation, CompileResult
 from onelayer.compiler.compile.resume import WorkDirectory
-from onelayer.compiler.compile.selection import Ranks, choose_ranks, choose_stacks, emulator_bytes, workspace_bytes
-from onelayer.compiler.compile.settings import Settings
+from onelayer.compiler.compile.selection import Ranks, choose_ranks, choose_stacks, compile_workspace, emulator_bytes
+from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.compile.writer import EmulatorWriter
 from onelayer.compiler.data.batches import DataSource, make_batches, read_tokens, tokens_digest
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.slice import cut_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.factorize import Solver
-from onelayer.compiler.factors.quantize import require
+from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.ranks import Allocation, copies_on_disk, widest_ratio
-from onelayer.compiler.factors.stored_forms import DEFAULT_KEEP_BYTES, FactorDtype, checked_kind, within_bytes
+from onelayer.compiler.factors.stored_forms import DEFAULT_KEEP_BYTES, FactorDtype, checked_factor_dtype, within_bytes
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.files import check_disk, check_output
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 
 
 def compile_emulator(
@@ -58,7 +58,7 @@ def compile_emulator(
 
     How much is said by `keep_bytes`, the share of the linear's bytes at 16 bits (0.25 if neither is given), or by
     `ratio`, the share of its values whatever their dtype. `factor_dtype` ("bf16", "int8", "nf4") is how factors are
-    stored, where they would not be smaller a linear is then quantised whole; None is the original's dtype with `ratio`,
+    stored, where they would not be smaller a linear is then quantized whole; None is the original's dtype with `ratio`,
     and with a share of bytes the best for it (`best_kind`). `rank_allocation` is "uniform" as in the paper, the default
     with `ratio`, or "spectrum", the default with a share of bytes: the same bytes are spent where the spectra ask for
     them; the experts of a mixture have uniform ranks always.
@@ -68,21 +68,21 @@ def compile_emulator(
     """
     output = Path(output)
     check_output(output)
-    kind = checked_kind(factor_dtype)
+    kind = checked_factor_dtype(factor_dtype)
     _check_budget(ratio, keep_bytes)
     place = pick_device(device)
-    parking = Parking(host_memory_bytes)
+    parking = SpillPool(host_memory_bytes)
     streamed = StreamedModel(resolve_model(model, revision))
     allocation: Allocation = rank_allocation or ("uniform" if ratio is not None else "spectrum")
     if ratio is None:
         ratio, kind = within_bytes(keep_bytes or DEFAULT_KEEP_BYTES, kind, streamed.dtype.itemsize)
     if kind == "bf16" and streamed.dtype == torch.bfloat16:
         kind = None  # what it stands for
-    require(kind)
-    settings = Settings(ratio, kind, samples, max_length, batch_size, allocation, solver, seed)
-    ranks = choose_ranks(streamed, widest_ratio(ratio, allocation), quantised=kind is not None)
-    stacks = choose_stacks(streamed, ratio, quantised=kind is not None)
-    copies = copies_on_disk(allocation, quantised=kind is not None)
+    check_library(kind)
+    settings = CompileSettings(ratio, kind, samples, max_length, batch_size, allocation, solver, seed)
+    ranks = choose_ranks(streamed, widest_ratio(ratio, allocation), quantized=kind is not None)
+    stacks = choose_stacks(streamed, ratio, quantized=kind is not None)
+    copies = copies_on_disk(allocation, quantized=kind is not None)
     check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, kind))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
@@ -97,9 +97,9 @@ def _compile(
     calibration: DataSource,
     output: Path,
     base: Mapping[str, Any],
-    settings: Settings,
+    settings: CompileSettings,
     place: torch.device,
-    parking: Parking,
+    parking: SpillPool,
     resume: bool,
 ) -> CompileResult:
     """Stream the original, write the emulator behind it, publish it whole."""
@@ -116,7 +116,7 @@ def _compile(
         job = Compilation(streamed, ranks, stacks, writer, place, settings, stop, parking)
         job.stream(batches, meter)
         writer.write_rest()
-        workspace = workspace_bytes(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))
+        workspace = compile_workspace(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))
         result = job.result(
             output, meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         )
@@ -138,7 +138,7 @@ def _check_budget(ratio: float | None, keep_bytes: float | None) -> None:
         raise InputError(f"--keep-bytes {keep_bytes}: must lie between 0 and 1, for example 0.15")
 
 
-def _facts(settings: Settings, tokens: Sequence[Tokens], place: torch.device) -> dict[str, Any]:
+def _facts(settings: CompileSettings, tokens: Sequence[Tokens], place: torch.device) -> dict[str, Any]:
     """What, beside the model, decides the emulator's bytes; a run can be taken up only where all of it is the same."""
     counted = sum(len(item.input_ids) for item in tokens)
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -19,7 +19,7 @@ from onelayer.compiler.factors.moments import NON_FINITE_LIMIT, Moments
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.experts import ExpertStacks
 from onelayer.compiler.models.unit_memory import EXPERT_ROWS
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 
 # At most this many tokens, evenly spaced, stand for all of a unit's.
 POOLED_ROWS = 4096
@@ -30,7 +30,7 @@ class ExpertCalls:
     """The calls of one module of experts: what it read, on the host, and which experts each token was sent to."""
 
     stacks: ExpertStacks
-    parking: Parking
+    parking: SpillPool
     device: torch.device
     product_dtype: torch.dtype
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -115,7 +115,7 @@ class ExpertCalls:
 
 
 @contextmanager
-def watched(calls: list[ExpertCalls]) -> Iterator[None]:
+def hooks_on(calls: list[ExpertCalls]) -> Iterator[None]:
     """Hooks on; off again on exit."""
     handles = [item.stacks.module.register_forward_hook(item.hook, with_kwargs=True) for item in calls]
     try:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, watched
+from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.compile.selection import Ranks, saved_parameters, stacked_parameters, stored_parameters
-from onelayer.compiler.compile.settings import Settings
+from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.figures import LinearFigures, LinearSummary, StackSummary, kept_bytes_share
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments, check_rows
-from onelayer.compiler.factors.quantized_factors import output_energy, pack_dense, pack_factors
+from onelayer.compiler.factors.quantized_factors import output_energy, quantize_dense, quantize_factors
 from onelayer.compiler.factors.ranks import Allocation, Spectrum, allocate_by_spectrum
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.machine.console import StopRequest
@@ -30,7 +30,7 @@ from onelayer.compiler.models.linears import unit_linears, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.results import Report, Result
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
 
@@ -71,9 +71,9 @@ class Compilation:
         stack_ranks: Ranks,
         writer: EmulatorWriter,
         device: torch.device,
-        settings: Settings,
+        settings: CompileSettings,
         stop: StopRequest,
-        parking: Parking,
+        parking: SpillPool,
     ) -> None:
         self.streamed = streamed
         self.ranks, self.stack_ranks = ranks, stack_ranks
@@ -105,7 +105,7 @@ class Compilation:
 
     @contextmanager
     def around(self, unit: Unit) -> Iterator[Any]:
-        """Watch a unit while it runs; when all batches are through, factorise what it holds and write its shard."""
+        """Watch a unit while it runs; when all batches are through, factorize what it holds and write its shard."""
         linears = {name: module for name, module in unit_linears(unit) if name in self.ranks}
         experts = [
             ExpertCalls(found, self.parking, self.device, self.product_dtype)
@@ -124,7 +124,7 @@ class Compilation:
             hooks.next_batch()
             return forward(unit.module, *args, **kwargs)
 
-        with hooks.attached(), watched(experts):
+        with hooks.attached(), hooks_on(experts):
             yield run
         stored = dict(self._factors(linears, hooks))
         stacks = {name: item for calls in experts if calls.reason is None for name, item in self._stacks(calls)}
@@ -162,7 +162,7 @@ class Compilation:
         reserve: Callable[[], Moments] | None,
         both: bool = False,
     ) -> StoredLinear:
-        """A weight (out, in) as it will be stored; with `both` and quantised as factors and whole, to choose later."""
+        """A weight (out, in) as it will be stored; with `both` and quantized as factors and whole, to choose later."""
         settings, kind, dtype = self.settings, self.settings.factor_dtype, self.streamed.dtype
         if kind is None:
             assert rank is not None, "a linear that would stay as it is, is not compressed"
@@ -171,14 +171,14 @@ class Compilation:
             return StoredLinear(figures, {UP: factors.up, DOWN: factors.down})
         if rank is None:
             energy = output_energy(weight, moments)
-            dense = pack_dense(weight, moments, energy, kind, dtype)
+            dense = quantize_dense(weight, moments, energy, kind, dtype)
             return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
         factors = factorize(weight, moments, rank, torch.float32, settings.solver, settings.seed, reserve)
-        packed = pack_factors(weight, moments, factors, kind, dtype)
+        packed = quantize_factors(weight, moments, factors, kind, dtype)
         tensors = {UP: packed.up, DOWN: packed.down}
         if not both:
             return StoredLinear(LinearFigures.of(name, factors, packed, None), tensors)
-        dense = pack_dense(weight, moments, factors.energy, kind, dtype)
+        dense = quantize_dense(weight, moments, factors.energy, kind, dtype)
         return StoredLinear(LinearFigures.of(name, factors, packed, dense), {**tensors, DENSE: dense.weight})
 
     def spectrum_ranks(self) -> dict[str, int | None]:

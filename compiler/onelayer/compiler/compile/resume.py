@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import publish_directory, read_json, write_json
 from onelayer.compiler.storage.safetensors_format import read_header
-from onelayer.compiler.storage.work_directory import claimed
+from onelayer.compiler.storage.work_directory import work_directory
 
 RECORD_PATTERN = "unit-*.json"
 
@@ -45,7 +45,7 @@ class WorkDirectory:
         Raises `InputError` where the work was begun with something else, naming the fields, or is being done by
         another process.
         """
-        with claimed(output, "compile", identity, resume, finished=RECORD_PATTERN) as path:
+        with work_directory(output, "compile", identity, resume, finished=RECORD_PATTERN) as path:
             work = cls(path)
             work.payload.mkdir(exist_ok=True)
             work._read_records()

@@ -14,10 +14,10 @@ from onelayer.compiler.models.unit_memory import EXPERT_ROWS, RESERVE_BYTES, SMA
 Ranks = Mapping[str, int | None]
 
 
-def choose_ranks(streamed: StreamedModel, ratio: float, quantised: bool = False) -> dict[str, int | None]:
+def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
     """The rank of every linear of the repeated layers that is worth compressing, by runtime module name.
 
-    One whose factors would not be smaller is left out, or if `quantised` has the rank None: it is quantised whole. One
+    One whose factors would not be smaller is left out, or if `quantized` has the rank None: it is quantized whole. One
     whose weight is shared with another layer stays as it is: factors of either would not serve both. Raises
     `InputError` where there is none.
     """
@@ -29,18 +29,18 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantised: bool = False)
         for name, (out_features, in_features) in shapes.items():
             rank = rank_for(ratio, out_features, in_features)
             free = unit.is_block and f"{name}.weight" not in tied
-            if free and (quantised or rank is not None) and out_features * in_features >= SMALL_SHARE * total:
+            if free and (quantized or rank is not None) and out_features * in_features >= SMALL_SHARE * total:
                 ranks[name] = rank
     if not ranks:
         kind = type(streamed.model).__name__
-        raise InputError(f"{streamed.checkpoint.directory}: {kind} has no linears in repeated layers to factorise")
+        raise InputError(f"{streamed.checkpoint.directory}: {kind} has no linears in repeated layers to factorize")
     return ranks
 
 
-def choose_stacks(streamed: StreamedModel, ratio: float, quantised: bool = False) -> dict[str, int | None]:
+def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
     """The rank of every stack of experts in the repeated layers that is worth compressing, by its runtime name.
 
-    One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantised whole.
+    One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantized whole.
     """
     ranks = {}
     tied = transformers_models.tied_names(streamed.model)
@@ -48,7 +48,7 @@ def choose_stacks(streamed: StreamedModel, ratio: float, quantised: bool = False
         for stacks in stacks_below(unit.name, unit.module) if unit.is_block else ():
             for leaf in stacks.leaves:
                 rank = rank_for(ratio, *stacks.shape(leaf)[1:])
-                if stacks.path(leaf) not in tied and (quantised or rank is not None):
+                if stacks.path(leaf) not in tied and (quantized or rank is not None):
                     ranks[stacks.path(leaf)] = rank
     return ranks
 
@@ -97,7 +97,7 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
-def workspace_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batch_tokens: int) -> int:
+def compile_workspace(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batch_tokens: int) -> int:
     """What compile holds beside the weights of the largest unit, predicted from shapes alone.
 
     Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the

@@ -10,10 +10,10 @@ from onelayer.compiler.factors.stored_forms import FactorDtype
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompileSettings:
     """What a person chose, checked; everything here can change the emulator's bytes.
 
-    `ratio` is the kept share of each linear's values; with a `factor_dtype` it may be 1, where all are kept, quantised.
+    `ratio` is the kept share of each linear's values; with a `factor_dtype` it may be 1, where all are kept, quantized.
     """
 
     ratio: float

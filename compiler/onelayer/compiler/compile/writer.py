@@ -108,7 +108,7 @@ class EmulatorWriter:
         )
 
     def write_rest(self) -> None:
-        """The units that no batch visited or that hold nothing to factorise, dense, and what lies outside all units."""
+        """The units that no batch visited or that hold nothing to factorize, dense, and what lies outside all units."""
         for unit in self.streamed.units:
             if not self.has(unit):
                 with self.streamed.resident(unit, torch.device("cpu")):

@@ -28,7 +28,7 @@ def trial_bytes(sides: int, widest_factors_bytes: int) -> int:
     return 8 * (4 + len(CANDIDATES)) * sides + 2 * widest_factors_bytes
 
 
-class Setting(Result):
+class CorrectionSettings(Result):
     """What decides a correction; limit 0 leaves the adapter as trained, None is no limit.
 
     What the adapter adds to the original is multiplied by `scale`.
@@ -39,7 +39,7 @@ class Setting(Result):
     scale: float
 
 
-class Candidate(Setting):
+class Candidate(CorrectionSettings):
     """One that was tried, and its held-out loss."""
 
     loss: float

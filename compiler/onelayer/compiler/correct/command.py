@@ -15,16 +15,16 @@ from transformers.pytorch_utils import Conv1D
 from onelayer.compiler.adapters.fit import check_fit
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base, write_adapter
-from onelayer.compiler.correct.candidates import Candidate, Setting, Solver
+from onelayer.compiler.correct.candidates import Candidate, CorrectionSettings, Solver
 from onelayer.compiler.correct.correction import Correction, Gap
-from onelayer.compiler.correct.gaps import read_gaps, workspace_bytes
-from onelayer.compiler.correct.trials import Choice, HeldOut, try_limits
+from onelayer.compiler.correct.gaps import correct_workspace, measure_gaps
+from onelayer.compiler.correct.trials import Choice, HeldOut, score_candidates
 from onelayer.compiler.data.batches import DataSource
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.machine.threads import one_thread
+from onelayer.compiler.machine.threads import single_threaded
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -94,10 +94,10 @@ def correct_adapter(
         streamed = StreamedModel(directory)
         modules = check_fit(source, streamed)
         _check_shapes(source, small, directory)
-        choice = None if held_out is None else try_limits(source, small, directory, held_out, meter)
+        choice = None if held_out is None else score_candidates(source, small, directory, held_out, meter)
         chosen = _chosen(limit) if choice is None else choice.best
         base = _base(small, model, streamed, modules.values())
-        with one_thread(), atomic_directory(output) as partial:
+        with single_threaded(), atomic_directory(output) as partial:
             solved = _solve(streamed, small, source, chosen, {} if choice is None else choice.gaps, meter)
             figures = [_figure(name, module.rank, solved.get(name)) for name, module in source.modules.items()]
             record = _provenance(source, small, base, chosen, figures, choice)
@@ -127,10 +127,10 @@ def _check_limit(limit: float | str | None, data: DataSource | None) -> None:
         raise InputError(f"--limit {limit}: must be at least 0; leave the bound out with none")
 
 
-def _chosen(limit: float | str | None) -> Setting:
+def _chosen(limit: float | str | None) -> CorrectionSettings:
     """The paper's correction."""
     assert not isinstance(limit, str)
-    return Setting(solver="span", limit=limit, scale=1.0)
+    return CorrectionSettings(solver="span", limit=limit, scale=1.0)
 
 
 def _check_pairs(source: Adapter, small: Emulator, model: Path) -> bool:
@@ -162,14 +162,14 @@ def _solve(
     streamed: StreamedModel,
     small: Emulator,
     source: Adapter,
-    chosen: Setting,
+    chosen: CorrectionSettings,
     gaps: dict[str, Gap],
     meter: Meter,
 ) -> dict[str, Correction]:
     """The corrections of every compressed module; weights whose gaps are not known yet are read, once, and dropped."""
     solved = {name: gap.limited(chosen.limit).scaled(chosen.scale) for name, gap in gaps.items()}
     names = [name for name in source.modules if name in small.facts.compressed and name not in gaps]
-    for name, gap in read_gaps(streamed, small, source, names, meter):
+    for name, gap in measure_gaps(streamed, small, source, names, meter):
         solved[name] = gap.limited(chosen.limit).scaled(chosen.scale)
     return solved
 
@@ -212,7 +212,7 @@ def _provenance(
     source: Adapter,
     small: Emulator,
     base: Base,
-    chosen: Setting,
+    chosen: CorrectionSettings,
     figures: list[CorrectedLinear],
     choice: Choice | None,
 ) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _provenance(
 
 
 def _report(streamed: StreamedModel, small: Emulator, source: Adapter, choice: Choice | None, meter: Meter) -> Report:
-    workspace = workspace_bytes(streamed, small, source)
+    workspace = correct_workspace(streamed, small, source)
     bytes_read = streamed.checkpoint.bytes_read + small.checkpoint.bytes_read
     if choice is not None:
         workspace = max(workspace, choice.workspace_bytes)

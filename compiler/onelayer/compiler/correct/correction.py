@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from onelayer.compiler.machine.threads import one_thread
+from onelayer.compiler.machine.threads import single_threaded
 
 # Rows of W are widened by blocks of about this size: they stay in a core's cache, which triples the speed.
 BLOCK_BYTES = 1 << 20
@@ -87,7 +87,7 @@ def measure_gap(
     (k, in), the emulator's, or its whole weight (out, in) and None; a (r, in), b (out, r), scaling: the adapter as
     trained.
     """
-    with one_thread():
+    with single_threaded():
         p, b_split = split_product(a, b, scaling)
         of_original = project(weight, p, transposed)
         of_emulator = _emulated(up, down, p.to(of_original))
@@ -112,7 +112,7 @@ def oblique_gap(
     if not 0 < energy < math.inf:
         return span
     inner = inner + RIDGE * energy * torch.eye(len(inner), dtype=inner.dtype)
-    with one_thread():
+    with single_threaded():
         of_original = project(weight, seen / energy, transposed)
         of_emulator = _emulated(up, down, (seen / energy).to(of_original))
     error = torch.linalg.solve(inner / energy, (of_original - of_emulator).to(seen).T).T

@@ -18,7 +18,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.machine.threads import ahead
+from onelayer.compiler.machine.threads import read_ahead
 from onelayer.compiler.models.streamed_model import StreamedModel
 
 # Weights are read by rows, in pieces of about this size.
@@ -30,7 +30,7 @@ _CONVERTING = Lock()
 Read = Callable[[], torch.Tensor]
 
 
-def read_gaps(
+def measure_gaps(
     streamed: StreamedModel, small: Emulator, source: Adapter, names: Sequence[str], meter: Meter
 ) -> Iterator[tuple[str, Gap]]:
     """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
@@ -41,16 +41,16 @@ def read_gaps(
 
     def work(name: str) -> Gap:
         rows = (read() for read in _weight_reads(streamed, name))
-        return gap_of(source, name, rows, small.factors(name), is_transposed(streamed.model.get_submodule(name)))
+        return linear_gap(source, name, rows, small.factors(name), is_transposed(streamed.model.get_submodule(name)))
 
     ordered = sorted(names, key=place)
     with Progress(len(ordered), "correct") as progress:
-        for count, gap in enumerate(ahead((partial(work, name) for name in ordered), AT_ONCE, AT_ONCE)):
+        for count, gap in enumerate(read_ahead((partial(work, name) for name in ordered), AT_ONCE, AT_ONCE)):
             progress.reached(count, ordered[count], meter.sample())
             yield ordered[count], gap
 
 
-def gap_of(
+def linear_gap(
     source: Adapter,
     name: str,
     rows: Iterator[torch.Tensor],
@@ -86,7 +86,7 @@ def _converted(streamed: StreamedModel, parameter: str) -> torch.Tensor:
     return tensor
 
 
-def workspace_bytes(streamed: StreamedModel, small: Emulator, source: Adapter) -> int:
+def correct_workspace(streamed: StreamedModel, small: Emulator, source: Adapter) -> int:
     """What the linears that are worked on at once cost at most. Of each its factors in their dtype and in float32, a
     chunk of its weight and its successor (all of it, twice, where the checkpoint holds it in another form), one block,
     and six (out, r) in float64."""

@@ -23,22 +23,22 @@ from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver, trial_bytes
 from onelayer.compiler.correct.correction import Gap, oblique_gap
-from onelayer.compiler.correct.gaps import gap_of
+from onelayer.compiler.correct.gaps import linear_gap
 from onelayer.compiler.data.batches import DataSource, tokens_digest
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.evaluate.scoring import Samples, Scoring, workspace_bytes
+from onelayer.compiler.evaluate.scoring import Samples, Scoring, scoring_workspace
 from onelayer.compiler.evaluate.variants import Run, open_scored
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, named_parts
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
 NAME = "trained"  # of the one adapter that PEFT attaches
 
 Weights = tuple[torch.Tensor, torch.Tensor]
-Factors = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole weight and None
+UpDown = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole weight and None
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Choice:
     bytes_read: int
 
 
-def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
+def score_candidates(source: Adapter, small: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
     """Score the corrections of `source` on the original. Raises `InputError` on unusable data."""
     if min(held_out.max_length, held_out.batch_size) < 1:
         raise InputError("max_length and batch_size must be at least 1")
     streamed, classes = open_scored(model, {NAME: source.directory})
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
-    variants, parking = 1 + len(CANDIDATES), Parking(held_out.host_memory_bytes)
+    variants, parking = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
     trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, parking)
     stream = Stream(
         streamed,
@@ -96,7 +96,7 @@ def try_limits(source: Adapter, small: Emulator, model: Path, held_out: HeldOut,
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
     sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
     largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.compressed.items()), default=0)
-    workspace = workspace_bytes(streamed, batches, variants, held_out.device, parking)
+    workspace = scoring_workspace(streamed, batches, variants, held_out.device, parking)
     return Choice(
         best=best,
         candidates=candidates,
@@ -131,7 +131,7 @@ class _Trials:
             linear = layer.get_base_layer()
             if name not in self.gaps["span"]:  # a unit may be held again
                 rows = iter([linear.weight.detach()])
-                self.gaps["span"][name] = gap_of(self.source, name, rows, factors[name], is_transposed(linear))
+                self.gaps["span"][name] = linear_gap(self.source, name, rows, factors[name], is_transposed(linear))
             watch.attach(name, linear, self.gaps["span"][name].p)
         weights: dict[Any, list[Weights]] = {}
 
@@ -158,7 +158,7 @@ class _Trials:
                 layer.scaling[NAME] = scaling
 
     def _solve(
-        self, compressed: Mapping[str, Any], factors: Mapping[str, Factors], watch: "_Watch"
+        self, compressed: Mapping[str, Any], factors: Mapping[str, UpDown], watch: "_Watch"
     ) -> Iterator[tuple[Any, list[Weights]]]:
         """A' and B_c of every candidate, in float32, where the weights are."""
         for name, layer in compressed.items():

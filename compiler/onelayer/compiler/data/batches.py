@@ -45,7 +45,7 @@ class TokenBatch:
 def read_tokens(
     data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
 ) -> list[Tokens]:
-    """Tokenised examples of `data`, all of them or `samples` drawn with a private generator; empty ones left out.
+    """Tokenized examples of `data`, all of them or `samples` drawn with a private generator; empty ones left out.
 
     Raises `InputError` where nothing is left.
     """
@@ -53,16 +53,16 @@ def read_tokens(
     if samples is not None and samples < len(examples):
         examples = random.Random(seed).sample(examples, samples)
     tokens = [tokenize(example, tokenizer, max_length) for example in examples]
-    kept = [item for item in tokens if item.labelled]
+    kept = [item for item in tokens if item.labeled]
     if not kept:
-        raise nothing_labelled(data, max_length)
+        raise nothing_labeled(data, max_length)
     return kept
 
 
-def nothing_labelled(data: object, max_length: int) -> InputError:
+def nothing_labeled(data: object, max_length: int) -> InputError:
     """What to raise where no example of `data` leaves anything to be predicted."""
     return InputError(
-        f"{data}: no example has a labelled token within --max-length {max_length}; raise it, or give examples of two "
+        f"{data}: no example has a labeled token within --max-length {max_length}; raise it, or give examples of two "
         "tokens or more"
     )
 
@@ -97,7 +97,7 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
 def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int] | int]:
     """Model arguments and aligned targets of one sample, or its class.
 
-    A decoder predicts the next token. An encoder-decoder reads what is not labelled (all of a plain text) and predicts
+    A decoder predicts the next token. An encoder-decoder reads what is not labeled (all of a plain text) and predicts
     what is, from it shifted right behind the decoder's start token.
     """
     if tokens.label is not None:

@@ -1,4 +1,4 @@
-"""What a model predicts, and rows tokenised for it: the next token, or one class of a whole text.
+"""What a model predicts, and rows tokenized for it: the next token, or one class of a whole text.
 
 A sequence classifier is what transformers' registry of them lists; its logits are (batch, classes). Evaluation, exact
 steps and training all read their rows through here.

@@ -30,7 +30,7 @@ def packs_of(rows: Sequence[Tokens], max_length: int) -> list[Pack]:
     return packs
 
 
-def joined(pack: Pack) -> Tokens:
+def join_rows(pack: Pack) -> Tokens:
     """A pack as one row; the first token of each of its rows is predicted from nothing, as it is alone."""
     return Tokens(
         [token for row in pack for token in row.input_ids],

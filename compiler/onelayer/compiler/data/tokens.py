@@ -34,8 +34,8 @@ class Tokens:
     label: int | None = None
 
     @property
-    def labelled(self) -> int:
-        """How many predictions the loss counts: of labelled tokens all but the first, which nothing predicts; of a text
+    def labeled(self) -> int:
+        """How many predictions the loss counts: of labeled tokens all but the first, which nothing predicts; of a text
         with a class one."""
         if self.label is not None:
             return 1
@@ -65,7 +65,7 @@ def tokenize(
 ) -> Tokens:
     """Ids and labels of one example, cut at `max_length` tokens.
 
-    `text`: all tokens labelled. `prompt` and `completion`: the completion's. `messages`: the assistant turns'.
+    `text`: all tokens labeled. `prompt` and `completion`: the completion's. `messages`: the assistant turns'.
     `append_eos` ends texts and completions that do not end so already; a chat template writes its own end of turn.
     """
     if example.text is not None:
@@ -91,24 +91,24 @@ def _with_eos(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
 
 
 def _pair_tokens(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Prompt and completion tokenised as the one string they form; where the completion starts, the labels start."""
+    """Prompt and completion tokenized as the one string they form; where the completion starts, the labels start."""
     text = prompt + completion
     ids, prompt_ids = _ids(tokenizer, text), _ids(tokenizer, prompt)
     closing = [token for token in ids[-1:] if token == tokenizer.eos_token_id]  # what some tokenizers end a text with
     if ids[: len(prompt_ids)] == prompt_ids:
-        return _labelled_from(ids, len(prompt_ids))
+        return _labeled_from(ids, len(prompt_ids))
     if closing and prompt_ids[-1:] == closing:
         prompt_ids = prompt_ids[:-1]
         if ids[: len(prompt_ids)] == prompt_ids:
-            return _labelled_from(ids, len(prompt_ids))
+            return _labeled_from(ids, len(prompt_ids))
     if not tokenizer.is_fast:
         ids = [*prompt_ids, *_ids(tokenizer, completion, special=False), *closing]
-        return _labelled_from(ids, len(prompt_ids))
+        return _labeled_from(ids, len(prompt_ids))
     offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)[
         "offset_mapping"
     ]  # the boundary is in a token
     inside = [index for index, offset in enumerate(offsets) if _first_character(text, offset) >= len(prompt)]
-    return _labelled_from(ids, inside[0] if inside else len(ids))
+    return _labeled_from(ids, inside[0] if inside else len(ids))
 
 
 def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -161,7 +161,7 @@ def _rendered(
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     inside = [any(first <= _first_character(whole, offset) < last for first, last in spans) for offset in offsets]
-    return Tokens(ids, [token if labelled else IGNORED for token, labelled in zip(ids, inside, strict=True)])
+    return Tokens(ids, [token if labeled else IGNORED for token, labeled in zip(ids, inside, strict=True)])
 
 
 def _render(
@@ -188,7 +188,7 @@ def _template_faults(example: Example, tokenizer: "PreTrainedTokenizerBase") -> 
 
 
 def _piecewise(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Tokens of the stretches inside and outside the spans, each tokenised alone: for tokenizers without offsets."""
+    """Tokens of the stretches inside and outside the spans, each tokenized alone: for tokenizers without offsets."""
     ids: list[int] = []
     labels: list[int] = []
     cuts = [0, *(cut for span in spans for cut in span), len(text)]
@@ -209,7 +209,7 @@ def _first_character(text: str, offset: Span) -> int:
     return offset[0] + len(piece) - len(piece.lstrip() or piece) if piece else -1
 
 
-def _labelled_from(ids: list[int], boundary: int) -> Tokens:
+def _labeled_from(ids: list[int], boundary: int) -> Tokens:
     return Tokens(ids, [IGNORED] * boundary + ids[boundary:])
 
 

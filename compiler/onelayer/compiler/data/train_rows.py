@@ -6,32 +6,32 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from onelayer.compiler.data.batches import DataSource, nothing_labelled, tokens_digest
+from onelayer.compiler.data.batches import DataSource, nothing_labeled, tokens_digest
 from onelayer.compiler.data.classes import Classes, tokenize_for
 from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.tokens import Tokens
-from onelayer.compiler.machine.console import at_most
+from onelayer.compiler.machine.console import capped
 
 
-def read_labelled(
+def read_labeled(
     data: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     classes: Classes | None,
     append_eos: bool = False,
 ) -> list[Tokens]:
-    """Every example that has something to predict, tokenised. Raises `InputError` where there is none."""
+    """Every example that has something to predict, tokenized. Raises `InputError` where there is none."""
     examples = read_examples(data)
     tokens = [tokenize_for(classes, example, tokenizer, max_length, append_eos) for example in examples]
-    rows = [item for item in tokens if item.labelled]
+    rows = [item for item in tokens if item.labeled]
     if not rows:
-        raise nothing_labelled(data, max_length)
+        raise nothing_labeled(data, max_length)
     return rows
 
 
 @dataclass(frozen=True)
 class TrainRows:
-    """Tokenised training examples, and the order in which steps take them: a new shuffle for every round."""
+    """Tokenized training examples, and the order in which steps take them: a new shuffle for every round."""
 
     rows: Sequence[Tokens]
     batch_size: int
@@ -47,12 +47,12 @@ class TrainRows:
         seed: int,
         classes: Classes | None = None,
     ) -> "TrainRows":
-        """Every labelled example, ended as in training; a batch takes none of them twice.
+        """Every labeled example, ended as in training; a batch takes none of them twice.
 
         Raises `InputError` where there is none.
         """
-        rows = read_labelled(data, tokenizer, max_length, classes, append_eos=True)
-        return cls(rows, at_most("--batch-size", batch_size, len(rows)), seed)
+        rows = read_labeled(data, tokenizer, max_length, classes, append_eos=True)
+        return cls(rows, capped("--batch-size", batch_size, len(rows)), seed)
 
     @property
     def digest(self) -> str:

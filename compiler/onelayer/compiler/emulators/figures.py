@@ -8,7 +8,7 @@ import torch
 
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, stack_tensor
 from onelayer.compiler.factors.factorize import Factors
-from onelayer.compiler.factors.quantized_factors import PackedDense, PackedFactors
+from onelayer.compiler.factors.quantized_factors import PackedFactors, QuantizedDense
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
 from onelayer.compiler.results import Result
 
@@ -19,9 +19,9 @@ ERROR_FIELDS = ("error", "optimal_error", "unquantised_error", "prefix_errors", 
 class LinearSummary(Result):
     """One compressed linear; errors are relative Frobenius errors of its output over the calibration rows.
 
-    `error` is that of the factors as stored, `unquantised_error` that of the same factors before they were quantised
+    `error` is that of the factors as stored, `unquantised_error` that of the same factors before they were quantized
     (None where they are not), `optimal_error` the least that any factors of this rank can have; the `fast` solver does
-    not know it. `form` "dense" is a whole weight, quantised; its rank is the full one.
+    not know it. `form` "dense" is a whole weight, quantized; its rank is the full one.
     """
 
     name: str
@@ -36,7 +36,7 @@ class LinearFigures(LinearSummary):
     """`singular_values`: its output's, the kept ones; `output_energy`: all their squares.
 
     A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data;
-    where the factors are quantised, it has `prefix_errors[j - 1]`. `dense_error`: of the whole weight, quantised; None
+    where the factors are quantized, it has `prefix_errors[j - 1]`. `dense_error`: of the whole weight, quantized; None
     where that was not tried.
     """
 
@@ -53,7 +53,7 @@ class LinearFigures(LinearSummary):
 
     @classmethod
     def of(
-        cls, name: str, factors: Factors, packed: PackedFactors | None, dense: PackedDense | None
+        cls, name: str, factors: Factors, packed: PackedFactors | None, dense: QuantizedDense | None
     ) -> "LinearFigures":
         """The figures of some factors, of what they were packed to, and of the weight packed instead, to six digits."""
         rank = factors.up.shape[1]
@@ -73,7 +73,7 @@ class LinearFigures(LinearSummary):
 
     @classmethod
     def of_dense(cls, name: str, shape: torch.Size, energy: float, dense_error: float) -> "LinearFigures":
-        """The figures of a weight (out, in) that is quantised as it is."""
+        """The figures of a weight (out, in) that is quantized as it is."""
         return cls(
             name=name,
             rank=min(shape),

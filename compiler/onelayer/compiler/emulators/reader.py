@@ -31,7 +31,7 @@ def stack_tensor(stack: str, ending: str) -> str:
 class StackFacts(BaseModel):
     """A compressed stack: (E, out, in) of the stack that is not there, and the rank of its experts' factors.
 
-    Without a rank its matrices are quantised whole.
+    Without a rank its matrices are quantized whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -46,7 +46,7 @@ class StackFacts(BaseModel):
 
 
 class EmulatorFacts(BaseModel):
-    """The `quantization_config` of an emulator: the rank of every factorised module, and the original it stands for.
+    """The `quantization_config` of an emulator: the rank of every factorized module, and the original it stands for.
 
     Where the factors are packed, `shapes` holds (out, in) of every compressed module, those in `quantized_dense` keep
     their whole weight, and all are used as `unpacked_dtype`. `stacks` are the compressed stacks of experts, by the name
@@ -73,7 +73,7 @@ class EmulatorFacts(BaseModel):
         if self.packed is not None and (self.unpacked_dtype is None or not named <= self.shapes.keys()):
             raise ValueError(f"{self.factor_dtype} factors need unpacked_dtype and the shapes of all modules")
         if self.packed is None and any(stack.rank is None for stack in self.stacks.values()):
-            raise ValueError("a stack without a rank is quantised, in no known factor_dtype")
+            raise ValueError("a stack without a rank is quantized, in no known factor_dtype")
         return self
 
     @property
@@ -83,7 +83,7 @@ class EmulatorFacts(BaseModel):
 
     @property
     def compressed(self) -> dict[str, int]:
-        """The rank of every module that does not have the original's weight; a quantised one has its full rank."""
+        """The rank of every module that does not have the original's weight; a quantized one has its full rank."""
         return {**self.ranks, **{name: min(self.shapes[name]) for name in self.quantized_dense}}
 
 
@@ -198,7 +198,7 @@ def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint
             found = checkpoint.tensors.get(module + ending)
             shape = () if found is None else found.shape
             if len(shape) != 2 or any(size not in (None, real) for size, real in zip(sizes, shape, strict=True)):
-                what = f"factors of rank {rank} (config.json, ranks)" if rank is not None else "its quantised weight"
+                what = f"factors of rank {rank} (config.json, ranks)" if rank is not None else "its quantized weight"
                 raise InputError(f"{directory}: module {module!r} lacks {what}; restore it")
     for stack, found_facts in facts.stacks.items():
         for ending, sizes3 in stack_sizes(found_facts, kind).items():

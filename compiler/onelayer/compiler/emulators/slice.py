@@ -1,6 +1,6 @@
 """An emulator in, a smaller one out, without the original: factors are ordered by energy, so a prefix is the smaller.
 
-Quantised factors are cut in their packed rows, so a slice never quantises anew. Held: one factor at a time. Letters:
+Quantized factors are cut in their packed rows, so a slice never quantizes anew. Held: one factor at a time. Letters:
 k rank, out / in features.
 """
 
@@ -73,7 +73,7 @@ class SliceResult(Result):
 def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> SliceResult:
     """Write the emulator that keeps `ratio` of each linear's weights, cut from one that keeps more.
 
-    What the larger emulator holds dense, quantised or not, stays dense: there is nothing to cut. Raises `InputError`
+    What the larger emulator holds dense, quantized or not, stays dense: there is nothing to cut. Raises `InputError`
     where `ratio` is larger than the emulator's own, or so much is dense that a slice would not be what was asked for.
     """
     if not 0 < ratio < 1:
@@ -110,7 +110,7 @@ def cut_emulator(
 ) -> SliceResult:
     """Write the emulator with shorter factors: at most `ranks` directions of each linear or stack of experts.
 
-    `settings` are recorded. A rank None takes the quantised weight that the emulator holds beside the factors.
+    `settings` are recorded. A rank None takes the quantized weight that the emulator holds beside the factors.
     """
     output = Path(output)
     check_output(output)
@@ -202,8 +202,8 @@ def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], source: E
     optimal = digits(math.sqrt(max(0.0, lost)))
     packed = {} if item.prefix_errors is None else {"prefix_errors": item.prefix_errors[:rank], "dense_error": None}
     error = optimal if item.prefix_errors is None else item.prefix_errors[rank - 1]
-    unquantised = None if item.prefix_errors is None else optimal
-    figures = {"rank": rank, "error": error, "optimal_error": optimal, "unquantised_error": unquantised}
+    unquantized = None if item.prefix_errors is None else optimal
+    figures = {"rank": rank, "error": error, "optimal_error": optimal, "unquantised_error": unquantized}
     if isinstance(item, StackFigures):
         packed["largest_error"] = None
     return item.model_copy(update={**figures, "singular_values": kept, **packed})

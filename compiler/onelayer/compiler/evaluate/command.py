@@ -15,8 +15,8 @@ from onelayer.compiler.data.batches import DataSource
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.evaluate.scoring import Samples, SampleScores, Scoring, total, workspace_bytes
-from onelayer.compiler.evaluate.variants import Variant, open_scored, switching
+from onelayer.compiler.evaluate.scoring import Samples, SampleScores, Scoring, scoring_workspace, total
+from onelayer.compiler.evaluate.variants import Variant, open_scored, switch_variants
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import is_linear, stack_shapes
@@ -24,7 +24,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import named_parts
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
 # Of a larger one a float64 does not hold the exponential: such a perplexity is told as the largest there is.
@@ -32,7 +32,7 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 class Score(Result):
-    """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labelled token.
+    """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labeled token.
 
     `choice_accuracy` is the share of multiple-choice examples whose right choice has the highest log-likelihood; None
     where there are no such examples. Of a sequence classifier `tokens` is the number of texts and `token_accuracy` the
@@ -49,7 +49,7 @@ class Score(Result):
 
 
 class Against(Result):
-    """How far an emulator's predictions are from the original's, over the labelled tokens: `kl_per_token` in nats from
+    """How far an emulator's predictions are from the original's, over the labeled tokens: `kl_per_token` in nats from
     the original's distribution to the emulator's, `top1_agreement` the share of tokens with the same best guess."""
 
     emulator: str
@@ -80,9 +80,9 @@ def evaluate_model(
     revision: str | None = None,
     host_memory_bytes: int | None = None,
 ) -> EvaluateResult:
-    """Score the original and each of `adapters` on the labelled tokens of `data`, reading the checkpoint once.
+    """Score the original and each of `adapters` on the labeled tokens of `data`, reading the checkpoint once.
 
-    A `text` example is cut at `max_length` tokens, all but the first labelled; of `prompt`+`completion` and `messages`
+    A `text` example is cut at `max_length` tokens, all but the first labeled; of `prompt`+`completion` and `messages`
     the completion and the assistant turns are, of `prompt`+`choices` the right choice. A sequence classifier is scored
     on `text`+`label`. `against` compares an emulator of the original with it, in the same pass. Hidden states beyond
     `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can mend.
@@ -100,14 +100,14 @@ def evaluate_model(
     variants = [Variant(), *(Variant(adapter=name) for name in named)]
     if emulator is not None:
         variants.append(Variant(emulator=emulator))
-    parking = Parking(host_memory_bytes)
+    parking = SpillPool(host_memory_bytes)
     job = Scoring(batches, len(variants), parking, None if emulator is None else len(variants) - 1)
     with Meter(place) as meter:
-        around = switching(variants, place)
+        around = switch_variants(variants, place)
         stream = Stream(streamed, place, meter, around=around, parking=parking, description="evaluate")
         stream.run(job.inputs(), job.take)
         found = job.finish(place)
-        workspace = workspace_bytes(streamed, batches, len(variants), place, parking)
+        workspace = scoring_workspace(streamed, batches, len(variants), place, parking)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)

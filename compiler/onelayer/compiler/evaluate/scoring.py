@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from onelayer.compiler.data.batches import DataSource, TokenBatch, make_batches, nothing_labelled
+from onelayer.compiler.data.batches import DataSource, TokenBatch, make_batches, nothing_labeled
 from onelayer.compiler.data.classes import Classes, tokenize_for
 from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.rows import Example
@@ -22,7 +22,7 @@ from onelayer.compiler.models.lazy_tensors import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES
-from onelayer.compiler.streaming.spill import SMALLEST_BYTES, Parking
+from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Samples:
-    """Held-out data, tokenised. `counted[i]`: the loss counts sample i; wrong choices only compete with right ones."""
+    """Held-out data, tokenized. `counted[i]`: the loss counts sample i; wrong choices only compete with right ones."""
 
     tokens: list[Tokens]
     counted: list[bool]
@@ -53,13 +53,13 @@ class Samples:
         for example in read_examples(data):
             if example.choices is None or classes is not None:
                 tokens = tokenize_for(classes, example, tokenizer, max_length)
-                if tokens.labelled:
+                if tokens.labeled:
                     found.tokens.append(tokens)
                     found.counted.append(True)
             else:
                 found._add_question(example, tokenizer, max_length)
         if not found.tokens:
-            raise nothing_labelled(data, max_length)
+            raise nothing_labeled(data, max_length)
         return found
 
     def _add_question(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -72,7 +72,7 @@ class Samples:
                 raise InputError(
                     f"{example.source}: with choice {number} it has more than {max_length} tokens; raise --max-length"
                 )
-            if not tokens.labelled:
+            if not tokens.labeled:
                 raise InputError(f"{example.source}: choice {number} ({choice!r}) has no token of its own; reword it")
             self.tokens.append(tokens)
             self.counted.append(number == example.answer)
@@ -86,14 +86,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class SampleScores:
-    """Sums over the labelled tokens of each sample, for one variant of the model."""
+    """Sums over the labeled tokens of each sample, for one variant of the model."""
 
     losses: list[float]
     hits: list[int]
     counts: list[int]
 
     def loss(self, counted: Sequence[bool]) -> float:
-        """Mean cross-entropy in nats over the labelled tokens of the samples that count."""
+        """Mean cross-entropy in nats over the labeled tokens of the samples that count."""
         return total(self.losses, counted) / total(self.counts, counted)
 
     def right_answers(self, questions: Sequence[Question]) -> int:
@@ -117,7 +117,7 @@ class Scoring:
     """
 
     def __init__(
-        self, batches: Sequence[TokenBatch], variants: int, parking: Parking, against: int | None = None
+        self, batches: Sequence[TokenBatch], variants: int, parking: SpillPool, against: int | None = None
     ) -> None:
         self.batches = batches
         self.variants = variants
@@ -134,7 +134,7 @@ class Scoring:
         return [batch.inputs for batch in self.batches for _ in range(self.variants)]
 
     def take(self, index: int, output: Any) -> None:
-        """One batch with one variant has run through; keeps only what its labelled positions need."""
+        """One batch with one variant has run through; keeps only what its labeled positions need."""
         number, logits = index // self.variants, output.logits
         rows = self._rows[number]
         self._scores[index] = TokenScores(self.batches[number].targets[rows])
@@ -187,11 +187,11 @@ class Scoring:
         return result
 
     def token_losses(self, index: int) -> torch.Tensor:
-        """Cross-entropies of the labelled tokens of one stream index, in order, once `finish` has run."""
+        """Cross-entropies of the labeled tokens of one stream index, in order, once `finish` has run."""
         return self._scores[index].losses
 
     def divergence(self) -> tuple[float, float]:
-        """Mean KL per labelled token from variant 0 to `against`, and the share of tokens whose best guess agrees."""
+        """Mean KL per labeled token from variant 0 to `against`, and the share of tokens whose best guess agrees."""
         assert self.against is not None
         total, agreed, count = 0.0, 0, 0
         for number, gap in enumerate(self._gaps):
@@ -202,8 +202,8 @@ class Scoring:
         return total / count, agreed / count
 
 
-def workspace_bytes(
-    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, parking: Parking
+def scoring_workspace(
+    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, parking: SpillPool
 ) -> int:
     """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
     the activations of one micro-batch in the widest unit and, where the host is the device, the parked batches."""
@@ -212,7 +212,7 @@ def workspace_bytes(
     return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * widest(streamed) * 4 + parked
 
 
-def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, parking: Parking) -> int:
+def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, parking: SpillPool) -> int:
     """The most that `variants` of all batches hold on the host while they wait, at most what `parking` lets them.
 
     Of every token its embedding and its hidden state, its place in rotary angles (as wide as a head, sine and cosine)

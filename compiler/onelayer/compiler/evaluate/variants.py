@@ -17,7 +17,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
 from onelayer.compiler.models.linears import is_linear
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.units import Forward, Unit, named_parts, standing_in
+from onelayer.compiler.models.units import Forward, Unit, named_parts, replaced_forwards
 
 Run = Callable[[int, Any, Any], Any]
 
@@ -33,7 +33,7 @@ class Variant:
     emulator: Emulator | None = None
 
 
-def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
+def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
     """Runs a unit as the variant of the batch at hand: stream index i is variant i % n."""
 
     @contextmanager
@@ -53,7 +53,7 @@ def switching(variants: Sequence[Variant], device: torch.device) -> Callable[[Un
             forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
             if not forwards:
                 return type(unit.module).forward(unit.module, *args, **kwargs)
-            with standing_in(unit.module, forwards) as stand_in:
+            with replaced_forwards(unit.module, forwards) as stand_in:
                 return stand_in(*args, **kwargs)
 
         yield run

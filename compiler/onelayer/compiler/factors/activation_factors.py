@@ -20,7 +20,7 @@ _LEVELS = 127  # of int8, on either side of zero
 
 
 @dataclass(frozen=True)
-class Kept:
+class ExactTensor:
     """A tensor that is stored as it is, since factors would not be smaller."""
 
     tensor: torch.Tensor
@@ -71,7 +71,7 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Factors:
+class ActivationFactors:
     """A as `scale_t1 * left_tk @ (scale_k1 * right_kn)`, and the residual. `tokens` are its rows; others are zero.
 
     `left_tk` holds bytes, with a scale per token and one per direction, and `right_kn` is bfloat16: so a massive token
@@ -116,7 +116,7 @@ class Factors:
         return product_tn.to(self.dtype).reshape(self.shape)
 
 
-Compressed = Kept | Factors
+Compressed = ExactTensor | ActivationFactors
 
 
 @torch.no_grad()
@@ -135,11 +135,11 @@ def compress(
     carry no weight and come back as zeros; as long as the tensor is factored at all.
     """
     if rank is None or tensor.dtype not in FACTORED_DTYPES or tensor.ndim < 2 or tensor.numel() == 0:
-        return Kept(tensor.detach())
+        return ExactTensor(tensor.detach())
     features = tensor.shape[-1]
     rows = len(tokens) if tokens is not None else tensor.numel() // features
     if not is_factored(rows, features, rank, residual_bits, tensor.numel() * tensor.element_size()):
-        return Kept(tensor.detach())
+        return ExactTensor(tensor.detach())
     activations_tn = tensor.detach().reshape(-1, features)
     if tokens is not None:
         activations_tn = activations_tn.index_select(0, tokens)
@@ -150,9 +150,9 @@ def compress(
     if residual_bits:
         with torch.autocast(tensor.device.type, enabled=False):
             product_tn = _product(*rounded, _work_dtype(tensor.dtype))
-            residual = pack(product_tn.neg_().add_(activations_tn), residual_bits)
+            residual = quantize_residual(product_tn.neg_().add_(activations_tn), residual_bits)
     bytes_tk, scale_t1, scale_k1, short_kn = rounded
-    return Factors(bytes_tk, short_kn, scale_t1, scale_k1, residual, tokens, tensor.shape, tensor.dtype)
+    return ActivationFactors(bytes_tk, short_kn, scale_t1, scale_k1, residual, tokens, tensor.shape, tensor.dtype)
 
 
 def project(activations_tn: torch.Tensor, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +177,7 @@ def sample_rows(activations_tn: torch.Tensor, count: int, generator: torch.Gener
     """Indices of `count` different rows, drawn with probabilities as their squared norms (Efraimidis and Spirakis).
 
     A row far longer than the others is as good as certain to be among them. The longest come first: where the sample
-    is orthonormalised in this order, they do not leave their traces in all the other directions.
+    is orthonormalized in this order, they do not leave their traces in all the other directions.
     """
     norms_t = torch.linalg.vector_norm(activations_tn.float(), dim=1)
     noise_t = torch.empty_like(norms_t).exponential_(generator=generator)
@@ -222,7 +222,7 @@ def _divided(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 _STEPS = {1: 1.5958 / 0.79788, 2: 0.9957 / 0.79788, 4: 0.3352 / 0.79788}
 
 
-def pack(residual_tn: torch.Tensor, bits: int) -> Residual:
+def quantize_residual(residual_tn: torch.Tensor, bits: int) -> Residual:
     """Store `residual_tn` (T, n), which is used up. Values that are not finite spoil scales, and so stay visible."""
     scale_t1, scale_n = _scales(residual_tn.abs())
     step_t1 = (_STEPS[bits] * scale_t1).bfloat16()

@@ -1,6 +1,6 @@
 """(weight, moments, rank) -> factors and their error. Pure: tensors in, tensors and figures out.
 
-Convention y = W x, W (out x in), X (N x in) the calibration rows, Y = X W^T. Wanted: the rank-k W_k that minimises
+Convention y = W x, W (out x in), X (N x in) the calibration rows, Y = X W^T. Wanted: the rank-k W_k that minimizes
 ||X W^T - X W_k^T||_F, the activation-aware SVD of SVD-LLM and EMLoC (arXiv 2506.12015, stage 1). Both routes below end
 in W_k = U_k U_k^T W with orthonormal U_k, so nothing is inverted and W itself is never decomposed.
 """

@@ -17,13 +17,13 @@ from onelayer.compiler.factors.stored_forms import BLOCK, INSTALL, SCALE_BYTES, 
 LEVELS = 127
 
 
-def require(kind: FactorDtype | None) -> None:
+def check_library(kind: FactorDtype | None) -> None:
     """Raise `InputError` where the library for `kind` is missing."""
     if kind == "nf4":
         _library()
 
 
-def pack(matrix: torch.Tensor, kind: FactorDtype) -> torch.Tensor:
+def quantize_matrix(matrix: torch.Tensor, kind: FactorDtype) -> torch.Tensor:
     """(rows, width) floating -> uint8 (rows, row_bytes)."""
     rows, width = matrix.shape
     if not is_blockwise(kind):

@@ -9,7 +9,7 @@ import torch
 
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.moments import Moments
-from onelayer.compiler.factors.quantize import pack, unpack
+from onelayer.compiler.factors.quantize import quantize_matrix, unpack
 from onelayer.compiler.factors.stored_forms import FactorDtype
 
 # Pulls `up` towards what it was, as a share of the mean energy of the directions of `down`.
@@ -29,14 +29,14 @@ class PackedFactors:
 
 
 @dataclass(frozen=True)
-class PackedDense:
+class QuantizedDense:
     """A whole weight as stored, (out, bytes of a row of in), and its relative output error."""
 
     weight: torch.Tensor
     error: float
 
 
-def pack_factors(
+def quantize_factors(
     W: torch.Tensor, moments: Moments, factors: Factors, kind: FactorDtype, dtype: torch.dtype
 ) -> PackedFactors:
     """`factors` of W, packed; `dtype` is that of the model, in which they are unpacked.
@@ -47,11 +47,11 @@ def pack_factors(
     """
     W = W.to(moments.gram.product_dtype)
     gram = moments.gram.total_FF.to(W)
-    up_packed = pack(factors.up.T, kind)
+    up_packed = quantize_matrix(factors.up.T, kind)
     up = unpack(up_packed, W.shape[0], kind, dtype).to(W).T
     projector = torch.linalg.solve(_regular(up.T @ up), up.T)
     exact = projector @ W
-    down_packed = pack(exact, kind)
+    down_packed = quantize_matrix(exact, kind)
     down = unpack(down_packed, W.shape[1], kind, dtype).to(W)
     if moments.of_input:
         WG = W @ gram
@@ -59,7 +59,7 @@ def pack_factors(
         # Directions that calibration hardly saw stay as they are.
         ridge = RIDGE * inner.diagonal().mean() + torch.finfo(W.dtype).tiny
         seen = inner + ridge * torch.eye(len(inner), dtype=W.dtype, device=W.device)
-        up_packed = pack(torch.linalg.solve(seen, down @ WG.T + ridge * up.T), kind)
+        up_packed = quantize_matrix(torch.linalg.solve(seen, down @ WG.T + ridge * up.T), kind)
         up = unpack(up_packed, W.shape[0], kind, dtype).to(W).T
         cross, total = ((up.T @ WG) * down).sum(dim=1), (WG * W).sum()
     else:
@@ -73,16 +73,18 @@ def pack_factors(
     return PackedFactors(up_packed, down_packed, _relative(total - kept, factors.energy))
 
 
-def pack_dense(W: torch.Tensor, moments: Moments, energy: float, kind: FactorDtype, dtype: torch.dtype) -> PackedDense:
+def quantize_dense(
+    W: torch.Tensor, moments: Moments, energy: float, kind: FactorDtype, dtype: torch.dtype
+) -> QuantizedDense:
     """W itself, packed. An output moment does not know X, so there the error is priced by the input's energy."""
-    packed, wide = pack(W, kind), moments.gram.product_dtype
+    packed, wide = quantize_matrix(W, kind), moments.gram.product_dtype
     E = W.to(wide) - unpack(packed, W.shape[1], kind, dtype).to(wide)
     if moments.of_input:
         lost = ((E @ moments.gram.total_FF.to(E)) * E).sum()
     else:
         assert moments.input_energy is not None
         lost = (E.square().sum(dim=0) * moments.input_energy.to(E)).sum()
-    return PackedDense(packed, float(_relative(lost, energy)))
+    return QuantizedDense(packed, float(_relative(lost, energy)))
 
 
 def output_energy(W: torch.Tensor, moments: Moments) -> float:

@@ -19,10 +19,10 @@ def widest_ratio(ratio: float, allocation: Allocation) -> float:
     return ratio if allocation == "uniform" or ratio == 1 else min(0.999, SPECTRUM_HEADROOM * ratio)
 
 
-def copies_on_disk(allocation: Allocation, quantised: bool) -> int:
-    """How many emulators lie there at once: with ranks by spectrum the wide one, quantised weights beside its factors,
+def copies_on_disk(allocation: Allocation, quantized: bool) -> int:
+    """How many emulators lie there at once: with ranks by spectrum the wide one, quantized weights beside its factors,
     and the one cut from it."""
-    return 1 if allocation == "uniform" else 3 if quantised else 2
+    return 1 if allocation == "uniform" else 3 if quantized else 2
 
 
 def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
@@ -40,7 +40,7 @@ def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
 class Spectrum:
     """What decides a linear's rank: its shape, the leading singular values of its output, the energy of all of them.
 
-    `prefix_errors` of its factors by rank and `dense_error` of its whole weight where they are quantised: such a linear
+    `prefix_errors` of its factors by rank and `dense_error` of its whole weight where they are quantized: such a linear
     may also stay whole. `kind` is what they are packed as; prices are then bytes, else numbers of weights.
     """
 
@@ -77,7 +77,7 @@ def ranks_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str
 
 
 def allocate_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int | None]:
-    """The same, where a linear may also be quantised whole: None for those whose bytes are worth more so."""
+    """The same, where a linear may also be quantized whole: None for those whose bytes are worth more so."""
     budget = _budget(spectra, ratio)
     whole = _whole(spectra, budget)
     budget -= sum(spectra[name].whole_price for name in whole)

@@ -7,10 +7,10 @@ from onelayer.compiler.errors import InputError
 
 # `None` in their place stands for the original's own dtype, unpacked.
 FactorDtype = Literal["bf16", "int8", "nf4"]
-# This many neighbours of a row share one scale, a bfloat16, which has the range of float32.
+# This many neighbors of a row share one scale, a bfloat16, which has the range of float32.
 BLOCK, SCALE_BYTES = 64, 2
 BITS = {"bf16": 16, "int8": 8, "nf4": 4}
-INSTALL = "nf4 factors need bitsandbytes: pip install 'onelayer[quantised]', or choose --factor-dtype int8"
+INSTALL = "nf4 factors need bitsandbytes: pip install 'onelayer[quantized]', or choose --factor-dtype int8"
 # Factors that keep this share of all values lose little to what they leave out: then precision is worth more than rank.
 NEARLY_ALL = 0.85
 # A budget in bytes is a share of what the linears take at this size, whatever the dtype they are stored in.
@@ -67,7 +67,7 @@ def best_of(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
     return next((kind for kind, ratio in ratios.items() if (ratio or 0.0) >= NEARLY_ALL), "nf4")
 
 
-def best_kind(keep_bytes: float) -> FactorDtype:
+def best_factor_dtype(keep_bytes: float) -> FactorDtype:
     """The best dtype for factors of `keep_bytes`."""
     kinds: tuple[FactorDtype, ...] = get_args(FactorDtype)
     return best_of({kind: keep_ratio(keep_bytes, kind, REFERENCE_BYTES) for kind in kinds})
@@ -75,7 +75,7 @@ def best_kind(keep_bytes: float) -> FactorDtype:
 
 def within_bytes(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> tuple[float, FactorDtype | None]:
     """The ratio that takes a share of bytes, and the dtype: `kind`, or the best where none was given."""
-    kind = kind or best_kind(keep_bytes)
+    kind = kind or best_factor_dtype(keep_bytes)
     return keep_ratio(keep_bytes, kind, dtype_bytes), kind
 
 
@@ -85,7 +85,7 @@ def known_kind(name: str | None) -> FactorDtype | None:
     return next((kind for kind in kinds if kind == name), None)
 
 
-def checked_kind(name: str | None) -> FactorDtype | None:
+def checked_factor_dtype(name: str | None) -> FactorDtype | None:
     """The packed form that a person asked for, None if none was. Raises `InputError` for one that is not known."""
     if name is not None and known_kind(name) is None:
         raise InputError(f"--factor-dtype {name}: is none of {', '.join(get_args(FactorDtype))}")

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     pass
 
 
-def note(text: str) -> None:
+def notice(text: str) -> None:
     """Tell a person what was done otherwise than asked: one line on stderr, above any bar."""
     tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
 
 
-def at_most(option: str, wanted: int, available: int) -> int:
+def capped(option: str, wanted: int, available: int) -> int:
     """`wanted` examples of a step, or all there are: more would only take some of them twice, so that is noted."""
     if wanted > available:
-        note(f"{option} {wanted}: there are {available} examples, a step takes each of them once")
+        notice(f"{option} {wanted}: there are {available} examples, a step takes each of them once")
     return min(wanted, available)
 
 

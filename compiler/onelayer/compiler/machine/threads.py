@@ -11,7 +11,7 @@ import torch
 T = TypeVar("T")
 
 
-def ahead(jobs: Iterable[Callable[[], T]], depth: int = 2, threads: int = 1) -> Iterator[T]:
+def read_ahead(jobs: Iterable[Callable[[], T]], depth: int = 2, threads: int = 1) -> Iterator[T]:
     """Results of `jobs` in their order, at most `depth` of them waiting; an error surfaces where its result would.
 
     `threads` of them are done at once. Leaving the loop early cancels those that have not begun.
@@ -31,7 +31,7 @@ def ahead(jobs: Iterable[Callable[[], T]], depth: int = 2, threads: int = 1) -> 
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """Torch computes on this thread alone meanwhile.
 
     For products of blocks that fit a core's cache: shared out among threads they wait for each other more than they

@@ -129,7 +129,7 @@ class ExpertStacks:
         return y_SH[back_S].view(tokens, per_token, -1).sum(dim=1).to(x_NH.dtype)
 
     def acts_as_declared(self, routed: Routed, output: Any) -> bool:
-        """Whether a call did what the interface says of its class: that is what is factorised."""
+        """Whether a call did what the interface says of its class: that is what is factorized."""
         x_NH, index_NK, weights_NK = (item[:CHECKED_TOKENS] for item in routed)
         if not isinstance(output, torch.Tensor) or output.shape != routed[0].shape:
             return False

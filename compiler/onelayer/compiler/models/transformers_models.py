@@ -46,11 +46,11 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise InputError(f"{path}: cannot be read ({error}); restore the file") from None
     parts = [document, *(part for part in document.values() if isinstance(part, dict))]
     settings = [part["quantization_config"] for part in parts if part.get("quantization_config")]
-    method = settings[0].get("quant_method", "quantised") if settings else None
+    method = settings[0].get("quant_method", "quantized") if settings else None
     if method == "onelayer":
         raise InputError(f"{directory}: is an emulator; give the original model it was compiled from")
     if method is not None:
-        raise InputError(f"{path}: field quantization_config: {method!r} weights; give the unquantised original")
+        raise InputError(f"{path}: field quantization_config: {method!r} weights; give the unquantized original")
     try:
         config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -107,7 +107,7 @@ def build_skeleton(
             owner, leaf = owner_of(model, name)
             owner._parameters[leaf] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
             continue
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps the initialiser from touching it
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps the initializer from touching it
         parameter.requires_grad_(False)
     for name, buffer in list(model.named_buffers()):
         owner, leaf = owner_of(model, name)
@@ -180,7 +180,7 @@ def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
             if target in expected:
                 if checkpoint.tensors[key].dtype not in FLOAT_DTYPES and expected[target].is_floating_point():
                     stored_as = checkpoint.tensors[key].dtype
-                    raise InputError(f"tensor {key}: {stored_as} are quantised values; give the unquantised original")
+                    raise InputError(f"tensor {key}: {stored_as} are quantized values; give the unquantized original")
                 keys.setdefault(target, []).append(key)
     stored = {name: tuple(found) for name, found in keys.items()}
     plain = frozenset(name for name, found in stored.items() if len(found) == 1 and name not in converted)

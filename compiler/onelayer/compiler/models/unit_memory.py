@@ -30,7 +30,7 @@ RESERVE_BYTES = 64 << 20
 def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapter_bytes: int, on_gpu: bool) -> int:
     """What a step on `tokens` at once holds beside the unit that computes, at most.
 
-    The unit that is read ahead, the head's slices and their gradients, the adapter with its optimiser, and the graph of
+    The unit that is read ahead, the head's slices and their gradients, the adapter with its optimizer, and the graph of
     one unit, of which the widest makes `width` values of a token. Kept unit inputs are not in it: they lie on the host
     and are reported by themselves.
     """

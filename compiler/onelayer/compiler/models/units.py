@@ -13,7 +13,7 @@ Forward = Callable[..., Any]
 
 
 @contextmanager
-def standing_in(module: nn.Module, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
+def replaced_forwards(module: nn.Module, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
     """The forward of `module`, those of its parts (or its own) that `forwards` names replaced meanwhile."""
     inner = [part for part in forwards if part is not module]
     for part in inner:

@@ -17,16 +17,16 @@ from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import widest
-from onelayer.compiler.polish.job import PolishJob, workspace_bytes
+from onelayer.compiler.polish.job import PolishJob, polish_workspace
 from onelayer.compiler.polish.resume import STATE_FILE, PolishState
-from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.polish.task import PolishTask
-from onelayer.compiler.polish.trained_adapter import Fresh
+from onelayer.compiler.polish.trained_adapter import FreshAdapter
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.files import check_output
-from onelayer.compiler.storage.work_directory import claimed
+from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.compiler.streaming.gradient_stream import GradientStream
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.streaming.spill import SpillPool
 
 
 class PolishStep(Result):
@@ -108,12 +108,12 @@ def polish_adapter(
     """
     rank = None if activations == "exact" else activations
     pace = (steps, batch_size, micro_batch_size, learning_rate, warmup_steps, max_gradient_norm)
-    settings = Settings(*pace, max_length, eval_steps, rank, seed, packing)
+    settings = PolishSettings(*pace, max_length, eval_steps, rank, seed, packing)
     check_output(Path(output))
     start = _start(adapter, lora_rank, lora_alpha, target_modules, seed)
-    place, parking = pick_device(device), Parking(host_memory_bytes)
+    place, parking = pick_device(device), SpillPool(host_memory_bytes)
     task = PolishTask.read(model, revision, start, data, eval_data, settings, place)
-    begun = claimed(Path(output), "polish", task.identity, resume, finished=STATE_FILE)
+    begun = work_directory(Path(output), "polish", task.identity, resume, finished=STATE_FILE)
     with begun as work, Meter(place) as meter, StopRequest() as stop:
         source, streamed, state = task.open(work)
         state.restore(work)
@@ -121,7 +121,7 @@ def polish_adapter(
         job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), settings, work)
         failure = job.run()
         task.publish(Path(output), source, streamed, state, failure)
-        workspace = workspace_bytes(streamed, widest(streamed), task.rows, settings, state, meter.on_gpu)
+        workspace = polish_workspace(streamed, widest(streamed), task.rows, settings, state, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         shutil.rmtree(work)
     if failure is not None:
@@ -135,7 +135,7 @@ def _start(
     alpha: float | None,
     target_modules: str | list[str] | None,
     seed: int,
-) -> str | Path | Fresh:
+) -> str | Path | FreshAdapter:
     """The adapter to begin with, or what a fresh one is like. Raises `InputError` where it is neither, or both."""
     if adapter is None and rank is None:
         raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
@@ -157,7 +157,7 @@ def _start(
             raise InputError(
                 f"--target-modules {targets}: no regular expression ({error}); give one, names, or all-linear"
             ) from None
-    return Fresh(rank, rank if alpha is None else alpha, targets, seed)
+    return FreshAdapter(rank, rank if alpha is None else alpha, targets, seed)
 
 
 @contextmanager

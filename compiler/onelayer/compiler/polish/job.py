@@ -1,7 +1,7 @@
 """One polish in progress: every step streams the original forward and back, then moves the adapter once.
 
 In: the original with its adapter attached, training rows, held-out batches. Out: the state after the last step. Held on
-the device: one unit, its recomputation for one micro-batch, the adapter and its optimiser; kept unit inputs lie on the
+the device: one unit, its recomputation for one micro-batch, the adapter and its optimizer; kept unit inputs lie on the
 host and, beyond the budget, in mapped files.
 """
 
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onelayer.compiler.data.batches import TokenBatch, make_batches
-from onelayer.compiler.data.packing import joined, packs_of
+from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.models.unit_memory import step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
-from onelayer.compiler.polish.settings import Settings
+from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.polish.token_loss import TokenLoss
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 
@@ -41,7 +41,7 @@ class PolishJob:
         state: PolishState,
         rows: TrainRows,
         held_out: Sequence[TokenBatch],
-        settings: Settings,
+        settings: PolishSettings,
         directory: Path,
     ) -> None:
         self.stream = stream
@@ -92,7 +92,7 @@ class PolishJob:
         return f"polish step {step + 1}/{self.settings.steps}{told}"
 
     def _step(self, step: int) -> dict[str, Any]:
-        """Gradients of one large batch, one move of the optimiser; returns the figures of the step."""
+        """Gradients of one large batch, one move of the optimizer; returns the figures of the step."""
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
@@ -120,7 +120,7 @@ class PolishJob:
         """The examples of a step as the model is called with them."""
         rows = self.rows.batch(step)
         if self.settings.packing:
-            rows = [joined(pack) for pack in packs_of(rows, self.settings.max_length)]
+            rows = [join_rows(pack) for pack in packs_of(rows, self.settings.max_length)]
         return make_batches(rows, self.stream.streamed.config, self.settings.micro_batch_size)
 
     def _check_packing(self) -> None:
@@ -171,8 +171,13 @@ class PolishJob:
         self.state.measured(loss.held_out_loss)
 
 
-def workspace_bytes(
-    streamed: "StreamedModel", width: int, rows: "TrainRows", settings: "Settings", state: "PolishState", on_gpu: bool
+def polish_workspace(
+    streamed: "StreamedModel",
+    width: int,
+    rows: "TrainRows",
+    settings: "PolishSettings",
+    state: "PolishState",
+    on_gpu: bool,
 ) -> int:
     """The same for a polish that is about to run."""
     longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)

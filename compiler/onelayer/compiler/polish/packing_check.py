@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from onelayer.compiler.data.batches import make_batches
-from onelayer.compiler.data.packing import Pack, joined
+from onelayer.compiler.data.packing import Pack, join_rows
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.scoring import Scoring
@@ -34,7 +34,7 @@ def check_apart(stream: Stream, packs: Sequence[Pack]) -> None:
     """Run some packs, and their rows alone, and raise `InputError` where the losses differ by more than rounding."""
     packs = [[Tokens(row.input_ids, row.input_ids) for row in pack] for pack in packs]
     config = stream.streamed.config
-    batches = [batch for pack in packs for row in (joined(pack), *pack) for batch in make_batches([row], config, 1)]
+    batches = [batch for pack in packs for row in (join_rows(pack), *pack) for batch in make_batches([row], config, 1)]
     scoring = Scoring(batches, 1, stream.parking)
     stream.run(scoring.inputs(), scoring.take)
     scoring.finish(stream.device)

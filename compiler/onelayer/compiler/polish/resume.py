@@ -1,4 +1,4 @@
-"""What a polish must not lose: the adapter, its optimiser and its history after every finished step, in one file.
+"""What a polish must not lose: the adapter, its optimizer and its history after every finished step, in one file.
 
 The file is written aside and renamed, so at any moment there is the state of one finished step, whole.
 """
@@ -38,7 +38,7 @@ class PolishState:
 
     @property
     def bytes(self) -> int:
-        """Memory of the parameters, their gradients, the optimiser's two moments and the best copy."""
+        """Memory of the parameters, their gradients, the optimizer's two moments and the best copy."""
         return 5 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
 
     @property

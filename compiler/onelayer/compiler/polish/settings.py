@@ -7,7 +7,7 @@ from onelayer.compiler.errors import InputError
 
 
 @dataclass(frozen=True)
-class Settings:
+class PolishSettings:
     """What a person chose, checked; everything here can change the adapter."""
 
     steps: int

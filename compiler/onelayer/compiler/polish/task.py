@@ -18,13 +18,13 @@ from onelayer.compiler.adapters.writer import Base
 from onelayer.compiler.data.batches import DataSource, TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
-from onelayer.compiler.data.train_rows import TrainRows, read_labelled
+from onelayer.compiler.data.train_rows import TrainRows, read_labeled
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.transformers_models import model_class, read_config
 from onelayer.compiler.polish.resume import PolishState
-from onelayer.compiler.polish.settings import Settings
-from onelayer.compiler.polish.trained_adapter import Fresh, open_trained, write_polished
+from onelayer.compiler.polish.settings import PolishSettings
+from onelayer.compiler.polish.trained_adapter import FreshAdapter, attach_trainable, write_polished
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.files import atomic_directory
 
@@ -35,10 +35,10 @@ class PolishTask:
 
     directory: Path
     base: dict[str, Any]
-    start: Path | Fresh
+    start: Path | FreshAdapter
     rows: TrainRows
     held_out: Sequence[Tokens]
-    settings: Settings
+    settings: PolishSettings
     device: torch.device
 
     @classmethod
@@ -46,13 +46,13 @@ class PolishTask:
         cls,
         model: str | Path,
         revision: str | None,
-        start: str | Path | Fresh,
+        start: str | Path | FreshAdapter,
         data: DataSource,
         eval_data: DataSource | None,
-        settings: Settings,
+        settings: PolishSettings,
         device: torch.device,
     ) -> "PolishTask":
-        """Find and tokenise everything. Raises `InputError` for what the caller can mend."""
+        """Find and tokenize everything. Raises `InputError` for what the caller can mend."""
         directory = resolve_model(model, revision)
         tokenizer = load_tokenizer(directory)
         config = read_config(directory)
@@ -61,10 +61,10 @@ class PolishTask:
             raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
         length = settings.max_length
         rows = TrainRows.read(data, tokenizer, length, settings.batch_size, settings.seed, classes)
-        held_out = [] if eval_data is None else read_labelled(eval_data, tokenizer, length, classes)
+        held_out = [] if eval_data is None else read_labeled(eval_data, tokenizer, length, classes)
         name = str(Path(model).absolute()) if Path(model).exists() else str(model)
         base = {"model": name, "revision": revision, "digest": model_digest(directory)}
-        start = start if isinstance(start, Fresh) else resolve_model(start)
+        start = start if isinstance(start, FreshAdapter) else resolve_model(start)
         return cls(directory, base, start, rows, held_out, settings, device)
 
     @property
@@ -75,7 +75,7 @@ class PolishTask:
         libraries = {"torch": torch, "transformers": transformers, "peft": peft}
         return {
             "base": self.base,
-            "adapter": str(self.start) if isinstance(self.start, Fresh) else adapter_digest(self.start),
+            "adapter": str(self.start) if isinstance(self.start, FreshAdapter) else adapter_digest(self.start),
             "data": {"train": self.rows.digest, "held_out": tokens_digest(self.held_out)},
             "settings": {**vars(self.settings), "max_gradient_norm": limit_told, "device": self.device.type},
             "versions": {
@@ -90,12 +90,12 @@ class PolishTask:
         A fresh adapter is made once, in the work directory. Raises `InputError` where the two do not belong together.
         """
         path = self.start if isinstance(self.start, Path) else work / "start"
-        if isinstance(self.start, Fresh) and not path.exists():
+        if isinstance(self.start, FreshAdapter) and not path.exists():
             with atomic_directory(path) as partial:
                 self.start.write(partial, self.directory)
         source = Adapter.open(path)
         self._check(source)
-        streamed, trained = open_trained(self.directory, source, self.device)
+        streamed, trained = attach_trainable(self.directory, source, self.device)
         optimizer = torch.optim.AdamW(list(trained.values()), lr=self.settings.learning_rate, weight_decay=0.0)
         return source, streamed, PolishState(trained, optimizer)
 

@@ -1,6 +1,6 @@
 """The loss of next-token prediction and its gradient at the hidden states, from slices of the head. No logits whole.
 
-The head is read twice for all batches together: once for the normalisation, once for the gradient. Shape letters:
+The head is read twice for all batches together: once for the normalization, once for the gradient. Shape letters:
 N predicted tokens, S a slice of the vocabulary, H hidden size.
 """
 
@@ -27,7 +27,7 @@ class _Waiting:
 
 
 class TokenLoss:
-    """Mean cross-entropy over all labelled tokens of the batches together, in float32 as transformers computes it.
+    """Mean cross-entropy over all labeled tokens of the batches together, in float32 as transformers computes it.
 
     The first `trained` batches form one mean, whose gradients go back; those behind them another, which is only
     measured. Hand `take` to the forward stream, then call `finish`.

@@ -25,7 +25,7 @@ NAME = "default"
 
 
 @dataclass(frozen=True)
-class Fresh:
+class FreshAdapter:
     """A LoRA adapter that does not exist yet; of a classifier it leaves out the head."""
 
     rank: int
@@ -34,7 +34,7 @@ class Fresh:
     seed: int
 
     def write(self, directory: Path, model: Path) -> None:
-        """Write it as PEFT initialises it (B is zero), from a generator of its own.
+        """Write it as PEFT initializes it (B is zero), from a generator of its own.
 
         Raises `InputError` where the targets name nothing that can be adapted.
         """
@@ -60,7 +60,7 @@ class Fresh:
         StreamedModel(model, prepare)
 
 
-def open_trained(model: Path, source: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
+def attach_trainable(model: Path, source: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
     """The original with `source` attached, and A and B of every adapted module: float32, on `device`.
 
     What the adapter replaces besides is attached too and stays as it is. Raises `InputError` where it does not fit.

@@ -1,7 +1,7 @@
 """Refine: the factors of an emulator trained, unit by unit, against the original as it streams by.
 
 In: an emulator, its original, calibration data. Out: an emulator of the same ranks and bytes whose units give what the
-original's give. Held on the device: one unit of the original, its factors with their optimiser, the graph of one batch.
+original's give. Held on the device: one unit of the original, its factors with their optimizer, the graph of one batch.
 """
 
 import math
@@ -17,19 +17,19 @@ import transformers
 from onelayer.compiler.data.batches import DataSource, make_batches, read_tokens, tokens_digest
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.factors.quantize import require
-from onelayer.compiler.machine.console import StopRequest, at_most
+from onelayer.compiler.factors.quantize import check_library
+from onelayer.compiler.machine.console import StopRequest, capped
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.refine.job import RefinePass, workspace_bytes
+from onelayer.compiler.refine.job import RefinePass, refine_workspace
 from onelayer.compiler.refine.resume import UNIT_PATTERN, RefinedUnit, RefineWork
-from onelayer.compiler.refine.settings import Pace
+from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import check_disk, check_output
-from onelayer.compiler.storage.work_directory import claimed
-from onelayer.compiler.streaming.spill import Parking
+from onelayer.compiler.storage.work_directory import work_directory
+from onelayer.compiler.streaming.spill import SpillPool
 
 
 class RefineResult(Result):
@@ -66,17 +66,17 @@ def refine_emulator(
     they are. An interrupted run is taken up behind its last finished unit. Raises `InputError` for what the caller can
     mend.
     """
-    output, pace = Path(output), Pace(steps, step_samples, learning_rate, seed)
+    output, pace = Path(output), RefineSettings(steps, step_samples, learning_rate, seed)
     check_output(output)
     source = Emulator.open(emulator)
-    require(source.facts.packed)
+    check_library(source.facts.packed)
     directory = resolve_model(model, source.facts.base_revision)
     source.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in source.checkpoint.tensors.values()))
-    place, parking = pick_device(device), Parking(host_memory_bytes)
+    place, parking = pick_device(device), SpillPool(host_memory_bytes)
     streamed = StreamedModel(directory)
     tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
-    pace = replace(pace, step_samples=at_most("--step-samples", step_samples, len(tokens)))
+    pace = replace(pace, step_samples=capped("--step-samples", step_samples, len(tokens)))
     batches = make_batches(tokens, streamed.config, batch_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     settings = {**vars(pace), "samples": samples, "max_length": max_length, "batch_size": batch_size}
@@ -87,14 +87,14 @@ def refine_emulator(
     }
     identity = {"emulator": source.digest, **facts}
     with (
-        claimed(output, "refine", identity, resume, finished=UNIT_PATTERN) as path,
+        work_directory(output, "refine", identity, resume, finished=UNIT_PATTERN) as path,
         Meter(place) as meter,
         StopRequest() as stop,
     ):
         work = RefineWork(path, source)
         RefinePass(streamed, source, work, pace, meter, parking).refine(batches, stop)
         at_once = max(math.prod(batch.shape) for batch in batches)
-        workspace = workspace_bytes(streamed, source, at_once, meter.on_gpu)
+        workspace = refine_workspace(streamed, source, at_once, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = RefineResult(output=str(output), steps=steps, units=work.units, report=report)
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)

@@ -22,17 +22,23 @@ from onelayer.compiler.models.unit_memory import RESERVE_BYTES, training_bytes
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.reconstruction import Call, TrainedLinear, refine_unit
 from onelayer.compiler.refine.resume import RefineWork
-from onelayer.compiler.refine.settings import Pace
-from onelayer.compiler.streaming.spill import Parking
-from onelayer.compiler.streaming.stream import Stream, Visit
-from onelayer.compiler.streaming.unit_boundary import Kept, called, delivered, opened
+from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.streaming.spill import SpillPool
+from onelayer.compiler.streaming.stream import ParkedBatch, Stream
+from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 
 
 class RefinePass(Stream):
     """One pass over the original that trains the factors of every unit of `source` and hands them to `work`."""
 
     def __init__(
-        self, streamed: StreamedModel, source: Emulator, work: RefineWork, pace: Pace, meter: Meter, parking: Parking
+        self,
+        streamed: StreamedModel,
+        source: Emulator,
+        work: RefineWork,
+        pace: RefineSettings,
+        meter: Meter,
+        parking: SpillPool,
     ) -> None:
         super().__init__(streamed, meter.device, meter, around=self._around, parking=parking, description="refine")
         self.source, self.work, self.pace = source, work, pace
@@ -49,17 +55,17 @@ class RefinePass(Stream):
             self.last = max(wanted)
             self.run([batch.inputs for batch in batches], lambda index, output: None)
 
-    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+    def call(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the unit that is held for one visit; keep what went in and came out where it is to be trained."""
         if self._calls is None:
             return super().call(visit, run)
-        inputs = opened((visit.args, visit.kwargs))
-        kept = Kept.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
-        outputs = move(called(partial(run, visit.index), *move(inputs, self.device)), torch.device("cpu"))
+        inputs = with_contents((visit.args, visit.kwargs))
+        kept = UnitInputs.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
+        outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), torch.device("cpu"))
         call = Call.of(self._samples[visit.index], kept, outputs)
         self.parking.hold((kept.tensors, call.targets))
         self._calls.append(call)
-        return delivered(inputs[0], outputs)
+        return fill_containers(inputs[0], outputs)
 
     @contextmanager
     def _around(self, unit: Unit) -> Iterator[None]:
@@ -103,10 +109,10 @@ def linears_of(unit: Unit, source: Emulator) -> list[str]:
     return [name for name, _ in unit_linears(unit) if name in source.facts.compressed and name != unit.name]
 
 
-def workspace_bytes(streamed: StreamedModel, source: Emulator, batch_tokens: int, on_gpu: bool) -> int:
+def refine_workspace(streamed: StreamedModel, source: Emulator, batch_tokens: int, on_gpu: bool) -> int:
     """What a refinement holds beside the weights of the largest unit, predicted from shapes alone.
 
-    The unit's factors with their gradients and optimiser, copies of the widest one as it is rounded, the graph of one
+    The unit's factors with their gradients and optimizer, copies of the widest one as it is rounded, the graph of one
     batch as in an exact step and, on a host that is the device too, the unit that is read ahead; a reserve.
     """
     worst = 0

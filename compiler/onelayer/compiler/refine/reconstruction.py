@@ -1,6 +1,6 @@
 """One unit's factors in, the same trained to give the original unit's outputs for the original's inputs; no I/O.
 
-Block reconstruction, as BRECQ does it for rounding (arXiv 2102.05426, section 3): the factorisation is the best for
+Block reconstruction, as BRECQ does it for rounding (arXiv 2102.05426, section 3): the factorization is the best for
 each linear alone, this is a better one for what the linears of a unit do together, at the same bytes.
 """
 
@@ -16,11 +16,11 @@ from torch import nn
 
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
-from onelayer.compiler.factors.quantize import pack, unpack
+from onelayer.compiler.factors.quantize import quantize_matrix, unpack
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.units import Unit, standing_in
-from onelayer.compiler.refine.settings import Pace
-from onelayer.compiler.streaming.unit_boundary import Kept, differentiable, rerun
+from onelayer.compiler.models.units import Unit, replaced_forwards
+from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.streaming.unit_boundary import UnitInputs, differentiable, rerun
 
 
 class TrainedLinear:
@@ -43,7 +43,11 @@ class TrainedLinear:
         """Take the masters over as they are now."""
         kind, dtype = self.kind, self.dtype
         for ending, master in self.masters.items():
-            found = master.to(dtype) if kind is None else unpack(pack(master, kind), master.shape[1], kind, dtype)
+            found = (
+                master.to(dtype)
+                if kind is None
+                else unpack(quantize_matrix(master, kind), master.shape[1], kind, dtype)
+            )
             self.rounded[ending] = found.float().detach().requires_grad_()
 
     def hand_gradients(self) -> None:
@@ -60,7 +64,7 @@ class TrainedLinear:
     def stored(self) -> dict[str, torch.Tensor]:
         """The tensors as an emulator holds them, by the ending of their names."""
         if self.kind is not None:
-            return {ending: pack(master, self.kind) for ending, master in self.masters.items()}
+            return {ending: quantize_matrix(master, self.kind) for ending, master in self.masters.items()}
         return {
             ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
             for ending, master in self.masters.items()
@@ -75,13 +79,13 @@ class Call:
     """
 
     samples: int
-    kept: Kept
+    kept: UnitInputs
     targets: list[torch.Tensor]
     versions: list[int]
     finite: list[torch.Tensor | None]
 
     @classmethod
-    def of(cls, samples: int, kept: Kept, outputs: Any) -> "Call":
+    def of(cls, samples: int, kept: UnitInputs, outputs: Any) -> "Call":
         """Keep the outputs beside what is kept of the inputs."""
         targets = [output.detach() for output in differentiable(outputs)]
         finite = [finite_rows(target) for target in targets]
@@ -110,7 +114,7 @@ class Call:
 
 
 def refine_unit(
-    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: Pace, meter: Meter
+    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: RefineSettings, meter: Meter
 ) -> tuple[float, float]:
     """Train the factors of one unit, which is resident; `linears` by their module's path below it.
 
@@ -137,7 +141,9 @@ def refine_unit(
     return before, before
 
 
-def _train(unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: Pace, meter: Meter) -> None:
+def _train(
+    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: RefineSettings, meter: Meter
+) -> None:
     """Adam with a rate that falls to zero in a straight line; calls in an order of the unit's own."""
     masters = [master for linear in linears.values() for master in linear.masters.values()]
     rates = [pace.learning_rate * float(master.square().mean().sqrt()) for master in masters]
@@ -162,7 +168,7 @@ def _train(unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Cal
             linear.round()
 
 
-def _shuffled(calls: Sequence[Call], pace: Pace, position: int) -> Iterator[list[Call]]:
+def _shuffled(calls: Sequence[Call], pace: RefineSettings, position: int) -> Iterator[list[Call]]:
     """The calls of one step after the other: all in turn, in another order every time."""
     generator = torch.Generator().manual_seed(pace.seed * 1_000_003 + position)
     chosen, weight = list[Call](), 0.0
@@ -204,7 +210,7 @@ def _error(unit: Unit, calls: Sequence[Call], device: torch.device) -> float:
 def _standing_in(unit: Unit, linears: Mapping[str, TrainedLinear]) -> AbstractContextManager[Any]:
     """The unit computes with the factors in place of the weights meanwhile."""
     modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
-    return standing_in(
+    return replaced_forwards(
         unit.module, {module: partial(linears[path].product, bias=module.bias) for path, module in modules.items()}
     )
 

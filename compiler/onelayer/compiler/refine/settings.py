@@ -7,7 +7,7 @@ from onelayer.compiler.errors import InputError
 
 
 @dataclass(frozen=True)
-class Pace:
+class RefineSettings:
     """How to train: `steps` for each unit, of `step_samples` or a few more; the rate is relative to a factor's size."""
 
     steps: int

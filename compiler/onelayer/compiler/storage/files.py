@@ -110,7 +110,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgp
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer, templates, licence and cards; hidden files (a repository's history) stay behind."""
+    """Copy config, tokenizer, templates, license and cards; hidden files (a repository's history) stay behind."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
             continue

@@ -20,7 +20,9 @@ IDENTITY_FILE = "identity.json"
 
 
 @contextmanager
-def claimed(output: Path, kind: str, identity: Mapping[str, Any], resume: bool, *, finished: str) -> Iterator[Path]:
+def work_directory(
+    output: Path, kind: str, identity: Mapping[str, Any], resume: bool, *, finished: str
+) -> Iterator[Path]:
     """The directory `.NAME.kind` in which `output` grows, locked: taken up where it was begun with `identity`, or new.
 
     A directory without a file of the pattern `finished` holds no work, whatever was begun: it stands in nobody's way.

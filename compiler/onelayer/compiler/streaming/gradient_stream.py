@@ -23,9 +23,17 @@ from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.units import Unit
-from onelayer.compiler.streaming.stream import Batch, Stream, Visit
-from onelayer.compiler.streaming.unit_boundary import Kept, Slots, called, cut, delivered, opened, rerun
-from onelayer.compiler.streaming.unit_loader import Loader
+from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
+from onelayer.compiler.streaming.unit_boundary import (
+    Slots,
+    UnitInputs,
+    call_with_containers,
+    cut_graph,
+    fill_containers,
+    rerun,
+    with_contents,
+)
+from onelayer.compiler.streaming.unit_loader import UnitLoader
 
 HOST = torch.device("cpu")
 
@@ -36,7 +44,7 @@ class Record:
 
     index: int
     seed: int
-    kept: Kept
+    kept: UnitInputs
     slots: Slots
 
 
@@ -57,10 +65,10 @@ class GradientStream(Stream):
     _records: list[tuple[Unit, list[Record]]] = field(default_factory=list)
     _known: dict[int, WeakTensorKeyDictionary] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)
-    _loader: Loader | None = None
+    _loader: UnitLoader | None = None
 
     def __enter__(self) -> "GradientStream":
-        self._loader = Loader(self.streamed, self.device, keep=True).__enter__()
+        self._loader = UnitLoader(self.streamed, self.device, keep=True).__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -125,24 +133,24 @@ class GradientStream(Stream):
 
     # ---- how the forward pass differs from a plain stream ----------------------------------------------------------
 
-    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+    def call(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run a unit without its inside's graph; keep its inputs and cut the graph behind it."""
         if visit.index >= self.trained:
             return super().call(visit, run)
         seed = self._next_seed(visit.index)
         shrink = None if self.rank is None else partial(self._shrunk, seed)
-        inputs = opened((visit.args, visit.kwargs))
-        kept = Kept.of(inputs, self._known[visit.index], shrink)
+        inputs = with_contents((visit.args, visit.kwargs))
+        kept = UnitInputs.of(inputs, self._known[visit.index], shrink)
         self.parking.hold(kept.tensors)
         with self._random(seed):
             here = move(inputs, self.device)
-            outputs = move(called(partial(run, visit.index), *here), HOST)
+            outputs = move(call_with_containers(partial(run, visit.index), *here), HOST)
         if visit.grad_enabled and (kept.wants_gradients or _is_trained(visit.unit)):
-            outputs, slots = cut(outputs)
+            outputs, slots = cut_graph(outputs)
             if not self._records or self._records[-1][0] is not visit.unit:
                 self._records.append((visit.unit, []))
             self._records[-1][1].append(Record(visit.index, seed, kept, slots))
-        return delivered(inputs[0], outputs)
+        return fill_containers(inputs[0], outputs)
 
     def _shrunk(self, seed: int, tensor: torch.Tensor) -> Compressed:
         assert self.rank is not None

@@ -29,7 +29,7 @@ MOST_FREED_BYTES = 4 << 20
 DEFAULT_SHARE = 0.5
 
 
-class Parking:
+class SpillPool:
     """Holds the tensors of parked batches within `budget_bytes` of host memory; the rest goes to mapped files."""
 
     def __init__(self, budget_bytes: int | None = None) -> None:

@@ -21,14 +21,14 @@ from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
-from onelayer.compiler.streaming.spill import Parking
-from onelayer.compiler.streaming.unit_loader import Loader
+from onelayer.compiler.streaming.spill import SpillPool
+from onelayer.compiler.streaming.unit_loader import UnitLoader
 
 Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass
-class Visit:
+class ParkedBatch:
     """One batch parked at one unit, with the arguments of the call, and whether its code records gradients there."""
 
     unit: Unit
@@ -55,7 +55,7 @@ class Stream:
     device: torch.device
     meter: Meter
     around: Callable[[Unit], Any] | None = None
-    parking: Parking = field(default_factory=Parking)
+    parking: SpillPool = field(default_factory=SpillPool)
     last: int | None = None
     order: Callable[[int], Any] = int
     description: str = "stream"
@@ -67,7 +67,7 @@ class Stream:
         outputs of batches that were cut short are not delivered. Raises `BatchError` from the first failure; no batch
         is left hanging.
         """
-        parked: list[Visit] = []
+        parked: list[ParkedBatch] = []
         last = self.last
         ahead = {unit for unit in self.streamed.units if last is not None and unit.position <= last}
         inputs = [len(batch) for batch in batches]
@@ -121,7 +121,11 @@ class Stream:
             ) from error
 
     def _visit(
-        self, unit: Unit, parked: list[Visit], loader: Loader, advance: Callable[[greenlet, int, Any, bool], None]
+        self,
+        unit: Unit,
+        parked: list[ParkedBatch],
+        loader: UnitLoader,
+        advance: Callable[[greenlet, int, Any, bool], None],
     ) -> None:
         """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
         with loader.hold(unit):
@@ -145,7 +149,7 @@ class Stream:
 
     # ---- what a pass that keeps more than outputs does otherwise ---------------------------------------------------
 
-    def call(self, visit: Visit, run: Callable[[int, Any, Any], Any]) -> Any:
+    def call(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the unit that is held for one visit; what comes out lies on the host."""
         args, kwargs = move((visit.args, visit.kwargs), self.device)
         return move(run(visit.index, args, kwargs), torch.device("cpu"))
@@ -158,9 +162,9 @@ class Stream:
         """What holds while any code of one batch runs."""
         return nullcontext()
 
-    def loading(self) -> AbstractContextManager[Loader]:
+    def loading(self) -> AbstractContextManager[UnitLoader]:
         """Where the weights of units come from during the pass."""
-        return Loader(self.streamed, self.device)
+        return UnitLoader(self.streamed, self.device)
 
     def progress(self) -> AbstractContextManager[Progress]:
         """The bar that shows how far the pass is."""
@@ -174,7 +178,7 @@ class Stream:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 scheduler = getcurrent().parent
                 assert scheduler is not None, f"{unit.name} was called outside the stream"
-                return scheduler.switch(Visit(unit, args, kwargs, torch.is_grad_enabled()))
+                return scheduler.switch(ParkedBatch(unit, args, kwargs, torch.is_grad_enabled()))
 
             return forward
 
@@ -201,7 +205,7 @@ class Stream:
             raise BatchError(f"{kind}, batch {index}, {where}: {type(error).__name__}: {error}") from error
 
 
-def _next_unit(parked: Sequence[Visit], inputs: Sequence[int]) -> Unit:
+def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
     """The unit to run. `inputs` counts each batch's inputs: one with more will likely come where others wait."""
     fewest: dict[Unit, int] = {}
     for visit in parked:

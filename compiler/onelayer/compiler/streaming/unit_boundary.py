@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from onelayer.compiler.factors.activation_factors import Compressed, Factors
-from onelayer.compiler.factors.activation_factors import Kept as Unfactored
+from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed
+from onelayer.compiler.factors.activation_factors import ExactTensor as Unfactored
 from onelayer.compiler.models.lazy_tensors import DeferredLogits
 from onelayer.compiler.models.units import Unit
 
@@ -70,7 +70,7 @@ class _Seam(torch.autograd.Function):
         return (None,) * (len(gradients) + 2)
 
 
-def cut(outputs: Any) -> tuple[Any, Slots]:
+def cut_graph(outputs: Any) -> tuple[Any, Slots]:
     """The outputs of a unit as beginnings of a graph, and the slots that catch their gradients."""
     tensors = differentiable(outputs)
     slots: Slots = [None] * len(tensors)
@@ -86,7 +86,7 @@ Shrink = Callable[[torch.Tensor], Compressed]
 
 
 @dataclass
-class Kept:
+class UnitInputs:
     """The arguments of one call of a unit without their history, and where their gradients go.
 
     `arguments` is the tree of them, compressed tensors in place of some. `edges[i]` belongs to the i-th differentiable
@@ -98,7 +98,7 @@ class Kept:
     versions: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, arguments: Any, known: WeakTensorKeyDictionary, shrink: Shrink | None = None) -> "Kept":
+    def of(cls, arguments: Any, known: WeakTensorKeyDictionary, shrink: Shrink | None = None) -> "UnitInputs":
         """Keep `arguments`. `known` maps tensors met before to what was kept of them, so that shared ones stay so.
 
         With `shrink`, that is what is kept of tensors whose gradient is wanted.
@@ -122,7 +122,7 @@ class Kept:
         """Everything that takes memory."""
         found: list[torch.Tensor] = []
         for leaf in tree_leaves(self.arguments):
-            if isinstance(leaf, Factors | Unfactored):
+            if isinstance(leaf, ActivationFactors | Unfactored):
                 found += leaf.tensors
             elif isinstance(leaf, torch.Tensor):
                 found.append(leaf)
@@ -138,7 +138,7 @@ class Kept:
         rebuilt: dict[int, torch.Tensor] = {}
 
         def plain(leaf: Any) -> Any:
-            if isinstance(leaf, Factors | Unfactored):
+            if isinstance(leaf, ActivationFactors | Unfactored):
                 if id(leaf) not in rebuilt:
                     rebuilt[id(leaf)] = leaf.rebuild()
                 return rebuilt[id(leaf)]
@@ -166,11 +166,11 @@ class Kept:
             torch.autograd.backward(edges, gradients, retain_graph=True)
 
 
-def rerun(unit: Unit, kept: Kept, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def rerun(unit: Unit, kept: UnitInputs, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Call a unit, which is resident, once more: the differentiable tensors it gives, and the leaves for `push`."""
     (arguments, contents), leaves = kept.again(device)
     forward = partial(type(unit.module).forward, unit.module)
-    outputs = called(lambda args, kwargs: forward(*args, **kwargs), arguments, contents)
+    outputs = call_with_containers(lambda args, kwargs: forward(*args, **kwargs), arguments, contents)
     return differentiable(outputs), leaves
 
 
@@ -189,12 +189,12 @@ def containers_of(arguments: Any) -> list[UserDict[Any, Any]]:
     return list(found.values())
 
 
-def opened(arguments: Any) -> tuple[Any, Contents]:
+def with_contents(arguments: Any) -> tuple[Any, Contents]:
     """Arguments, and what lies in their containers now."""
     return arguments, [dict(container) for container in containers_of(arguments)]
 
 
-def closed(arguments: Any, contents: Contents) -> tuple[Any, list[UserDict[Any, Any]]]:
+def with_own_containers(arguments: Any, contents: Contents) -> tuple[Any, list[UserDict[Any, Any]]]:
     """The arguments with containers of their own that hold `contents`, and these.
 
     A cache that some models make against their configuration is handed out anew and empty, as it was: a unit that runs
@@ -210,7 +210,7 @@ def closed(arguments: Any, contents: Contents) -> tuple[Any, list[UserDict[Any, 
     return tree_map(own, arguments), fresh
 
 
-def written(containers: list[UserDict[Any, Any]], contents: Contents) -> Contents:
+def contents_written(containers: list[UserDict[Any, Any]], contents: Contents) -> Contents:
     """What a call put into the containers that were closed over `contents`."""
     return [
         {name: value for name, value in container.items() if value is not before.get(name)}
@@ -218,14 +218,14 @@ def written(containers: list[UserDict[Any, Any]], contents: Contents) -> Content
     ]
 
 
-def called(run: Callable[[Any, Any], Any], arguments: Any, contents: Contents) -> tuple[Any, Contents]:
+def call_with_containers(run: Callable[[Any, Any], Any], arguments: Any, contents: Contents) -> tuple[Any, Contents]:
     """What `run(args, kwargs)` returns, with containers closed over `contents`, and what it put into them."""
-    (args, kwargs), containers = closed(arguments, contents)
+    (args, kwargs), containers = with_own_containers(arguments, contents)
     returned = run(args, kwargs)
-    return returned, written(containers, contents)
+    return returned, contents_written(containers, contents)
 
 
-def delivered(arguments: Any, outputs: tuple[Any, Contents]) -> Any:
+def fill_containers(arguments: Any, outputs: tuple[Any, Contents]) -> Any:
     """What a call returned; what it put into containers goes into those of `arguments`."""
     returned, side_outputs = outputs
     for container, found in zip(containers_of(arguments), side_outputs, strict=True):

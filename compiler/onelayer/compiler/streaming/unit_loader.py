@@ -16,7 +16,7 @@ from onelayer.compiler.models.units import Unit
 Tensors = dict[str, torch.Tensor]
 
 
-class Loader:
+class UnitLoader:
     """Loads units for one pass. With `keep`, the last unit's weights wait for the next request, which may be for it."""
 
     def __init__(self, streamed: StreamedModel, device: torch.device, keep: bool = False) -> None:
@@ -27,7 +27,7 @@ class Loader:
         self._pending: tuple[Unit, Future[Tensors]] | None = None
         self._kept: tuple[Unit, Tensors] | None = None
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "UnitLoader":
         return self
 
     def __exit__(self, *exception: object) -> None:

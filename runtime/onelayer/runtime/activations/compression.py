@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import RESIDUAL_BITS, RESIDUAL_CHOICES
-from onelayer.runtime.activations.engine import Engine, Where
+from onelayer.runtime.activations.engine import ActivationEngine, Where
 from onelayer.runtime.activations.figures import Figures
 from onelayer.runtime.activations.layer_plan import LayerPlan
 
@@ -32,7 +32,7 @@ class ActivationCompression:
 
     def __init__(self, model: PreTrainedModel, rank: Rank, where: Where, residual_bits: int, seed: int) -> None:
         self.model = model
-        self._engine = Engine(model, rank, where, residual_bits, seed, self._fell_back)
+        self._engine = ActivationEngine(model, rank, where, residual_bits, seed, self._fell_back)
         self._said: set[str] = set()
         self._enable: Callable[..., None] = model._set_gradient_checkpointing
         try:

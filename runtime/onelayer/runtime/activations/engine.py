@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from onelayer.compiler.factors.activation_factors import Compressed, Kept, compress
+from onelayer.compiler.factors.activation_factors import Compressed, ExactTensor, compress
 from onelayer.runtime.activations.figures import Figures
 from onelayer.runtime.activations.layer_plan import LayerPlan, plan_layer
 from onelayer.runtime.activations.norms import CompressedNorm, Norm, NormCopy
 from onelayer.runtime.activations.padding import PaddingMask
-from onelayer.runtime.activations.recompute import StandIn, recomputed, replaced, tensors_in
+from onelayer.runtime.activations.recompute import StandIn, checkpointed_call, replaced, tensors_in
 from onelayer.runtime.activations.routing import Routing
 
 Where = Literal["layer", "sublayer"]
@@ -29,12 +29,12 @@ def features_rank(rank: int | float | None, features: int) -> int | None:
     return rank if rank is None or isinstance(rank, int) else max(1, round(rank * features))
 
 
-def trains(module: nn.Module) -> bool:
+def has_trainable(module: nn.Module) -> bool:
     """Whether any parameter in it is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-class Engine:
+class ActivationEngine:
     """Runs the layers of `model`. Transformers calls `run` in the place of its checkpoint function.
 
     `fell_back(name, reason)` is told of each layer that sub-layers were asked for and that is not built so.
@@ -78,7 +78,7 @@ class Engine:
             call, args, kwargs = call.func, (*call.args, *args), dict(call.keywords)
         layer = next((value for value in args if isinstance(value, nn.Module)), getattr(call, "__self__", None))
         given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point() and tensor.ndim > 1]
-        needed = layer is None or trains(layer) or any(tensor.requires_grad for tensor in given)
+        needed = layer is None or has_trainable(layer) or any(tensor.requires_grad for tensor in given)
         if not given or not needed or not torch.is_grad_enabled():
             return call(*args, **kwargs)
         if layer is not None and self.where == "sublayer":
@@ -133,11 +133,11 @@ class Engine:
         """A norm of a layer that runs in sub-layers: its output as ever, and a compressed copy to be found by it."""
         if self._running is not layer:
             return forward(x)  # type: ignore[no-any-return]
-        normalised, inverse = norm.normalise(x)
-        stored = self._compress(normalised, name, "norm outputs", self.padding.tokens(x))
-        del normalised
+        normalized, inverse = norm.normalize(x)
+        stored = self._compress(normalized, name, "norm outputs", self.padding.tokens(x))
+        del normalized
         output: torch.Tensor
-        if x.requires_grad or trains(module):
+        if x.requires_grad or has_trainable(module):
             self._count("inverse norms", inverse)
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             output = CompressedNorm.apply(  # type: ignore[no-untyped-call]
@@ -155,7 +155,7 @@ class Engine:
         """A sub-block of a layer that runs in sub-layers: recomputed from the copies of the norms that feed it."""
         given = list(tensors_in((args, kwargs)))
         copies = {id(tensor): copy for tensor in given if (copy := self._copy_of(tensor)) is not None}
-        needed = trains(module) or any(tensor.requires_grad for tensor in given)
+        needed = has_trainable(module) or any(tensor.requires_grad for tensor in given)
         if self._running is not layer or not copies or not needed:
             return forward(*args, **kwargs)
         return self._recompute(forward, args, kwargs, copies, module)
@@ -202,7 +202,7 @@ class Engine:
             for tensor in tensors_in(kwargs):
                 if id(tensor) not in stand_ins:
                     self.figures.add_shared(tensor)
-        result = recomputed(call, args, kwargs, stand_ins, routing)
+        result = checkpointed_call(call, args, kwargs, stand_ins, routing)
         if routing is not None:
             self._chooses[owner] = routing.found
             if self.figures is not None:
@@ -216,7 +216,7 @@ class Engine:
         compressed = compress(tensor, features_rank(self.rank, tensor.shape[-1]), generator, tokens, self.residual_bits)
         if self.figures is not None:
             self.figures.add(category, compressed.saved_bytes)
-            if isinstance(compressed, Kept):
+            if isinstance(compressed, ExactTensor):
                 self.figures.exact.append(compressed.tensor)
             self.figures.compare(name, tensor, compressed, tokens)
         return compressed

@@ -1,7 +1,7 @@
 """One decoder layer and the arguments of a call in; out where its norms feed sub-blocks, or why that does not hold.
 
 Nothing is looked up by name. The layer is run once on its real arguments, keeping nothing: a leaf module that computes
-a normalisation is a norm, and a module that receives a norm's output is a sub-block. What autograd would still keep
+a normalization is a norm, and a module that receives a norm's output is a sub-block. What autograd would still keep
 beside norms and sub-blocks decides whether the pattern holds.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onelayer.runtime.activations.norms import Norm, recognise
+from onelayer.runtime.activations.norms import Norm, recognize
 from onelayer.runtime.activations.recompute import tensors_in
 
 # More than this share of the hidden state kept beside the sub-blocks, and the pattern does not hold.
@@ -135,7 +135,7 @@ class _Trace:
                 return
             norm = None
             if isinstance(output, torch.Tensor) and len(args) == 1 and isinstance(args[0], torch.Tensor):
-                norm = recognise(module, args[0], output)
+                norm = recognize(module, args[0], output)
             if norm is None:
                 self._leave_over(self.owned)
             else:

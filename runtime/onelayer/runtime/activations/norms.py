@@ -1,4 +1,4 @@
-"""Normalisation layers, recognised by what they compute, whose backward pass needs the normalised tokens alone.
+"""Normalization layers, recognized by what they compute, whose backward pass needs the normalized tokens alone.
 
 A norm is y = x̂ * scale + bias with x̂ = (x - mean) * r, r the inverse root mean square per token (inverse standard
 deviation where the mean is taken off). x̂ is kept compressed and r exactly; y is rebuilt from x̂ for whatever the norm
@@ -26,15 +26,15 @@ _SHORT_TOLERANCE = 3e-2
 class Norm:
     """What a module computes: is the mean taken off, is the scale 1 + weight, and the epsilon under the root."""
 
-    centred: bool
+    centered: bool
     plus_one: bool
     epsilon: float
 
     @torch.no_grad()
-    def normalise(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def normalize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x̂ in the precision of x, and r in float32 or better."""
         wide = x.double() if x.dtype == torch.float64 else x.float()
-        if self.centred:
+        if self.centered:
             wide = wide - wide.mean(-1, keepdim=True)
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
         return (wide * inverse).to(x.dtype), inverse
@@ -48,7 +48,7 @@ class Norm:
 class NormCopy:
     """The one stored copy of a norm's output: it serves the norm's backward and the recomputation of what follows."""
 
-    normalised: Compressed
+    normalized: Compressed
     norm: Norm
     module: nn.Module
     dtype: torch.dtype
@@ -56,19 +56,19 @@ class NormCopy:
     @torch.no_grad()
     def rebuild(self) -> torch.Tensor:
         """y, from the approximated x̂."""
-        y = self.normalised.rebuild()
+        y = self.normalized.rebuild()
         scale, bias = self.norm.scale(_parameter(self.module, "weight")), _parameter(self.module, "bias")
         y = y if scale is None else y * scale
         return (y if bias is None else y + bias).to(self.dtype)
 
 
 @torch.no_grad()
-def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
+def recognize(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
     """The norm that turns x into y by the module's parameters, or None.
 
     Tried on the tensors of a real call, whatever the module is called: with and without the mean, weight and
     1 + weight, and every small number among its attributes as epsilon. A form that fits has to fit one more call, with
-    the tokens shifted by their size: tokens without a mean do not tell the forms apart, and tokens that are normalised
+    the tokens shifted by their size: tokens without a mean do not tell the forms apart, and tokens that are normalized
     already look so behind a module that leaves them alone. The nearest of those that fit is taken.
     """
     shape = (x.shape[-1],)
@@ -94,13 +94,13 @@ def recognise(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
 def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
     """What to try for tokens of `dtype`: with epsilons that the module names, and only then with those it may hide."""
     if type(module).forward is nn.LayerNorm.forward:
-        return [[Norm(centred=True, plus_one=False, epsilon=module.eps)]]  # type: ignore[arg-type]
+        return [[Norm(centered=True, plus_one=False, epsilon=module.eps)]]  # type: ignore[arg-type]
     named = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
     # Torch's own RMSNorm takes the machine epsilon where none is given.
     hidden = [*_USUAL_EPSILONS, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps]
     flags = (False, True)
     return [
-        [Norm(centred, plus_one, epsilon) for epsilon in epsilons for centred in flags for plus_one in flags]
+        [Norm(centered, plus_one, epsilon) for epsilon in epsilons for centered in flags for plus_one in flags]
         for epsilons in (dict.fromkeys(named), dict.fromkeys(hidden))
     ]
 
@@ -108,9 +108,9 @@ def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
 def _error(norm: Norm, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     """The largest difference between y and what `norm` gives, relative to the largest entry of y."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    normalised, _ = norm.normalise(x.to(wide))
+    normalized, _ = norm.normalize(x.to(wide))
     scale, bias = norm.scale(_parameter(module, "weight")), _parameter(module, "bias")
-    expected = normalised if scale is None else normalised * scale
+    expected = normalized if scale is None else normalized * scale
     expected = expected if bias is None else expected + bias
     largest = y.abs().max().item()
     error = (expected - y).abs().max().item() / largest if largest else math.inf
@@ -133,11 +133,11 @@ class CompressedNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         forward: Callable[[torch.Tensor], torch.Tensor],
         norm: Norm,
-        normalised: Compressed,
+        normalized: Compressed,
         inverse: torch.Tensor,
     ) -> torch.Tensor:
         """y, bit for bit what the module gives."""
-        ctx.norm, ctx.normalised, ctx.inverse = norm, normalised, inverse
+        ctx.norm, ctx.normalized, ctx.inverse = norm, normalized, inverse
         ctx.save_for_backward(weight)
         ctx.x_dtype = x.dtype
         return forward(x)
@@ -149,15 +149,15 @@ class CompressedNorm(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         norm: Norm = ctx.norm
         wide = gradient.to(ctx.inverse.dtype)
-        normalised = ctx.normalised.rebuild().to(wide.dtype)
+        normalized = ctx.normalized.rebuild().to(wide.dtype)
         leading = tuple(range(gradient.ndim - 1))
-        weight_gradient = (wide * normalised).sum(leading).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        weight_gradient = (wide * normalized).sum(leading).to(weight.dtype) if ctx.needs_input_grad[1] else None
         bias_gradient = wide.sum(leading).to(gradient.dtype) if ctx.needs_input_grad[2] else None
         x_gradient = None
         if ctx.needs_input_grad[0]:
             scale = norm.scale(weight)
             wide = wide if scale is None else wide * scale
-            inner = wide - normalised * (wide * normalised).mean(-1, keepdim=True)
-            inner = inner - wide.mean(-1, keepdim=True) if norm.centred else inner
+            inner = wide - normalized * (wide * normalized).mean(-1, keepdim=True)
+            inner = inner - wide.mean(-1, keepdim=True) if norm.centered else inner
             x_gradient = (inner * ctx.inverse).to(ctx.x_dtype)
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None

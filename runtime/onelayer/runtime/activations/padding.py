@@ -62,10 +62,10 @@ class PaddingMask:
         # The model that computes the loss may lie around the one that has the layers.
         for labels in [call.labels for call in self._calls if call.labels is not None]:
             if labels.shape == mask.shape:
-                labelled = (labels != _NO_LABEL).to(mask.device)
-                counting |= labelled
+                labeled = (labels != _NO_LABEL).to(mask.device)
+                counting |= labeled
                 # Decoders predict a label at the token before it.
-                counting[:, :-1] |= labelled[:, 1:]
+                counting[:, :-1] |= labeled[:, 1:]
         return counting
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from onelayer.compiler.factors.activation_factors import Kept
+from onelayer.compiler.factors.activation_factors import ExactTensor
 from onelayer.runtime.activations.routing import Routing
 
 
@@ -39,7 +39,7 @@ class _Slot:
         return self.stand_in.rebuild().requires_grad_(self.requires_grad)
 
 
-def recomputed(
+def checkpointed_call(
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -54,7 +54,9 @@ def recomputed(
     def slot(tensor: torch.Tensor) -> Any:
         stand_in = stand_ins.get(id(tensor))
         # What is kept as it is is the tensor itself, so that it is guarded like any other.
-        return tensor if stand_in is None or isinstance(stand_in, Kept) else _Slot(stand_in, tensor.requires_grad)
+        return (
+            tensor if stand_in is None or isinstance(stand_in, ExactTensor) else _Slot(stand_in, tensor.requires_grad)
+        )
 
     # Checkpoint restores the random state of the devices that it finds among its arguments.
     marker = next(tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in stand_ins).detach().new_empty(0)

@@ -174,7 +174,7 @@ def train(
     max_steps: MaxSteps = None,
     epochs: Epochs = None,
     batch_size: BatchSize = 8,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     max_length: MaxLength = 512,
     seed: Seed = 0,
     activations: Activations = "none",

@@ -94,7 +94,7 @@ FactorDtype = Annotated[
 MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples computed at once; more needs more memory.")]
 Solver = Annotated[
-    Literal["exact", "fast"], typer.Option(help="Exact eigenvectors, or a randomised sketch within a percent of them.")
+    Literal["exact", "fast"], typer.Option(help="Exact eigenvectors, or a randomized sketch within a percent of them.")
 ]
 RankAllocation = Annotated[
     Literal["uniform", "spectrum"] | None,
@@ -121,7 +121,7 @@ Plot = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 LearningRate = Annotated[float, typer.Option(help="Learning rate; the default is meant for LoRA.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps; give this or --epochs.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; give this or --epochs.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data; give this or --max-steps.")]
 Adapters = Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter to score too; may be repeated.")]
 Limit = Annotated[

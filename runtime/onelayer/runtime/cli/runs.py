@@ -7,7 +7,7 @@ import typer
 
 from onelayer.runtime.cli.command import print_error, print_result
 from onelayer.runtime.cli.options import Json, MaxSize
-from onelayer.runtime.pipeline.housekeeping import listing, prune_by_rules
+from onelayer.runtime.pipeline.housekeeping import list_artifacts, prune_by_rules
 from onelayer.runtime.reporting import run_summaries, summaries
 from onelayer.runtime.store.store import ArtifactStore
 
@@ -51,7 +51,7 @@ app = typer.Typer(rich_markup_mode=None, help="List, verify and prune what `onel
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List every finished artifact with its size, its age and the manifests that used it last, oldest first."""
-    print_result(lambda: listing(ArtifactStore()), summaries.artifacts, as_json)
+    print_result(lambda: list_artifacts(ArtifactStore()), summaries.artifacts, as_json)
 
 
 @app.command("verify")

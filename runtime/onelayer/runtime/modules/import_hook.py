@@ -37,11 +37,11 @@ class _RegistryFinder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenPlugin(spec.loader)
+            spec.loader = _PluginLoader(spec.loader)
         return spec
 
 
-class _ThenPlugin(Loader):
+class _PluginLoader(Loader):
     """Loads a module with its own loader, then imports the plugin."""
 
     def __init__(self, loader: Loader) -> None:

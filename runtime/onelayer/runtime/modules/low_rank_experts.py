@@ -89,7 +89,7 @@ def compress_experts(
     # Of this module alone, so that `set_experts_implementation` cannot choose a function that needs the stacks.
     module.config = copy.copy(module.config)
     module.config._experts_implementation_internal = IMPLEMENTATION
-    module._is_hf_initialized = True  # keeps transformers' initialiser away, which would write to the stacks
+    module._is_hf_initialized = True  # keeps transformers' initializer away, which would write to the stacks
     return experts
 
 

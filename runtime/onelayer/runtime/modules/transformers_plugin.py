@@ -2,7 +2,7 @@
 
 In: the `quantization_config` of an emulator's config.json. Out: the stock model class with every listed linear replaced
 by a `CompressedLinear` and every listed stack of experts by factors, before the weights are read. `quant_method` is the
-one door that transformers opens to foreign modules on loading; what is quantised was so when the emulator was written.
+one door that transformers opens to foreign modules on loading; what is quantized was so when the emulator was written.
 
 Touched of transformers' semi-private surface, all of it in this file: the hooks `update_attn_implementation`,
 `_process_model_before_weight_loading`, `_process_model_after_weight_loading` and `get_state_dict_and_metadata` of
@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onelayer.compiler.emulators.reader import StackFacts
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.quantize import require
+from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_kind
 from onelayer.runtime.modules.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear, LowRankLinear
@@ -85,12 +85,12 @@ class EmulatorConfig(QuantizationConfigMixin):
         kind = known_kind(self.factor_dtype)
         if kind is None:
             return None
-        require(kind)
+        check_library(kind)
         return Packing(kind, getattr(torch, str(self.unpacked_dtype)))
 
     @property
     def modules(self) -> dict[str, int | None]:
-        """The rank of every compressed module; None for a weight that is quantised whole."""
+        """The rank of every compressed module; None for a weight that is quantized whole."""
         return {**self.ranks, **dict.fromkeys(self.quantized_dense)}
 
 
@@ -152,7 +152,7 @@ def replace_linears(
     modules = dict(model.named_modules())
     replaced = []
     for name, rank in ranks.items():
-        found = _known_as(model, name, modules)
+        found = _find_module(model, name, modules)
         if found is not None:
             path, _, leaf = found.rpartition(".")
             replaced.append(_compressed(found, modules[found], rank, packing))
@@ -171,13 +171,13 @@ def replace_stacks(
     wanted: dict[str, dict[str, StackFacts]] = {}
     for name, facts in stacks.items():
         path, _, leaf = name.rpartition(".")
-        found = _known_as(model, path, modules)
+        found = _find_module(model, path, modules)
         if found is not None:
             wanted.setdefault(found, {})[leaf] = StackFacts.model_validate(facts)
     return [compress_experts(name, modules[name], facts, packing) for name, facts in wanted.items()]
 
 
-def _known_as(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.Module]) -> str | None:
+def _find_module(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """The name of a module in this class, with or without the base model's prefix; None for one beside the base model.
 
     Raises `InputError` where the base model should have it.
@@ -209,15 +209,15 @@ def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing
     elif rank is not None:
         compressed = LowRankLinear(rank=rank, **common)
     else:
-        raise InputError(f"config.json: quantization_config: {name} is quantised whole, in no known factor_dtype")
-    # Keeps transformers' initialiser away, which would write to `weight`.
+        raise InputError(f"config.json: quantization_config: {name} is quantized whole, in no known factor_dtype")
+    # Keeps transformers' initializer away, which would write to `weight`.
     compressed._is_hf_initialized = True  # type: ignore[assignment]
     return compressed
 
 
 def _check_factors(checkpoint_files: list[str], factors: list[str]) -> None:
     """Refuse files outside the folder, and fewer tensors than `factors`, the names that modules give to what they need:
-    transformers would leave the others uninitialised."""
+    transformers would leave the others uninitialized."""
     folders = {Path(file).parent for file in checkpoint_files}
     if len(folders) > 1:
         raise InputError(f"{sorted(folders)[0]}: the index names files outside the folder; compile the emulator again")

@@ -39,7 +39,7 @@ def _rebuilt(shape: Sequence[int], dtype: torch.dtype) -> "GuardWeight":
 class GuardWeight(torch.Tensor):
     """A tensor with a shape (out, in), a dtype and a device, and no numbers."""
 
-    # transformers' initialisers skip a tensor so marked; GPT-2's reaches for the weights of its children by name.
+    # transformers' initializers skip a tensor so marked; GPT-2's reaches for the weights of its children by name.
     _is_hf_initialized = True
 
     @classmethod

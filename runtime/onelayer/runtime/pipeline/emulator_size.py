@@ -9,10 +9,10 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import FactorDtype, best_of, within_bytes
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.planning.choice import USABLE_SHARE, best_ratio, kind_of, limit_of
+from onelayer.runtime.planning.choice import USABLE_SHARE, best_ratio, compile_dtype, limiting_pass
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import Setting
+from onelayer.runtime.planning.train_memory import PlannedRun
 
 # Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
 PLANNER_VERSION = 6
@@ -20,13 +20,13 @@ DEFAULT_BATCH_SIZE = 8
 AUTO_RANK = 0.125  # what is planned with where the rank will be measured
 
 
-def setting_of(manifest: Manifest, task: str) -> Setting:
+def setting_of(manifest: Manifest, task: str) -> PlannedRun:
     """All that will run for a task, as the planner sees it; a compile's key holds it, where memory decides the size."""
     training, emulator, batch = manifest.training(task), manifest.emulator, manifest.stream.batch_size
     where, rank = training.activations.where, training.activations.rank
     share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
     batch_size = int(training.args.get("per_device_train_batch_size") or DEFAULT_BATCH_SIZE)
-    trained = Setting(batch_size, training.max_length, training.lora.r, where, share, allocation="uniform")
+    trained = PlannedRun(batch_size, training.max_length, training.lora.r, where, share, allocation="uniform")
     if emulator is None:
         return trained
     refinement, longest = emulator.refinement, emulator.calibration.max_length
@@ -83,7 +83,7 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
         task = next(name for name, largest in found[chosen].items() if largest is None)
         smallest = best_ratio(shapes, setting_of(manifest, task), emulator.memory, chosen)
         if smallest.memory.peak <= USABLE_SHARE * emulator.memory:
-            limit = limit_of(shapes, smallest, emulator.memory)
+            limit = limiting_pass(shapes, smallest, emulator.memory)
             raise InputError(
                 f"{manifest.path}: emulator.memory: too little for {limit}; lower stream.batch_size, "
                 "emulator.refine.batch_size or max_length of calibration and tasks, or leave the refinement out"
@@ -92,7 +92,7 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
             f"{manifest.path}: emulator.memory: tasks.{task} cannot be trained in it with any emulator; lower its "
             "max_length or per_device_train_batch_size, or compress its activations"
         )
-    return Size(ratio, dtype or kind_of(chosen))
+    return Size(ratio, dtype or compile_dtype(chosen))
 
 
 def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:

@@ -40,7 +40,7 @@ def prune_by_rules(
     )
 
 
-def listing(store: ArtifactStore) -> list[dict[str, Any]]:
+def list_artifacts(store: ArtifactStore) -> list[dict[str, Any]]:
     """Every artifact as a document, with its age in seconds and who used it last, as `manifest:step`."""
     users: dict[str, list[str]] = {}
     for file in sorted((store.home / "runs").glob("*.json")):

@@ -29,7 +29,7 @@ def report_file(manifest: Manifest, store: ArtifactStore) -> Path:
     return store.home / "runs" / sha256_json(str(manifest.path))[:32] / REPORT
 
 
-def finish(
+def publish_run(
     manifest: Manifest,
     store: ArtifactStore,
     steps: list[Step],
@@ -43,7 +43,7 @@ def finish(
     budget = manifest.emulator.memory if manifest.emulator is not None else None
     with FileLock(file.parent / ".onelayer.lock"):
         if manifest.output is not None:
-            place(_results(manifest, store, steps, made), Path(manifest.output))
+            link_outputs(_results(manifest, store, steps, made), Path(manifest.output))
         write_report(file, manifest.path, document, collect(store, made, foreseen), budget)
     return file
 
@@ -86,7 +86,7 @@ def check_places(names: Iterable[str], output: Path) -> None:
             )
 
 
-def place(payloads: Mapping[str, tuple[str, Path]], output: Path) -> list[Path]:
+def link_outputs(payloads: Mapping[str, tuple[str, Path]], output: Path) -> list[Path]:
     """Put each payload, given as (artifact key, folder), under its name below `output`; what is up to date stays.
 
     Raises `InputError` for a folder in the way that was not put there by this.

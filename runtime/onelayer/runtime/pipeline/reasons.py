@@ -65,7 +65,7 @@ class RunRecord:
             write_json(self._file, {"manifest": str(self._manifest), "steps": steps})
 
 
-def why(step: Step, spec: StepSpec, record: RunRecord, waiting: Mapping[str, str], damage: str | None) -> str:
+def reason_to_run(step: Step, spec: StepSpec, record: RunRecord, waiting: Mapping[str, str], damage: str | None) -> str:
     """Why a step must run: what is damaged, what changed since last time, and what it waits for."""
     if damage is not None:
         return f"artifact damaged: {damage}"

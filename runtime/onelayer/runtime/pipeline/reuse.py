@@ -14,7 +14,7 @@ def size_field(fields: Mapping[str, Any]) -> str:
     return "keep_bytes" if "keep_bytes" in fields else "ratio"
 
 
-def described(emulator: Artifact) -> str:
+def describe_emulator(emulator: Artifact) -> str:
     """An emulator of the store by its size, for a reason."""
     name = size_field(emulator.fields)
     return f"the emulator of {name} {emulator.fields[name]}"
@@ -37,7 +37,7 @@ def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
 
 
 def _is_a_prefix(fields: Mapping[str, Any]) -> bool:
-    """Whether factors are prefixes of larger ones. Quantised factors are rounded for their rank, and with a share of
+    """Whether factors are prefixes of larger ones. Quantized factors are rounded for their rank, and with a share of
     bytes they may be; ranks by spectrum are chosen anew for every size."""
     dtype = fields.get("factor_dtype")
     rounded = dtype in ("int8", "nf4") or (dtype is None and "keep_bytes" in fields)

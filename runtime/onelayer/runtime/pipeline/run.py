@@ -14,9 +14,9 @@ from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import read_json
 from onelayer.runtime.manifest.manifest import Manifest, check_tasks
 from onelayer.runtime.pipeline.costs import Costs, StepCosts
-from onelayer.runtime.pipeline.outputs import check_results, finish
-from onelayer.runtime.pipeline.reasons import RunRecord, why
-from onelayer.runtime.pipeline.reuse import cut, described, larger_emulator
+from onelayer.runtime.pipeline.outputs import check_results, publish_run
+from onelayer.runtime.pipeline.reasons import RunRecord, reason_to_run
+from onelayer.runtime.pipeline.reuse import cut, describe_emulator, larger_emulator
 from onelayer.runtime.pipeline.sources import Source, model_directory, source_digest
 from onelayer.runtime.pipeline.step import EVALUATION, RESUMABLE, STEP_VERSIONS, Step, model_source, payload_digest
 from onelayer.runtime.pipeline.steps import steps_of
@@ -87,9 +87,9 @@ def plan(manifest: Manifest, store: ArtifactStore | None = None, tasks: list[str
         if artifact is not None and cached:
             known[step.name] = artifact.digest
         foreseen = StepCosts() if cached else _costs_of(costs, manifest, step)
-        reason = UNCHANGED if cached else why(step, spec, record, waiting, damage)
+        reason = UNCHANGED if cached else reason_to_run(step, spec, record, waiting, damage)
         if not waiting and not cached and (larger := larger_emulator(store, spec)) is not None:
-            reason += f"; cut from {described(larger)} in the store"
+            reason += f"; cut from {describe_emulator(larger)} in the store"
             foreseen = foreseen.model_copy(update={"read_bytes": larger.total_bytes, "peak_bytes": None})
         planned.append(
             PlannedStep(
@@ -135,7 +135,7 @@ def run(
             known = {name: artifact.digest for name, artifact in made.items()}
             spec, _ = _specify(step, sources, known)
             try:
-                result, artifact = _bring_up(step, spec, store, record, made, tell)
+                result, artifact = _ensure_step(step, spec, store, record, made, tell)
             except Exception as error:
                 name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
                 results.append(_outcome(step, "failed", " ".join(f"{name}{error}".split()), spec.key))
@@ -149,7 +149,7 @@ def run(
             record.remember(step, spec)
         done = RunResult(steps=results, evaluations=_evaluations(steps, made, store))
         foreseen = {step.name: _costs_of(costs, manifest, step).peak_bytes for step in steps}
-        report = finish(manifest, store, steps, made, done.model_dump(mode="json"), foreseen)
+        report = publish_run(manifest, store, steps, made, done.model_dump(mode="json"), foreseen)
         return done.model_copy(update={"report": str(report)})
 
 
@@ -181,7 +181,7 @@ def _specify(
     return StepSpec(kind=step.kind, step_version=version, fields=dict(step.fields), inputs=inputs), waiting
 
 
-def _bring_up(
+def _ensure_step(
     step: Step,
     spec: StepSpec,
     store: ArtifactStore,
@@ -192,12 +192,12 @@ def _bring_up(
     """Find or make one artifact whose inputs are all there."""
     inputs = {role: store.payload(made[need].key) for role, need in step.needs.items() if need in made}
     found = store.find(spec.key)
-    reason = why(step, spec, record, {}, store.damage(found) if found is not None else None)
+    reason = reason_to_run(step, spec, record, {}, store.damage(found) if found is not None else None)
 
     def make(payload: Path) -> Mapping[str, Any]:
         larger = larger_emulator(store, spec)
         if larger is not None and step.ratio is not None:
-            tell(f"cut from {described(larger)}, {reason}")
+            tell(f"cut from {describe_emulator(larger)}, {reason}")
             return cut(store, larger, step.ratio(), payload)
         tell(f"runs, {reason}")
         return step.execute(inputs, payload)

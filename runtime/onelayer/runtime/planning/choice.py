@@ -10,7 +10,7 @@ from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.results import Result
 from onelayer.runtime.planning.pass_memory import pass_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import Setting, TrainMemory, emulator_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, emulator_bytes, train_memory
 
 # The rest is for the device's own context and for memory lost between blocks of the allocator.
 USABLE_SHARE = 0.95
@@ -33,7 +33,7 @@ LIMITS = {
 class Choice:
     """A setting, the largest ratio with which it fits (None: with none), and the bytes."""
 
-    setting: Setting
+    setting: PlannedRun
     factor_dtype: FactorDtype
     ratio: float | None
     memory: TrainMemory
@@ -51,7 +51,7 @@ class Alternative(Result):
     ratio: float
 
 
-def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+def best_ratio(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
     """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget.
 
     It is 1 where all weights fit as they are, only rounded.
@@ -75,12 +75,12 @@ def best_ratio(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: 
     return Choice(setting, dtype, found, replace(fixed, emulator=held))
 
 
-def largest_ratio(setting: Setting, dtype: FactorDtype) -> float:
+def largest_ratio(setting: PlannedRun, dtype: FactorDtype) -> float:
     """What is looked at: a whole emulator in the original's own dtype would be a copy of it."""
     return LARGEST_RATIO if dtype == "bf16" or setting.is_cut else WHOLE
 
 
-def ways_to_store(setting: Setting) -> list[Setting]:
+def activation_choices(setting: PlannedRun) -> list[PlannedRun]:
     """How activations can be stored, the most exact first."""
     shares = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
     compressed = [replace(setting, where="sublayer", rank=share) for share in shares]
@@ -88,13 +88,13 @@ def ways_to_store(setting: Setting) -> list[Setting]:
     return [replace(setting, where="none", rank=None), *compressed, *coarse]
 
 
-def choose(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+def choose(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
     """The most exact way to store activations that leaves nearly as large a ratio as any other.
 
     For int8 that keeps all no way is given that does not: what it leaves out would cost more than all rounding does
     (manifests/LOG.md, int8 that keeps all).
     """
-    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in ways_to_store(setting)]
+    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in activation_choices(setting)]
     best = max(choice.reached for choice in choices)
     if not best:
         return min(choices, key=lambda choice: choice.memory.peak)
@@ -102,18 +102,18 @@ def choose(shapes: ModelShapes, setting: Setting, budget_bytes: int, dtype: Fact
     return next(choice for choice in choices if choice.reached >= enough)
 
 
-def choose_each(shapes: ModelShapes, setting: Setting, budget_bytes: int) -> dict[FactorDtype, Choice]:
+def choose_each(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int) -> dict[FactorDtype, Choice]:
     """The choice for every factor dtype, those that round the least first."""
     dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype)
     return {dtype: choose(shapes, setting, budget_bytes, dtype) for dtype in dtypes}
 
 
-def kind_of(dtype: FactorDtype) -> FactorDtype | None:
+def compile_dtype(dtype: FactorDtype) -> FactorDtype | None:
     """What `compile` is told: None, the original's own dtype, for which `bf16` stands in a plan."""
     return None if dtype == "bf16" else dtype
 
 
-def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
+def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
     """What stands against a larger ratio, in a sentence."""
     if choice.reached == WHOLE:
         return f"nothing: all weights fit as they are, rounded to {choice.factor_dtype}"
@@ -133,7 +133,7 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
         "saved activations": memory.saved,
         "the loss": memory.loss if memory.loss >= memory.recompute else 0,
         "one layer's backward pass": memory.recompute if memory.recompute > memory.loss else 0,
-        "the adapter and its optimiser": memory.adapter,
+        "the adapter and its optimizer": memory.adapter,
     }
     largest = sorted(moments.items(), key=lambda item: -item[1])[:2]
     return "train: " + " and ".join(f"{name} ({size / (1 << 30):.2f} GiB)" for name, size in largest)
@@ -142,7 +142,7 @@ def limit_of(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
 def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
     """What could be given up for a larger ratio, and what each would bring; the most useful first."""
     setting, stored = choice.setting, choice.factor_dtype
-    offers: list[tuple[str, Setting, FactorDtype]] = []
+    offers: list[tuple[str, PlannedRun, FactorDtype]] = []
     if setting.batch_size > 1:
         smaller = max(1, setting.batch_size // 2)
         offers.append((f"--batch-size {smaller}", replace(setting, batch_size=smaller), stored))

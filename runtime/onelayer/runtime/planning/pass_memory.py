@@ -3,9 +3,9 @@
 from onelayer.compiler.correct.candidates import trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.models.unit_memory import EXPERT_ROWS, SLICE_BYTES, routed_width, step_bytes, training_bytes
-from onelayer.runtime.planning.shapes import Block, Linear, ModelShapes
+from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import expert_parts, lora_parameters, sub_blocks
-from onelayer.runtime.planning.train_memory import FACTOR_BYTES, Setting, expert_factor_bytes, kept_values
+from onelayer.runtime.planning.train_memory import FACTOR_BYTES, PlannedRun, expert_factor_bytes, kept_values
 
 CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
 SOLVE_BLOCK_BYTES = 1 << 20
@@ -14,7 +14,7 @@ SOLVE_BLOCK_BYTES = 1 << 20
 SPECTRUM_MARGIN = 1.5
 
 
-def pass_bytes(shapes: ModelShapes, ratio: float, setting: Setting) -> dict[str, int]:
+def pass_bytes(shapes: ModelShapes, ratio: float, setting: PlannedRun) -> dict[str, int]:
     """Bytes by pass, in the order in which they run; a refinement that does not run takes none.
 
     `compile` takes `setting.compile_tokens` at once, `refine` its `refine_tokens`, `correct` its `scored_tokens`.
@@ -35,7 +35,7 @@ def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
     """Bound of a correction: of the worst linear pieces of its weight, its factors, and six (out, r) in float64; and
     what is solved, in float64."""
 
-    def cost(linear: Linear) -> int:
+    def cost(linear: LinearShape) -> int:
         rank = rank_for(ratio, linear.out_features, linear.in_features)
         if rank is None:
             return 0
@@ -87,7 +87,7 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
     return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
 
 
-def _width(shapes: ModelShapes, block: Block) -> int:
+def _width(shapes: ModelShapes, block: BlockShape) -> int:
     """Inputs and outputs of all matrices of a block for a token, of experts once for each that it is sent to."""
     dense = sum(linear.in_features + linear.out_features for linear in block.linears)
     if block.experts is None:
@@ -105,7 +105,7 @@ def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
     return max(_compile_block(shapes, block, ratio, batch_tokens) for block, _ in shapes.kinds)
 
 
-def _compile_block(shapes: ModelShapes, block: Block, ratio: float, batch_tokens: int) -> int:
+def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int) -> int:
     parts = sub_blocks(block, shapes.hidden)
     moments = solver = factors = widest = 0
     for part in parts:
@@ -130,7 +130,7 @@ def _compile_block(shapes: ModelShapes, block: Block, ratio: float, batch_tokens
     return block.parameters * shapes.value_bytes + moments + fullest
 
 
-def _expert_bytes(shapes: ModelShapes, block: Block, ratio: float) -> int:
+def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
     """One expert as it is solved: moments of its rows and of all tokens, some of its rows, and the solver."""
     if block.experts is None:
         return 0
@@ -143,7 +143,7 @@ def _expert_bytes(shapes: ModelShapes, block: Block, ratio: float) -> int:
     return moments + max([rows, *(_solver_bytes(stack, rank, shapes.value_bytes) for stack, rank in ranks if rank)])
 
 
-def _solver_bytes(linear: Linear, rank: int, value_bytes: int) -> int:
+def _solver_bytes(linear: LinearShape, rank: int, value_bytes: int) -> int:
     """Beside weight and moment, in float64: the weight, its product with a square root of the moment, and the
     eigenproblem of the narrow side with its workspace; or, where the moment is of the input, what the factors leave of
     the weight with two products of it. The basis comes twice, as does the stored factor that it becomes."""

@@ -22,15 +22,15 @@ from onelayer.runtime.planning.choice import (
     Choice,
     alternatives,
     choose_each,
-    kind_of,
-    limit_of,
+    compile_dtype,
+    limiting_pass,
     median_rank,
 )
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
-from onelayer.runtime.planning.train_memory import Setting, emulator_bytes
+from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes
 
 SAMPLES = 64
 MAX_LENGTH, BATCH_SIZE, LORA_RANK = 512, 8, 8
@@ -125,7 +125,7 @@ def plan_run(
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
     directory = resolve_model(model, revision)
     shapes = read_shapes(directory)
-    setting = Setting(batch_size, max_length, lora_rank, on_gpu=on_gpu)
+    setting = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     found = choose_each(shapes, setting, memory_bytes)
     best = found[factor_dtype or _best(found)]
     if speed is None and timing and shapes.has_weights:
@@ -143,7 +143,7 @@ def plan_run(
         activation_rank=best.setting.rank,
         predicted=predict(shapes, best),
         train_parts=_parts(best),
-        limit=limit_of(shapes, best, memory_bytes),
+        limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
         choices=[_factor_choice(shapes, choice, spectra) for choice in found.values()],
         speed=speed,
@@ -168,16 +168,16 @@ def size_for(
     ratio fits.
     """
     shapes = read_shapes(resolve_model(model))
-    setting = Setting(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
+    setting = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
     choices = choose_each(shapes, setting, memory_bytes)
     found = choices[factor_dtype or _best(choices)]
     if found.ratio is None:
-        reason = limit_of(shapes, found, memory_bytes)
+        reason = limiting_pass(shapes, found, memory_bytes)
         raise InputError(
             f"--memory: too little for {reason}, when training has {BATCH_SIZE} x {MAX_LENGTH} tokens at once; give "
             "more memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
         )
-    return found.ratio, factor_dtype or kind_of(found.factor_dtype)
+    return found.ratio, factor_dtype or compile_dtype(found.factor_dtype)
 
 
 def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
@@ -190,7 +190,7 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     setting = choice.setting
     emulator = emulator_bytes(shapes, ratio, choice.factor_dtype)
     model = shapes.parameters * shapes.value_bytes
-    copies = copies_on_disk(setting.allocation, quantised=choice.factor_dtype != "bf16")
+    copies = copies_on_disk(setting.allocation, quantized=choice.factor_dtype != "bf16")
     compiled = max(emulator, copies * emulator_bytes(shapes, setting.widest(ratio), choice.factor_dtype))
     passes = pass_bytes(shapes, ratio, setting)
     return Predicted(

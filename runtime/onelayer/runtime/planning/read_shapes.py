@@ -13,7 +13,7 @@ from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint
 from onelayer.compiler.storage.files import read_json
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
-from onelayer.runtime.planning.shapes import Block, Experts, Linear, ModelShapes
+from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
 
 
 def read_shapes(directory: Path) -> ModelShapes:
@@ -66,7 +66,7 @@ def shapes_of(
 ) -> ModelShapes:
     """Shapes from a config document and a table of tensor names; `stored_bytes` counts where it names no dtype."""
     if config.get("quantization_config"):
-        raise InputError(f"{name}: field quantization_config: quantised weights; give the unquantised original")
+        raise InputError(f"{name}: field quantization_config: quantized weights; give the unquantized original")
     text = {**config, **(config.get("text_config") or {})}
     inside: dict[str, dict[str, tuple[int, ...]]] = {}
     outside: dict[str, tuple[int, ...]] = {}
@@ -79,7 +79,7 @@ def shapes_of(
     blocks = tuple(_block(block, tensors) for block, tensors in inside.items())
     blocks = tuple(block for block in blocks if block.linears or block.experts)
     if not blocks:
-        raise InputError(f"{name}: has no linears in repeated layers to factorise")
+        raise InputError(f"{name}: has no linears in repeated layers to factorize")
     loose = sum(math.prod(shape) for shape in outside.values())
     loose += sum(
         math.prod(shape)
@@ -112,7 +112,7 @@ def _value_bytes(config: Mapping[str, Any], stored_bytes: int) -> int:
     return named.get(dtype.removeprefix("torch."), stored_bytes)
 
 
-def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> Block:
+def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> BlockShape:
     """One block's tensors by name below it, sorted into linears, experts and the rest."""
     twins: dict[tuple[str, str], list[str]] = {}
     for tensor in tensors:
@@ -126,30 +126,32 @@ def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> Block:
             continue
         routes = experts is not None and shape[0] == experts.count
         if len(shape) == 2 and tensor.endswith(".weight") and not routes:
-            linears.append(Linear(tensor.removesuffix(".weight"), shape[0], shape[1]))
+            linears.append(LinearShape(tensor.removesuffix(".weight"), shape[0], shape[1]))
         else:
             other += math.prod(shape)
-    return Block(name, tuple(linears), experts, other)
+    return BlockShape(name, tuple(linears), experts, other)
 
 
 def _listed_experts(
     twins: Mapping[tuple[str, str], list[str]], tensors: Mapping[str, tuple[int, ...]]
-) -> Experts | None:
+) -> ExpertShapes | None:
     """Experts stored one by one, as `experts.5.up_proj.weight`."""
     groups = [group for group in twins.values() if len(group) > 1 and len(tensors[group[0]]) == 2]
     if not groups:
         return None
-    linears = tuple(Linear(_EXPERT.sub(r"\1.\3", first), tensors[first][0], tensors[first][1]) for first, *_ in groups)
-    return Experts(max(len(group) for group in groups), linears)
+    linears = tuple(
+        LinearShape(_EXPERT.sub(r"\1.\3", first), tensors[first][0], tensors[first][1]) for first, *_ in groups
+    )
+    return ExpertShapes(max(len(group) for group in groups), linears)
 
 
-def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> Experts | None:
+def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> ExpertShapes | None:
     """Experts stored as one (count, out, in) tensor."""
     stacks = {tensor: shape for tensor, shape in tensors.items() if len(shape) == 3}
     if not stacks:
         return None
-    linears = tuple(Linear(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
-    return Experts(max(shape[0] for shape in stacks.values()), linears)
+    linears = tuple(LinearShape(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
+    return ExpertShapes(max(shape[0] for shape in stacks.values()), linears)
 
 
 def read_config_document(directory: Path) -> dict[str, Any]:

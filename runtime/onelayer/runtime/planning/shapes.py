@@ -13,7 +13,7 @@ from onelayer.compiler.models.unit_memory import SMALL_SHARE
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearShape:
     """One weight matrix, by the name of its module below the block."""
 
     name: str
@@ -27,11 +27,11 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertShapes:
     """The experts of one mixture: how many, and the matrices of one as the checkpoint has them."""
 
     count: int
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearShape, ...]
 
     @property
     def parameters(self) -> int:
@@ -39,7 +39,7 @@ class Experts:
         return self.count * sum(linear.parameters for linear in self.linears)
 
     @property
-    def stacks(self) -> tuple[Linear, ...]:
+    def stacks(self) -> tuple[LinearShape, ...]:
         """The matrices of one expert as transformers stacks them: a gate lies on top of its twin, in one matrix."""
         shapes = [(linear.out_features, linear.in_features) for linear in self.linears]
         (rows, columns), count = Counter(shapes).most_common(1)[0]
@@ -47,16 +47,16 @@ class Experts:
             return self.linears
         gate = self.linears[shapes.index((rows, columns))]
         others = tuple(linear for linear, shape in zip(self.linears, shapes, strict=True) if shape != (rows, columns))
-        return (Linear(gate.name, 2 * rows, columns), *others)
+        return (LinearShape(gate.name, 2 * rows, columns), *others)
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """One repeated layer: its linears, its experts if it has any, and how many parameters it has beside them."""
 
     name: str
-    linears: tuple[Linear, ...]
-    experts: Experts | None
+    linears: tuple[LinearShape, ...]
+    experts: ExpertShapes | None
     other_parameters: int
 
     @property
@@ -66,7 +66,7 @@ class Block:
         return dense + (self.experts.parameters if self.experts else 0)
 
     @property
-    def compressible(self) -> tuple[Linear, ...]:
+    def compressible(self) -> tuple[LinearShape, ...]:
         """The linears that are large enough to be worth factors."""
         total = sum(linear.parameters for linear in self.linears)
         return tuple(linear for linear in self.linears if linear.parameters >= SMALL_SHARE * total)
@@ -80,17 +80,17 @@ class ModelShapes:
     value_bytes: int
     hidden: int
     vocabulary: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockShape, ...]
     outside_parameters: int
     experts_per_token: int
     has_weights: bool
     has_vocabulary_head: bool = True
 
     @cached_property
-    def kinds(self) -> tuple[tuple[Block, int], ...]:
+    def kinds(self) -> tuple[tuple[BlockShape, int], ...]:
         """One block of each make, and how many there are of it."""
         counts = Counter((block.linears, block.experts, block.other_parameters) for block in self.blocks)
-        return tuple((Block(f"{count} alike", *make), count) for make, count in counts.items())
+        return tuple((BlockShape(f"{count} alike", *make), count) for make, count in counts.items())
 
     @property
     def parameters(self) -> int:

@@ -6,7 +6,7 @@ its linears make of its input, r the rank of the adapter. Torch-free.
 
 from dataclasses import dataclass
 
-from onelayer.runtime.planning.shapes import Block, Linear, ModelShapes
+from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 
 MASTER_BYTES = 4  # adapters, norms and losses are computed in float32, whatever the model's dtype
 
@@ -15,8 +15,8 @@ MASTER_BYTES = 4  # adapters, norms and losses are computed in float32, whatever
 class SubBlock:
     """Linears that read one normed input, and the one that leads back to the hidden width."""
 
-    readers: tuple[Linear, ...]
-    closing: Linear | None
+    readers: tuple[LinearShape, ...]
+    closing: LinearShape | None
     hidden: int
 
     @property
@@ -53,9 +53,9 @@ class SubBlock:
         return MASTER_BYTES * self.hidden + value_bytes * (self.opened + inner + copies) + low
 
 
-def sub_blocks(block: Block, hidden: int) -> tuple[SubBlock, ...]:
+def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:
     """The sub-blocks of a block, by the module that their linears lie in."""
-    groups: dict[str, list[Linear]] = {}
+    groups: dict[str, list[LinearShape]] = {}
     for linear in block.linears:
         groups.setdefault(linear.name.rpartition(".")[0], []).append(linear)
     found = []
@@ -67,7 +67,7 @@ def sub_blocks(block: Block, hidden: int) -> tuple[SubBlock, ...]:
     return tuple(found)
 
 
-def expert_parts(shapes: ModelShapes, block: Block) -> tuple[int, int]:
+def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:
     """Of a mixture, per token: the summed width that its active experts open, and their inner width; zeros if none."""
     if block.experts is None:
         return 0, 0

@@ -16,7 +16,7 @@ from onelayer.compiler.factors.stored_forms import (
     factored_bytes,
     is_factored,
 )
-from onelayer.runtime.planning.shapes import Block, Linear, ModelShapes
+from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
 
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
@@ -25,7 +25,7 @@ TILE_TOKENS, TILE_VOCABULARY, TILE_TEMPORARY_BYTES = 4096, 32768, 28.5
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlannedRun:
     """How training runs. `rank` is the share of the hidden width kept of stored activations; None stores them whole.
 
     `allocation` is how the emulator's ranks are chosen; where it `is_cut` into smaller ones, its weights cannot stay
@@ -57,12 +57,12 @@ class Setting:
 
 
 def factor_bytes(shapes: ModelShapes, dtype: FactorDtype) -> float:
-    """Bytes per value of a factor: an unquantised one has the model's own dtype."""
+    """Bytes per value of a factor: an unquantized one has the model's own dtype."""
     return shapes.value_bytes if dtype == "bf16" else FACTOR_BYTES[dtype]
 
 
 def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16") -> int:
-    """An emulator as it is held, and as it lies on the disk. Where factors are quantised, so are linears kept dense.
+    """An emulator as it is held, and as it lies on the disk. Where factors are quantized, so are linears kept dense.
 
     Experts count as factors: headers cannot say whether their class answers to transformers' experts interface.
     """
@@ -99,7 +99,7 @@ def expert_factor_bytes(shapes: ModelShapes, ratio: float) -> int:
     )
 
 
-def kept_values(linear: Linear, ratio: float) -> int:
+def kept_values(linear: LinearShape, ratio: float) -> int:
     """Values of its factors, or of its weight where that is smaller."""
     rank = rank_for(ratio, linear.out_features, linear.in_features)
     return linear.parameters if rank is None else rank * (linear.out_features + linear.in_features)
@@ -118,11 +118,11 @@ class TrainMemory:
 
     @property
     def peak(self) -> int:
-        """The fullest of three moments: the loss, the backward pass of one layer, the optimiser's step."""
+        """The fullest of three moments: the loss, the backward pass of one layer, the optimizer's step."""
         return self.emulator + self.adapter + max(self.saved + max(self.loss, self.recompute), self.optimizer)
 
 
-def train_memory(shapes: ModelShapes, emulator: int, setting: Setting) -> TrainMemory:
+def train_memory(shapes: ModelShapes, emulator: int, setting: PlannedRun) -> TrainMemory:
     """What LoRA on every linear holds while it trains on a model of `emulator` bytes."""
     layers = LayerBytes(shapes, setting)
     parameters = lora_parameters(shapes, setting.lora_rank)
@@ -148,14 +148,14 @@ class LayerBytes:
     """What a block keeps for its backward pass, and what that pass holds beside what is kept."""
 
     shapes: ModelShapes
-    setting: Setting
+    setting: PlannedRun
 
     @cached_property
     def autocast(self) -> bool:
         """A model in half precision is trained under autocast."""
         return self.shapes.value_bytes == 2
 
-    def stored(self, block: Block) -> int:
+    def stored(self, block: BlockShape) -> int:
         """Kept from forward to backward."""
         parts = sub_blocks(block, self.shapes.hidden)
         if self.setting.where == "none":
@@ -165,7 +165,7 @@ class LayerBytes:
             return copy
         return len(parts) * (copy + MASTER_BYTES * self.setting.tokens)
 
-    def backward(self, block: Block) -> int:
+    def backward(self, block: BlockShape) -> int:
         """Beside what is kept: what is recomputed, if anything is, and the gradients of the widest sub-block."""
         parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
@@ -176,7 +176,7 @@ class LayerBytes:
             return gradients + self._exact(block, parts) + self.setting.tokens * hidden * self.shapes.value_bytes
         return gradients + max(self._exact(block, (part,)) for part in parts)
 
-    def _exact(self, block: Block, parts: tuple[SubBlock, ...]) -> int:
+    def _exact(self, block: BlockShape, parts: tuple[SubBlock, ...]) -> int:
         per_token = sum(
             part.saved_per_token(self.shapes.value_bytes, self.setting.lora_rank, self.autocast) for part in parts
         )

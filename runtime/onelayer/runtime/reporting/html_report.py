@@ -106,7 +106,7 @@ def _scores(evaluations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         rows = [(row["name"], row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for row in scores]
         head = ("model", "loss", "perplexity", "token accuracy", "tokens")
         parts.append(f"<h3>{escape(task)}</h3>" + table(head, rows, numbers=(1, 2, 3, 4)))
-    return "".join(parts) and "".join(parts) + '<p class="note">Loss in nats per labelled token; lower is better.</p>'
+    return "".join(parts) and "".join(parts) + '<p class="note">Loss in nats per labeled token; lower is better.</p>'
 
 
 def _memory(data: ReportData, budget_bytes: int | None) -> str:

@@ -6,8 +6,8 @@ from html import escape
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 42
-# Okabe and Ito: told apart by people who see colours differently; dashes tell them apart in print.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555", "#000000")
+# Okabe and Ito: told apart by people who see colors differently; dashes tell them apart in print.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555", "#000000")
 DASHES = ("", "6 3", "2 3")
 
 Points = Sequence[tuple[float, float]]
@@ -29,8 +29,8 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
         path = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in points if math.isfinite(y))
         parts.append(f'<polyline fill="none" {_stroke(index)} points="{path}"/>')
         if len(points) == 1:
-            (x, y), colour = points[0], COLOURS[index % len(COLOURS)]
-            parts.append(f'<circle cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3" fill="{colour}"/>')
+            (x, y), color = points[0], COLORS[index % len(COLORS)]
+            parts.append(f'<circle cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3" fill="{color}"/>')
     return _svg("".join(parts), f"{y_label} over {x_label}") + _legend(list(series))
 
 
@@ -51,7 +51,7 @@ def bars(
         parts.append(f'<text x="4" y="{top + 9}">{escape(label)}</text>')
         for index, value in enumerate(values):
             y, width = top + head + index * thick, max(1.0, right * value / largest)
-            parts.append(f'<rect x="4" y="{y}" width="{width:.1f}" height="{thick - 2}" fill="{COLOURS[index]}"/>')
+            parts.append(f'<rect x="4" y="{y}" width="{width:.1f}" height="{thick - 2}" fill="{COLORS[index]}"/>')
             parts.append(f'<text x="{width + 8:.1f}" y="{y + 8.5}">{_number(value)}</text>')
     if limit is not None:
         x, bottom = 4 + right * limit / largest, height - 26
@@ -97,10 +97,8 @@ def _axes(scale: _Scale, x_label: str, y_label: str) -> str:
 
 
 def _stroke(index: int) -> str:
-    dash = DASHES[index // len(COLOURS) % len(DASHES)]
-    return f'stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="2"' + (
-        f' stroke-dasharray="{dash}"' if dash else ""
-    )
+    dash = DASHES[index // len(COLORS) % len(DASHES)]
+    return f'stroke="{COLORS[index % len(COLORS)]}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def _legend(names: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ class MarkComplete(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Flush and mark the checkpoint just written."""
-        if args.save_only_model:  # without the optimiser's state it cannot be continued from
+        if args.save_only_model:  # without the optimizer's state it cannot be continued from
             return
         assert args.output_dir is not None
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -94,14 +94,14 @@ def _snapshot_revision(directory: Path) -> str | None:
 
 
 def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
-    """Tokenise, leave out and count examples without a label, which would only cost time."""
+    """Tokenize, leave out and count examples without a label, which would only cost time."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     digest = hashlib.sha256()
     rows = []
     skipped = 0
     for example in read_examples(data):
         tokens = tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)
-        if not tokens.labelled:
+        if not tokens.labeled:
             skipped += 1
             continue
         if limit is not None and len(tokens.input_ids) > limit:
@@ -114,5 +114,5 @@ def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData
         labels = tokens.labels if tokens.label is None else tokens.label
         rows.append({"input_ids": tokens.input_ids, "labels": labels})
     if not rows:
-        raise InputError(f"{data}: no example has a labelled token within max_length {max_length}; raise it")
+        raise InputError(f"{data}: no example has a labeled token within max_length {max_length}; raise it")
     return TrainData(rows, digest.hexdigest(), skipped)

@@ -78,7 +78,7 @@ REFUSED_ARGS = {
     ),
     **dict.fromkeys(
         ("dataset_text_field", "eos_token", "pad_token", "truncation_mode"),
-        "onelayer tokenises the data itself; change the data or the tokenizer's files",
+        "onelayer tokenizes the data itself; change the data or the tokenizer's files",
     ),
     **dict.fromkeys(("eval_strategy", "do_eval", "load_best_model_at_end"), "score with `onelayer evaluate` instead"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the finished adapter yourself"),

@@ -39,7 +39,7 @@ class TrainResult(Result):
 
     `saved_activation_bytes`: kept by autograd for one batch's backward pass, without parameters. `peak_device_bytes`:
     on a GPU what its allocator handed out at most, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labelled token within the length limit. `activations`: how they were
+    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were
     compressed, if they were. `losses`: step and mean training loss since the one before.
     """
 

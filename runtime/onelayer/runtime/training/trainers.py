@@ -37,7 +37,7 @@ from onelayer.runtime.training.inputs import TrainData, TrainModel
 from onelayer.runtime.training.settings import LoraFields
 
 
-class _Watched(Trainer):
+class _GuardedTrainer(Trainer):
     """A Trainer that stops before a step on a loss that is no number, and measures its first forward pass."""
 
     saved_activation_bytes: int | None = None
@@ -60,7 +60,7 @@ class _Watched(Trainer):
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one batch; raises before the optimiser can use a loss that is no number."""
+        """Forward and backward of one batch; raises before the optimizer can use a loss that is no number."""
         if self.activations is not None and self.activations.unseen:
             self.activations.look(lambda: self._plain_loss(model, inputs))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -79,11 +79,11 @@ class _Watched(Trainer):
         return loss
 
 
-class LoraTrainer(_Watched, SFTTrainer):
+class LoraTrainer(_GuardedTrainer, SFTTrainer):
     """For models that predict tokens."""
 
 
-class ClassTrainer(_Watched):
+class ClassTrainer(_GuardedTrainer):
     """For sequence classifiers, whose rows are padded to the longest of their batch."""
 
 
