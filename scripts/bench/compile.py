@@ -140,7 +140,7 @@ def bench_pass(width: int, layers: int, samples: int, tokens: int, rounds: int) 
             batches = make_batches(read_tokens(data, load_tokenizer(model), tokens), streamed.config, 1)
             last = max(unit.position for unit in streamed.units if unit.is_block)
             with Meter(CPU) as meter:
-                stream = Stream(streamed, CPU, meter, last=last)
+                stream = Stream(streamed, CPU, meter, stop_after=last)
                 return timed(lambda: stream.run([batch.inputs for batch in batches], lambda index, output: None))[0]
 
         def compiled(solver: Any, output: str) -> float:

@@ -68,13 +68,13 @@ def backward_seconds(streamed: StreamedModel, batches: list[TokenBatch]) -> floa
         def __exit__(self, *exception: object) -> None:
             pass
 
-    def around(found: Any) -> Any:
+    def on_unit(found: Any) -> Any:
         from contextlib import nullcontext
 
         return Around() if found is unit else nullcontext()
 
     with Meter(CPU) as meter:
-        stream = Stream(streamed, CPU, meter, around=around, last=unit.position)
+        stream = Stream(streamed, CPU, meter, on_unit=on_unit, stop_after=unit.position)
         stream.run([batch.inputs for batch in batches], lambda index, output: None)
     return spent
 

@@ -111,7 +111,7 @@ def streamed_outputs(
     streamed = StreamedModel(directory)
 
     @contextlib.contextmanager
-    def around(unit: Unit) -> Iterator[None]:
+    def on_unit(unit: Unit) -> Iterator[None]:
         loads[unit.name] += 1
         yield
 
@@ -119,7 +119,7 @@ def streamed_outputs(
         return tree_map_only(torch.Tensor, lambda x: x.clone() if type(x) is torch.Tensor else x, values)
 
     with Meter(CPU) as meter, mock.patch.object(stream, "move", copied):
-        stream.Stream(streamed, CPU, meter, around=around).run(batches, outputs.__setitem__)
+        stream.Stream(streamed, CPU, meter, on_unit=on_unit).run(batches, outputs.__setitem__)
     return [tensors_of(outputs[index]) for index in range(len(batches))], loads, streamed
 
 

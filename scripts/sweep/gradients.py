@@ -146,7 +146,7 @@ def _streamed(streamed: StreamedModel, batches: list[Batch]) -> tuple[Gradients,
     loads: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def around(unit: Unit) -> Iterator[None]:
+    def on_unit(unit: Unit) -> Iterator[None]:
         loads[unit.name] += 1
         yield
 
@@ -159,7 +159,7 @@ def _streamed(streamed: StreamedModel, batches: list[Batch]) -> tuple[Gradients,
     # Both run in evaluation mode: they would draw other numbers for dropout.
     as_it_is = mock.patch.object(gradient_stream, "training", return_value=contextlib.nullcontext())
     with as_it_is, Meter(CPU) as meter:
-        stream = gradient_stream.GradientStream(streamed, CPU, meter, around=around, trained=len(batches))
+        stream = gradient_stream.GradientStream(streamed, CPU, meter, on_unit=on_unit, trained=len(batches))
         with stream:
             stream.run(batches, consume)
             stream.reverse()

@@ -68,9 +68,9 @@ def test_renamed_stacked_and_tied_names_are_planned(tmp_path: Path) -> None:
     config = transformers_models.read_config(tmp_path / "moe")
     skeleton = transformers_models.build_skeleton(config, transformers.MixtralForCausalLM, torch.float32)
     plan = transformers_models.plan_loading(skeleton, Checkpoint.open(tmp_path / "moe"))
-    stacked = [name for name in plan.keys if name.endswith("experts.gate_up_proj")]
+    stacked = [name for name in plan.checkpoint_keys if name.endswith("experts.gate_up_proj")]
     assert stacked
-    assert all(len(plan.keys[name]) == 8 and name not in plan.plain for name in stacked)
+    assert all(len(plan.checkpoint_keys[name]) == 8 and name not in plan.stored_unchanged for name in stacked)
     assert not transformers_models.missing_parameters(skeleton, plan)
     save_tiny("llama_tied", tmp_path / "tied")
     config = transformers_models.read_config(tmp_path / "tied")

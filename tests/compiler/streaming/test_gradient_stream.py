@@ -112,11 +112,11 @@ def test_gradients_equal_the_resident_models(name: str, tmp_path: Path) -> None:
     streamed = open_streamed(tmp_path)
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[None]:
+    def on_unit(unit: Unit) -> Iterator[None]:
         loads[unit.name] += 1
         yield
 
-    check_equal(streamed_gradients(streamed, batches_for(name), around=around), expected)
+    check_equal(streamed_gradients(streamed, batches_for(name), on_unit=on_unit), expected)
     trained = {unit.name for unit in streamed.units if any(p.requires_grad for p in unit.module.parameters())}
     assert trained
     assert all(loads[name] == 2 for name in trained)
@@ -197,7 +197,7 @@ def test_spilled_inputs_give_the_same_gradients(tmp_path: Path, monkeypatch: pyt
     save_adapted("gemma3", tmp_path)
     expected = streamed_gradients(open_streamed(tmp_path), batches_for("gemma3"))
     tight = SpillPool(4096)
-    found = streamed_gradients(open_streamed(tmp_path), batches_for("gemma3"), parking=tight)
+    found = streamed_gradients(open_streamed(tmp_path), batches_for("gemma3"), spill_pool=tight)
     assert tight.spilled_bytes > 0
     assert tight.held_bytes <= 4096
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -212,7 +212,7 @@ def test_shared_inputs_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save_deep(depth, directory)
         streamed, room = open_streamed(directory), SpillPool(1 << 30)
         batches = batches_for("llama")
-        with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=3, parking=room) as stream:
+        with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=3, spill_pool=room) as stream:
             stream.run(batches, lambda index, output: None)
             held.append(room.held_bytes)
     hidden_bytes = sum(batch["input_ids"].numel() for batch in batches) * 32 * 4
@@ -235,7 +235,7 @@ def test_an_input_that_is_changed_in_place_is_refused_by_name(tmp_path: Path) ->
     seen: list[torch.Tensor] = []
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[Any]:
+    def on_unit(unit: Unit) -> Iterator[Any]:
         def run(index: int, args: Any, kwargs: Any) -> Any:
             output = type(unit.module).forward(unit.module, *args, **kwargs)
             if unit.name.endswith("layers.0") and not seen:
@@ -245,7 +245,7 @@ def test_an_input_that_is_changed_in_place_is_refused_by_name(tmp_path: Path) ->
         yield run
 
     with pytest.raises(BatchError, match=r"layers\.0.*changed in place"):
-        streamed_gradients(streamed, batches_for("llama"), around=around)
+        streamed_gradients(streamed, batches_for("llama"), on_unit=on_unit)
 
 
 def test_batches_that_are_only_scored_leave_no_gradients(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_compressed_inputs_take_less_and_keep_the_direction(tmp_path: Path) -> N
     for rank in (None, 24, 0.25):
         room = SpillPool(1 << 30)
         streamed = open_streamed(tmp_path)
-        with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=1, rank=rank, parking=room) as stream:
+        with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=1, rank=rank, spill_pool=room) as stream:
             stream.run(batches, lambda index, output: some_loss_with_gradient(index, output))
             held.append(sum(tensor.nbytes for _, records in stream._records for tensor in records[0].kept.tensors))
             stream.reverse()

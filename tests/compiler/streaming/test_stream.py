@@ -35,11 +35,11 @@ def batches_for(name: str) -> list[dict[str, torch.Tensor]]:
 
 
 def run(
-    streamed: StreamedModel, batches: list[dict[str, torch.Tensor]], around: Any = None, last: int | None = None
+    streamed: StreamedModel, batches: list[dict[str, torch.Tensor]], on_unit: Any = None, stop_after: int | None = None
 ) -> dict[int, Any]:
     outputs: dict[int, Any] = {}
     with Meter(CPU) as meter:
-        Stream(streamed, CPU, meter, around=around, last=last).run(batches, outputs.__setitem__)
+        Stream(streamed, CPU, meter, on_unit=on_unit, stop_after=stop_after).run(batches, outputs.__setitem__)
     return outputs
 
 
@@ -56,27 +56,27 @@ def test_streamed_equals_resident_and_loads_every_unit_once(name: str, shards: i
     loads: Counter[str] = Counter()
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[None]:
+    def on_unit(unit: Unit) -> Iterator[None]:
         loads[unit.name] += 1
         others = [part for part in streamed.units if part is not unit]
         held = [
             name
             for part in others
-            for name, tensor in streamed.held(part).items()
+            for name, tensor in streamed.tensors_of(part).items()
             if not (tensor.is_meta or isinstance(tensor, DiskMatrix))
         ]
         assert not held, f"{held} are resident beside {unit.name}"
         yield
 
     batches = batches_for(name)
-    outputs = run(streamed, batches, around)
+    outputs = run(streamed, batches, on_unit)
     for index, batch in enumerate(batches):
         with torch.no_grad():
             expected = resident(**batch).logits
         assert torch.equal(logits_of(outputs[index]), expected)
     assert set(loads.values()) == {1}
     assert len(loads) >= len([unit for unit in streamed.units if unit.is_block])
-    assert all(tensor.is_meta for unit in streamed.units for tensor in streamed.held(unit).values())
+    assert all(tensor.is_meta for unit in streamed.units for tensor in streamed.tensors_of(unit).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,7 +96,7 @@ def test_bytes_read_are_those_of_the_units_once(tmp_path: Path) -> None:
     blocks = [unit for unit in streamed.units if unit.is_block]
     # Rows of the embedding, those of a batch that says the same again only once.
     batches = [{"input_ids": torch.tensor([[5 + i, 6 + i, 7 + i]])} for i in (0, 1, 2, 2)]
-    run(streamed, batches, last=blocks[-1].position)
+    run(streamed, batches, stop_after=blocks[-1].position)
     rows = 3 * 3 * 32 * 4
     assert streamed.checkpoint.bytes_read == sum(unit.weight_bytes for unit in blocks) + rows
 
@@ -129,12 +129,12 @@ def test_a_layer_that_is_called_again_stays_resident(tmp_path: Path) -> None:
     loads: Counter[str] = Counter()
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[None]:
+    def on_unit(unit: Unit) -> Iterator[None]:
         loads[unit.name] += 1
         yield
 
     batches = batches_for("albert")
-    outputs = run(streamed, batches, around)
+    outputs = run(streamed, batches, on_unit)
     for index, batch in enumerate(batches):
         with torch.no_grad():
             assert torch.equal(logits_of(outputs[index]), model(**batch).logits)
@@ -147,7 +147,7 @@ def test_a_failing_batch_is_named_and_releases_the_others(tmp_path: Path) -> Non
     entered: list[int] = []
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[Any]:
+    def on_unit(unit: Unit) -> Iterator[Any]:
         def fail(index: int, args: Any, kwargs: Any) -> Any:
             entered.append(index)
             if index == 1 and unit.is_block:
@@ -157,9 +157,9 @@ def test_a_failing_batch_is_named_and_releases_the_others(tmp_path: Path) -> Non
         yield fail
 
     with pytest.raises(BatchError, match=r"batch 1, unit model\.layers\.0: ZeroDivisionError: on purpose"):
-        run(streamed, batches_for("llama"), around)
+        run(streamed, batches_for("llama"), on_unit)
     gc.collect()
-    assert all(tensor.is_meta for unit in streamed.units for tensor in streamed.held(unit).values())
+    assert all(tensor.is_meta for unit in streamed.units for tensor in streamed.tensors_of(unit).values())
     assert all("forward" not in vars(unit.module) for unit in streamed.units)
     assert len(run(streamed, batches_for("llama"))) == 4
 
@@ -169,14 +169,14 @@ def test_an_interrupt_passes_through(tmp_path: Path) -> None:
     streamed = StreamedModel(tmp_path)
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[Any]:
+    def on_unit(unit: Unit) -> Iterator[Any]:
         def stop(index: int, args: Any, kwargs: Any) -> Any:
             raise KeyboardInterrupt
 
         yield stop
 
     with pytest.raises(KeyboardInterrupt):
-        run(streamed, batches_for("llama"), around)
+        run(streamed, batches_for("llama"), on_unit)
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def compile_emulator(
     kind = checked_factor_dtype(factor_dtype)
     _check_budget(ratio, keep_bytes)
     place = pick_device(device)
-    parking = SpillPool(host_memory_bytes)
+    spill_pool = SpillPool(host_memory_bytes)
     streamed = StreamedModel(resolve_model(model, revision))
     allocation: Allocation = rank_allocation or ("uniform" if ratio is not None else "spectrum")
     if ratio is None:
@@ -87,7 +87,7 @@ def compile_emulator(
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": revision, "digest": model_digest(streamed.checkpoint.directory)}
-    return _compile(streamed, ranks, stacks, calibration, output, base, settings, place, parking, resume)
+    return _compile(streamed, ranks, stacks, calibration, output, base, settings, place, spill_pool, resume)
 
 
 def _compile(
@@ -99,7 +99,7 @@ def _compile(
     base: Mapping[str, Any],
     settings: CompileSettings,
     place: torch.device,
-    parking: SpillPool,
+    spill_pool: SpillPool,
     resume: bool,
 ) -> CompileResult:
     """Stream the original, write the emulator behind it, publish it whole."""
@@ -113,7 +113,7 @@ def _compile(
         StopRequest() as stop,
     ):
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)
-        job = Compilation(streamed, ranks, stacks, writer, place, settings, stop, parking)
+        job = Compilation(streamed, ranks, stacks, writer, place, settings, stop, spill_pool)
         job.stream(batches, meter)
         writer.write_rest()
         workspace = compile_workspace(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))

@@ -30,7 +30,7 @@ class ExpertCalls:
     """The calls of one module of experts: what it read, on the host, and which experts each token was sent to."""
 
     stacks: ExpertStacks
-    parking: SpillPool
+    spill_pool: SpillPool
     device: torch.device
     product_dtype: torch.dtype
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -50,9 +50,9 @@ class ExpertCalls:
             return
         # Of its own: the model may change the tensor in place, and parking gives it another storage.
         kept = routed[0].detach().to("cpu", copy=True).contiguous()
-        spilled_bytes = self.parking.spilled_bytes
-        self.parking.hold(kept)
-        if self.parking.spilled_bytes > spilled_bytes:
+        spilled_bytes = self.spill_pool.spilled_bytes
+        self.spill_pool.hold(kept)
+        if self.spill_pool.spilled_bytes > spilled_bytes:
             return_free_memory()  # each copy that leaves again would leave a hole between what the model allocates
         self.hidden.append(kept)
         self._index.append(routed[1].to("cpu", copy=True))

@@ -73,11 +73,11 @@ class Compilation:
         device: torch.device,
         settings: CompileSettings,
         stop: StopRequest,
-        parking: SpillPool,
+        spill_pool: SpillPool,
     ) -> None:
         self.streamed = streamed
         self.ranks, self.stack_ranks = ranks, stack_ranks
-        self.parking = parking
+        self.spill_pool = spill_pool
         self.writer = writer
         self.device = device
         self.settings = settings
@@ -96,19 +96,19 @@ class Compilation:
     def stream(self, batches: Sequence[TokenBatch], meter: Meter) -> None:
         """Run the pass up to the last unit that is still to be done."""
         stream = Stream(
-            self.streamed, self.device, meter, around=self.around, parking=self.parking, description="compile"
+            self.streamed, self.device, meter, on_unit=self.on_unit, spill_pool=self.spill_pool, description="compile"
         )
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
         if wanted:
-            stream.last, self._meter = max(wanted), stream.meter
+            stream.stop_after, self._meter = max(wanted), stream.meter
             stream.run([batch.inputs for batch in batches], lambda index, output: None)
 
     @contextmanager
-    def around(self, unit: Unit) -> Iterator[Any]:
+    def on_unit(self, unit: Unit) -> Iterator[Any]:
         """Watch a unit while it runs; when all batches are through, factorize what it holds and write its shard."""
         linears = {name: module for name, module in unit_linears(unit) if name in self.ranks}
         experts = [
-            ExpertCalls(found, self.parking, self.device, self.product_dtype)
+            ExpertCalls(found, self.spill_pool, self.device, self.product_dtype)
             for found in stacks_below(unit.name, unit.module)
             if self.stack_ranks.keys() & set(found.paths)
         ]

@@ -86,7 +86,7 @@ def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, kind: F
 def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int:
     """Parameters of the model, tied ones once; of its repeated layers alone if asked."""
     names = [name for unit in streamed.units if unit.is_block or not blocks_only for name in unit.parameters]
-    names += () if blocks_only else streamed.outside
+    names += () if blocks_only else streamed.parameters_outside_units
     return sum(streamed.bare_parameter(name).numel() for name in names if name not in streamed.aliases)
 
 

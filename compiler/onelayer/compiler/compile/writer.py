@@ -58,7 +58,7 @@ class EmulatorWriter:
         self.factor_dtype = factor_dtype
         self.directory = work.payload
         self.streamed = streamed
-        self._shards = len(streamed.units) + bool(streamed.outside)
+        self._shards = len(streamed.units) + bool(streamed.parameters_outside_units)
 
     @property
     def records(self) -> list[UnitRecord]:
@@ -90,7 +90,7 @@ class EmulatorWriter:
 
         `dense` says of what was to be compressed why it was not.
         """
-        tensors = self.streamed.held(unit)
+        tensors = self.streamed.tensors_of(unit)
         entries = []
         for name, stored in linears.items():
             del tensors[f"{name}.weight"]
@@ -114,8 +114,8 @@ class EmulatorWriter:
                 with self.streamed.resident(unit, torch.device("cpu")):
                     self.write_unit(unit, {}, {}, {})
         last = len(self.streamed.units)
-        if self.streamed.outside and last not in self.work.finished:
-            names = [name for name in self.streamed.outside if name not in self.streamed.aliases]
+        if self.streamed.parameters_outside_units and last not in self.work.finished:
+            names = [name for name in self.streamed.parameters_outside_units if name not in self.streamed.aliases]
             lazy = [name for name in names if name in self.streamed.lazy]
             matrices = {name: self.streamed.matrix(name, torch.device("cpu")) for name in lazy}
             with self.streamed.loaded([name for name in names if name not in matrices]) as small:

@@ -36,7 +36,7 @@ def measure_gaps(
     """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
 
     def place(name: str) -> tuple[Path, int]:
-        info = streamed.checkpoint.tensors[streamed.keys[f"{name}.weight"][0]]
+        info = streamed.checkpoint.tensors[streamed.checkpoint_keys[f"{name}.weight"][0]]
         return info.file, info.start
 
     def work(name: str) -> Gap:
@@ -68,9 +68,9 @@ def _weight_reads(streamed: StreamedModel, name: str) -> list[Read]:
     """Reads of consecutive rows of one weight; of the whole where the checkpoint holds it in another form."""
     parameter = f"{name}.weight"
     empty = streamed.bare_parameter(parameter)
-    if parameter not in streamed.plain:
+    if parameter not in streamed.stored_unchanged:
         return [partial(_converted, streamed, parameter)]
-    (key,) = streamed.keys[parameter]
+    (key,) = streamed.checkpoint_keys[parameter]
     rows, width = empty.shape
     step = max(1, CHUNK_BYTES // (width * empty.element_size()))
 
@@ -95,7 +95,7 @@ def correct_workspace(streamed: StreamedModel, small: Emulator, source: Adapter)
         module, rank = source.modules[name], small.facts.compressed[name]
         weight = streamed.bare_parameter(f"{name}.weight")
         weight_bytes = weight.numel() * weight.element_size()
-        is_plain = f"{name}.weight" in streamed.plain
+        is_plain = f"{name}.weight" in streamed.stored_unchanged
         chunks = min(2 * CHUNK_BYTES, weight_bytes) if is_plain else 2 * weight_bytes
         sides = module.in_features + module.out_features
         return chunks + BLOCK_BYTES + 8 * (rank + 6 * module.rank) * sides

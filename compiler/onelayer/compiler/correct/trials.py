@@ -74,16 +74,16 @@ def score_candidates(source: Adapter, small: Emulator, model: Path, held_out: He
     streamed, classes = open_scored(model, {NAME: source.directory})
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
-    variants, parking = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
-    trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, parking)
+    variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
+    trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, spill_pool)
     stream = Stream(
         streamed,
         held_out.device,
         meter,
-        around=trials.around,
-        parking=parking,
+        on_unit=trials.on_unit,
+        spill_pool=spill_pool,
         # In every unit all batches as they are come before any with a correction.
-        order=lambda index: (index % variants, index),
+        priority=lambda index: (index % variants, index),
         description="correct",
     )
     stream.run(scoring.inputs(), scoring.take)
@@ -96,7 +96,7 @@ def score_candidates(source: Adapter, small: Emulator, model: Path, held_out: He
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
     sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
     largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.compressed.items()), default=0)
-    workspace = scoring_workspace(streamed, batches, variants, held_out.device, parking)
+    workspace = scoring_workspace(streamed, batches, variants, held_out.device, spill_pool)
     return Choice(
         best=best,
         candidates=candidates,
@@ -117,7 +117,7 @@ class _Trials:
     gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
 
     @contextmanager
-    def around(self, unit: Unit) -> Iterator[Run]:
+    def on_unit(self, unit: Unit) -> Iterator[Run]:
         """Stream index i is variant i % variants: 0 the original, then the candidates. All is put back on exit."""
         layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
         compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.compressed}

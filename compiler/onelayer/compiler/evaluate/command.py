@@ -100,14 +100,14 @@ def evaluate_model(
     variants = [Variant(), *(Variant(adapter=name) for name in named)]
     if emulator is not None:
         variants.append(Variant(emulator=emulator))
-    parking = SpillPool(host_memory_bytes)
-    job = Scoring(batches, len(variants), parking, None if emulator is None else len(variants) - 1)
+    spill_pool = SpillPool(host_memory_bytes)
+    job = Scoring(batches, len(variants), spill_pool, None if emulator is None else len(variants) - 1)
     with Meter(place) as meter:
-        around = switch_variants(variants, place)
-        stream = Stream(streamed, place, meter, around=around, parking=parking, description="evaluate")
+        on_unit = switch_variants(variants, place)
+        stream = Stream(streamed, place, meter, on_unit=on_unit, spill_pool=spill_pool, description="evaluate")
         stream.run(job.inputs(), job.take)
         found = job.finish(place)
-        workspace = scoring_workspace(streamed, batches, len(variants), place, parking)
+        workspace = scoring_workspace(streamed, batches, len(variants), place, spill_pool)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)

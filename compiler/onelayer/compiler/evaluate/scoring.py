@@ -117,11 +117,11 @@ class Scoring:
     """
 
     def __init__(
-        self, batches: Sequence[TokenBatch], variants: int, parking: SpillPool, against: int | None = None
+        self, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool, against: int | None = None
     ) -> None:
         self.batches = batches
         self.variants = variants
-        self.parking = parking
+        self.spill_pool = spill_pool
         self.against = against
         self._rows = [batch.targets != IGNORED for batch in batches]
         self._scores: dict[int, TokenScores] = {}
@@ -140,7 +140,7 @@ class Scoring:
         self._scores[index] = TokenScores(self.batches[number].targets[rows])
         if isinstance(logits, DeferredLogits):
             logits.hidden = logits.hidden[rows]  # no other position is ever asked for
-            self.parking.hold(logits.hidden)
+            self.spill_pool.hold(logits.hidden)
             self._waiting[index] = logits
         else:
             self._update(index, slice(0, int(rows.sum())), logits[rows], 0)
@@ -203,17 +203,17 @@ class Scoring:
 
 
 def scoring_workspace(
-    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, parking: SpillPool
+    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, spill_pool: SpillPool
 ) -> int:
     """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
     the activations of one micro-batch in the widest unit and, where the host is the device, the parked batches."""
     tokens = max(math.prod(batch.shape) for batch in batches)
-    parked = parked_bytes(streamed, batches, variants, parking) if device.type == "cpu" else 0
+    parked = parked_bytes(streamed, batches, variants, spill_pool) if device.type == "cpu" else 0
     return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * widest(streamed) * 4 + parked
 
 
-def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, parking: SpillPool) -> int:
-    """The most that `variants` of all batches hold on the host while they wait, at most what `parking` lets them.
+def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:
+    """The most that `variants` of all batches hold on the host while they wait, at most what `spill_pool` lets them.
 
     Of every token its embedding and its hidden state, its place in rotary angles (as wide as a head, sine and cosine)
     and its row of an attention mask; of every batch the small tensors and frames of the model's own code.
@@ -224,4 +224,4 @@ def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variant
     head_width = int(getattr(config, "head_dim", None) or width // heads)
     itemsize = max(4, streamed.dtype.itemsize)
     states = sum(math.prod(batch.shape) * (2 * width + 2 * head_width + batch.shape[1]) * itemsize for batch in batches)
-    return min(parking.budget_bytes, variants * states) + variants * len(batches) * 2 * SMALLEST_BYTES
+    return min(spill_pool.budget_bytes, variants * states) + variants * len(batches) * 2 * SMALLEST_BYTES

@@ -37,7 +37,7 @@ def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callab
     """Runs a unit as the variant of the batch at hand: stream index i is variant i % n."""
 
     @contextmanager
-    def around(unit: Unit) -> Iterator[Run]:
+    def on_unit(unit: Unit) -> Iterator[Run]:
         layers = tuner_layers(unit)
         emulators = {item.emulator.directory: item.emulator for item in variants if item.emulator is not None}
         replaced = {directory: _stand_ins(unit, emulator, device) for directory, emulator in emulators.items()}
@@ -58,7 +58,7 @@ def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callab
 
         yield run
 
-    return around
+    return on_unit
 
 
 def _stand_ins(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Forward]:

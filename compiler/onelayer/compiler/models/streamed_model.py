@@ -22,7 +22,7 @@ class StreamedModel:
     """A checkpoint and the model class it belongs to, without its weights.
 
     `model` is what runs: its own code, on the host, its parameters on the meta device until their unit is resident.
-    `keys` maps each runtime parameter name to the checkpoint keys that make it.
+    `checkpoint_keys` maps each runtime parameter name to the checkpoint keys that make it.
     """
 
     def __init__(self, directory: str | Path, prepare: Callable[[PreTrainedModel], None] | None = None) -> None:
@@ -67,15 +67,15 @@ class StreamedModel:
             set_tensor(owner, leaf, empty)
 
     @property
-    def keys(self) -> dict[str, tuple[str, ...]]:
+    def checkpoint_keys(self) -> dict[str, tuple[str, ...]]:
         """The checkpoint keys behind each stored runtime name; a tied name without its own goes by its partner's."""
-        keys = self._plan.keys
+        keys = self._plan.checkpoint_keys
         return {**keys, **{name: keys[source] for name, source in self._plan.alias.items()}}
 
     @property
-    def plain(self) -> frozenset[str]:
+    def stored_unchanged(self) -> frozenset[str]:
         """Runtime names that are one stored tensor, at most renamed; no operation makes them."""
-        return self._plan.plain
+        return self._plan.stored_unchanged
 
     @property
     def largest_unit_bytes(self) -> int:
@@ -88,11 +88,11 @@ class StreamedModel:
         return frozenset(self._plan.alias)
 
     @property
-    def outside(self) -> tuple[str, ...]:
+    def parameters_outside_units(self) -> tuple[str, ...]:
         """Stored parameters outside every unit: embeddings and the head, which stay on disk, and a few small ones."""
         return tuple(self._resident)
 
-    def held(self, unit: Unit) -> dict[str, torch.Tensor]:
+    def tensors_of(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The tensors of a unit that is resident now, by runtime name; lazy ones as the stand-ins they are."""
         return {name: getattr(*self._owners[name]) for name in unit.parameters}
 
@@ -144,7 +144,7 @@ class StreamedModel:
         return tuple(units)
 
     def _is_stored(self, name: str) -> bool:
-        return name in self._plan.keys or name in self._plan.alias
+        return name in self._plan.checkpoint_keys or name in self._plan.alias
 
     def _lazy_names(self) -> frozenset[str]:
         """Matrices that are only ever read by rows: embedding tables, and the head."""
@@ -154,7 +154,7 @@ class StreamedModel:
             table = isinstance(owner, nn.Embedding) and owner.max_norm is None
             if (
                 leaf == "weight"
-                and source in self._plan.plain
+                and source in self._plan.stored_unchanged
                 and name not in self._wrapped
                 and (table or owner is self.head)
             ):
@@ -165,7 +165,7 @@ class StreamedModel:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The checkpoint tensors behind some runtime names, as stored, on the host."""
-        keys = self.keys
+        keys = self.checkpoint_keys
         wanted = dict.fromkeys(key for name in names for key in keys[name])
         return {key: self.checkpoint.read(key) for key in wanted}
 
@@ -181,12 +181,12 @@ class StreamedModel:
         finally:
             self._empty_twin(stored)
         for name, tensor in found.items():
-            assert tensor.device.type != "meta", f"{name} was not loaded from {self.keys[name]}"
+            assert tensor.device.type != "meta", f"{name} was not loaded from {self.checkpoint_keys[name]}"
         return found
 
     def _empty_twin(self, stored: Iterable[str]) -> None:
         loaded = set(stored)
-        for name, keys in self._plan.keys.items():
+        for name, keys in self._plan.checkpoint_keys.items():
             if not loaded.isdisjoint(keys):
                 set_tensor(*owner_of(self._twin, name), self._empty[name])
 
@@ -232,14 +232,14 @@ class StreamedModel:
 
     def matrix(self, name: str, device: torch.device) -> DiskMatrix:
         """A lazy parameter as a stand-in that reads its rows from disk."""
-        (key,) = self.keys[name]
+        (key,) = self.checkpoint_keys[name]
         is_head = self._owners[name][0] is self.head
         return DiskMatrix.over(self.checkpoint, key, self._empty[name].dtype, device, is_head)
 
     @contextmanager
-    def glue(self) -> Iterator[None]:
+    def between_units(self) -> Iterator[None]:
         """Give the code between units what it reads, on the host: small parameters, and matrices that stay on disk."""
-        small = [name for name in self.outside if name not in self._lazy]
+        small = [name for name in self.parameters_outside_units if name not in self._lazy]
         tensors = self.convert(small, self.read(small))
         try:
             for name in self._lazy:

@@ -148,12 +148,12 @@ def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 class LoadPlan:
     """Which checkpoint keys make which parameters.
 
-    `keys[name]` are the checkpoint keys behind the runtime name; `plain` are the names that are one stored tensor
-    under perhaps another name, with no operation on it; `alias[name]` is the tied parameter that is stored instead.
+    `checkpoint_keys[name]` are the checkpoint keys of a runtime name. `stored_unchanged` are the names that are one
+    stored tensor, at most renamed, with no operation on it. `alias[name]` is the tied parameter that is stored instead.
     """
 
-    keys: dict[str, tuple[str, ...]]
-    plain: frozenset[str]
+    checkpoint_keys: dict[str, tuple[str, ...]]
+    stored_unchanged: frozenset[str]
     alias: dict[str, str]
 
 
@@ -183,8 +183,8 @@ def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
                     raise InputError(f"tensor {key}: {stored_as} are quantized values; give the unquantized original")
                 keys.setdefault(target, []).append(key)
     stored = {name: tuple(found) for name, found in keys.items()}
-    plain = frozenset(name for name, found in stored.items() if len(found) == 1 and name not in converted)
-    return LoadPlan(stored, plain, _aliases(model, set(stored)))
+    stored_unchanged = frozenset(name for name, found in stored.items() if len(found) == 1 and name not in converted)
+    return LoadPlan(stored, stored_unchanged, _aliases(model, set(stored)))
 
 
 def _aliases(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
@@ -207,7 +207,7 @@ def tied_names(model: PreTrainedModel) -> frozenset[str]:
 
 def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
     """Parameters that neither the checkpoint nor a tie provides."""
-    known = plan.keys.keys() | plan.alias.keys()
+    known = plan.checkpoint_keys.keys() | plan.alias.keys()
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in known]
 
 

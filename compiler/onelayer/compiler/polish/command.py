@@ -111,13 +111,13 @@ def polish_adapter(
     settings = PolishSettings(*pace, max_length, eval_steps, rank, seed, packing)
     check_output(Path(output))
     start = _start(adapter, lora_rank, lora_alpha, target_modules, seed)
-    place, parking = pick_device(device), SpillPool(host_memory_bytes)
+    place, spill_pool = pick_device(device), SpillPool(host_memory_bytes)
     task = PolishTask.read(model, revision, start, data, eval_data, settings, place)
     begun = work_directory(Path(output), "polish", task.identity, resume, finished=STATE_FILE)
     with begun as work, Meter(place) as meter, StopRequest() as stop:
         source, streamed, state = task.open(work)
         state.restore(work)
-        stream = GradientStream(streamed, place, meter, around=_stopping(stop), parking=parking)
+        stream = GradientStream(streamed, place, meter, on_unit=_stopping(stop), spill_pool=spill_pool)
         job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), settings, work)
         failure = job.run()
         task.publish(Path(output), source, streamed, state, failure)
@@ -181,6 +181,6 @@ def _result(output: Path, state: PolishState, job: PolishJob, report: Report) ->
         gradient_cosine=state.gradient_cosine,
         trainable_parameters=sum(parameter.numel() for parameter in state.parameters.values()),
         kept_bytes=job.kept_bytes,
-        spilled_bytes=job.stream.parking.spilled_bytes,
+        spilled_bytes=job.stream.spill_pool.spilled_bytes,
         report=report,
     )

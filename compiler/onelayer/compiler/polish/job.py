@@ -100,7 +100,7 @@ class PolishJob:
         self.stream.rank = self.settings.activations
         loss = TokenLoss([*batches, *asked], len(batches), self.stream.device)
         self.stream.run([batch.inputs for batch in [*batches, *asked]], loss.take)
-        self.kept_bytes = max(self.kept_bytes, self.stream.parking.held_bytes)
+        self.kept_bytes = max(self.kept_bytes, self.stream.spill_pool.held_bytes)
         if not loss.finish():
             raise NotFiniteError(f"step {step + 1}: the loss is not finite")
         if loss.held_out_loss is not None:

@@ -35,7 +35,7 @@ def check_apart(stream: Stream, packs: Sequence[Pack]) -> None:
     packs = [[Tokens(row.input_ids, row.input_ids) for row in pack] for pack in packs]
     config = stream.streamed.config
     batches = [batch for pack in packs for row in (join_rows(pack), *pack) for batch in make_batches([row], config, 1)]
-    scoring = Scoring(batches, 1, stream.parking)
+    scoring = Scoring(batches, 1, stream.spill_pool)
     stream.run(scoring.inputs(), scoring.take)
     scoring.finish(stream.device)
     index = 0

@@ -73,7 +73,7 @@ def refine_emulator(
     directory = resolve_model(model, source.facts.base_revision)
     source.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in source.checkpoint.tensors.values()))
-    place, parking = pick_device(device), SpillPool(host_memory_bytes)
+    place, spill_pool = pick_device(device), SpillPool(host_memory_bytes)
     streamed = StreamedModel(directory)
     tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
     pace = replace(pace, step_samples=capped("--step-samples", step_samples, len(tokens)))
@@ -92,7 +92,7 @@ def refine_emulator(
         StopRequest() as stop,
     ):
         work = RefineWork(path, source)
-        RefinePass(streamed, source, work, pace, meter, parking).refine(batches, stop)
+        RefinePass(streamed, source, work, pace, meter, spill_pool).refine(batches, stop)
         at_once = max(math.prod(batch.shape) for batch in batches)
         workspace = refine_workspace(streamed, source, at_once, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)

@@ -38,9 +38,11 @@ class RefinePass(Stream):
         work: RefineWork,
         pace: RefineSettings,
         meter: Meter,
-        parking: SpillPool,
+        spill_pool: SpillPool,
     ) -> None:
-        super().__init__(streamed, meter.device, meter, around=self._around, parking=parking, description="refine")
+        super().__init__(
+            streamed, meter.device, meter, on_unit=self._on_unit, spill_pool=spill_pool, description="refine"
+        )
         self.source, self.work, self.pace = source, work, pace
         self.stop: StopRequest | None = None
         self._calls: list[Call] | None = None  # of the unit that runs, where it is to be trained
@@ -52,23 +54,23 @@ class RefinePass(Stream):
         self.stop, self._samples = stop, [batch.shape[0] for batch in batches]
         wanted = [unit.position for unit in self.streamed.units if self._is_wanted(unit)]
         if wanted:
-            self.last = max(wanted)
+            self.stop_after = max(wanted)
             self.run([batch.inputs for batch in batches], lambda index, output: None)
 
-    def call(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
+    def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the unit that is held for one visit; keep what went in and came out where it is to be trained."""
         if self._calls is None:
-            return super().call(visit, run)
+            return super().run_unit(visit, run)
         inputs = with_contents((visit.args, visit.kwargs))
         kept = UnitInputs.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
         outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), torch.device("cpu"))
         call = Call.of(self._samples[visit.index], kept, outputs)
-        self.parking.hold((kept.tensors, call.targets))
+        self.spill_pool.hold((kept.tensors, call.targets))
         self._calls.append(call)
         return fill_containers(inputs[0], outputs)
 
     @contextmanager
-    def _around(self, unit: Unit) -> Iterator[None]:
+    def _on_unit(self, unit: Unit) -> Iterator[None]:
         """Train a unit's factors when all batches are through it."""
         if not self._is_wanted(unit):
             yield

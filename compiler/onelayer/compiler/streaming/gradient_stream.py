@@ -99,8 +99,8 @@ class GradientStream(Stream):
                 unit, records = self._records.pop()
                 with self._loader.hold(unit):
                     self._loader.read_ahead(self._records[-1][0] if self._records else None)
-                    if self.around is not None:
-                        with self.around(unit):
+                    if self.on_unit is not None:
+                        with self.on_unit(unit):
                             self._reverse_unit(unit, records)
                     else:
                         self._reverse_unit(unit, records)
@@ -112,7 +112,11 @@ class GradientStream(Stream):
         while records:
             record = records.pop()
             if any(slot is not None for slot in record.slots):
-                with self._blame(record.index, unit), self._random(record.seed), training(self.streamed.model, True):
+                with (
+                    self._name_failure(record.index, unit),
+                    self._random(record.seed),
+                    training(self.streamed.model, True),
+                ):
                     self._reverse_call(unit, record)
             self.meter.sample()
 
@@ -129,19 +133,19 @@ class GradientStream(Stream):
         if pairs:
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
-            record.kept.push(leaves)
+            record.kept.send_gradients(leaves)
 
     # ---- how the forward pass differs from a plain stream ----------------------------------------------------------
 
-    def call(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
+    def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run a unit without its inside's graph; keep its inputs and cut the graph behind it."""
         if visit.index >= self.trained:
-            return super().call(visit, run)
+            return super().run_unit(visit, run)
         seed = self._next_seed(visit.index)
         shrink = None if self.rank is None else partial(self._shrunk, seed)
         inputs = with_contents((visit.args, visit.kwargs))
         kept = UnitInputs.of(inputs, self._known[visit.index], shrink)
-        self.parking.hold(kept.tensors)
+        self.spill_pool.hold(kept.tensors)
         with self._random(seed):
             here = move(inputs, self.device)
             outputs = move(call_with_containers(partial(run, visit.index), *here), HOST)
@@ -162,7 +166,7 @@ class GradientStream(Stream):
         return index < self.trained
 
     @contextmanager
-    def scope(self, index: int) -> Iterator[None]:
+    def batch_context(self, index: int) -> Iterator[None]:
         """Training mode for what is trained on, and random numbers of the batch's own."""
         is_trained = index < self.trained
         numbers = self._random(self._next_seed(index)) if is_trained else nullcontext()

@@ -45,45 +45,50 @@ class BatchError(RuntimeError):
 
 @dataclass
 class Stream:
-    """One pass over the checkpoint. `around` may watch a unit while it runs for all its batches; `meter` counts.
+    """One pass over the checkpoint. `on_unit` may watch a unit while it runs for all its batches; `meter` counts.
 
-    `around(unit)` is a context manager entered once the unit's weights are held; it yields a callable that runs the
-    unit for one visit in place of the plain call, or None. Batches parked at a unit run by `order` of their index.
+    `on_unit(unit)` is a context manager entered once the unit's weights are held; it yields a callable that runs the
+    unit for one visit in place of the plain call, or None. Batches parked at a unit run by `priority` of their index.
     """
 
     streamed: StreamedModel
     device: torch.device
     meter: Meter
-    around: Callable[[Unit], Any] | None = None
-    parking: SpillPool = field(default_factory=SpillPool)
-    last: int | None = None
-    order: Callable[[int], Any] = int
+    on_unit: Callable[[Unit], Any] | None = None
+    spill_pool: SpillPool = field(default_factory=SpillPool)
+    stop_after: int | None = None
+    priority: Callable[[int], Any] = int
     description: str = "stream"
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it is there.
 
-        With `last` set, the pass ends once every unit up to that position has run and every batch has gone beyond;
-        outputs of batches that were cut short are not delivered. Raises `BatchError` from the first failure; no batch
-        is left hanging.
+        With `stop_after`, the pass ends when every unit up to that position has run and every batch is past it; batches
+        that were stopped deliver no outputs. Raises `BatchError` from the first failure; no batch is left hanging.
         """
         parked: list[ParkedBatch] = []
-        last = self.last
+        last = self.stop_after
         ahead = {unit for unit in self.streamed.units if last is not None and unit.position <= last}
         inputs = [len(batch) for batch in batches]
 
         def advance(worker: greenlet, index: int, value: Any, grad_enabled: bool) -> None:
             """Let one batch run until it parks again or ends."""
-            with self._blame(index, None), self.scope(index), torch.set_grad_enabled(grad_enabled):
+            with self._name_failure(index, None), self.batch_context(index), torch.set_grad_enabled(grad_enabled):
                 result = worker.switch(value)
             if worker.dead:
                 consume(index, result)
             else:
                 result.index, result.resume = index, worker
-                self.parking.hold((result.args, result.kwargs))
+                self.spill_pool.hold((result.args, result.kwargs))
                 parked.append(result)
 
-        with torch.no_grad(), self.streamed.glue(), self._stubs(), self.loading() as loader, self.progress() as bar:
+        with (
+            torch.no_grad(),
+            self.streamed.between_units(),
+            self._stubs(),
+            self.loading() as loader,
+            self.progress() as bar,
+        ):
             try:
                 for index, batch in enumerate(batches):
                     worker = greenlet(self._through)
@@ -130,13 +135,13 @@ class Stream:
         """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
         with loader.hold(unit):
             loader.read_ahead(self._twin_behind(unit))
-            with _watch(self.around, unit) as run:
+            with _watch(self.on_unit, unit) as run:
                 # A layer that calls itself again (shared layers) is parked here again at once, and stays resident.
                 while here := [visit for visit in parked if visit.unit is unit]:
-                    visit = min(here, key=lambda visit: self.order(visit.index))
+                    visit = min(here, key=lambda visit: self.priority(visit.index))
                     assert visit.resume is not None
-                    with self._blame(visit.index, unit), self.scope(visit.index):
-                        output = self.call(visit, run)
+                    with self._name_failure(visit.index, unit), self.batch_context(visit.index):
+                        output = self.run_unit(visit, run)
                         visit.args, visit.kwargs = (), {}
                     self.meter.sample()
                     parked.remove(visit)
@@ -149,7 +154,7 @@ class Stream:
 
     # ---- what a pass that keeps more than outputs does otherwise ---------------------------------------------------
 
-    def call(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
+    def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the unit that is held for one visit; what comes out lies on the host."""
         args, kwargs = move((visit.args, visit.kwargs), self.device)
         return move(run(visit.index, args, kwargs), torch.device("cpu"))
@@ -158,7 +163,7 @@ class Stream:
         """Whether autograd follows the code between units for a batch."""
         return False
 
-    def scope(self, index: int) -> AbstractContextManager[Any]:
+    def batch_context(self, index: int) -> AbstractContextManager[Any]:
         """What holds while any code of one batch runs."""
         return nullcontext()
 
@@ -168,13 +173,13 @@ class Stream:
 
     def progress(self) -> AbstractContextManager[Progress]:
         """The bar that shows how far the pass is."""
-        return Progress(len(self.streamed.units) if self.last is None else self.last + 1, self.description)
+        return Progress(len(self.streamed.units) if self.stop_after is None else self.stop_after + 1, self.description)
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:
         """Replace the forward of every unit by one that parks its caller."""
 
-        def parking(unit: Unit) -> Callable[..., Any]:
+        def stub(unit: Unit) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 scheduler = getcurrent().parent
                 assert scheduler is not None, f"{unit.name} was called outside the stream"
@@ -186,7 +191,7 @@ class Stream:
         try:
             for unit in self.streamed.units:
                 # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-                unit.module.forward = parking(unit)
+                unit.module.forward = stub(unit)
                 stubbed.append(unit.module)
             yield
         finally:
@@ -194,7 +199,7 @@ class Stream:
                 del module.forward
 
     @contextmanager
-    def _blame(self, index: int, unit: Unit | None) -> Iterator[None]:
+    def _name_failure(self, index: int, unit: Unit | None) -> Iterator[None]:
         where = f"unit {unit.name}" if unit else "the code between units"
         try:
             yield
@@ -214,15 +219,15 @@ def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
 
 
 @contextmanager
-def _watch(around: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
-    """The callable that runs a unit for one visit, inside whatever `around` wants to do about it."""
+def _watch(on_unit: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
+    """The callable that runs a unit for one visit, inside whatever `on_unit` wants to do about it."""
     forward = type(unit.module).forward
 
     def run(index: int, args: Any, kwargs: Any) -> Any:
         return forward(unit.module, *args, **kwargs)
 
-    if around is None:
+    if on_unit is None:
         yield run
     else:
-        with around(unit) as special:
+        with on_unit(unit) as special:
             yield special or run

@@ -133,8 +133,8 @@ class UnitInputs:
         if self.versions != _versions(tree_leaves(self.arguments)):
             raise RuntimeError("an input was changed in place after the unit had read it, so it cannot be run again")
 
-    def again(self, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
-        """The arguments on `device` for another run, and the leaves among them whose gradients `push` takes."""
+    def rebuild(self, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
+        """The arguments on `device` for another run, and those leaves whose gradients `send_gradients` takes."""
         rebuilt: dict[int, torch.Tensor] = {}
 
         def plain(leaf: Any) -> Any:
@@ -153,7 +153,7 @@ class UnitInputs:
         arguments = _replaced(arguments, dict(zip(map(id, originals), leaves, strict=True)))
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments), leaves
 
-    def push(self, leaves: list[torch.Tensor]) -> None:
+    def send_gradients(self, leaves: list[torch.Tensor]) -> None:
         """Send the gradients of the leaves through the graph in front of the unit, into the slots of earlier units."""
         pairs = [
             (edge, leaf.grad.cpu())
@@ -167,8 +167,8 @@ class UnitInputs:
 
 
 def rerun(unit: Unit, kept: UnitInputs, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Call a unit, which is resident, once more: the differentiable tensors it gives, and the leaves for `push`."""
-    (arguments, contents), leaves = kept.again(device)
+    """Run a resident unit again; return its differentiable outputs and the leaves for `send_gradients`."""
+    (arguments, contents), leaves = kept.rebuild(device)
     forward = partial(type(unit.module).forward, unit.module)
     outputs = call_with_containers(lambda args, kwargs: forward(*args, **kwargs), arguments, contents)
     return differentiable(outputs), leaves
