@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 from onelayer.compiler.compile.command import compile_emulator
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments

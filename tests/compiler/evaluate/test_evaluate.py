@@ -14,7 +14,8 @@ from peft import PeftModel
 
 from helpers.peft_adapters import random_adapter
 from helpers.tiny_models import TINY, save_tiny
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model

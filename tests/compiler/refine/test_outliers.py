@@ -11,7 +11,8 @@ from helpers.peft_adapters import load_original
 from helpers.reference_emulators import dense_reference
 from helpers.tiny_models import causal, tiny_tokenizer
 from onelayer.compiler.compile.command import compile_emulator
-from onelayer.compiler.data.batches import TokenBatch, make_batches, read_tokens
+from onelayer.compiler.data.batches import TokenBatch, make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.refine.command import RefineResult, refine_emulator

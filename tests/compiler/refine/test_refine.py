@@ -16,7 +16,8 @@ from helpers.reference_emulators import FACTOR_DTYPES, dense_reference
 from helpers.tiny_models import save_tiny
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.correct.command import correct_adapter
-from onelayer.compiler.data.batches import make_batches, read_tokens
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator

@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from onelayer.compiler.documents import checked_document
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import read_json
 
@@ -100,12 +101,7 @@ def read_config(directory: Path) -> AdapterConfig:
     if peft_type != "LORA":
         raise InputError(f"{path}: field peft_type is {peft_type!r}; only LORA adapters can be read")
     _refuse_variants(path, document)
-    try:
-        return AdapterConfig.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: field {field}: {first['msg']} (has {first['input']!r}); correct it") from None
+    return checked_document(AdapterConfig, document, path, "correct it")
 
 
 def _refuse_variants(path: Path, document: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from onelayer.compiler.compile.resume import WorkDirectory
 from onelayer.compiler.compile.selection import Ranks, choose_ranks, choose_stacks, compile_workspace, emulator_bytes
 from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.compile.writer import EmulatorWriter
-from onelayer.compiler.data.batches import DataSource, make_batches, read_tokens, tokens_digest
+from onelayer.compiler.data.batches import make_batches, tokens_digest
+from onelayer.compiler.data.labeled_rows import DataSource, read_tokens
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.slice import cut_emulator
 from onelayer.compiler.errors import InputError

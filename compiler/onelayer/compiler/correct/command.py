@@ -19,7 +19,7 @@ from onelayer.compiler.correct.candidates import Candidate, CorrectionSettings, 
 from onelayer.compiler.correct.correction import Correction, Gap
 from onelayer.compiler.correct.gaps import correct_workspace, measure_gaps
 from onelayer.compiler.correct.trials import Choice, HeldOut, score_candidates
-from onelayer.compiler.data.batches import DataSource
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import pick_device

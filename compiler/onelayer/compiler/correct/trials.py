@@ -24,7 +24,8 @@ from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver, trial_bytes
 from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
-from onelayer.compiler.data.batches import DataSource, tokens_digest
+from onelayer.compiler.data.batches import tokens_digest
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError

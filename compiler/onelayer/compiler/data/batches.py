@@ -1,25 +1,15 @@
 """A data set becomes fixed batches that a model can be called with, and the digest that says which they were."""
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
 
-from onelayer.compiler.data.readers import read_examples
-from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
+from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-DataSource = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -40,31 +30,6 @@ class TokenBatch:
         """Samples, and positions of the longest sequence of each: what an encoder-decoder reads, or what it says."""
         sequences = [tensor for tensor in (*self.inputs.values(), self.targets) if tensor.ndim == 2]
         return len(self.order), max(tensor.shape[1] for tensor in sequences)
-
-
-def read_tokens(
-    data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
-) -> list[Tokens]:
-    """Tokenized examples of `data`, all of them or `samples` drawn with a private generator; empty ones left out.
-
-    Raises `InputError` where nothing is left.
-    """
-    examples = read_examples(data)
-    if samples is not None and samples < len(examples):
-        examples = random.Random(seed).sample(examples, samples)
-    tokens = [tokenize(example, tokenizer, max_length) for example in examples]
-    kept = [item for item in tokens if item.labeled]
-    if not kept:
-        raise nothing_labeled(data, max_length)
-    return kept
-
-
-def nothing_labeled(data: object, max_length: int) -> InputError:
-    """What to raise where no example of `data` leaves anything to be predicted."""
-    return InputError(
-        f"{data}: no example has a labeled token within --max-length {max_length}; raise it, or give examples of two "
-        "tokens or more"
-    )
 
 
 def tokens_digest(tokens: Iterable[Tokens]) -> str:

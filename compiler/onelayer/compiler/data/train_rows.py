@@ -6,27 +6,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from onelayer.compiler.data.batches import DataSource, nothing_labeled, tokens_digest
-from onelayer.compiler.data.classes import Classes, tokenize_for
-from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.batches import tokens_digest
+from onelayer.compiler.data.classes import Classes
+from onelayer.compiler.data.labeled_rows import DataSource, read_for
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.machine.console import capped
-
-
-def read_labeled(
-    data: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    classes: Classes | None,
-    append_eos: bool = False,
-) -> list[Tokens]:
-    """Every example that has something to predict, tokenized. Raises `InputError` where there is none."""
-    examples = read_examples(data)
-    tokens = [tokenize_for(classes, example, tokenizer, max_length, append_eos) for example in examples]
-    rows = [item for item in tokens if item.labeled]
-    if not rows:
-        raise nothing_labeled(data, max_length)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -51,7 +35,7 @@ class TrainRows:
 
         Raises `InputError` where there is none.
         """
-        rows = read_labeled(data, tokenizer, max_length, classes, append_eos=True)
+        rows = read_for(classes, data, tokenizer, max_length, append_eos=True)
         return cls(rows, capped("--batch-size", batch_size, len(rows)), seed)
 
     @property

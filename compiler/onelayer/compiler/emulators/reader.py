@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from onelayer.compiler.documents import checked_document
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import FactorDtype, known_kind, row_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
@@ -106,12 +107,8 @@ class Emulator:
         section = document.get("quantization_config") if isinstance(document, dict) else None
         if not isinstance(section, dict) or section.get("quant_method") != "onelayer":
             raise InputError(f"{directory}: is not an emulator (config.json, quantization_config); give a compiled one")
-        try:
-            facts = EmulatorFacts.model_validate(section)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in ("quantization_config", *first["loc"]))
-            raise InputError(f"{config_file}: field {field}: {first['msg']}; compile the emulator again") from None
+        remedy = "compile the emulator again"
+        facts = checked_document(EmulatorFacts, section, config_file, remedy, section="quantization_config")
         checkpoint = Checkpoint.open(directory)
         _check_tensors(directory, facts, checkpoint)
         return cls(directory, facts, checkpoint)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from onelayer.compiler.documents import checked_document
 from onelayer.compiler.emulators.figures import (
     LinearFigures,
     LinearSummary,
@@ -167,12 +168,7 @@ def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
             f"{source.directory}: its factors were refined and are in no order any more; slice the emulator that they "
             "were refined from"
         )
-    try:
-        figures = _Figures.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: field {field}: {first['msg']}; compile the emulator again") from None
+    figures = checked_document(_Figures, document, path, "compile the emulator again")
     stacks = {name: facts.full_rank for name, facts in source.facts.stacks.items()}
     recorded = {item.name: item.rank for item in figures.compressed}
     if recorded != {**source.facts.compressed, **stacks}:

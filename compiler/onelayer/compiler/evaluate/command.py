@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onelayer.compiler.adapters.fit import check_fit, check_made_for
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.data.batches import DataSource
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError

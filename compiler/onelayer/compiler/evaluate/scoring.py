@@ -6,14 +6,15 @@ Every batch goes through the stream once for each variant of the model; stream i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from onelayer.compiler.data.batches import DataSource, TokenBatch, make_batches, nothing_labeled
+from onelayer.compiler.data.batches import TokenBatch, make_batches
 from onelayer.compiler.data.classes import Classes, tokenize_for
-from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
 from onelayer.compiler.errors import InputError
@@ -49,39 +50,43 @@ class Samples:
 
         Raises `InputError` where nothing is left to count, or choices cannot be compared.
         """
-        found = cls([], [], [])
-        for example in read_examples(data):
-            if example.choices is None or classes is not None:
-                tokens = tokenize_for(classes, example, tokenizer, max_length)
-                if tokens.labeled:
-                    found.tokens.append(tokens)
-                    found.counted.append(True)
-            else:
-                found._add_question(example, tokenizer, max_length)
-        if not found.tokens:
-            raise nothing_labeled(data, max_length)
-        return found
 
-    def _add_question(self, example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        assert example.choices is not None
-        first = len(self.tokens)
-        for number, choice in enumerate(example.choices):
-            # A choice that is cut would win by its shortness, so it has to fit as a whole.
-            tokens = tokenize(example.with_choice(number), tokenizer, max_length + 1)
-            if len(tokens.input_ids) > max_length:
-                raise InputError(
-                    f"{example.source}: with choice {number} it has more than {max_length} tokens; raise --max-length"
-                )
-            if not tokens.labeled:
-                raise InputError(f"{example.source}: choice {number} ({choice!r}) has no token of its own; reword it")
-            self.tokens.append(tokens)
-            self.counted.append(number == example.answer)
-        assert example.answer is not None
-        self.questions.append(Question(range(first, len(self.tokens)), example.answer))
+        def tokenize_row(example: Example) -> list[Tokens]:
+            if example.choices is None or classes is not None:
+                return [tokenize_for(classes, example, tokenizer, max_length)]
+            return _choices(example, tokenizer, max_length)
+
+        rows, _ = labeled_rows(data, tokenize_row, max_length)
+        samples = cls([tokens for _, tokens in rows], [], [])
+        for _, group in groupby(rows, key=lambda row: id(row[0])):
+            same = [example for example, _ in group]
+            example, first, count = same[0], len(samples.counted), len(same)
+            if example.answer is None or classes is not None:
+                samples.counted.append(True)
+            else:
+                samples.counted.extend(number == example.answer for number in range(count))
+                samples.questions.append(Question(range(first, first + count), example.answer))
+        return samples
 
     def batches(self, config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
         """The samples as batches that the model can be called with."""
         return make_batches(self.tokens, config, batch_size)
+
+
+def _choices(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+    """The tokens of every choice of an example. Raises `InputError` where a choice does not fit or is empty."""
+    rows = []
+    for number, choice in enumerate(example.choices or ()):
+        # A choice that is cut would win by its shortness, so it has to fit as a whole.
+        tokens = tokenize(example.with_choice(number), tokenizer, max_length + 1)
+        if len(tokens.input_ids) > max_length:
+            raise InputError(
+                f"{example.source}: with choice {number} it has more than {max_length} tokens; raise --max-length"
+            )
+        if not tokens.labeled:
+            raise InputError(f"{example.source}: choice {number} ({choice!r}) has no token of its own; reword it")
+        rows.append(tokens)
+    return rows
 
 
 @dataclass(frozen=True)

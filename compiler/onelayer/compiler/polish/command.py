@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from onelayer.compiler.data.batches import DataSource
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import pick_device

@@ -15,10 +15,11 @@ from transformers import PreTrainedConfig
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base
-from onelayer.compiler.data.batches import DataSource, TokenBatch, make_batches, tokens_digest
+from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
+from onelayer.compiler.data.labeled_rows import DataSource, read_for
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
-from onelayer.compiler.data.train_rows import TrainRows, read_labeled
+from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.transformers_models import model_class, read_config
@@ -61,7 +62,7 @@ class PolishTask:
             raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
         length = settings.max_length
         rows = TrainRows.read(data, tokenizer, length, settings.batch_size, settings.seed, classes)
-        held_out = [] if eval_data is None else read_labeled(eval_data, tokenizer, length, classes)
+        held_out = [] if eval_data is None else read_for(classes, eval_data, tokenizer, length)
         name = str(Path(model).absolute()) if Path(model).exists() else str(model)
         base = {"model": name, "revision": revision, "digest": model_digest(directory)}
         start = start if isinstance(start, FreshAdapter) else resolve_model(start)

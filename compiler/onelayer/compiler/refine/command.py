@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from onelayer.compiler.data.batches import DataSource, make_batches, read_tokens, tokens_digest
+from onelayer.compiler.data.batches import make_batches, tokens_digest
+from onelayer.compiler.data.labeled_rows import DataSource, read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import check_library

@@ -12,9 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import ValidationError
-
-from onelayer.compiler.errors import InputError
+from onelayer.compiler.documents import checked_document
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
 from onelayer.compiler.storage.files import directory_bytes, onelayer_home, publish_directory, read_json, write_json
 from onelayer.runtime.store.locks import ArtifactLocks
@@ -46,12 +44,7 @@ class ArtifactStore:
 
     def _read(self, key: str) -> Artifact:
         file = self.root / key / METADATA
-        try:
-            return Artifact.model_validate(read_json(file))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"{file}: {where}: {first['msg']}; remove the folder {file.parent}") from None
+        return checked_document(Artifact, read_json(file), file, f"remove the folder {file.parent}")
 
     def damage(self, artifact: Artifact, digest: Callable[[Path], str] = file_digest) -> str | None:
         """The first file that is missing, added or changed, with what is wrong; None for an intact artifact.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
-from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.labeled_rows import labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -96,14 +96,14 @@ def _snapshot_revision(directory: Path) -> str | None:
 def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize, leave out and count examples without a label, which would only cost time."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    labeled, skipped = labeled_rows(
+        data,
+        lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
+        max_length,
+    )
     digest = hashlib.sha256()
     rows = []
-    skipped = 0
-    for example in read_examples(data):
-        tokens = tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)
-        if not tokens.labeled:
-            skipped += 1
-            continue
+    for example, tokens in labeled:
         if limit is not None and len(tokens.input_ids) > limit:
             raise InputError(
                 f"{example.source}: {len(tokens.input_ids)} tokens, and {model.directory} has positions for {limit}; "
@@ -113,6 +113,4 @@ def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData
             digest.update(array("q", [len(ids), *ids]).tobytes())
         labels = tokens.labels if tokens.label is None else tokens.label
         rows.append({"input_ids": tokens.input_ids, "labels": labels})
-    if not rows:
-        raise InputError(f"{data}: no example has a labeled token within max_length {max_length}; raise it")
     return TrainData(rows, digest.hexdigest(), skipped)
