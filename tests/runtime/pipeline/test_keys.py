@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from helpers.fake_steps import FakeSteps, Project
-from onelayer.runtime.pipeline.run import plan, run
+from onelayer.runtime.pipeline.plan import plan
+from onelayer.runtime.pipeline.run import run
 
 EVERY_KIND = """
 version: 1
