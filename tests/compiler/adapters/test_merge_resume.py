@@ -16,9 +16,8 @@ from filelock import FileLock
 
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import save_tiny
-from onelayer.compiler.adapters.merge import merge_adapter
+from onelayer.compiler.adapters.merge import MERGE_WORK, merge_adapter
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage import work_directory
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.safetensors_writer import write_safetensors
 
@@ -121,7 +120,7 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
     with FileLock(tmp_path / ".out.merge.lock"), pytest.raises(InputError, match="another process is merging it"):
         merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
-    assert work_directory.RECORD_FILE.startswith("."), "the record is no part of a model, even where it stays behind"
+    assert MERGE_WORK.record.startswith("."), "the record is no part of a model, even where it stays behind"
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
 
 

@@ -1,7 +1,7 @@
 """An original and adapters for it in, the merged checkpoint out: shard by shard, everything else byte for byte.
 
 Held: some blocks of rows of a few weights, and the adapters' factors of those weights. The original is read once. A
-merge that was stopped goes on with the shards that were not finished.
+merge that was stopped goes on with the unfinished shards.
 
 Letters: R rank of all adapters together, out / in features.
 """
@@ -30,12 +30,16 @@ from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resol
 from onelayer.compiler.storage.files import check_output, copy_companions, read_json, write_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
-from onelayer.compiler.storage.work_directory import merge_directory
+from onelayer.compiler.storage.work_directory import WorkKind, publish_work, work_directory
 
 # A weight is read by rows in chunks of about this size, and changed by blocks of this size in float32, which stay in a
 # core's cache.
 CHUNK_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 20
+# A hidden record is no part of a model, should it ever stay.
+MERGE_WORK = WorkKind(
+    "merge", finished="[!.]*.safetensors", record=".merge.json", refused=None, busy="is merging it now"
+)
 # Chunks of a weight that are worked on at once, and shards: while one is flushed to the disk, the next is computed.
 CHUNKS_AT_ONCE = SHARDS_AT_ONCE = 2
 
@@ -43,7 +47,7 @@ CHUNKS_AT_ONCE = SHARDS_AT_ONCE = 2
 class MergeResult(Result):
     """What `merge_adapter` did: how many tensors it changed and how many it copied as they were.
 
-    `corrected` is false where an adapter was trained on an emulator and never corrected, null where none needed to be.
+    `corrected` is false if an adapter was trained on an emulator and never corrected, null if none needed to be.
     """
 
     output: str
@@ -62,7 +66,7 @@ def merge_adapter(
 ) -> MergeResult:
     """Write to `output` the original `model` with `adapter`, or several, merged into it, rounded once to its dtype.
 
-    What each adapter adds is multiplied by its `weight`, 1 by default. Raises `InputError` where an adapter was made
+    What each adapter adds is multiplied by its `weight`, 1 by default. Raises `InputError` if an adapter was made
     for another original, or any of its keys has no place to go.
     """
     output = Path(output)
@@ -77,11 +81,12 @@ def merge_adapter(
         streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
         changes = plan_changes(parts, streamed)
-        with merge_directory(output, record) as work, single_threaded():
+        with work_directory(output, MERGE_WORK, record) as work, single_threaded():
             _check_space(output, work, checkpoint)
             _write_shards(work, checkpoint, changes, meter)
             copy_companions(directory, work)
             write_json(work / PROVENANCE_FILE, record)
+            publish_work(work, MERGE_WORK, output)
         report = meter.report(streamed.largest_unit_bytes, _workspace_bytes(checkpoint, changes), checkpoint.bytes_read)
     needed = [state for state in corrected if state is not None]
     return MergeResult(
@@ -104,15 +109,17 @@ def _parts(adapter: str | Path | Sequence[str | Path], weight: Sequence[float] |
 
 
 def _corrected(source: Adapter, base_digest: str) -> bool | None:
-    """None for an adapter that needed no correction: made elsewhere, or trained on this very model."""
+    """Whether an adapter was corrected; None if it needed no correction: made elsewhere, or trained on this model."""
     if source.provenance is None or source.recorded_digest("trained_on") == base_digest:
         return None
     return bool(source.provenance.get("corrected"))
 
 
 def _workspace_bytes(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
-    """The chunks of the largest changed tensor that are held at once in every shard, as read and as changed, those that
-    wait to be written, and a block of each in float32."""
+    """Count what every shard holds at once of the largest changed tensor.
+
+    That is its chunks as read, as changed and waiting to be written, and a block of each in float32.
+    """
     largest = max(checkpoint.tensors[key].size_bytes for key in changes)
     return SHARDS_AT_ONCE * ((3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES)
 
@@ -127,8 +134,8 @@ def _check_space(output: Path, work: Path, checkpoint: Checkpoint) -> None:
 
 
 def _write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter) -> None:
-    """The same tensors in files of the same names, those that are there already left out, then the index."""
-    # By its name alone: a shard gets that when it is complete.
+    """Write the same tensors to files of the same names, except files that are there already; then the index."""
+    # The name is enough: a shard gets it when it is complete.
     missing = [file for file in checkpoint.files if not (target / file.name).exists()]
     jobs = (partial(_write_shard, target, file, checkpoint, changes) for file in missing)
     with Progress(len(missing), "merge") as progress:
@@ -166,7 +173,7 @@ def _changed_entry(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> 
 
 
 def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Iterator[torch.Tensor]:
-    """The changed tensor by chunks of rows, rounded once to its dtype."""
+    """Yield the changed tensor by chunks of rows, rounded once to its dtype."""
     dtype, rows = FLOAT_DTYPES[info.dtype], info.shape[0]
     product = change.product() if change.lora else None
     step = max(1, CHUNK_BYTES // (dtype.itemsize * prod(info.shape[1:])))
@@ -188,7 +195,7 @@ def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> I
 def _added(
     chunk: torch.Tensor, product: tuple[torch.Tensor, torch.Tensor], start: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `start`, ... of a weight plus those of left (rows, R) @ right (R, width), added in float32 or better."""
+    """Add to rows `start`, ... of a weight those of left (rows, R) @ right (R, width), in float32 or better."""
     wide = torch.promote_types(torch.promote_types(chunk.dtype, dtype), torch.float32)
     left, right = (part.to(wide) for part in product)
     merged = torch.empty(chunk.shape, dtype=dtype)

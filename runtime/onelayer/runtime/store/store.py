@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +16,13 @@ from pydantic import ValidationError
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
 from onelayer.compiler.storage.files import directory_bytes, onelayer_home, publish_directory, read_json, write_json
+from onelayer.compiler.storage.work_directory import WorkKind, begin
 from onelayer.runtime.store.locks import ArtifactLocks
 from onelayer.runtime.store.record import METADATA, Artifact, Fault, Notify, StepSpec, library_versions, silent
 
 # Beside an unfinished payload: what it was begun with that its key leaves out, above all the libraries' versions.
 BEGUN_WITH = "begun.json"
+ATTEMPT = WorkKind("partial", finished="*", record=BEGUN_WITH, refused=None)
 # Beside a payload that is complete and not yet described: what its making told, and how long that took.
 MADE = "made.json"
 
@@ -97,12 +98,9 @@ class ArtifactStore:
                 if self.damage(found) is None:
                     return found, False
                 remove_artifact(self.root / spec.key)
-            partial = self.root / f".{spec.key}.partial"
+            partial = ATTEMPT.path(self.root / spec.key)
             begun = {"versions": library_versions(), **(begun_with or {})}
-            if partial.exists() and not (resumable and _goes_on(partial, begun)):
-                shutil.rmtree(partial)
-            partial.mkdir(exist_ok=True)
-            write_json(partial / BEGUN_WITH, begun)
+            begin(partial, ATTEMPT, begun, resumable)
             try:
                 return self._fill(spec, partial, make, digest), True
             except BaseException:
@@ -169,12 +167,6 @@ def remove_artifact(folder: Path) -> None:
     """Remove a folder of the store, metadata first: half removed it is no artifact any more."""
     (folder / METADATA).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _goes_on(partial: Path, begun: Mapping[str, Any]) -> bool:
-    """Whether an interrupted attempt was begun with the same; another's would not fit to ours, or be refused."""
-    file = partial / BEGUN_WITH
-    return file.is_file() and read_json(file) == json.loads(json.dumps(begun))
 
 
 def _made(partial: Path, payload: Path, make: Callable[[Path], Mapping[str, Any]]) -> tuple[Mapping[str, Any], float]:
