@@ -34,7 +34,7 @@ EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted module: the weight becomes W + scaling * B A, or its transpose where W is (in, out)."""
+    """One adapted module: the weight becomes W + scaling * B A, or its transpose if W is (in, out)."""
 
     name: str
     rank: int
@@ -79,7 +79,7 @@ class Adapter:
         return cls(directory, config, tensors, modules, sorted_keys.dense, rows, read_provenance(directory))
 
     def read(self, key: str) -> "torch.Tensor":
-        """One tensor of the file, in its stored dtype, on the host."""
+        """Read one tensor of the file, in its stored dtype, to the host."""
         from safetensors import safe_open
 
         with safe_open(self.tensors[key].file, framework="pt", backend="pread") as file:
@@ -87,7 +87,7 @@ class Adapter:
         return tensor
 
     def read_rows(self, key: str, start: int, stop: int) -> "torch.Tensor":
-        """Rows `start:stop` of one tensor of the file, in its stored dtype, on the host."""
+        """Read rows `start:stop` of one tensor of the file, in its stored dtype, to the host."""
         from safetensors import safe_open
 
         with safe_open(self.tensors[key].file, framework="pt", backend="pread") as file:
@@ -95,7 +95,7 @@ class Adapter:
         return rows
 
     def factors(self, name: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        """A (r, in) and B (out, r) of a module in float32, on the host; refuses values that are not finite."""
+        """Read A (r, in) and B (out, r) of a module in float32, to the host; refuse values that are not finite."""
         module = self.modules[name]
         a, b = self.read(module.key_a).float(), self.read(module.key_b).float()
         if not (a.isfinite().all() and b.isfinite().all()):
@@ -103,7 +103,7 @@ class Adapter:
         return a, b
 
     def recorded_digest(self, part: str) -> str | None:
-        """The digest that the record gives for `base` or `trained_on`; None where there is no record of it."""
+        """Return the recorded digest of `base` or `trained_on`; None if there is no record of it."""
         entry = (self.provenance or {}).get(part) or {}
         digest = entry.get("digest") if isinstance(entry, dict) else entry
         if not isinstance(digest, str | None):
@@ -123,14 +123,14 @@ class _SortedKeys:
 
 
 def adapter_digest(path: str | Path) -> str:
-    """Digest of what an adapter computes: its configuration and its weights by content."""
+    """Digest what an adapter computes: its configuration and its weights by content."""
     directory = Path(path)
     files = (directory / CONFIG_FILE, _weights_file(directory))
     return sha256_json({file.name: sha256_file(file) for file in files})
 
 
 def read_provenance(directory: Path) -> dict[str, Any] | None:
-    """What this tool recorded about an adapter (`onelayer.json`), or None for an adapter made elsewhere."""
+    """Read what this tool recorded about an adapter (`onelayer.json`), or None for an adapter made elsewhere."""
     path = directory / PROVENANCE_FILE
     if not path.is_file():
         return None
@@ -197,11 +197,11 @@ def _modules(
     for name, kind in keys.lora:
         if kind not in (LORA_A, EMBEDDING_A):
             if (name, LORA_A if kind == LORA_B else EMBEDDING_A) not in keys.lora:
-                raise InputError(f"{file}: {name}: B has no A beside it; save the adapter again")
+                raise InputError(f"{file}: {name}: B has no A; save the adapter again")
             continue
         key_a, key_b = keys.lora[name, kind], keys.lora.get((name, LORA_B if kind == LORA_A else EMBEDDING_B))
         if key_b is None:
-            raise InputError(f"{file}: {name}: A has no B beside it; save the adapter again")
+            raise InputError(f"{file}: {name}: A has no B; save the adapter again")
         shape_a, shape_b = tensors[key_a].shape, tensors[key_b].shape
         if len(shape_a) != 2 or len(shape_b) != 2:
             raise InputError(f"{file}: {name}: A {shape_a} and B {shape_b} must be matrices; adapt linears only")
@@ -218,7 +218,7 @@ def _modules(
 
 
 def _row_numbers(file: Path, config: AdapterConfig, module: str, info: TensorInfo) -> list[int]:
-    """The rows that a block of trained tokens replaces, from the configuration."""
+    """Return the rows that a block of trained tokens replaces, from the configuration."""
     indices = config.trainable_token_indices
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)

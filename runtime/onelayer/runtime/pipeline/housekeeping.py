@@ -1,4 +1,4 @@
-"""Which artifacts a manifest still reaches, their list, and what pruning may remove."""
+"""Housekeeping of the store: the list of artifacts, and pruning of those that no manifest reaches."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""What a task does with a trained adapter, as steps: correct it for the original, polish it, merge it, score it.
+"""The steps of a task: train an adapter, correct it for the original, polish it, merge it, score it.
 
 Nothing here imports torch before a step executes.
 """
@@ -77,7 +77,7 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
 
 
 def merge_step(task: str, model: Source, adapter: str) -> Step:
-    """Write the original with the adapter of a step in it."""
+    """Merge the adapter of a step into the original."""
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import merge_adapter
@@ -90,7 +90,7 @@ def merge_step(task: str, model: Source, adapter: str) -> Step:
 
 
 def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
-    """Score the original and every adapter of a task in one stream; without the direct one where that failed."""
+    """Score the original and every adapter of a task in one stream; without the direct one if that failed."""
     test = manifest.tasks[task].test
     assert test is not None
     max_length = manifest.training(task).max_length
