@@ -41,7 +41,7 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         write_safetensors(path, *arguments)
         written.append(path.name)
 
-    monkeypatch.setattr("onelayer.compiler.adapters.merge.write_safetensors", counting)
+    monkeypatch.setattr("onelayer.compiler.adapters.merge_shards.write_safetensors", counting)
     return written
 
 
@@ -90,10 +90,11 @@ def test_a_merge_that_was_killed_goes_on(tmp_path: Path) -> None:
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules="all-linear")
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "wanted")
     program = (
-        "import sys, time\nfrom onelayer.compiler.adapters import merge\nwrite = merge.write_safetensors\n"
+        "import sys, time\nfrom onelayer.compiler.adapters import merge, merge_shards\n"
+        "write = merge_shards.write_safetensors\n"
         "def slow(*arguments):\n    write(*arguments)\n    time.sleep(60 if 'shard' in globals() else 0)\n"
         "    globals()['shard'] = 1\n"
-        "merge.write_safetensors = slow\nmerge.merge_adapter(sys.argv[1], model=sys.argv[2], output=sys.argv[3])"
+        "merge_shards.write_safetensors = slow\nmerge.merge_adapter(sys.argv[1], model=sys.argv[2], output=sys.argv[3])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments: list[Any] = [

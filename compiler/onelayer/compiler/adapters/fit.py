@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from onelayer.compiler.adapters.reader import Adapter, LoraModule
+from onelayer.compiler.adapters.keys import LoraModule
+from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 

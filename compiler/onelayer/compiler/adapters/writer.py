@@ -13,16 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.adapters.config import CONFIG_FILE
-from onelayer.compiler.adapters.reader import (
-    EMBEDDING_A,
-    EMBEDDING_B,
-    KEY_PREFIX,
-    LORA_A,
-    LORA_B,
-    PROVENANCE_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-)
+from onelayer.compiler.adapters.keys import EMBEDDING_A, EMBEDDING_B, KEY_PREFIX, LORA_A, LORA_B
+from onelayer.compiler.adapters.reader import PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from onelayer.compiler.storage.files import read_json, write_json, write_text
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_safetensors
 
