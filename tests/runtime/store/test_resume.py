@@ -8,8 +8,7 @@ import pytest
 
 import onelayer.compiler
 from helpers.fake_steps import Document, FakeSteps, Project
-from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.work_directory import WorkKind, publish_work, work_directory
+from onelayer.compiler.storage.work_directory import WorkKind, work_directory
 from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.store.record import StepSpec
 from onelayer.runtime.store.store import ArtifactStore
@@ -135,46 +134,3 @@ def test_a_run_that_was_changed_in_no_result_goes_on(
         run(project.manifest, project.store)
     assert not run(project.manifest, project.store).failed
     assert len(attempts) == 3
-
-
-def test_work_with_nothing_finished_is_in_nobodys_way(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    work = tmp_path / ".out.polish"
-    polish = WorkKind("polish", finished="state")
-
-    def stopped_with(file: str, steps: int) -> None:
-        with work_directory(output, polish, {"steps": steps}) as path:
-            (path / file).touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped_with("start", 1)
-    assert not work.exists()
-    work.mkdir()  # a kill leaves it
-    (work / "identity.json").write_text('{"steps": 1}')
-    with pytest.raises(KeyboardInterrupt):
-        stopped_with("state", 2)
-    with (
-        pytest.raises(InputError, match=r"steps was 2 and is 3.*--no-resume"),
-        work_directory(output, polish, {"steps": 3}),
-    ):
-        pass
-    assert (work / "state").exists()
-    with work_directory(output, polish, {"steps": 2}) as path:
-        assert (path / "state").exists()
-    assert not list(tmp_path.iterdir()), "what is done leaves nothing"
-
-
-@pytest.mark.parametrize("record", ["{", "[]", '{"steps": 3}'])
-def test_a_kind_that_refuses_nothing_discards_what_it_cannot_take_up(tmp_path: Path, record: str) -> None:
-    merge = WorkKind("merge", finished="[!.]*.bin", record=".merge.json", refused=None)
-    work = merge.path(tmp_path / "out")
-    work.mkdir()
-    (work / "shard.bin").touch()
-    (work / ".merge.json").write_text(record)
-    with work_directory(tmp_path / "out", merge, {"steps": 2}) as path:
-        assert [file.name for file in path.iterdir()] == [".merge.json"]
-        (path / "shard.bin").touch()
-        publish_work(path, merge, tmp_path / "out")
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["shard.bin"]
