@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from onelayer.compiler.adapters.reader import KEY_PREFIX, LORA_A, LORA_B
+from onelayer.compiler.adapters.keys import KEY_PREFIX, LORA_A, LORA_B
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import write_json

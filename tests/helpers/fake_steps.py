@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 import onelayer.compiler
 import onelayer.runtime
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
-from onelayer.runtime.pipeline.run import plan, run
+from onelayer.runtime.pipeline.plan import plan
+from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.store.store import ArtifactStore
 
 REPORT = {

@@ -12,7 +12,7 @@ Fault = tuple[Location, str]  # where in the document, and what is wrong there
 
 
 def faults_of(error: ValidationError, model: type[BaseModel], document: Any) -> list[Fault]:
-    """Pydantic's findings with locations that exist in the document, and the nearest name beside an unknown one."""
+    """List pydantic's findings with locations that exist in the document, and for an unknown name the nearest one."""
     faults: dict[Location, list[str]] = {}
     for detail in error.errors():
         where = detail["loc"] if detail["type"] == "missing" else _existing(detail["loc"], document)
@@ -23,7 +23,7 @@ def faults_of(error: ValidationError, model: type[BaseModel], document: Any) -> 
 
 
 def _existing(where: Location, document: Any) -> Location:
-    """The part of a location that is in the document: pydantic appends names of its own for the members of a union."""
+    """Return the part of a location that is in the document: pydantic appends its own names for members of a union."""
     for depth, part in enumerate(where):
         inside = isinstance(document, Mapping) and part in document
         if not inside and not (isinstance(document, list) and isinstance(part, int) and part < len(document)):
@@ -45,7 +45,7 @@ def _in_words(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def unknown_name(name: str, valid: Sequence[str], what: str) -> str:
-    """Say that a name is unknown, with the nearest valid one or, where none is near, all of a short list."""
+    """Say that a name is unknown, with the nearest valid one or, if none is near, all of a short list."""
     nearest = get_close_matches(name, valid, n=1, cutoff=0.6)
     if nearest:
         return f"unknown {what}, nearest is `{nearest[0]}`"
@@ -53,7 +53,7 @@ def unknown_name(name: str, valid: Sequence[str], what: str) -> str:
 
 
 def _field_names(model: type[BaseModel], where: Location) -> list[str]:
-    """The fields of the model that validates the document at `where`."""
+    """List the fields of the model that validates the document at `where`."""
     annotation: Any = model
     for part in where:
         if get_origin(annotation) is dict:
@@ -64,12 +64,12 @@ def _field_names(model: type[BaseModel], where: Location) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel]:
-    """The model that an annotation like `Model` or `Model | None` names; an unknown field lies in one by definition."""
+    """Return the model that an annotation like `Model` or `Model | None` names; unknown fields lie in one."""
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
     return next(kind for kind in kinds if issubclass(kind, BaseModel))
 
 
 def written(where: Location) -> str:
-    """A location as people write it: `tasks.sql.args.learning_rate`, `data[0]`."""
+    """Format a location as people write it: `tasks.sql.args.learning_rate`, `data[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
     return text.removeprefix(".") or "the document"

@@ -7,7 +7,7 @@ _BYTES_PER_UNIT |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 
 
 
 def parse_size(text: str) -> int:
-    """A size like 24GiB, 500MB or 1000 in bytes; raises `ValueError` with the remedy."""
+    """Parse a size like 24GiB, 500MB or 1000 into bytes; raises `ValueError` with the remedy."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?", text.strip(), re.IGNORECASE)
     unit = (match[2] or "B").upper() if match else ""
     if match is None or unit not in _BYTES_PER_UNIT:

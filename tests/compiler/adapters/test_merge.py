@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from helpers.peft_adapters import load_adapter, load_original, quiet_peft, random_adapter
 from helpers.reference_emulators import write_emulator
 from helpers.tiny_models import save_tiny
-from onelayer.compiler.adapters import merge
+from onelayer.compiler.adapters import merge_shards
 from onelayer.compiler.adapters.merge import merge_adapter
 from onelayer.compiler.correct.command import correct_adapter
 from onelayer.compiler.errors import InputError
@@ -56,8 +56,8 @@ def merged_by_peft(directory: Path, adapter: Path, dtype: torch.dtype) -> dict[s
 def test_it_is_what_peft_merges(
     config: dict[str, Any], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "CHUNK_BYTES", 1 << 10)  # a few rows at a time
-    monkeypatch.setattr(merge, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(merge_shards, "CHUNK_BYTES", 1 << 10)  # a few rows at a time
+    monkeypatch.setattr(merge_shards, "BLOCK_BYTES", 500)
     save_tiny("qwen2", tmp_path / "original", dtype, shards=3)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", **config)
     result = merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "merged")
@@ -78,7 +78,7 @@ def test_it_is_what_peft_merges(
 def test_no_weight_is_ever_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "original", torch.bfloat16)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules="all-linear")
-    monkeypatch.setattr(merge, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(merge_shards, "CHUNK_BYTES", 1 << 10)
     monkeypatch.setattr(Checkpoint, "read", None)
     spans = []
     read_rows = Checkpoint.read_rows
@@ -276,7 +276,7 @@ def test_a_full_disk_is_noticed_first_and_a_failure_leaves_nothing(
     def broken(*arguments: Any) -> None:
         raise OSError("disk error")
 
-    monkeypatch.setattr("onelayer.compiler.adapters.merge.write_safetensors", broken)
+    monkeypatch.setattr("onelayer.compiler.adapters.merge_shards.write_safetensors", broken)
     with pytest.raises(OSError, match="disk error"):
         merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "original"]

@@ -16,9 +16,8 @@ from filelock import FileLock
 
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import save_tiny
-from onelayer.compiler.adapters.merge import merge_adapter
+from onelayer.compiler.adapters.merge import MERGE_WORK, merge_adapter
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage import work_directory
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.safetensors_writer import write_safetensors
 
@@ -42,7 +41,7 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         write_safetensors(path, *arguments)
         written.append(path.name)
 
-    monkeypatch.setattr("onelayer.compiler.adapters.merge.write_safetensors", counting)
+    monkeypatch.setattr("onelayer.compiler.adapters.merge_shards.write_safetensors", counting)
     return written
 
 
@@ -91,10 +90,11 @@ def test_a_merge_that_was_killed_goes_on(tmp_path: Path) -> None:
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules="all-linear")
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "wanted")
     program = (
-        "import sys, time\nfrom onelayer.compiler.adapters import merge\nwrite = merge.write_safetensors\n"
+        "import sys, time\nfrom onelayer.compiler.adapters import merge, merge_shards\n"
+        "write = merge_shards.write_safetensors\n"
         "def slow(*arguments):\n    write(*arguments)\n    time.sleep(60 if 'shard' in globals() else 0)\n"
         "    globals()['shard'] = 1\n"
-        "merge.write_safetensors = slow\nmerge.merge_adapter(sys.argv[1], model=sys.argv[2], output=sys.argv[3])"
+        "merge_shards.write_safetensors = slow\nmerge.merge_adapter(sys.argv[1], model=sys.argv[2], output=sys.argv[3])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments: list[Any] = [
@@ -121,7 +121,7 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
     with FileLock(tmp_path / ".out.merge.lock"), pytest.raises(InputError, match="another process is merging it"):
         merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
-    assert work_directory.RECORD_FILE.startswith("."), "the record is no part of a model, even where it stays behind"
+    assert MERGE_WORK.record.startswith("."), "the record is no part of a model, even where it stays behind"
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from helpers.peft_adapters import deltas, load_adapter, load_original, random_adapter
 from helpers.tiny_models import build, save_tiny, tiny_tokenizer
-from onelayer.compiler.adapters import merge
+from onelayer.compiler.adapters import merge_shards
 from onelayer.compiler.adapters.merge import merge_adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint
@@ -46,8 +46,8 @@ def test_several_with_weights_are_the_weighted_sum_rounded_once(
         for name, delta in deltas(adapted).items():
             wanted[f"{name}.weight"] += weight * delta.double()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(merge, "BLOCK_BYTES", block_bytes)
-        patched.setattr(merge, "CHUNK_BYTES", 8 * block_bytes)
+        patched.setattr(merge_shards, "BLOCK_BYTES", block_bytes)
+        patched.setattr(merge_shards, "CHUNK_BYTES", 8 * block_bytes)
         paths = [root / f"a{number}" for number in range(len(ranks))]
         merge_adapter(paths, model=root / "original", output=root / "merged", weight=weights)
     for name, tensor in stored(root / "merged").items():

@@ -10,7 +10,8 @@ from helpers.fake_steps import FakeSteps, write_project
 from helpers.tiny_models import save_tiny
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import load_manifest
-from onelayer.runtime.pipeline.run import plan, run
+from onelayer.runtime.pipeline.plan import plan
+from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.store.store import ArtifactStore
 
 PLAIN = "emulator: {calibration: {data: mix.jsonl}}"

@@ -1,6 +1,7 @@
 """The pipeline: what runs, what does not, and why; with stand-ins for the steps themselves."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import pytest
 from helpers.fake_steps import FakeSteps, Project, write_model
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import load_manifest
-from onelayer.runtime.pipeline import step
-from onelayer.runtime.pipeline.run import plan, run
-from onelayer.runtime.pipeline.sources import Source, source_digest
+from onelayer.runtime.pipeline.kinds import STEP_KINDS
+from onelayer.runtime.pipeline.plan import plan
+from onelayer.runtime.pipeline.run import run
+from onelayer.runtime.pipeline.step import Source, source_digest
 from onelayer.runtime.store.prune import prune
 
 ALL = ["compile", "train sql", "correct", "evaluate 2", "train support", "correct"]
@@ -144,9 +146,9 @@ def test_a_limit_corrects_again_and_trains_nothing(project: Project) -> None:
 
 def test_a_step_version_is_a_reason(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run()
-    now = step.STEP_VERSIONS["correct"]
-    monkeypatch.setitem(step.STEP_VERSIONS, "correct", 99)
-    assert project.reasons()["sql.correct"] == f"to run: step version changed {now} -> 99"
+    now = STEP_KINDS["correct"]
+    monkeypatch.setitem(STEP_KINDS, "correct", replace(now, version=99))
+    assert project.reasons()["sql.correct"] == f"to run: step version changed {now.version} -> 99"
     assert project.run() == ["correct", "correct"]  # and what comes out the same is not scored again
 
 

@@ -14,6 +14,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest, manifest_schema
 from onelayer.runtime.pipeline.costs import Costs
 from onelayer.runtime.pipeline.emulator_size import setting_of, size_of_shapes
+from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
@@ -85,7 +86,7 @@ def test_the_planner_sees_what_a_task_sets(tmp_path: Path) -> None:
 
 def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:
     manifest = placed(tmp_path, "many-tasks.yaml")
-    costs = Costs(manifest, None).of("compile", None, None, False)
+    costs = step_costs(steps_of(manifest, list(manifest.tasks))[0], Costs(manifest, None))
     assert (costs.read_bytes, costs.write_bytes, costs.peak_bytes) == (None, None, None)
 
 

@@ -15,7 +15,7 @@ from onelayer.compiler.models.unit_memory import training_bytes
 from onelayer.compiler.refine.command import refine_emulator
 from onelayer.runtime.cli.main import main
 from onelayer.runtime.manifest.manifest import load_manifest
-from onelayer.runtime.pipeline.run import plan
+from onelayer.runtime.pipeline.plan import plan
 from onelayer.runtime.planning.pass_memory import refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 

@@ -17,7 +17,8 @@ from helpers.fake_steps import FakeSteps, write_model, write_project
 from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import load_manifest
-from onelayer.runtime.pipeline.run import plan, run
+from onelayer.runtime.pipeline.plan import plan
+from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.store.record import StepSpec
 from onelayer.runtime.store.store import BEGUN_WITH, ArtifactStore
 

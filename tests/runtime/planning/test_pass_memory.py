@@ -13,6 +13,7 @@ from onelayer.compiler.factors.ranks import Spectrum, ranks_by_spectrum
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
 from onelayer.runtime.pipeline.costs import Costs
 from onelayer.runtime.pipeline.emulator_size import Size, setting_of, size_of_shapes
+from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.planning.pass_memory import compile_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.plan import size_for
@@ -162,7 +163,7 @@ def test_a_correction_chosen_on_text_holds_the_block_that_it_streams(tmp_path: P
         plan = manifest(tmp_path, "ratio: 0.05", task=task)
         costs = Costs(plan, None)
         costs._shapes, costs.size = shapes, Size(0.05, None)
-        found[task] = costs.of("correct", "a", None, False)
+        found[task] = step_costs(next(step for step in steps_of(plan, ["a"]) if step.kind == "correct"), costs)
     plain, chosen = found.values()
     assert plain.peak_bytes is not None
     assert chosen.peak_bytes is not None

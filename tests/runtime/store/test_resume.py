@@ -8,8 +8,7 @@ import pytest
 
 import onelayer.compiler
 from helpers.fake_steps import Document, FakeSteps, Project
-from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.work_directory import work_directory
+from onelayer.compiler.storage.work_directory import WorkKind, work_directory
 from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.store.record import StepSpec
 from onelayer.runtime.store.store import ArtifactStore
@@ -103,7 +102,7 @@ def test_work_begun_otherwise_is_thrown_away(store: ArtifactStore, batch_size: i
 
 def refused_if_other(output: Path, **begun: Any) -> None:
     """As a compile does it: work is taken up where it was begun with the same, and refused where not."""
-    with work_directory(output, "compile", begun, True, finished="unit-*") as work:
+    with work_directory(output, WorkKind("compile", finished="unit-*"), begun) as work:
         if not (work / "unit-0").exists():
             (work / "unit-0").touch()
             raise KeyboardInterrupt
@@ -135,21 +134,3 @@ def test_a_run_that_was_changed_in_no_result_goes_on(
         run(project.manifest, project.store)
     assert not run(project.manifest, project.store).failed
     assert len(attempts) == 3
-
-
-def test_work_with_nothing_finished_is_in_nobodys_way(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    work = tmp_path / ".out.polish"
-    with work_directory(output, "polish", {"steps": 1}, True, finished="state") as path:
-        (path / "start").touch()
-    assert not work.exists()
-    work.mkdir()  # a kill leaves it
-    (work / "identity.json").write_text('{"steps": 1}')
-    with work_directory(output, "polish", {"steps": 2}, True, finished="state") as path:
-        (path / "state").touch()
-    with (
-        pytest.raises(InputError, match=r"steps was 2 and is 3.*--no-resume"),
-        work_directory(output, "polish", {"steps": 3}, True, finished="state"),
-    ):
-        pass
-    assert (work / "state").exists()

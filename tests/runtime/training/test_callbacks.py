@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onelayer.runtime.activations.figures import SavedBytes
-from onelayer.runtime.training import callbacks
+from onelayer.runtime.training import callbacks, checkpoints
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
@@ -19,12 +19,12 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:
-    assert callbacks.newest_checkpoint(tmp_path) is None
+    assert checkpoints.newest_checkpoint(tmp_path) is None
     for step in (20, 100, 300):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (20, 100):
-        (tmp_path / f"checkpoint-{step}" / callbacks.COMPLETE_FILE).touch()
-    assert callbacks.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+        (tmp_path / f"checkpoint-{step}" / checkpoints.COMPLETE_FILE).touch()
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
 def test_the_mean_loss_weighs_entries_by_their_steps() -> None:

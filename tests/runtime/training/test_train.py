@@ -22,7 +22,7 @@ from onelayer.compiler.data.tokens import load_tokenizer, tokenize
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.runtime import TrainResult, train_lora
-from onelayer.runtime.training import callbacks
+from onelayer.runtime.training import checkpoints
 from onelayer.runtime.training.trainers import LoraTrainer
 
 Train = Callable[..., TrainResult]
@@ -88,7 +88,7 @@ def test_resuming_equals_not_stopping(train: Train, tmp_path: Path, monkeypatch:
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step == 2:
-            (tmp_path / ".parts.training" / "checkpoint-2" / callbacks.COMPLETE_FILE).unlink()  # killed while saving
+            (tmp_path / ".parts.training" / "checkpoint-2" / checkpoints.COMPLETE_FILE).unlink()  # killed while saving
             raise KilledError
         return step(self, *args, **kwargs)
 

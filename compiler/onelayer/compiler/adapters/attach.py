@@ -1,4 +1,4 @@
-"""Target modules as a person names them in, those that plain LoRA can adapt out."""
+"""Target modules by the user's names in, those that plain LoRA can adapt out."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
 
     PEFT takes "all-linear" and the names of experts to mean, too, the stacked parameters that experts became in
     transformers 5. LoRA on those is no pair of factors per linear, so it could not be corrected for the original.
-    Raises `InputError` where they are named.
+    Raises `InputError` if they are named.
     """
     probe = LoraConfig(target_modules=target_modules)
     convert_peft_config_for_transformers(probe, model, None)
@@ -40,7 +40,7 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
 def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], None]:
     """Lets PEFT wrap the empty model in every adapter, by name; their own small weights are real, on the host.
 
-    The factors are then read from the files anew: for some architectures PEFT renames keys that it wrote itself, warns
+    The factors are then read from the files again: for some architectures PEFT renames keys that it wrote itself, warns
     that they are missing, and goes on with random ones.
     """
 
@@ -66,7 +66,7 @@ def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], No
 
 
 def factor_names(module: str, embedding: bool, adapter: str) -> tuple[str, str]:
-    """The parameters A and B of an adapted module, as PEFT names them in the model."""
+    """Return the parameters A and B of an adapted module, as PEFT names them in the model."""
     if embedding:
         return f"{module}.lora_embedding_A.{adapter}", f"{module}.lora_embedding_B.{adapter}"
     return f"{module}.lora_A.{adapter}.weight", f"{module}.lora_B.{adapter}.weight"
@@ -82,5 +82,5 @@ def _fill(model: PreTrainedModel, source: Adapter, adapter: str) -> None:
 
 
 def tuner_layers(unit: Unit) -> list[Any]:
-    """The modules of a unit that PEFT has wrapped."""
+    """List the modules of a unit that PEFT has wrapped."""
     return [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]

@@ -70,17 +70,17 @@ class AdapterConfig(BaseModel):
     revision: str | None = None
 
     def rank_of(self, module: str) -> int:
-        """The rank that the configuration gives to a module."""
+        """Return the rank that the configuration gives to a module."""
         return int(_matched(self.rank_pattern, module, self.r))
 
     def scaling_of(self, module: str, rank: int) -> float:
-        """The factor s in W + s B A: alpha / r, or alpha / sqrt(r) with rank stabilisation; alpha and r per module."""
+        """Return the factor s in W + s B A: alpha / r or, with rank stabilization, alpha / sqrt(r), per module."""
         alpha = float(_matched(self.alpha_pattern, module, self.lora_alpha))
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 def _matched(pattern: dict[str, Any] | None, module: str, default: float) -> float:
-    """What a rank or alpha pattern says about a module, by PEFT's own matching."""
+    """Look up a module in a rank or alpha pattern, by PEFT's own matching."""
     if not pattern:
         return default
     from peft.utils.other import get_pattern_key

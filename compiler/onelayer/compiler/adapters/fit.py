@@ -6,13 +6,14 @@ from pathlib import Path
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from onelayer.compiler.adapters.reader import Adapter, LoraModule
+from onelayer.compiler.adapters.keys import LoraModule
+from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 
 
 def check_fit(adapter: Adapter, streamed: StreamedModel) -> dict[str, nn.Module]:
-    """The adapted modules of the empty model by name. Raises `InputError` naming the first key without a place."""
+    """List the adapted modules of the empty model. Raises `InputError` naming the first key without a place."""
     modules = {name: _adapted_module(adapter, streamed, module) for name, module in adapter.modules.items()}
     for parameter, key in adapter.dense.items():
         _check_shape(adapter, streamed, key, parameter, adapter.tensors[key].shape)

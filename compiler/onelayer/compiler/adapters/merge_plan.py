@@ -22,7 +22,7 @@ class Part:
 
 @dataclass
 class Change:
-    """What becomes of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced.
+    """The change of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced.
 
     `lora` are parts and their module's name; `dense` and `rows` name the adapter that they come from.
     """
@@ -33,7 +33,7 @@ class Change:
     rows: tuple[Adapter, str, list[int]] | None = None
 
     def product(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `lora` adds as one product left @ right in float32, all of it laid out as the tensor is stored."""
+        """Return what `lora` adds as one product left @ right in float32, laid out as the tensor is stored."""
         lefts, rights = [], []
         for part, name in self.lora:
             a, b = part.source.factors(name)
@@ -44,7 +44,7 @@ class Change:
 
 
 def plan_changes(parts: Sequence[Part], streamed: StreamedModel) -> dict[str, Change]:
-    """The change of each stored tensor by its key in the checkpoint; every key of each adapter has its place there."""
+    """Map each key of the checkpoint to the change of its tensor; every key of each adapter must have a place."""
     changes: dict[str, Change] = {}
     touched_by: dict[str, Adapter] = {}
     for part in parts:
@@ -88,12 +88,12 @@ def _plan_one(part: Part, streamed: StreamedModel) -> dict[str, Change]:
 def _sharing(streamed: StreamedModel, parameter: str) -> list[str]:
     """Other runtime names that the same weight serves: tied in the model, or made from the same stored tensor."""
     keys, tensor = set(streamed.checkpoint_keys[parameter]), streamed.bare_parameter(parameter)
-    others = ((name, behind) for name, behind in streamed.checkpoint_keys.items() if name != parameter)
-    return [name for name, behind in others if keys & set(behind) or streamed.bare_parameter(name) is tensor]
+    others = ((name, stored) for name, stored in streamed.checkpoint_keys.items() if name != parameter)
+    return [name for name, stored in others if keys & set(stored) or streamed.bare_parameter(name) is tensor]
 
 
 def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
-    """The key of the stored tensor that is `parameter` and nothing else."""
+    """Return the key of the stored tensor that is `parameter` and nothing else."""
     key = _stored_tensor(source, streamed, parameter)
     if sharing := _sharing(streamed, parameter):
         raise InputError(
@@ -104,7 +104,7 @@ def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str
 
 
 def _stored_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
-    """The key of the stored tensor behind `parameter`; refuses one that is made from several, or not of floats."""
+    """Return the key of the stored tensor of `parameter`; refuse one that is made from several, or not of floats."""
     keys = streamed.checkpoint_keys[parameter]
     info = streamed.checkpoint.tensors[keys[0]]
     fits = info.shape == tuple(streamed.bare_parameter(parameter).shape) and info.dtype in FLOAT_DTYPES

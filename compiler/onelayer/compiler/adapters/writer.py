@@ -1,7 +1,7 @@
 """Factors in, a PEFT adapter directory out, in the one form that PEFT, vLLM and llama.cpp all scale alike.
 
 That form: one rank R for every module (zero-padded), lora_alpha = r = R, so the scaling is 1 wherever it is computed;
-no rank stabilisation, no patterns; the original's name as the base model; every adapted module listed by its full name.
+no rank stabilization, no patterns; the original's name as the base model; every adapted module listed by its full name.
 
 Letters: r rank of one module, R rank of the file, in / out features.
 """
@@ -13,16 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.adapters.config import CONFIG_FILE
-from onelayer.compiler.adapters.reader import (
-    EMBEDDING_A,
-    EMBEDDING_B,
-    KEY_PREFIX,
-    LORA_A,
-    LORA_B,
-    PROVENANCE_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-)
+from onelayer.compiler.adapters.keys import EMBEDDING_A, EMBEDDING_B, KEY_PREFIX, LORA_A, LORA_B
+from onelayer.compiler.adapters.reader import PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from onelayer.compiler.storage.files import read_json, write_json, write_text
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_safetensors
 
@@ -37,7 +29,7 @@ LoraFactors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
 class Base:
     """The original model that an adapter is for: its name and revision, its class, and how its linears lie.
 
-    `fan_in_fan_out` tells PEFT that the adapted weights are stored (in, out), as GPT-2's Conv1D does.
+    With `fan_in_fan_out` PEFT knows that the adapted weights are stored (in, out), as GPT-2's Conv1D does.
     """
 
     model: str
@@ -53,7 +45,7 @@ def write_adapter(
     """Write an adapter into an existing directory.
 
     `factors` maps module names of `source` to A (r, in) and B (out, r), with the scaling already in B; what `source`
-    replaces besides (dense modules, biases, token rows) is copied through as stored. `provenance` goes to
+    replaces as well (dense modules, biases, token rows) is copied through as stored. `provenance` goes to
     `onelayer.json`, and its scalar facts to the metadata of the weights.
     """
     assert factors.keys() == source.modules.keys(), "every adapted module is written, and no other"
@@ -68,7 +60,7 @@ def write_adapter(
 
 
 def _lora_entries(source: Adapter, name: str, a: "torch.Tensor", b: "torch.Tensor", rank: int) -> tuple[Entry, Entry]:
-    """A and B of one module, padded with zeros to the file's rank, in float32."""
+    """Return A and B of one module, padded with zeros to the file's rank, in float32."""
     from torch.nn.functional import pad
 
     missing = rank - a.shape[0]
@@ -78,7 +70,7 @@ def _lora_entries(source: Adapter, name: str, a: "torch.Tensor", b: "torch.Tenso
 
 
 def _write_config(directory: Path, names: list[str], rank: int, source: Adapter, base: Base) -> None:
-    """PEFT writes its own configuration file; only the order of the names, a set to PEFT, is made reproducible."""
+    """Let PEFT write its own configuration file; only the order of the names, a set to PEFT, is fixed."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -101,7 +93,7 @@ def _write_config(directory: Path, names: list[str], rank: int, source: Adapter,
 
 
 def _flat(provenance: dict[str, Any], prefix: str = "onelayer") -> dict[str, str]:
-    """The scalar facts of a nested record as strings: {"onelayer.base.digest": ...}."""
+    """Flatten the scalar facts of a nested record to strings: {"onelayer.base.digest": ...}."""
     flat: dict[str, str] = {}
     for name, value in provenance.items():
         if isinstance(value, dict):
@@ -112,7 +104,7 @@ def _flat(provenance: dict[str, Any], prefix: str = "onelayer") -> dict[str, str
 
 
 def model_card(base: Base, provenance: dict[str, Any]) -> str:
-    """A model card that leads to the original, whatever the trainer wrote."""
+    """Write a model card that leads to the original, whatever the trainer wrote."""
     from huggingface_hub import ModelCardData
 
     tags = [f"base_model:adapter:{base.model}", "lora", "onelayer"]

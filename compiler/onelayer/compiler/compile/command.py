@@ -109,9 +109,9 @@ def _compile(
     batches = make_batches(tokens, streamed.config, settings.batch_size)
     facts = _facts(settings, tokens, place)
     with (
+        StopRequest() as stop,
         WorkDirectory.open(output, {"base": base, **facts}, resume) as work,
         Meter(place) as meter,
-        StopRequest() as stop,
     ):
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)
         job = Compilation(streamed, ranks, stacks, writer, place, settings, stop, spill_pool)
@@ -127,7 +127,6 @@ def _compile(
             work.publish(output)
             return result
         cut = cut_emulator(work.payload, job.spectrum_ranks(), output, {"ratio": settings.ratio})
-        work.discard()
     changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
     return result.model_copy(update={name: getattr(cut, name) for name in changed})
 

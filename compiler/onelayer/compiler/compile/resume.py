@@ -1,6 +1,8 @@
-"""What survives a killed compile: one record for each finished unit."""
+"""What survives a killed compile: one record for each finished unit.
 
-import shutil
+In the work directory `payload/` holds the shards of finished units; the record of a unit is written after its shard.
+"""
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import publish_directory, read_json, write_json
 from onelayer.compiler.storage.safetensors_format import read_header
-from onelayer.compiler.storage.work_directory import work_directory
+from onelayer.compiler.storage.work_directory import WorkKind, work_directory
 
 RECORD_PATTERN = "unit-*.json"
+COMPILE_WORK = WorkKind("compile", finished=RECORD_PATTERN)
 
 
 class UnitRecord(BaseModel):
-    """What a finished unit left: its shard, the bytes of each tensor in it, and figures for the final report."""
+    """A finished unit: its shard, the bytes of each tensor in it, and figures for the final report."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,7 +33,7 @@ class UnitRecord(BaseModel):
 
 
 class WorkDirectory:
-    """A compile in progress. `finished` are the records of units that need not be done again, by position."""
+    """A compile in progress. `finished` holds the records of units that need not be done again, by position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,12 +43,8 @@ class WorkDirectory:
     @classmethod
     @contextmanager
     def open(cls, output: Path, identity: Mapping[str, Any], resume: bool) -> Iterator["WorkDirectory"]:
-        """Begin or take up the work for `output`; on an error it is kept if any unit is finished.
-
-        Raises `InputError` where the work was begun with something else, naming the fields, or is being done by
-        another process.
-        """
-        with work_directory(output, "compile", identity, resume, finished=RECORD_PATTERN) as path:
+        """Begin or take up the work for `output`; see `work_directory`."""
+        with work_directory(output, COMPILE_WORK, identity, resume) as path:
             work = cls(path)
             work.payload.mkdir(exist_ok=True)
             work._read_records()
@@ -67,11 +66,6 @@ class WorkDirectory:
         write_json(self.path / f"unit-{record.position:05d}.json", record.model_dump(mode="json"))
         self.finished[record.position] = record
 
-    def discard(self) -> None:
-        """Remove the work, once what it led to is safe elsewhere."""
-        shutil.rmtree(self.path)
-
     def publish(self, output: Path) -> None:
-        """Make the finished payload the output, in one step; only then forget the records."""
+        """Make the finished payload the output, in one step."""
         publish_directory(self.payload, output)
-        self.discard()

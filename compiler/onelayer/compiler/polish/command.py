@@ -5,7 +5,6 @@ In: a checkpoint, an adapter (or none), training data. Out: an adapter of the or
 
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.polish.job import PolishJob, polish_workspace
-from onelayer.compiler.polish.resume import STATE_FILE, PolishState
+from onelayer.compiler.polish.resume import POLISH_WORK, PolishState
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.polish.task import PolishTask
 from onelayer.compiler.polish.trained_adapter import FreshAdapter
@@ -113,8 +112,8 @@ def polish_adapter(
     start = _start(adapter, lora_rank, lora_alpha, target_modules, seed)
     place, spill_pool = pick_device(device), SpillPool(host_memory_bytes)
     task = PolishTask.read(model, revision, start, data, eval_data, settings, place)
-    begun = work_directory(Path(output), "polish", task.identity, resume, finished=STATE_FILE)
-    with begun as work, Meter(place) as meter, StopRequest() as stop:
+    begun = work_directory(Path(output), POLISH_WORK, task.identity, resume)
+    with StopRequest() as stop, begun as work, Meter(place) as meter:
         source, streamed, state = task.open(work)
         state.restore(work)
         stream = GradientStream(streamed, place, meter, on_unit=_stopping(stop), spill_pool=spill_pool)
@@ -123,7 +122,6 @@ def polish_adapter(
         task.publish(Path(output), source, streamed, state, failure)
         workspace = polish_workspace(streamed, widest(streamed), task.rows, settings, state, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        shutil.rmtree(work)
     if failure is not None:
         raise RuntimeError(f"{failure}; {output} holds the adapter of the {len(state.steps)} steps before it")
     return _result(Path(output), state, job, report)

@@ -1,6 +1,6 @@
-"""What a polish must not lose: the adapter, its optimizer and its history after every finished step, in one file.
+"""What survives a killed polish: the adapter, its optimizer and its history after every finished step, in one file.
 
-The file is written aside and renamed, so at any moment there is the state of one finished step, whole.
+The file is written aside and renamed, so it always holds the whole state of one finished step.
 """
 
 import json
@@ -13,8 +13,10 @@ from torch import nn
 
 from onelayer.compiler.storage.safetensors_format import read_header
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
+from onelayer.compiler.storage.work_directory import WorkKind
 
 STATE_FILE = "state.safetensors"
+POLISH_WORK = WorkKind("polish", finished=STATE_FILE)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Parameters = dict[str, nn.Parameter]
@@ -24,8 +26,8 @@ Parameters = dict[str, nn.Parameter]
 class PolishState:
     """Trained parameters by name, AdamW's state of them, and what happened so far.
 
-    `steps` are the figures of finished steps. `best` are the parameters of the lowest held-out loss, `best_loss` it.
-    `gradient_cosine` tells what compressed unit inputs cost, where they are.
+    `steps` are the figures of finished steps. `best` are the parameters of the lowest held-out loss, `best_loss`.
+    `gradient_cosine` says what compressed unit inputs cost, if they are compressed.
     """
 
     parameters: Parameters
@@ -47,18 +49,18 @@ class PolishState:
         return {"steps": self.steps, "held_out": self.held_out, "gradient_cosine": self.gradient_cosine}
 
     def measured(self, loss: float) -> None:
-        """The held-out loss of the parameters as they are now; remembers them if there was none better."""
+        """Note the held-out loss of the present parameters; keep a copy of them if there was none better."""
         self.held_out.append({"step": len(self.steps), "loss": loss})
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss = loss
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def chosen(self) -> dict[str, torch.Tensor]:
-        """The parameters to hand out: the best measured, or the last where nothing was."""
+        """Return the parameters to publish: the best measured, or the last if none were."""
         return self.best or {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def save(self, directory: Path) -> None:
-        """Write everything to `directory`, in place of the state before."""
+        """Write everything to `directory`, in place of the previous state."""
         tensors = {f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.parameters.items():
@@ -66,12 +68,10 @@ class PolishState:
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         entries = [tensor_entry(name, tensor.cpu()) for name, tensor in tensors.items()]
         history = {**self.history, "best_loss": self.best_loss}
-        partial = directory / f"{STATE_FILE}.partial"
-        write_safetensors(partial, entries, {"history": json.dumps(history)})
-        partial.replace(directory / STATE_FILE)
+        write_safetensors(directory / STATE_FILE, entries, {"history": json.dumps(history)})
 
     def restore(self, directory: Path) -> bool:
-        """Take up what `save` left; False where there is nothing yet."""
+        """Take up what `save` left; False if there is nothing yet."""
         from safetensors import safe_open
 
         path = directory / STATE_FILE

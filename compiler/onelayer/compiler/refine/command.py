@@ -6,7 +6,6 @@ original's give. Held on the device: one unit of the original, its factors with 
 
 import math
 import platform
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import RefinePass, refine_workspace
-from onelayer.compiler.refine.resume import UNIT_PATTERN, RefinedUnit, RefineWork
+from onelayer.compiler.refine.resume import REFINE_WORK, RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -88,9 +87,9 @@ def refine_emulator(
     }
     identity = {"emulator": source.digest, **facts}
     with (
-        work_directory(output, "refine", identity, resume, finished=UNIT_PATTERN) as path,
-        Meter(place) as meter,
         StopRequest() as stop,
+        work_directory(output, REFINE_WORK, identity, resume) as path,
+        Meter(place) as meter,
     ):
         work = RefineWork(path, source)
         RefinePass(streamed, source, work, pace, meter, spill_pool).refine(batches, stop)
@@ -99,5 +98,4 @@ def refine_emulator(
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = RefineResult(output=str(output), steps=steps, units=work.units, report=report)
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
-        shutil.rmtree(path)
     return result

@@ -1,4 +1,4 @@
-"""The directory in which a refinement grows: a file for each finished unit, in the end a whole emulator of them.
+"""What survives a killed refinement: a file for each finished unit, in the end a whole emulator of them.
 
 A unit's file holds its factors as they will be stored and, in its header, what they gained; it exists only when it is
 complete, so a kill costs at most one unit.
@@ -23,14 +23,16 @@ from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.files import atomic_directory, copy_companions, read_json, write_json, write_text
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.safetensors_writer import copy_entry, tensor_entry, write_safetensors
+from onelayer.compiler.storage.work_directory import WorkKind
 
 UNIT_PATTERN = "unit-*.safetensors"
+REFINE_WORK = WorkKind("refine", finished=UNIT_PATTERN)
 
 
 class RefinedUnit(Result):
-    """||outputs - the original's|| / ||the original's|| of a unit for the original's inputs, before and after.
+    """The relative error ||outputs - the original's|| / ||the original's|| of a unit, before and after.
 
-    `dropped_rows` of the original's outputs were not finite and count for nothing in it.
+    Both are for the original's inputs. `dropped_rows` of the original's outputs were not finite and are left out.
     """
 
     name: str
@@ -40,7 +42,7 @@ class RefinedUnit(Result):
 
 
 class RefineWork:
-    """What is finished of the refinement of `source`, by the position of its unit."""
+    """The finished part of the refinement of `source`, by the position of each unit."""
 
     def __init__(self, path: Path, source: Emulator) -> None:
         self.path, self.source = path, source
@@ -73,9 +75,9 @@ class RefineWork:
         self._finished[unit.position] = figures, read_header(file)[0]
 
     def publish(self, output: Path, record: Mapping[str, Any], meter: Meter) -> None:
-        """The emulator with the finished units' factors in the place of its own, under a digest of its own.
+        """Write the emulator with the finished units' factors in place of its own, under a new digest.
 
-        Its records say how far the units are from the original; what they said of the linears is true no longer.
+        Its records say how far the units are from the original; the errors of the linears no longer hold and go.
         """
         source = self.source
         refined = {name: info for _, table in self._finished.values() for name, info in table.items()}
@@ -95,6 +97,6 @@ class RefineWork:
                 {field: value for field, value in row.items() if field not in ERROR_FIELDS}
                 for row in document["linears"]
             ]
-            told = {"digest": model_digest(partial), "refined": {"emulator": source.digest, **record}}
-            write_json(partial / FIGURES_FILE, {**document, **told})
+            refined_facts = {"digest": model_digest(partial), "refined": {"emulator": source.digest, **record}}
+            write_json(partial / FIGURES_FILE, {**document, **refined_facts})
             write_text(partial / "README.md", card(document["base"]["model"], refined=True))

@@ -80,14 +80,14 @@ class Checkpoint:
             self._counts["bytes"] += size_bytes
 
     def read(self, name: str) -> "torch.Tensor":
-        """One tensor, in its own dtype, on the host."""
+        """Read one tensor, in its own dtype, to the host."""
         info = self.tensors[name]
         self._count(info.size_bytes)
         tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Rows `start:stop` of one tensor, in its own dtype, on the host."""
+        """Read rows `start:stop` of one tensor, in its own dtype, to the host."""
         import torch
 
         from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
@@ -112,7 +112,7 @@ class Checkpoint:
         return buffer.view(dtypes[info.dtype]).reshape(stop - start, *info.shape[1:])
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
-        """The given rows of a matrix (n, width), in its own dtype, on the host; nothing else is read."""
+        """Read the given rows of a matrix (n, width), in its own dtype, to the host; nothing else is read."""
         import torch
 
         info = self.tensors[name]
@@ -124,7 +124,7 @@ class Checkpoint:
 
 
 def _find_files(directory: Path) -> tuple[Path | None, dict[str, Path]]:
-    """The index of a sharded checkpoint and the file of each tensor; nothing for a single file."""
+    """Find the index of a sharded checkpoint and the file of each tensor; nothing for a single file."""
     if any((directory / name).is_file() for name in SINGLE_FILES):
         return None, {}
     for name in INDEX_FILES:
@@ -163,7 +163,7 @@ def _single_file(directory: Path) -> Path:
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
-    """A local directory as it stands, or a Hub id as its downloaded snapshot (weights, config and tokenizer only)."""
+    """Return a local directory, or the downloaded snapshot of a Hub id (weights, config and tokenizer only)."""
     if Path(model).exists():
         return Path(model)
     name = str(model)
@@ -181,7 +181,7 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
 
 def model_digest(directory: str | Path) -> str:
-    """Digest of what a model computes: its weight files by name and content, and its config.json."""
+    """Digest what a model computes: its weight files by name and content, and its config.json."""
     checkpoint = Checkpoint.open(directory)
     return sha256_json(
         {

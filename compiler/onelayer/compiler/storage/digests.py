@@ -19,10 +19,10 @@ _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file, from memory where size, modification time and inode are those it was computed for.
+    """Return the hex SHA-256 of a file, from memory if size, modification time and inode did not change.
 
     A modification time alone never changes the answer: it only decides whether the bytes are read again. Files of the
-    Hub's cache are links to blobs named by their own SHA-256, which is taken as it stands.
+    Hub's cache are links to blobs named by their own SHA-256, which is taken as given.
     """
     real = path.resolve()
     if real.parent.name == "blobs" and _BLOB_NAME.fullmatch(real.name):
@@ -48,7 +48,7 @@ def _memo_path() -> Path:
 def _read_memo() -> dict[str, dict[str, object]]:
     try:
         memo = json.loads(_memo_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or damaged: the memo only saves time, so it is made anew
+    except (OSError, ValueError):  # absent or damaged: the memo only saves time, so it starts empty
         return {}
     return memo if isinstance(memo, dict) else {}
 
@@ -62,7 +62,7 @@ def _remember(path: str, entry: dict[str, object]) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BUFFER_BYTES):
@@ -71,6 +71,6 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(document: Any) -> str:
-    """Hex SHA-256 of a JSON-plain value, independent of the order of its keys."""
+    """Return the hex SHA-256 of a JSON-plain value, independent of the order of its keys."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

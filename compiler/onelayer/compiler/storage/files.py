@@ -16,7 +16,7 @@ BUFFER_BYTES = 4 << 20
 
 
 def onelayer_home() -> Path:
-    """The store: `$ONELAYER_HOME`, by default `~/.cache/onelayer`. Not created here."""
+    """Return the store: `$ONELAYER_HOME`, by default `~/.cache/onelayer`. Not created here."""
     return Path(os.environ.get("ONELAYER_HOME") or Path.home() / ".cache" / "onelayer").expanduser()
 
 
@@ -71,9 +71,9 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def atomic_directory(output: Path) -> Iterator[Path]:
-    """Yield a work directory beside `output`; on success it becomes `output`, on any error it is removed.
+    """Yield a directory next to `output`; on success it becomes `output`, on any error it is removed.
 
-    Raises `InputError` where `output` already holds files or cannot be written.
+    Raises `InputError` if `output` already holds files or cannot be written.
     """
     check_output(output)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
@@ -95,22 +95,22 @@ def publish_directory(partial: Path, output: Path) -> None:
         sync(path)
     sync(partial)
     if output.exists():
-        output.rmdir()  # check_output saw it empty; fails loudly where something arrived since
+        output.rmdir()  # check_output saw it empty; fails loudly if something arrived since
     os.replace(partial, output)
     sync(output.absolute().parent)
 
 
 def directory_bytes(path: Path) -> int:
-    """Total size of the files below `path`."""
+    """Return the total size of the files below `path`."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-# Weights, in whatever format: the originals of what is being rewritten, never to stand beside the result.
+# Weights in any format: the originals of what is being rewritten, which must not lie next to the result.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer, templates, license and cards; hidden files (a repository's history) stay behind."""
+    """Copy config, tokenizer, templates, license and cards; hidden files (a repository's history) are left out."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
             continue

@@ -24,7 +24,7 @@ HEADER_LIMIT_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` and `end` are absolute byte offsets in `file`."""
+    """The place of one tensor: `start` and `end` are absolute byte offsets in `file`."""
 
     name: str
     file: Path
@@ -40,7 +40,7 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The checked tensor table of one safetensors file, and its metadata.
+    """Read the checked tensor table of one safetensors file, and its metadata.
 
     Raises `InputError` naming the file and the first thing wrong with it.
     """
@@ -90,7 +90,7 @@ def _checked(name: str, row: Any, file: Path, data_start: int, size_bytes: int) 
 
 
 def _check_layout(file: Path, table: dict[str, TensorInfo], data_start: int, size_bytes: int) -> None:
-    """Tensors must tile the data section: no overlap, no hole, nothing behind the last."""
+    """Check that tensors tile the data section: no overlap, no hole, nothing after the last."""
     position = data_start
     for info in sorted(table.values(), key=lambda info: (info.start, info.end)):
         if info.start != position:

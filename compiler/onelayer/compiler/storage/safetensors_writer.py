@@ -61,7 +61,7 @@ def copy_entry(name: str, info: TensorInfo) -> Entry:
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
-    """The length-prefixed JSON header, padded with spaces so that the first tensor starts at a multiple of 8."""
+    """Build the length-prefixed JSON header, padded with spaces so that the first tensor starts at a multiple of 8."""
     # transformers refuses a file that does not name the framework that laid out its tensors.
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -101,7 +101,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
 def write_index(
     path: Path, weight_map: Mapping[str, str], total_size_bytes: int, metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Write a shard index: tensor name to file name. Further `metadata` of a source index is kept beside the size."""
+    """Write a shard index: tensor name to file name. Further `metadata` of a source index is kept."""
     assert all(Path(file).name == file for file in weight_map.values()), "an index names files of its own directory"
     document = {
         "metadata": {**(metadata or {}), "total_size": total_size_bytes},

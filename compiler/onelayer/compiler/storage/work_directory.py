@@ -1,13 +1,15 @@
-"""The directory in which a compile grows: one durable file per finished unit, so that a kill costs at most one unit.
+"""The directory in which an output grows: what a killed run finished in it is taken up by the next.
 
-Beside the output lies `.NAME.compile`: in `payload/` the shards of finished units, beside it a record for each (written
-after its shard) and `identity.json`, which says what the run was begun with. The payload becomes the output in one
-rename, or is taken up again.
+Next to the output lies `.NAME.KIND`, locked while a process works in it, with a record of what the work was begun with.
+Work that was begun with the same goes on; other work is refused or discarded, as its kind says. The output appears in
+one rename, when it is complete.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +18,67 @@ from filelock import FileLock, Timeout
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import check_output, publish_directory, read_json, write_json
 
-IDENTITY_FILE = "identity.json"
+
+@dataclass(frozen=True)
+class WorkKind:
+    """One kind of work: its files, and what becomes of an interrupted piece of it.
+
+    `finished` is the pattern of files that are worth keeping; a directory without any holds no work and blocks nothing.
+    `record` is the file that says what the work was begun with. Work that was begun with something else is refused
+    with the message `refused`, and work that nobody asked to resume with `unasked`; without a message it is discarded.
+    Messages may name `{path}`, `{record}`, the differing `{fields}` and their `{changes}`. `busy` says what another
+    process does that holds the lock.
+    """
+
+    name: str
+    finished: str
+    record: str = "identity.json"
+    refused: str | None = "{path}: begun with other input ({changes}); give --no-resume to start over"
+    unasked: str | None = None
+    busy: str = "is at work on it now"
+
+    def path(self, output: Path) -> Path:
+        """Return the directory in which `output` grows."""
+        return output.absolute().with_name(f".{output.absolute().name}.{self.name}")
+
+    def any_finished(self, path: Path) -> bool:
+        """Whether the work in `path` is worth keeping."""
+        return any(path.glob(self.finished))
 
 
 @contextmanager
-def work_directory(
-    output: Path, kind: str, identity: Mapping[str, Any], resume: bool, *, finished: str
-) -> Iterator[Path]:
-    """The directory `.NAME.kind` in which `output` grows, locked: taken up where it was begun with `identity`, or new.
+def work_directory(output: Path, kind: WorkKind, identity: Mapping[str, Any], resume: bool = True) -> Iterator[Path]:
+    """Yield the locked directory in which `output` grows: taken up if it was begun with `identity`, or new.
 
-    A directory without a file of the pattern `finished` holds no work, whatever was begun: it stands in nobody's way.
-    Raises `InputError` where it was begun with something else, naming the fields, or another process holds it.
+    It is removed at the end; after an error it stays if anything in it is finished. Raises `InputError` if `output`
+    cannot be written, another process holds the lock, or the kind of work refuses what is there.
     """
     check_output(output)
-    path = output.absolute().with_name(f".{output.absolute().name}.{kind}")
-    lock = FileLock(path.with_suffix(f".{kind}.lock"), timeout=0)
+    path = kind.path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with lock:
-            _begin(path, identity, resume and any(path.glob(finished)))
+            begin(path, kind, identity, resume)
             try:
                 yield path
+                shutil.rmtree(path, ignore_errors=True)
             finally:
-                if not any(path.glob(finished)):
+                if not kind.any_finished(path):
                     shutil.rmtree(path, ignore_errors=True)
-                with suppress(OSError):  # while it is held: another process may wait for this very file
+                with suppress(OSError):  # while the lock is held: another process may wait for this very file
                     Path(lock.lock_file).unlink()
     except Timeout:
-        raise InputError(
-            f"{output}: another process is at work on it now; wait for it or choose another --output"
-        ) from None
+        raise InputError(f"{output}: another process {kind.busy}; wait for it or choose another --output") from None
 
 
-def _begin(path: Path, identity: Mapping[str, Any], resume: bool) -> None:
-    if resume and (path / IDENTITY_FILE).is_file():
-        _check_identity(path, identity)
+def begin(path: Path, kind: WorkKind, identity: Mapping[str, Any], resume: bool) -> None:
+    """Make `path` an empty directory with a record of `identity`, or leave it as an interrupted run with that did.
+
+    The caller holds the lock. Raises `InputError` if the kind of work refuses what is there.
+    """
+    as_recorded = json.loads(json.dumps(dict(identity)))
+    if _goes_on(path, kind, as_recorded, resume):
         return
     with suppress(FileNotFoundError):
         shutil.rmtree(path)
@@ -58,60 +86,41 @@ def _begin(path: Path, identity: Mapping[str, Any], resume: bool) -> None:
         path.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another --output") from None
-    write_json(path / IDENTITY_FILE, dict(identity))
+    write_json(path / kind.record, as_recorded)
 
 
-def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
-    begun = read_json(path / IDENTITY_FILE)
-    differing = [name for name in {**begun, **identity} if begun.get(name) != identity.get(name)]
-    if differing:
-        told = ", ".join(f"{name} was {begun.get(name)!r} and is {identity.get(name)!r}" for name in sorted(differing))
-        raise InputError(f"{path}: begun with other input ({told}); give --no-resume to start anew")
+def publish_work(path: Path, kind: WorkKind, output: Path) -> None:
+    """Make a work directory that holds nothing but the output and its record the output, in one step."""
+    (path / kind.record).unlink()
+    publish_directory(path, output)
 
 
-RECORD_FILE = ".merge.json"
+def _goes_on(path: Path, kind: WorkKind, identity: Mapping[str, Any], resume: bool) -> bool:
+    """Whether `path` holds work that was begun with `identity`."""
+    record = path / kind.record
+    if not record.is_file() or not kind.any_finished(path):
+        return False
+    if not resume:
+        if kind.unasked is not None:
+            raise InputError(kind.unasked.format(path=path, record=record))
+        return False
+    differing = _differing(record, kind, identity)
+    if differing and kind.refused is not None:
+        values = {name: f"{name} was {before!r} and is {now!r}" for name, (before, now) in differing.items()}
+        changes, fields = ", ".join(values[name] for name in sorted(values)), ", ".join(differing)
+        raise InputError(kind.refused.format(path=path, record=record, fields=fields, changes=changes))
+    return not differing
 
 
-@contextmanager
-def merge_directory(output: Path, record: Mapping[str, Any]) -> Iterator[Path]:
-    """Begin the work for `output`, or take up what was begun with the same `record`; publish it at the end.
-
-    On an error it is kept if any shard is finished. Work on anything else than `record` is thrown away. Raises
-    `InputError` where `output` holds files, cannot be written, or is being written by another process.
-    """
-    check_output(output)
-    work = output.absolute().with_name(f".{output.absolute().name}.merge")
-    lock = FileLock(work.with_suffix(".merge.lock"), timeout=0)
+def _differing(record: Path, kind: WorkKind, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that the recorded work has otherwise, with their values then and now."""
     try:
-        work.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
-            _begin_merge(work, record)
-            try:
-                yield work
-                (work / RECORD_FILE).unlink()
-                publish_directory(work, output)
-            except BaseException:
-                if not any(work.glob("[!.]*.safetensors")):
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            finally:
-                with suppress(OSError):  # by its owner alone, while it is held
-                    Path(lock.lock_file).unlink()
-    except Timeout:
-        raise InputError(
-            f"{output}: another process is merging it now; wait for it, or choose another --output"
-        ) from None
-
-
-def _begin_merge(work: Path, record: Mapping[str, Any]) -> None:
-    """An empty directory with the record, or what is there of the same."""
-    with suppress(InputError):  # no record, or a damaged one: the work is of no use
-        if read_json(work / RECORD_FILE) == dict(record):
-            return
-    with suppress(FileNotFoundError):
-        shutil.rmtree(work)
-    try:
-        work.mkdir()
-    except OSError as error:
-        raise InputError(f"{work.parent}: cannot be written ({error.strerror}); choose another --output") from None
-    write_json(work / RECORD_FILE, dict(record))
+        begun = read_json(record)
+    except InputError:
+        if kind.refused is not None:
+            raise
+        begun = None
+    if not isinstance(begun, dict):  # a damaged record: the work is of no use
+        begun = {}
+    names = {**identity, **begun}
+    return {name: (begun.get(name), identity.get(name)) for name in names if begun.get(name) != identity.get(name)}

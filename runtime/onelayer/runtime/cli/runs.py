@@ -28,15 +28,17 @@ def run(
       onelayer run manifests/demo.yaml --task sql
     """
     from onelayer.runtime.manifest.manifest import load_manifest
-    from onelayer.runtime.pipeline import run
+    from onelayer.runtime.pipeline.kinds import product_kinds
+    from onelayer.runtime.pipeline.plan import plan
+    from onelayer.runtime.pipeline.run import run
 
     loaded = load_manifest(manifest)
     if dry_run:
-        print_result(lambda: run.plan(loaded, tasks=task), run_summaries.plan_steps_summary, as_json)
+        print_result(lambda: plan(loaded, tasks=task), run_summaries.plan_steps_summary, as_json)
         return
     result = print_result(
-        lambda: run.run(loaded, tasks=task, notify=lambda text: typer.echo(text, err=True)),
-        run_summaries.run_summary,
+        lambda: run(loaded, tasks=task, notify=lambda text: typer.echo(text, err=True)),
+        lambda document: run_summaries.run_summary(document, product_kinds()),
         as_json,
     )
     for step in result.failed:

@@ -1,34 +1,87 @@
-"""A manifest and a model's shapes in; the emulator that its memory budget allows, and what each step costs, out.
+"""A manifest and a model's shapes in; what each of its steps reads, writes and needs on the device out.
 
-Torch-free: `onelayer run --dry-run` says these things before anything is computed.
+Torch-free: `onelayer run --dry-run` shows these figures before anything is computed.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import widest_ratio
+from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
+from onelayer.runtime.manifest.sections import Emulator
 from onelayer.runtime.pipeline.emulator_size import Size, setting_of, size_of_shapes
+from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.planning.pass_memory import compile_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, lora_parameters
-from onelayer.runtime.planning.train_memory import emulator_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, train_memory
 
 
 class StepCosts(Result):
-    """Bytes that a step reads and writes, and its predicted peak on the device; None where they cannot be told."""
+    """Bytes that a step reads and writes, and its predicted peak on the device; None for what is unknown."""
 
     read_bytes: int | None = None
     write_bytes: int | None = None
     peak_bytes: int | None = None
 
 
-class Costs:
-    """What the steps of one manifest cost. A model that is not here, or has no linears, leaves all unknown.
+@dataclass(frozen=True)
+class CostBasis:
+    """Everything that the costs of one step follow from. `size` is that of the common emulator."""
 
-    Raises `InputError` where nothing fits the manifest's memory.
+    step: Step
+    manifest: Manifest
+    shapes: ModelShapes
+    size: Size
+
+    @property
+    def ratio(self) -> float:
+        """The ratio of the emulator that the step makes or uses."""
+        task = self.step.task
+        own = self.step.fields.get("ratio") if task is None else self.manifest.tasks[task].ratio
+        return own or self.size.ratio
+
+    @property
+    def task(self) -> str:
+        """The task of a step that belongs to one."""
+        assert self.step.task is not None
+        return self.step.task
+
+    @property
+    def emulator(self) -> Emulator:
+        """The emulator section of a manifest that has one."""
+        assert self.manifest.emulator is not None
+        return self.manifest.emulator
+
+    @property
+    def setting(self) -> PlannedRun:
+        """What the planner sees of the step's task."""
+        return setting_of(self.manifest, self.task)
+
+    @property
+    def model_bytes(self) -> int:
+        """The size of the original."""
+        return self.shapes.parameters * self.shapes.value_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The size of the task's adapter."""
+        return MASTER_BYTES * lora_parameters(self.shapes, self.setting.lora_rank)
+
+    def emulator_bytes(self, ratio: float) -> int:
+        """Predict the size of the emulator of a ratio."""
+        dtype: FactorDtype = self.size.factor_dtype or "bf16"
+        return emulator_bytes(self.shapes, ratio, dtype)
+
+
+class Costs:
+    """The figures that all costs of one manifest follow from. Without a model that is here and has linears, none.
+
+    Raises `InputError` if nothing fits the manifest's memory.
     """
 
     def __init__(self, manifest: Manifest, directory: Path | None) -> None:
@@ -44,53 +97,69 @@ class Costs:
         if manifest.emulator is not None:
             self.size = size_of_shapes(manifest, manifest.emulator, self._shapes)
 
-    def of(self, kind: str, task: str | None, ratio: float | None, direct: bool) -> StepCosts:
-        """The costs of a step; `ratio` is its own where it slices or trains on a slice."""
-        shapes = self._shapes
-        if shapes is None:
-            return StepCosts()
-        whole = self.size or Size(1.0, None)
-        ratio, dtype = ratio or whole.ratio, whole.factor_dtype or "bf16"
-        model = shapes.parameters * shapes.value_bytes
-        emulator = model if direct or self.size is None else emulator_bytes(shapes, ratio, dtype)
-        if kind == "compile":
-            assert self._manifest.emulator is not None
-            tokens = self._manifest.stream.batch_size * self._manifest.emulator.calibration.max_length
-            widest = widest_ratio(ratio, self._manifest.emulator.allocation)
-            return StepCosts(read_bytes=model, write_bytes=emulator, peak_bytes=compile_bytes(shapes, widest, tokens))
-        if kind == "refine":
-            section = self._manifest.emulator
-            assert section is not None
-            refinement = section.refinement
-            assert refinement is not None
-            tokens = refinement.batch_size * section.calibration.max_length
-            peak = refine_bytes(shapes, ratio, tokens, section.allocation)
-            return StepCosts(read_bytes=model + emulator, write_bytes=emulator, peak_bytes=peak)
-        if kind == "slice":
-            return StepCosts(read_bytes=emulator_bytes(shapes, whole.ratio, dtype), write_bytes=emulator)
-        if task is None:
-            return StepCosts()
-        setting = setting_of(self._manifest, task)
-        adapter = MASTER_BYTES * lora_parameters(shapes, setting.lora_rank)
-        largest = shapes.largest_block_bytes
-        return {
-            "train": StepCosts(
-                read_bytes=emulator, write_bytes=adapter, peak_bytes=train_memory(shapes, emulator, setting).peak
-            ),
-            "correct": StepCosts(
-                # Once, too, where held-out text chooses: the stream that scores also says what the solver needs.
-                read_bytes=model + emulator,
-                write_bytes=adapter,
-                peak_bytes=pass_bytes(shapes, ratio, setting)["correct"],
-            ),
-            "merge": StepCosts(read_bytes=model + adapter, write_bytes=model),
-            "evaluate": StepCosts(read_bytes=model, write_bytes=0, peak_bytes=largest),
-            "polish": self._polish_costs(task, shapes, model, adapter),
-        }.get(kind, StepCosts())
+    def basis(self, step: Step) -> CostBasis | None:
+        """Return what the costs of a step follow from; None if the model is unknown."""
+        if self._shapes is None:
+            return None
+        return CostBasis(step, self._manifest, self._shapes, self.size or Size(1.0, None))
 
-    def _polish_costs(self, task: str, shapes: ModelShapes, model_bytes: int, adapter_bytes: int) -> StepCosts:
-        polishing, training = self._manifest.polishing(task), self._manifest.training(task)
-        if polishing is None:
-            return StepCosts()
-        peak = polish_bytes(shapes, training.lora.r, polishing.micro_batch_size * training.max_length)
-        return StepCosts(read_bytes=2 * polishing.steps * model_bytes, write_bytes=adapter_bytes, peak_bytes=peak)
+
+def unknown_costs(basis: CostBasis) -> StepCosts:
+    """Predict nothing."""
+    return StepCosts()
+
+
+def compile_costs(basis: CostBasis) -> StepCosts:
+    """Predict a compile: one pass over the original."""
+    tokens = basis.manifest.stream.batch_size * basis.emulator.calibration.max_length
+    peak = compile_bytes(basis.shapes, widest_ratio(basis.ratio, basis.emulator.allocation), tokens)
+    return StepCosts(read_bytes=basis.model_bytes, write_bytes=basis.emulator_bytes(basis.ratio), peak_bytes=peak)
+
+
+def slice_costs(basis: CostBasis) -> StepCosts:
+    """Predict a slice of the common emulator."""
+    read, written = basis.emulator_bytes(basis.size.ratio), basis.emulator_bytes(basis.ratio)
+    return StepCosts(read_bytes=read, write_bytes=written)
+
+
+def refine_costs(basis: CostBasis) -> StepCosts:
+    """Predict a refinement: one pass over original and emulator."""
+    refinement = basis.emulator.refinement
+    assert refinement is not None
+    tokens = refinement.batch_size * basis.emulator.calibration.max_length
+    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation)
+    written = basis.emulator_bytes(basis.ratio)
+    return StepCosts(read_bytes=basis.model_bytes + written, write_bytes=written, peak_bytes=peak)
+
+
+def train_costs(basis: CostBasis) -> StepCosts:
+    """Predict training, on the emulator if the step needs one, else on the original."""
+    trained_on = basis.emulator_bytes(basis.ratio) if "emulator" in basis.step.needs else basis.model_bytes
+    peak = train_memory(basis.shapes, trained_on, basis.setting).peak
+    return StepCosts(read_bytes=trained_on, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+
+
+def correct_costs(basis: CostBasis) -> StepCosts:
+    """Predict a correction. Original and emulator are read once, even if held-out text chooses."""
+    read = basis.model_bytes + basis.emulator_bytes(basis.ratio)
+    peak = pass_bytes(basis.shapes, basis.ratio, basis.setting)["correct"]
+    return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+
+
+def polish_costs(basis: CostBasis) -> StepCosts:
+    """Predict a polish: every step reads the original twice."""
+    polishing, training = basis.manifest.polishing(basis.task), basis.manifest.training(basis.task)
+    assert polishing is not None
+    peak = polish_bytes(basis.shapes, training.lora.r, polishing.micro_batch_size * training.max_length)
+    read = 2 * polishing.steps * basis.model_bytes
+    return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+
+
+def merge_costs(basis: CostBasis) -> StepCosts:
+    """Predict a merge, which runs on the host."""
+    return StepCosts(read_bytes=basis.model_bytes + basis.adapter_bytes, write_bytes=basis.model_bytes)
+
+
+def evaluate_costs(basis: CostBasis) -> StepCosts:
+    """Predict an evaluation: one pass over the original."""
+    return StepCosts(read_bytes=basis.model_bytes, write_bytes=0, peak_bytes=basis.shapes.largest_block_bytes)

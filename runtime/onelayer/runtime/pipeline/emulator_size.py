@@ -17,11 +17,11 @@ from onelayer.runtime.planning.train_memory import PlannedRun
 # Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
 PLANNER_VERSION = 6
 DEFAULT_BATCH_SIZE = 8
-AUTO_RANK = 0.125  # what is planned with where the rank will be measured
+AUTO_RANK = 0.125  # planned with if the rank will be measured
 
 
 def setting_of(manifest: Manifest, task: str) -> PlannedRun:
-    """All that will run for a task, as the planner sees it; a compile's key holds it, where memory decides the size."""
+    """Describe all that will run for a task to the planner; a compile's key holds it if memory decides the size."""
     training, emulator, batch = manifest.training(task), manifest.emulator, manifest.stream.batch_size
     where, rank = training.activations.where, training.activations.rank
     share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
@@ -41,26 +41,26 @@ def setting_of(manifest: Manifest, task: str) -> PlannedRun:
 
 
 def _planned_tasks(manifest: Manifest) -> list[str]:
-    """Those whose training the common emulator must fit; one with a ratio of its own takes care of itself."""
+    """List the tasks that train on the common emulator; without any, all."""
     return [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
 
 
 def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
-    """The different settings among the tasks, in a fixed order."""
+    """List the different settings among the tasks, in a fixed order."""
     settings = {setting_of(manifest, name) for name in _planned_tasks(manifest)}
     return sorted((asdict(setting) for setting in settings), key=str)
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a compile is told of an emulator's size; None is the original's own dtype."""
+    """The size of an emulator; a dtype of None is the original's own."""
 
     ratio: float
     factor_dtype: FactorDtype | None
 
 
 def emulator_size(manifest: Manifest, directory: Path) -> Size:
-    """Of the common emulator. Raises `InputError` where none fits the manifest's memory."""
+    """Choose the size of the common emulator. Raises `InputError` if none fits the manifest's memory."""
     emulator = manifest.emulator
     assert emulator is not None
     if emulator.ratio is not None:
@@ -69,7 +69,7 @@ def emulator_size(manifest: Manifest, directory: Path) -> Size:
 
 
 def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:
-    """What the manifest says, or what follows from its share of bytes or its memory."""
+    """Return the size that the manifest gives, or that follows from its share of bytes or its memory."""
     dtype = emulator.factor_dtype
     if emulator.ratio is not None:
         return Size(emulator.ratio, dtype)
@@ -96,12 +96,12 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
 
 
 def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
-    """The largest ratio with which each task can be trained."""
+    """Find the largest ratio with which each task can be trained."""
     settings = {name: setting_of(manifest, name) for name in _planned_tasks(manifest)}
     return {name: best_ratio(shapes, setting, memory_bytes, dtype).ratio for name, setting in settings.items()}
 
 
 def _common(ratios: Mapping[str, float | None]) -> float | None:
-    """The largest with which all can be trained."""
+    """Return the largest ratio with which all can be trained."""
     known = [ratio for ratio in ratios.values() if ratio is not None]
     return min(known) if len(known) == len(ratios) else None

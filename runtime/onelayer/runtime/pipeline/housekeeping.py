@@ -1,4 +1,4 @@
-"""Which artifacts a manifest still reaches, their list, and what pruning may remove."""
+"""Housekeeping of the store: the list of artifacts, and pruning of those that no manifest reaches."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -8,14 +8,14 @@ from typing import Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import read_json
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
+from onelayer.runtime.pipeline.plan import plan
 from onelayer.runtime.pipeline.reasons import RunRecord
-from onelayer.runtime.pipeline.run import plan
 from onelayer.runtime.store.prune import Pruned, prune
 from onelayer.runtime.store.store import ArtifactStore
 
 
 def reachable_keys(manifest: Manifest, store: ArtifactStore) -> set[str]:
-    """Keys of the artifacts that a manifest uses now, and of those it used last."""
+    """Return the keys of the artifacts that a manifest uses now, and of those it used last."""
     planned = {step.key for step in plan(manifest, store).steps if step.key is not None}
     return planned | RunRecord.of(manifest.path, store).keys()
 
@@ -26,7 +26,7 @@ SECONDS_PER_DAY = 86_400
 def prune_by_rules(
     older_than_days: float | None, max_total_bytes: int | None, keep: Sequence[str | Path], *, dry_run: bool = False
 ) -> Pruned:
-    """`prune` on the default store as a person asks for it: days, bytes, and manifests whose artifacts stay."""
+    """Prune the default store by the rules of the command: days, bytes, and manifests whose artifacts stay."""
     if older_than_days is None and max_total_bytes is None and not keep:
         raise InputError("say what to remove: --older-than-days, --max-size or --keep MANIFEST")
     store = ArtifactStore()
@@ -41,7 +41,7 @@ def prune_by_rules(
 
 
 def list_artifacts(store: ArtifactStore) -> list[dict[str, Any]]:
-    """Every artifact as a document, with its age in seconds and who used it last, as `manifest:step`."""
+    """List every artifact as a document, with its age in seconds and who used it last, as `manifest:step`."""
     users: dict[str, list[str]] = {}
     for file in sorted((store.home / "runs").glob("*.json")):
         try:

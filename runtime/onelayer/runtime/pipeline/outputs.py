@@ -1,8 +1,9 @@
-"""What comes after the last step of a run: results put where the manifest wants them, and the report."""
+"""A finished run in; its results where the manifest wants them, and the report, out."""
 
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +13,93 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.manifest.manifest import Manifest
+from onelayer.runtime.pipeline.kinds import STEP_KINDS
 from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.reporting.html_report import write_report
-from onelayer.runtime.reporting.run_figures import collect
+from onelayer.runtime.reporting.run_figures import Loadable, ReportData, collect
 from onelayer.runtime.store.record import Artifact
 from onelayer.runtime.store.store import ArtifactStore
 
 REPORT = "report.html"
-PLACED = {"correct": "corrected", "polish": "polished", "merge": "merged", "evaluate": "scores"}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The steps of a run, the artifacts that are there by step, and the planner's peaks in bytes."""
+
+    manifest: Manifest
+    store: ArtifactStore
+    steps: list[Step]
+    made: Mapping[str, Artifact]
+    foreseen: Mapping[str, int | None]
+
+    @property
+    def made_steps(self) -> list[Step]:
+        """The steps whose artifacts are there."""
+        return [step for step in self.steps if step.name in self.made]
+
+    def payload(self, step: Step) -> Path:
+        """Return where the result of a step lies."""
+        return self.store.payload(self.made[step.name].key)
 
 
 def report_file(manifest: Manifest, store: ArtifactStore) -> Path:
-    """Where the report of a manifest's runs lies: in its output folder, else beside the store's records of runs."""
+    """Return where a manifest's report lies: in its output folder, else with the store's records of runs."""
     if manifest.output is not None:
         return Path(manifest.output) / REPORT
     return store.home / "runs" / sha256_json(str(manifest.path))[:32] / REPORT
 
 
-def publish_run(
-    manifest: Manifest,
-    store: ArtifactStore,
-    steps: list[Step],
-    made: Mapping[str, Artifact],
-    document: Mapping[str, Any],
-    foreseen: Mapping[str, int | None],
-) -> Path:
+def publish_run(run: FinishedRun, document: Mapping[str, Any]) -> Path:
     """Put results where they are wanted, write the report of the run, and say where it is; one run at a time."""
-    file = report_file(manifest, store)
+    manifest, file = run.manifest, report_file(run.manifest, run.store)
     file.parent.mkdir(parents=True, exist_ok=True)
     budget = manifest.emulator.memory if manifest.emulator is not None else None
     with FileLock(file.parent / ".onelayer.lock"):
         if manifest.output is not None:
-            link_outputs(_results(manifest, store, steps, made), Path(manifest.output))
-        write_report(file, manifest.path, document, collect(store, made, foreseen), budget)
+            link_outputs(_results(run), Path(manifest.output))
+        write_report(file, manifest.path, document, _report_data(run), budget)
     return file
 
 
+def _report_data(run: FinishedRun) -> ReportData:
+    figures = [STEP_KINDS[step.kind].figures(step.name, run.payload(step)) for step in run.made_steps]
+    return collect(run.store, run.made, run.foreseen, figures, _loadable(run))
+
+
+def _loadable(run: FinishedRun) -> list[Loadable]:
+    """List the results that people came for; if there are none, the intermediate ones."""
+    kinds = [(step, STEP_KINDS[step.kind]) for step in run.made_steps]
+    loadable = [(step, kind) for step, kind in kinds if kind.loader is not None]
+    chosen = [(step, kind) for step, kind in loadable if kind.is_product] or loadable
+    return [
+        Loadable(step=step.name, path=str(run.payload(step)), loader=kind.loader)
+        for step, kind in chosen
+        if kind.loader is not None
+    ]
+
+
 def check_results(manifest: Manifest, steps: list[Step]) -> None:
-    """Raise `InputError` where something of another's stands in the manifest's `output`, before any step runs."""
+    """Raise `InputError` if something that no run put there stands in the manifest's `output`, before any step runs."""
     if manifest.output is not None:
         check_places([name for step in steps if (name := _result_name(manifest, step))], Path(manifest.output))
 
 
-def _results(
-    manifest: Manifest, store: ArtifactStore, steps: list[Step], made: Mapping[str, Artifact]
-) -> dict[str, tuple[str, Path]]:
-    """What people came for: a folder's name for each result of each task, its key and where it lies."""
-    named = {
-        name: made[step.name].key for step in steps if step.name in made and (name := _result_name(manifest, step))
+def _results(run: FinishedRun) -> dict[str, tuple[str, Path]]:
+    """Map the folder of each result to its key and where it lies."""
+    return {
+        name: (run.made[step.name].key, run.payload(step))
+        for step in run.made_steps
+        if (name := _result_name(run.manifest, step))
     }
-    return {name: (key, store.payload(key)) for name, key in named.items()}
 
 
 def _result_name(manifest: Manifest, step: Step) -> str | None:
-    """The folder of a step's result, None where it is only on the way to one."""
-    label = PLACED.get(step.kind)
-    if step.kind == "train" and manifest.emulator is None:
-        label = "adapter"
-    return None if step.task is None or label is None else f"{step.task}-{label}"
+    """Name the folder of a step's result; None for a result that is only on the way to one."""
+    kind = STEP_KINDS[step.kind]
+    if step.task is None or kind.folder is None or (kind.intermediate and manifest.emulator is not None):
+        return None
+    return f"{step.task}-{kind.folder}"
 
 
 # Smaller files are copied: people edit them.
@@ -87,7 +117,7 @@ def check_places(names: Iterable[str], output: Path) -> None:
 
 
 def link_outputs(payloads: Mapping[str, tuple[str, Path]], output: Path) -> list[Path]:
-    """Put each payload, given as (artifact key, folder), under its name below `output`; what is up to date stays.
+    """Put each payload, given as (artifact key, folder), under its name in `output`; what is up to date stays.
 
     Raises `InputError` for a folder in the way that was not put there by this.
     """
@@ -131,7 +161,7 @@ def _fill(payload: Path, folder: Path) -> None:
 
 
 def _mark_of(folder: Path) -> str | None:
-    """The key of the artifact that was put in a folder, None where none was."""
+    """Read the key of the artifact that was put in a folder; None if a run put none there."""
     if not (folder / MARK).is_file():
         return None
     document = read_json(folder / MARK)

@@ -1,4 +1,4 @@
-"""What a manifest's steps were made from last time, kept in the store; the difference to now, in plain words, out."""
+"""What a manifest's steps were made from last time, kept in the store, in; the difference to now, in words, out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,11 @@ from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.store.record import StepSpec
 from onelayer.runtime.store.store import ArtifactStore
 
+UNCHANGED = "made before from the same inputs and settings"
+
 
 class _Entry(Result):
-    """What one step was made from; `sources` are the paths behind the digests in `spec.inputs`."""
+    """What one step was made from; `sources` are the paths of the digests in `spec.inputs`."""
 
     spec: StepSpec
     sources: dict[str, str]
@@ -33,7 +35,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, manifest: Path, store: ArtifactStore) -> "RunRecord":
-        """The record of the manifest at a path, empty where there is none that can be read."""
+        """Read the record of the manifest at a path; empty if there is none that can be read."""
         file = store.home / "runs" / f"{sha256_json(str(manifest))[:32]}.json"
         try:
             document = read_json(file)
@@ -43,20 +45,20 @@ class RunRecord:
         return cls(file, manifest, entries)
 
     def get(self, step_name: str) -> _Entry | None:
-        """What a step was made from last."""
+        """Return what a step was made from last."""
         return self._entries.get(step_name)
 
     @property
     def entries(self) -> Mapping[str, "_Entry"]:
-        """What every step was made from last, by name."""
+        """The specs and sources that every step was made from last, by name."""
         return self._entries
 
     def keys(self) -> set[str]:
-        """Keys of all artifacts the manifest used last."""
+        """Return the keys of all artifacts that the manifest used last."""
         return {entry.spec.key for entry in self._entries.values()}
 
     def remember(self, step: Step, spec: StepSpec) -> None:
-        """Note that a step is up to date with `spec`, at once: the next step may be interrupted."""
+        """Record that a step is up to date with `spec`, at once: the next step may be interrupted."""
         sources = {role: source.text for role, source in step.sources.items()}
         self._entries[step.name] = _Entry(spec=spec, sources=sources)
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ class RunRecord:
 
 
 def reason_to_run(step: Step, spec: StepSpec, record: RunRecord, waiting: Mapping[str, str], damage: str | None) -> str:
-    """Why a step must run: what is damaged, what changed since last time, and what it waits for."""
+    """Explain why a step must run: what is damaged, what changed since last time, and what it waits for."""
     if damage is not None:
         return f"artifact damaged: {damage}"
     last = record.get(step.name)
@@ -77,7 +79,7 @@ def reason_to_run(step: Step, spec: StepSpec, record: RunRecord, waiting: Mappin
 
 
 def _changes(step: Step, spec: StepSpec, last: _Entry, waiting: Mapping[str, str]) -> list[str]:
-    """The differences between what a step was made from and what it would be made from now."""
+    """List the differences between what a step was made from and what it would be made from now."""
     changes = []
     if spec.step_version != last.spec.step_version:
         changes.append(f"step version changed {last.spec.step_version} -> {spec.step_version}")
@@ -99,7 +101,7 @@ def _field_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def _input_change(step: Step, role: str, text_before: str | None, added: bool, removed: bool) -> str:
-    """One input that is another than last time, named as the user knows it."""
+    """Describe an input that differs from last time, by the name that the user knows."""
     if removed:
         return f"no {role} any more"
     if role in step.needs:

@@ -1,4 +1,4 @@
-"""A step that is to run in, a shorter way to its result out: a smaller emulator is a slice of a larger one at hand."""
+"""A compile that must run in, a shorter way to its result out: a slice of a larger emulator in the store."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,21 +10,21 @@ from onelayer.runtime.store.store import ArtifactStore
 
 
 def size_field(fields: Mapping[str, Any]) -> str:
-    """The field that says how much of the original an emulator keeps."""
+    """Name the field that says how much of the original an emulator keeps."""
     return "keep_bytes" if "keep_bytes" in fields else "ratio"
 
 
 def describe_emulator(emulator: Artifact) -> str:
-    """An emulator of the store by its size, for a reason."""
+    """Describe an emulator of the store by its size, for a reason."""
     name = size_field(emulator.fields)
     return f"the emulator of {name} {emulator.fields[name]}"
 
 
 def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
-    """The smallest intact emulator in the store of which that of `spec` is a slice: same inputs, same settings."""
+    """Find the smallest intact emulator in the store that that of `spec` is a slice of: same inputs, same settings."""
     name = size_field(spec.fields)
     size = spec.fields.get(name)
-    if spec.kind != "compile" or not isinstance(size, float) or not _is_a_prefix(spec.fields):
+    if not isinstance(size, float) or not _is_a_prefix(spec.fields):
         return None
     found = []
     for artifact in store.artifacts():
@@ -37,15 +37,18 @@ def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
 
 
 def _is_a_prefix(fields: Mapping[str, Any]) -> bool:
-    """Whether factors are prefixes of larger ones. Quantized factors are rounded for their rank, and with a share of
-    bytes they may be; ranks by spectrum are chosen anew for every size."""
+    """Whether factors are prefixes of larger ones.
+
+    Quantized factors are rounded for their rank, and factors of a share of bytes may be quantized. Ranks by spectrum
+    are chosen for every size.
+    """
     dtype = fields.get("factor_dtype")
     rounded = dtype in ("int8", "nf4") or (dtype is None and "keep_bytes" in fields)
     return not rounded and "rank_allocation" not in fields
 
 
 def cut(store: ArtifactStore, larger: Artifact, ratio: float, output: Path) -> Mapping[str, Any]:
-    """Cut the smaller emulator, without the original, and keep the larger one from being pruned meanwhile."""
+    """Slice the smaller emulator off the larger one, which is kept from being pruned while it is read."""
     from onelayer.compiler import slice_emulator
 
     with ExitStack() as stack:

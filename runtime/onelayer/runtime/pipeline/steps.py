@@ -10,13 +10,12 @@ from typing import Any
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Refine
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, Size, emulator_size, planned_settings
-from onelayer.runtime.pipeline.sources import Source
-from onelayer.runtime.pipeline.step import Step, model_source
-from onelayer.runtime.pipeline.task_steps import _task_steps
+from onelayer.runtime.pipeline.step import Source, Step, model_source
+from onelayer.runtime.pipeline.task_steps import steps_of_task
 
 
 def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
-    """The steps for the given tasks, each behind those it needs; the emulator is one step for all of them."""
+    """List the steps for the given tasks, each after those it needs; the emulator is one step for all of them."""
     emulator = manifest.emulator
     steps = [] if emulator is None else [_compile_step(manifest, emulator)]
     ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
@@ -24,7 +23,7 @@ def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     if emulator is not None and (refinement := emulator.refinement) is not None:
         steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
     for task in tasks:
-        steps += _task_steps(manifest, task)
+        steps += steps_of_task(manifest, task)
     return steps
 
 
@@ -60,7 +59,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
 
     fields = {
         **_size_fields(manifest, emulator),
-        # Left out where there is none, so that results from before there was a choice are found.
+        # Left out if it is not set, so that results from before the field existed are found.
         **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
         **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
         "samples": calibration.samples,
@@ -76,7 +75,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
 
 
 def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
-    """What decides the size: a ratio, a share of bytes, or a memory budget with all that the planner looks at."""
+    """Return what decides the size: a ratio, a share of bytes, or a memory budget and all that the planner sees."""
     if emulator.ratio is not None:
         return {"ratio": emulator.ratio}
     if emulator.memory is None:
@@ -85,7 +84,7 @@ def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
 
 
 def _slice_step(ratio: float) -> Step:
-    """A smaller emulator, cut out of the common one without the original."""
+    """Slice a smaller emulator off the common one, without the original."""
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import slice_emulator
@@ -129,5 +128,5 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
 
 def calibration_sources(emulator: Emulator) -> dict[str, Source]:
-    """The calibration data by the roles that they have in a step."""
+    """Return the calibration data by the roles that they have in a step."""
     return {f"calibration {index}": Source(data) for index, data in enumerate(emulator.calibration.data, start=1)}

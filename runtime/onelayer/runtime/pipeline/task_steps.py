@@ -1,4 +1,4 @@
-"""What a task does with a trained adapter, as steps: correct it for the original, polish it, merge it, score it.
+"""The steps of a task: train an adapter, correct it for the original, polish it, merge it, score it.
 
 Nothing here imports torch before a step executes.
 """
@@ -10,8 +10,8 @@ from typing import Any
 from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Lora, Polish, Training
-from onelayer.runtime.pipeline.sources import Source
-from onelayer.runtime.pipeline.step import EVALUATION, Step, emulator_step, fitting_step, model_source
+from onelayer.runtime.pipeline.kinds import EVALUATION
+from onelayer.runtime.pipeline.step import Source, Step, model_source
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
 
 
@@ -46,7 +46,7 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
 
 
 def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish) -> Step:
-    """A few exact steps on the original, from the corrected adapter on."""
+    """Train a few exact steps on the original, from the corrected adapter on."""
     validation, max_length = manifest.tasks[task].validation, manifest.training(task).max_length
     data, settings = Source(manifest.tasks[task].train), polishing.model_dump(mode="json")
 
@@ -77,7 +77,7 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
 
 
 def merge_step(task: str, model: Source, adapter: str) -> Step:
-    """Write the original with the adapter of a step in it."""
+    """Merge the adapter of a step into the original."""
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import merge_adapter
@@ -90,7 +90,7 @@ def merge_step(task: str, model: Source, adapter: str) -> Step:
 
 
 def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
-    """Score the original and every adapter of a task in one stream; without the direct one where that failed."""
+    """Score the original and every adapter of a task in one stream; without the direct one if that failed."""
     test = manifest.tasks[task].test
     assert test is not None
     max_length = manifest.training(task).max_length
@@ -131,8 +131,8 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
     )
 
 
-def _task_steps(manifest: Manifest, task: str) -> list[Step]:
-    """What one task runs: training and correction, or training on the original itself; then what was asked for."""
+def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
+    """List what one task runs: training and correction, or training on the original; then what was asked for."""
     model = model_source(manifest)
     steps = []
     if manifest.emulator is not None:
@@ -153,7 +153,7 @@ def _task_steps(manifest: Manifest, task: str) -> list[Step]:
 
 
 def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
-    """LoRA on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
+    """Train on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
     training = manifest.training(task)
     model, data = model_source(manifest), Source(manifest.tasks[task].train)
 
@@ -168,7 +168,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
     semantic = {name: value for name, value in training.args.items() if name not in NON_SEMANTIC_ARGS}
     further = _further_lora_fields(training.lora)
-    # Left out where nothing is compressed, so that results from before there was a choice are found.
+    # Left out if nothing is compressed, so that results from before the field existed are found.
     compressed = training.activations.where != "none"
     activations = {"activations": training.activations.model_dump(mode="json")} if compressed else {}
     fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
@@ -178,8 +178,22 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     return Step(f"{task}.train", "train", execute, fields, {"train data": data}, needs=needs, task=task)
 
 
+def emulator_step(manifest: Manifest, task: str) -> str:
+    """Name the step that makes the emulator a task trains on: the common one or a slice of it, refined if asked."""
+    ratio, emulator = manifest.tasks[task].ratio, manifest.emulator
+    refined = emulator is not None and emulator.refinement is not None
+    if ratio is None:
+        return "refine" if refined else "compile"
+    return f"refine {ratio}" if refined else f"slice {ratio}"
+
+
+def fitting_step(manifest: Manifest, task: str) -> str:
+    """Name the step whose adapter fits the original: the correction, or without an emulator the direct training."""
+    return f"{task}.direct" if manifest.emulator is None else f"{task}.correct"
+
+
 def train_arguments(training: Training) -> dict[str, Any]:
-    """A training section as keyword arguments of `train_lora`."""
+    """Turn a training section into keyword arguments of `train_lora`."""
     modules = training.lora.target_modules
     return {
         "lora_rank": training.lora.r,
@@ -194,5 +208,5 @@ def train_arguments(training: Training) -> dict[str, Any]:
 
 
 def _further_lora_fields(lora: Lora) -> dict[str, Any]:
-    """What a manifest sets of LoRA beyond the common three; defaults are left out, so a new field keeps old keys."""
+    """Return what a manifest sets of LoRA beyond the common three, without defaults: a new field keeps old keys."""
     return lora.model_dump(mode="json", exclude_defaults=True, exclude={"r", "alpha", "target_modules"})

@@ -45,7 +45,7 @@ def write_report(
         _section("Memory against budget", _memory(data, budget_bytes)),
         _section("Error by layer", _errors(data) + _units(data)),
         _section("Training", _curves(data)),
-        _section("Use it", _commands(manifest, document)),
+        _section("Use it", _commands(manifest, data)),
         _section("The manifest", f"<pre>{escape(manifest.read_text(encoding='utf-8'))}</pre>"),
     ]
     head = (
@@ -141,19 +141,15 @@ def _curves(data: ReportData) -> str:
     return lines(data.curves, "step", "training loss")
 
 
-def _commands(manifest: Path, document: Mapping[str, Any]) -> str:
-    products = [row for row in document["steps"] if row["path"] and row["kind"] in ("correct", "polish", "merge")]
-    products = products or [row for row in document["steps"] if row["path"] and row["kind"] == "train"]
+_LOAD = {
+    "model": "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({path!r})",
+    "adapter": "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained({path!r})",
+}
+
+
+def _commands(manifest: Path, data: ReportData) -> str:
     parts = [f"<p>Make it again:</p><pre>onelayer run {escape(str(manifest))}</pre>"]
-    for row in products:
-        path = escape(str(row["path"]))
-        if row["kind"] == "merge":
-            code = (
-                f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({path!r})"
-            )
-        else:
-            code = (
-                f"from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained({path!r})"
-            )
-        parts.append(f"<p>Load <code>{escape(row['name'])}</code>:</p><pre>{code}</pre>")
+    for row in data.loadable:
+        code = _LOAD[row.loader].format(path=escape(row.path))
+        parts.append(f"<p>Load <code>{escape(row.step)}</code>:</p><pre>{code}</pre>")
     return "".join(parts)

@@ -1,9 +1,9 @@
 """What a run left in the store in, the figures that its report shows out."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import GIB
@@ -54,8 +54,28 @@ class StepFacts(Result):
     path: str
 
 
+class StepFigures(Result):
+    """What the report draws of one step."""
+
+    errors: tuple[LinearError, ...] = ()
+    units: tuple[UnitErrors, ...] = ()
+    curve: tuple[tuple[float, float], ...] = ()
+
+
+# How a result is loaded.
+Loader = Literal["adapter", "model"]
+
+
+class Loadable(Result):
+    """One result that the report shows how to load."""
+
+    step: str
+    path: str
+    loader: Loader
+
+
 class ReportData(Result):
-    """Everything that a report shows beside the run's own result; `errors` of linears only where none are refined."""
+    """Everything that a report shows besides the run's own result; `errors` of linears only if no layer is refined."""
 
     steps: list[StepFacts]
     memory: list[MemoryRow]
@@ -63,22 +83,26 @@ class ReportData(Result):
     units: list[UnitErrors]
     curves: dict[str, list[tuple[float, float]]]
     versions: dict[str, str]
+    loadable: tuple[Loadable, ...] = ()
 
 
-def collect(store: ArtifactStore, made: Mapping[str, Artifact], foreseen: Mapping[str, int | None]) -> ReportData:
-    """The facts of every step of a run; `foreseen` are the planner's peaks in bytes, by step."""
-    payloads = {name: store.payload(artifact.key) for name, artifact in made.items()}
-    emulator = next((payloads[name] for name, artifact in made.items() if artifact.kind == "compile"), None)
-    units = [
-        row for name, artifact in made.items() if artifact.kind == "refine" for row in _units(name, payloads[name])
-    ]
+def collect(
+    store: ArtifactStore,
+    made: Mapping[str, Artifact],
+    foreseen: Mapping[str, int | None],
+    figures: Sequence[StepFigures],
+    loadable: Sequence[Loadable],
+) -> ReportData:
+    """Gather the facts of every step of a run; `foreseen` are the planner's peaks in bytes, by step."""
+    units = [row for step in figures for row in step.units]
     return ReportData(
-        steps=[_facts(name, artifact, payloads[name]) for name, artifact in made.items()],
+        steps=[_facts(name, artifact, store.payload(artifact.key)) for name, artifact in made.items()],
         memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, foreseen))],
-        errors=[] if emulator is None or units else _errors(_document(emulator / "emulator.json")),
+        errors=[] if units else [row for step in figures for row in step.errors],
         units=units,
-        curves={name: points for name in made if (points := _curve(made[name].kind, payloads[name]))},
+        curves={name: list(step.curve) for name, step in zip(made, figures, strict=True) if step.curve},
         versions=next((artifact.versions for artifact in made.values()), {}),
+        loadable=tuple(loadable),
     )
 
 
@@ -101,33 +125,42 @@ def _memory(name: str, artifact: Artifact, foreseen: Mapping[str, int | None]) -
     )
 
 
-def _errors(document: Mapping[str, Any]) -> list[LinearError]:
-    rows = []
+def no_figures(step: str, payload: Path) -> StepFigures:
+    """Draw nothing."""
+    return StepFigures()
+
+
+def emulator_figures(step: str, payload: Path) -> StepFigures:
+    """Read the errors of an emulator's linears and stacks of experts."""
+    document, rows = _document(payload / "emulator.json"), []
     for row in [*document.get("linears", []), *document.get("stacks", [])]:
         found = re.search(r"(?:^|\.)(\d+)\.(.+)$", row["name"])
         layer, kind = (int(found[1]), found[2]) if found else (0, row["name"])
         rows.append(LinearError(layer=layer, kind=kind, rank=row["rank"], error=row["error"]))
-    return rows
+    return StepFigures(errors=tuple(rows))
 
 
-def _units(step: str, payload: Path) -> list[UnitErrors]:
+def refined_figures(step: str, payload: Path) -> StepFigures:
+    """Read the errors of a refined emulator's layers."""
     rows = []
     for unit in _document(payload / "emulator.json").get("refined", {}).get("units", []):
         kind, _, number = unit["name"].rpartition(".")
         layer, kind = (int(number), kind) if number.isdecimal() else (0, unit["name"])
         rows.append(UnitErrors(step=step, layer=layer, kind=kind, before=unit["before"], after=unit["after"]))
-    return rows
+    return StepFigures(units=tuple(rows))
 
 
-def _curve(kind: str, payload: Path) -> list[tuple[float, float]]:
-    """Steps and losses of a training, or of a polish."""
-    if kind not in ("train", "polish"):
-        return []
-    document = _document(payload / "onelayer.json")
-    losses = document.get("training", {}).get("losses") or []
-    if kind == "polish":
-        losses = [(number, row["loss"]) for number, row in enumerate(document.get("steps") or [], start=1)]
-    return [(float(step), float(loss)) for step, loss in losses]
+def training_figures(step: str, payload: Path) -> StepFigures:
+    """Read the losses of a training."""
+    losses = _document(payload / "onelayer.json").get("training", {}).get("losses") or []
+    return StepFigures(curve=tuple((float(number), float(loss)) for number, loss in losses))
+
+
+def polish_figures(step: str, payload: Path) -> StepFigures:
+    """Read the losses of a polish."""
+    steps = _document(payload / "onelayer.json").get("steps") or []
+    losses = ((float(number), float(row["loss"])) for number, row in enumerate(steps, start=1))
+    return StepFigures(curve=tuple(losses))
 
 
 def _document(file: Path) -> dict[str, Any]:

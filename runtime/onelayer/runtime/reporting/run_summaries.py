@@ -1,6 +1,6 @@
 """A plan's document in, text for a person out."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from onelayer.runtime.reporting.tables import scores, table
@@ -83,17 +83,13 @@ def _size(size_bytes: int | None) -> str | None:
     return None if size_bytes is None else size(size_bytes)
 
 
-def run_summary(document: Mapping[str, Any]) -> str:
-    """The steps with their states and reasons, then the scores of every task, and where things lie."""
+def run_summary(document: Mapping[str, Any], products: Collection[str]) -> str:
+    """List the steps with their reasons, the scores of every task, and where results of the kinds `products` lie."""
     steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
     parts = [table(steps)]
     for task, rows in document["evaluations"].items():
         parts.append(f"{task}\n{scores([(row['name'], row) for row in rows])}")
-    parts.append("\n".join(f"{row['name']}: {row['path']}" for row in document["steps"] if _is_product(row)))
+    results = [row for row in document["steps"] if row["kind"] in products and row["state"] in ("cached", "ran")]
+    parts.append("\n".join(f"{row['name']}: {row['path']}" for row in results))
     parts.append(f"report: {document['report']}")
     return "\n\n".join(part for part in parts if part)
-
-
-def _is_product(row: Mapping[str, Any]) -> bool:
-    """Whether a step leaves what people came for."""
-    return row["kind"] in ("correct", "polish", "merge") and row["state"] in ("cached", "ran")

@@ -1,4 +1,4 @@
-"""Who makes, uses and removes an artifact: one lock per key, one mark per use; a dead process holds neither."""
+"""Locks on the artifacts of a store: one lock per key, one mark per use; a dead process holds neither."""
 
 import contextlib
 import os
@@ -20,12 +20,10 @@ class ArtifactLocks:
 
     @contextlib.contextmanager
     def making(self, key: str, notify: Notify = silent) -> Iterator[None]:
-        """Hold the right to make or remove an artifact; says so where somebody else has it, and waits."""
+        """Hold the right to make or remove an artifact; wait, with a notice, if another run has it."""
         self._locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._locks / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        if not _acquired(lock):
             notify(f"another run is working on {key[:12]}, waiting for it")
             lock.acquire()
         try:
@@ -35,11 +33,11 @@ class ArtifactLocks:
 
     @contextlib.contextmanager
     def use(self, key: str) -> Iterator[None]:
-        """Keep `prune` away from an artifact meanwhile; many runs may use it at once."""
+        """Keep `prune` away from an artifact while it is used; many runs may use it at once."""
         with self.making(key):
             file = self._root / key / METADATA
             if not file.exists():
-                raise RuntimeError(f"{file.parent} was removed meanwhile; run the command again")
+                raise RuntimeError(f"{file.parent} was removed in the meantime; run the command again")
             os.utime(file)  # `prune --older-than-days` counts from the last use
             mark = FileLock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
             mark.acquire()
@@ -54,9 +52,7 @@ class ArtifactLocks:
         """Yield whether an artifact is free to remove: nobody makes it and nobody uses it. Never waits."""
         self._locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._locks / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        if not _acquired(lock):
             yield False
             return
         try:
@@ -65,12 +61,19 @@ class ArtifactLocks:
             lock.release()
 
 
-def _abandoned(mark: Path) -> bool:
-    """Whether a use mark was left by a process that died; it is removed then."""
-    lock = FileLock(mark)
+def _acquired(lock: FileLock) -> bool:
+    """Acquire a lock if that is possible at once."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        return False
+    return True
+
+
+def _abandoned(mark: Path) -> bool:
+    """Whether a use mark was left by a process that died; it is removed then."""
+    lock = FileLock(mark)
+    if not _acquired(lock):
         return False
     lock.release()
     mark.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A store in, a smaller one out: artifacts removed by age, by size, or where given manifests do not reach them."""
+"""A store in, a smaller one out: artifacts are removed by age, by size, or if no given manifest reaches them."""
 
 import time
 from pathlib import Path
@@ -72,7 +72,7 @@ def prune(
 
 
 def _entries(store: ArtifactStore) -> list[_Entry]:
-    """Every artifact folder of the store, unfinished ones too."""
+    """List every artifact folder of the store, unfinished ones too."""
     entries = []
     for path in store.root.iterdir() if store.root.is_dir() else ():
         unfinished = path.name.startswith(".") and path.name.endswith(".partial")

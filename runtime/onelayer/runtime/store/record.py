@@ -1,4 +1,4 @@
-"""What the store knows of an artifact: the spec that names it, the metadata that describes it, and its faults."""
+"""The records of an artifact: the spec that names it, the metadata that describes it, and its faults."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,11 +15,11 @@ Notify = Callable[[str], None]
 
 
 def silent(message: str) -> None:
-    """A `Notify` that says nothing."""
+    """Say nothing; the default `Notify`."""
 
 
 class Artifact(Result):
-    """What `artifact.json` says about one finished step.
+    """The content of `artifact.json`: one finished step.
 
     `digest` identifies what the payload computes and is what later steps build their keys from; `files` maps every
     payload file to its SHA-256. Times and peaks are of the run that made it;

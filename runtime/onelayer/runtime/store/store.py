@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +14,14 @@ from typing import Any
 from onelayer.compiler.documents import checked_document
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
 from onelayer.compiler.storage.files import directory_bytes, onelayer_home, publish_directory, read_json, write_json
+from onelayer.compiler.storage.work_directory import WorkKind, begin
 from onelayer.runtime.store.locks import ArtifactLocks
 from onelayer.runtime.store.record import METADATA, Artifact, Fault, Notify, StepSpec, library_versions, silent
 
-# Beside an unfinished payload: what it was begun with that its key leaves out, above all the libraries' versions.
+# Next to an unfinished payload: what it was begun with besides its key, above all the libraries' versions.
 BEGUN_WITH = "begun.json"
-# Beside a payload that is complete and not yet described: what its making told, and how long that took.
+ATTEMPT = WorkKind("partial", finished="*", record=BEGUN_WITH, refused=None)
+# Next to a payload that is complete and not yet described: what making it returned, and how long that took.
 MADE = "made.json"
 
 
@@ -33,11 +34,11 @@ class ArtifactStore:
         self._locks = ArtifactLocks(self.root)
 
     def payload(self, key: str) -> Path:
-        """Where the files of an artifact lie."""
+        """Return the folder of an artifact's files."""
         return self.root / key / "payload"
 
     def find(self, key: str) -> Artifact | None:
-        """The finished artifact of a key, if there is one. Its files are not looked at."""
+        """Return the finished artifact of a key, if there is one, without a look at its files."""
         if not (self.root / key / METADATA).is_file():
             return None
         return self._read(key)
@@ -47,9 +48,9 @@ class ArtifactStore:
         return checked_document(Artifact, read_json(file), file, f"remove the folder {file.parent}")
 
     def damage(self, artifact: Artifact, digest: Callable[[Path], str] = file_digest) -> str | None:
-        """The first file that is missing, added or changed, with what is wrong; None for an intact artifact.
+        """Name the first file that is missing, added or changed, with what is wrong; None for an intact artifact.
 
-        With the default `digest` a large file is read only where its size, time stamp or inode moved.
+        With the default `digest` a large file is read only if its size, time stamp or inode moved.
         """
         return next((f"{fault.file} {fault.problem}" for fault in self._faults(artifact, digest)), None)
 
@@ -77,12 +78,12 @@ class ArtifactStore:
         begun_with: Mapping[str, Any] | None = None,
         notify: Notify = silent,
     ) -> tuple[Artifact, bool]:
-        """The artifact of `spec`, and whether it had to be made: `make(folder)` makes and fills a folder.
+        """Return the artifact of `spec`, and whether it had to be made: `make(folder)` makes and fills a folder.
 
-        Of several callers with the same spec one makes it and the others wait for it. Where `resumable`, what an
-        interrupted attempt left beside that folder stays for the next, if it was begun with the same libraries and
-        with `begun_with`: what changes no result, and yet how a step goes on. `digest` names the payload's content
-        where it holds files that differ from run to run (reports); by default all files count.
+        Of several callers with the same spec one makes it and the others wait. With `resumable`, what an interrupted
+        attempt left next to that folder stays for the next attempt, if both began with the same libraries and the
+        same `begun_with`: facts that change no result, but how a step goes on. `digest` identifies a payload with
+        files that differ from run to run (reports); by default all files count.
         """
         with self._locks.making(spec.key, notify):
             found = self.find(spec.key)
@@ -90,12 +91,9 @@ class ArtifactStore:
                 if self.damage(found) is None:
                     return found, False
                 remove_artifact(self.root / spec.key)
-            partial = self.root / f".{spec.key}.partial"
+            partial = ATTEMPT.path(self.root / spec.key)
             begun = {"versions": library_versions(), **(begun_with or {})}
-            if partial.exists() and not (resumable and _goes_on(partial, begun)):
-                shutil.rmtree(partial)
-            partial.mkdir(exist_ok=True)
-            write_json(partial / BEGUN_WITH, begun)
+            begin(partial, ATTEMPT, begun, resumable)
             try:
                 return self._fill(spec, partial, make, digest), True
             except BaseException:
@@ -140,40 +138,34 @@ class ArtifactStore:
 
     @contextlib.contextmanager
     def use(self, key: str) -> Iterator[Path]:
-        """Yield an artifact's payload and keep `prune` away from it meanwhile; many runs may use it at once."""
+        """Yield an artifact's payload and keep `prune` away from it; many runs may use it at once."""
         with self._locks.use(key):
             yield self.payload(key)
 
     def claim(self, key: str) -> contextlib.AbstractContextManager[bool]:
-        """Whether an artifact is free to remove, held while it is removed: nobody makes it, nobody uses it."""
+        """Yield whether an artifact is free to remove: nobody makes it or uses it, and nobody can until the end."""
         return self._locks.claim(key)
 
     def artifacts(self) -> list[Artifact]:
-        """Every finished artifact, oldest first."""
+        """List every finished artifact, oldest first."""
         keys = [path.parent.name for path in self.root.glob(f"[!.]*/{METADATA}")]
         return sorted((self._read(key) for key in keys), key=lambda artifact: (artifact.created, artifact.key))
 
     def verify(self) -> list[Fault]:
-        """Read every byte of every artifact again; a fault per file that is not as it was written."""
+        """Read every byte of every artifact again; return a fault per file that changed since it was written."""
         return [fault for artifact in self.artifacts() for fault in self._faults(artifact, sha256_file)]
 
 
 def remove_artifact(folder: Path) -> None:
-    """Remove a folder of the store, metadata first: half removed it is no artifact any more."""
+    """Remove a folder of the store, metadata first: half removed, it is no artifact any more."""
     (folder / METADATA).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
-def _goes_on(partial: Path, begun: Mapping[str, Any]) -> bool:
-    """Whether an interrupted attempt was begun with the same; another's would not fit to ours, or be refused."""
-    file = partial / BEGUN_WITH
-    return file.is_file() and read_json(file) == json.loads(json.dumps(begun))
-
-
 def _made(partial: Path, payload: Path, make: Callable[[Path], Mapping[str, Any]]) -> tuple[Mapping[str, Any], float]:
-    """What making told, and its seconds: of an attempt that stopped behind it, or of now.
+    """Return what making the payload returned, and its seconds; an earlier attempt may have made it already.
 
-    A payload of which nothing is told is what a failing step left; the next attempt must find its place free.
+    A payload without such a record was left by a failing step; the next attempt must find its place free.
     """
     if not (partial / MADE).is_file():
         if payload.exists():
@@ -186,5 +178,5 @@ def _made(partial: Path, payload: Path, make: Callable[[Path], Mapping[str, Any]
 
 
 def _files(payload: Path) -> list[str]:
-    """Relative names of all files below a folder, with forward slashes."""
+    """List the relative names of all files below a folder, with forward slashes."""
     return sorted(str(PurePosixPath(path.relative_to(payload))) for path in payload.rglob("*") if path.is_file())

@@ -11,9 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from onelayer.compiler.storage.files import sync, write_text
-
-# Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
-COMPLETE_FILE = "complete"
+from onelayer.runtime.training.checkpoints import COMPLETE_FILE
 
 
 class Progress(TrainerCallback):
@@ -57,12 +55,6 @@ class MarkComplete(TrainerCallback):
         for path in checkpoint.iterdir():
             sync(path)
         write_text(checkpoint / COMPLETE_FILE, f"{state.global_step}\n")
-
-
-def newest_checkpoint(work: Path) -> Path | None:
-    """The checkpoint to continue from, or None."""
-    complete = [file.parent for file in work.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:

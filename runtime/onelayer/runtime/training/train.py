@@ -5,10 +5,8 @@ weights are read. The work directory beside the output holds the checkpoints; th
 is complete.
 """
 
-import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +16,10 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import resolve_model
-from onelayer.compiler.storage.files import atomic_directory, check_output, read_json, write_json
+from onelayer.compiler.storage.files import atomic_directory, check_output
+from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.runtime.activations.report import ActivationReport
+from onelayer.runtime.training.checkpoints import TRAINING_WORK, newest_checkpoint
 from onelayer.runtime.training.inputs import TrainData, TrainModel, read_model, tokenized
 from onelayer.runtime.training.settings import (
     INSTALL,
@@ -30,8 +30,6 @@ from onelayer.runtime.training.settings import (
     trainer_arguments,
 )
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
-
-SETTINGS_FILE = "settings.json"
 
 
 class TrainResult(Result):
@@ -134,7 +132,7 @@ def _train_checked(
         "data": {"path": str(data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments),
     }
-    with _work_directory(output, record, resume) as work:
+    with work_directory(output, TRAINING_WORK, record, resume) as work:
         return _train(model, examples, fields, arguments, settings, record, work, output, started)
 
 
@@ -163,7 +161,7 @@ def _train(
     import torch
 
     from onelayer.runtime.training.adapter_directory import write_adapter_directory
-    from onelayer.runtime.training.callbacks import logged_losses, mean_loss, newest_checkpoint
+    from onelayer.runtime.training.callbacks import logged_losses, mean_loss
     from onelayer.runtime.training.compressed_activations import TrainActivations
     from onelayer.runtime.training.trainers import make_trainer
 
@@ -193,41 +191,6 @@ def _train(
     with atomic_directory(output) as partial:
         write_adapter_directory(partial, adapted, model, {**record, "training": figures})
     return TrainResult.model_validate({"output": str(output), **figures})
-
-
-@contextmanager
-def _work_directory(output: Path, record: Mapping[str, Any], resume: bool) -> Iterator[Path]:
-    """The place of the checkpoints, `.NAME.training` beside the output; gone when training is done.
-
-    Stays after an interruption if there is a checkpoint in it. A leftover is continued only where asked for, and only
-    with the settings it was begun with, since anything else would be neither the old run nor a new one.
-    """
-    from onelayer.runtime.training.callbacks import newest_checkpoint
-
-    work = output.absolute().with_name(f".{output.absolute().name}.training")
-    settings_file = work / SETTINGS_FILE
-    settings = json.loads(json.dumps(dict(record)))
-    if not settings_file.is_file() or newest_checkpoint(work) is None:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_json(settings_file, settings)
-    elif not resume:
-        raise InputError(f"{work}: holds an interrupted training; continue it with --resume, or remove the directory")
-    else:
-        begun = read_json(settings_file)
-        changed = [key for key in settings if begun.get(key) != settings[key]]
-        if changed:
-            raise InputError(
-                f"{settings_file}: the interrupted training was begun with other {', '.join(changed)}; "
-                "give the same, or remove the directory"
-            )
-    try:
-        yield work
-    except BaseException:
-        if newest_checkpoint(work) is None:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work)
 
 
 @contextmanager

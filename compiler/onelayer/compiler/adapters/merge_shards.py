@@ -1,0 +1,114 @@
+"""An original and its changes in, the merged shards out: everything that is not changed, byte for byte.
+
+Held: some blocks of rows of a few weights, and the adapters' factors of those weights.
+
+Letters: R rank of all adapters together, out / in features.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+
+from onelayer.compiler.adapters.merge_plan import Change
+from onelayer.compiler.machine.console import Progress
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.machine.threads import read_ahead
+from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
+from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.safetensors_format import TensorInfo
+from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
+
+# A weight is read by rows in chunks of about this size, and changed by blocks of this size in float32, which stay in a
+# core's cache.
+CHUNK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
+# Chunks of a weight that are worked on at once, and shards: while one is flushed to the disk, the next is computed.
+CHUNKS_AT_ONCE = SHARDS_AT_ONCE = 2
+
+
+def merge_workspace(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
+    """Count what every shard holds at once of the largest changed tensor.
+
+    That is its chunks as read, as changed and waiting to be written, and a block of each in float32.
+    """
+    largest = max(checkpoint.tensors[key].size_bytes for key in changes)
+    return SHARDS_AT_ONCE * ((3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES)
+
+
+def write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter) -> None:
+    """Write the same tensors to files of the same names, except files that are there already; then the index."""
+    # The name is enough: a shard gets it when it is complete.
+    missing = [file for file in checkpoint.files if not (target / file.name).exists()]
+    jobs = (partial(_write_shard, target, file, checkpoint, changes) for file in missing)
+    with Progress(len(missing), "merge") as progress:
+        for count, file in enumerate(read_ahead(jobs, SHARDS_AT_ONCE, SHARDS_AT_ONCE), start=1):
+            progress.reached(count, file.name, meter.sample())
+    if checkpoint.index_file is not None:
+        tensors = checkpoint.tensors.values()
+        metadata = read_json(checkpoint.index_file).get("metadata") or {}
+        weight_map = {info.name: info.file.name for info in tensors}
+        write_index(target / checkpoint.index_file.name, weight_map, sum(info.size_bytes for info in tensors), metadata)
+
+
+def _write_shard(target: Path, file: Path, checkpoint: Checkpoint, changes: dict[str, Change]) -> Path:
+    inside = [info for info in checkpoint.tensors.values() if info.file == file]
+    entries = [
+        _changed_entry(checkpoint, info, changes[info.name]) if info.name in changes else copy_entry(info.name, info)
+        for info in inside
+    ]
+    write_safetensors(target / file.name, entries, checkpoint.metadata[file])
+    return file
+
+
+def _changed_entry(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
+    dtype = FLOAT_DTYPES[info.dtype]
+    if not info.shape:
+        assert change.dense is not None, "a scalar is only ever replaced"
+        source, key = change.dense
+        return tensor_entry(info.name, source.read(key).to(dtype))
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for chunk in _changed_rows(checkpoint, info, change):
+            yield from tensor_entry(info.name, chunk).chunks()
+
+    return Entry(info.name, info.dtype, info.shape, chunks)
+
+
+def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Iterator[torch.Tensor]:
+    """Yield the changed tensor by chunks of rows, rounded once to its dtype."""
+    dtype, rows = FLOAT_DTYPES[info.dtype], info.shape[0]
+    product = change.product() if change.lora else None
+    step = max(1, CHUNK_BYTES // (dtype.itemsize * prod(info.shape[1:])))
+
+    def work(start: int) -> torch.Tensor:
+        stop = min(start + step, rows)
+        source, key = change.dense or (checkpoint, info.name)
+        chunk = source.read_rows(key, start, stop)
+        merged = chunk.to(dtype) if product is None else _added(chunk, product, start, dtype)
+        if change.rows is not None:
+            replaced, key, numbers = change.rows
+            inside = [position for position, row in enumerate(numbers) if start <= row < stop]
+            merged[[numbers[position] - start for position in inside]] = replaced.read(key)[inside].to(dtype)
+        return merged
+
+    return read_ahead((partial(work, start) for start in range(0, rows, step)), CHUNKS_AT_ONCE, CHUNKS_AT_ONCE)
+
+
+def _added(
+    chunk: torch.Tensor, product: tuple[torch.Tensor, torch.Tensor], start: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Add to rows `start`, ... of a weight those of left (rows, R) @ right (R, width), in float32 or better."""
+    wide = torch.promote_types(torch.promote_types(chunk.dtype, dtype), torch.float32)
+    left, right = (part.to(wide) for part in product)
+    merged = torch.empty(chunk.shape, dtype=dtype)
+    step = max(1, BLOCK_BYTES // (wide.itemsize * chunk.shape[1]))
+    buffer = torch.empty(min(step, len(chunk)), chunk.shape[1], dtype=wide)
+    for first in range(0, len(chunk), step):
+        block = buffer[: min(step, len(chunk) - first)].copy_(chunk[first : first + step])
+        block.addmm_(left[start + first : start + first + len(block)], right)
+        merged[first : first + step].copy_(block)
+    return merged
