@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. A wing imports wings on lower floors only; wings that share a floor do not know each other.
 FLOORS = {
     "compiler": (
-        {"errors", "results"},
+        {"errors", "results", "settings"},
         {"machine"},
         {"storage", "factors"},
         {"data", "models", "emulators"},
@@ -21,8 +21,9 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "faults"},
-        {"modules", "activations", "planning", "store"},
+        {"modules", "activations", "store"},
         {"training", "reporting"},
+        {"planning"},
         {"manifest"},
         {"pipeline"},
         {"cli"},
