@@ -48,7 +48,7 @@ def polished(setup: Path, **fields: Any) -> PolishResult:
 def resident_steps(setup: Path, steps: int = 3, learning_rate: float = 1e-2) -> dict[str, torch.Tensor]:
     """The same steps with PEFT, torch and the whole model in memory; B A of every module."""
     model = load_adapter(load_original(setup / "model"), setup / "adapter").train()
-    settings = PolishSettings(steps, 5, 1, learning_rate, 0, 1.0, 64, 1, None, 0)
+    settings = PolishSettings(steps=steps, batch_size=5, learning_rate=learning_rate, max_length=64)
     rows = TrainRows.read(setup / "train.jsonl", load_tokenizer(setup / "model"), 64, 5, 0)
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for parameter in trained:

@@ -7,11 +7,14 @@ from statistics import median
 
 import pytest
 
+import onelayer.compiler
+import onelayer.runtime
 from helpers.places import ROOT
 
 PRODUCT = sorted(
     [*(ROOT / "compiler").rglob("*.py"), *(ROOT / "runtime").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
 )
+PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 TORCH_FREE = [
     "onelayer.compiler",
     "onelayer.compiler.storage.checkpoint",
@@ -19,6 +22,12 @@ TORCH_FREE = [
     "onelayer.compiler.errors",
     "onelayer.compiler.data.readers",
     "onelayer.compiler.storage.files",
+    "onelayer.compiler.compile.settings",
+    "onelayer.compiler.refine.settings",
+    "onelayer.compiler.evaluate.settings",
+    "onelayer.compiler.correct.settings",
+    "onelayer.compiler.polish.settings",
+    "onelayer.runtime.training.settings",
     "onelayer.runtime",
     "onelayer.runtime.store.store",
     "onelayer.runtime.cli.main",
@@ -51,6 +60,15 @@ def test_files_and_functions_stay_small() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_no_function_takes_more_than_eight_parameters() -> None:
+    """A public function shows its settings one by one; `self` and `cls` do not count."""
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in PUBLIC:
+                names = [item.arg for item in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len(names) - (names[:1] in (["self"], ["cls"])) <= 8, f"{path}: {node.name}"
 
 
 def test_every_file_says_what_it_is() -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "compiler": (
         {"errors", "results"},
-        {"documents"},
+        {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
         {"data", "models", "emulators"},
@@ -22,8 +22,9 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "faults"},
-        {"modules", "activations", "planning", "store"},
+        {"modules", "activations", "store"},
         {"training", "reporting"},
+        {"planning"},
         {"manifest"},
         {"pipeline"},
         {"cli"},

@@ -101,7 +101,7 @@ def resident_steps(model: Any, setup: Path, steps: int, rate: float) -> tuple[di
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(list(trained.values()), weight_decay=0.0)
-    settings = PolishSettings(steps, 5, 2, rate, 0, 1.0, 64, 1, None, 0)
+    settings = PolishSettings(steps=steps, batch_size=5, micro_batch_size=2, learning_rate=rate, max_length=64)
     norms = []
     model.train()
     for step in range(steps):

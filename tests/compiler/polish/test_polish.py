@@ -193,7 +193,7 @@ def test_every_row_is_taken_once_in_a_round(setup: Path) -> None:
 
 
 def test_the_rate_rises_then_falls_to_zero_behind_the_last_step() -> None:
-    settings = PolishSettings(6, 1, 1, 1.0, 2, 1.0, 8, 1, None, 0)
+    settings = PolishSettings(steps=6, batch_size=1, learning_rate=1.0, warmup_steps=2, max_length=8)
     rates = [settings.learning_rate_at(step) for step in range(6)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
 

@@ -11,32 +11,32 @@ from onelayer.runtime.training.settings import (
     RENAMED_ARGS,
     TRAINER_DEFAULTS,
     TRAINER_NAMES,
+    TrainSettings,
     lora_fields,
-    train_settings,
     trainer_arguments,
 )
 
 COMPRESSED = {"model.layers.0.mlp.up_proj": 4}
 
 
-def check(args: Any = None, lora: Any = None, **named: Any) -> None:
-    """What `train_lora` checks before it looks at a model."""
-    settings = train_settings(**named)
-    lora_fields(settings, lora, COMPRESSED)
-    trainer_arguments(settings, args)
+def check(**keywords: Any) -> None:
+    """Check what `train_lora` checks before it looks at a model."""
+    settings = TrainSettings.of(keywords)
+    lora_fields(settings, COMPRESSED)
+    trainer_arguments(settings)
 
 
 def test_numbers_written_as_text_become_numbers() -> None:
     args = {"learning_rate": "1e-4", "warmup_steps": "3", "weight_decay": 0.1, "optim": "adafactor"}
-    arguments = trainer_arguments(train_settings(), args)
+    arguments = trainer_arguments(TrainSettings(args=args))
     assert (arguments["learning_rate"], arguments["warmup_steps"], arguments["optim"]) == (1e-4, 3, "adafactor")
     assert arguments["per_device_train_batch_size"] == 8
-    assert trainer_arguments(train_settings(), {})["learning_rate"] == 2e-4
+    assert trainer_arguments(TrainSettings())["learning_rate"] == 2e-4
     assert SFTConfig.__dataclass_fields__.keys() >= TRAINER_DEFAULTS.keys() | arguments.keys()
 
 
 def test_old_and_new_names_of_an_argument_are_one() -> None:
-    arguments = trainer_arguments(train_settings(), {"gradient_checkpointing": "true"})
+    arguments = trainer_arguments(TrainSettings(args={"gradient_checkpointing": "true"}))
     assert arguments["activation_checkpointing"] is True
     assert "gradient_checkpointing" not in arguments
 
@@ -73,5 +73,5 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
 
 
 def test_modules_that_are_not_compressed_may_be_saved() -> None:
-    fields = lora_fields(train_settings(), {"modules_to_save": ["lm_head"]}, {"model.layers.0.mlp.up_proj": 4})
+    fields = lora_fields(TrainSettings(lora={"modules_to_save": ["lm_head"]}), {"model.layers.0.mlp.up_proj": 4})
     assert fields.modules_to_save == ["lm_head"]

@@ -13,7 +13,7 @@ import torch
 from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.compile.selection import Ranks, saved_parameters, stacked_parameters, stored_parameters
-from onelayer.compiler.compile.settings import CompileSettings
+from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.figures import LinearFigures, LinearSummary, StackSummary, kept_bytes_share
@@ -71,7 +71,7 @@ class Compilation:
         stack_ranks: Ranks,
         writer: EmulatorWriter,
         device: torch.device,
-        settings: CompileSettings,
+        settings: ResolvedSettings,
         stop: StopRequest,
         spill_pool: SpillPool,
     ) -> None:

@@ -1,38 +1,110 @@
-"""The settings of a compile, checked."""
+"""The settings of a compile."""
 
-from dataclasses import dataclass
-from typing import get_args
+from typing import Annotated, Self, TypedDict
+
+from pydantic import Field, model_validator
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.factorize import Solver
-from onelayer.compiler.factors.ranks import Allocation
-from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.factors.ranks import Allocation, Solver
+from onelayer.compiler.factors.stored_forms import DEFAULT_KEEP_BYTES, FactorDtype, within_bytes
+from onelayer.compiler.settings import Batched, Lengths, Must, Option, Resumable, Revised, Samples, Seeded, Settings
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+_RATIO_RULE = "lie between 0 and 1, for example 0.25"
 
 
-@dataclass(frozen=True)
-class CompileSettings:
-    """What a person chose, checked; everything here can change the emulator's bytes.
+class Sampling(Lengths):
+    """How much calibration data the compiler sees."""
 
-    `ratio` is the kept share of each linear's values; with a `factor_dtype` it may be 1, where all are kept, quantized.
+    samples: Samples = 64
+
+
+class EmulatorSize(Settings):
+    """How much of each linear an emulator keeps, and how it is stored."""
+
+    ratio: Annotated[
+        Ratio | None,
+        Field(description="Share of each linear's parameters that the emulator keeps, 0 to 1."),
+        Option(default="by --keep-bytes"),
+        Must(_RATIO_RULE),
+    ] = None
+    keep_bytes: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Field(description="In place of --ratio: the share of each linear's bytes at 16 bits, 0 to 1."),
+        Option(default=f"{DEFAULT_KEEP_BYTES}"),
+        Must("lie between 0 and 1, for example 0.15"),
+    ] = None
+    factor_dtype: Annotated[
+        FactorDtype | None,
+        Field(description="How the emulator's factors are stored; nf4 holds 3.8 times the rank of bf16."),
+        Option(default="as MODEL is with --ratio, else the best for the bytes"),
+    ] = None
+    rank_allocation: Annotated[
+        Allocation | None,
+        Field(description="The same ratio for every linear, or the same total where it buys most."),
+        Option(default="uniform with --ratio, else spectrum"),
+    ] = None
+
+    @property
+    def share(self) -> float:
+        """The kept share of bytes, if no ratio says how much is kept."""
+        return self.keep_bytes or DEFAULT_KEEP_BYTES
+
+    @property
+    def allocation(self) -> Allocation:
+        """How ranks are chosen."""
+        return self.rank_allocation or ("spectrum" if self.ratio is None else "uniform")
+
+
+class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revised):
+    """What can be set of a compile."""
+
+    solver: Annotated[
+        Solver, Field(description="Exact eigenvectors, or a randomized sketch within a percent of them.")
+    ] = "exact"
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.ratio is not None and self.keep_bytes is not None:
+            raise InputError("--ratio and --keep-bytes say the same in two ways; give one of them")
+        if self.ratio == 1 and self.factor_dtype is None:
+            raise InputError(f"--ratio {self.ratio}: must {_RATIO_RULE}")
+        return self
+
+    def resolved(self, value_bytes: int, *, is_bfloat16: bool) -> "ResolvedSettings":
+        """Fill in what the original decides. "bf16" for a bfloat16 original means the original's own dtype."""
+        ratio, factor_dtype = self.ratio, self.factor_dtype
+        if ratio is None:
+            ratio, factor_dtype = within_bytes(self.share, factor_dtype, value_bytes)
+        if factor_dtype == "bf16" and is_bfloat16:
+            factor_dtype = None
+        chosen = {"ratio": ratio, "keep_bytes": None, "factor_dtype": factor_dtype, "rank_allocation": self.allocation}
+        return ResolvedSettings.of({**dict(self), **chosen})
+
+
+class ResolvedSettings(CompileSettings):
+    """The settings of a compile whose original is known.
+
+    `ratio` is the kept share of each linear's values. With a `factor_dtype` it may be 1: all are kept, quantized.
     """
 
-    ratio: float
+    ratio: Annotated[Ratio, Must(_RATIO_RULE)]
+    rank_allocation: Allocation
+
+
+class CompileKeywords(TypedDict, total=False):
+    """The keywords of `compile_emulator`."""
+
+    ratio: float | None
+    keep_bytes: float | None
     factor_dtype: FactorDtype | None
     samples: int
     max_length: int
     batch_size: int
-    rank_allocation: Allocation
     solver: Solver
+    rank_allocation: Allocation | None
+    device: str | None
+    host_memory_bytes: int | None
     seed: int
-
-    def __post_init__(self) -> None:
-        if not (0 < self.ratio < 1 or (self.ratio == 1 and self.factor_dtype is not None)):
-            raise InputError(f"--ratio {self.ratio}: must lie between 0 and 1, for example 0.25")
-        if min(self.samples, self.max_length, self.batch_size) < 1:
-            raise InputError("--samples, --max-length and --batch-size must be at least 1")
-        for option, value, known in (
-            ("--solver", self.solver, get_args(Solver)),
-            ("--rank-allocation", self.rank_allocation, get_args(Allocation)),
-        ):
-            if value not in known:
-                raise InputError(f"{option} {value}: is none of {', '.join(known)}")
+    resume: bool
+    revision: str | None

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from onelayer.compiler.adapters.fit import check_fit, check_made_for
 from onelayer.compiler.adapters.reader import Adapter
@@ -16,6 +17,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.scoring import Samples, SampleScores, Scoring, scoring_workspace, total
+from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.evaluate.variants import Variant, open_scored, switch_variants
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
@@ -23,6 +25,7 @@ from onelayer.compiler.models.linears import is_linear, stack_shapes
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import named_parts
 from onelayer.compiler.results import Report, Result
+from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
@@ -68,46 +71,42 @@ class EvaluateResult(Result):
     report: Report
 
 
+@settings_keywords(EvaluateSettings, EvaluateKeywords)
 def evaluate_model(
     model: str | Path,
     data: DataSource,
     *,
     adapters: Sequence[str | Path] = (),
     against: str | Path | None = None,
-    max_length: int = 512,
-    batch_size: int = 1,
-    device: str | None = None,
-    revision: str | None = None,
-    host_memory_bytes: int | None = None,
+    **settings: Unpack[EvaluateKeywords],
 ) -> EvaluateResult:
     """Score the original and each of `adapters` on the labeled tokens of `data`, reading the checkpoint once.
 
     A `text` example is cut at `max_length` tokens, all but the first labeled; of `prompt`+`completion` and `messages`
     the completion and the assistant turns are, of `prompt`+`choices` the right choice. A sequence classifier is scored
     on `text`+`label`. `against` compares an emulator of the original with it, in the same pass. Hidden states beyond
-    `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can mend.
+    `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can fix.
     """
-    if min(max_length, batch_size) < 1:
-        raise InputError("--max-length and --batch-size must be at least 1")
-    place = pick_device(device)
-    directory = resolve_model(model, revision)
+    chosen = EvaluateSettings.of(settings)
+    device = pick_device(chosen.device)
+    directory = resolve_model(model, chosen.revision)
     _check_adapters(adapters, directory)
     named = {f"adapter{number}": path for number, path in enumerate(adapters)}
     streamed, classes = open_scored(directory, named)
     emulator = None if against is None else _open_emulator(against, directory, streamed)
-    samples = Samples.read(data, load_tokenizer(directory), max_length, classes)
-    batches = samples.batches(streamed.config, batch_size)
+    samples = Samples.read(data, load_tokenizer(directory), chosen.max_length, classes)
+    batches = samples.batches(streamed.config, chosen.batch_size)
     variants = [Variant(), *(Variant(adapter=name) for name in named)]
     if emulator is not None:
         variants.append(Variant(emulator=emulator))
-    spill_pool = SpillPool(host_memory_bytes)
+    spill_pool = SpillPool(chosen.host_memory_bytes)
     job = Scoring(batches, len(variants), spill_pool, None if emulator is None else len(variants) - 1)
-    with Meter(place) as meter:
-        on_unit = switch_variants(variants, place)
-        stream = Stream(streamed, place, meter, on_unit=on_unit, spill_pool=spill_pool, description="evaluate")
+    with Meter(device) as meter:
+        on_unit = switch_variants(variants, device)
+        stream = Stream(streamed, device, meter, on_unit=on_unit, spill_pool=spill_pool, description="evaluate")
         stream.run(job.inputs(), job.take)
-        found = job.finish(place)
-        workspace = scoring_workspace(streamed, batches, len(variants), place, spill_pool)
+        sums = job.finish(device)
+        workspace = scoring_workspace(streamed, batches, len(variants), device, spill_pool)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)
@@ -115,9 +114,9 @@ def evaluate_model(
         report = meter.report(streamed.largest_unit_bytes, workspace, bytes_read)
     scores = [
         score_of(name, scores, samples)
-        for name, scores in zip([None, *(str(path) for path in adapters)], found, strict=False)
+        for name, scores in zip([None, *(str(path) for path in adapters)], sums, strict=False)
     ]
-    compared = None if emulator is None else _compare(str(against), job, score_of(None, found[-1], samples))
+    compared = None if emulator is None else _compare(str(against), job, score_of(None, sums[-1], samples))
     return EvaluateResult(results=scores, against=compared, report=report)
 
 
@@ -133,18 +132,18 @@ def _check_adapters(adapters: Sequence[str | Path], model: Path) -> None:
         check_fit(adapter, streamed)
 
 
-def score_of(adapter: str | None, found: SampleScores, samples: Samples) -> Score:
+def score_of(adapter: str | None, sums: SampleScores, samples: Samples) -> Score:
     """The figures of one model from the sums of every sample."""
-    tokens = int(total(found.counts, samples.counted))
-    loss = found.loss(samples.counted)
+    tokens = int(total(sums.counts, samples.counted))
+    loss = sums.loss(samples.counted)
     questions = len(samples.questions)
     return Score(
         adapter=adapter,
         loss=loss,
         perplexity=math.exp(min(loss, LARGEST_LOSS)),
-        token_accuracy=total(found.hits, samples.counted) / tokens,
+        token_accuracy=total(sums.hits, samples.counted) / tokens,
         tokens=tokens,
-        choice_accuracy=found.right_answers(samples.questions) / questions if questions else None,
+        choice_accuracy=sums.right_answers(samples.questions) / questions if questions else None,
         questions=questions,
     )
 

@@ -7,11 +7,11 @@ in W_k = U_k U_k^T W with orthonormal U_k, so nothing is inverted and W itself i
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.ranks import Solver
 from onelayer.compiler.factors.subspace import block_width, leading_eigenvectors, symmetric_product
 
 # Eigenvalues below this share of the largest are rounding: of float64 sums, or of sums of float32 products.
@@ -22,8 +22,6 @@ CUTOFF = {torch.float64: 1e-12, torch.float32: 1e-7}
 WORTHWHILE_SHARE, SMALL = 0.6, 256
 # How much of the energy that the best factors lose may be lost on top: six digits of the error, and half a percent.
 TOLERANCE = {"exact": 1e-6, "fast": 1e-2}
-
-Solver = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)

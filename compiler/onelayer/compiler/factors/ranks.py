@@ -10,6 +10,7 @@ import numpy as np
 from onelayer.compiler.factors.stored_forms import FactorDtype, row_bytes
 
 Allocation = Literal["uniform", "spectrum"]
+Solver = Literal["exact", "fast"]
 # With ranks by spectrum, factors are first written this many times longer than uniform ones, then cut.
 SPECTRUM_HEADROOM = 2.5
 

@@ -73,7 +73,7 @@ class PolishJob:
             self.stream.bar = bar
             if self.settings.packing and first == 0:
                 self._check_packing()
-            if self.settings.activations is not None and self.state.gradient_cosine is None:
+            if self.settings.activation_rank is not None and self.state.gradient_cosine is None:
                 self.state.gradient_cosine = self._cosine()
             for step in range(first, self.settings.steps):
                 bar.begin(2 * units * (step - first), self._describe(step))
@@ -97,7 +97,7 @@ class PolishJob:
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
         self.stream.trained, self.stream.seed = len(batches), self.settings.seed * 1_000_003 + step
-        self.stream.rank = self.settings.activations
+        self.stream.rank = self.settings.activation_rank
         loss = TokenLoss([*batches, *asked], len(batches), self.stream.device)
         self.stream.run([batch.inputs for batch in [*batches, *asked]], loss.take)
         self.kept_bytes = max(self.kept_bytes, self.stream.spill_pool.held_bytes)
@@ -150,7 +150,7 @@ class PolishJob:
         """Cosine between the gradients of the first micro-batch with compressed inputs and with exact ones."""
         (batch, *_) = self._batches(0)
         found = []
-        for rank in (None, self.settings.activations):
+        for rank in (None, self.settings.activation_rank):
             self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
             loss = TokenLoss([batch], 1, self.stream.device)
             self.stream.run([batch.inputs], loss.take)

@@ -1,14 +1,100 @@
-"""The settings of exact steps, checked."""
+"""The settings of exact steps."""
 
-import math
-from dataclasses import dataclass
+import re
+from typing import Annotated, Literal, Self, TypedDict
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.settings import Lengths, Must, Option, Resumable, Revised, Seeded, Settings
+
+KeptInputs = int | float | Literal["exact"]
+GradientNorm = Annotated[
+    PositiveFloat,
+    Field(description="Longer gradients are shortened to this; inf: none."),
+    Must("be greater than 0; inf is no limit"),
+]
 
 
-@dataclass(frozen=True)
-class PolishSettings:
-    """What a person chose, checked; everything here can change the adapter."""
+def _regular_expression(targets: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise InputError(
+                f"--target-modules {targets}: no regular expression ({error}); give one, names, or all-linear"
+            ) from None
+    return targets
+
+
+class ExactSteps(Settings):
+    """How many exact steps are taken, and of what size."""
+
+    steps: Annotated[PositiveInt, Field(description="Exact steps; each reads the model twice.")] = 10
+    batch_size: Annotated[PositiveInt, Field(description="Examples per step.")] = 64
+    micro_batch_size: Annotated[PositiveInt, Field(description="Examples computed at once.")] = 1
+    learning_rate: Annotated[
+        PositiveFloat,
+        Field(description="Learning rate; the default is meant for LoRA."),
+        Must("be a number greater than 0"),
+    ] = 1e-3
+    warmup_steps: Annotated[NonNegativeInt, Field(description="Steps over which the learning rate rises.")] = 0
+    max_gradient_norm: GradientNorm = 1.0
+    eval_steps: Annotated[PositiveInt, Field(description="Steps between two looks at --eval-data.")] = 1
+    activations: Annotated[
+        PositiveInt | Annotated[float, Field(gt=0, lt=1)] | Literal["exact"],
+        Field(
+            description="How layer inputs are kept between passes: as they are, or as factors of that rank and 2 bits "
+            "a value."
+        ),
+        Option(metavar="exact|K|SHARE", reader="rank_or_exact"),
+        Must("be a number of rows, or a share between 0 and 1"),
+    ] = "exact"
+    packing: Annotated[
+        bool,
+        Field(description="Put short examples into one row of --max-length; same gradients, fewer calls."),
+        Option(flags="--packing/--no-packing"),
+    ] = False
+
+
+class PolishSettings(ExactSteps, Lengths, Seeded, Resumable, Revised):
+    """What can be set of a polish; `lora_rank`, `lora_alpha` and `target_modules` are for a fresh adapter."""
+
+    # A manifest has no infinity.
+    max_gradient_norm: Annotated[GradientNorm, Field(allow_inf_nan=True)] = ExactSteps.default("max_gradient_norm")
+    lora_rank: Annotated[PositiveInt | None, Field(description="Without ADAPTER: rank of a fresh one.")] = None
+    lora_alpha: Annotated[
+        PositiveInt | PositiveFloat | None,
+        Field(description="Without ADAPTER: scaled by alpha / rank; 1 if left out."),
+        Must("be a number greater than 0"),
+    ] = None
+    target_modules: Annotated[
+        str | list[str] | None,
+        AfterValidator(_regular_expression),
+        Field(description="Without ADAPTER: `all-linear`, names separated by commas, or a regular expression."),
+        Option(metavar="NAMES", reader="modules", default="all-linear"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise InputError(f"--warmup-steps {self.warmup_steps}: must lie between 0 and --steps {self.steps}")
+        return self
+
+    @property
+    def activation_rank(self) -> int | float | None:
+        """The rank of kept unit inputs; None if they are kept exactly."""
+        return None if isinstance(self.activations, str) else self.activations
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear up over the warm-up, then linear down to zero after the last step (Trainer's default schedule)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        return self.learning_rate * (self.steps - step) / (self.steps - self.warmup_steps)
+
+
+class PolishKeywords(TypedDict, total=False):
+    """The keywords of `polish_adapter`."""
 
     steps: int
     batch_size: int
@@ -18,28 +104,13 @@ class PolishSettings:
     max_gradient_norm: float
     max_length: int
     eval_steps: int
-    activations: int | float | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    target_modules: str | list[str] | None
+    activations: KeptInputs
+    packing: bool
+    device: str | None
+    host_memory_bytes: int | None
     seed: int
-    packing: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.micro_batch_size, self.max_length, self.eval_steps) < 1:
-            raise InputError(
-                "--steps, --batch-size, --micro-batch-size, --max-length, --eval-steps: must be at least 1"
-            )
-        if not 0 <= self.warmup_steps < self.steps:
-            raise InputError(f"--warmup-steps {self.warmup_steps}: must lie between 0 and --steps {self.steps}")
-        if self.activations is not None and not (
-            self.activations >= 1 if isinstance(self.activations, int) else 0 < self.activations < 1
-        ):
-            raise InputError(f"--activations {self.activations}: must be a number of rows, or a share between 0 and 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise InputError(f"--learning-rate {self.learning_rate}: must be a number greater than 0")
-        if not self.max_gradient_norm > 0:
-            raise InputError(f"--max-gradient-norm {self.max_gradient_norm}: must be greater than 0; inf is no limit")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear up over the warm-up, then linear down to zero behind the last step (Trainer's default schedule)."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
-        return self.learning_rate * (self.steps - step) / (self.steps - self.warmup_steps)
+    resume: bool
+    revision: str | None

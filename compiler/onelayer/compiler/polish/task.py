@@ -1,4 +1,4 @@
-"""What a polish is of: the original, the adapter it starts from, the data, and what identifies them for a resume."""
+"""What a polish needs: the original, the adapter it starts from, the data, and what identifies them for a resume."""
 
 import math
 import platform
@@ -32,7 +32,7 @@ from onelayer.compiler.storage.files import atomic_directory
 
 @dataclass(frozen=True)
 class PolishTask:
-    """The inputs of one polish, read and checked. `start` is an adapter's directory, or what a fresh one is like."""
+    """The checked inputs of one polish. `start` is an adapter's directory, or what a fresh one is like."""
 
     directory: Path
     base: dict[str, Any]
@@ -46,15 +46,14 @@ class PolishTask:
     def read(
         cls,
         model: str | Path,
-        revision: str | None,
         start: str | Path | FreshAdapter,
         data: DataSource,
         eval_data: DataSource | None,
         settings: PolishSettings,
         device: torch.device,
     ) -> "PolishTask":
-        """Find and tokenize everything. Raises `InputError` for what the caller can mend."""
-        directory = resolve_model(model, revision)
+        """Find and tokenize everything. Raises `InputError` for what the caller can fix."""
+        directory = resolve_model(model, settings.revision)
         tokenizer = load_tokenizer(directory)
         config = read_config(directory)
         classes = predicted_classes(model_class(config, directory), config, directory)
@@ -64,25 +63,31 @@ class PolishTask:
         rows = TrainRows.read(data, tokenizer, length, settings.batch_size, settings.seed, classes)
         held_out = [] if eval_data is None else read_for(classes, eval_data, tokenizer, length)
         name = str(Path(model).absolute()) if Path(model).exists() else str(model)
-        base = {"model": name, "revision": revision, "digest": model_digest(directory)}
+        base = {"model": name, "revision": settings.revision, "digest": model_digest(directory)}
         start = start if isinstance(start, FreshAdapter) else resolve_model(start)
         return cls(directory, base, start, rows, held_out, settings, device)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that can change the adapter; a run is taken up only where all of it is the same."""
-        limit = self.settings.max_gradient_norm
-        limit_told = limit if math.isfinite(limit) else None  # JSON has no infinity
+        """Everything that can change the adapter; a run goes on only if all of it is the same."""
         libraries = {"torch": torch, "transformers": transformers, "peft": peft}
         return {
             "base": self.base,
             "adapter": str(self.start) if isinstance(self.start, FreshAdapter) else adapter_digest(self.start),
             "data": {"train": self.rows.digest, "held_out": tokens_digest(self.held_out)},
-            "settings": {**vars(self.settings), "max_gradient_norm": limit_told, "device": self.device.type},
+            "settings": {**self._recorded(), "device": self.device.type},
             "versions": {
                 "python": platform.python_version(),
                 **{name: library.__version__ for name, library in libraries.items()},
             },
+        }
+
+    def _recorded(self) -> dict[str, Any]:
+        limit = self.settings.max_gradient_norm
+        return {
+            **self.settings.recorded("lora_rank", "lora_alpha", "target_modules"),
+            "activations": self.settings.activation_rank,
+            "max_gradient_norm": limit if math.isfinite(limit) else None,  # JSON has no infinity
         }
 
     def open(self, work: Path) -> tuple[Adapter, StreamedModel, PolishState]:
@@ -94,29 +99,29 @@ class PolishTask:
         if isinstance(self.start, FreshAdapter) and not path.exists():
             with atomic_directory(path) as partial:
                 self.start.write(partial, self.directory)
-        source = Adapter.open(path)
-        self._check(source)
-        streamed, trained = attach_trainable(self.directory, source, self.device)
+        adapter = Adapter.open(path)
+        self._check(adapter)
+        streamed, trained = attach_trainable(self.directory, adapter, self.device)
         optimizer = torch.optim.AdamW(list(trained.values()), lr=self.settings.learning_rate, weight_decay=0.0)
-        return source, streamed, PolishState(trained, optimizer)
+        return adapter, streamed, PolishState(trained, optimizer)
 
-    def _check(self, source: Adapter) -> None:
-        check_made_for(source, self.directory, self.base["digest"])
-        if not source.modules:
-            raise InputError(f"{source.directory}: adapts no module, there is nothing to train; give a LoRA adapter")
+    def _check(self, adapter: Adapter) -> None:
+        check_made_for(adapter, self.directory, self.base["digest"])
+        if not adapter.modules:
+            raise InputError(f"{adapter.directory}: adapts no module, there is nothing to train; give a LoRA adapter")
 
     def held_out_batches(self, config: PreTrainedConfig) -> list[TokenBatch]:
         """The held-out data as the model is called with it."""
         return make_batches(self.held_out, config, self.settings.micro_batch_size)
 
     def publish(
-        self, output: Path, source: Adapter, streamed: StreamedModel, state: PolishState, failure: str | None
+        self, output: Path, adapter: Adapter, streamed: StreamedModel, state: PolishState, failure: str | None
     ) -> None:
         """Write the adapter, with its provenance and history, in one step."""
         kind = type(streamed.model)
-        fan_in_fan_out = source.config.fan_in_fan_out
+        fan_in_fan_out = adapter.config.fan_in_fan_out
         base = Base(self.base["model"], self.base["revision"], kind.__name__, kind.__module__, fan_in_fan_out)
         identity = self.identity
         record = {name: identity[name] for name in ("base", "data", "settings")} | state.history
         with atomic_directory(output) as partial:
-            write_polished(partial, source, state.chosen(), base, {**record, "stopped": failure})
+            write_polished(partial, adapter, state.chosen(), base, {**record, "stopped": failure})

@@ -60,18 +60,18 @@ class FreshAdapter:
         StreamedModel(model, prepare)
 
 
-def attach_trainable(model: Path, source: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
-    """The original with `source` attached, and A and B of every adapted module: float32, on `device`.
+def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
+    """The original with `adapter` attached, and A and B of every adapted module: float32, on `device`.
 
     What the adapter replaces besides is attached too and stays as it is. Raises `InputError` where it does not fit.
     """
-    check_fit(source, StreamedModel(model))
-    streamed = StreamedModel(model, attach({NAME: source.directory}))
+    check_fit(adapter, StreamedModel(model))
+    streamed = StreamedModel(model, attach({NAME: adapter.directory}))
     for parameter in streamed.model.parameters():
         if type(parameter) is torch.nn.Parameter:  # stand-ins for weights that are elsewhere never were
             parameter.requires_grad_(False)
     trained: Parameters = {}
-    for name, module in source.modules.items():
+    for name, module in adapter.modules.items():
         for key in factor_names(name, module.embedding, NAME):
             parameter = streamed.model.get_parameter(key)
             parameter.data = parameter.data.to(device, torch.float32)
@@ -80,21 +80,24 @@ def attach_trainable(model: Path, source: Adapter, device: torch.device) -> tupl
     return streamed, trained
 
 
-def factors_of(source: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def factors_of(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
-    found = {}
-    for name, module in source.modules.items():
+    factors = {}
+    for name, module in adapter.modules.items():
         a, b = (tensors[key].cpu() for key in factor_names(name, module.embedding, NAME))
-        found[name] = (a, module.scaling * b)
-    return found
+        factors[name] = (a, module.scaling * b)
+    return factors
 
 
 def write_polished(
-    directory: Path, source: Adapter, tensors: dict[str, torch.Tensor], base: Base, record: dict[str, Any]
+    directory: Path, adapter: Adapter, tensors: dict[str, torch.Tensor], base: Base, record: dict[str, Any]
 ) -> None:
     """Write the trained parameters as an adapter of the original, in the form that everybody scales alike."""
-    factors = factors_of(source, tensors)
+    factors = factors_of(adapter, tensors)
     assert all(math.isfinite(float(part.sum())) for pair in factors.values() for part in pair)
-    origin = {"digest": adapter_digest(source.directory), "corrected": bool((source.provenance or {}).get("corrected"))}
+    origin = {
+        "digest": adapter_digest(adapter.directory),
+        "corrected": bool((adapter.provenance or {}).get("corrected")),
+    }
     provenance = {"kind": "adapter", "corrected": True, "polished": True, "source_adapter": origin, **record}
-    write_adapter(directory, factors, source=source, base=base, provenance=provenance)
+    write_adapter(directory, factors, source=adapter, base=base, provenance=provenance)

@@ -1,4 +1,4 @@
-"""Refine: the factors of an emulator trained, unit by unit, against the original as it streams by.
+"""The refine pass: the factors of an emulator are trained, unit by unit, against the original as it streams by.
 
 In: an emulator, its original, calibration data. Out: an emulator of the same ranks and bytes whose units give what the
 original's give. Held on the device: one unit of the original, its factors with their optimizer, the graph of one batch.
@@ -6,9 +6,8 @@ original's give. Held on the device: one unit of the original, its factors with 
 
 import math
 import platform
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -24,8 +23,9 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import RefinePass, refine_workspace
 from onelayer.compiler.refine.resume import REFINE_WORK, RefinedUnit, RefineWork
-from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
 from onelayer.compiler.results import Report, Result
+from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -41,61 +41,53 @@ class RefineResult(Result):
     report: Report
 
 
+@settings_keywords(RefineSettings, RefineKeywords)
 def refine_emulator(
     emulator: str | Path,
     *,
     model: str | Path,
     calibration: DataSource,
     output: str | Path,
-    steps: int = 100,
-    step_samples: int = 8,
-    learning_rate: float = 0.01,
-    samples: int = 256,
-    max_length: int = 512,
-    batch_size: int = 1,
-    device: str | None = None,
-    host_memory_bytes: int | None = None,
-    seed: int = 0,
-    resume: bool = True,
+    **settings: Unpack[RefineKeywords],
 ) -> RefineResult:
     """Write the emulator whose factors were trained, a unit at a time, to give what the units of `model` give.
 
     Ranks, dtype and bytes stay the same. Each unit is trained by `steps` steps, each on `step_samples` of the `samples`
     examples or all there are, `batch_size` at once, with the original's own inputs; `learning_rate` is relative to the
     size of each factor. Factors are in no order afterwards, so the result cannot be sliced. Experts of mixtures stay as
-    they are. An interrupted run is taken up behind its last finished unit. Raises `InputError` for what the caller can
-    mend.
+    they are. An interrupted run goes on after its last finished unit. Raises `InputError` for what the caller can
+    fix.
     """
-    output, pace = Path(output), RefineSettings(steps, step_samples, learning_rate, seed)
+    chosen, output = RefineSettings.of(settings), Path(output)
     check_output(output)
-    source = Emulator.open(emulator)
-    check_library(source.facts.packed)
-    directory = resolve_model(model, source.facts.base_revision)
-    source.check_original(directory)
-    check_disk(output, 2 * sum(info.size_bytes for info in source.checkpoint.tensors.values()))
-    place, spill_pool = pick_device(device), SpillPool(host_memory_bytes)
+    opened = Emulator.open(emulator)
+    check_library(opened.facts.packed)
+    directory = resolve_model(model, opened.facts.base_revision)
+    opened.check_original(directory)
+    check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
+    device, spill_pool = pick_device(chosen.device), SpillPool(chosen.host_memory_bytes)
     streamed = StreamedModel(directory)
-    tokens = read_tokens(calibration, load_tokenizer(directory), max_length, samples, seed)
-    pace = replace(pace, step_samples=capped("--step-samples", step_samples, len(tokens)))
-    batches = make_batches(tokens, streamed.config, batch_size)
+    tokens = read_tokens(calibration, load_tokenizer(directory), chosen.max_length, chosen.samples, chosen.seed)
+    step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
+    chosen = chosen.model_copy(update={"step_samples": step_samples})
+    batches = make_batches(tokens, streamed.config, chosen.batch_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    settings = {**vars(pace), "samples": samples, "max_length": max_length, "batch_size": batch_size}
     facts: dict[str, Any] = {
         "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens)},
-        "settings": {**settings, "device": place.type},
+        "settings": {**chosen.recorded(), "device": device.type},
         "versions": {**versions, "transformers": transformers.__version__},
     }
-    identity = {"emulator": source.digest, **facts}
+    identity = {"emulator": opened.digest, **facts}
     with (
         StopRequest() as stop,
-        work_directory(output, REFINE_WORK, identity, resume) as path,
-        Meter(place) as meter,
+        work_directory(output, REFINE_WORK, identity, chosen.resume) as path,
+        Meter(device) as meter,
     ):
-        work = RefineWork(path, source)
-        RefinePass(streamed, source, work, pace, meter, spill_pool).refine(batches, stop)
+        work = RefineWork(path, opened)
+        RefinePass(streamed, opened, work, chosen, meter, spill_pool).refine(batches, stop)
         at_once = max(math.prod(batch.shape) for batch in batches)
-        workspace = refine_workspace(streamed, source, at_once, meter.on_gpu)
+        workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        result = RefineResult(output=str(output), steps=steps, units=work.units, report=report)
+        result = RefineResult(output=str(output), steps=chosen.steps, units=work.units, report=report)
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
     return result

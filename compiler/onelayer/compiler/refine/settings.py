@@ -1,22 +1,39 @@
-"""The settings of a refinement, checked."""
+"""The settings of a refinement."""
 
-import math
-from dataclasses import dataclass
+from typing import Annotated, TypedDict
 
-from onelayer.compiler.errors import InputError
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from onelayer.compiler.settings import Batched, Lengths, Must, Resumable, Samples, Seeded
 
 
-@dataclass(frozen=True)
-class RefineSettings:
-    """How to train: `steps` for each unit, of `step_samples` or a few more; the rate is relative to a factor's size."""
+class FactorTraining(Batched):
+    """How factors are trained: `steps` for each unit; the learning rate is relative to a factor's size."""
+
+    samples: Samples = 256
+    steps: Annotated[PositiveInt, Field(description="Training steps for each layer.")] = 100
+    step_samples: Annotated[PositiveInt, Field(description="Calibration examples per step.")] = 8
+    learning_rate: Annotated[
+        PositiveFloat,
+        Field(description="First learning rate, as a share of a factor's size."),
+        Must("be above 0, for example 0.01"),
+    ] = 0.01
+
+
+class RefineSettings(FactorTraining, Lengths, Seeded, Resumable):
+    """What can be set of a refinement."""
+
+
+class RefineKeywords(TypedDict, total=False):
+    """The keywords of `refine_emulator`."""
 
     steps: int
     step_samples: int
     learning_rate: float
+    samples: int
+    max_length: int
+    batch_size: int
+    device: str | None
+    host_memory_bytes: int | None
     seed: int
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.step_samples) < 1:
-            raise InputError("--steps and --step-samples must be at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"--learning-rate {self.learning_rate}: must be above 0, for example 0.01")
+    resume: bool

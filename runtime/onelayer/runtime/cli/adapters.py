@@ -1,94 +1,43 @@
 """The command `onelayer polish`: checked options in, one call of `polish_adapter`, its result on stdout."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Unpack
 
 import typer
 
+from onelayer.compiler.correct.settings import CorrectKeywords, CorrectSettings
+from onelayer.compiler.polish.settings import PolishKeywords, PolishSettings
 from onelayer.runtime.cli.command import print_result
 from onelayer.runtime.cli.options import (
-    ActivationRank,
-    ActivationReport,
-    Activations,
-    BatchSize,
     Data,
-    Device,
-    Epochs,
     HeldOut,
-    HostMemory,
     Json,
-    LearningRate,
-    Limit,
-    MaxLength,
-    MaxSteps,
     Output,
-    Resume,
-    Seed,
-    TargetModules,
     Weights,
-    parse_target_modules,
-    rank_parser,
+    settings_options,
 )
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.tables import summary
+from onelayer.runtime.training.settings import TrainKeywords, TrainSettings
 
 Start = Annotated[
     Path | None, typer.Argument(metavar="ADAPTER", help="Adapter to start from, corrected or not; none: --lora-rank.")
-]
-KeptInputs = Annotated[
-    Any,  # int | float | "exact"
-    typer.Option(
-        parser=rank_parser("exact"),
-        metavar="exact|K|SHARE",
-        help="How layer inputs are kept between passes: as they are, or as factors of that rank and 2 bits a value.",
-    ),
-]
-Packing = Annotated[
-    bool,
-    typer.Option(
-        "--packing/--no-packing", help="Put short examples into one row of --max-length; same gradients, fewer calls."
-    ),
-]
-FreshTargets = Annotated[
-    str | None,
-    typer.Option(
-        parser=parse_target_modules,
-        metavar="NAMES",
-        help="Without ADAPTER: `all-linear`, names separated by commas, or a regular expression.",
-        show_default="all-linear",
-    ),
 ]
 EvalData = Annotated[
     str | None, typer.Option(metavar="DATA", help="Held-out data: its loss is shown, and the best adapter is written.")
 ]
 
 
+@settings_options(PolishKeywords, PolishSettings, omit=("revision",), after={"eval_data": "max_length"})
 def polish(
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
     data: Data,
     output: Output,
     adapter: Start = None,
-    steps: Annotated[int, typer.Option(min=1, help="Exact steps; each reads the model twice.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 64,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Examples computed at once.")] = 1,
-    learning_rate: LearningRate = 1e-3,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps over which the learning rate rises.")] = 0,
-    max_gradient_norm: Annotated[float, typer.Option(help="Longer gradients are shortened to this; inf: none.")] = 1.0,
-    max_length: MaxLength = 512,
+    *,
     eval_data: EvalData = None,
-    eval_steps: Annotated[int, typer.Option(min=1, help="Steps between two looks at --eval-data.")] = 1,
-    lora_rank: Annotated[int | None, typer.Option(min=1, help="Without ADAPTER: rank of a fresh one.")] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Without ADAPTER: scaled by alpha / rank; 1 if left out.")
-    ] = None,
-    target_modules: FreshTargets = None,
-    activations: KeptInputs = "exact",
-    packing: Packing = False,
-    device: Device = None,
-    host_memory_bytes: HostMemory = None,
-    seed: Seed = 0,
-    resume: Resume = True,
     as_json: Json = False,
+    **settings: Unpack[PolishKeywords],
 ) -> None:
     """Improve ADAPTER by a few exact steps on the original.
 
@@ -102,27 +51,23 @@ def polish(
     """
     from onelayer.compiler import polish_adapter
 
-    pace = {"steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size, "max_length": max_length}
-    motion = {"learning_rate": learning_rate, "warmup_steps": warmup_steps, "max_gradient_norm": max_gradient_norm}
-    fresh = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "target_modules": target_modules}
-    held_out = {"eval_data": eval_data, "eval_steps": eval_steps}
-    place = {"device": device, "host_memory_bytes": host_memory_bytes, "activations": activations, "packing": packing}
-    settings: dict[str, Any] = {**pace, **motion, **fresh, **held_out, **place, "seed": seed, "resume": resume}
     print_result(
-        lambda: polish_adapter(adapter, model=model, data=data, output=output, **settings),
+        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data, **settings),
         summaries.polish_summary,
         as_json,
     )
 
 
+@settings_options(CorrectKeywords, CorrectSettings, omit=("max_length", "batch_size", "device", "host_memory_bytes"))
 def correct(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter trained on the emulator.")],
     emulator: Annotated[Path, typer.Option(help="The emulator it was trained on.")],
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
     output: Output,
-    limit: Limit = "default",
+    *,
     data: HeldOut = None,
     as_json: Json = False,
+    **settings: Unpack[CorrectKeywords],
 ) -> None:
     """Fit an adapter trained on an emulator to the original.
 
@@ -136,7 +81,7 @@ def correct(
     from onelayer.compiler import correct_adapter
 
     print_result(
-        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, limit=limit, data=data),
+        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data, **settings),
         summaries.correct_summary,
         as_json,
     )
@@ -163,25 +108,14 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
+@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"))
 def train(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],
     data: Data,
     output: Output,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
-    lora_alpha: Annotated[int, typer.Option(min=1, help="The adapter is scaled by alpha / rank.")] = 8,
-    target_modules: TargetModules = "all-linear",
-    learning_rate: LearningRate = 2e-4,
-    max_steps: MaxSteps = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = 8,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
-    max_length: MaxLength = 512,
-    seed: Seed = 0,
-    activations: Activations = "none",
-    activation_rank: ActivationRank = 0.125,
-    activation_report: ActivationReport = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    *,
     as_json: Json = False,
+    **settings: Unpack[TrainKeywords],
 ) -> None:
     """Train a LoRA adapter on EMULATOR.
 
@@ -196,25 +130,7 @@ def train(
     from onelayer.runtime import train_lora
 
     print_result(
-        lambda: train_lora(
-            emulator,
-            data,
-            output,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            target_modules=target_modules,
-            learning_rate=learning_rate,
-            max_steps=max_steps,
-            epochs=epochs,
-            batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation,
-            max_length=max_length,
-            seed=seed,
-            activations=activations,
-            activation_rank=activation_rank,
-            activation_report=activation_report,
-            resume=resume,
-        ),
+        lambda: train_lora(emulator, data, output, **settings),
         summary,
         as_json,
     )

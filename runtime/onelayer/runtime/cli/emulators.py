@@ -1,52 +1,35 @@
 """The commands that make emulators, `compile`, `refine` and `slice`: checked options in, one call of the API each."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
+from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
 from onelayer.runtime.cli.command import print_result
 from onelayer.runtime.cli.options import (
-    BatchSize,
     Calibration,
     CompileMemory,
-    CompileRatio,
-    Device,
-    FactorDtype,
-    HostMemory,
     Json,
-    KeepBytes,
-    MaxLength,
     Output,
-    RankAllocation,
     Ratio,
-    Resume,
-    Seed,
-    Solver,
+    settings_options,
 )
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.tables import summary
 
 
+@settings_options(CompileKeywords, CompileSettings, omit=("revision",), after={"memory_bytes": "keep_bytes"})
 def compile_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],
     calibration: Calibration,
     output: Output,
-    ratio: CompileRatio = None,
-    keep_bytes: KeepBytes = None,
+    *,
     memory_bytes: CompileMemory = None,
-    factor_dtype: FactorDtype = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many calibration examples to use.")] = 64,
-    max_length: MaxLength = 512,
-    batch_size: BatchSize = 1,
-    solver: Solver = "exact",
-    rank_allocation: RankAllocation = None,
-    device: Device = None,
-    host_memory_bytes: HostMemory = None,
-    seed: Seed = 0,
-    resume: Resume = True,
     as_json: Json = False,
+    **settings: Unpack[CompileKeywords],
 ) -> None:
     """Write a compact emulator of MODEL, layer by layer.
 
@@ -63,50 +46,29 @@ def compile_(
     if memory_bytes is not None:
         from onelayer.runtime.planning.plan import size_for
 
-        if ratio is not None or keep_bytes is not None:
+        if settings["ratio"] is not None or settings["keep_bytes"] is not None:
             raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
-        rank_allocation = rank_allocation or "spectrum"
-        tokens = batch_size * max_length
-        ratio, factor_dtype = size_for(model, memory_bytes, factor_dtype, rank_allocation, compile_tokens=tokens)
+        allocation = settings["rank_allocation"] or "spectrum"
+        tokens = settings["batch_size"] * settings["max_length"]
+        dtype = settings["factor_dtype"]
+        ratio, dtype = size_for(model, memory_bytes, dtype, allocation, compile_tokens=tokens)
+        settings |= {"ratio": ratio, "factor_dtype": dtype, "rank_allocation": allocation}
     print_result(
-        lambda: compile_emulator(
-            model,
-            calibration,
-            output,
-            ratio=ratio,
-            keep_bytes=keep_bytes,
-            factor_dtype=factor_dtype,
-            samples=samples,
-            max_length=max_length,
-            batch_size=batch_size,
-            solver=solver,
-            rank_allocation=rank_allocation,
-            device=device,
-            host_memory_bytes=host_memory_bytes,
-            seed=seed,
-            resume=resume,
-        ),
+        lambda: compile_emulator(model, calibration, output, **settings),
         summaries.compile_summary,
         as_json,
     )
 
 
+@settings_options(RefineKeywords, RefineSettings)
 def refine(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator directory.")],
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
     calibration: Calibration,
     output: Output,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps for each layer.")] = 100,
-    step_samples: Annotated[int, typer.Option(min=1, help="Calibration examples per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="First learning rate, as a share of a factor's size.")] = 0.01,
-    samples: Annotated[int, typer.Option(min=1, help="How many calibration examples to use.")] = 256,
-    max_length: MaxLength = 512,
-    batch_size: BatchSize = 1,
-    device: Device = None,
-    host_memory_bytes: HostMemory = None,
-    seed: Seed = 0,
-    resume: Resume = True,
+    *,
     as_json: Json = False,
+    **settings: Unpack[RefineKeywords],
 ) -> None:
     """Train the factors of EMULATOR against the original, layer by layer.
 
@@ -120,22 +82,7 @@ def refine(
     from onelayer.compiler import refine_emulator
 
     print_result(
-        lambda: refine_emulator(
-            emulator,
-            model=model,
-            calibration=calibration,
-            output=output,
-            steps=steps,
-            step_samples=step_samples,
-            learning_rate=learning_rate,
-            samples=samples,
-            max_length=max_length,
-            batch_size=batch_size,
-            device=device,
-            host_memory_bytes=host_memory_bytes,
-            seed=seed,
-            resume=resume,
-        ),
+        lambda: refine_emulator(emulator, model=model, calibration=calibration, output=output, **settings),
         summaries.refine_summary,
         as_json,
     )

@@ -1,36 +1,46 @@
 """The commands that only look, `evaluate` and `inspect`: checked options in, one call of the API each."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict, Unpack
 
 import typer
 
+from onelayer.compiler.compile.settings import CompileSettings
+from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
+from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.runtime.cli.command import print_result
 from onelayer.runtime.cli.options import (
     Adapters,
     Against,
-    BatchSize,
     Data,
-    Device,
-    FactorDtype,
     Json,
-    MaxLength,
     Memory,
     Plot,
+    settings_options,
 )
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.run_summaries import plan_summary
+from onelayer.runtime.training.settings import TrainSettings
 
 
+class PlanKeywords(TypedDict, total=False):
+    """The settings of a training and a compile that `plan` takes."""
+
+    max_length: int
+    batch_size: int
+    lora_rank: int
+    factor_dtype: FactorDtype | None
+
+
+@settings_options(EvaluateKeywords, EvaluateSettings, omit=("revision", "host_memory_bytes"))
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],
     data: Data,
     adapter: Adapters = None,
     against: Against = None,
-    max_length: MaxLength = 512,
-    batch_size: BatchSize = 1,
-    device: Device = None,
+    *,
     as_json: Json = False,
+    **settings: Unpack[EvaluateKeywords],
 ) -> None:
     """Score MODEL, and MODEL with each adapter, layer by layer.
 
@@ -50,9 +60,7 @@ def evaluate(
             data,
             adapters=adapter or (),
             against=against,
-            max_length=max_length,
-            batch_size=batch_size,
-            device=device,
+            **settings,
         ),
         summaries.evaluate_summary,
         as_json,
@@ -75,19 +83,18 @@ def inspect(
     print_result(lambda: inspect_path(path, plot), summaries.inspect_summary, as_json)
 
 
+@settings_options(PlanKeywords, TrainSettings, CompileSettings)
 def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model directory or Hub id; a config.json alone will do.")
     ],
     memory_bytes: Memory,
-    max_length: MaxLength = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per training step and device.")] = 8,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
-    factor_dtype: FactorDtype = None,
+    *,
     emulator: Annotated[
         Path | None, typer.Option(metavar="DIR", help="An emulator of MODEL; its spectra say what each choice loses.")
     ] = None,
     as_json: Json = False,
+    **settings: Unpack[PlanKeywords],
 ) -> None:
     """Say what fits in a memory budget, before any weight is read.
 
@@ -102,15 +109,7 @@ def plan(
     from onelayer.runtime.planning.plan import plan_run
 
     print_result(
-        lambda: plan_run(
-            model,
-            memory_bytes,
-            max_length=max_length,
-            batch_size=batch_size,
-            lora_rank=lora_rank,
-            factor_dtype=factor_dtype,
-            emulator=emulator,
-        ),
+        lambda: plan_run(model, memory_bytes, emulator=emulator, **settings),
         plan_summary,
         as_json,
     )

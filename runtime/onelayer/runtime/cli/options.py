@@ -1,12 +1,20 @@
-"""The options of the commands, each with its help and its parser: text in, checked values out."""
+"""The options of the commands, each with its help and its parser: text in, checked values out.
 
+Those that a pass has come from its settings model (`settings_options`); the others stand here.
+"""
+
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, ParamSpec, get_args, get_origin, get_type_hints
 
 import typer
+from annotated_types import Ge, Gt
+from pydantic import BaseModel
 
+from onelayer.compiler.settings import Option, marker, members
 from onelayer.runtime.sizes import parse_size
 
 
@@ -22,15 +30,8 @@ def parse_limit(text: str | float | None) -> float | str | None:
         raise typer.BadParameter(f"{text!r} is neither a number nor `none`, `auto` or `default`") from None
 
 
-def parse_activations(text: str) -> str:
-    """One of the three modes."""
-    if text not in ("none", "layer", "sublayer"):
-        raise typer.BadParameter(f"{text!r} is none of none, layer, sublayer")
-    return text
-
-
 def rank_parser(word: str) -> Callable[[str | float], int | float | str]:
-    """Reads a whole number, a share below 1, or the one word that stands for neither."""
+    """Make a parser of a whole number, a share below 1, or `word`."""
 
     def parse(text: str | float) -> int | float | str:
         if text == word or not isinstance(text, str):
@@ -73,67 +74,10 @@ Calibration = Annotated[
     typer.Option(metavar="DATA", help="Text like that of your tasks: file, directory or Hub id; may be repeated."),
 ]
 Ratio = Annotated[float, typer.Option(help="Share of each linear's parameters that the emulator keeps, 0 to 1.")]
-CompileRatio = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of each linear's parameters that the emulator keeps, 0 to 1.",
-        show_default="by --keep-bytes",
-    ),
-]
-KeepBytes = Annotated[
-    float | None,
-    typer.Option(help="In place of --ratio: the share of each linear's bytes at 16 bits, 0 to 1.", show_default="0.25"),
-]
-FactorDtype = Annotated[
-    Literal["bf16", "int8", "nf4"] | None,
-    typer.Option(
-        help="How the emulator's factors are stored; nf4 holds 3.8 times the rank of bf16.",
-        show_default="as MODEL is with --ratio, else the best for the bytes",
-    ),
-]
-MaxLength = Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Examples are cut at this many tokens.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples computed at once; more needs more memory.")]
-Solver = Annotated[
-    Literal["exact", "fast"], typer.Option(help="Exact eigenvectors, or a randomized sketch within a percent of them.")
-]
-RankAllocation = Annotated[
-    Literal["uniform", "spectrum"] | None,
-    typer.Option(
-        help="The same ratio for every linear, or the same total where it buys most.",
-        show_default="uniform with --ratio, else spectrum",
-    ),
-]
-HostMemory = Annotated[
-    int | None,
-    typer.Option(
-        "--host-memory",
-        parser=parse_bytes,
-        metavar="SIZE",
-        help="Memory for the states of waiting examples, like 8GiB; the rest goes to disk. Default: half the free.",
-    ),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Take up an interrupted run with the same settings, or start anew.")
-]
 Plot = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also draw an emulator's errors and spectra (.png, .svg or .pdf).")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU where there is one.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-LearningRate = Annotated[float, typer.Option(help="Learning rate; the default is meant for LoRA.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps; give this or --epochs.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data; give this or --max-steps.")]
 Adapters = Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter to score too; may be repeated.")]
-Limit = Annotated[
-    Any,  # float | "auto" | None: typer takes no unions
-    typer.Option(
-        parser=parse_limit,
-        metavar="NUMBER|none|auto|default",
-        help="How far a correction may exceed the adapter; auto chooses that, the solver and a scale by the loss on "
-        "--data.",
-        show_default="auto with --data, else 3",
-    ),
-]
 HeldOut = Annotated[
     str | None,
     typer.Option(metavar="DATA", help="Held-out data to choose the correction by: a file, a directory or a Hub id."),
@@ -145,33 +89,6 @@ Weights = Annotated[
 Against = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Emulator of MODEL: how far are its predictions from the original's?"),
-]
-Activations = Annotated[
-    str,
-    typer.Option(
-        parser=parse_activations,
-        metavar="none|layer|sublayer",
-        help="Compress what is stored for backward: inputs of layers, or outputs of norms; the rest is recomputed.",
-    ),
-]
-ActivationRank = Annotated[
-    Any,  # int | float | "auto"
-    typer.Option(
-        parser=rank_parser("auto"),
-        metavar="K|SHARE|auto",
-        help="Rank of stored factors, or its share of the hidden size; auto measures. What they leave: 2 bits a value.",
-    ),
-]
-ActivationReport = Annotated[
-    bool, typer.Option("--activation-report", help="Measure errors and the gradient's cosine on the first batch.")
-]
-TargetModules = Annotated[
-    str,
-    typer.Option(
-        parser=parse_target_modules,
-        metavar="NAMES",
-        help="`all-linear`, names separated by commas, or a regular expression.",
-    ),
 ]
 Memory = Annotated[
     int,
@@ -190,3 +107,68 @@ MaxSize = Annotated[
     int | None,
     typer.Option(parser=parse_bytes, metavar="SIZE", help="Remove the least recently used until this much is left."),
 ]
+
+P = ParamSpec("P")
+READERS: dict[str, Callable[[Any], Any]] = {
+    "bytes": parse_bytes,
+    "limit": parse_limit,
+    "modules": parse_target_modules,
+    "rank_or_auto": rank_parser("auto"),
+    "rank_or_exact": rank_parser("exact"),
+}
+
+
+def settings_options(
+    keywords: type,
+    *models: type[BaseModel],
+    omit: tuple[str, ...] = (),
+    after: Mapping[str, str] | None = None,
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Give a command that takes `**settings: Unpack[keywords]` one option for each keyword, from its field in `models`.
+
+    `omit` names keywords without an option. Keyword-only parameters of the command come last, or `after` a setting.
+    """
+    behind = after or {}
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        own = inspect.signature(command).parameters.values()
+        first = [item for item in own if item.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        last = [item for item in own if item.kind is inspect.Parameter.KEYWORD_ONLY]
+        parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in first]
+        for name in get_type_hints(keywords):
+            if name not in omit:
+                parameters.append(_option(name, next(model for model in models if name in model.model_fields)))
+                parameters += [item for item in last if behind.get(item.name) == name]
+        parameters += [item for item in last if item.name not in behind]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:
+    """The parameter for a field, as typer reads it."""
+    field, shown = model.model_fields[name], marker(model, name, Option)
+    kinds = [kind for kind in members(field.annotation) if kind is not NoneType]
+    kind: Any = Any if shown.reader else float if float in kinds else kinds[0]
+    limits = [item for item in field.metadata if isinstance(item, Gt | Ge)] if kind is int and not shown.reader else []
+    limits += _limits(field.annotation) if kind is int else []
+    least = next((limit.gt + 1 if isinstance(limit, Gt) else limit.ge for limit in limits), None)
+    option = typer.Option(
+        *([shown.flags] if shown.flags else []),
+        help=field.description,
+        metavar=shown.metavar,
+        parser=READERS[shown.reader] if shown.reader else None,
+        show_default=shown.default or True,
+        min=least,
+    )
+    annotation = Annotated[kind | None if field.default is None and kind is not Any else kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+
+
+def _limits(annotation: Any) -> Iterator[Any]:
+    """The lower limits inside an annotation like `PositiveInt | None`."""
+    for part in get_args(annotation):
+        if get_origin(annotation) is Annotated and isinstance(part, Gt | Ge):
+            yield part
+        yield from _limits(part)

@@ -1,12 +1,14 @@
-"""One YAML file in, checked and frozen settings out: what a person wants trained, and how."""
+"""One YAML file in, checked and frozen settings out: what to train, and how."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
+from onelayer.compiler.correct.settings import chosen_limit
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
+from onelayer.compiler.settings import Seeded
 from onelayer.runtime.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.runtime.manifest.sections import (
     Correct,
@@ -24,10 +26,8 @@ from onelayer.runtime.manifest.yaml_file import read_yaml
 from onelayer.runtime.training.settings import REFUSED_ARGS
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
-PAPER_LIMIT = 3.0
 
-
-class Manifest(Section):
+class Manifest(Seeded, Section):
     """A whole manifest, paths made absolute."""
 
     version: Literal[1]
@@ -38,7 +38,6 @@ class Manifest(Section):
     polish: Polish | None = None
     tasks: Annotated[dict[TaskName, Task], Field(min_length=1)]
     direct: bool = False
-    seed: NonNegativeInt = 0
     stream: Stream = Stream()
     output: Folder | None = None
     _path: Path = PrivateAttr(default=Path())
@@ -64,10 +63,7 @@ class Manifest(Section):
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
         """A task's limit of the correction."""
-        limit = self.correct.limit
-        if limit != "default":
-            return limit
-        return PAPER_LIMIT if self.tasks[task_name].validation is None else "auto"
+        return chosen_limit(self.correct.limit, self.tasks[task_name].validation is not None)
 
     def polishing(self, task_name: str) -> Polish | None:
         """A task's exact steps, its own settings over the common ones; None where neither asks for any."""

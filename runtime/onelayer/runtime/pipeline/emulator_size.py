@@ -13,10 +13,11 @@ from onelayer.runtime.planning.choice import USABLE_SHARE, best_ratio, compile_d
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun
+from onelayer.runtime.training.settings import TrainSettings
 
 # Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
 PLANNER_VERSION = 6
-DEFAULT_BATCH_SIZE = 8
+DEFAULT_BATCH_SIZE = TrainSettings.default("batch_size")
 AUTO_RANK = 0.125  # planned with if the rank will be measured
 
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, copies_on_disk, rank_for
 from onelayer.compiler.factors.stored_forms import INSTALL, FactorDtype, best_of
+from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
 from onelayer.compiler.storage.files import read_json
@@ -31,10 +33,11 @@ from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes
+from onelayer.runtime.training.settings import TrainSettings
 
-SAMPLES = 64
-MAX_LENGTH, BATCH_SIZE, LORA_RANK = 512, 8, 8
-POLISH_BATCH = 64
+SAMPLES = CompileSettings.default("samples")
+MAX_LENGTH, BATCH_SIZE, LORA_RANK = (TrainSettings.default(name) for name in ("max_length", "batch_size", "lora_rank"))
+POLISH_BATCH = PolishSettings.default("batch_size")
 
 
 class Predicted(Result):

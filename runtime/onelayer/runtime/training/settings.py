@@ -1,45 +1,114 @@
-"""What a person asks of training in, checked arguments for PEFT's LoraConfig and TRL's SFTConfig out; torch-free.
+"""Training settings in, checked arguments for PEFT's LoraConfig and TRL's SFTConfig out; torch-free.
 
 The few common settings have names of their own (`TrainSettings`); everything else that SFTConfig and LoraConfig know
 can be passed under its own name in `args` and `lora`, and is checked here before any weight is read.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.settings import BatchSize, Lengths, Option, Seeded
 from onelayer.runtime.faults import faults_of, written
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
 
-
 Where = Literal["none", "layer", "sublayer"]
 # A number of rows (strict, so that 1.0 is not taken for one row), a share of the hidden size, or by measurement.
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
+LoraRank = Annotated[PositiveInt, Field(description="Rank of the adapter.")]
+LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by alpha / rank.")]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(BaseModel):
-    """The settings of `train_lora` that have a name of their own, with its defaults."""
+class TrainSettings(Lengths, Seeded):
+    """What can be set of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    lora_rank: LoraRank = 8
+    lora_alpha: LoraAlpha = 8
+    target_modules: Annotated[
+        str | list[str],
+        Field(description="`all-linear`, names separated by commas, or a regular expression."),
+        Option(metavar="NAMES", reader="modules"),
+    ] = "all-linear"
+    # Ten times TRL's default, which is meant for full tuning.
+    learning_rate: Annotated[PositiveFloat, Field(description="Learning rate; the default is meant for LoRA.")] = 2e-4
+    max_steps: Annotated[PositiveInt | None, Field(description="Optimizer steps; give this or --epochs.")] = None
+    epochs: Annotated[PositiveFloat | None, Field(description="Passes over the data; give this or --max-steps.")] = None
+    batch_size: BatchSize = 8
+    gradient_accumulation: Annotated[PositiveInt, Field(description="Batches per optimizer step.")] = 1
+    activations: Annotated[
+        Where,
+        Field(
+            description="Compress what is stored for backward: inputs of layers, or outputs of norms; the rest is "
+            "recomputed."
+        ),
+        Option(metavar="none|layer|sublayer"),
+    ] = "none"
+    activation_rank: Annotated[
+        ActivationRank,
+        Field(
+            description="Rank of stored factors, or its share of the hidden size; auto measures. What they leave: 2 "
+            "bits a value."
+        ),
+        Option(metavar="K|SHARE|auto", reader="rank_or_auto"),
+    ] = 0.125
+    activation_report: Annotated[
+        bool,
+        Field(description="Measure errors and the gradient's cosine on the first batch."),
+        Option(flags="--activation-report"),
+    ] = False
+    resume: Annotated[
+        bool, Field(description="Go on from the last checkpoint in --output."), Option(flags="--resume")
+    ] = False
+    lora: Annotated[dict[str, Any] | None, Field(description="Further fields of PEFT's LoraConfig.")] = None
+    args: Annotated[dict[str, Any] | None, Field(description="Further fields of TRL's SFTConfig.")] = None
 
-    lora_rank: PositiveInt = 8
-    lora_alpha: PositiveInt = 8
-    target_modules: str | list[str] = "all-linear"
-    learning_rate: PositiveFloat = 2e-4  # ten times TRL's default, which is meant for full tuning
-    max_steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
-    batch_size: PositiveInt = 8
-    gradient_accumulation: PositiveInt = 1
-    max_length: int = Field(512, ge=2)
-    seed: NonNegativeInt = 0
-    activations: Where = "none"
-    activation_rank: ActivationRank = 0.125
-    activation_report: bool = False
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_steps is not None and self.epochs is not None:
+            raise InputError("max_steps and epochs both say when to stop; give one of them")
+        if self.activation_report and self.activations == "none":
+            raise InputError("activation_report: nothing is compressed; set activations to layer or sublayer")
+        return self
+
+    @classmethod
+    def _refusal(cls, error: ValidationError, keywords: Mapping[str, Any]) -> str:
+        return _first_fault(error, cls, keywords, "")
+
+
+class TrainKeywords(TypedDict, total=False):
+    """The keywords of `train_lora`."""
+
+    lora_rank: int
+    lora_alpha: int
+    target_modules: str | list[str]
+    learning_rate: float
+    max_steps: int | None
+    epochs: float | None
+    batch_size: int
+    gradient_accumulation: int
+    max_length: int
+    seed: int
+    activations: str
+    activation_rank: int | float | str
+    activation_report: bool
+    resume: bool
+    lora: dict[str, Any] | None
+    args: dict[str, Any] | None
 
 
 # Our names, and the names that SFTConfig and LoraConfig have for the same.
@@ -92,11 +161,11 @@ class LoraFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    r: PositiveInt
-    lora_alpha: PositiveInt
+    r: LoraRank
+    lora_alpha: LoraAlpha
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None = None
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: Dropout = 0.0
     use_rslora: bool = False
     rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, PositiveInt] = {}
@@ -109,22 +178,12 @@ class LoraFields(BaseModel):
     ensure_weight_tying: bool = False
 
 
-def train_settings(**values: Any) -> TrainSettings:
-    """Check the named settings. Raises `InputError` naming the first that is wrong."""
-    settings: TrainSettings = _checked(TrainSettings, values, "")
-    if settings.max_steps is not None and settings.epochs is not None:
-        raise InputError("max_steps and epochs both say when to stop; give one of them")
-    if settings.activation_report and settings.activations == "none":
-        raise InputError("activation_report: nothing is compressed; set activations to layer or sublayer")
-    return settings
-
-
-def lora_fields(settings: TrainSettings, lora: Mapping[str, Any] | None, compressed: Mapping[str, int]) -> LoraFields:
+def lora_fields(settings: TrainSettings, compressed: Mapping[str, int]) -> LoraFields:
     """The fields of the LoraConfig. `compressed` holds the modules that have no weight, by name.
 
     Raises `InputError` for variants that are not plain LoRA, and for fields that no LoraConfig has.
     """
-    given = {LORA_SHORT.get(name, name): value for name, value in (lora or {}).items()}
+    given = {LORA_SHORT.get(name, name): value for name, value in (settings.lora or {}).items()}
     for name, value in given.items():
         if name in VARIANT_FIELDS and value:
             raise InputError(
@@ -146,9 +205,9 @@ def lora_fields(settings: TrainSettings, lora: Mapping[str, Any] | None, compres
     return fields
 
 
-def trainer_arguments(settings: TrainSettings, args: Mapping[str, Any] | None) -> dict[str, Any]:
+def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
     """The arguments of the SFTConfig but its folder. Numbers written as text, as YAML reads 1e-4, become numbers."""
-    given = dict(args or {})
+    given = dict(settings.args or {})
     for name in given:
         if name in REFUSED_ARGS:
             raise InputError(f"args.{name}: cannot be set here, {REFUSED_ARGS[name]}")
@@ -169,7 +228,7 @@ def trainer_arguments(settings: TrainSettings, args: Mapping[str, Any] | None) -
 def _once(settings: TrainSettings, given: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
     """Our settings under their foreign names. One set in both places, differently, is refused."""
     for ours, theirs in names.items():
-        value, default = getattr(settings, ours), TrainSettings.model_fields[ours].default
+        value, default = getattr(settings, ours), TrainSettings.default(ours)
         if theirs in given and value not in (default, given[theirs]):
             raise InputError(f"{ours} is {value!r} and {where}.{theirs} is {given[theirs]!r}; give it once")
     return {theirs: getattr(settings, ours) for ours, theirs in names.items()}
@@ -180,5 +239,9 @@ def _checked(model: type[BaseModel], values: Mapping[str, Any], where: str) -> A
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        place, text = faults_of(error, model, dict(values))[0]
-        raise InputError(f"{written((where, *place) if where else place)}: {text}") from None
+        raise InputError(_first_fault(error, model, values, where)) from None
+
+
+def _first_fault(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], where: str) -> str:
+    location, text = faults_of(error, model, dict(values))[0]
+    return f"{written((where, *location) if where else location)}: {text}"

@@ -8,13 +8,15 @@ is complete.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
+from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -24,9 +26,9 @@ from onelayer.runtime.training.inputs import TrainData, TrainModel, read_model, 
 from onelayer.runtime.training.settings import (
     INSTALL,
     LoraFields,
+    TrainKeywords,
     TrainSettings,
     lora_fields,
-    train_settings,
     trainer_arguments,
 )
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
@@ -53,66 +55,29 @@ class TrainResult(Result):
     losses: tuple[tuple[int, float], ...] = ()
 
 
+@settings_keywords(TrainSettings, TrainKeywords)
 def train_lora(
     emulator: str | Path,
     data: str | Path,
     output: str | Path,
-    *,
-    lora_rank: int = 8,
-    lora_alpha: int = 8,
-    target_modules: str | list[str] = "all-linear",
-    learning_rate: float = 2e-4,
-    max_steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 8,
-    gradient_accumulation: int = 1,
-    max_length: int = 512,
-    seed: int = 0,
-    activations: str = "none",
-    activation_rank: int | float | str = 0.125,
-    activation_report: bool = False,
-    resume: bool = False,
-    lora: dict[str, Any] | None = None,
-    args: dict[str, Any] | None = None,
+    **settings: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Train a LoRA adapter on `emulator` and write it, with its provenance, to the directory `output`.
 
     `lora` and `args` hold further fields of PEFT's LoraConfig and TRL's SFTConfig, by their own names. The head of a
     sequence classifier is trained and saved whole, unless `lora` has an empty `modules_to_save`. `resume`
-    continues an interrupted run from its newest checkpoint, and starts anew where there is none. "all-linear" leaves
+    continues an interrupted run from its newest checkpoint, and starts over if there is none. "all-linear" leaves
     out the head, and the experts and routers of mixtures, which are no linear modules. `activations` ("none", "layer",
     "sublayer") are compressed to factors of `activation_rank` (a number, a share of the hidden size, or "auto", the
     smallest that keeps the first batch's gradient) and two bits for what they leave of each value; a report measures
     that gradient. Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
-    settings = train_settings(
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        target_modules=target_modules,
-        learning_rate=learning_rate,
-        max_steps=max_steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        max_length=max_length,
-        seed=seed,
-        activations=activations,
-        activation_rank=activation_rank,
-        activation_report=activation_report,
-    )
-    return _train_checked(settings, emulator, data, Path(output), resume, lora, args, started)
+    return _train_checked(TrainSettings.of(settings), emulator, data, Path(output), started)
 
 
 def _train_checked(
-    settings: TrainSettings,
-    emulator: str | Path,
-    data: str | Path,
-    output: Path,
-    resume: bool,
-    lora: dict[str, Any] | None,
-    args: dict[str, Any] | None,
-    started: float,
+    settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
 ) -> TrainResult:
     """Find model and data, say what the run is of, and train in the work directory beside `output`."""
     check_output(output)
@@ -120,8 +85,8 @@ def _train_checked(
         raise InputError(INSTALL)
     directory = resolve_model(emulator)
     model = read_model(directory, name=str(emulator))
-    fields = lora_fields(settings, lora, model.ranks)
-    arguments = trainer_arguments(settings, args)
+    fields = lora_fields(settings, model.ranks)
+    arguments = trainer_arguments(settings)
     examples = tokenized(data, model, settings.max_length)
     record = {
         "format_version": 1,
@@ -132,12 +97,13 @@ def _train_checked(
         "data": {"path": str(data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments),
     }
-    with work_directory(output, TRAINING_WORK, record, resume) as work:
-        return _train(model, examples, fields, arguments, settings, record, work, output, started)
+    run = _Run(settings, model, examples, fields, arguments, record)
+    with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
+        return run.train(work, output, started)
 
 
 def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a person chose that can change the adapter; a run can be taken up only where all of it is the same."""
+    """The choices that can change the adapter; a run can go on only if all of them are the same."""
     compressed = settings.activations != "none"
     return {
         "lora": fields.model_dump(mode="json"),
@@ -146,51 +112,52 @@ def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, A
     }
 
 
-def _train(
-    model: TrainModel,
-    examples: TrainData,
-    fields: LoraFields,
-    arguments: dict[str, Any],
-    settings: TrainSettings,
-    record: dict[str, Any],
-    work: Path,
-    output: Path,
-    started: float,
-) -> TrainResult:
-    """Load, train from the newest checkpoint if there is one, publish."""
-    import torch
+@dataclass(frozen=True)
+class _Run:
+    """A training whose inputs are checked, and what is recorded of it."""
 
-    from onelayer.runtime.training.adapter_directory import write_adapter_directory
-    from onelayer.runtime.training.callbacks import logged_losses, mean_loss
-    from onelayer.runtime.training.compressed_activations import TrainActivations
-    from onelayer.runtime.training.trainers import make_trainer
+    settings: TrainSettings
+    model: TrainModel
+    examples: TrainData
+    fields: LoraFields
+    arguments: dict[str, Any]
+    record: dict[str, Any]
 
-    cuda = torch.cuda.is_available() and not arguments.get("use_cpu")
-    with _global_random_state(), Meter(torch.device("cuda" if cuda else "cpu")) as meter:
-        trainer = make_trainer(model, examples, fields, arguments, work, cuda)
-        if settings.activations != "none":
-            assert trainer.model is not None
-            trainer.activations = TrainActivations(trainer.model, settings, work)
-        checkpoint = newest_checkpoint(work)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        peak_device_bytes = meter.sample()
-    adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
-    assert trainer.saved_activation_bytes is not None
-    compressed = trainer.activations.measured if trainer.activations is not None else None
-    figures = {
-        "train_loss": mean_loss(trainer.state.log_history),
-        "losses": logged_losses(trainer.state.log_history),
-        "steps": trainer.state.global_step,
-        "trainable_parameters": adapted.get_nb_trainable_parameters()[0],
-        "saved_activation_bytes": trainer.saved_activation_bytes,
-        "peak_device_bytes": peak_device_bytes,
-        "seconds": round(time.perf_counter() - started, 3),
-        "skipped_examples": examples.skipped,
-        "activations": compressed.model_dump(mode="json") if compressed is not None else None,
-    }
-    with atomic_directory(output) as partial:
-        write_adapter_directory(partial, adapted, model, {**record, "training": figures})
-    return TrainResult.model_validate({"output": str(output), **figures})
+    def train(self, work: Path, output: Path, started: float) -> TrainResult:
+        """Load, train from the newest checkpoint if there is one, publish."""
+        import torch
+
+        from onelayer.runtime.training.adapter_directory import write_adapter_directory
+        from onelayer.runtime.training.callbacks import logged_losses, mean_loss
+        from onelayer.runtime.training.compressed_activations import TrainActivations
+        from onelayer.runtime.training.trainers import make_trainer
+
+        cuda = torch.cuda.is_available() and not self.arguments.get("use_cpu")
+        with _global_random_state(), Meter(torch.device("cuda" if cuda else "cpu")) as meter:
+            trainer = make_trainer(self.model, self.examples, self.fields, self.arguments, work, cuda)
+            if self.settings.activations != "none":
+                assert trainer.model is not None
+                trainer.activations = TrainActivations(trainer.model, self.settings, work)
+            checkpoint = newest_checkpoint(work)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            peak_device_bytes = meter.sample()
+        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+        assert trainer.saved_activation_bytes is not None
+        compressed = trainer.activations.measured if trainer.activations is not None else None
+        figures = {
+            "train_loss": mean_loss(trainer.state.log_history),
+            "losses": logged_losses(trainer.state.log_history),
+            "steps": trainer.state.global_step,
+            "trainable_parameters": adapted.get_nb_trainable_parameters()[0],
+            "saved_activation_bytes": trainer.saved_activation_bytes,
+            "peak_device_bytes": peak_device_bytes,
+            "seconds": round(time.perf_counter() - started, 3),
+            "skipped_examples": self.examples.skipped,
+            "activations": compressed.model_dump(mode="json") if compressed is not None else None,
+        }
+        with atomic_directory(output) as partial:
+            write_adapter_directory(partial, adapted, self.model, {**self.record, "training": figures})
+        return TrainResult.model_validate({"output": str(output), **figures})
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""The settings of a correction."""
+
+import math
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import BeforeValidator, Field
+
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.settings import Batched, Lengths, Machine, Option
+
+PAPER_LIMIT = 3.0
+
+
+def _checked_limit(value: Any) -> Any:
+    """Refuse other words than the two that are known, and numbers that are no limit."""
+    if isinstance(value, str) and value not in ("auto", "default"):
+        raise InputError(f"--limit {value}: must be a number, none, auto or default")
+    if isinstance(value, float | int) and not 0 <= value < math.inf:
+        raise InputError(f"--limit {value}: must be at least 0; leave the bound out with none")
+    return value
+
+
+class CorrectSettings(Lengths, Batched, Machine):
+    """What can be set of a correction; all but `limit` is for reading held-out data."""
+
+    limit: Annotated[
+        float | Literal["auto", "default"] | None,
+        BeforeValidator(_checked_limit),
+        Field(
+            description="How far a correction may exceed the adapter; auto chooses that, the solver and a scale by the "
+            "loss on --data."
+        ),
+        Option(metavar="NUMBER|none|auto|default", reader="limit", default=f"auto with --data, else {PAPER_LIMIT:g}"),
+    ] = "default"
+
+
+def chosen_limit(limit: float | Literal["auto", "default"] | None, has_data: bool) -> float | Literal["auto"] | None:
+    """Choose what "default" means: "auto" if there are held-out data, else the paper's limit."""
+    if limit == "default":
+        return "auto" if has_data else PAPER_LIMIT
+    return limit
+
+
+class CorrectKeywords(TypedDict, total=False):
+    """The keywords of `correct_adapter`."""
+
+    limit: float | Literal["auto", "default"] | None
+    max_length: int
+    batch_size: int
+    device: str | None
+    host_memory_bytes: int | None

@@ -1,0 +1,19 @@
+"""The settings of an evaluation."""
+
+from typing import TypedDict
+
+from onelayer.compiler.settings import Batched, Lengths, Machine, Revised
+
+
+class EvaluateSettings(Lengths, Batched, Machine, Revised):
+    """What can be set of an evaluation."""
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    """The keywords of `evaluate_model`."""
+
+    max_length: int
+    batch_size: int
+    device: str | None
+    revision: str | None
+    host_memory_bytes: int | None

@@ -1,0 +1,164 @@
+"""Each setting is declared once: signature, command, manifest and planner follow its model."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+import onelayer.compiler
+import onelayer.runtime
+from helpers.places import ROOT
+from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings
+from onelayer.compiler.correct.settings import CorrectKeywords, CorrectSettings
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
+from onelayer.compiler.polish.settings import PolishKeywords, PolishSettings
+from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
+from onelayer.compiler.settings import Settings
+from onelayer.runtime.training.settings import TrainKeywords, TrainSettings
+
+PASSES: list[tuple[Any, type[Settings], type]] = [
+    (onelayer.compiler.compile_emulator, CompileSettings, CompileKeywords),
+    (onelayer.compiler.refine_emulator, RefineSettings, RefineKeywords),
+    (onelayer.compiler.correct_adapter, CorrectSettings, CorrectKeywords),
+    (onelayer.compiler.polish_adapter, PolishSettings, PolishKeywords),
+    (onelayer.compiler.evaluate_model, EvaluateSettings, EvaluateKeywords),
+    (onelayer.runtime.train_lora, TrainSettings, TrainKeywords),
+]
+# Changes the source of one settings module as it is imported, then prints every default that should follow.
+PROBE = """
+import importlib.util, inspect, json, sys
+from importlib.machinery import SourceFileLoader
+
+module, old, new = sys.argv[1:]
+spec = importlib.util.find_spec(module)
+source = SourceFileLoader(module, spec.origin).get_source(module)
+assert source.count(old) == 1, old
+changed = importlib.util.module_from_spec(spec)
+sys.modules[module] = changed
+exec(compile(source.replace(old, new), spec.origin, "exec"), changed.__dict__)
+
+import typer.main
+import onelayer.compiler, onelayer.runtime
+from onelayer.runtime.cli.app import app
+from onelayer.runtime.manifest import sections
+from onelayer.runtime.pipeline import emulator_size
+from onelayer.runtime.planning import plan
+
+seen = {}
+for name in ("compile_emulator", "refine_emulator", "correct_adapter", "polish_adapter", "evaluate_model"):
+    seen[name] = inspect.signature(getattr(onelayer.compiler, name)).parameters
+seen |= {name: inspect.signature(getattr(onelayer.runtime, name)).parameters for name in ("train_lora", "plan_run")}
+found = {f"{name}.{key}": item.default for name, items in seen.items() for key, item in items.items()}
+for name, command in typer.main.get_command(app).commands.items():
+    found |= {f"{name} {item.name}": item.default for item in command.params}
+for name, section in vars(sections).items():
+    if isinstance(section, type) and issubclass(section, sections.Section):
+        found |= {f"{name}:{key}": field.default for key, field in section.model_fields.items()}
+found |= {"planned": plan.SAMPLES, "polished": plan.POLISH_BATCH, "trained": emulator_size.DEFAULT_BATCH_SIZE}
+print(json.dumps(found, default=str))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "places"),
+    [
+        (
+            "onelayer.compiler.compile.settings",
+            "samples: Samples = 64",
+            "samples: Samples = 77",
+            "compile_emulator.samples/compile samples/Calibration:samples/planned",
+        ),
+        (
+            "onelayer.compiler.settings",
+            "max_length: MaxLength = 512",
+            "max_length: MaxLength = 77",
+            "compile_emulator.max_length/train_lora.max_length/plan_run.max_length/evaluate_model.max_length/"
+            "compile max_length/polish max_length/plan max_length/Calibration:max_length/Training:max_length",
+        ),
+        (
+            "onelayer.compiler.refine.settings",
+            'description="Training steps for each layer.")] = 100',
+            'description="Training steps for each layer.")] = 77',
+            "refine_emulator.steps/refine steps/Refine:steps",
+        ),
+        (
+            "onelayer.compiler.polish.settings",
+            'description="Examples per step.")] = 64',
+            'description="Examples per step.")] = 77',
+            "polish_adapter.batch_size/polish batch_size/Polish:batch_size/polished",
+        ),
+        (
+            "onelayer.runtime.training.settings",
+            "batch_size: BatchSize = 8",
+            "batch_size: BatchSize = 77",
+            "train_lora.batch_size/train batch_size/plan_run.batch_size/plan batch_size/trained",
+        ),
+        (
+            "onelayer.runtime.training.settings",
+            "lora_rank: LoraRank = 8",
+            "lora_rank: LoraRank = 77",
+            "train_lora.lora_rank/train lora_rank/plan_run.lora_rank/plan lora_rank/Lora:r",
+        ),
+    ],
+)
+def test_a_changed_default_is_seen_everywhere(module: str, old: str, new: str, places: str) -> None:
+    paths = os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime")])
+    output = subprocess.run(
+        [sys.executable, "-c", PROBE, module, old, new],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    ).stdout
+    defaults = json.loads(output)
+    assert {place: defaults[place] for place in places.split("/")} == dict.fromkeys(places.split("/"), 77)
+
+
+@pytest.mark.parametrize(("function", "model", "keywords"), PASSES)
+def test_keywords_model_and_signature_agree(function: Any, model: type[Settings], keywords: type) -> None:
+    parameters = inspect.signature(function).parameters
+    assert get_type_hints(keywords).keys() == model.model_fields.keys() <= parameters.keys()
+    assert all(parameters[name].default == field.default for name, field in model.model_fields.items())
+    assert all(field.description for field in model.model_fields.values())
+    # Written in the source are only what is read and written, without defaults but for what may be absent.
+    own = set(parameters) - model.model_fields.keys()
+    assert all(parameters[name].default in (inspect.Parameter.empty, None, ()) for name in own)
+
+
+@pytest.mark.parametrize(("function", "model", "keywords"), PASSES)
+def test_unknown_keywords_are_refused_by_name(function: Any, model: type[Settings], keywords: type) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sample'"):
+        model.of({"sample": 1})
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "message"),
+    [
+        (CompileSettings, {"samples": 0}, "--samples 0: must be at least 1"),
+        (CompileSettings, {"max_length": 1}, "--max-length 1: must be at least 2"),
+        (CompileSettings, {"solver": "best"}, "--solver best: is none of exact, fast"),
+        (CompileSettings, {"ratio": 0.2, "keep_bytes": 0.2}, "--ratio and --keep-bytes say the same in two ways"),
+        (CompileSettings, {"ratio": float("nan")}, "--ratio nan: must lie between 0 and 1, for example 0.25"),
+        (RefineSettings, {"learning_rate": 0}, "--learning-rate 0: must be above 0, for example 0.01"),
+        (RefineSettings, {"host_memory_bytes": "much"}, "--host-memory much: "),
+        (PolishSettings, {"warmup_steps": 10}, "--warmup-steps 10: must lie between 0 and --steps 10"),
+        (PolishSettings, {"activations": 1.5}, "--activations 1.5: must be a number of rows, or a share"),
+        (PolishSettings, {"max_gradient_norm": float("nan")}, "--max-gradient-norm nan: must be greater than 0"),
+        (TrainSettings, {"batch_size": 0}, "batch_size: input should be greater than 0, not 0"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_option(model: type[Settings], keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        model.of(keywords)
+    assert str(caught.value).startswith(message)
+
+
+def test_no_settings_field_is_declared_with_a_default_in_a_command() -> None:
+    for file in sorted((Path(ROOT) / "runtime/onelayer/runtime/cli").glob("*.py")):
+        assert "512" not in file.read_text(), file
