@@ -118,11 +118,10 @@ class Compilation:
             return
         self._watched.add(unit.name)
         hooks = MomentHooks(linears, self.device, self.product_dtype)
-        forward = type(unit.module).forward
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             hooks.next_batch()
-            return forward(unit.module, *args, **kwargs)
+            return unit.forward(*args, **kwargs)
 
         with hooks.attached(), hooks_on(experts):
             yield run

@@ -210,8 +210,7 @@ class StreamedModel:
     ) -> Iterator[None]:
         """Hold one unit's weights on `device`; on exit it is empty again. `tensors` may have been loaded before."""
         if tensors is None:
-            held = [name for name in unit.parameters if name not in unit.lazy]
-            tensors = self.on_device(held, self.read(held), device)
+            tensors = self.on_device(unit.held_names, self.read(unit.held_names), device)
         buffers = dict(unit.module.named_buffers())
         try:
             for name, buffer in buffers.items():

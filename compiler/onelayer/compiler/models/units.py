@@ -12,22 +12,6 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
-@contextmanager
-def replaced_forwards(module: nn.Module, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
-    """The forward of `module`, those of its parts (or its own) that `forwards` names replaced meanwhile."""
-    inner = [part for part in forwards if part is not module]
-    for part in inner:
-        # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-        part.forward = forwards[part]
-    try:
-        # A unit's own forward is the stream's stub, so it is called past that.
-        own = type(module).forward
-        yield forwards.get(module) or (lambda *args, **kwargs: own(module, *args, **kwargs))
-    finally:
-        for part in inner:
-            del part.forward
-
-
 def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     """The module that holds the parameter or buffer `name`, and its attribute there."""
     path, _, leaf = name.rpartition(".")
@@ -43,8 +27,8 @@ def has_forward(module: torch.nn.Module) -> bool:
 class Unit:
     """A module that is loaded, run for every batch and dropped as one.
 
-    `parameters` are the stored parameters and buffers below it by runtime name; `lazy` those of them that stay on
-    disk and are read by rows; `is_block` tells a repeated layer from a norm or a projection.
+    `parameters` are the stored parameters and buffers below it by runtime name. `lazy` are those that stay on disk and
+    are read by rows. `is_block` tells a repeated layer from a norm or a projection.
     """
 
     name: str
@@ -54,6 +38,29 @@ class Unit:
     lazy: frozenset[str]
     is_block: bool
     weight_bytes: int
+
+    @property
+    def held_names(self) -> list[str]:
+        """The runtime names of the parameters that are held while the unit is resident."""
+        return [name for name in self.parameters if name not in self.lazy]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own code. The instance's `forward` is the stream's stub, which would park the caller."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+@contextmanager
+def replaced_forwards(unit: Unit, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
+    """Replace the forwards of a unit's modules on entry, restore them on exit; yield the forward of the whole unit."""
+    inner = [part for part in forwards if part is not unit.module]
+    for part in inner:
+        # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
+        part.forward = forwards[part]
+    try:
+        yield forwards.get(unit.module, unit.forward)
+    finally:
+        for part in inner:
+            del part.forward
 
 
 def bare_name(name: str) -> str:

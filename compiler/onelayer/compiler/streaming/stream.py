@@ -221,10 +221,9 @@ def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
 @contextmanager
 def _watch(on_unit: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
     """The callable that runs a unit for one visit, inside whatever `on_unit` wants to do about it."""
-    forward = type(unit.module).forward
 
     def run(index: int, args: Any, kwargs: Any) -> Any:
-        return forward(unit.module, *args, **kwargs)
+        return unit.forward(*args, **kwargs)
 
     if on_unit is None:
         yield run

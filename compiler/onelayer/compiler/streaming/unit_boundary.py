@@ -9,7 +9,6 @@ import copy
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -169,8 +168,7 @@ class UnitInputs:
 def rerun(unit: Unit, kept: UnitInputs, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Run a resident unit again; return its differentiable outputs and the leaves for `send_gradients`."""
     (arguments, contents), leaves = kept.rebuild(device)
-    forward = partial(type(unit.module).forward, unit.module)
-    outputs = call_with_containers(lambda args, kwargs: forward(*args, **kwargs), arguments, contents)
+    outputs = call_with_containers(lambda args, kwargs: unit.forward(*args, **kwargs), arguments, contents)
     return differentiable(outputs), leaves
 
 

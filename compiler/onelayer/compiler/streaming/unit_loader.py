@@ -46,8 +46,7 @@ class UnitLoader:
     def read_ahead(self, unit: Unit | None) -> None:
         """Start to read a unit that is likely wanted next."""
         if unit is not None and self._pending is None and not self._is_kept(unit):
-            names = [name for name in unit.parameters if name not in unit.lazy]
-            self._pending = (unit, self._pool.submit(self.streamed.read, names))
+            self._pending = (unit, self._pool.submit(self.streamed.read, unit.held_names))
 
     def forget_ahead(self) -> None:
         """Give up what was read ahead and not asked for; otherwise nothing would be read ahead any more."""
@@ -64,7 +63,7 @@ class UnitLoader:
         if kept is not None and kept[0] is unit:
             return kept[1]
         kept = None  # the device holds one unit: the old one goes before the new one comes
-        names = [name for name in unit.parameters if name not in unit.lazy]
+        names = unit.held_names
         if self._pending is not None and self._pending[0] is unit:
             future, self._pending = self._pending[1], None
             return self.streamed.on_device(names, future.result(), self.device)
