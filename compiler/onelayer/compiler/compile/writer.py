@@ -98,7 +98,9 @@ class EmulatorWriter:
         for name, stack in stacks.items():
             del tensors[name]
             entries += [tensor_entry(stack_tensor(name, ending), item) for ending, item in stack.tensors.items()]
-        entries += [_entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.aliases]
+        entries += [
+            _entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.weights.aliases
+        ]
         self._write_shard(
             unit.position,
             entries,
@@ -115,12 +117,14 @@ class EmulatorWriter:
                     self.write_unit(unit, {}, {}, {})
         last = len(self.streamed.units)
         if self.streamed.parameters_outside_units and last not in self.work.finished:
-            names = [name for name in self.streamed.parameters_outside_units if name not in self.streamed.aliases]
+            names = [
+                name for name in self.streamed.parameters_outside_units if name not in self.streamed.weights.aliases
+            ]
             lazy = [name for name in names if name in self.streamed.lazy]
             matrices = {name: self.streamed.matrix(name, torch.device("cpu")) for name in lazy}
-            with self.streamed.loaded([name for name in names if name not in matrices]) as small:
-                entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
-                self._write_shard(last, entries, linears=[], stacks=[], dense={})
+            small = self.streamed.weights.load(name for name in names if name not in matrices)
+            entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
+            self._write_shard(last, entries, linears=[], stacks=[], dense={})
 
     def finish(self, base: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         """Index, config, companions and `emulator.json`; returns the emulator's digest."""

@@ -17,7 +17,7 @@ def unit_width(streamed: StreamedModel, unit: Unit) -> int:
     experts = list(stacks_below(unit.name, unit.module))
     stacked = {path for found in experts for path in found.paths}
     names = (name for name in unit.held_names if name not in stacked)
-    shapes = (streamed.bare_parameter(name).shape for name in names)
+    shapes = (streamed.weights.bare_parameters[name].shape for name in names)
     return sum(sum(shape[-2:]) for shape in shapes if len(shape) >= 2) + sum(map(expert_width, experts))
 
 

@@ -1,7 +1,7 @@
 """A streamed unit and the modules and tensors in it."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,3 +87,57 @@ def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a unit with their names in the unadapted model; what PEFT wraps has that of its wrapper."""
     for name, module in unit.module.named_modules():
         yield bare_name(f"{unit.name}.{name}" if name else unit.name), module
+
+
+def names_read_by_rows(owners: Mapping[str, tuple[nn.Module, str]], head: nn.Module | None) -> frozenset[str]:
+    """Return the names of matrices that are only ever read by rows: embedding tables, and the head.
+
+    `owners` gives the module and attribute of each name.
+    """
+
+    def is_table(module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and module.max_norm is None
+
+    return frozenset(
+        name for name, (owner, leaf) in owners.items() if leaf == "weight" and (is_table(owner) or owner is head)
+    )
+
+
+def split_into_units(
+    model: nn.Module,
+    blocks: Set[nn.Module],
+    head: nn.Module | None,
+    stored: Mapping[nn.Module, Mapping[str, int]],
+    lazy: frozenset[str],
+) -> tuple[tuple[Unit, ...], tuple[str, ...]]:
+    """Split a model into units, in module order; also return the stored names that belong to none.
+
+    `blocks` are the repeated layers; every other module that runs and holds a stored parameter itself is a unit too.
+    `stored` gives the runtime names of a module's own stored parameters, with their bytes.
+    """
+    units: list[Unit] = []
+    outside: list[str] = []
+    seen: set[nn.Module] = set()
+
+    def is_unit(module: nn.Module) -> bool:
+        # PEFT's wrappers decide whose weight is used, so they belong into the unit.
+        wraps = any(getattr(module, name, None) is not None for name in ("base_layer", "original_module"))
+        runs = any(name not in lazy for name in stored.get(module, ())) and module is not head and has_forward(module)
+        return module in blocks or wraps or (runs and blocks.isdisjoint(module.modules()))
+
+    def visit(name: str, module: nn.Module) -> None:
+        if module in seen:  # one module registered at several places is one unit
+            return
+        seen.add(module)
+        if is_unit(module):
+            sizes = {item: size for part in module.modules() for item, size in stored.get(part, {}).items()}
+            held_bytes = sum(size for item, size in sizes.items() if item not in lazy)
+            position, own_lazy = len(units), lazy & sizes.keys()
+            units.append(Unit(bare_name(name), position, module, tuple(sizes), own_lazy, module in blocks, held_bytes))
+            return
+        outside.extend(stored.get(module, ()))
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child)
+
+    visit("", model)
+    return tuple(units), tuple(outside)

@@ -46,7 +46,7 @@ class UnitLoader:
     def read_ahead(self, unit: Unit | None) -> None:
         """Start to read a unit that is likely wanted next."""
         if unit is not None and self._pending is None and not self._is_kept(unit):
-            self._pending = (unit, self._pool.submit(self.streamed.read, unit.held_names))
+            self._pending = (unit, self._pool.submit(self.streamed.weights.read, unit.held_names))
 
     def forget_ahead(self) -> None:
         """Give up what was read ahead and not asked for; otherwise nothing would be read ahead any more."""
@@ -66,5 +66,5 @@ class UnitLoader:
         names = unit.held_names
         if self._pending is not None and self._pending[0] is unit:
             future, self._pending = self._pending[1], None
-            return self.streamed.on_device(names, future.result(), self.device)
-        return self.streamed.on_device(names, self.streamed.read(names), self.device)
+            return self.streamed.weights.on_device(names, future.result(), self.device)
+        return self.streamed.weights.on_device(names, self.streamed.weights.read(names), self.device)
