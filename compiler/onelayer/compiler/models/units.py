@@ -13,13 +13,13 @@ Forward = Callable[..., Any]
 
 
 def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds the parameter or buffer `name`, and its attribute there."""
+    """Return the module that holds the parameter or buffer `name`, and its attribute in that module."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
 
 def has_forward(module: torch.nn.Module) -> bool:
-    """Whether a module is called at all: lists and other containers only hold what is."""
+    """Whether a module has a forward of its own; lists and other containers have none."""
     return type(module).forward is not torch.nn.Module.forward
 
 
@@ -64,17 +64,17 @@ def replaced_forwards(unit: Unit, forwards: Mapping[nn.Module, Forward]) -> Iter
 
 
 def bare_name(name: str) -> str:
-    """The runtime name in the unadapted model of a parameter or module that PEFT may have wrapped."""
+    """Return the name in the unadapted model of a parameter or module that PEFT may have wrapped."""
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", name)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's values, on any device, the meta device included."""
+    """Count the bytes of a tensor's values, on any device, including the meta device."""
     return tensor.numel() * tensor.element_size()
 
 
 def set_tensor(owner: nn.Module, leaf: str, tensor: Any) -> None:
-    """Put a tensor in a module's slot as it stands; stand-ins for tensors are no `nn.Parameter`."""
+    """Put a tensor in a module's slot; a stand-in for a tensor does not become an `nn.Parameter`."""
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
         return
@@ -84,7 +84,7 @@ def set_tensor(owner: nn.Module, leaf: str, tensor: Any) -> None:
 
 
 def named_parts(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a unit with their names in the unadapted model; what PEFT wraps has that of its wrapper."""
+    """Yield the modules of a unit with their names in the unadapted model; a wrapped module has its wrapper's name."""
     for name, module in unit.module.named_modules():
         yield bare_name(f"{unit.name}.{name}" if name else unit.name), module
 
