@@ -54,7 +54,7 @@ def backward_seconds(streamed: StreamedModel, batches: list[TokenBatch]) -> floa
         nonlocal spent
         with torch.enable_grad():
             hidden = args[0].detach().requires_grad_()
-            output = type(unit.module).forward(unit.module, hidden, *args[1:], **kwargs)
+            output = unit.forward(hidden, *args[1:], **kwargs)
             first = output if isinstance(output, torch.Tensor) else output[0]
             gradient = torch.randn_like(first)
             start = time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onelayer.compiler import compile_emulator, refine_emulator
-from onelayer.compiler.compile.job import CompileResult
+from onelayer.compiler.compile.outcome import CompileResult
 from onelayer.compiler.refine.command import RefineResult
 from onelayer.compiler.results import Report
 from scripts.bench.compile import make_model

@@ -32,7 +32,7 @@ from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.models.transformers_models import model_class
 from onelayer.compiler.storage.checkpoint import model_digest
-from onelayer.runtime.modules.quantized_linear import PackedLinear
+from onelayer.runtime.modules.quantized_linear import QuantizedLinear
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 COMPILED: dict[str, dict[str, Any]] = {
@@ -175,11 +175,11 @@ def _rewrite(published: Path, output: Path, factors: Factors) -> None:
 @contextmanager
 def elastic(least: float = 0.5, seed: int = 0) -> Iterator[None]:
     """Packed factors answer with a random prefix meanwhile, of the share `least` or more, another for each pass."""
-    generator, product = Random(seed), PackedLinear._product
-    first: list[PackedLinear] = []
+    generator, product = Random(seed), QuantizedLinear._product
+    first: list[QuantizedLinear] = []
     share = [1.0]
 
-    def prefix(self: PackedLinear, x: torch.Tensor, name: str, rows_are_outputs: bool) -> torch.Tensor:
+    def prefix(self: QuantizedLinear, x: torch.Tensor, name: str, rows_are_outputs: bool) -> torch.Tensor:
         y = product(self, x, name, rows_are_outputs)
         if name != "lr_down":
             return y
@@ -188,7 +188,7 @@ def elastic(least: float = 0.5, seed: int = 0) -> Iterator[None]:
             share[0] = generator.uniform(least, 1.0)
         return y * (torch.arange(y.shape[-1], device=y.device) < share[0] * y.shape[-1])
 
-    with mock.patch.object(PackedLinear, "_product", prefix):
+    with mock.patch.object(QuantizedLinear, "_product", prefix):
         yield
 
 

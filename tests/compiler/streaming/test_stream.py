@@ -152,7 +152,7 @@ def test_a_failing_batch_is_named_and_releases_the_others(tmp_path: Path) -> Non
             entered.append(index)
             if index == 1 and unit.is_block:
                 raise ZeroDivisionError("on purpose")
-            return type(unit.module).forward(unit.module, *args, **kwargs)
+            return unit.forward(*args, **kwargs)
 
         yield fail
 

@@ -16,14 +16,14 @@ def test_what_was_read_ahead_and_not_asked_for_is_given_up(tmp_path: Path, monke
     save_tiny("mistral", tmp_path)
     streamed = StreamedModel(tmp_path)
     readers: dict[str, str] = {}
-    real = streamed.read
+    real = streamed.weights.read
 
     def read(names: Iterable[str]) -> dict[str, torch.Tensor]:
         names = tuple(names)
         readers[names[0]] = threading.current_thread().name
         return real(names)
 
-    monkeypatch.setattr(streamed, "read", read)
+    monkeypatch.setattr(streamed.weights, "read", read)
     first, second, third = (unit for unit in streamed.units if unit.is_block)
     with UnitLoader(streamed, torch.device("cpu")) as loader:
         loader.read_ahead(second)

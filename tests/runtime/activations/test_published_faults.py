@@ -128,7 +128,7 @@ def test_10_errors_surface_where_they_happen(monkeypatch: pytest.MonkeyPatch) ->
         raise MemoryError("no room for factors")
 
     with monkeypatch.context() as patched:
-        patched.setattr("onelayer.runtime.activations.engine.compress", failing)
+        patched.setattr("onelayer.runtime.activations.stored_copies.compress", failing)
         with pytest.raises(MemoryError, match="no room for factors"):
             model(**batch)
     assert all(torch.isfinite(tensor).all() for tensor in gradients(model, batch).values())

@@ -66,9 +66,9 @@ def _check_shape(adapter: Adapter, streamed: StreamedModel, key: str, parameter:
 
 
 def _shape_of(adapter: Adapter, streamed: StreamedModel, key: str, parameter: str) -> tuple[int, ...]:
-    if parameter not in streamed.checkpoint_keys:
+    if parameter not in streamed.weights.checkpoint_keys:
         raise InputError(
             f"{adapter.directory}: key {key!r} has no place, {streamed.checkpoint.directory} has no {parameter}; "
             "give the model it was trained on"
         )
-    return tuple(streamed.bare_parameter(parameter).shape)
+    return tuple(streamed.weights.bare_parameters[parameter].shape)

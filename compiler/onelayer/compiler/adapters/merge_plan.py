@@ -87,9 +87,9 @@ def _plan_one(part: Part, streamed: StreamedModel) -> dict[str, Change]:
 
 def _sharing(streamed: StreamedModel, parameter: str) -> list[str]:
     """Other runtime names that the same weight serves: tied in the model, or made from the same stored tensor."""
-    keys, tensor = set(streamed.checkpoint_keys[parameter]), streamed.bare_parameter(parameter)
-    others = ((name, stored) for name, stored in streamed.checkpoint_keys.items() if name != parameter)
-    return [name for name, stored in others if keys & set(stored) or streamed.bare_parameter(name) is tensor]
+    keys, tensor = set(streamed.weights.checkpoint_keys[parameter]), streamed.weights.bare_parameters[parameter]
+    others = ((name, stored) for name, stored in streamed.weights.checkpoint_keys.items() if name != parameter)
+    return [name for name, stored in others if keys & set(stored) or streamed.weights.bare_parameters[name] is tensor]
 
 
 def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
@@ -105,10 +105,10 @@ def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str
 
 def _stored_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
     """Return the key of the stored tensor of `parameter`; refuse one that is made from several, or not of floats."""
-    keys = streamed.checkpoint_keys[parameter]
+    keys = streamed.weights.checkpoint_keys[parameter]
     info = streamed.checkpoint.tensors[keys[0]]
-    fits = info.shape == tuple(streamed.bare_parameter(parameter).shape) and info.dtype in FLOAT_DTYPES
-    plain = any(name in streamed.stored_unchanged for name in (parameter, *_sharing(streamed, parameter)))
+    fits = info.shape == tuple(streamed.weights.bare_parameters[parameter].shape) and info.dtype in FLOAT_DTYPES
+    plain = any(name in streamed.weights.stored_unchanged for name in (parameter, *_sharing(streamed, parameter)))
     if len(keys) != 1 or not (plain and fits):
         raise InputError(
             f"{source.directory}: {parameter} is stored in another form ({', '.join(keys[:3])}: {info.dtype} "

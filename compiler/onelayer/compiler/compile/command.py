@@ -13,7 +13,8 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from onelayer.compiler.compile.job import Compilation, CompileResult
+from onelayer.compiler.compile.job import Compilation
+from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks
 from onelayer.compiler.compile.resume import WorkDirectory
 from onelayer.compiler.compile.selection import Ranks, choose_ranks, choose_stacks, compile_workspace, emulator_bytes
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings, ResolvedSettings
@@ -94,15 +95,14 @@ def _compile(
         job.stream(batches, meter)
         writer.write_rest()
         workspace = compile_workspace(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))
-        result = job.result(
-            output, meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        )
+        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+        result = compile_result(writer, settings, output, report)
         figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})
-        writer.finish(base, {**facts, **job.remarks(), **figures})
+        writer.finish(base, {**facts, **remarks(writer, [*ranks, *stacks], job.revisited), **figures})
         if settings.rank_allocation == "uniform":
             work.publish(output)
             return result
-        cut = cut_emulator(work.payload, job.spectrum_ranks(), output, {"ratio": settings.ratio})
+        cut = cut_emulator(work.payload, spectrum_ranks(writer, settings), output, {"ratio": settings.ratio})
     changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
     return result.model_copy(update={name: getattr(cut, name) for name in changed})
 

@@ -1,9 +1,9 @@
-"""What each expert of a mixture reads, gathered while its unit runs; moments of one expert at a time when it has.
+"""Gathers what each expert of a mixture reads while its unit runs; then computes moments of one expert at a time.
 
-All experts of a module read rows of the same tensor, so that is what is kept: the hidden states (N, H) of each call and
-who was sent where, parked as all hidden states are (in host memory up to a budget, else in mapped files). Moments for
-all experts at once would be larger than their layer: 128 of 1536 x 1536 in float64 are 2.4 GB, of a layer of 1.2 GB.
-Letters as in `experts.py`.
+All experts of a module read rows of the same tensor, so that tensor is kept: the hidden states (N, H) of each call and
+the experts of each token, parked like all hidden states (in host memory up to a budget, else in mapped files). Moments
+for all experts at once would be larger than their layer: 128 moments of 1536 x 1536 in float64 take 2.4 GB, the layer
+1.2 GB. Letters as in `models/experts.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +21,13 @@ from onelayer.compiler.models.experts import ExpertStacks
 from onelayer.compiler.models.unit_memory import EXPERT_ROWS
 from onelayer.compiler.streaming.spill import SpillPool
 
-# At most this many tokens, evenly spaced, stand for all of a unit's.
+# At most this many tokens, evenly spaced, represent all tokens of a unit.
 POOLED_ROWS = 4096
 
 
 @dataclass
 class ExpertCalls:
-    """The calls of one module of experts: what it read, on the host, and which experts each token was sent to."""
+    """The calls of one module of experts: its inputs, on the host, and the experts of each token."""
 
     stacks: ExpertStacks
     spill_pool: SpillPool
@@ -39,7 +39,7 @@ class ExpertCalls:
     _tokens: list[torch.Tensor] = field(default_factory=list)
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Keep one call, unless the module turns out to do another thing than the interface says."""
+        """Keep one call, unless the module does not do what the interface says."""
         if self.refused:
             return
         routed = self.stacks.routed(args, kwargs)
@@ -48,38 +48,38 @@ class ExpertCalls:
             self.hidden.clear()
             self._index.clear()
             return
-        # Of its own: the model may change the tensor in place, and parking gives it another storage.
+        # A copy: the model may change the tensor in place, and spilling gives it another storage.
         kept = routed[0].detach().to("cpu", copy=True).contiguous()
         spilled_bytes = self.spill_pool.spilled_bytes
         self.spill_pool.hold(kept)
         if self.spill_pool.spilled_bytes > spilled_bytes:
-            return_free_memory()  # each copy that leaves again would leave a hole between what the model allocates
+            return_free_memory()  # otherwise each spilled copy leaves a hole in the heap
         self.hidden.append(kept)
         self._index.append(routed[1].to("cpu", copy=True))
 
     @property
     def reason(self) -> str | None:
-        """Why the stacks can have no moments; None where they can."""
+        """Why the stacks have no moments; None if they have."""
         if self.refused:
             return "its forward is not that of transformers' experts interface"
         return None if self.hidden else "never called"
 
     def sort(self) -> list[int]:
-        """Sort the tokens by expert, once all calls are through; returns how many rows each expert reads."""
+        """Sort the tokens by expert after all calls; return how many rows each expert reads."""
         count = self.stacks.shape(self.stacks.opening)[0]
         index_TK = torch.cat(self._index)
         order = index_TK.reshape(-1).argsort(stable=True) // index_TK.shape[1]
         rows: list[int] = torch.bincount(index_TK.reshape(-1), minlength=count).tolist()
-        # Numbers beyond the last expert mean that a token is sent to none; they sort behind all.
+        # Numbers above the last expert mean that a token is sent to none; they sort last.
         self._tokens = list(order.split(rows)[:count])
         return rows[:count]
 
     def moments(self, expert: int) -> dict[str, Moments]:
-        """Of one expert by stack, over the rows that it was sent."""
+        """Return the moments of one expert by stack, over the rows that were sent to it."""
         return self._moments(expert, self._tokens[expert])
 
     def pooled(self, expert: int) -> dict[str, Moments]:
-        """Of one expert by stack, as if it had been sent every token of the unit, or `POOLED_ROWS` of them."""
+        """Return the moments of one expert by stack over all tokens of the unit, or `POOLED_ROWS` of them."""
         total = sum(len(part) for part in self.hidden)
         return self._moments(expert, torch.linspace(0, total - 1, min(total, POOLED_ROWS)).round().long())
 
@@ -95,13 +95,13 @@ class ExpertCalls:
         return found
 
     def _empty(self, leaf: str) -> Moments:
-        """The moment of the narrow side."""
+        """Return an empty moment of the narrow side."""
         _, out_features, in_features = self.stacks.shape(leaf)
         of_input = out_features >= in_features
         return Moments.empty((out_features, in_features), of_input, self.device, self.product_dtype)
 
     def _rows(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The hidden states of some tokens, numbered over all calls and ascending, `EXPERT_ROWS` at a time."""
+        """Yield the hidden states of ascending token numbers over all calls, `EXPERT_ROWS` at a time."""
         starts = torch.tensor([0, *(len(part) for part in self.hidden)]).cumsum(0)
         for piece in tokens.split(EXPERT_ROWS):
             bounds = torch.searchsorted(piece, starts)
@@ -116,7 +116,7 @@ class ExpertCalls:
 
 @contextmanager
 def hooks_on(calls: list[ExpertCalls]) -> Iterator[None]:
-    """Hooks on; off again on exit."""
+    """Register the hooks of all calls; remove them on exit."""
     handles = [item.stacks.module.register_forward_hook(item.hook, with_kwargs=True) for item in calls]
     try:
         yield
@@ -125,17 +125,17 @@ def hooks_on(calls: list[ExpertCalls]) -> Iterator[None]:
             handle.remove()
 
 
-# (name, weight (out, in), its moments, rank, what stands in where these determine too little) -> what is stored.
+# (name, weight (out, in), its moments, rank, moments for directions that these leave open) -> what is stored.
 Compress = Callable[[str, torch.Tensor, Moments, int | None, Callable[[], Moments]], StoredLinear]
 
 
 def compress_stacks(
     calls: ExpertCalls, ranks: Mapping[str, int | None], compress: Compress
 ) -> Iterator[tuple[str, StoredStack]]:
-    """Each stack that `ranks` names, with all of its experts compressed.
+    """Yield each stack that `ranks` names, with all of its experts compressed.
 
-    An expert that was sent too few tokens to determine its factors gets the remaining directions from all tokens, as
-    if it had been sent them. Raises `RuntimeError` naming the experts where too many rows are not finite.
+    An expert that received too few tokens to determine its factors gets the remaining directions from all tokens.
+    Raises `RuntimeError` naming the experts if too many rows are not finite.
     """
     stacks = calls.stacks
     rows = calls.sort()
@@ -146,9 +146,9 @@ def compress_stacks(
         for leaf, found in stored.items():
             dropped[leaf] += moments[leaf].gram.dropped_rows
             _check_finite(stacks.path(leaf), dropped[leaf], sum(rows))
-            reserve = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
+            fallback_moments = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
             name, weight = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert)
-            found.append(_on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], reserve)))
+            found.append(_on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments)))
     for leaf, found in stored.items():
         figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in found], rows)
         tensors = {ending: torch.stack([item.tensors[ending] for item in found]) for ending in found[0].tensors}

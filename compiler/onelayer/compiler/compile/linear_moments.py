@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.models.linears import weight_shape
 
-# By this many rows a subclass of a linear is told from a linear.
+# The number of rows on which a subclass of a linear is compared with a linear.
 CHECKED_ROWS = 16
 
 
 @dataclass
 class _Site:
-    """One input tensor that several linears read: the Gram they share, and who of them has read the tensor at hand."""
+    """One input tensor that several linears read: their shared Gram, and which of them have read the present tensor."""
 
     gram: Gram
     members: set[str]
@@ -29,11 +29,11 @@ class _Site:
     readers: set[str] = field(default_factory=set)
 
     def is_current(self, x: torch.Tensor) -> bool:
-        """Whether `x` is the very tensor that was added last, unchanged since."""
+        """Whether `x` is the tensor that was added last, unchanged since."""
         return self.current is x and self.current_version == x._version
 
     def read(self, name: str, x: torch.Tensor) -> None:
-        """A member reads `x`, which is added once for all."""
+        """Note that a member reads `x`, which is added once for all members."""
         if not self.is_current(x) or name in self.readers:
             self.gram.add(x)
             self.tensors += 1
@@ -45,7 +45,7 @@ class _Site:
 class MomentHooks:
     """Gathers the moments of the linears of one unit while the unit runs for its batches.
 
-    `linears` by name. One that is never called, or does another thing than a linear, gets none: `reason` says so.
+    `linears` by name. A linear that is never called, or does not behave like one, gets none: see `reason`.
     """
 
     linears: dict[str, nn.Module]
@@ -57,7 +57,7 @@ class MomentHooks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on; off again on exit."""
+        """Register the hooks; remove them on exit."""
         handles = []
         try:
             for name, linear in self.linears.items():
@@ -69,13 +69,13 @@ class MomentHooks:
                 handle.remove()
 
     def next_batch(self) -> None:
-        """The batch before is through: part those that did not read what they shared, and forget its tensors."""
+        """End the previous batch: part linears that did not read a shared tensor, and forget its tensors."""
         for site in list(self._sites.values()):
             self._part_absent(site)
             site.current, site.readers = None, set()
 
     def reason(self, name: str) -> str:
-        """Why a linear has no moments."""
+        """Return why a linear has no moments."""
         if name in self._refused:
             return "its forward is not that of a linear"
         return "never called; its weight may be used in another way"
@@ -93,7 +93,7 @@ class MomentHooks:
             shared = self._sites.get(name)
             if shared is not None and not shared.is_current(x):
                 self._part_absent(shared)
-            # Parted or not, this linear's own place now is where its input belongs.
+            # The linear may have been parted just now; its present site is the one that its input belongs to.
             if name in self._sites:
                 self._sites[name].read(name, x)
                 return
@@ -102,9 +102,9 @@ class MomentHooks:
         return hook
 
     def _settle(self, name: str, x: torch.Tensor) -> None:
-        """Choose, at the first call, the moment that costs least and is never wider than min(in, out).
+        """Choose at the first call the cheapest moment, which is never wider than min(in, out).
 
-        A site that has seen more than the tensor at hand has seen what this linear did not read.
+        A site that has seen more than the present tensor contains tensors that this linear did not read.
         """
         out_features, in_features = weight_shape(self.linears[name])
         sites = self._sites.values()
@@ -122,7 +122,7 @@ class MomentHooks:
         self._sites[name], self.moments[name] = site, Moments(site.gram, of_input=True)
 
     def _part_absent(self, site: _Site) -> None:
-        """Sharing ends for members that have not read the site's last tensor: each goes on from what it did read."""
+        """End the sharing for members that have not read the site's last tensor; each continues from what it read."""
         if site.current is None or site.readers == site.members:
             return
         if not site.is_current(site.current):
@@ -141,7 +141,7 @@ class MomentHooks:
 
 
 def of_output(gram: Gram, linear: nn.Module) -> Moments:
-    """The moment of a linear's outputs, bias left out, from that of its inputs: W G W^T."""
+    """Return the moment of a linear's outputs without bias, from that of its inputs: W G W^T."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
     weight_OI = (weight.T if isinstance(linear, Conv1D) else weight).to(gram.total_FF)
@@ -151,7 +151,7 @@ def of_output(gram: Gram, linear: nn.Module) -> Moments:
 
 
 def acts_as_linear(linear: nn.Module, x: torch.Tensor, output: Any) -> bool:
-    """Whether a call did what a linear does; a subclass may return more than that, or use its weight in another way."""
+    """Whether a call computed what a linear does; a subclass may return more, or use its weight in another way."""
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     out_features, in_features = weight_shape(linear)

@@ -87,13 +87,13 @@ def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int
     """Parameters of the model, tied ones once; of its repeated layers alone if asked."""
     names = [name for unit in streamed.units if unit.is_block or not blocks_only for name in unit.parameters]
     names += () if blocks_only else streamed.parameters_outside_units
-    return sum(streamed.bare_parameter(name).numel() for name in names if name not in streamed.aliases)
+    return sum(streamed.weights.bare_parameters[name].numel() for name in names if name not in streamed.weights.aliases)
 
 
 def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> int:
     """Parameters of the repeated layers that lie in stacks of matrices, `but` those named: experts, not linears."""
     names = [name for unit in streamed.units if unit.is_block for name in unit.parameters if name not in but]
-    tensors = [streamed.bare_parameter(name) for name in names if name not in streamed.aliases]
+    tensors = [streamed.weights.bare_parameters[name] for name in names if name not in streamed.weights.aliases]
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 

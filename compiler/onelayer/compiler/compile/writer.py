@@ -1,7 +1,7 @@
-"""The emulator as a directory: unit shards written as they finish, then index, config and figures, metadata last.
+"""Writes the emulator as a directory: unit shards as they finish, then index, config and figures, metadata last.
 
-Goes in: resident units and what their linears became. Comes out: an ordinary transformers directory (the way back is in
-`emulator_reader.py`). Held: one unit at a time; matrices that stay on disk are copied in slices.
+In: resident units and the factors of their linears. Out: an ordinary transformers directory (`emulators/reader.py`
+reads it). Held: one unit at a time; matrices that stay on disk are copied in slices.
 """
 
 import json
@@ -36,7 +36,7 @@ from onelayer.compiler.storage.safetensors_writer import Entry, tensor_entry, wr
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """What takes the place of one linear's weight: tensors by the ending of their names, and the figures."""
+    """The replacement of one linear's weight: tensors by the ending of their names, and the figures."""
 
     figures: LinearFigures
     tensors: Mapping[str, torch.Tensor]
@@ -44,14 +44,14 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class StoredStack:
-    """What takes the place of a stack of experts: tensors (E, ...) by the ending of their names, and the figures."""
+    """The replacement of a stack of experts: tensors (E, ...) by the ending of their names, and the figures."""
 
     figures: StackFigures
     tensors: Mapping[str, torch.Tensor]
 
 
 class EmulatorWriter:
-    """Writes one emulator into a work directory, a shard and a record for each unit; takes up what is there."""
+    """Writes one emulator into a work directory, a shard and a record for each unit; continues what is there."""
 
     def __init__(self, work: WorkDirectory, streamed: StreamedModel, factor_dtype: FactorDtype | None) -> None:
         self.work = work
@@ -62,7 +62,7 @@ class EmulatorWriter:
 
     @property
     def records(self) -> list[UnitRecord]:
-        """The units that are written, in module order."""
+        """The records of the written units, in module order."""
         return [self.work.finished[position] for position in sorted(self.work.finished)]
 
     @property
@@ -86,9 +86,9 @@ class EmulatorWriter:
         stacks: Mapping[str, StoredStack],
         dense: Mapping[str, str],
     ) -> None:
-        """One shard from a unit that is resident: `linears` and `stacks` in place of the weights that they stand for.
+        """Write the shard of a resident unit, with `linears` and `stacks` instead of the weights that they replace.
 
-        `dense` says of what was to be compressed why it was not.
+        `dense` gives the reason for each weight that was to be compressed and was not.
         """
         tensors = self.streamed.tensors_of(unit)
         entries = []
@@ -98,7 +98,9 @@ class EmulatorWriter:
         for name, stack in stacks.items():
             del tensors[name]
             entries += [tensor_entry(stack_tensor(name, ending), item) for ending, item in stack.tensors.items()]
-        entries += [_entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.aliases]
+        entries += [
+            _entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.weights.aliases
+        ]
         self._write_shard(
             unit.position,
             entries,
@@ -108,22 +110,24 @@ class EmulatorWriter:
         )
 
     def write_rest(self) -> None:
-        """The units that no batch visited or that hold nothing to factorize, dense, and what lies outside all units."""
+        """Write units without a shard (not visited, or nothing to factorize) and parameters outside units, dense."""
         for unit in self.streamed.units:
             if not self.has(unit):
                 with self.streamed.resident(unit, torch.device("cpu")):
                     self.write_unit(unit, {}, {}, {})
         last = len(self.streamed.units)
         if self.streamed.parameters_outside_units and last not in self.work.finished:
-            names = [name for name in self.streamed.parameters_outside_units if name not in self.streamed.aliases]
+            names = [
+                name for name in self.streamed.parameters_outside_units if name not in self.streamed.weights.aliases
+            ]
             lazy = [name for name in names if name in self.streamed.lazy]
             matrices = {name: self.streamed.matrix(name, torch.device("cpu")) for name in lazy}
-            with self.streamed.loaded([name for name in names if name not in matrices]) as small:
-                entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
-                self._write_shard(last, entries, linears=[], stacks=[], dense={})
+            small = self.streamed.weights.load(name for name in names if name not in matrices)
+            entries = [_entry(name, tensor) for name, tensor in {**matrices, **small}.items()]
+            self._write_shard(last, entries, linears=[], stacks=[], dense={})
 
     def finish(self, base: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-        """Index, config, companions and `emulator.json`; returns the emulator's digest."""
+        """Write index, config, companion files and `emulator.json`; return the emulator's digest."""
         shard_of = {name: record.shard for record in self.records for name in record.tensor_bytes}
         total_bytes = sum(size for record in self.records for size in record.tensor_bytes.values())
         write_index(self.directory / INDEX_FILE, shard_of, total_bytes)
@@ -172,12 +176,12 @@ class EmulatorWriter:
         }
         return document
 
-    def _write_shard(self, position: int, entries: list[Entry], **told: Any) -> None:
+    def _write_shard(self, position: int, entries: list[Entry], **figures: Any) -> None:
         shard = f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
         if entries:
             write_safetensors(self.directory / shard, entries, {"format": "pt"})
         sizes = {entry.name: entry.size_bytes for entry in entries}
-        self.work.finish_unit(UnitRecord(position=position, shard=shard, tensor_bytes=sizes, **told))
+        self.work.finish_unit(UnitRecord(position=position, shard=shard, tensor_bytes=sizes, **figures))
 
 
 def _row(stored: StoredLinear | StoredStack) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def measure_gaps(
     """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
 
     def place(name: str) -> tuple[Path, int]:
-        info = streamed.checkpoint.tensors[streamed.checkpoint_keys[f"{name}.weight"][0]]
+        info = streamed.checkpoint.tensors[streamed.weights.checkpoint_keys[f"{name}.weight"][0]]
         return info.file, info.start
 
     def work(name: str) -> Gap:
@@ -67,10 +67,10 @@ def linear_gap(
 def _weight_reads(streamed: StreamedModel, name: str) -> list[Read]:
     """Reads of consecutive rows of one weight; of the whole where the checkpoint holds it in another form."""
     parameter = f"{name}.weight"
-    empty = streamed.bare_parameter(parameter)
-    if parameter not in streamed.stored_unchanged:
+    empty = streamed.weights.bare_parameters[parameter]
+    if parameter not in streamed.weights.stored_unchanged:
         return [partial(_converted, streamed, parameter)]
-    (key,) = streamed.checkpoint_keys[parameter]
+    (key,) = streamed.weights.checkpoint_keys[parameter]
     rows, width = empty.shape
     step = max(1, CHUNK_BYTES // (width * empty.element_size()))
 
@@ -82,7 +82,7 @@ def _weight_reads(streamed: StreamedModel, name: str) -> list[Read]:
 
 def _converted(streamed: StreamedModel, parameter: str) -> torch.Tensor:
     with _CONVERTING:
-        (tensor,) = streamed.convert([parameter], streamed.read([parameter])).values()
+        (tensor,) = streamed.weights.load([parameter]).values()
     return tensor
 
 
@@ -93,9 +93,9 @@ def correct_workspace(streamed: StreamedModel, small: Emulator, source: Adapter)
 
     def cost(name: str) -> int:
         module, rank = source.modules[name], small.facts.compressed[name]
-        weight = streamed.bare_parameter(f"{name}.weight")
+        weight = streamed.weights.bare_parameters[f"{name}.weight"]
         weight_bytes = weight.numel() * weight.element_size()
-        is_plain = f"{name}.weight" in streamed.stored_unchanged
+        is_plain = f"{name}.weight" in streamed.weights.stored_unchanged
         chunks = min(2 * CHUNK_BYTES, weight_bytes) if is_plain else 2 * weight_bytes
         sides = module.in_features + module.out_features
         return chunks + BLOCK_BYTES + 8 * (rank + 6 * module.rank) * sides

@@ -141,14 +141,14 @@ class _Trials:
             for part in switches:
                 part.enable_adapters(variant > 0)
             if variant == 0:
-                return type(unit.module).forward(unit.module, *args, **kwargs)
+                return unit.forward(*args, **kwargs)
             if not weights:
                 watch.detach()
                 weights.update(self._solve(compressed, factors, watch))
             _set({layer: solved[variant - 1] for layer, solved in weights.items()})
             for layer, scaling in scalings.items():  # the weights that were solved hold their scale already
                 layer.scaling[NAME] = 1.0 if layer in before else CANDIDATES[variant - 1][2] * scaling
-            return type(unit.module).forward(unit.module, *args, **kwargs)
+            return unit.forward(*args, **kwargs)
 
         try:
             yield run

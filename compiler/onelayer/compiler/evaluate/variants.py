@@ -52,8 +52,8 @@ def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callab
                     layer.set_adapter([variant.adapter] if is_tuner else variant.adapter)
             forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
             if not forwards:
-                return type(unit.module).forward(unit.module, *args, **kwargs)
-            with replaced_forwards(unit.module, forwards) as stand_in:
+                return unit.forward(*args, **kwargs)
+            with replaced_forwards(unit, forwards) as stand_in:
                 return stand_in(*args, **kwargs)
 
         yield run

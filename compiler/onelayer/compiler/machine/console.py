@@ -6,33 +6,30 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from onelayer.compiler.machine.meter import GIB
 
-if TYPE_CHECKING:
-    pass
-
 
 def notice(text: str) -> None:
-    """Tell a person what was done otherwise than asked: one line on stderr, above any bar."""
+    """Print a notice to stderr, above any progress bar: something was not done exactly as requested."""
     tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
 
 
 def capped(option: str, wanted: int, available: int) -> int:
-    """`wanted` examples of a step, or all there are: more would only take some of them twice, so that is noted."""
+    """Return `wanted` examples for a step, or all available; print a notice if there are fewer than wanted."""
     if wanted > available:
         notice(f"{option} {wanted}: there are {available} examples, a step takes each of them once")
     return min(wanted, available)
 
 
 class Progress:
-    """A bar over units on stderr with an ETA, the current unit and the peak; silent where stderr is no terminal."""
+    """A bar over units on stderr with an ETA, the current unit and the peak; silent if stderr is no terminal."""
 
     def __init__(self, total: int, description: str) -> None:
-        self.base = 0  # what earlier passes of the same work have reached
+        self.base = 0  # the count that earlier passes of the same work reached
         self._bar: Any = tqdm(total=total, desc=description, unit="unit", disable=None, leave=False)
 
     def __enter__(self) -> "Progress":
@@ -42,12 +39,12 @@ class Progress:
         self._bar.close()
 
     def begin(self, base: int, description: str) -> None:
-        """The next pass begins: where it stands in the whole, and its name."""
+        """Begin the next pass, at its place in the whole work, with its name."""
         self.base = base
         self._bar.set_description(description, refresh=False)
 
     def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
-        """The pass stands behind the unit number `count`; units that no batch visits are passed over."""
+        """Show that `count` units are done; units that no batch visits are skipped."""
         if self.base + count > self._bar.n:
             self._bar.update(self.base + count - self._bar.n)
         parts = (unit, note, f"peak {peak_bytes / GIB:.2f} GiB")
@@ -78,6 +75,6 @@ class StopRequest:
         os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a stop was asked for."""
+        """Raise `KeyboardInterrupt` if a stop was requested."""
         if self._asked:
             raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from onelayer.compiler.errors import InputError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, by default the first GPU and else the CPU. Raises `InputError` where there is none such."""
+    """Return the named device; without a name the first GPU, else the CPU. Raises `InputError` if not available."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,5 +21,5 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def move(values: Any, device: torch.device) -> Any:
-    """A tree of values with its tensors on `device`."""
+    """Move the tensors of a tree of values to `device`."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)

@@ -1,4 +1,4 @@
-"""What a pass costs: peak bytes, bytes read, seconds, shown while it runs and reported when it ends."""
+"""The costs of a pass: peak bytes, bytes read and seconds, shown while it runs and reported at its end."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ _SAMPLE_SECONDS = 0.02
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs; file pages (a mapped checkpoint) can be dropped and do not count."""
+    """Measure the memory of this process without file pages (a mapped checkpoint), which the system can drop."""
     if _STATM.exists():
         _, resident, shared, *_ = _STATM.read_text().split()
         return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
@@ -31,9 +31,9 @@ def anonymous_bytes() -> int:
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system; glibc keeps it per thread, where the next layer may not find it."""
+    """Return freed memory to the system; glibc keeps it per thread, out of reach of the next layer."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl lacks it and keeps nothing
         if trim is not None:
             trim(0)
 
@@ -43,7 +43,7 @@ class Meter:
 
     def __init__(self, device: "torch.device") -> None:
         self.device = device
-        self.note = ""  # what the pass has to say about the unit behind it, for whoever watches
+        self.note = ""  # a remark of the pass on the last unit, shown in the progress bar
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="meter", daemon=True)
         self._start_seconds = time.perf_counter()
@@ -51,7 +51,7 @@ class Meter:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device's own allocator says what is held; else the host's memory does."""
+        """Whether the device's own allocator counts the memory; otherwise the host's memory is counted."""
         return self.device.type == "cuda"
 
     def __enter__(self) -> "Meter":
@@ -73,7 +73,7 @@ class Meter:
             self.sample()
 
     def sample(self) -> int:
-        """Look at the memory now; returns the device peak so far in bytes."""
+        """Measure the memory now; return the device peak so far in bytes."""
         self._peak_bytes = max(self._peak_bytes, anonymous_bytes())
         if self.on_gpu:
             import torch
@@ -82,7 +82,7 @@ class Meter:
         return self._peak_bytes - self._start_bytes
 
     def report(self, largest_unit_bytes: int, workspace_bytes: int, bytes_read: int) -> Report:
-        """The figures of the pass so far."""
+        """Return the figures of the pass so far."""
         return Report(
             largest_unit_bytes=largest_unit_bytes,
             workspace_bytes=workspace_bytes,

@@ -1,4 +1,7 @@
-"""Reading that overlaps computing: callables in, their results out in order, done ahead in threads of their own."""
+"""Threads: reading ahead while something else computes, and computing on one thread.
+
+In: callables. Out: their results in order, computed ahead in threads of their own.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +15,9 @@ T = TypeVar("T")
 
 
 def read_ahead(jobs: Iterable[Callable[[], T]], depth: int = 2, threads: int = 1) -> Iterator[T]:
-    """Results of `jobs` in their order, at most `depth` of them waiting; an error surfaces where its result would.
+    """Yield the results of `jobs` in order, with at most `depth` waiting; raise an error in place of its result.
 
-    `threads` of them are done at once. Leaving the loop early cancels those that have not begun.
+    `threads` jobs run at once. Leaving the loop early cancels the jobs that have not begun.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="ahead") as pool:
         waiting: deque[Future[T]] = deque()
@@ -32,10 +35,10 @@ def read_ahead(jobs: Iterable[Callable[[], T]], depth: int = 2, threads: int = 1
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Torch computes on this thread alone meanwhile.
+    """Let torch compute on this thread only; restore its thread count on exit.
 
-    For products of blocks that fit a core's cache: shared out among threads they wait for each other more than they
-    compute, and on a busy machine fifty times as long.
+    Use this for small matrix products that fit in one core's cache. Spread over threads they mostly wait for each
+    other, up to 50x slower on a busy machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""The experts of a mixture as transformers holds them: matrices in stacks, found by their structure, used one by one.
+"""The experts of a mixture in transformers' form: matrices in stacks, found by their structure, used one by one.
 
-Goes in: a module. Comes out: a view on its stacks, if its class answers to transformers' experts interface (the
-decorator `use_experts_implementation`), whatever the class. Letters: E experts, N tokens, T the tokens of all calls,
-K experts per token, S rows that one expert reads, H hidden, I inner width. The decorator's marks (`has_gate`,
-`has_bias`, `is_transposed`, `has_post_expert_norm`, `_apply_gate`) are semi-private; they are read here alone.
+In: a module. Out: a view on its stacks, if its class implements transformers' experts interface (the decorator
+`use_experts_implementation`), whatever the class. Letters: E experts, N tokens, T the tokens of all calls, K experts
+per token, S rows that one expert reads, H hidden, I inner width. The decorator's marks (`has_gate`, `has_bias`,
+`is_transposed`, `has_post_expert_norm`, `_apply_gate`) are semi-private and are read only here.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from torch import nn
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 
 _MARKS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-# By this many tokens a class whose forward is the interface's is told from one whose forward is not.
+# The number of tokens on which a class's forward is compared with the interface's.
 CHECKED_TOKENS = 16
 
 
@@ -28,8 +28,8 @@ Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ExpertStacks:
-    """The two stacks of one module of experts: what opens the inner width, with its gate if it has one, and what closes
-    it. A stack goes by the name of its parameter."""
+    """The two stacks of one module of experts: the opening stack, with its gate if it has one, and the closing stack.
+    A stack has the name of its parameter."""
 
     name: str
     module: Any
@@ -46,7 +46,7 @@ class ExpertStacks:
 
     @property
     def leaves(self) -> tuple[str, str]:
-        """Both parameters, in the order in which they are used."""
+        """Both parameters, in the order of their use."""
         return self.opening, self.closing
 
     @property
@@ -55,36 +55,36 @@ class ExpertStacks:
         return tuple(self.path(leaf) for leaf in self.leaves)
 
     def path(self, leaf: str) -> str:
-        """The runtime name of a stack."""
+        """Return the runtime name of a stack."""
         return f"{self.name}.{leaf}" if self.name else leaf
 
     def shape(self, leaf: str) -> tuple[int, int, int]:
-        """(E, out, in) of a stack, however it lies."""
+        """Return (E, out, in) of a stack, whether it is stored transposed or not."""
         count, rows, columns = getattr(self.module, leaf).shape
         return (count, columns, rows) if self.module.is_transposed else (count, rows, columns)
 
     @property
     def per_token(self) -> int:
-        """Experts that a token is sent to; all of them where the configuration does not say."""
-        told = (getattr(self.module.config, name, None) for name in EXPERTS_PER_TOKEN_NAMES)
-        return next((number for number in told if isinstance(number, int)), int(self.module.num_experts))
+        """The number of experts that a token is sent to; all of them if the configuration does not say."""
+        numbers = (getattr(self.module.config, name, None) for name in EXPERTS_PER_TOKEN_NAMES)
+        return next((number for number in numbers if isinstance(number, int)), int(self.module.num_experts))
 
     def weight(self, leaf: str, expert: int) -> torch.Tensor:
-        """(out, in) of one expert."""
+        """Return the weight (out, in) of one expert."""
         weight: torch.Tensor = getattr(self.module, leaf)[expert]
         return weight.T if self.module.is_transposed else weight
 
     def opened(self, expert: int, product_SO: torch.Tensor) -> torch.Tensor:
-        """(S, out of the opening stack) of one expert without bias -> (S, I), what the closing stack reads."""
+        """Map (S, out of the opening stack) of one expert, without bias, to (S, I), the closing stack's input."""
         return self.inner(self._with_bias(self.opening, expert, product_SO))
 
     def inner(self, opened_SO: torch.Tensor) -> torch.Tensor:
-        """The class's own gate, or its activation."""
+        """Apply the class's own gate, or its activation."""
         found: torch.Tensor = (self.module._apply_gate if self.module.has_gate else self.module.act_fn)(opened_SO)
         return found
 
     def routed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed | None:
-        """Hidden states (N, H), expert numbers (N, K) and their weights (N, K) of a call; None of any other call."""
+        """Return hidden states (N, H), expert numbers and weights (N, K) of a call; None if the call is different."""
         bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
         if len(bound.args) != 4:
             return None
@@ -95,15 +95,15 @@ class ExpertStacks:
         return found if numbered and found[1].shape == found[2].shape else None
 
     def product(self, leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """(S, in) -> (S, out) of one expert's weight, without bias."""
+        """Map (S, in) to (S, out) by one expert's weight, without bias."""
         return nn.functional.linear(x, self.weight(leaf, expert))
 
     def run(
         self, x_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor, product: Product
     ) -> torch.Tensor:
-        """What the interface says that experts make of N tokens, (N, H), each weight by way of `product`.
+        """Compute the experts' output (N, H) for N tokens as the interface says, with `product` for each weight.
 
-        Expert by expert, over rows that are sorted by expert. Numbers beyond the last expert mean none.
+        Works expert by expert, over rows that are sorted by expert. Numbers above the last expert mean none.
         """
         tokens, per_token = index_NK.shape
         numbers_S, order_S = index_NK.reshape(-1).sort(stable=True)
@@ -129,7 +129,7 @@ class ExpertStacks:
         return y_SH[back_S].view(tokens, per_token, -1).sum(dim=1).to(x_NH.dtype)
 
     def acts_as_declared(self, routed: Routed, output: Any) -> bool:
-        """Whether a call did what the interface says of its class: that is what is factorized."""
+        """Whether a call computed what the interface says of its class, which is what is factorized."""
         x_NH, index_NK, weights_NK = (item[:CHECKED_TOKENS] for item in routed)
         if not isinstance(output, torch.Tensor) or output.shape != routed[0].shape:
             return False
@@ -145,7 +145,7 @@ class ExpertStacks:
 
 
 def expert_stacks(name: str, module: nn.Module) -> ExpertStacks | None:
-    """The stacks of a module that answers to the experts interface; None for any other."""
+    """Return the stacks of a module that implements the experts interface; None for any other module."""
     if not all(mark in vars(module) for mark in _MARKS):
         return None
     found = ExpertStacks(name, module)
@@ -157,7 +157,7 @@ def expert_stacks(name: str, module: nn.Module) -> ExpertStacks | None:
 
 
 def stacks_below(name: str, module: nn.Module) -> Iterator[ExpertStacks]:
-    """All modules of experts at or below a module, which is called `name`."""
+    """Yield all modules of experts at or below a module, whose name is `name`."""
     for below, part in module.named_modules():
         found = expert_stacks(".".join(item for item in (name, below) if item), part)
         if found is not None:

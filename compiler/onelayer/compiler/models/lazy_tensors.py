@@ -1,8 +1,8 @@
-"""Matrices that stay on disk (embeddings, the head), logits not formed until somebody asks for a slice, absent weights.
+"""Matrices that stay on disk (embeddings, the head), logits that are formed only by slices, and absent weights.
 
-They stand in for tensors inside the model's own code: shape, dtype and device answer as usual, the few operations that
-models perform on them are done from slices, and any other operation forms the tensor in full or, where that would be
-large, fails by name.
+They stand in for tensors inside the model's own code. Shape, dtype and device answer as usual. The few operations that
+models perform on them work on slices. Any other operation forms the whole tensor, or fails by name if that would be
+large.
 """
 
 import re
@@ -18,7 +18,7 @@ from onelayer.compiler.storage.checkpoint import Checkpoint
 
 
 class OutsideTableError(IndexError):
-    """A look-up beyond the last row of an embedding table; `index` is the largest that was asked for."""
+    """A look-up beyond the last row of an embedding table; `index` is the largest requested row."""
 
     def __init__(self, index: int, rows: int) -> None:
         super().__init__(f"index {index} is outside an embedding of {rows} rows")
@@ -26,7 +26,7 @@ class OutsideTableError(IndexError):
         self.rows = rows
 
 
-# What a stand-in may tell about itself without its values.
+# What a stand-in can answer without its values.
 PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")
 METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES) | {
     getattr(torch.Tensor, name)
@@ -34,7 +34,7 @@ METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES)
 }
 
 
-# What code between units may do with a small weight of a unit that is not resident: read it. The stored weight stays.
+# Operations that only read: code between units may use them on a small weight of a unit that is not resident.
 READING = frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT")) | {
     torch.Tensor.t, torch.Tensor.transpose, torch.Tensor.__getitem__, torch.Tensor.matmul, torch.matmul,
     torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, F.linear, F.embedding,
@@ -42,21 +42,21 @@ READING = frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT"))
 
 
 class AbsentWeight(torch.Tensor):
-    """A weight of a unit that is not resident. The code between units may ask what it is like; where it wants to read
-    the values of a small one, they are read from disk."""
+    """A weight of a unit that is not resident. The code between units may use its metadata, and the values of a small
+    weight, which are then read from disk."""
 
     values: Callable[[], torch.Tensor]
 
     @staticmethod
     def like(tensor: torch.Tensor, name: str, values: Callable[[str], torch.Tensor]) -> "AbsentWeight":
-        """The stand-in for an empty (meta) parameter, whose `values` can be had on the host by its name."""
+        """Return the stand-in for an empty (meta) parameter; `values(name)` reads its values to the host."""
         weight = tensor.detach().as_subclass(AbsentWeight)
         weight.values = partial(values, name)
         return weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Metadata as it stands, but the host for a device: models move inputs to where their weights seem to be."""
+        """Answer metadata, with the host as device, since models move inputs to the device of their weights."""
         kwargs = kwargs or {}
         if func == torch.Tensor.device.__get__:
             return torch.device("cpu")
@@ -79,7 +79,7 @@ def _values(item: Any, func: Any) -> Any:
 
 
 class DiskMatrix(torch.Tensor):
-    """A weight (rows, width) that is read by rows. Serves embedding look-ups and linear products."""
+    """A weight (rows, width) that is read by rows, for embedding look-ups and linear products."""
 
     read: Callable[[int, int], torch.Tensor]
     pick: Callable[[torch.Tensor], torch.Tensor]
@@ -89,18 +89,18 @@ class DiskMatrix(torch.Tensor):
     def over(
         checkpoint: Checkpoint, key: str, dtype: torch.dtype, device: torch.device, is_head: bool = False
     ) -> "DiskMatrix":
-        """The tensor `key` of a checkpoint, as if it lay on `device` in `dtype`. A head's products are deferred."""
+        """Return the tensor `key` of a checkpoint as if on `device` in `dtype`. A head's products are deferred."""
         shape = checkpoint.tensors[key].shape
         matrix = torch.empty((), dtype=dtype, device=device).expand(shape).as_subclass(DiskMatrix)
         matrix.read = lambda start, stop: checkpoint.read_rows(key, start, stop).to(device, dtype)
         matrix.is_head = is_head
-        # Variants of a model ask for one batch's rows one after the other.
+        # Variants of a model request the rows of one batch one after the other.
         matrix.pick = _remembering_last(lambda rows: checkpoint.gather_rows(key, rows.cpu().numpy()).to(device, dtype))
         return matrix
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Dispatch: metadata as it stands, the served operations from slices, everything else refused by name."""
+        """Answer metadata, compute the supported operations from slices, refuse everything else by name."""
         kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -114,7 +114,7 @@ class DiskMatrix(torch.Tensor):
         )
 
     def row_slices(self) -> Iterator[tuple[int, int]]:
-        """Bounds of consecutive row ranges of at most `SLICE_BYTES` each."""
+        """Return bounds of consecutive row ranges of at most `SLICE_BYTES` each."""
         rows, width = self.shape
         step = max(1, SLICE_BYTES // (width * self.dtype.itemsize))
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
@@ -144,7 +144,7 @@ def _embedding(ids: torch.Tensor, matrix: DiskMatrix, *args: Any, **kwargs: Any)
 
 
 def _whole(item: Any, func: Any) -> Any:
-    """A small matrix in full, for code that does anything else with it; a large one is refused."""
+    """Read a small matrix whole for any other operation; refuse a large one."""
     if not isinstance(item, DiskMatrix):
         return item
     rows, width = item.shape
@@ -163,7 +163,7 @@ def _linear(x: torch.Tensor, matrix: DiskMatrix, bias: torch.Tensor | None = Non
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-# Operations on logits that act on every element alone, so that they can be done on a slice later.
+# Elementwise operations on logits, which can be applied to a slice later.
 ELEMENTWISE = frozenset(
     {
         torch.Tensor.mul, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.add, torch.Tensor.sub,
@@ -177,11 +177,11 @@ ELEMENTWISE = frozenset(
 
 
 class DeferredLogits(torch.Tensor):
-    """Logits (..., vocabulary) of a head whose weight stays on disk: the hidden states and what to do with them.
+    """Logits (..., vocabulary) of a head whose weight stays on disk: the hidden states and the operations on them.
 
-    Elementwise operations (soft caps, scales, casts) and values set for some tokens are remembered and applied to each
-    slice; any other operation forms the logits in full, which is correct and costs their memory. One that would change
-    them in place is refused by name: what it changed would be lost.
+    Elementwise operations (soft caps, scales, casts) and values set for some tokens are recorded and applied to each
+    slice. Any other operation forms the whole logits, which is correct and costs their memory. An operation that would
+    change them in place is refused by name, since its change would be lost.
     """
 
     hidden: torch.Tensor
@@ -191,19 +191,19 @@ class DeferredLogits(torch.Tensor):
 
     @staticmethod
     def over(hidden: torch.Tensor, head: DiskMatrix, bias: torch.Tensor | None) -> "DeferredLogits":
-        """`hidden @ head.T + bias`, not yet done."""
+        """Return `hidden @ head.T + bias`, deferred."""
         return _deferred(hidden, head, bias, (), hidden.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Dispatch: metadata as it stands, elementwise operations remembered, everything else on the full logits."""
+        """Answer metadata, record elementwise operations, do everything else on the whole logits."""
         kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
         logits, name = args[0], getattr(func, "__name__", str(func))
-        # Operators like += that are not served fall back to their plain form, and give a tensor of its own.
+        # Operators like += without support here fall back to their plain form, which returns a new tensor.
         in_place = name in ("__setitem__", "__imul__", "__itruediv__") or re.fullmatch(r".*[^_]_", name) is not None
         if func in ELEMENTWISE and isinstance(logits, DeferredLogits) and all(t.dim() == 0 for t in tensors[1:]):
             probe = func(torch.zeros(1, dtype=logits.dtype), *args[1:], **kwargs)
@@ -222,18 +222,18 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
     def slice_of(self, hidden: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Logits `start:stop` of some hidden rows, given those rows of the head's weight."""
+        """Return logits `start:stop` of some hidden rows, given those rows of the head's weight."""
         part = F.linear(hidden, weight, None if self.bias is None else self.bias[start:stop])
         for func, args, kwargs in self.steps:
             part = _fill(part, *args, start) if func is _fill else func(part, *args, **kwargs)
         return part
 
     def over_other(self, hidden: torch.Tensor) -> "DeferredLogits":
-        """The same head and operations over other hidden states."""
+        """Return the same head and operations over other hidden states."""
         return _deferred(hidden, self.head, self.bias, self.steps, self.dtype)
 
     def materialize(self) -> torch.Tensor:
-        """The logits in full."""
+        """Form the whole logits."""
         parts = [
             self.slice_of(self.hidden, self.head.read(start, stop), start, stop)
             for start, stop in self.head.row_slices()
@@ -242,14 +242,14 @@ class DeferredLogits(torch.Tensor):
 
 
 def _columns(logits: DeferredLogits, key: Any) -> torch.Tensor | None:
-    """The tokens that `logits[key]` selects for every position; None where it also selects positions."""
+    """Return the tokens that `logits[key]` selects for every position; None if it also selects positions."""
     *before, last = key if isinstance(key, tuple) else (key,)
     whole = [Ellipsis] if before == [Ellipsis] else [slice(None)] * (logits.dim() - 1)
     return torch.arange(logits.shape[-1])[last].reshape(-1) if before == whole else None
 
 
 def _fill(part: torch.Tensor, columns: torch.Tensor, value: float, start: int) -> torch.Tensor:
-    """A slice of the logits, from token `start` on, with `value` in those of `columns` that it holds."""
+    """Set `value` in those of `columns` that a slice of the logits, which begins at token `start`, holds."""
     columns = columns.to(part.device)
     inside = columns[(columns >= start) & (columns < start + part.shape[-1])] - start
     return part.index_fill(-1, inside, value)

@@ -1,4 +1,4 @@
-"""How many values a unit makes of one token, from shapes alone: what a bound on its activations is counted by."""
+"""The linears of a unit, and how many values a unit computes for one token, from shapes alone."""
 
 from collections.abc import Iterator
 
@@ -13,34 +13,34 @@ from onelayer.compiler.models.units import Unit
 
 
 def unit_width(streamed: StreamedModel, unit: Unit) -> int:
-    """Inputs and outputs of all matrices of a unit, those of experts once for each that a token is sent to."""
+    """Count inputs and outputs of all matrices of a unit; experts count once for each that a token is sent to."""
     experts = list(stacks_below(unit.name, unit.module))
     stacked = {path for found in experts for path in found.paths}
-    names = (name for name in unit.parameters if name not in unit.lazy and name not in stacked)
-    shapes = (streamed.bare_parameter(name).shape for name in names)
+    names = (name for name in unit.held_names if name not in stacked)
+    shapes = (streamed.weights.bare_parameters[name].shape for name in names)
     return sum(sum(shape[-2:]) for shape in shapes if len(shape) >= 2) + sum(map(expert_width, experts))
 
 
 def expert_width(found: ExpertStacks) -> int:
-    """What one module of experts reads and gives of one token."""
+    """Count the inputs and outputs of one module of experts for one token."""
     (_, opened, hidden), (_, _, inner) = (found.shape(leaf) for leaf in found.leaves)
     return routed_width(found.per_token, opened, inner, hidden)
 
 
 def widest(streamed: StreamedModel) -> int:
-    """Of the unit that makes most."""
+    """Return the width of the widest unit."""
     return max(unit_width(streamed, unit) for unit in streamed.units)
 
 
 def unit_linears(unit: Unit) -> Iterator[tuple[str, nn.Module]]:
-    """The linears below a unit by runtime module name."""
+    """Yield the linears of a unit with their runtime module names."""
     for name, module in unit.module.named_modules():
         if is_linear(module):
             yield (f"{unit.name}.{name}" if name else unit.name), module
 
 
 def stack_shapes(streamed: StreamedModel) -> dict[str, tuple[int, int, int]]:
-    """(E, out, in) of every stack of experts in the repeated layers, by its runtime name."""
+    """Map the runtime name of every stack of experts in the repeated layers to its shape (E, out, in)."""
     return {
         stacks.path(leaf): stacks.shape(leaf)
         for unit in streamed.units
@@ -56,7 +56,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear; `Conv1D` stores its weight transposed."""
+    """Return (out_features, in_features) of a linear; `Conv1D` stores its weight transposed."""
     assert isinstance(linear.weight, torch.Tensor)
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)

@@ -1,10 +1,10 @@
 """The one place where the streaming side touches transformers' semi-private surface.
 
-Goes in: a model directory. Comes out: the real model class without weights, and its own rules for turning checkpoint
-tensors into parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
+In: a model directory. Out: the real model class without weights, and its own rules for turning checkpoint tensors into
+parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
 `convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `initialize_weights`, `_no_split_modules`,
 `_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`.
-`tests/test_compat.py` says which one broke.
+`tests/compiler/models/test_transformers_models.py` shows which one broke.
 """
 
 import json
@@ -33,12 +33,12 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.units import has_forward, owner_of
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
-# safetensors' names of the floating dtypes that weights are computed in.
+# The floating dtypes of weights by their safetensors names.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """The model's config, with caches off. Refuses by name what cannot be streamed as it stands."""
+    """Read the model's config and switch caches off. Refuse by name what cannot be streamed."""
     path = directory / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    """The stock class that `config.architectures` names; remote code is never run."""
+    """Return the stock class that `config.architectures` names; remote code is never run."""
     names = config.architectures or []
     found = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
@@ -86,7 +86,7 @@ def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedMod
 
 
 def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that `from_pretrained` would use: the config's, else that of the first floating tensor."""
+    """Return the dtype that `from_pretrained` would use: the config's, else that of the first floating tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     stored = (FLOAT_DTYPES[info.dtype] for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES)
@@ -96,7 +96,7 @@ def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dty
 def build_skeleton(
     config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype, computed: Collection[str] = ()
 ) -> PreTrainedModel:
-    """The real model on the meta device, in evaluation mode.
+    """Build the real model on the meta device, in evaluation mode.
 
     Buffers that no checkpoint holds are real, on the host, and so are the parameters named in `computed`.
     """
@@ -119,9 +119,9 @@ def build_skeleton(
 
 
 def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
-    """The repeated layers: what transformers itself declares indivisible.
+    """Find the repeated layers, which are what transformers itself declares indivisible.
 
-    A model that declares nothing repeats what lies in its `ModuleList`s, the outermost of them.
+    In a model without such a declaration, they are the modules in its outermost `ModuleList`s.
     """
     names = model._no_split_modules or ()
     declared = frozenset(
@@ -188,7 +188,7 @@ def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
 
 
 def _aliases(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
-    """For every tied parameter that the checkpoint lacks, the member of its tie that the checkpoint has."""
+    """Map every tied parameter that the checkpoint lacks to the member of its tie that the checkpoint has."""
     groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
@@ -201,20 +201,20 @@ def _aliases(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
 
 
 def tied_names(model: PreTrainedModel) -> frozenset[str]:
-    """Runtime names that share their values with another name."""
+    """Return the runtime names that share their values with another name."""
     return frozenset(model.all_tied_weights_keys) | frozenset(model.all_tied_weights_keys.values())
 
 
 def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
-    """Parameters that neither the checkpoint nor a tie provides."""
+    """List the parameters that neither the checkpoint nor a tie provides."""
     known = plan.checkpoint_keys.keys() | plan.alias.keys()
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in known]
 
 
 def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path) -> frozenset[str]:
-    """Parameters that no checkpoint need hold, by the word of the model's class, and this one lacks: it computes them.
+    """Find missing parameters that the model computes itself: its class says that no checkpoint has to hold them.
 
-    Raises `InputError` naming the first that is missing otherwise.
+    Raises `InputError` naming the first of all other missing parameters.
     """
     patterns = model._keys_to_ignore_on_load_missing or ()
     missing = missing_parameters(model, plan)
@@ -236,7 +236,7 @@ def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: 
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         device_map={"": "cpu"},
-        # A fresh list each time: the rules collect state.
+        # The rules collect state, so each call needs a fresh list.
         weight_mapping=cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model)),
     )
     with _quiet():

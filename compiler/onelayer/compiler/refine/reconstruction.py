@@ -128,7 +128,7 @@ def refine_unit(
         call.check_unchanged()
     check_rows(unit.name, sum(call.dropped_rows for call in calls), sum(call.rows for call in calls))
     calls = [call for call in calls if call.weight]
-    with _standing_in(unit, linears):
+    with _factors_in_place(unit, linears):
         before = _error(unit, calls, device)
         if not math.isfinite(before):
             raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
@@ -207,11 +207,11 @@ def _error(unit: Unit, calls: Sequence[Call], device: torch.device) -> float:
     return math.sqrt(total / max(1, count))
 
 
-def _standing_in(unit: Unit, linears: Mapping[str, TrainedLinear]) -> AbstractContextManager[Any]:
-    """The unit computes with the factors in place of the weights meanwhile."""
+def _factors_in_place(unit: Unit, linears: Mapping[str, TrainedLinear]) -> AbstractContextManager[Any]:
+    """Let the unit compute with the factors instead of the weights; restore the weights on exit."""
     modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
     return replaced_forwards(
-        unit.module, {module: partial(linears[path].product, bias=module.bias) for path, module in modules.items()}
+        unit, {module: partial(linears[path].product, bias=module.bias) for path, module in modules.items()}
     )
 
 

@@ -1,9 +1,9 @@
-"""Exact gradients of small trained parameters, with one unit of the model in memory: a stream forward, one back.
+"""Exact gradients of small trained parameters, with one unit of the model in memory: one pass forward, one back.
 
-Forward, every batch goes through the model as in `Stream`; each unit's inputs are kept (on the host, in mapped files
-beyond the budget) and its inside is not. Back, units come in reverse order: each is run again for every visit with the
-graph of its inside, which turns the gradients of its outputs into those of its inputs and of the parameters trained
-in it. Every unit is loaded twice; the one where the stream turns round stays, and is loaded once.
+Forward, every batch runs through the model as in `Stream`. Each unit's inputs are kept (on the host, above the budget
+in mapped files), its inside is not. Back, units run in reverse order. Each unit runs again for every call, now with a
+graph of its inside, which turns the gradients of its outputs into those of its inputs and trained parameters. Every
+unit is loaded twice, except the unit at the turn, which is loaded once.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ HOST = torch.device("cpu")
 
 @dataclass
 class Record:
-    """One call of a unit: what went in, the slots of what came out, and the seed that its random numbers came from."""
+    """One call of a unit: its inputs, the slots for its outputs' gradients, and the seed of its random numbers."""
 
     index: int
     seed: int
@@ -50,12 +50,12 @@ class Record:
 
 @dataclass
 class GradientStream(Stream):
-    """Two passes over the checkpoint: `run` forward, then `reverse`. Used again and again, as one `with` block.
+    """Two passes over the checkpoint: `run` forward, then `reverse`. One `with` block serves many such pairs.
 
-    Batches from number `trained` on are only scored: they leave no records, and run in evaluation mode. `seed` fixes
-    dropout and other noise: each call of a unit has its own, so that it comes out alike when it is run again. With
-    `rank` (a number, or a share of the features), unit inputs are kept as factors of that rank and two bits for what
-    they leave of each value, so that gradients are approximate; the forward pass is exact all the same.
+    Batches from number `trained` on are only scored: they leave no records and run in evaluation mode. `seed` fixes
+    dropout and other noise: each call of a unit has its own seed, so that a rerun gives the same result. With `rank` (a
+    number, or a share of the features), unit inputs are kept as factors of that rank plus a residual of two bits a
+    value. Gradients are then approximate; the forward pass stays exact.
     """
 
     trained: int = 0
@@ -77,13 +77,13 @@ class GradientStream(Stream):
         self._loader.__exit__(*exception)
 
     def forget(self) -> None:
-        """Drop what a forward pass kept."""
+        """Drop everything that a forward pass kept."""
         self._records.clear()
         self._known.clear()
         self._calls.clear()
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
-        """The forward pass. `consume` may call backward on what it gets for a batch that is trained on, or later."""
+        """Run the forward pass. `consume` may call backward on the output of a trained batch, at once or later."""
         self.forget()
         self._known = {index: WeakTensorKeyDictionary() for index in range(self.trained)}
         super().run(batches, consume)
@@ -92,17 +92,14 @@ class GradientStream(Stream):
         self._loader.forget_ahead()
 
     def reverse(self) -> None:
-        """The pass back: `.grad` of every trained parameter grows by what the batches' outputs were given."""
+        """Run the pass back: add the gradients of all trained batches to `.grad` of every trained parameter."""
         assert self._loader is not None
         with torch.no_grad(), self.progress() as bar:
             while self._records:
                 unit, records = self._records.pop()
                 with self._loader.hold(unit):
                     self._loader.read_ahead(self._records[-1][0] if self._records else None)
-                    if self.on_unit is not None:
-                        with self.on_unit(unit):
-                            self._reverse_unit(unit, records)
-                    else:
+                    with nullcontext() if self.on_unit is None else self.on_unit(unit):
                         self._reverse_unit(unit, records)
                 return_free_memory()
                 bar.reached(2 * len(self.streamed.units) - unit.position, unit.name, self.meter.sample())
@@ -135,10 +132,10 @@ class GradientStream(Stream):
             torch.autograd.backward(outputs, gradients)
             record.kept.send_gradients(leaves)
 
-    # ---- how the forward pass differs from a plain stream ----------------------------------------------------------
+    # ---- what the forward pass overrides ---------------------------------------------------------------------------
 
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
-        """Run a unit without its inside's graph; keep its inputs and cut the graph behind it."""
+        """Run a unit without a graph of its inside; keep its inputs and cut the graph at its outputs."""
         if visit.index >= self.trained:
             return super().run_unit(visit, run)
         seed = self._next_seed(visit.index)
@@ -162,35 +159,35 @@ class GradientStream(Stream):
         return compress(tensor, rank, torch.Generator().manual_seed(seed))
 
     def records_gradients(self, index: int) -> bool:
-        """Autograd follows the code between units for the batches that are trained on."""
+        """Whether autograd records the code between units: for the batches that are trained on."""
         return index < self.trained
 
     @contextmanager
     def batch_context(self, index: int) -> Iterator[None]:
-        """Training mode for what is trained on, and random numbers of the batch's own."""
+        """Set training mode for a trained batch, and random numbers of its own."""
         is_trained = index < self.trained
         numbers = self._random(self._next_seed(index)) if is_trained else nullcontext()
         with training(self.streamed.model, is_trained), numbers:
             yield
 
     def loading(self) -> Any:
-        """One loader for all passes, so that the unit at which one ends is there when the next begins."""
+        """Return one loader for all passes, so that the unit at which a pass ends is held when the next begins."""
         assert self._loader is not None
         return nullcontext(self._loader)
 
     def progress(self) -> Any:
-        """The bar of the whole work, where there is one."""
+        """Return the bar of the whole work, or else one of this pass."""
         return super().progress() if self.bar is None else nullcontext(self.bar)
 
     def _next_seed(self, index: int) -> int:
-        """A seed for the next piece of a batch's way through the model, the same in every run with the same seed."""
+        """Return the seed of a batch's next piece of code, the same in every run with the same `seed`."""
         self._calls[index] = self._calls.get(index, 0) + 1
         digest = hashlib.sha256(f"{self.seed} {index} {self._calls[index]}".encode()).digest()
         return int.from_bytes(digest[:7])
 
     @contextmanager
     def _random(self, seed: int) -> Iterator[None]:
-        """Random numbers from a seed, without a trace in the generators of whoever called."""
+        """Draw random numbers from a seed; restore the caller's generators on exit."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
@@ -203,9 +200,9 @@ def _is_trained(unit: Unit) -> bool:
 
 @contextmanager
 def training(model: nn.Module, mode: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; switches only where that changes anything.
+    """Put the model in training or evaluation mode, unless it is in that mode already.
 
-    Layers that learn from every batch in training mode (batch norms) stay as they are: the original is not trained.
+    Layers that learn from every batch in training mode (batch norms) do not change: the original is not trained.
     """
     if model.training != mode:
         model.train(mode)

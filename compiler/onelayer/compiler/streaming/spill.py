@@ -1,7 +1,7 @@
-"""Where parked hidden states lie: in host memory up to a budget, beyond it in mapped files, with the same values.
+"""Holds parked hidden states: in host memory up to a budget, above it in mapped files, with the same values.
 
-A tensor is moved by giving the very same tensor object another storage, so that every reference to it, those in the
-frames of the model's own code included, follows.
+A tensor moves when the same tensor object gets another storage. So every reference to it follows, including those in
+the frames of the model's own code.
 """
 
 import os
@@ -22,10 +22,10 @@ from onelayer.compiler.storage.files import onelayer_home
 
 # Smaller tensors cost less to keep than to file.
 SMALLEST_BYTES = 16 << 10
-# A tensor that moves to a file leaves a hole between what the model allocates, which nothing may fill: without giving
-# them back the process grows with the number of batches. At each tensor that would take a quarter longer.
+# Moving a tensor to a file leaves a hole in the heap that may never be reused, so without trimming, memory grows with
+# the number of batches. Trimming after every tensor would take a quarter longer.
 MOST_FREED_BYTES = 4 << 20
-# By default parked states may take this share of the memory that is free when the pass begins.
+# The default budget of parked states, as a share of the memory that is free when the pass begins.
 DEFAULT_SHARE = 0.5
 
 
@@ -36,13 +36,13 @@ class SpillPool:
         available = psutil.virtual_memory().available
         self.budget_bytes = int(available * DEFAULT_SHARE) if budget_bytes is None else budget_bytes
         self.spilled_bytes = 0
-        self.held_bytes = 0  # host memory of the storages behind all tensors seen that still live
-        self._freed_bytes = 0  # by tensors that went to files since free memory was last given back
+        self.held_bytes = 0  # host memory of the storages of all live tensors that it holds
+        self._freed_bytes = 0  # by tensors that moved to files since free memory was last returned
         self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._users: Counter[int] = Counter()  # how many of them share a storage, by its address
+        self._users: Counter[int] = Counter()  # how many tensors share a storage, by its address
 
     def hold(self, arguments: Any) -> None:
-        """Take in what one parked call holds on to; what is known already is not counted again."""
+        """Hold the tensors of one parked call; tensors that are held already are not counted again."""
         for tensor in tree_leaves(arguments):
             if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor in self._seen:
                 continue
@@ -74,8 +74,8 @@ class SpillPool:
             mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             os.close(descriptor)
-            Path(name).unlink()  # the mapping keeps the bytes for as long as the tensor lives, and no longer
-        # The values stay what they were, so autograd need not think that they have changed.
+            Path(name).unlink()  # the mapping keeps the bytes exactly as long as the tensor lives
+        # The values do not change, so autograd must not see a change.
         with torch.no_grad(), preserved_version(tensor):
             mapped.copy_(tensor.reshape(-1))
             tensor.set_(mapped.untyped_storage(), 0, tensor.shape, tensor.stride())

@@ -1,9 +1,11 @@
 """Lockstep: many batches run through the model's own forward, while each unit is loaded once and only one is held.
 
-Every batch runs in its own greenlet. A unit's forward is a stub that parks the batch with its arguments; when all are
-parked, one unit is loaded, run for every batch parked at it, and dropped: the first in module order of those where no
-batch of few inputs waits, so that images are through with their own units before text enters the shared ones. The code
-between units is the model's own. It runs on the host, where parked hidden states lie; only units run on the device.
+Every batch runs in its own greenlet. A unit's forward is a stub that parks the batch with its arguments. When all
+batches are parked, one unit is loaded, run for every batch parked at it, and dropped. Units where
+only batches with the most inputs wait come first, then module order decides: images finish their own units before
+text enters the shared ones.
+The code between units is the model's own and runs on the host, which holds parked hidden states. Only units run on the
+device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass
 class ParkedBatch:
-    """One batch parked at one unit, with the arguments of the call, and whether its code records gradients there."""
+    """One batch parked at one unit: the arguments of the call, and whether the calling code records gradients."""
 
     unit: Unit
     args: tuple[Any, ...]
@@ -40,15 +42,16 @@ class ParkedBatch:
 
 
 class BatchError(RuntimeError):
-    """A batch failed inside a unit or between units; says which, and keeps the cause."""
+    """A failure of one batch inside a unit or between units; names the unit and keeps the cause."""
 
 
 @dataclass
 class Stream:
-    """One pass over the checkpoint. `on_unit` may watch a unit while it runs for all its batches; `meter` counts.
+    """One pass over the checkpoint.
 
-    `on_unit(unit)` is a context manager entered once the unit's weights are held; it yields a callable that runs the
-    unit for one visit in place of the plain call, or None. Batches parked at a unit run by `priority` of their index.
+    `on_unit(unit)` is a context manager that is entered when the unit's weights are held and left when all batches have
+    run. It yields a callable that runs the unit for one batch instead of the plain call, or None. Batches parked at the
+    same unit run in the order of `priority(index)`, lowest first.
     """
 
     streamed: StreamedModel
@@ -61,7 +64,7 @@ class Stream:
     description: str = "stream"
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
-        """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it is there.
+        """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
 
         With `stop_after`, the pass ends when every unit up to that position has run and every batch is past it; batches
         that were stopped deliver no outputs. Raises `BatchError` from the first failure; no batch is left hanging.
@@ -107,10 +110,10 @@ class Stream:
                     visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
 
     def _through(self, batch: Batch) -> Any:
-        """One batch's way through the model. Raises `InputError` where its rows are longer than a table of positions.
+        """Run one batch through the model. Raises `InputError` if its rows are longer than a table of positions.
 
-        No configuration tells how long rows may be: rotary positions have no end. An index outside a table that is not
-        among the tokens is a position; models that begin to count at 2 have so many fewer positions than rows.
+        No configuration field gives the longest row: rotary positions have no end. An index outside a table that is no
+        token of the batch is a position. Models that count positions from 2 have two fewer positions than rows.
         """
         try:
             return self.streamed.model(**batch)
@@ -132,11 +135,11 @@ class Stream:
         loader: UnitLoader,
         advance: Callable[[greenlet, int, Any, bool], None],
     ) -> None:
-        """Load a unit, run it for the batches parked at it, hand each its output, drop the unit."""
+        """Load a unit, run it for the batches parked at it, return the outputs to them, drop the unit."""
         with loader.hold(unit):
-            loader.read_ahead(self._twin_behind(unit))
+            loader.read_ahead(self._next_of_same_kind(unit))
             with _watch(self.on_unit, unit) as run:
-                # A layer that calls itself again (shared layers) is parked here again at once, and stays resident.
+                # A batch that calls the same layer again (shared layers) parks here at once; the unit stays resident.
                 while here := [visit for visit in parked if visit.unit is unit]:
                     visit = min(here, key=lambda visit: self.priority(visit.index))
                     assert visit.resume is not None
@@ -147,37 +150,37 @@ class Stream:
                     parked.remove(visit)
                     advance(visit.resume, visit.index, output, visit.grad_enabled)
 
-    def _twin_behind(self, unit: Unit) -> Unit | None:
-        """The unit behind this one, where it is of the same kind: a block of another kind may never be visited."""
+    def _next_of_same_kind(self, unit: Unit) -> Unit | None:
+        """Return the next unit if it is of the same kind: a block of another kind may never be visited."""
         following = self.streamed.units[unit.position + 1 : unit.position + 2]
         return following[0] if following and type(following[0].module) is type(unit.module) else None
 
-    # ---- what a pass that keeps more than outputs does otherwise ---------------------------------------------------
+    # ---- what a pass that keeps more than outputs overrides --------------------------------------------------------
 
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
-        """Run the unit that is held for one visit; what comes out lies on the host."""
+        """Run the resident unit for one parked batch; return its output on the host."""
         args, kwargs = move((visit.args, visit.kwargs), self.device)
         return move(run(visit.index, args, kwargs), torch.device("cpu"))
 
     def records_gradients(self, index: int) -> bool:
-        """Whether autograd follows the code between units for a batch."""
+        """Whether autograd records the code between units for a batch."""
         return False
 
     def batch_context(self, index: int) -> AbstractContextManager[Any]:
-        """What holds while any code of one batch runs."""
+        """Return a context manager that surrounds all code of one batch."""
         return nullcontext()
 
     def loading(self) -> AbstractContextManager[UnitLoader]:
-        """Where the weights of units come from during the pass."""
+        """Return the loader of the units' weights for the pass."""
         return UnitLoader(self.streamed, self.device)
 
     def progress(self) -> AbstractContextManager[Progress]:
-        """The bar that shows how far the pass is."""
+        """Return the progress bar of the pass."""
         return Progress(len(self.streamed.units) if self.stop_after is None else self.stop_after + 1, self.description)
 
     @contextmanager
     def _stubs(self) -> Iterator[None]:
-        """Replace the forward of every unit by one that parks its caller."""
+        """Replace the forward of every unit by a stub that parks its caller."""
 
         def stub(unit: Unit) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -200,6 +203,7 @@ class Stream:
 
     @contextmanager
     def _name_failure(self, index: int, unit: Unit | None) -> Iterator[None]:
+        """Turn an error into a `BatchError` that names the model, the batch and the unit."""
         where = f"unit {unit.name}" if unit else "the code between units"
         try:
             yield
@@ -211,7 +215,7 @@ class Stream:
 
 
 def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
-    """The unit to run. `inputs` counts each batch's inputs: one with more will likely come where others wait."""
+    """Choose the unit to run. `inputs` counts each batch's inputs; a batch with many will reach units of the others."""
     fewest: dict[Unit, int] = {}
     for visit in parked:
         fewest[visit.unit] = min(inputs[visit.index], fewest.get(visit.unit, inputs[visit.index]))
@@ -220,11 +224,10 @@ def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
 
 @contextmanager
 def _watch(on_unit: Callable[[Unit], Any] | None, unit: Unit) -> Iterator[Callable[[int, Any, Any], Any]]:
-    """The callable that runs a unit for one visit, inside whatever `on_unit` wants to do about it."""
-    forward = type(unit.module).forward
+    """Enter `on_unit` and yield the callable that runs the unit for one batch."""
 
     def run(index: int, args: Any, kwargs: Any) -> Any:
-        return forward(unit.module, *args, **kwargs)
+        return unit.forward(*args, **kwargs)
 
     if on_unit is None:
         yield run

@@ -1,15 +1,14 @@
-"""The cuts between units in a graph of gradients: what a unit takes in and gives out, without what lies inside it.
+"""The boundary of a unit in a graph of gradients: its inputs and outputs, without its inside.
 
-The code in front of a unit and behind it builds graphs of its own. A unit's inputs are kept as plain values, each with
-the place in the graph in front that its gradient belongs to; its outputs are the beginnings of the graph behind, where
-gradients are caught as they arrive. The inside exists only while the unit is run again.
+The code before a unit and after it builds graphs of its own. A unit's inputs are kept as plain values, each with the
+edge of the earlier graph that its gradient belongs to. Its outputs begin the later graph, and their gradients are
+caught there. The inside exists only while the unit runs again.
 """
 
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed
-from onelayer.compiler.factors.activation_factors import ExactTensor as Unfactored
+from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed, ExactTensor
 from onelayer.compiler.models.lazy_tensors import DeferredLogits
 from onelayer.compiler.models.units import Unit
 
@@ -27,9 +25,9 @@ Slots = list[torch.Tensor | None]
 
 
 def differentiable(values: Any) -> list[torch.Tensor]:
-    """The tensors of a tree that can have gradients, each once, in the order of the tree.
+    """List the tensors of a tree that can have gradients, each once, in the order of the tree.
 
-    Logits that are not formed yet count by the hidden states that they are of.
+    Deferred logits are represented by their hidden states.
     """
     leaves = (leaf.hidden if isinstance(leaf, DeferredLogits) else leaf for leaf in tree_leaves(values))
     found = {
@@ -41,7 +39,7 @@ def differentiable(values: Any) -> list[torch.Tensor]:
 
 
 def _replaced(values: Any, others: dict[int, torch.Tensor]) -> Any:
-    """A tree with some of its differentiable tensors replaced, by identity."""
+    """Replace some differentiable tensors of a tree, by identity."""
 
     def other(tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, DeferredLogits):
@@ -52,13 +50,13 @@ def _replaced(values: Any, others: dict[int, torch.Tensor]) -> Any:
 
 
 class _Seam(torch.autograd.Function):
-    """Values without history in, the same values as the beginning of a graph out; gradients end in `slots`."""
+    """Takes values without history and returns them as the beginning of a graph; gradients end in `slots`."""
 
     @staticmethod
     def forward(ctx: Any, slots: Slots, anchor: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.slots = slots
         ctx.set_materialize_grads(False)
-        # `.data` is no view to autograd, so that the model's code may change it in place as it may any output.
+        # To autograd `.data` is not a view, so the model's code may change it in place like any other output.
         return tuple(value.data for value in values)
 
     @staticmethod
@@ -71,7 +69,7 @@ class _Seam(torch.autograd.Function):
 
 
 def cut_graph(outputs: Any) -> tuple[Any, Slots]:
-    """The outputs of a unit as beginnings of a graph, and the slots that catch their gradients."""
+    """Return the outputs of a unit as the beginning of a graph, and the slots that catch their gradients."""
     tensors = differentiable(outputs)
     slots: Slots = [None] * len(tensors)
     if not tensors:
@@ -81,16 +79,16 @@ def cut_graph(outputs: Any) -> tuple[Any, Slots]:
     return _replaced(outputs, dict(zip(map(id, tensors), begun, strict=True))), slots
 
 
-# What is kept of a tensor in its stead.
+# Makes the compressed form that is kept instead of a tensor.
 Shrink = Callable[[torch.Tensor], Compressed]
 
 
 @dataclass
 class UnitInputs:
-    """The arguments of one call of a unit without their history, and where their gradients go.
+    """The arguments of one call of a unit without their history, and the edges that their gradients go to.
 
-    `arguments` is the tree of them, compressed tensors in place of some. `edges[i]` belongs to the i-th differentiable
-    tensor; None where nothing in front of it wants a gradient.
+    `arguments` is a tree that holds compressed forms of some tensors. `edges[i]` belongs to the i-th differentiable
+    tensor; it is None if nothing before the tensor needs a gradient.
     """
 
     arguments: Any
@@ -99,9 +97,9 @@ class UnitInputs:
 
     @classmethod
     def of(cls, arguments: Any, known: WeakTensorKeyDictionary, shrink: Shrink | None = None) -> "UnitInputs":
-        """Keep `arguments`. `known` maps tensors met before to what was kept of them, so that shared ones stay so.
+        """Keep `arguments`. `known` maps earlier tensors to what is kept of them, so that shared tensors stay shared.
 
-        With `shrink`, that is what is kept of tensors whose gradient is wanted.
+        `shrink` compresses the tensors that need a gradient.
         """
         leaves, tree = tree_flatten(arguments)
         edges = [get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in differentiable(arguments)]
@@ -114,37 +112,37 @@ class UnitInputs:
 
     @property
     def wants_gradients(self) -> bool:
-        """Whether anything in front of the unit wants a gradient."""
+        """Whether anything before the unit needs a gradient."""
         return any(edge is not None for edge in self.edges)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Everything that takes memory."""
+        """All kept tensors, including those of compressed forms."""
         found: list[torch.Tensor] = []
         for leaf in tree_leaves(self.arguments):
-            if isinstance(leaf, ActivationFactors | Unfactored):
+            if isinstance(leaf, ActivationFactors | ExactTensor):
                 found += leaf.tensors
             elif isinstance(leaf, torch.Tensor):
                 found.append(leaf)
         return found
 
     def check_unchanged(self) -> None:
-        """Raise `RuntimeError` where an input was changed in place after the unit had read it."""
+        """Raise `RuntimeError` if an input was changed in place after the unit had read it."""
         if self.versions != _versions(tree_leaves(self.arguments)):
             raise RuntimeError("an input was changed in place after the unit had read it, so it cannot be run again")
 
     def rebuild(self, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
-        """The arguments on `device` for another run, and those leaves whose gradients `send_gradients` takes."""
+        """Return the arguments on `device` for another run, and the leaves whose gradients `send_gradients` takes."""
         rebuilt: dict[int, torch.Tensor] = {}
 
-        def plain(leaf: Any) -> Any:
-            if isinstance(leaf, ActivationFactors | Unfactored):
+        def decompressed(leaf: Any) -> Any:
+            if isinstance(leaf, ActivationFactors | ExactTensor):
                 if id(leaf) not in rebuilt:
                     rebuilt[id(leaf)] = leaf.rebuild()
                 return rebuilt[id(leaf)]
             return leaf
 
-        arguments = tree_map(plain, self.arguments)
+        arguments = tree_map(decompressed, self.arguments)
         originals = differentiable(arguments)
         leaves = [
             tensor.to(device).detach().requires_grad_(edge is not None)
@@ -154,7 +152,7 @@ class UnitInputs:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments), leaves
 
     def send_gradients(self, leaves: list[torch.Tensor]) -> None:
-        """Send the gradients of the leaves through the graph in front of the unit, into the slots of earlier units."""
+        """Send the gradients of the leaves through the graph before the unit, into the slots of earlier units."""
         pairs = [
             (edge, leaf.grad.cpu())
             for edge, leaf in zip(self.edges, leaves, strict=True)
@@ -162,15 +160,14 @@ class UnitInputs:
         ]
         if pairs:
             edges, gradients = zip(*pairs, strict=True)
-            # Several units may share a piece of graph, so it is kept; it goes when the last of them is done.
+            # Several units may share a part of the graph, so it is retained; it is freed after the last of them.
             torch.autograd.backward(edges, gradients, retain_graph=True)
 
 
 def rerun(unit: Unit, kept: UnitInputs, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Run a resident unit again; return its differentiable outputs and the leaves for `send_gradients`."""
     (arguments, contents), leaves = kept.rebuild(device)
-    forward = partial(type(unit.module).forward, unit.module)
-    outputs = call_with_containers(lambda args, kwargs: forward(*args, **kwargs), arguments, contents)
+    outputs = call_with_containers(lambda args, kwargs: unit.forward(*args, **kwargs), arguments, contents)
     return differentiable(outputs), leaves
 
 
@@ -184,21 +181,21 @@ Contents = list[dict[Any, Any]]
 
 
 def containers_of(arguments: Any) -> list[UserDict[Any, Any]]:
-    """The containers among some arguments, each once. Plain dicts are trees to torch, and rebuilt wherever they go."""
+    """List the containers among some arguments, each once. Plain dicts are trees to torch and are rebuilt anyway."""
     found = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, UserDict)}
     return list(found.values())
 
 
 def with_contents(arguments: Any) -> tuple[Any, Contents]:
-    """Arguments, and what lies in their containers now."""
+    """Return the arguments and the present contents of their containers."""
     return arguments, [dict(container) for container in containers_of(arguments)]
 
 
 def with_own_containers(arguments: Any, contents: Contents) -> tuple[Any, list[UserDict[Any, Any]]]:
-    """The arguments with containers of their own that hold `contents`, and these.
+    """Return the arguments with fresh containers that hold `contents`, and those containers.
 
-    A cache that some models make against their configuration is handed out anew and empty, as it was: a unit that runs
-    twice would find its own keys and values in it.
+    A cache that some models create against their configuration is copied empty: otherwise a unit that runs twice would
+    find its own keys and values in it.
     """
     originals = containers_of(arguments)
     fresh = [type(container)(content) for container, content in zip(originals, contents, strict=True)]
@@ -211,7 +208,7 @@ def with_own_containers(arguments: Any, contents: Contents) -> tuple[Any, list[U
 
 
 def contents_written(containers: list[UserDict[Any, Any]], contents: Contents) -> Contents:
-    """What a call put into the containers that were closed over `contents`."""
+    """Return what a call added to containers that held `contents` before."""
     return [
         {name: value for name, value in container.items() if value is not before.get(name)}
         for container, before in zip(containers, contents, strict=True)
@@ -219,15 +216,15 @@ def contents_written(containers: list[UserDict[Any, Any]], contents: Contents) -
 
 
 def call_with_containers(run: Callable[[Any, Any], Any], arguments: Any, contents: Contents) -> tuple[Any, Contents]:
-    """What `run(args, kwargs)` returns, with containers closed over `contents`, and what it put into them."""
+    """Return the result of `run(args, kwargs)` with containers that hold `contents`, and what it added to them."""
     (args, kwargs), containers = with_own_containers(arguments, contents)
     returned = run(args, kwargs)
     return returned, contents_written(containers, contents)
 
 
 def fill_containers(arguments: Any, outputs: tuple[Any, Contents]) -> Any:
-    """What a call returned; what it put into containers goes into those of `arguments`."""
+    """Return a call's result, and put what it added to containers into those of `arguments`."""
     returned, side_outputs = outputs
-    for container, found in zip(containers_of(arguments), side_outputs, strict=True):
-        container.update(found)
+    for container, added in zip(containers_of(arguments), side_outputs, strict=True):
+        container.update(added)
     return returned

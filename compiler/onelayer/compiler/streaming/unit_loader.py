@@ -1,7 +1,7 @@
-"""One unit after another: the weights of one are held, those of the next read ahead, those of the last kept for a turn.
+"""Loads one unit after another: holds the weights of one unit and reads those of the next ahead.
 
-In: the order in which units are wanted. Out: units whose weights lie on the device while they are held. The device
-holds one unit; the host one more, as stored, while it is read ahead.
+In: the order in which units are needed. Out: units whose weights are on the device while they are held. The device
+holds one unit. The host holds one more, as stored, while it is read ahead.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class UnitLoader:
-    """Loads units for one pass. With `keep`, the last unit's weights wait for the next request, which may be for it."""
+    """Loads units for one pass. With `keep`, the last unit's weights stay for the next request, which may be for it."""
 
     def __init__(self, streamed: StreamedModel, device: torch.device, keep: bool = False) -> None:
         self.streamed = streamed
@@ -36,7 +36,7 @@ class UnitLoader:
 
     @contextmanager
     def hold(self, unit: Unit) -> Iterator[None]:
-        """The unit's weights are on the device; on exit it is empty again."""
+        """Hold the unit's weights on the device; empty the unit on exit."""
         tensors = self._take(unit)
         with self.streamed.resident(unit, self.device, tensors):
             yield
@@ -44,13 +44,12 @@ class UnitLoader:
             self._kept = (unit, tensors)
 
     def read_ahead(self, unit: Unit | None) -> None:
-        """Start to read a unit that is likely wanted next."""
+        """Start to read a unit that is probably needed next."""
         if unit is not None and self._pending is None and not self._is_kept(unit):
-            names = [name for name in unit.parameters if name not in unit.lazy]
-            self._pending = (unit, self._pool.submit(self.streamed.read, names))
+            self._pending = (unit, self._pool.submit(self.streamed.weights.read, unit.held_names))
 
     def forget_ahead(self) -> None:
-        """Give up what was read ahead and not asked for; otherwise nothing would be read ahead any more."""
+        """Drop what was read ahead and not requested; otherwise nothing more would be read ahead."""
         if self._pending is not None:
             self._pending[1].cancel()
             self._pending = None
@@ -59,13 +58,13 @@ class UnitLoader:
         return self._kept is not None and self._kept[0] is unit
 
     def _take(self, unit: Unit) -> Tensors:
-        """The weights of a unit on the device: kept, read ahead or read now; an error of the thread surfaces here."""
+        """Return a unit's weights on the device: kept, read ahead or read now; raise an error of the reading thread."""
         kept, self._kept = self._kept, None
         if kept is not None and kept[0] is unit:
             return kept[1]
         kept = None  # the device holds one unit: the old one goes before the new one comes
-        names = [name for name in unit.parameters if name not in unit.lazy]
+        names = unit.held_names
         if self._pending is not None and self._pending[0] is unit:
             future, self._pending = self._pending[1], None
-            return self.streamed.on_device(names, future.result(), self.device)
-        return self.streamed.on_device(names, self.streamed.read(names), self.device)
+            return self.streamed.weights.on_device(names, future.result(), self.device)
+        return self.streamed.weights.on_device(names, self.streamed.weights.read(names), self.device)

@@ -3,8 +3,8 @@
     compress_activations(model, rank=0.125)
 
 The forward pass stays exact. What is stored for backward is compressed (LoRAct, arXiv 2509.23472, and what its factors
-leave in two bits a value) and the rest recomputed, so gradients are approximated; the handle that comes back measures
-how well, and takes it off again.
+leave in two bits a value) and the rest is recomputed, so gradients are approximate. The returned handle measures how
+close they are, and removes the compression.
 """
 
 import logging
@@ -20,6 +20,7 @@ from onelayer.compiler.factors.stored_forms import RESIDUAL_BITS, RESIDUAL_CHOIC
 from onelayer.runtime.activations.engine import ActivationEngine, Where
 from onelayer.runtime.activations.figures import Figures
 from onelayer.runtime.activations.layer_plan import LayerPlan
+from onelayer.runtime.activations.stored_copies import StoredCopies
 
 logger = logging.getLogger("onelayer")
 
@@ -28,11 +29,12 @@ DEFAULT_RANK: Rank = 0.125
 
 
 class ActivationCompression:
-    """What `compress_activations` returns: the setting, what fell back, its figures, and the way to remove it."""
+    """The handle of a compressed model: its setting, which layers fell back, figures, and `remove`."""
 
     def __init__(self, model: PreTrainedModel, rank: Rank, where: Where, residual_bits: int, seed: int) -> None:
         self.model = model
-        self._engine = ActivationEngine(model, rank, where, residual_bits, seed, self._fell_back)
+        self._copies = StoredCopies(rank, residual_bits, seed)
+        self._engine = ActivationEngine(model, self._copies, where, self._fell_back)
         self._said: set[str] = set()
         self._enable: Callable[..., None] = model._set_gradient_checkpointing
         try:
@@ -45,25 +47,25 @@ class ActivationCompression:
     @property
     def rank(self) -> Rank | None:
         """The rank, a number or a share of the features; may be set between two forward passes. None keeps all."""
-        return self._engine.rank
+        return self._copies.rank
 
     @rank.setter
     def rank(self, rank: Rank | None) -> None:
-        self._engine.rank = rank
+        self._copies.rank = rank
 
     @property
     def residual_bits(self) -> int:
-        """Bits of each value's residual beside its factors."""
-        return self._engine.residual_bits
+        """Bits of each value's residual, which are stored in addition to the factors."""
+        return self._copies.residual_bits
 
     @property
     def where(self) -> Where:
-        """What was asked for: "layer" or "sublayer"."""
+        """The requested form: "layer" or "sublayer"."""
         return self._engine.where
 
     @property
     def fallbacks(self) -> dict[str, str]:
-        """Layers recomputed as a whole although sub-layers were asked for, and why; known after the first forward."""
+        """Layers that are recomputed whole although `where` is "sublayer", and why; known after the first forward."""
         return {name: plan for name, plan in self._engine.plans.items() if isinstance(plan, str)}
 
     @property
@@ -74,31 +76,31 @@ class ActivationCompression:
 
     @contextmanager
     def measure(self, with_errors: bool = True) -> Iterator[Figures]:
-        """Collect figures of the forward passes inside `with`; the errors cost a rebuilding of each stored tensor."""
-        outer, self._engine.figures = self._engine.figures, Figures(with_errors=with_errors)
+        """Collect figures of the forward passes inside `with`; for the errors, each stored tensor is rebuilt once."""
+        outer, self._copies.figures = self._copies.figures, Figures(with_errors=with_errors)
         try:
-            yield self._engine.figures
+            yield self._copies.figures
         finally:
-            self._engine.figures = outer
+            self._copies.figures = outer
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Inside `with`, layers are recomputed from their exact inputs, as by transformers' own checkpointing."""
-        rank, where = self._engine.rank, self._engine.where
-        self._engine.rank, self._engine.where = None, "layer"
+        """Recompute layers from their exact inputs inside `with`, as transformers' own checkpointing does."""
+        rank, where = self._copies.rank, self._engine.where
+        self._copies.rank, self._engine.where = None, "layer"
         try:
             yield
         finally:
-            self._engine.rank, self._engine.where = rank, where
+            self._copies.rank, self._engine.where = rank, where
 
     def remove(self) -> None:
-        """Give the model its own forward and its own checkpointing back, switched off."""
+        """Restore the model's own forward, and its own checkpointing, switched off."""
         del self.model._set_gradient_checkpointing
         self._enable(enable=False)
         self._engine.remove()
 
     def _keep(self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1) -> None:
-        """Stands in for the model's own switch: two ways to recompute cannot both be on, a trainer's must not win."""
+        """Replace the model's own switch: only one way to recompute can be on, and a trainer must not change it."""
         if enable:
             self._say("activations are compressed, which takes the place of the checkpointing that was switched on")
         self._enable(enable=enable, gradient_checkpointing_func=self._engine.run)
@@ -123,9 +125,9 @@ def compress_activations(
     """Train `model`, a transformers model or one wrapped by PEFT, with compressed activations from now on.
 
     `rank` is the number of rows kept of each stored matrix, or as a float below 1 its share of the hidden size.
-    `where` is "sublayer" or "layer", see the engine. `residual_bits` are those of each value's residual beside its
-    factors: 2, which is what commands use, 1 or 4, or 0 for LoRAct as published. Nothing changes outside of training,
-    nor in the global random state. Raises `InputError` for settings and models that cannot be used.
+    `where` is "sublayer" or "layer", see the engine. `residual_bits` are the bits of each value's residual: 2, which
+    the commands use, 1 or 4, or 0 for LoRAct as published. Nothing changes outside of training or in the global random
+    state. Raises `InputError` for settings and models that cannot be used.
     """
     if where not in ("layer", "sublayer"):
         raise InputError(f"where: {where!r}; give layer or sublayer")

@@ -1,32 +1,24 @@
 """What runs in the place of a decoder layer's forward: the layer, recomputed in backward from compressed activations.
 
 `layer`: the whole layer from its compressed input. `sublayer`: each norm output is compressed once, and serves the
-norm's own backward and the recomputation of the attention or MLP behind it; a layer that is not built so falls back.
+norm's own backward and the recomputation of the attention or MLP that reads it. A layer without such norms falls back.
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from onelayer.compiler.factors.activation_factors import Compressed, ExactTensor, compress
-from onelayer.runtime.activations.figures import Figures
 from onelayer.runtime.activations.layer_plan import LayerPlan, plan_layer
 from onelayer.runtime.activations.norms import CompressedNorm, Norm, NormCopy
 from onelayer.runtime.activations.padding import PaddingMask
 from onelayer.runtime.activations.recompute import StandIn, checkpointed_call, replaced, tensors_in
 from onelayer.runtime.activations.routing import Routing
+from onelayer.runtime.activations.stored_copies import StoredCopies
 
 Where = Literal["layer", "sublayer"]
-
-
-def features_rank(rank: int | float | None, features: int) -> int | None:
-    """A rank that may be a share of the features, as a number; None keeps everything exactly."""
-    return rank if rank is None or isinstance(rank, int) else max(1, round(rank * features))
 
 
 def has_trainable(module: nn.Module) -> bool:
@@ -35,32 +27,22 @@ def has_trainable(module: nn.Module) -> bool:
 
 
 class ActivationEngine:
-    """Runs the layers of `model`. Transformers calls `run` in the place of its checkpoint function.
+    """Runs the layers of `model`. Transformers calls `run` instead of its checkpoint function.
 
-    `fell_back(name, reason)` is told of each layer that sub-layers were asked for and that is not built so.
+    `fell_back(name, reason)` hears of each layer that is recomputed as a whole although `where` is "sublayer".
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        rank: int | float | None,
-        where: Where,
-        residual_bits: int,
-        seed: int,
-        fell_back: Callable[[str, str], None],
+        self, model: nn.Module, copies: StoredCopies, where: Where, fell_back: Callable[[str, str], None]
     ) -> None:
-        self.rank, self.where, self.seed, self.fell_back = rank, where, seed, fell_back
-        self.residual_bits = residual_bits
-        self.figures: Figures | None = None
+        self.copies, self.where, self.fell_back = copies, where, fell_back
         self.plans: dict[str, LayerPlan | str] = {}
         self.padding = PaddingMask(model)
         self._names = {module: name for name, module in model.named_modules()}
         self._running: nn.Module | None = None
-        self._copies: Any = WeakTensorKeyDictionary()
         self._chooses: dict[nn.Module | None, bool] = {}
         self._patched: list[tuple[nn.Module, Any]] = []
         self._plans_of_makes: dict[tuple[Any, ...], LayerPlan | str] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
 
     def remove(self) -> None:
         """Give every module its own forward back."""
@@ -72,7 +54,7 @@ class ActivationEngine:
                 module.forward = own
 
     def run(self, call: Any, *args: Any) -> Any:
-        """`call(*args)`, where `call` is a layer's forward with its keyword arguments bound."""
+        """Run `call(*args)`, where `call` is a layer's forward with its keyword arguments bound."""
         kwargs: dict[str, Any] = {}
         if isinstance(call, partial):
             call, args, kwargs = call.func, (*call.args, *args), dict(call.keywords)
@@ -94,8 +76,8 @@ class ActivationEngine:
     def _plan(
         self, layer: nn.Module, call: Callable[..., Any], hidden: torch.Tensor, args: tuple[Any, ...], kwargs: Any
     ) -> LayerPlan | str:
-        """How the layer is built, found out in its first call; layers of one make share the answer."""
-        # A layer that came into the model later has no name in it.
+        """Find out in a layer's first call how it is built; layers of one make share the answer."""
+        # A layer that was added to the model later has no name in it.
         name = self._names.setdefault(layer, f"{type(layer).__name__} {len(self._names)}")
         if name not in self.plans:
 
@@ -130,63 +112,54 @@ class ActivationEngine:
     def _norm(
         self, layer: nn.Module, name: str, module: nn.Module, norm: Norm, forward: Callable[..., Any], x: torch.Tensor
     ) -> torch.Tensor:
-        """A norm of a layer that runs in sub-layers: its output as ever, and a compressed copy to be found by it."""
+        """Run a norm of a layer that runs in sub-layers: its exact output, and a compressed copy that belongs to it."""
         if self._running is not layer:
             return forward(x)  # type: ignore[no-any-return]
         normalized, inverse = norm.normalize(x)
-        stored = self._compress(normalized, name, "norm outputs", self.padding.tokens(x))
+        stored = self.copies.compress(normalized, name, "norm outputs", self.padding.tokens(x))
         del normalized
         output: torch.Tensor
         if x.requires_grad or has_trainable(module):
-            self._count("inverse norms", inverse)
+            self.copies.count("inverse norms", inverse.numel() * inverse.element_size())
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             output = CompressedNorm.apply(  # type: ignore[no-untyped-call]
                 x, weight, bias, forward, norm, stored, inverse
             )
         else:
             output = forward(x)
-        # Its precision need not be that of x: autocast and norms in float32 make it wider.
-        self._remember(output, NormCopy(stored, norm, module, output.dtype))
+        # Its precision may differ from that of x: autocast and norms in float32 make it wider.
+        self.copies.remember(output, NormCopy(stored, norm, module, output.dtype))
         return output
 
     def _block(
         self, layer: nn.Module, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """A sub-block of a layer that runs in sub-layers: recomputed from the copies of the norms that feed it."""
+        """Run a sub-block of a layer that runs in sub-layers; recompute it from the copies of the norms it reads."""
         given = list(tensors_in((args, kwargs)))
-        copies = {id(tensor): copy for tensor in given if (copy := self._copy_of(tensor)) is not None}
+        copies = {id(tensor): copy for tensor in given if (copy := self.copies.copy_of(tensor)) is not None}
         needed = has_trainable(module) or any(tensor.requires_grad for tensor in given)
         if self._running is not layer or not copies or not needed:
             return forward(*args, **kwargs)
         return self._recompute(forward, args, kwargs, copies, module)
 
     def _layer_inputs(self, layer: nn.Module | None, given: list[torch.Tensor]) -> dict[int, StandIn]:
-        """Compressed stand-ins for the hidden state of a layer, and for others of its width that carry a gradient.
+        """Compress the hidden state of a layer, and other inputs of its width that carry a gradient.
 
-        Those others (an encoder's output, to every layer of a decoder) are compressed once for all who receive them.
+        Those others (an encoder's output, which every layer of a decoder reads) are compressed once for all layers.
         """
         hidden, *others = given
         name = self._names.get(layer, "") if layer is not None else ""
         stand_ins: dict[int, StandIn] = {}
         for tensor in [hidden, *(t for t in others if t.requires_grad and t.shape[-1] == hidden.shape[-1])]:
-            copy = None if tensor is hidden else self._copy_of(tensor)
+            copy = None if tensor is hidden else self.copies.copy_of(tensor)
             if copy is not None:
                 stand_ins[id(tensor)] = copy
                 continue
             tokens = self.padding.tokens(tensor) if tensor is hidden else None
-            stand_ins[id(tensor)] = compressed = self._compress(tensor, name, "layer inputs", tokens)
+            stand_ins[id(tensor)] = compressed = self.copies.compress(tensor, name, "layer inputs", tokens)
             if tensor is not hidden:
-                self._remember(tensor, compressed)
+                self.copies.remember(tensor, compressed)
         return stand_ins
-
-    def _remember(self, tensor: torch.Tensor, copy: StandIn) -> None:
-        """What is stored of a tensor, for others who are given the same."""
-        self._copies[tensor] = (copy, tensor._version)
-
-    def _copy_of(self, tensor: torch.Tensor) -> StandIn | None:
-        """What is stored of a tensor, unless the tensor was changed in place since."""
-        copy, version = self._copies.get(tensor, (None, 0))
-        return copy if copy is not None and version == tensor._version else None
 
     def _recompute(
         self,
@@ -196,31 +169,13 @@ class ActivationEngine:
         stand_ins: Mapping[int, StandIn],
         owner: nn.Module | None,
     ) -> Any:
-        """The call, keeping the stand-ins; discrete choices in it are repeated, if it makes any."""
+        """Run the call and keep only the stand-ins; repeat its discrete choices in backward, if it makes any."""
         routing = Routing() if self._chooses.get(owner, True) else None
-        if self.figures is not None:
-            for tensor in tensors_in(kwargs):
-                if id(tensor) not in stand_ins:
-                    self.figures.add_shared(tensor)
+        for tensor in tensors_in(kwargs):
+            if id(tensor) not in stand_ins:
+                self.copies.count_shared(tensor)
         result = checkpointed_call(call, args, kwargs, stand_ins, routing)
         if routing is not None:
             self._chooses[owner] = routing.found
-            if self.figures is not None:
-                self.figures.add("routing", routing.saved_bytes)
+            self.copies.count("routing", routing.saved_bytes)
         return result
-
-    def _compress(self, tensor: torch.Tensor, name: str, category: str, tokens: torch.Tensor | None) -> Compressed:
-        """Compress by a generator of our own, whose state depends on the place alone: a resumed run draws the same."""
-        generator = self._generators.setdefault(tensor.device, torch.Generator(tensor.device))
-        generator.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        compressed = compress(tensor, features_rank(self.rank, tensor.shape[-1]), generator, tokens, self.residual_bits)
-        if self.figures is not None:
-            self.figures.add(category, compressed.saved_bytes)
-            if isinstance(compressed, ExactTensor):
-                self.figures.exact.append(compressed.tensor)
-            self.figures.compare(name, tensor, compressed, tokens)
-        return compressed
-
-    def _count(self, category: str, tensor: torch.Tensor) -> None:
-        if self.figures is not None:
-            self.figures.add(category, tensor.numel() * tensor.element_size())

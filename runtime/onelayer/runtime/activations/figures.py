@@ -1,4 +1,4 @@
-"""What compression saves and what it costs in exactness: figures of one forward pass, collected while it runs."""
+"""What compression saves and how much exactness it costs: figures of one forward pass, collected while it runs."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,20 +11,20 @@ from onelayer.compiler.factors.activation_factors import Compressed
 
 @dataclass
 class Figures:
-    """Bytes kept for the backward pass by category, and relative errors and ranks by layer, as they come up."""
+    """Bytes kept for the backward pass by category, and relative errors and ranks by layer."""
 
     saved_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     ranks: dict[str, list[int | None]] = field(default_factory=lambda: defaultdict(list))
     with_errors: bool = True
-    # Tensors that are kept as they are: autograd saves the very same, so who counts what it saves leaves them out.
+    # Tensors that are kept uncompressed. Autograd saves the same tensors, so `SavedBytes` does not count them again.
     exact: list[torch.Tensor] = field(default_factory=list)
-    # Tensors counted so far, held so that no other takes their address.
+    # Tensors counted so far, held so that no other tensor gets their address.
     _shared: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
-        """All categories together."""
+        """The sum over all categories."""
         return sum(self.saved_bytes.values())
 
     def add(self, category: str, saved_bytes: int) -> None:
@@ -40,7 +40,7 @@ class Figures:
 
     @torch.no_grad()
     def compare(self, layer: str, exact: torch.Tensor, compressed: Compressed, tokens: torch.Tensor | None) -> None:
-        """Note the rank, and the error over the tokens that are no padding."""
+        """Record the rank, and the error over the tokens that are not padding."""
         self.ranks[layer].append(compressed.rank)
         if not self.with_errors:
             return
@@ -53,10 +53,10 @@ class Figures:
 
 
 class SavedBytes:
-    """Counts what autograd keeps for the backward pass inside `with`: bytes of distinct storages, parameters left out.
+    """Counts what autograd keeps for the backward pass inside `with`: bytes of distinct storages, without parameters.
 
-    The inputs that torch's checkpointing keeps to recompute from are among them. Compression counts what it keeps
-    itself, tensors as they are too, which autograd saves by the way.
+    This includes the inputs from which torch's checkpointing recomputes. Compression counts what it keeps itself,
+    including uncompressed tensors, which autograd saves too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,7 +66,7 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
 
     def total(self, compression: Figures | None = None) -> int:
-        """Bytes counted so far, with those that `compression` counted itself."""
+        """Return the bytes counted so far, with those that `compression` counted itself."""
         if compression is None:
             return sum(self._sizes.values())
         counted = {tensor.untyped_storage().data_ptr() for tensor in compression.exact}

@@ -1,8 +1,8 @@
-"""One decoder layer and the arguments of a call in; out where its norms feed sub-blocks, or why that does not hold.
+"""One decoder layer and the arguments of a call in; its norms and the sub-blocks that read them out, or a reason.
 
-Nothing is looked up by name. The layer is run once on its real arguments, keeping nothing: a leaf module that computes
-a normalization is a norm, and a module that receives a norm's output is a sub-block. What autograd would still keep
-beside norms and sub-blocks decides whether the pattern holds.
+Nothing is looked up by name. The layer runs once on its real arguments and keeps nothing. A leaf module that computes a
+normalization is a norm, and a module that receives a norm's output is a sub-block. What autograd would still keep
+outside norms and sub-blocks decides whether the layer has this pattern.
 """
 
 import contextvars
@@ -17,48 +17,48 @@ from torch import nn
 from onelayer.runtime.activations.norms import Norm, recognize
 from onelayer.runtime.activations.recompute import tensors_in
 
-# More than this share of the hidden state kept beside the sub-blocks, and the pattern does not hold.
+# A layer that would keep more than this share of the hidden state outside sub-blocks does not have the pattern.
 _LEFTOVER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Names inside a layer: its norms with what they compute, and the modules to recompute from a norm's output."""
+    """Names inside a layer: its norms and their form, and the modules to recompute from a norm's output."""
 
     norms: dict[str, Norm]
     blocks: tuple[str, ...]
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tells storages apart, among those alive."""
+    """Return the address of a tensor's storage, which tells live storages apart."""
     return tensor.untyped_storage().data_ptr()
 
 
 def plan_layer(
     layer: nn.Module, call: Callable[[torch.Tensor], Any], hidden: torch.Tensor, shared: Sequence[torch.Tensor]
 ) -> LayerPlan | str:
-    """Run `layer` once by `call(hidden)` and say how it is built; a reason where it does not fit.
+    """Run `layer` once by `call(hidden)` and return its plan, or the reason why it has none.
 
-    `shared` are the layer's other inputs: masks, positions, an encoder's output. They are there for all layers alike.
+    `shared` are the layer's other inputs, which all layers share: masks, positions, an encoder's output.
 
-    The run leaves no trace: random state is put back, nothing is kept for backward, and it happens in an empty
-    context, where transformers' recorders of router logits and hidden states do not see it.
+    The run leaves no trace: random state is restored, nothing is kept for backward, and it happens in an empty context,
+    so that transformers' recorders of router logits and hidden states do not see it.
     """
     trace = _Trace(layer, list(shared))
     devices = [hidden.device] if hidden.device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=hidden.device.type if devices else "cuda"), trace.watching():
-        # As if a trained layer lay below, so that the first layer is judged like the others.
+        # With a gradient, as if a trained layer came before it, the first layer is judged like the others.
         contextvars.Context().run(call, hidden.detach().requires_grad_())
     if not trace.blocks:
         return "no norm feeds a sub-block"
     if trace.leftover_bytes > _LEFTOVER_SHARE * hidden.numel() * hidden.element_size():
-        return f"{trace.leftover_bytes} bytes in a call would be kept beside what its norms feed"
+        return f"{trace.leftover_bytes} bytes in a call would be kept besides what its norms feed"
     return LayerPlan(trace.norms, tuple(trace.blocks))
 
 
 @dataclass
 class _Trace:
-    """Watches one run of a layer. `owner` is the norm candidate or sub-block that is running, if any."""
+    """The trace of one run of a layer. `owner` is the norm candidate or sub-block that is running, if any."""
 
     layer: nn.Module
     shared: list[torch.Tensor]
@@ -71,7 +71,7 @@ class _Trace:
 
     @property
     def leftover_bytes(self) -> int:
-        """What autograd would keep outside norms and sub-blocks."""
+        """The bytes that autograd would keep outside norms and sub-blocks."""
         lasting = (*self.layer.parameters(), *self.layer.buffers(), *self.shared)
         resident = {storage_of(tensor) for tensor in lasting}
         kept = {pointer: tensor for pointer, tensor in self.leftovers.items() if pointer not in resident}
@@ -79,7 +79,7 @@ class _Trace:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on every module and on everything that autograd saves."""
+        """Put hooks on every module and on all tensors that autograd saves; remove them on exit."""
         handles = []
         for name, module in self.layer.named_modules():
             if module is not self.layer:
@@ -104,7 +104,7 @@ class _Trace:
 
     def _leave_over(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
-            # Held, so that no later tensor takes the same address.
+            # Held, so that no later tensor gets the same address.
             self.leftovers.setdefault(storage_of(tensor), tensor.detach())
 
     def _enter(self, name: str) -> Callable[..., None]:
@@ -116,7 +116,7 @@ class _Trace:
             if not leaf and any(tensor is output for tensor in given for output in self.outputs):
                 self.owner = module
                 self.blocks[name] = None
-                # Whatever else was computed in this layer for the sub-block must be kept for its recomputation.
+                # Other values that this layer computed for the sub-block must be kept for its recomputation.
                 self._leave_over([t for t in given if t.grad_fn is not None and not self._is_output(t)])
             elif leaf and len(given) == 1:
                 self.owner = module

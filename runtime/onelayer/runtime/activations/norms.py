@@ -1,8 +1,8 @@
 """Normalization layers, recognized by what they compute, whose backward pass needs the normalized tokens alone.
 
 A norm is y = x̂ * scale + bias with x̂ = (x - mean) * r, r the inverse root mean square per token (inverse standard
-deviation where the mean is taken off). x̂ is kept compressed and r exactly; y is rebuilt from x̂ for whatever the norm
-feeds, and the gradient of x follows from x̂ and r. Nothing is divided by the weight, which may be zero.
+deviation where the mean is subtracted). x̂ is kept compressed and r exactly. y is rebuilt from x̂ for the modules that
+read it, and the gradient of x follows from x̂ and r. Nothing is divided by the weight, which may be zero.
 Shapes: (..., n) for x, x̂ and y, (..., 1) for r.
 """
 
@@ -24,7 +24,7 @@ _SHORT_TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Norm:
-    """What a module computes: is the mean taken off, is the scale 1 + weight, and the epsilon under the root."""
+    """The form of a norm: whether the mean is subtracted, whether the scale is 1 + weight, and the epsilon."""
 
     centered: bool
     plus_one: bool
@@ -32,7 +32,7 @@ class Norm:
 
     @torch.no_grad()
     def normalize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x̂ in the precision of x, and r in float32 or better."""
+        """Return x̂ in the precision of x, and r in float32 or better."""
         wide = x.double() if x.dtype == torch.float64 else x.float()
         if self.centered:
             wide = wide - wide.mean(-1, keepdim=True)
@@ -40,13 +40,13 @@ class Norm:
         return (wide * inverse).to(x.dtype), inverse
 
     def scale(self, weight: torch.Tensor | None) -> torch.Tensor | None:
-        """What x̂ is multiplied by."""
+        """Return the factor of x̂, if there is one."""
         return weight if weight is None or not self.plus_one else 1.0 + weight.float()
 
 
 @dataclass(frozen=True)
 class NormCopy:
-    """The one stored copy of a norm's output: it serves the norm's backward and the recomputation of what follows."""
+    """The stored copy of a norm's output, which serves the norm's backward and the recomputation of its readers."""
 
     normalized: Compressed
     norm: Norm
@@ -55,7 +55,7 @@ class NormCopy:
 
     @torch.no_grad()
     def rebuild(self) -> torch.Tensor:
-        """y, from the approximated x̂."""
+        """Rebuild y from the approximate x̂."""
         y = self.normalized.rebuild()
         scale, bias = self.norm.scale(_parameter(self.module, "weight")), _parameter(self.module, "bias")
         y = y if scale is None else y * scale
@@ -64,12 +64,12 @@ class NormCopy:
 
 @torch.no_grad()
 def recognize(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
-    """The norm that turns x into y by the module's parameters, or None.
+    """Return the norm that turns x into y by the module's parameters, or None.
 
-    Tried on the tensors of a real call, whatever the module is called: with and without the mean, weight and
-    1 + weight, and every small number among its attributes as epsilon. A form that fits has to fit one more call, with
-    the tokens shifted by their size: tokens without a mean do not tell the forms apart, and tokens that are normalized
-    already look so behind a module that leaves them alone. The nearest of those that fit is taken.
+    Tries all forms on the tensors of a real call, whatever the module's name: with and without the mean, weight and
+    1 + weight, and every small number among its attributes as epsilon. A form that fits must fit one more call, on
+    tokens shifted by their size. Tokens with zero mean do not distinguish the forms, and tokens that are normalized
+    already fit a module that does not change them. The nearest form that fits is returned.
     """
     shape = (x.shape[-1],)
     parameters = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
@@ -77,7 +77,7 @@ def recognize(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
         return None
     if not parameters.keys() <= {"weight", "bias"} or any(size != shape for size in parameters.values()):
         return None
-    # Norms kept in float32 round to the precision of x on the way.
+    # A norm in float32 rounds to the precision of x on the way.
     tolerance = max(_TOLERANCE.get(dtype, _SHORT_TOLERANCE) for dtype in (x.dtype, y.dtype))
     for forms in _forms(module, x.dtype):
         if all(_error(form, module, x, y) >= tolerance for form in forms):
@@ -92,11 +92,11 @@ def recognize(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
 
 
 def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
-    """What to try for tokens of `dtype`: with epsilons that the module names, and only then with those it may hide."""
+    """List the forms to try for tokens of `dtype`: epsilons among the module's attributes first, then usual ones."""
     if type(module).forward is nn.LayerNorm.forward:
         return [[Norm(centered=True, plus_one=False, epsilon=module.eps)]]  # type: ignore[arg-type]
     named = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value <= 1e-2]
-    # Torch's own RMSNorm takes the machine epsilon where none is given.
+    # Torch's own RMSNorm uses the machine epsilon by default.
     hidden = [*_USUAL_EPSILONS, torch.finfo(torch.float32).eps, torch.finfo(dtype).eps]
     flags = (False, True)
     return [
@@ -106,7 +106,7 @@ def _forms(module: nn.Module, dtype: torch.dtype) -> list[list[Norm]]:
 
 
 def _error(norm: Norm, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The largest difference between y and what `norm` gives, relative to the largest entry of y."""
+    """Return the largest difference between y and the output of `norm`, relative to the largest entry of y."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     normalized, _ = norm.normalize(x.to(wide))
     scale, bias = norm.scale(_parameter(module, "weight")), _parameter(module, "bias")
@@ -136,7 +136,7 @@ class CompressedNorm(torch.autograd.Function):
         normalized: Compressed,
         inverse: torch.Tensor,
     ) -> torch.Tensor:
-        """y, bit for bit what the module gives."""
+        """Return y, bit for bit as the module computes it."""
         ctx.norm, ctx.normalized, ctx.inverse = norm, normalized, inverse
         ctx.save_for_backward(weight)
         ctx.x_dtype = x.dtype
@@ -145,7 +145,7 @@ class CompressedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, and of weight and bias where they are trained."""
+        """Return gradients of x, and of weight and bias if they are trained."""
         (weight,) = ctx.saved_tensors
         norm: Norm = ctx.norm
         wide = gradient.to(ctx.inverse.dtype)

@@ -1,6 +1,6 @@
-"""A batch's loss and a compressed model in; out how close its gradient is to the exact one, and the rank that suffices.
+"""A batch's loss and a compressed model in; the closeness of its gradient to the exact one and a sufficient rank out.
 
-Nothing is trained here: gradients are computed and compared, and the global random state is put back.
+Nothing is trained here: gradients are computed and compared, and the global random state is restored.
 """
 
 import logging
@@ -24,7 +24,7 @@ Loss = Callable[[], torch.Tensor]
 
 
 def gradients(parameters: Sequence[nn.Parameter], loss: Loss) -> list[torch.Tensor]:
-    """The gradient of each parameter, zeros where the loss does not depend on it; dropout as in the next real step."""
+    """Return the gradient of each parameter, zeros if the loss does not depend on it; dropout as in the next step."""
     devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.enable_grad():
         found = torch.autograd.grad(loss(), parameters, allow_unused=True)
@@ -35,7 +35,7 @@ def gradients(parameters: Sequence[nn.Parameter], loss: Loss) -> list[torch.Tens
 
 
 def cosine(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
-    """The cosine of the angle between two gradients, all parameters taken as one vector."""
+    """Return the cosine of the angle between two gradients, each taken as one vector."""
     inner = sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
     sizes = [sum(float(tensor.double().square().sum()) for tensor in side) for side in (left, right)]
     return inner / (sizes[0] * sizes[1]) ** 0.5 if all(sizes) else float(sizes[0] == sizes[1])
@@ -44,7 +44,7 @@ def cosine(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float
 def choose_rank(
     compression: ActivationCompression, parameters: Sequence[nn.Parameter], loss: Loss, threshold: float = AUTO_COSINE
 ) -> Rank | None:
-    """The smallest share of `AUTO_SHARES` that reaches the threshold, set and returned; None (exact) if none does."""
+    """Set and return the smallest share of `AUTO_SHARES` that reaches the threshold; None (exact) if none does."""
     with compression.exact():
         exact = gradients(parameters, loss)
     for share in AUTO_SHARES:
@@ -61,7 +61,7 @@ def choose_rank(
 def gradient_report(
     compression: ActivationCompression, parameters: Sequence[nn.Parameter], loss: Loss
 ) -> ActivationReport:
-    """Compare the compressed gradient of a batch with the exact one, and say what is stored."""
+    """Compare the compressed gradient of a batch with the exact one, and report what is stored."""
     with compression.exact():
         exact = gradients(parameters, loss)
     with compression.measure() as figures:
@@ -70,7 +70,7 @@ def gradient_report(
 
 
 def report(compression: ActivationCompression, figures: Figures, gradient_cosine: float | None) -> ActivationReport:
-    """The figures of a forward pass, as a document."""
+    """Return the figures of a forward pass as a document."""
     return ActivationReport(
         where=compression.where,
         rank=compression.rank,

@@ -1,8 +1,7 @@
-"""A call and stand-ins for some of its tensors in; the call's result out, to be recomputed in backward from them.
+"""A call and stand-ins for some of its tensors in; the call's result out, which backward recomputes from them.
 
-This is torch's non-reentrant checkpoint around a closure. The first run sees the exact tensors, so the forward pass
-is exact; recomputation sees what the stand-ins rebuild. Nothing is changed in backward, so a graph that is kept can
-be gone through again.
+This is torch's non-reentrant checkpoint around a closure. The first run sees the exact tensors, so the forward pass is
+exact. Recomputation sees what the stand-ins rebuild. Backward changes nothing, so it can run again on a retained graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +17,10 @@ from onelayer.runtime.activations.routing import Routing
 
 
 class StandIn(Protocol):
-    """What is stored in the place of a tensor."""
+    """A stored form of a tensor that can rebuild it."""
 
     def rebuild(self) -> torch.Tensor:
-        """The tensor, or an approximation of it, as a leaf."""
+        """Return the tensor, or an approximation of it, as a leaf."""
 
 
 _PASSED = object()  # the place of a tensor that checkpoint itself stores
@@ -35,7 +34,7 @@ class _Slot:
     requires_grad: bool
 
     def fill(self) -> torch.Tensor:
-        # Autograd must save the same tensors as in the first run, so this has to be as differentiable as the original.
+        # Autograd must save the same tensors as in the first run, so this needs a gradient if the original does.
         return self.stand_in.rebuild().requires_grad_(self.requires_grad)
 
 
@@ -46,23 +45,23 @@ def checkpointed_call(
     stand_ins: Mapping[int, StandIn],
     routing: Routing | None,
 ) -> Any:
-    """`call(*args, **kwargs)`, keeping of the tensors whose `id` is in `stand_ins` nothing but those.
+    """Run `call(*args, **kwargs)`; of the tensors whose `id` is in `stand_ins`, keep only the stand-ins.
 
-    Those that are kept as they are stay tensors. `routing` is None for calls that make no discrete choices.
+    Exact tensors stay tensors. `routing` is None for calls that make no discrete choices.
     """
 
     def slot(tensor: torch.Tensor) -> Any:
         stand_in = stand_ins.get(id(tensor))
-        # What is kept as it is is the tensor itself, so that it is guarded like any other.
+        # An exact tensor is kept itself, so that checkpoint guards it like any other.
         return (
             tensor if stand_in is None or isinstance(stand_in, ExactTensor) else _Slot(stand_in, tensor.requires_grad)
         )
 
-    # Checkpoint restores the random state of the devices that it finds among its arguments.
+    # Checkpoint restores the random state of the devices of its arguments.
     marker = next(tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in stand_ins).detach().new_empty(0)
     first = [(args, kwargs)]
     keywords = replaced(kwargs, torch.Tensor, slot)
-    # A tensor without a stand-in goes through checkpoint, which guards it against changes in place.
+    # A tensor without a stand-in passes through checkpoint, which guards it against changes in place.
     slotted = [replaced(value, torch.Tensor, slot) for value in args]
     passed = [value for value in slotted if isinstance(value, torch.Tensor)]
     stored = [_PASSED if isinstance(value, torch.Tensor) else value for value in slotted]
@@ -85,7 +84,7 @@ def checkpointed_call(
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """Yield the tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -97,7 +96,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def replaced(value: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists and dictionaries with every instance of `kind` replaced."""
+    """Replace every instance of `kind` in nested tuples, lists and dictionaries."""
     if isinstance(value, kind):
         return replace(value)
     if type(value) in (list, tuple):

@@ -1,4 +1,4 @@
-"""What compressing activations saves and costs, as documents; torch-free, since results of training hold them."""
+"""Documents on what compressing activations saves and costs; torch-free, since results of training hold them."""
 
 from onelayer.compiler.results import Result
 
@@ -6,8 +6,8 @@ from onelayer.compiler.results import Result
 class LayerFigures(Result):
     """One layer, or one norm of it: how it is recomputed, and relative Frobenius error and rank of what is stored.
 
-    `fallback` says why a layer is recomputed as a whole where sub-layers were asked for. A rank of None is a tensor
-    kept as it is.
+    `fallback` says why a layer is recomputed whole although sub-layers were requested. A rank of None is a tensor that
+    is kept exactly.
     """
 
     name: str
@@ -20,9 +20,9 @@ class LayerFigures(Result):
 class ActivationReport(Result):
     """Compression as measured on one batch.
 
-    `saved_bytes` is what is kept for the backward pass, by category; `residual_bits` are those of each value beside its
-    factors. `gradient_cosine` is that with the exact gradient,
-    all trained parameters taken as one vector; like the errors, it is known where it was asked for.
+    `saved_bytes` is what is kept for the backward pass, by category. `residual_bits` are the bits of each value's
+    residual. `gradient_cosine` is the cosine with the exact gradient, each taken as one vector over all trained
+    parameters; like the errors, it is present only if it was requested.
     """
 
     where: str

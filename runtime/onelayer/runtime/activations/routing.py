@@ -1,7 +1,7 @@
 """Discrete choices in a block (which experts, which positions): recorded when it first runs, repeated when it reruns.
 
-A block that is recomputed from an approximated input would send tokens elsewhere. Here the choice is stored, and the
-values that belong to it are taken from the recomputed input, so that gradients flow to the experts that were used.
+A block that is recomputed from an approximate input would route tokens differently. So the choice is stored, and its
+values are taken from the recomputed input, so that gradients flow to the experts that were used.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,28 +27,28 @@ _POSITIONS = {torch.argmax, torch.Tensor.argmax, torch.argmin, torch.Tensor.argm
 
 
 class Routing:
-    """The choices of one call of one block, in their order."""
+    """The choices of one call of one block, in order."""
 
     def __init__(self) -> None:
         self._choices: list[torch.Tensor] = []
 
     @property
     def saved_bytes(self) -> int:
-        """What the stored choices take."""
+        """Bytes of the stored choices."""
         return sum(choice.numel() * choice.element_size() for choice in self._choices)
 
     @property
     def found(self) -> bool:
-        """Whether the block made a choice at all."""
+        """Whether the block made any choice."""
         return bool(self._choices)
 
     def record(self) -> TorchFunctionMode:
-        """Within this, choices are made and stored."""
+        """Return a mode in which choices are made and stored."""
         self._choices.clear()
         return _Choices(self._make)
 
     def replay(self) -> TorchFunctionMode:
-        """Within this, the stored choices are made again."""
+        """Return a mode in which the stored choices are repeated."""
         left = iter(tuple(self._choices))
         return _Choices(lambda choose, size: _next(left))
 
@@ -94,6 +94,6 @@ class _Choices(TorchFunctionMode):
 
 
 def _dimension(func: Any, rest: list[Any], kwargs: Mapping[str, Any]) -> int:
-    """The dimension that is chosen along; topk has a number in front of it."""
+    """Return the dimension of the choice; topk has a number before it."""
     place = 1 if func in (torch.topk, torch.Tensor.topk) else 0
     return int(kwargs.get("dim", rest[place] if len(rest) > place else -1))

@@ -1,1 +1,1 @@
-"""The modules that stand in an emulator, and the plugin through which transformers loads them."""
+"""The modules of an emulator, and the plugin through which transformers loads them."""

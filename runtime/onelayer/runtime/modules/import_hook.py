@@ -1,9 +1,9 @@
-"""Puts the emulator loader into transformers, now or when transformers comes.
+"""Registers the emulator loader with transformers, now or when transformers is imported.
 
-Two things must hold at once. After `import onelayer.runtime`, plain `AutoModel.from_pretrained(emulator)` works,
-whichever was imported first. And `onelayer --help` and `run --dry-run`, whose modules live in this package too, answer
-in a fraction of a second, so importing the package must not import torch. Hence a post-import hook (as in PEP 369): the
-loader is registered right after transformers' own registry of loading methods has been imported, and not before.
+Two things must hold. After `import onelayer.runtime`, plain `AutoModel.from_pretrained(emulator)` works, whichever was
+imported first. And `onelayer --help` and `run --dry-run`, whose modules are in this package too, answer in a fraction
+of a second, so importing the package must not import torch. So this is a post-import hook (as in PEP 369): the loader
+is registered right after transformers' own registry of loading methods has been imported, and not before.
 """
 
 import importlib
@@ -19,7 +19,7 @@ PLUGIN = "onelayer.runtime.modules.transformers_plugin"  # importing it register
 
 
 def register_loader() -> None:
-    """Register the emulator loader at once where transformers' registry is there, else as soon as it is imported."""
+    """Register the emulator loader now if transformers' registry is imported, else right after its import."""
     if REGISTRY in sys.modules:
         importlib.import_module(PLUGIN)
     elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
@@ -27,7 +27,7 @@ def register_loader() -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
-    """Finds one module, once, as the other finders do, and wraps its loader."""
+    """Finds one module, once, by the other finders, and wraps its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,8 +1,8 @@
 """Experts whose stacks are factors, run through transformers' own experts interface under a name of ours.
 
-In: a module of experts of an empty model. Out: the same module with thin stacks in the place of its wide ones; its
-class, with its gate and its norm, stays what it is. Letters: E experts, N tokens, K experts per token, S = N K rows
-sorted by expert, H hidden. Touched of transformers' semi-private surface: `ALL_EXPERTS_FUNCTIONS` and the config field
+In: a module of experts of an empty model. Out: the same module with thin stacks instead of its wide ones; its class,
+gate and norm do not change. Letters: E experts, N tokens, K experts per token, S = N K rows sorted by expert, H hidden.
+Used of transformers' semi-private surface: `ALL_EXPERTS_FUNCTIONS` and the config field
 `_experts_implementation_internal`, by which a module of experts chooses its function.
 """
 
@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, StackFacts, stack_sizes, stack_tensor
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
-from onelayer.runtime.modules.quantized_linear import Packing, packed_product
+from onelayer.runtime.modules.quantized_linear import Quantization, quantized_product
 from onelayer.runtime.modules.weight_guard import GuardWeight
 
 IMPLEMENTATION = "onelayer_low_rank"
@@ -26,44 +26,44 @@ IMPLEMENTATION = "onelayer_low_rank"
 
 @dataclass(frozen=True)
 class CompressedStack:
-    """What stands for one stack of a module: the names of its tensors by their ending, and how these are packed."""
+    """The replacement of one stack of a module: the names of its tensors by their ending, and their quantization."""
 
     facts: StackFacts
     tensors: Mapping[str, str]
-    packing: Packing | None
+    quantization: Quantization | None
 
     def product(self, module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """(S, in) -> (S, out) of one expert, without bias."""
+        """Map (S, in) to (S, out) by one expert, without bias."""
         _, out_features, in_features = self.facts.shape
         held = {ending: module.get_parameter(name)[expert] for ending, name in self.tensors.items()}
-        if self.packing is None:
+        if self.quantization is None:
             return nn.functional.linear(nn.functional.linear(x, held[DOWN]), held[UP])
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.facts.rank is None:
-            return packed_product(x, held[DENSE], in_features, self.packing, rows_are_outputs=True)
-        x = packed_product(x, held[DOWN], in_features, self.packing, rows_are_outputs=True)
-        return packed_product(x, held[UP], out_features, self.packing, rows_are_outputs=False)
+            return quantized_product(x, held[DENSE], in_features, self.quantization, rows_are_outputs=True)
+        x = quantized_product(x, held[DOWN], in_features, self.quantization, rows_are_outputs=True)
+        return quantized_product(x, held[UP], out_features, self.quantization, rows_are_outputs=False)
 
 
 class CompressedExperts:
-    """What stands for the stacks of one module, by the name of their parameter; another stack is as it was."""
+    """The replacements of the stacks of one module, by the stack's parameter; other stacks do not change."""
 
     def __init__(self, stacks: Mapping[str, CompressedStack]) -> None:
         self.stacks = dict(stacks)
 
     @property
     def tensors(self) -> list[str]:
-        """The names of the frozen parameters that stand for stacks."""
+        """The names of the frozen parameters that replace stacks."""
         return [name for stack in self.stacks.values() for name in stack.tensors.values()]
 
 
 def compress_experts(
-    name: str, module: Any, stacks: Mapping[str, StackFacts], packing: Packing | None
+    name: str, module: Any, stacks: Mapping[str, StackFacts], quantization: Quantization | None
 ) -> CompressedExperts:
-    """Put empty factors in the place of the `stacks` (by parameter) of an empty module called `name`.
+    """Replace the `stacks` (by parameter) of the empty module `name` by empty factors.
 
-    Raises `InputError` where the module has no such stack.
+    Raises `InputError` if the module has no such stack.
     """
     found = expert_stacks(name, module)
     compressed = {}
@@ -72,29 +72,30 @@ def compress_experts(
             raise InputError(
                 f"config.json: quantization_config.stacks names {name}.{leaf}, which is no stack of {facts.shape} here"
             )
-        sizes = stack_sizes(facts, None if packing is None else packing.kind)
+        sizes = stack_sizes(facts, None if quantization is None else quantization.kind)
         names = {ending: stack_tensor(leaf, ending).removeprefix(".") for ending in sizes}
-        compressed[leaf] = CompressedStack(facts, names, packing)
+        compressed[leaf] = CompressedStack(facts, names, quantization)
     assert found is not None
     experts = CompressedExperts(compressed)
     for leaf, stack in compressed.items():
         whole = module.get_parameter(leaf)
         delattr(module, leaf)
-        for ending, size in stack_sizes(stack.facts, None if packing is None else packing.kind).items():
-            dtype = whole.dtype if packing is None else torch.uint8
+        for ending, size in stack_sizes(stack.facts, None if quantization is None else quantization.kind).items():
+            dtype = whole.dtype if quantization is None else torch.uint8
             empty = torch.empty(size, device=whole.device, dtype=dtype)
             module.register_parameter(stack.tensors[ending], nn.Parameter(empty, requires_grad=False))
         setattr(module, leaf, GuardWeight.like(whole, whole.shape, whole.dtype))
     module.compressed_experts = experts
-    # Of this module alone, so that `set_experts_implementation` cannot choose a function that needs the stacks.
+    # This module gets its own config, so that `set_experts_implementation` cannot choose a function that needs the
+    # stacks.
     module.config = copy.copy(module.config)
     module.config._experts_implementation_internal = IMPLEMENTATION
-    module._is_hf_initialized = True  # keeps transformers' initializer away, which would write to the stacks
+    module._is_hf_initialized = True  # transformers' initializer would write to the stacks
     return experts
 
 
 def freeze_experts(module: nn.Module) -> None:
-    """Nothing trains what stands for a stack, if `module` holds any."""
+    """Freeze the factors that replace stacks, if `module` has any."""
     experts = getattr(module, "compressed_experts", None)
     for name in experts.tensors if isinstance(experts, CompressedExperts) else ():
         module.get_parameter(name).requires_grad_(False)
@@ -103,18 +104,18 @@ def freeze_experts(module: nn.Module) -> None:
 def low_rank_experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """(N, H), expert numbers and their weights (N, K) -> (N, H): what transformers' own functions compute.
+    """Map (N, H), expert numbers and their weights (N, K) to (N, H), as transformers' own functions do.
 
-    Expert by expert: factors are thin and of any rank, where the grouped kernels want strides of 16 bytes; and since
-    they are frozen, a plain product keeps nothing for its backward pass.
+    Works expert by expert: factors are thin and of any rank, and the grouped kernels need strides of 16 bytes. Factors
+    are frozen, so a plain product keeps nothing for its backward pass.
     """
-    plain, stacks = ExpertStacks("", self), self.compressed_experts.stacks
+    dense, stacks = ExpertStacks("", self), self.compressed_experts.stacks
 
     def product(leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         found = stacks.get(leaf)
-        return plain.product(leaf, expert, x) if found is None else found.product(self, expert, x)
+        return dense.product(leaf, expert, x) if found is None else found.product(self, expert, x)
 
-    return plain.run(hidden_states, top_k_index, top_k_weights, product)
+    return dense.run(hidden_states, top_k_index, top_k_weights, product)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, low_rank_experts)

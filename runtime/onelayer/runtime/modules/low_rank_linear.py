@@ -1,4 +1,4 @@
-"""What an emulator computes with: two thin factors in the place of one weight, plain or packed; and how it is loaded.
+"""Linears with two thin factors instead of one weight, which an emulator computes with, and how it is loaded.
 
 Shapes: N tokens, `in` and `out` the features of the linear that was replaced, k its rank.
 """
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 
 class CompressedLinear(nn.Linear):
-    """What stands for a linear: a subclass of `nn.Linear`, since that is what PEFT attaches to, without a weight.
+    """The replacement of a linear. It subclasses `nn.Linear`, since PEFT attaches to that, but has no weight.
 
-    `was_conv1d` says that the original module is a GPT-2 style `Conv1D`, whose weight lies the other way round;
-    adapters made here note it in their configuration. `factors` are the names of the frozen tensors that stand for the
-    weight.
+    `was_conv1d` says that the original module is a GPT-2 style `Conv1D`, whose weight is transposed; adapters that are
+    trained here note it in their configuration. `factors` are the names of the frozen tensors that replace the weight.
     """
 
     factors: tuple[str, ...]
@@ -42,7 +41,7 @@ class CompressedLinear(nn.Linear):
         )
 
     def freeze(self) -> None:
-        """Nothing trains what stands for the weight."""
+        """Freeze the tensors that replace the weight."""
         for name in self.factors:
             self.get_parameter(name).requires_grad_(False)
 
@@ -69,11 +68,11 @@ class LowRankLinear(CompressedLinear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # nn.Linear declares a parameter
-        """A guard: shape, dtype and device of the weight that is not there."""
+        """A guard with the shape, dtype and device of the missing weight."""
         return GuardWeight.like(self.lr_up, (self.out_features, self.in_features), self.lr_up.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, in) -> (N, out), through k."""
+        """Map (N, in) to (N, out), through k."""
         return nn.functional.linear(nn.functional.linear(input, self.lr_down), self.lr_up, self.bias)
 
     def extra_repr(self) -> str:
@@ -84,8 +83,8 @@ class LowRankLinear(CompressedLinear):
 def load_emulator(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """Load an emulator directory as the model class that its `architectures` names.
 
-    The same as importing `onelayer.runtime` and calling that class's `from_pretrained(path, **kwargs)`, with the files
-    checked first. Raises `InputError` where `path` is not an emulator.
+    This checks the files, then does the same as `from_pretrained(path, **kwargs)` of that class after
+    `import onelayer.runtime`. Raises `InputError` if `path` is not an emulator.
     """
     from transformers import AutoConfig
 

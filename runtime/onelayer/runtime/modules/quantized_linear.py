@@ -1,6 +1,6 @@
-"""Linears whose factors, or whose whole weight, stay packed: unpacked for the moment of a product, never kept.
+"""Linears whose factors or whole weight stay quantized: unpacked for one product at a time, never kept.
 
-Shapes: N tokens, `in` and `out` the features of the linear that was replaced, k its rank, R the bytes of a packed row.
+Shapes: N tokens, `in` and `out` the features of the replaced linear, k its rank, R the bytes of a quantized row.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,18 @@ from onelayer.runtime.modules.weight_guard import GuardWeight
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How the tensors of an emulator are packed, and the dtype that its figures and its correction take them in."""
+class Quantization:
+    """How the tensors of an emulator are quantized, and the dtype in which its figures and correction use them."""
 
     kind: FactorDtype
     unpacked_dtype: torch.dtype
 
 
-class PackedLinear(CompressedLinear):
-    """A linear of an emulator with packed factors, or with its whole weight packed where `rank` is None.
+class QuantizedLinear(CompressedLinear):
+    """A linear of an emulator with quantized factors, or with its whole weight quantized if `rank` is None.
 
-    `lr_up` (k, R of out), the rows of up^T, and `lr_down` (k, R of in); or `lr_dense` (out, R of in). All uint8, which
-    no cast of the model touches. Gradients reach the input alone.
+    `lr_up` (k, R of out) holds the rows of up^T, `lr_down` is (k, R of in); `lr_dense` is (out, R of in). All are
+    uint8, which casts of the model do not change. Only the input gets a gradient.
     """
 
     def __init__(
@@ -37,36 +37,36 @@ class PackedLinear(CompressedLinear):
         in_features: int,
         out_features: int,
         rank: int | None,
-        packing: Packing,
+        quantization: Quantization,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         was_conv1d: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype, was_conv1d)
-        self.rank, self.packing = rank, packing
+        self.rank, self.quantization = rank, quantization
         self._compute_dtype = torch.get_default_dtype() if dtype is None else dtype
         self.factors = ("lr_dense",) if rank is None else ("lr_up", "lr_down")
         for name in self.factors:
             rows, width = (out_features if rank is None else rank), self._width(name)
-            empty = torch.empty(rows, row_bytes(width, packing.kind), device=device, dtype=torch.uint8)
+            empty = torch.empty(rows, row_bytes(width, quantization.kind), device=device, dtype=torch.uint8)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # nn.Linear declares a parameter
-        """A guard: shape and device of the weight that is not there, and the dtype that the model was last cast to."""
+        """A guard with the shape and device of the missing weight, and the dtype that the model was last cast to."""
         shape = (self.out_features, self.in_features)
         return GuardWeight.like(self.get_parameter(self.factors[0]), shape, self._compute_dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
-        """Casts, too, come by here; the bytes stay, and the dtype is remembered."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Apply moves and casts; a cast leaves the bytes unchanged and sets the dtype of the products."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.get_parameter(self.factors[0]).device
         self._compute_dtype = fn(torch.empty((), dtype=self._compute_dtype, device=device)).dtype
         return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, in) -> (N, out), through k."""
+        """Map (N, in) to (N, out), through k."""
         x = input
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -77,7 +77,7 @@ class PackedLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _product(self, x: torch.Tensor, name: str, rows_are_outputs: bool) -> torch.Tensor:
-        return packed_product(x, getattr(self, name), self._width(name), self.packing, rows_are_outputs)
+        return quantized_product(x, getattr(self, name), self._width(name), self.quantization, rows_are_outputs)
 
     def _width(self, name: str) -> int:
         return self.out_features if name == "lr_up" else self.in_features
@@ -86,36 +86,46 @@ class PackedLinear(CompressedLinear):
         """Sizes, as `print(model)` shows them."""
         rank = "full" if self.rank is None else self.rank
         sizes = f"in={self.in_features}, out={self.out_features}, rank={rank}, bias={self.bias is not None}"
-        return f"{sizes}, {self.packing.kind}"
+        return f"{sizes}, {self.quantization.kind}"
 
 
-def packed_product(
-    x: torch.Tensor, packed: torch.Tensor, width: int, packing: Packing, rows_are_outputs: bool
+def quantized_product(
+    x: torch.Tensor, quantized: torch.Tensor, width: int, quantization: Quantization, rows_are_outputs: bool
 ) -> torch.Tensor:
-    """x M^T, or x M, for a packed M (rows, width); gradients reach x alone."""
-    y: torch.Tensor = _PackedProduct.apply(x, packed, width, packing, rows_are_outputs)  # type: ignore[no-untyped-call]
+    """Compute x M^T, or x M, for a quantized M (rows, width); only x gets a gradient."""
+    y: torch.Tensor = _QuantizedProduct.apply(x, quantized, width, quantization, rows_are_outputs)  # type: ignore[no-untyped-call]
     return y
 
 
-class _PackedProduct(torch.autograd.Function):
-    """x M^T, or x M, for a packed M (rows, width). Backward unpacks M again: nothing but its bytes is kept."""
+class _QuantizedProduct(torch.autograd.Function):
+    """x M^T, or x M, for a quantized M (rows, width). Backward unpacks M again, so only its bytes are kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, packed: torch.Tensor, width: int, packing: Packing, rows_are_outputs: bool
+        ctx: Any,
+        x: torch.Tensor,
+        quantized: torch.Tensor,
+        width: int,
+        quantization: Quantization,
+        rows_are_outputs: bool,
     ) -> torch.Tensor:
-        # An attribute and not a saved tensor: hooks on those are for activations, which they may compress or count.
-        ctx.packed, ctx.width, ctx.packing, ctx.rows_are_outputs = packed, width, packing, rows_are_outputs
-        M = _unpacked(packed, width, packing, x.dtype)
+        # An attribute, not a saved tensor: hooks on saved tensors may compress or count activations.
+        ctx.quantized, ctx.width, ctx.quantization, ctx.rows_are_outputs = (
+            quantized,
+            width,
+            quantization,
+            rows_are_outputs,
+        )
+        M = _unpacked(quantized, width, quantization, x.dtype)
         return x @ (M.T if rows_are_outputs else M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        M = _unpacked(ctx.packed, ctx.width, ctx.packing, grad_y.dtype)
+        M = _unpacked(ctx.quantized, ctx.width, ctx.quantization, grad_y.dtype)
         return grad_y @ (M if ctx.rows_are_outputs else M.T), None, None, None, None
 
 
-def _unpacked(packed: torch.Tensor, width: int, packing: Packing, dtype: torch.dtype) -> torch.Tensor:
-    """(rows, width) in the dtype of a call, by way of the one that the correction takes it in."""
-    return unpack(packed, width, packing.kind, packing.unpacked_dtype).to(dtype)
+def _unpacked(quantized: torch.Tensor, width: int, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
+    """Return M (rows, width) in the dtype of a call, rounded to the dtype that the correction uses."""
+    return unpack(quantized, width, quantization.kind, quantization.unpacked_dtype).to(dtype)

@@ -2,9 +2,9 @@
 
 In: the `quantization_config` of an emulator's config.json. Out: the stock model class with every listed linear replaced
 by a `CompressedLinear` and every listed stack of experts by factors, before the weights are read. `quant_method` is the
-one door that transformers opens to foreign modules on loading; what is quantized was so when the emulator was written.
+only hook that transformers offers to foreign modules on loading. Nothing is quantized here.
 
-Touched of transformers' semi-private surface, all of it in this file: the hooks `update_attn_implementation`,
+Used of transformers' semi-private surface, only in this file: the hooks `update_attn_implementation`,
 `_process_model_before_weight_loading`, `_process_model_after_weight_loading` and `get_state_dict_and_metadata` of
 `HfQuantizer`, and the config attribute `transformers_weights`.
 """
@@ -28,7 +28,7 @@ from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_kind
 from onelayer.runtime.modules.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear, LowRankLinear
-from onelayer.runtime.modules.quantized_linear import PackedLinear, Packing
+from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -42,7 +42,7 @@ FORMAT_VERSIONS = (1, 2)  # 2: with stacks of experts
 class EmulatorConfig(QuantizationConfigMixin):
     """The `quantization_config` of an emulator: ranks by runtime module name, provenance, and the weights file.
 
-    Fields it does not know are kept, so that a folder saved again loses nothing.
+    Unknown fields are kept, so that a folder that is saved again loses nothing.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class EmulatorConfig(QuantizationConfigMixin):
         vars(self).update(provenance)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-plain; a folder that transformers saved again has standard file names and no `weights_file`."""
+        """Return plain JSON values. A folder that transformers saved again has no `weights_file`."""
         fields: dict[str, Any] = super().to_dict()
         optional = ["weights_file", "factor_dtype", "unpacked_dtype"]
-        optional += ["quantized_dense"] if self.packing is None else []
+        optional += ["quantized_dense"] if self.quantization is None else []
         optional += [] if self.stacks else ["stacks"]
         return {name: value for name, value in fields.items() if name not in optional or value}
 
     @property
-    def packing(self) -> Packing | None:
-        """How the factors are packed; None where they are plain tensors."""
+    def quantization(self) -> Quantization | None:
+        """How the factors are quantized; None if they are not."""
         kind = known_kind(self.factor_dtype)
         if kind is None:
             return None
         check_library(kind)
-        return Packing(kind, getattr(torch, str(self.unpacked_dtype)))
+        return Quantization(kind, getattr(torch, str(self.unpacked_dtype)))
 
     @property
     def modules(self) -> dict[str, int | None]:
@@ -98,14 +98,14 @@ class EmulatorConfig(QuantizationConfigMixin):
 class EmulatorQuantizer(HfQuantizer):
     """Swaps linears for factors on the empty model; transformers then loads the factors like any parameter."""
 
-    requires_calibration = True  # transformers' word for: only from a checkpoint already in this form
+    requires_calibration = True  # transformers' name for: loads only a checkpoint that has this form already
     quantization_config: EmulatorConfig
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
-        """Point to the weights file; the one hook that sees the config before files are looked up.
+        """Point to the weights file; no other hook sees the config before files are looked up.
 
-        The file's name is not the standard one on purpose: without this plugin, transformers would merely warn of an
-        unknown method and return random weights. So it finds no file, and stops.
+        The file does not have the standard name on purpose: without this plugin, transformers would only warn of an
+        unknown method and return random weights. With another name it finds no file and stops.
         """
         if self.quantization_config.weights_file is not None:
             config.transformers_weights = self.quantization_config.weights_file
@@ -115,8 +115,8 @@ class EmulatorQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         settings = self.quantization_config
-        replaced = replace_linears(model, settings.modules, settings.packing)
-        experts = replace_stacks(model, settings.stacks, settings.packing)
+        replaced = replace_linears(model, settings.modules, settings.quantization)
+        experts = replace_stacks(model, settings.stacks, settings.quantization)
         factors = [name for module in replaced for name in module.factors]
         _check_factors(checkpoint_files or [], [*factors, *(name for item in experts for name in item.tensors)])
 
@@ -125,29 +125,29 @@ class EmulatorQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear):
                 module.freeze()
             freeze_experts(module)
-        # Saved again, the weights get the standard name, so a pointer to the old one must not be saved with them.
+        # Saving gives the weights the standard name, so a pointer to the old name must not be saved with them.
         self.quantization_config.weights_file = None
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         return model
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes the factors as they are."""
+        """Whether `save_pretrained` works: it writes the factors unchanged."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """With adapters on it; Trainer goes on refusing the bare emulator."""
+        """Whether adapters on the emulator can be trained; Trainer still refuses the bare emulator."""
         return True
 
 
 def replace_linears(
-    model: "PreTrainedModel", ranks: Mapping[str, int | None], packing: Packing | None
+    model: "PreTrainedModel", ranks: Mapping[str, int | None], quantization: Quantization | None
 ) -> list[CompressedLinear]:
-    """Put a `CompressedLinear` in the place of every named linear of an empty model; returns them.
+    """Replace every named linear of an empty model by a `CompressedLinear`; return the new modules.
 
-    A folder can be loaded as another class than it was written from, with or without the head: names are looked up with
-    and without the base model's prefix, and a head's linear that this class does not have is passed over.
+    A folder can be loaded as a different class than it was written from, with or without the head. So names are looked
+    up with and without the base model's prefix, and a head's linear that this class lacks is skipped.
     """
     modules = dict(model.named_modules())
     replaced = []
@@ -155,17 +155,17 @@ def replace_linears(
         found = _find_module(model, name, modules)
         if found is not None:
             path, _, leaf = found.rpartition(".")
-            replaced.append(_compressed(found, modules[found], rank, packing))
+            replaced.append(_compressed(found, modules[found], rank, quantization))
             setattr(modules[path], leaf, replaced[-1])
     return replaced
 
 
 def replace_stacks(
-    model: "PreTrainedModel", stacks: Mapping[str, Any], packing: Packing | None
+    model: "PreTrainedModel", stacks: Mapping[str, Any], quantization: Quantization | None
 ) -> list[CompressedExperts]:
-    """Put factors in the place of every named stack of experts of an empty model; returns what stands for them.
+    """Replace every named stack of experts of an empty model by factors; return the replacements.
 
-    Names are looked up as those of linears.
+    Names are looked up like those of linears.
     """
     modules = dict(model.named_modules())
     wanted: dict[str, dict[str, StackFacts]] = {}
@@ -174,13 +174,13 @@ def replace_stacks(
         found = _find_module(model, path, modules)
         if found is not None:
             wanted.setdefault(found, {})[leaf] = StackFacts.model_validate(facts)
-    return [compress_experts(name, modules[name], facts, packing) for name, facts in wanted.items()]
+    return [compress_experts(name, modules[name], facts, quantization) for name, facts in wanted.items()]
 
 
 def _find_module(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The name of a module in this class, with or without the base model's prefix; None for one beside the base model.
+    """Return a module's name in this class, with or without the base model's prefix; None if outside the base model.
 
-    Raises `InputError` where the base model should have it.
+    Raises `InputError` if a module of the base model is missing.
     """
     prefix = f"{model.base_model_prefix}."
     found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
@@ -189,8 +189,8 @@ def _find_module(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.M
     return found
 
 
-def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing | None) -> CompressedLinear:
-    """Room for what stands for a linear, or for GPT-2's `Conv1D`, whose weight is (in, out); on the same device."""
+def _compressed(name: str, module: nn.Module, rank: int | None, quantization: Quantization | None) -> CompressedLinear:
+    """Build the empty replacement of a linear, or of GPT-2's `Conv1D`, whose weight is (in, out), on its device."""
     if not isinstance(module, nn.Linear | Conv1D):
         raise InputError(f"config.json: quantization_config.ranks names {name}, which is a {type(module).__name__}")
     weight: torch.Tensor = module.weight
@@ -204,20 +204,22 @@ def _compressed(name: str, module: nn.Module, rank: int | None, packing: Packing
         "was_conv1d": isinstance(module, Conv1D),
     }
     compressed: CompressedLinear
-    if packing is not None:
-        compressed = PackedLinear(rank=rank, packing=packing, **common)
+    if quantization is not None:
+        compressed = QuantizedLinear(rank=rank, quantization=quantization, **common)
     elif rank is not None:
         compressed = LowRankLinear(rank=rank, **common)
     else:
         raise InputError(f"config.json: quantization_config: {name} is quantized whole, in no known factor_dtype")
-    # Keeps transformers' initializer away, which would write to `weight`.
+    # transformers' initializer, which would write to `weight`, skips a module with this mark.
     compressed._is_hf_initialized = True  # type: ignore[assignment]
     return compressed
 
 
 def _check_factors(checkpoint_files: list[str], factors: list[str]) -> None:
-    """Refuse files outside the folder, and fewer tensors than `factors`, the names that modules give to what they need:
-    transformers would leave the others uninitialized."""
+    """Refuse files outside the folder, and fewer tensors than `factors`, the names of what the modules need.
+
+    transformers would leave missing factors uninitialized.
+    """
     folders = {Path(file).parent for file in checkpoint_files}
     if len(folders) > 1:
         raise InputError(f"{sorted(folders)[0]}: the index names files outside the folder; compile the emulator again")

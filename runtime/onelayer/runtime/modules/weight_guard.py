@@ -1,8 +1,9 @@
-"""The stand-in for a weight that no longer exists: it answers questions about itself and refuses to be computed with.
+"""The stand-in for a weight that no longer exists: it answers metadata and refuses every computation.
 
-A `CompressedLinear` is an `nn.Linear` to everyone, and PEFT, Trainer and accelerate read `.weight` of such modules for
-its shape, dtype and device. Giving them the product of the factors would cost a full matrix at each look, and would let
-a merge, DoRA or PiSSA write into a temporary: wrong numbers without a word. So the guard has no storage, and raises.
+A `CompressedLinear` is an `nn.Linear` to other libraries, and PEFT, Trainer and accelerate read `.weight` of such
+modules for its shape, dtype and device. The product of the factors would cost a full matrix at each access, and a
+merge, DoRA or PiSSA would silently write into a temporary and give wrong numbers. So the guard has no storage and
+raises.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from onelayer.compiler.errors import InputError
 
-# What may be asked of a guard. Properties arrive as the `__get__` of their descriptors.
+# The metadata that a guard answers. Properties arrive as the `__get__` of their descriptors.
 _PROPERTIES = (
     "shape dtype device layout ndim requires_grad is_leaf is_meta is_cpu is_cuda is_xpu is_mps is_sparse is_quantized "
     "is_nested grad grad_fn itemsize nbytes"
@@ -39,30 +40,30 @@ def _rebuilt(shape: Sequence[int], dtype: torch.dtype) -> "GuardWeight":
 class GuardWeight(torch.Tensor):
     """A tensor with a shape (out, in), a dtype and a device, and no numbers."""
 
-    # transformers' initializers skip a tensor so marked; GPT-2's reaches for the weights of its children by name.
+    # transformers' initializers skip a tensor with this mark; GPT-2's initializer uses its children's weights by name.
     _is_hf_initialized = True
 
     @classmethod
     def like(cls, factor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> "GuardWeight":
-        """The guard of the given shape and dtype, on the device of `factor`."""
+        """Return a guard of the given shape and dtype, on the device of `factor`."""
         return factor.new_empty((), dtype=dtype).expand(*shape).as_subclass(cls)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Answer metadata, refuse everything else."""
+        """Answer metadata; refuse everything else."""
         if func not in _METADATA:
             raise InputError(_MESSAGE.format(operation=getattr(func, "__name__", str(func))))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: Any) -> "GuardWeight":
-        """There is nothing to copy."""
+        """Return the guard itself: it has nothing to copy."""
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Shape and dtype are all there is."""
+        """Pickle the shape and dtype, which are the whole state."""
         return _rebuilt, (tuple(self.shape), self.dtype)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing a model must not raise

@@ -1,4 +1,4 @@
-"""Compressed activations as a training run uses them: the rank found or remembered, what was measured at first."""
+"""Compressed activations in a training run: the rank, chosen or remembered, and figures of the first batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ RANK_FILE = "activation_rank.json"
 
 
 class TrainActivations:
-    """Installed on a trainer's model. A rank found by measurement is kept in `work`, so a resumed run uses it too."""
+    """Compression installed on a trainer's model. A measured rank is kept in `work`, so a resumed run uses it too."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, work: Path) -> None:
         assert settings.activations != "none"
@@ -35,12 +35,12 @@ class TrainActivations:
         self.measured: ActivationReport | None = None
 
     @property
-    def unseen(self) -> bool:
-        """Whether a first batch is to be looked at."""
+    def wants_first_batch(self) -> bool:
+        """Whether the first batch is still needed to choose the rank or to compare gradients."""
         return self._choosing or self._reporting
 
-    def look(self, loss: Loss) -> None:
-        """Find the rank, and compare gradients, by the loss of the first batch."""
+    def measure_first_batch(self, loss: Loss) -> None:
+        """Choose the rank and compare gradients by the loss of the first batch, as far as requested."""
         if self._choosing:
             write_json(self._file, {"rank": choose_rank(self._compression, self._parameters, loss)})
         if self._reporting:
@@ -49,7 +49,7 @@ class TrainActivations:
 
     @contextmanager
     def counted(self) -> Iterator[Figures]:
-        """Inside `with`, what compression keeps is counted, and becomes the report where none was asked for."""
+        """Count inside `with` what compression keeps; this becomes the report if no other was requested."""
         with self._compression.measure(with_errors=False) as figures:
             yield figures
         if self.measured is None:

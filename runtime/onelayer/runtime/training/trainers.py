@@ -61,8 +61,8 @@ class _GuardedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; raises before the optimizer can use a loss that is no number."""
-        if self.activations is not None and self.activations.unseen:
-            self.activations.look(lambda: self._plain_loss(model, inputs))
+        if self.activations is not None and self.activations.wants_first_batch:
+            self.activations.measure_first_batch(lambda: self._plain_loss(model, inputs))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(float(loss)):
             step = self.state.global_step + 1

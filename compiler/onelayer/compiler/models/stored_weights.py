@@ -1,0 +1,90 @@
+"""The weights of a checkpoint by runtime name: which stored tensors make a parameter, read and converted on the host.
+
+In: a checkpoint and its model class. Out: parameters in the compute dtype. Held: headers and an empty model; weights
+only while they are converted.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from onelayer.compiler.models import transformers_models
+from onelayer.compiler.models.units import owner_of, set_tensor
+from onelayer.compiler.storage.checkpoint import Checkpoint
+
+
+class StoredWeights:
+    """The parameters and buffers that a checkpoint makes, by runtime name."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        # Loading rules use the names of the bare model, so an untouched twin receives what is loaded.
+        self._twin = transformers_models.build_skeleton(config, cls, dtype)
+        # Empty (meta) parameters and buffers, which give the shape and dtype of each runtime name.
+        self.bare_parameters: dict[str, torch.Tensor] = dict(self._twin.state_dict(keep_vars=True))
+        self._plan = transformers_models.plan_loading(self._twin, checkpoint)
+        self.computed = transformers_models.computed_parameters(self._twin, self._plan, checkpoint.directory)
+
+    @cached_property
+    def checkpoint_keys(self) -> dict[str, tuple[str, ...]]:
+        """The checkpoint keys of each stored runtime name. A tied name that is not stored has those of its partner."""
+        keys = self._plan.checkpoint_keys
+        return {**keys, **{name: keys[source] for name, source in self._plan.alias.items()}}
+
+    @property
+    def aliases(self) -> frozenset[str]:
+        """Tied runtime names that the checkpoint stores under their partner's name only."""
+        return frozenset(self._plan.alias)
+
+    @property
+    def stored_unchanged(self) -> frozenset[str]:
+        """Runtime names that are one stored tensor, at most renamed; no operation makes them."""
+        return self._plan.stored_unchanged
+
+    def is_one_tensor(self, name: str) -> bool:
+        """Whether a parameter, or the partner it is tied to, is one stored tensor."""
+        return self._plan.alias.get(name, name) in self._plan.stored_unchanged
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Read the checkpoint tensors of some runtime names, as stored, to the host."""
+        wanted = dict.fromkeys(key for name in names for key in self.checkpoint_keys[name])
+        return {key: self.checkpoint.read(key) for key in wanted}
+
+    def convert(self, names: Iterable[str], stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Make parameters by runtime name from their checkpoint tensors, on the host, in the compute dtype."""
+        names = tuple(names)
+        try:
+            transformers_models.convert(self._twin, stored, self.dtype)
+            parameters = {}
+            for name in names:
+                owner, leaf = owner_of(self._twin, self._plan.alias.get(name, name))
+                parameters[name] = getattr(owner, leaf).detach()
+        finally:
+            self._empty_twin(stored)
+        for name, tensor in parameters.items():
+            assert tensor.device.type != "meta", f"{name} was not loaded from {self.checkpoint_keys[name]}"
+        return parameters
+
+    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Read and convert some parameters by runtime name, on the host."""
+        names = tuple(names)
+        return self.convert(names, self.read(names))
+
+    def on_device(
+        self, names: Iterable[str], stored: dict[str, torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Convert checkpoint tensors and move them to `device`; never hold all of them in both places."""
+        tensors = self.convert(names, stored)
+        stored.clear()
+        return {name: tensors.pop(name).to(device) for name in tuple(tensors)}
+
+    def _empty_twin(self, stored: Iterable[str]) -> None:
+        loaded = set(stored)
+        for name, keys in self._plan.checkpoint_keys.items():
+            if not loaded.isdisjoint(keys):
+                set_tensor(*owner_of(self._twin, name), self.bare_parameters[name])
