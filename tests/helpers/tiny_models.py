@@ -24,7 +24,7 @@ PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs",
     "what is the sum of two and three ? the sum is five . what is one plus seven ? it is eight",
-    "system: be brief ; user: name a color ; assistant: blue user: name a city ; assistant: rome",
+    "system: be brief ; user: name a colour ; assistant: blue user: name a city ; assistant: rome",
 ]
 
 

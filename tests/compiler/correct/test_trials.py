@@ -137,7 +137,7 @@ def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
             own(self, arguments)
             held.append(self.held_bytes)
 
-    monkeypatch.setattr("onelayer.compiler.correct.trials.Parking", Noted)
+    monkeypatch.setattr("onelayer.compiler.correct.trials.SpillPool", Noted)
     free = setting.correct("free", limit="auto", data=setting.data)
     most = max(held)
     assert most > 0
@@ -166,7 +166,7 @@ def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, m
         found = whole(*arguments)
         return replace(found, gaps={name: gap for name, gap in found.gaps.items() if "layers.1" not in name})
 
-    monkeypatch.setattr("onelayer.compiler.correct.command.try_limits", without_last)
+    monkeypatch.setattr("onelayer.compiler.correct.command.score_candidates", without_last)
     setting.correct("again", limit="auto", data=setting.data)
     assert Checkpointless(tmp_path / "again").close_to(Checkpointless(tmp_path / "auto"))
 

@@ -11,7 +11,7 @@ from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.errors import InputError
 
-USER = {"role": "user", "content": "name a color"}
+USER = {"role": "user", "content": "name a colour"}
 ASSISTANT = {"role": "assistant", "content": "blue"}
 
 

@@ -25,7 +25,7 @@ from onelayer.runtime import load_emulator
 QUESTIONS: list[dict[str, Any]] = [
     {"prompt": "name a city : ", "choices": ["rome", "blue", "the lazy dog"], "answer": 0},
     {"prompt": "one plus two is ", "choices": ["three", "five"], "answer": "five"},
-    {"prompt": [{"role": "user", "content": "name a color"}], "choices": ["blue", "fox", "box", "jugs"], "answer": 2},
+    {"prompt": [{"role": "user", "content": "name a colour"}], "choices": ["blue", "fox", "box", "jugs"], "answer": 2},
     {"prompt": "the sum is ", "choices": ["eight", "seven ?"], "answer": 1},
 ]
 TEXT = {"text": "the quick brown fox jumps over the lazy dog"}

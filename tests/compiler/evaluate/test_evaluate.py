@@ -24,7 +24,7 @@ from onelayer.compiler.evaluate.token_scores import TokenScores
 ROWS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "the quick brown fox jumps over the lazy dog"}, {"text": "what is the sum of two"}],
     "pair": [{"prompt": "name a city : ", "completion": "rome"}, {"prompt": "one plus two is ", "completion": "three"}],
-    "chat": [{"messages": [{"role": "user", "content": "name a color"}, {"role": "assistant", "content": "blue"}]}],
+    "chat": [{"messages": [{"role": "user", "content": "name a colour"}, {"role": "assistant", "content": "blue"}]}],
 }
 TARGETS = {
     "gpt2": ["c_attn", "c_proj"],

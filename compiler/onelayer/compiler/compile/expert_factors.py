@@ -84,15 +84,15 @@ class ExpertCalls:
         return self._moments(expert, torch.linspace(0, total - 1, min(total, POOLED_ROWS)).round().long())
 
     def _moments(self, expert: int, tokens: torch.Tensor) -> dict[str, Moments]:
-        found = {leaf: self._empty(leaf) for leaf in self.stacks.leaves}
+        moments = {leaf: self._empty(leaf) for leaf in self.stacks.leaves}
         opening, closing = self.stacks.leaves
         for x_SH in self._rows(tokens):
             opened_SO = self.stacks.product(opening, expert, x_SH)
             inner_SI = self.stacks.opened(expert, opened_SO)
-            found[opening].add(x_SH, opened_SO)
-            last = found[closing]
+            moments[opening].add(x_SH, opened_SO)
+            last = moments[closing]
             last.add(inner_SI, None if last.of_input else self.stacks.product(closing, expert, inner_SI))
-        return found
+        return moments
 
     def _empty(self, leaf: str) -> Moments:
         """Return an empty moment of the narrow side."""
@@ -143,16 +143,20 @@ def compress_stacks(
     dropped = dict.fromkeys(stored, 0)
     for expert in range(len(rows)):
         moments = calls.moments(expert)
-        for leaf, found in stored.items():
+        for leaf, compressed in stored.items():
             dropped[leaf] += moments[leaf].gram.dropped_rows
             _check_finite(stacks.path(leaf), dropped[leaf], sum(rows))
             fallback_moments = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
             name, weight = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert)
-            found.append(_on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments)))
-    for leaf, found in stored.items():
-        figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in found], rows)
-        tensors = {ending: torch.stack([item.tensors[ending] for item in found]) for ending in found[0].tensors}
-        found.clear()
+            compressed.append(
+                _on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments))
+            )
+    for leaf, compressed in stored.items():
+        figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in compressed], rows)
+        tensors = {
+            ending: torch.stack([item.tensors[ending] for item in compressed]) for ending in compressed[0].tensors
+        }
+        compressed.clear()
         yield stacks.path(leaf), StoredStack(figures, tensors)
 
 

@@ -135,8 +135,8 @@ class EmulatorWriter:
         write_text(self.directory / SHIM_FILE, SHIM_TEXT)
         write_json(self.directory / "config.json", self._config(base))
         digest = model_digest(self.directory)
-        linears = [found.model_dump(mode="json") for found in self.linears.values()]
-        stacks = [found.model_dump(mode="json") for found in self.stacks.values()]
+        linears = [item.model_dump(mode="json") for item in self.linears.values()]
+        stacks = [item.model_dump(mode="json") for item in self.stacks.values()]
         head = {"format_version": self._version, "kind": "emulator", "digest": digest, "base": dict(base)}
         write_text(self.directory / "README.md", card(base["model"], refined=False))
         write_json(self.directory / "emulator.json", {**head, **figures, "linears": linears, "stacks": stacks})
@@ -156,16 +156,16 @@ class EmulatorWriter:
         packed = {
             "unpacked_dtype": dtype,
             "shapes": {name: weight_shape(self.streamed.model.get_submodule(name)) for name in linears},
-            "quantized_dense": [name for name, found in linears.items() if found.form == "dense"],
+            "quantized_dense": [name for name, figures in linears.items() if figures.form == "dense"],
         }
         stacks = {
-            name: {"shape": found.shape, "rank": found.rank if found.form == "factors" else None}
-            for name, found in self.stacks.items()
+            name: {"shape": figures.shape, "rank": figures.rank if figures.form == "factors" else None}
+            for name, figures in self.stacks.items()
         }
         document["quantization_config"] = {
             "quant_method": "onelayer",
             "format_version": self._version,
-            "ranks": {name: found.rank for name, found in linears.items() if found.form == "factors"},
+            "ranks": {name: figures.rank for name, figures in linears.items() if figures.form == "factors"},
             "factor_dtype": self.factor_dtype or dtype,
             **(packed if self.factor_dtype is not None else {}),
             **({"stacks": stacks} if stacks else {}),

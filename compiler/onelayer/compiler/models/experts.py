@@ -80,19 +80,19 @@ class ExpertStacks:
 
     def inner(self, opened_SO: torch.Tensor) -> torch.Tensor:
         """Apply the class's own gate, or its activation."""
-        found: torch.Tensor = (self.module._apply_gate if self.module.has_gate else self.module.act_fn)(opened_SO)
-        return found
+        inner_SI: torch.Tensor = (self.module._apply_gate if self.module.has_gate else self.module.act_fn)(opened_SO)
+        return inner_SI
 
     def routed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed | None:
         """Return hidden states (N, H), expert numbers and weights (N, K) of a call; None if the call is different."""
         bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
         if len(bound.args) != 4:
             return None
-        found: Routed = bound.args[1:4]
-        if not all(isinstance(item, torch.Tensor) and item.ndim == 2 for item in found):
+        routed: Routed = bound.args[1:4]
+        if not all(isinstance(item, torch.Tensor) and item.ndim == 2 for item in routed):
             return None
-        numbered = not found[1].is_floating_point() and bool((found[1] >= 0).all())
-        return found if numbered and found[1].shape == found[2].shape else None
+        numbered = not routed[1].is_floating_point() and bool((routed[1] >= 0).all())
+        return routed if numbered and routed[1].shape == routed[2].shape else None
 
     def product(self, leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Map (S, in) to (S, out) by one expert's weight, without bias."""
@@ -148,17 +148,17 @@ def expert_stacks(name: str, module: nn.Module) -> ExpertStacks | None:
     """Return the stacks of a module that implements the experts interface; None for any other module."""
     if not all(mark in vars(module) for mark in _MARKS):
         return None
-    found = ExpertStacks(name, module)
+    stacks = ExpertStacks(name, module)
     held = module._parameters
-    if any(held.get(leaf) is None or getattr(module, leaf).ndim != 3 for leaf in found.leaves):
+    if any(held.get(leaf) is None or getattr(module, leaf).ndim != 3 for leaf in stacks.leaves):
         return None
-    (count, _, hidden), (closing_count, back, _) = (found.shape(leaf) for leaf in found.leaves)
-    return found if count == closing_count == module.num_experts and back == hidden else None
+    (count, _, hidden), (closing_count, back, _) = (stacks.shape(leaf) for leaf in stacks.leaves)
+    return stacks if count == closing_count == module.num_experts and back == hidden else None
 
 
 def stacks_below(name: str, module: nn.Module) -> Iterator[ExpertStacks]:
     """Yield all modules of experts at or below a module, whose name is `name`."""
     for below, part in module.named_modules():
-        found = expert_stacks(".".join(item for item in (name, below) if item), part)
-        if found is not None:
-            yield found
+        stacks = expert_stacks(".".join(item for item in (name, below) if item), part)
+        if stacks is not None:
+            yield stacks

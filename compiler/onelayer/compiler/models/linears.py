@@ -15,16 +15,16 @@ from onelayer.compiler.models.units import Unit
 def unit_width(streamed: StreamedModel, unit: Unit) -> int:
     """Count inputs and outputs of all matrices of a unit; experts count once for each that a token is sent to."""
     experts = list(stacks_below(unit.name, unit.module))
-    stacked = {path for found in experts for path in found.paths}
+    stacked = {path for stacks in experts for path in stacks.paths}
     names = (name for name in unit.held_names if name not in stacked)
     shapes = (streamed.weights.bare_parameters[name].shape for name in names)
     return sum(sum(shape[-2:]) for shape in shapes if len(shape) >= 2) + sum(map(expert_width, experts))
 
 
-def expert_width(found: ExpertStacks) -> int:
+def expert_width(stacks: ExpertStacks) -> int:
     """Count the inputs and outputs of one module of experts for one token."""
-    (_, opened, hidden), (_, _, inner) = (found.shape(leaf) for leaf in found.leaves)
-    return routed_width(found.per_token, opened, inner, hidden)
+    (_, opened, hidden), (_, _, inner) = (stacks.shape(leaf) for leaf in stacks.leaves)
+    return routed_width(stacks.per_token, opened, inner, hidden)
 
 
 def widest(streamed: StreamedModel) -> int:

@@ -76,13 +76,13 @@ def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
     """Return the stock class that `config.architectures` names; remote code is never run."""
     names = config.architectures or []
-    found = getattr(transformers, names[0], None) if len(names) == 1 else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    cls = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise InputError(
             f"{directory / 'config.json'}: field architectures: {names!r} is not one class of transformers "
             f"{transformers.__version__}; custom code is not run, give a model of a stock architecture"
         )
-    return found
+    return cls
 
 
 def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -182,8 +182,10 @@ def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
                     stored_as = checkpoint.tensors[key].dtype
                     raise InputError(f"tensor {key}: {stored_as} are quantized values; give the unquantized original")
                 keys.setdefault(target, []).append(key)
-    stored = {name: tuple(found) for name, found in keys.items()}
-    stored_unchanged = frozenset(name for name, found in stored.items() if len(found) == 1 and name not in converted)
+    stored = {name: tuple(sources) for name, sources in keys.items()}
+    stored_unchanged = frozenset(
+        name for name, sources in stored.items() if len(sources) == 1 and name not in converted
+    )
     return LoadPlan(stored, stored_unchanged, _aliases(model, set(stored)))
 
 

@@ -30,12 +30,12 @@ def differentiable(values: Any) -> list[torch.Tensor]:
     Deferred logits are represented by their hidden states.
     """
     leaves = (leaf.hidden if isinstance(leaf, DeferredLogits) else leaf for leaf in tree_leaves(values))
-    found = {
+    tensors = {
         id(tensor): tensor
         for tensor in leaves
         if isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex())
     }
-    return list(found.values())
+    return list(tensors.values())
 
 
 def _replaced(values: Any, others: dict[int, torch.Tensor]) -> Any:
@@ -118,13 +118,13 @@ class UnitInputs:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All kept tensors, including those of compressed forms."""
-        found: list[torch.Tensor] = []
+        tensors: list[torch.Tensor] = []
         for leaf in tree_leaves(self.arguments):
             if isinstance(leaf, ActivationFactors | ExactTensor):
-                found += leaf.tensors
+                tensors += leaf.tensors
             elif isinstance(leaf, torch.Tensor):
-                found.append(leaf)
-        return found
+                tensors.append(leaf)
+        return tensors
 
     def check_unchanged(self) -> None:
         """Raise `RuntimeError` if an input was changed in place after the unit had read it."""
@@ -182,8 +182,8 @@ Contents = list[dict[Any, Any]]
 
 def containers_of(arguments: Any) -> list[UserDict[Any, Any]]:
     """List the containers among some arguments, each once. Plain dicts are trees to torch and are rebuilt anyway."""
-    found = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, UserDict)}
-    return list(found.values())
+    containers = {id(leaf): leaf for leaf in tree_leaves(arguments) if isinstance(leaf, UserDict)}
+    return list(containers.values())
 
 
 def with_contents(arguments: Any) -> tuple[Any, Contents]:

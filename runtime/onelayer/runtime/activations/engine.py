@@ -176,6 +176,6 @@ class ActivationEngine:
                 self.copies.count_shared(tensor)
         result = checkpointed_call(call, args, kwargs, stand_ins, routing)
         if routing is not None:
-            self._chooses[owner] = routing.found
+            self._chooses[owner] = routing.has_choices
             self.copies.count("routing", routing.saved_bytes)
         return result

@@ -27,10 +27,10 @@ def gradients(parameters: Sequence[nn.Parameter], loss: Loss) -> list[torch.Tens
     """Return the gradient of each parameter, zeros if the loss does not depend on it; dropout as in the next step."""
     devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.enable_grad():
-        found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        computed = torch.autograd.grad(loss(), parameters, allow_unused=True)
     return [
         torch.zeros_like(parameter) if gradient is None else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
+        for parameter, gradient in zip(parameters, computed, strict=True)
     ]
 
 

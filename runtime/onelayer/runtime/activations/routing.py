@@ -38,7 +38,7 @@ class Routing:
         return sum(choice.numel() * choice.element_size() for choice in self._choices)
 
     @property
-    def found(self) -> bool:
+    def has_choices(self) -> bool:
         """Whether the block made any choice."""
         return bool(self._choices)
 

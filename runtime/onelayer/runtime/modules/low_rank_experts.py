@@ -65,17 +65,17 @@ def compress_experts(
 
     Raises `InputError` if the module has no such stack.
     """
-    found = expert_stacks(name, module)
+    dense = expert_stacks(name, module)
     compressed = {}
     for leaf, facts in stacks.items():
-        if found is None or leaf not in found.leaves or found.shape(leaf) != facts.shape:
+        if dense is None or leaf not in dense.leaves or dense.shape(leaf) != facts.shape:
             raise InputError(
                 f"config.json: quantization_config.stacks names {name}.{leaf}, which is no stack of {facts.shape} here"
             )
         sizes = stack_sizes(facts, None if quantization is None else quantization.kind)
         names = {ending: stack_tensor(leaf, ending).removeprefix(".") for ending in sizes}
         compressed[leaf] = CompressedStack(facts, names, quantization)
-    assert found is not None
+    assert dense is not None
     experts = CompressedExperts(compressed)
     for leaf, stack in compressed.items():
         whole = module.get_parameter(leaf)
@@ -112,8 +112,8 @@ def low_rank_experts(
     dense, stacks = ExpertStacks("", self), self.compressed_experts.stacks
 
     def product(leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        found = stacks.get(leaf)
-        return dense.product(leaf, expert, x) if found is None else found.product(self, expert, x)
+        compressed = stacks.get(leaf)
+        return dense.product(leaf, expert, x) if compressed is None else compressed.product(self, expert, x)
 
     return dense.run(hidden_states, top_k_index, top_k_weights, product)
 

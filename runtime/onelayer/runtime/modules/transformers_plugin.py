@@ -152,11 +152,11 @@ def replace_linears(
     modules = dict(model.named_modules())
     replaced = []
     for name, rank in ranks.items():
-        found = _find_module(model, name, modules)
-        if found is not None:
-            path, _, leaf = found.rpartition(".")
-            replaced.append(_compressed(found, modules[found], rank, quantization))
-            setattr(modules[path], leaf, replaced[-1])
+        path = _find_module(model, name, modules)
+        if path is not None:
+            parent, _, leaf = path.rpartition(".")
+            replaced.append(_compressed(path, modules[path], rank, quantization))
+            setattr(modules[parent], leaf, replaced[-1])
     return replaced
 
 
@@ -171,9 +171,9 @@ def replace_stacks(
     wanted: dict[str, dict[str, StackFacts]] = {}
     for name, facts in stacks.items():
         path, _, leaf = name.rpartition(".")
-        found = _find_module(model, path, modules)
-        if found is not None:
-            wanted.setdefault(found, {})[leaf] = StackFacts.model_validate(facts)
+        own_path = _find_module(model, path, modules)
+        if own_path is not None:
+            wanted.setdefault(own_path, {})[leaf] = StackFacts.model_validate(facts)
     return [compress_experts(name, modules[name], facts, quantization) for name, facts in wanted.items()]
 
 
@@ -183,10 +183,10 @@ def _find_module(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.M
     Raises `InputError` if a module of the base model is missing.
     """
     prefix = f"{model.base_model_prefix}."
-    found = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
-    if found is None and name.startswith(prefix):
+    match = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
+    if match is None and name.startswith(prefix):
         raise InputError(f"config.json: quantization_config.ranks names {name}, which {type(model).__name__} lacks")
-    return found
+    return match
 
 
 def _compressed(name: str, module: nn.Module, rank: int | None, quantization: Quantization | None) -> CompressedLinear:
