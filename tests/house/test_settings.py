@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -157,8 +156,3 @@ def test_a_wrong_value_is_named_by_its_option(model: type[Settings], keywords: d
     with pytest.raises(InputError) as caught:
         model.of(keywords)
     assert str(caught.value).startswith(message)
-
-
-def test_no_settings_field_is_declared_with_a_default_in_a_command() -> None:
-    for file in sorted((Path(ROOT) / "runtime/onelayer/runtime/cli").glob("*.py")):
-        assert "512" not in file.read_text(), file

@@ -5,7 +5,7 @@ Those that a pass has come from its settings model (`settings_options`); the oth
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ParamSpec, get_args, get_origin, get_type_hints
@@ -151,9 +151,7 @@ def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:
     field, shown = model.model_fields[name], marker(model, name, Option)
     kinds = [kind for kind in members(field.annotation) if kind is not NoneType]
     kind: Any = Any if shown.reader else float if float in kinds else kinds[0]
-    limits = [item for item in field.metadata if isinstance(item, Gt | Ge)] if kind is int and not shown.reader else []
-    limits += _limits(field.annotation) if kind is int else []
-    least = next((limit.gt + 1 if isinstance(limit, Gt) else limit.ge for limit in limits), None)
+    least = _least(field.annotation, field.metadata) if kind is int else None
     option = typer.Option(
         *([shown.flags] if shown.flags else []),
         help=field.description,
@@ -162,13 +160,18 @@ def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:
         show_default=shown.default or True,
         min=least,
     )
-    annotation = Annotated[kind | None if field.default is None and kind is not Any else kind, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+    given: Any = kind | None if field.default is None and kind is not Any else kind
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[given, option]
+    )
 
 
-def _limits(annotation: Any) -> Iterator[Any]:
-    """The lower limits inside an annotation like `PositiveInt | None`."""
-    for part in get_args(annotation):
-        if get_origin(annotation) is Annotated and isinstance(part, Gt | Ge):
-            yield part
-        yield from _limits(part)
+def _least(annotation: Any, metadata: Sequence[Any] = ()) -> int | None:
+    """The least whole number that an annotation like `PositiveInt | None` allows."""
+    for item in metadata:
+        if isinstance(item, Gt | Ge):
+            return int(str(item.gt)) + 1 if isinstance(item, Gt) else int(str(item.ge))
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _least(parts[0], parts[1:])
+    return next((least for part in parts if (least := _least(part)) is not None), None)

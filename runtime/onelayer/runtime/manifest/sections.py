@@ -132,7 +132,7 @@ class Training(Lengths, Section):
 
     lora: Lora = Lora()
     activations: Activations = Activations()
-    args: dict[str, Any] = Field({})
+    args: dict[str, Any] = Field(default={})
 
 
 class Correct(Section):
@@ -167,7 +167,7 @@ class Task(Section):
     test: DataSource | None = None
     lora: Lora | None = None
     activations: Activations | None = None
-    args: dict[str, Any] = Field({})
+    args: dict[str, Any] = Field(default={})
     polish: Polish | None = None
     max_length: MaxLength | None = None
     ratio: SliceRatio = None
