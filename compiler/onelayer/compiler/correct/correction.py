@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from onelayer.compiler.machine.threads import single_threaded
+from onelayer.compiler.models.unit_memory import BLOCK_BYTES
 
-# Rows of W are widened by blocks of about this size: they stay in a core's cache, which triples the speed.
-BLOCK_BYTES = 1 << 20
 # Directions of A weaker than this share of the strongest are none: their basis vectors are arbitrary.
 RELATIVE_CUTOFF = 1e-6
 # Added to the inputs' energy in every direction, as a share of its mean: few samples leave some directions unseen.

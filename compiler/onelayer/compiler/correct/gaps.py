@@ -13,17 +13,15 @@ import torch
 
 from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.correct.correction import BLOCK_BYTES, Gap, measure_gap
+from onelayer.compiler.correct.correction import Gap, measure_gap
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.machine.threads import read_ahead
 from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.unit_memory import CHUNK_BYTES, LINEARS_AT_ONCE, CorrectedShape, correction_bytes
 
-# Weights are read by rows, in pieces of about this size.
-CHUNK_BYTES = 8 << 20
-AT_ONCE = 3  # linears
 # Weights that transformers' rules put together are made one at a time: its code is not meant for several threads.
 _CONVERTING = Lock()
 
@@ -31,7 +29,7 @@ Read = Callable[[], torch.Tensor]
 
 
 def measure_gaps(
-    streamed: StreamedModel, small: Emulator, source: Adapter, names: Sequence[str], meter: Meter
+    streamed: StreamedModel, emulator: Emulator, adapter: Adapter, names: Sequence[str], meter: Meter
 ) -> Iterator[tuple[str, Gap]]:
     """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
 
@@ -41,24 +39,28 @@ def measure_gaps(
 
     def work(name: str) -> Gap:
         rows = (read() for read in _weight_reads(streamed, name))
-        return linear_gap(source, name, rows, small.factors(name), is_transposed(streamed.model.get_submodule(name)))
+        return linear_gap(
+            adapter, name, rows, emulator.factors(name), is_transposed(streamed.model.get_submodule(name))
+        )
 
     ordered = sorted(names, key=place)
     with Progress(len(ordered), "correct") as progress:
-        for count, gap in enumerate(read_ahead((partial(work, name) for name in ordered), AT_ONCE, AT_ONCE)):
+        for count, gap in enumerate(
+            read_ahead((partial(work, name) for name in ordered), LINEARS_AT_ONCE, LINEARS_AT_ONCE)
+        ):
             progress.reached(count, ordered[count], meter.sample())
             yield ordered[count], gap
 
 
 def linear_gap(
-    source: Adapter,
+    adapter: Adapter,
     name: str,
     rows: Iterator[torch.Tensor],
     factors: tuple[torch.Tensor, torch.Tensor | None],
     transposed: bool,
 ) -> Gap:
-    """The gap of one linear of `source`. Raises `InputError` by name where a value is not finite."""
-    gap = measure_gap(rows, *factors, *source.factors(name), source.modules[name].scaling, transposed)
+    """The gap of one linear of `adapter`. Raises `InputError` by name where a value is not finite."""
+    gap = measure_gap(rows, *factors, *adapter.factors(name), adapter.modules[name].scaling, transposed)
     if not gap.error.isfinite().all():
         raise InputError(f"{name}: weight or emulator holds values that are not finite; check the original's files")
     return gap
@@ -86,18 +88,18 @@ def _converted(streamed: StreamedModel, parameter: str) -> torch.Tensor:
     return tensor
 
 
-def correct_workspace(streamed: StreamedModel, small: Emulator, source: Adapter) -> int:
-    """What the linears that are worked on at once cost at most. Of each its factors in their dtype and in float32, a
-    chunk of its weight and its successor (all of it, twice, where the checkpoint holds it in another form), one block,
-    and six (out, r) in float64."""
+def correct_workspace(streamed: StreamedModel, emulator: Emulator, adapter: Adapter) -> int:
+    """Predict what a correction holds, from shapes alone (`correction_bytes`)."""
 
-    def cost(name: str) -> int:
-        module, rank = source.modules[name], small.facts.compressed[name]
-        weight = streamed.weights.bare_parameters[f"{name}.weight"]
-        weight_bytes = weight.numel() * weight.element_size()
-        is_plain = f"{name}.weight" in streamed.weights.stored_unchanged
-        chunks = min(2 * CHUNK_BYTES, weight_bytes) if is_plain else 2 * weight_bytes
-        sides = module.in_features + module.out_features
-        return chunks + BLOCK_BYTES + 8 * (rank + 6 * module.rank) * sides
+    def shape(name: str) -> CorrectedShape:
+        module, weight = adapter.modules[name], streamed.weights.bare_parameters[f"{name}.weight"]
+        return CorrectedShape(
+            module.out_features,
+            module.in_features,
+            emulator.facts.compressed[name],
+            module.rank,
+            weight.numel() * weight.element_size(),
+            f"{name}.weight" in streamed.weights.stored_unchanged,
+        )
 
-    return AT_ONCE * max((cost(name) for name in source.modules if name in small.facts.compressed), default=0)
+    return correction_bytes([shape(name) for name in adapter.modules if name in emulator.facts.compressed])

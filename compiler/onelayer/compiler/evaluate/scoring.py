@@ -22,7 +22,7 @@ from onelayer.compiler.evaluate.token_scores import Divergence, TokenScores
 from onelayer.compiler.models.lazy_tensors import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import SLICE_BYTES
+from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
 
 
@@ -210,11 +210,10 @@ class Scoring:
 def scoring_workspace(
     streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, spill_pool: SpillPool
 ) -> int:
-    """What scoring holds beside the largest unit: slices of the head and of its logits, the unit that is read ahead,
-    the activations of one micro-batch in the widest unit and, where the host is the device, the parked batches."""
+    """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
     tokens = max(math.prod(batch.shape) for batch in batches)
     parked = parked_bytes(streamed, batches, variants, spill_pool) if device.type == "cpu" else 0
-    return 3 * SLICE_BYTES + streamed.largest_unit_bytes + tokens * widest(streamed) * 4 + parked
+    return scoring_bytes(streamed.largest_unit_bytes, widest(streamed), tokens) + parked
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:

@@ -14,7 +14,7 @@ from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
 from onelayer.runtime.pipeline.emulator_size import Size, setting_of, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
-from onelayer.runtime.planning.pass_memory import compile_bytes, pass_bytes, polish_bytes, refine_bytes
+from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, lora_parameters
@@ -162,4 +162,6 @@ def merge_costs(basis: CostBasis) -> StepCosts:
 
 def evaluate_costs(basis: CostBasis) -> StepCosts:
     """Predict an evaluation: one pass over the original."""
-    return StepCosts(read_bytes=basis.model_bytes, write_bytes=0, peak_bytes=basis.shapes.largest_block_bytes)
+    tokens = basis.manifest.stream.batch_size * basis.manifest.training(basis.task).max_length
+    peak = evaluate_bytes(basis.shapes, tokens)
+    return StepCosts(read_bytes=basis.model_bytes, write_bytes=0, peak_bytes=peak)

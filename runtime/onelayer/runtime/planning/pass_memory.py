@@ -2,13 +2,19 @@
 
 from onelayer.compiler.correct.candidates import trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
-from onelayer.compiler.models.unit_memory import EXPERT_ROWS, SLICE_BYTES, routed_width, step_bytes, training_bytes
+from onelayer.compiler.models.unit_memory import (
+    EXPERT_ROWS,
+    CorrectedShape,
+    correction_bytes,
+    routed_width,
+    scoring_bytes,
+    step_bytes,
+    training_bytes,
+)
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.planning.train_memory import FACTOR_BYTES, PlannedRun, expert_factor_bytes, kept_values
 
-CHUNK_BYTES = 8 << 20  # correction reads weights in pieces of this size, four at a time
-SOLVE_BLOCK_BYTES = 1 << 20
 # With ranks by spectrum layers take unequal shares: the largest was measured to train up to 1.16 times its own
 # (manifests/LOG.md); half as much again is planned for.
 SPECTRUM_MARGIN = 1.5
@@ -32,24 +38,18 @@ def pass_bytes(shapes: ModelShapes, ratio: float, setting: PlannedRun) -> dict[s
 
 
 def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
-    """Bound of a correction: of the worst linear pieces of its weight, its factors, and six (out, r) in float64; and
-    what is solved, in float64."""
+    """Bound a correction with a given limit, of an adapter on every linear; one without a rank is quantized whole."""
 
-    def cost(linear: LinearShape) -> int:
-        rank = rank_for(ratio, linear.out_features, linear.in_features)
-        if rank is None:
-            return 0
-        pieces = min(4 * CHUNK_BYTES, linear.parameters * shapes.value_bytes)
-        sides = linear.out_features + linear.in_features
-        return pieces + SOLVE_BLOCK_BYTES + 8 * (rank + 6 * lora_rank) * sides
+    def shape(linear: LinearShape) -> CorrectedShape:
+        rows, columns = linear.out_features, linear.in_features
+        rank = rank_for(ratio, rows, columns) or min(rows, columns)
+        return CorrectedShape(rows, columns, rank, lora_rank, linear.parameters * shapes.value_bytes)
 
-    solved = 8 * lora_parameters(shapes, lora_rank)
-    return solved + max((cost(linear) for block, _ in shapes.kinds for linear in block.compressible), default=0)
+    return correction_bytes([shape(linear) for block in shapes.blocks for linear in block.compressible])
 
 
 def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batch_tokens: int) -> int:
-    """Bound of a correction that held-out text chooses: block after block of the original runs `batch_tokens` at once,
-    beside the block that is read ahead, slices of the head, and every candidate's weights of the adapter."""
+    """Bound a correction that held-out text chooses: an evaluation, and every candidate's weights of the adapter."""
     ranks = [
         (rank, linear)
         for block, _ in shapes.kinds
@@ -58,8 +58,13 @@ def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batc
     ]
     factors = max((4 * rank * (linear.out_features + linear.in_features) for rank, linear in ranks), default=0)
     tried = trial_bytes(lora_parameters(shapes, lora_rank), factors)
-    batch = 4 * batch_tokens * max(_width(shapes, block) for block, _ in shapes.kinds)
-    return 2 * shapes.largest_block_bytes + 3 * SLICE_BYTES + batch + tried
+    return evaluate_bytes(shapes, batch_tokens) + tried
+
+
+def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
+    """Bound an evaluation on the card, `batch_tokens` at once."""
+    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
+    return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
 
 
 def refine_bytes(
