@@ -13,5 +13,6 @@ python=.venv/bin/python
 "$python" -m ruff check compiler runtime scripts tests
 "$python" -m ruff format --check --quiet compiler runtime scripts tests
 "$python" -m mypy
-"$python" -m pytest "$@"
+# Two processes: each test uses one core. `scripts/test.sh -n 0` runs them in one.
+"$python" -m pytest -n 2 --dist worksteal "$@"
 echo "test: all checks passed after $SECONDS s" >&2

@@ -181,8 +181,8 @@ def measure(case: Case) -> Iterator[tuple[str, int, int]]:
             )
         )
         rank = None if case.where == "none" else case.rank
-        setting = PlannedRun(case.batch_size, case.max_length, 8, case.where, rank, on_gpu=False)
-        yield "train", train_memory(shapes, emulator_bytes(shapes, RATIO), setting).peak, trained
+        planned = PlannedRun(case.batch_size, case.max_length, 8, case.where, rank, on_gpu=False)
+        yield "train", train_memory(shapes, emulator_bytes(shapes, RATIO), planned).peak, trained
         corrected = watched(
             lambda: correct_adapter(
                 directory / "adapter", emulator=directory / "emulator", model=model, output=directory / "corrected"

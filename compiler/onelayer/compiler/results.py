@@ -27,3 +27,8 @@ class Report(Result):
     peak_host_bytes: int
     bytes_read: int
     seconds: float
+
+
+def round_significant(value: float, digits: int) -> float:
+    """Round a value to so many significant digits."""
+    return float(f"{value:.{digits}g}")

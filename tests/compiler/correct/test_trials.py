@@ -200,7 +200,7 @@ def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:
         ({"limit": "auto"}, "name some with --data"),
         ({"limit": 2.0, "data": setting.data}, "serves only --limit auto"),
         ({"limit": "most"}, "must be a number, none, auto or default"),
-        ({"limit": "auto", "data": setting.data, "max_length": 1}, "no example has a labeled token"),
+        ({"limit": "auto", "data": setting.data, "max_length": 1}, "--max-length 1: must be at least 2"),
         ({"limit": "auto", "data": setting.data, "batch_size": 0}, "at least 1"),
         ({"limit": "auto", "data": tmp_path / "nowhere.jsonl"}, "no such file"),
     ):

@@ -208,7 +208,7 @@ def test_whole_weights_are_looked_at_where_rounding_saves_memory() -> None:
     tight = int(best_ratio(LARGE, exact, 64 * GIB, "int8").memory.peak / USABLE_SHARE) - (64 << 20)
     assert best_ratio(LARGE, exact, tight, "int8").reached == LARGEST_RATIO
     chosen = choose_each(LARGE, setting, tight)["int8"]
-    assert (chosen.ratio, chosen.setting.where) == (WHOLE, "sublayer")
+    assert (chosen.ratio, chosen.planned.where) == (WHOLE, "sublayer")
 
 
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,15 +68,15 @@ class Choice:
     bytes_read: int
 
 
-def score_candidates(source: Adapter, small: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
-    """Score the corrections of `source` on the original. Raises `InputError` on unusable data."""
+def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
+    """Score the corrections of `adapter` on the original. Raises `InputError` on unusable data."""
     if min(held_out.max_length, held_out.batch_size) < 1:
         raise InputError("max_length and batch_size must be at least 1")
-    streamed, classes = open_scored(model, {NAME: source.directory})
+    streamed, classes = open_scored(model, {NAME: adapter.directory})
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
-    trials, scoring = _Trials(source, small, variants), Scoring(batches, variants, spill_pool)
+    trials, scoring = _Trials(adapter, emulator, variants), Scoring(batches, variants, spill_pool)
     stream = Stream(
         streamed,
         held_out.device,
@@ -88,22 +88,22 @@ def score_candidates(source: Adapter, small: Emulator, model: Path, held_out: He
         description="correct",
     )
     stream.run(scoring.inputs(), scoring.take)
-    found = scoring.finish(held_out.device)[1:]
-    losses = [scores.loss(samples.counted) for scores in found]
+    losses = [scores.loss(samples.counted) for scores in scoring.finish(held_out.device)[1:]]
     candidates = [
         Candidate(solver=solver, limit=limit, scale=scale, loss=loss)
         for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
     ]
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
-    sides = sum(item.rank * (item.in_features + item.out_features) for item in source.modules.values())
-    largest = max((4 * rank * sum(small.shape(name)) for name, rank in small.facts.compressed.items()), default=0)
+    factors = (4 * rank * sum(emulator.shape(name)) for name, rank in emulator.facts.compressed.items())
+    sides = sum(item.rank * (item.in_features + item.out_features) for item in adapter.modules.values())
+    tried = trial_bytes(sides, max(factors, default=0))
     workspace = scoring_workspace(streamed, batches, variants, held_out.device, spill_pool)
     return Choice(
         best=best,
         candidates=candidates,
         gaps=trials.gaps[best.solver],
         validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
-        workspace_bytes=workspace + trial_bytes(sides, largest),
+        workspace_bytes=workspace + tried,
         bytes_read=streamed.checkpoint.bytes_read,
     )
 
@@ -112,8 +112,8 @@ def score_candidates(source: Adapter, small: Emulator, model: Path, held_out: He
 class _Trials:
     """Watches a unit while it runs as it is, computes its corrections, and runs it with each."""
 
-    source: Adapter
-    small: Emulator
+    adapter: Adapter
+    emulator: Emulator
     variants: int
     gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
 
@@ -121,18 +121,18 @@ class _Trials:
     def on_unit(self, unit: Unit) -> Iterator[Run]:
         """Stream index i is variant i % variants: 0 the original, then the candidates. All is put back on exit."""
         layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
-        compressed = {name: layer for name, layer in layers.items() if name in self.small.facts.compressed}
+        compressed = {name: layer for name, layer in layers.items() if name in self.emulator.facts.compressed}
         switches = tuner_layers(unit)
         adapted = compressed.values()
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
         scalings = {layer: layer.scaling[NAME] for layer in layers.values()}
-        factors = {name: self.small.factors(name) for name in compressed}
+        factors = {name: self.emulator.factors(name) for name in compressed}
         watch = _Watch()
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
             if name not in self.gaps["span"]:  # a unit may be held again
-                rows = iter([linear.weight.detach()])
-                self.gaps["span"][name] = linear_gap(self.source, name, rows, factors[name], is_transposed(linear))
+                rows, transposed = iter([linear.weight.detach()]), is_transposed(linear)
+                self.gaps["span"][name] = linear_gap(self.adapter, name, rows, factors[name], transposed)
             watch.attach(name, linear, self.gaps["span"][name].p)
         weights: dict[Any, list[Weights]] = {}
 
@@ -169,9 +169,9 @@ class _Trials:
                 seen, transposed = watch.seen[name].to(span.p), is_transposed(linear)
                 self.gaps["oblique"][name] = oblique_gap(span, rows, *factors[name], seen, transposed)
             solved = [self.gaps[solver][name].limited(limit).scaled(scale) for solver, limit, scale in CANDIDATES]
-            place = {"device": linear.weight.device, "dtype": torch.float32}
-            a = solved[0].a.to(**place)
-            yield layer, [(a, item.b.to(**place)) for item in solved]
+            device = linear.weight.device
+            a = solved[0].a.to(device, torch.float32)
+            yield layer, [(a, item.b.to(device, torch.float32)) for item in solved]
 
 
 class _Watch:

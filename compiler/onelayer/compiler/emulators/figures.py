@@ -10,8 +10,9 @@ from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, stack_tensor
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.quantized_factors import PackedFactors, QuantizedDense
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
-from onelayer.compiler.results import Result
+from onelayer.compiler.results import Result, round_significant
 
+FIGURE_DIGITS = 6  # significant digits of a recorded figure
 # What is said of a linear's factors as they were compiled, and is no longer true of them once they are trained.
 ERROR_FIELDS = ("error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error")
 
@@ -57,18 +58,24 @@ class LinearFigures(LinearSummary):
     ) -> "LinearFigures":
         """The figures of some factors, of what they were packed to, and of the weight packed instead, to six digits."""
         rank = factors.up.shape[1]
-        errors = None if packed is None else [digits(error) for error in packed.errors.tolist()]
+        errors = (
+            None if packed is None else [round_significant(error, FIGURE_DIGITS) for error in packed.errors.tolist()]
+        )
         return cls(
             name=name,
             rank=rank,
-            error=digits(factors.error) if errors is None else errors[-1],
-            optimal_error=None if factors.optimal_error is None else digits(factors.optimal_error),
-            unquantised_error=None if errors is None else digits(factors.error),
-            singular_values=[digits(value) for value in factors.singular_values[:rank].tolist()],
-            output_energy=digits(factors.energy),
+            error=round_significant(factors.error, FIGURE_DIGITS) if errors is None else errors[-1],
+            optimal_error=None
+            if factors.optimal_error is None
+            else round_significant(factors.optimal_error, FIGURE_DIGITS),
+            unquantised_error=None if errors is None else round_significant(factors.error, FIGURE_DIGITS),
+            singular_values=[
+                round_significant(value, FIGURE_DIGITS) for value in factors.singular_values[:rank].tolist()
+            ],
+            output_energy=round_significant(factors.energy, FIGURE_DIGITS),
             fallback=factors.fallback,
             prefix_errors=errors,
-            dense_error=None if dense is None else digits(dense.error),
+            dense_error=None if dense is None else round_significant(dense.error, FIGURE_DIGITS),
         )
 
     @classmethod
@@ -77,14 +84,14 @@ class LinearFigures(LinearSummary):
         return cls(
             name=name,
             rank=min(shape),
-            error=digits(dense_error),
+            error=round_significant(dense_error, FIGURE_DIGITS),
             optimal_error=0.0,
             unquantised_error=0.0,
             form="dense",
             singular_values=[],
-            output_energy=digits(energy),
+            output_energy=round_significant(energy, FIGURE_DIGITS),
             fallback=None,
-            dense_error=digits(dense_error),
+            dense_error=round_significant(dense_error, FIGURE_DIGITS),
         )
 
     def as_dense(self, shape: tuple[int, int]) -> "LinearFigures":
@@ -135,7 +142,7 @@ class StackFigures(LinearFigures):
         def together(errors: Sequence[float]) -> float:
             """The relative error of all from that of each."""
             lost = sum(error * error * part for error, part in zip(errors, energies, strict=True))
-            return digits((lost / energy) ** 0.5) if energy else 0.0
+            return round_significant((lost / energy) ** 0.5, FIGURE_DIGITS) if energy else 0.0
 
         def if_known(field: str) -> float | None:
             errors = [getattr(item, field) for item in experts]
@@ -157,10 +164,10 @@ class StackFigures(LinearFigures):
             optimal_error=if_known("optimal_error"),
             unquantised_error=if_known("unquantised_error"),
             singular_values=[
-                digits(sum(value * value for value in column) ** 0.5)
+                round_significant(sum(value * value for value in column) ** 0.5, FIGURE_DIGITS)
                 for column in zip(*(item.singular_values for item in experts), strict=True)
             ],
-            output_energy=digits(energy),
+            output_energy=round_significant(energy, FIGURE_DIGITS),
             fallback=f"{starved} of {len(experts)} experts: see expert_fallbacks" if starved else None,
             prefix_errors=[together(column) for column in zip(*prefixes, strict=True)] if prefixes else None,
             dense_error=if_known("dense_error"),
@@ -168,11 +175,6 @@ class StackFigures(LinearFigures):
             largest_error=max(item.error for item in experts),
             expert_fallbacks=fallbacks,
         )
-
-
-def digits(value: float) -> float:
-    """Rounded to six digits."""
-    return float(f"{value:.6g}")
 
 
 def kept_bytes_share(
@@ -184,4 +186,4 @@ def kept_bytes_share(
     stands_in = {stack_tensor(name, ending) for name in stacks for ending in (UP, DOWN, DENSE)}
     kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)) or name in stands_in)
     weights = sum(math.prod(shape) for shape in (*linears.values(), *stacks.values()))
-    return digits(kept / (REFERENCE_BYTES * weights)) if weights else 1.0
+    return round_significant(kept / (REFERENCE_BYTES * weights), FIGURE_DIGITS) if weights else 1.0

@@ -14,11 +14,11 @@ from pydantic import BaseModel
 
 from onelayer.compiler.documents import checked_document
 from onelayer.compiler.emulators.figures import (
+    FIGURE_DIGITS,
     LinearFigures,
     LinearSummary,
     StackFigures,
     StackSummary,
-    digits,
     kept_bytes_share,
 )
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
@@ -26,7 +26,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.results import Report, Result
+from onelayer.compiler.results import Report, Result, round_significant
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.files import atomic_directory, check_output, copy_companions, read_json, write_json
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
@@ -195,7 +195,7 @@ def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], source: E
         return item.model_copy(update={"dense_error": None})
     kept = item.singular_values[:rank]
     lost = 1 - sum(value * value for value in kept) / item.output_energy if item.output_energy else 0.0
-    optimal = digits(math.sqrt(max(0.0, lost)))
+    optimal = round_significant(math.sqrt(max(0.0, lost)), FIGURE_DIGITS)
     packed = {} if item.prefix_errors is None else {"prefix_errors": item.prefix_errors[:rank], "dense_error": None}
     error = optimal if item.prefix_errors is None else item.prefix_errors[rank - 1]
     unquantized = None if item.prefix_errors is None else optimal

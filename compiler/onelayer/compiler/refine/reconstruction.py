@@ -34,19 +34,19 @@ class TrainedLinear:
     def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
         first, second = emulator.factors(name)
         found = {DENSE: first} if second is None else {UP: first.T, DOWN: second}
-        self.kind, self.dtype = emulator.facts.packed, dtype
+        self.factor_dtype, self.dtype = emulator.facts.packed, dtype
         self.masters = {ending: factor.to(device, torch.float32).contiguous() for ending, factor in found.items()}
         self.rounded: dict[str, torch.Tensor] = {}
         self.round()
 
     def round(self) -> None:
         """Take the masters over as they are now."""
-        kind, dtype = self.kind, self.dtype
+        factor_dtype, dtype = self.factor_dtype, self.dtype
         for ending, master in self.masters.items():
             found = (
                 master.to(dtype)
-                if kind is None
-                else unpack(quantize_matrix(master, kind), master.shape[1], kind, dtype)
+                if factor_dtype is None
+                else unpack(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
             )
             self.rounded[ending] = found.float().detach().requires_grad_()
 
@@ -63,8 +63,8 @@ class TrainedLinear:
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The tensors as an emulator holds them, by the ending of their names."""
-        if self.kind is not None:
-            return {ending: quantize_matrix(master, self.kind) for ending, master in self.masters.items()}
+        if self.factor_dtype is not None:
+            return {ending: quantize_matrix(master, self.factor_dtype) for ending, master in self.masters.items()}
         return {
             ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
             for ending, master in self.masters.items()

@@ -31,9 +31,9 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting, the largest ratio with which it fits (None: with none), and the bytes."""
+    """A planned run, the largest ratio with which it fits (None: with none), and the bytes."""
 
-    setting: PlannedRun
+    planned: PlannedRun
     factor_dtype: FactorDtype
     ratio: float | None
     memory: TrainMemory
@@ -51,50 +51,50 @@ class Alternative(Result):
     ratio: float
 
 
-def best_ratio(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
     """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget.
 
     It is 1 where all weights fit as they are, only rounded.
     """
     usable = int(budget_bytes * USABLE_SHARE)
-    fixed = train_memory(shapes, 0, setting)
+    fixed = train_memory(shapes, 0, planned)
 
     def fits(ratio: float) -> bool:
-        passes = pass_bytes(shapes, ratio, setting)
+        passes = pass_bytes(shapes, ratio, planned)
         return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
 
     low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
-    found = WHOLE if largest_ratio(setting, dtype) == WHOLE and fits(WHOLE) else None
-    while found != WHOLE and low <= high:
+    largest = WHOLE if largest_ratio(planned, dtype) == WHOLE and fits(WHOLE) else None
+    while largest != WHOLE and low <= high:
         middle = (low + high) // 2
         if fits(middle / STEPS):
-            found, low = middle / STEPS, middle + 1
+            largest, low = middle / STEPS, middle + 1
         else:
             high = middle - 1
-    held = emulator_bytes(shapes, SMALLEST_RATIO if found is None else found, dtype)
-    return Choice(setting, dtype, found, replace(fixed, emulator=held))
+    held = emulator_bytes(shapes, SMALLEST_RATIO if largest is None else largest, dtype)
+    return Choice(planned, dtype, largest, replace(fixed, emulator=held))
 
 
-def largest_ratio(setting: PlannedRun, dtype: FactorDtype) -> float:
+def largest_ratio(planned: PlannedRun, dtype: FactorDtype) -> float:
     """What is looked at: a whole emulator in the original's own dtype would be a copy of it."""
-    return LARGEST_RATIO if dtype == "bf16" or setting.is_cut else WHOLE
+    return LARGEST_RATIO if dtype == "bf16" or planned.is_cut else WHOLE
 
 
-def activation_choices(setting: PlannedRun) -> list[PlannedRun]:
+def activation_choices(planned: PlannedRun) -> list[PlannedRun]:
     """How activations can be stored, the most exact first."""
     shares = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-    compressed = [replace(setting, where="sublayer", rank=share) for share in shares]
-    coarse = [replace(setting, where="layer", rank=share) for share in shares[2:]]
-    return [replace(setting, where="none", rank=None), *compressed, *coarse]
+    compressed = [replace(planned, where="sublayer", rank=share) for share in shares]
+    coarse = [replace(planned, where="layer", rank=share) for share in shares[2:]]
+    return [replace(planned, where="none", rank=None), *compressed, *coarse]
 
 
-def choose(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+def choose(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
     """The most exact way to store activations that leaves nearly as large a ratio as any other.
 
     For int8 that keeps all no way is given that does not: what it leaves out would cost more than all rounding does
     (manifests/LOG.md, int8 that keeps all).
     """
-    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in activation_choices(setting)]
+    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in activation_choices(planned)]
     best = max(choice.reached for choice in choices)
     if not best:
         return min(choices, key=lambda choice: choice.memory.peak)
@@ -102,10 +102,10 @@ def choose(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int, dtype: F
     return next(choice for choice in choices if choice.reached >= enough)
 
 
-def choose_each(shapes: ModelShapes, setting: PlannedRun, budget_bytes: int) -> dict[FactorDtype, Choice]:
+def choose_each(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int) -> dict[FactorDtype, Choice]:
     """The choice for every factor dtype, those that round the least first."""
     dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype)
-    return {dtype: choose(shapes, setting, budget_bytes, dtype) for dtype in dtypes}
+    return {dtype: choose(shapes, planned, budget_bytes, dtype) for dtype in dtypes}
 
 
 def compile_dtype(dtype: FactorDtype) -> FactorDtype | None:
@@ -117,14 +117,14 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     """What stands against a larger ratio, in a sentence."""
     if choice.reached == WHOLE:
         return f"nothing: all weights fit as they are, rounded to {choice.factor_dtype}"
-    end = largest_ratio(choice.setting, choice.factor_dtype)
+    end = largest_ratio(choice.planned, choice.factor_dtype)
     if choice.reached >= end:
         return "nothing: an emulator near the size of the original fits"
     ratio = SMALLEST_RATIO if choice.ratio is None else choice.ratio + 1 / STEPS
     if ratio > LARGEST_RATIO:
         ratio = end
     usable = int(budget_bytes * USABLE_SHARE)
-    for name, size in pass_bytes(shapes, ratio, choice.setting).items():
+    for name, size in pass_bytes(shapes, ratio, choice.planned).items():
         if size > usable:
             return f"{name}: {LIMITS[name]}"
     memory = choice.memory
@@ -141,18 +141,18 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
 
 def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
     """What could be given up for a larger ratio, and what each would bring; the most useful first."""
-    setting, stored = choice.setting, choice.factor_dtype
+    planned, stored = choice.planned, choice.factor_dtype
     offers: list[tuple[str, PlannedRun, FactorDtype]] = []
-    if setting.batch_size > 1:
-        smaller = max(1, setting.batch_size // 2)
-        offers.append((f"--batch-size {smaller}", replace(setting, batch_size=smaller), stored))
-        offers.append(("--batch-size 1", replace(setting, batch_size=1), stored))
-    if setting.max_length > 256:
-        shorter = setting.max_length // 2
-        offers.append((f"--max-length {shorter}", replace(setting, max_length=shorter), stored))
-    offers += [(f"factors of full precision, for {dtype}", setting, dtype) for dtype in ("int8", "nf4")]
-    found = {text: choose(shapes, way, budget_bytes, dtype).reached for text, way, dtype in offers}
-    rows = [Alternative(give_up=text, ratio=ratio) for text, ratio in found.items() if ratio > choice.reached]
+    if planned.batch_size > 1:
+        smaller = max(1, planned.batch_size // 2)
+        offers.append((f"--batch-size {smaller}", replace(planned, batch_size=smaller), stored))
+        offers.append(("--batch-size 1", replace(planned, batch_size=1), stored))
+    if planned.max_length > 256:
+        shorter = planned.max_length // 2
+        offers.append((f"--max-length {shorter}", replace(planned, max_length=shorter), stored))
+    offers += [(f"factors of full precision, for {dtype}", planned, dtype) for dtype in ("int8", "nf4")]
+    ratios = {text: choose(shapes, way, budget_bytes, dtype).reached for text, way, dtype in offers}
+    rows = [Alternative(give_up=text, ratio=ratio) for text, ratio in ratios.items() if ratio > choice.reached]
     return sorted(rows, key=lambda row: -row.ratio)
 
 

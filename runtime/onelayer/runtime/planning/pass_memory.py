@@ -1,4 +1,4 @@
-"""Shapes and a setting in; what every pass over the original holds on the device at its peak. Torch-free."""
+"""Predicts what every pass over the original holds on the device at its peak, from shapes alone. Torch-free."""
 
 from onelayer.compiler.correct.candidates import trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
@@ -20,19 +20,19 @@ from onelayer.runtime.planning.train_memory import FACTOR_BYTES, PlannedRun, exp
 SPECTRUM_MARGIN = 1.5
 
 
-def pass_bytes(shapes: ModelShapes, ratio: float, setting: PlannedRun) -> dict[str, int]:
+def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[str, int]:
     """Bytes by pass, in the order in which they run; a refinement that does not run takes none.
 
-    `compile` takes `setting.compile_tokens` at once, `refine` its `refine_tokens`, `correct` its `scored_tokens`.
+    `compile` takes `planned.compile_tokens` at once, `refine` its `refine_tokens`, `correct` its `scored_tokens`.
     """
-    compiled = setting.max_length if setting.compile_tokens is None else setting.compile_tokens
-    refined = setting.max_length if setting.refine_tokens is None else setting.refine_tokens
-    corrected = correct_bytes(shapes, ratio, setting.lora_rank)
-    if setting.scored_tokens:
-        corrected = max(corrected, chosen_correct_bytes(shapes, ratio, setting.lora_rank, setting.scored_tokens))
+    compiled = planned.max_length if planned.compile_tokens is None else planned.compile_tokens
+    refined = planned.max_length if planned.refine_tokens is None else planned.refine_tokens
+    corrected = correct_bytes(shapes, ratio, planned.lora_rank)
+    if planned.scored_tokens:
+        corrected = max(corrected, chosen_correct_bytes(shapes, ratio, planned.lora_rank, planned.scored_tokens))
     return {
-        "compile": compile_bytes(shapes, setting.widest(ratio), compiled),
-        "refine": refine_bytes(shapes, ratio, refined, setting.allocation, setting.on_gpu) if refined else 0,
+        "compile": compile_bytes(shapes, planned.widest(ratio), compiled),
+        "refine": refine_bytes(shapes, ratio, refined, planned.allocation, planned.on_gpu) if refined else 0,
         "correct": corrected,
     }
 

@@ -128,9 +128,9 @@ def plan_run(
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
     directory = resolve_model(model, revision)
     shapes = read_shapes(directory)
-    setting = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
-    found = choose_each(shapes, setting, memory_bytes)
-    best = found[factor_dtype or _best(found)]
+    planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
+    choices = choose_each(shapes, planned, memory_bytes)
+    best = choices[factor_dtype or _best(choices)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else _spectra(Path(emulator))
@@ -142,13 +142,13 @@ def plan_run(
         fits=best.ratio is not None,
         ratio=best.ratio,
         factor_dtype=best.factor_dtype,
-        activations=best.setting.where,
-        activation_rank=best.setting.rank,
+        activations=best.planned.where,
+        activation_rank=best.planned.rank,
         predicted=predict(shapes, best),
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
-        choices=[_factor_choice(shapes, choice, spectra) for choice in found.values()],
+        choices=[_factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
         remarks=_remarks(shapes, best, memory_bytes),
@@ -171,16 +171,16 @@ def size_for(
     ratio fits.
     """
     shapes = read_shapes(resolve_model(model))
-    setting = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
-    choices = choose_each(shapes, setting, memory_bytes)
-    found = choices[factor_dtype or _best(choices)]
-    if found.ratio is None:
-        reason = limiting_pass(shapes, found, memory_bytes)
+    planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
+    choices = choose_each(shapes, planned, memory_bytes)
+    best = choices[factor_dtype or _best(choices)]
+    if best.ratio is None:
+        reason = limiting_pass(shapes, best, memory_bytes)
         raise InputError(
             f"--memory: too little for {reason}, when training has {BATCH_SIZE} x {MAX_LENGTH} tokens at once; give "
             "more memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
         )
-    return found.ratio, factor_dtype or compile_dtype(found.factor_dtype)
+    return best.ratio, factor_dtype or compile_dtype(best.factor_dtype)
 
 
 def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
@@ -190,19 +190,19 @@ def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     """The bytes of one choice."""
     ratio = choice.ratio or SMALLEST_RATIO
-    setting = choice.setting
+    planned = choice.planned
     emulator = emulator_bytes(shapes, ratio, choice.factor_dtype)
     model = shapes.parameters * shapes.value_bytes
-    copies = copies_on_disk(setting.allocation, quantized=choice.factor_dtype != "bf16")
-    compiled = max(emulator, copies * emulator_bytes(shapes, setting.widest(ratio), choice.factor_dtype))
-    passes = pass_bytes(shapes, ratio, setting)
+    copies = copies_on_disk(planned.allocation, quantized=choice.factor_dtype != "bf16")
+    compiled = max(emulator, copies * emulator_bytes(shapes, planned.widest(ratio), choice.factor_dtype))
+    passes = pass_bytes(shapes, ratio, planned)
     return Predicted(
         compile_bytes=passes["compile"],
         refine_bytes=passes["refine"],
         train_bytes=choice.memory.peak,
         correct_bytes=passes["correct"],
         emulator_bytes=emulator,
-        host_bytes=host_bytes(shapes, SAMPLES, setting.max_length, ratio),
+        host_bytes=host_bytes(shapes, SAMPLES, planned.max_length, ratio),
         disk_bytes=model + compiled + 2 * choice.memory.adapter // 3,
         read_bytes=model,
         model_bytes=model,
@@ -267,9 +267,9 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
         shapes,
         ratio=choice.ratio or SMALLEST_RATIO,
         samples=SAMPLES,
-        max_length=choice.setting.max_length,
-        batch_size=choice.setting.batch_size,
-        recomputes=choice.setting.where != "none",
+        max_length=choice.planned.max_length,
+        batch_size=choice.planned.batch_size,
+        recomputes=choice.planned.where != "none",
         polish_batch=POLISH_BATCH,
     )
 

@@ -71,9 +71,9 @@ def shapes_of(
     inside: dict[str, dict[str, tuple[int, ...]]] = {}
     outside: dict[str, tuple[int, ...]] = {}
     for tensor, shape in table.items():
-        found = _BLOCK.match(tensor)
-        if found:
-            inside.setdefault(found[1], {})[found[2]] = shape
+        inner = _BLOCK.match(tensor)
+        if inner:
+            inside.setdefault(inner[1], {})[inner[2]] = shape
         else:
             outside[tensor] = shape
     blocks = tuple(_block(block, tensors) for block, tensors in inside.items())
@@ -116,8 +116,8 @@ def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> BlockShape:
     """One block's tensors by name below it, sorted into linears, experts and the rest."""
     twins: dict[tuple[str, str], list[str]] = {}
     for tensor in tensors:
-        if found := _EXPERT.match(tensor):
-            twins.setdefault((found[1], found[3]), []).append(tensor)
+        if expert := _EXPERT.match(tensor):
+            twins.setdefault((expert[1], expert[3]), []).append(tensor)
     stacked = {tensor for group in twins.values() if len(group) > 1 for tensor in group}
     experts = _listed_experts(twins, tensors) or _stacked_experts(tensors)
     linears, other = [], 0

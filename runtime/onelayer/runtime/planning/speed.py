@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from onelayer.compiler.results import Result
+from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.train_memory import active_values
 
 READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
+SECONDS_DIGITS = 2  # durations are rough
 _SIDE = 2048
 # Per value of a symmetric matrix and side: what an eigenproblem costs in multiplications of the same rate, roughly.
 EIGEN_FLOPS = 30
@@ -111,20 +112,22 @@ def seconds_at(
     # Its factors are judged twice, and trained: forward, and back to inputs and factors, each of which costs as much.
     refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
-        compile=_digits(max(read, (FORWARD * active * samples * max_length + moments) / flops)),
-        refine=_digits(
-            max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
-            + FORWARD * ratio * active * refined_tokens / flops
+        compile=round_significant(
+            max(read, (FORWARD * active * samples * max_length + moments) / flops), SECONDS_DIGITS
         ),
-        train_step=_digits(train * active_values(shapes, ratio) * batch_size * max_length / flops),
-        correct=_digits(read),
-        evaluate_1000_tokens=_digits(max(read, FORWARD * active * 1000 / flops)),
-        polish_step=_digits(
+        refine=round_significant(
+            max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
+            + FORWARD * ratio * active * refined_tokens / flops,
+            SECONDS_DIGITS,
+        ),
+        train_step=round_significant(
+            train * active_values(shapes, ratio) * batch_size * max_length / flops, SECONDS_DIGITS
+        ),
+        correct=round_significant(read, SECONDS_DIGITS),
+        evaluate_1000_tokens=round_significant(max(read, FORWARD * active * 1000 / flops), SECONDS_DIGITS),
+        polish_step=round_significant(
             max(read, FORWARD * active * exact_tokens / flops)
-            + max(read, (RECOMPUTE + BACKWARD) * active * exact_tokens / flops)
+            + max(read, (RECOMPUTE + BACKWARD) * active * exact_tokens / flops),
+            SECONDS_DIGITS,
         ),
     )
-
-
-def _digits(seconds: float) -> float:
-    return float(f"{seconds:.2g}")

@@ -58,13 +58,13 @@ def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:
     groups: dict[str, list[LinearShape]] = {}
     for linear in block.linears:
         groups.setdefault(linear.name.rpartition(".")[0], []).append(linear)
-    found = []
+    parts = []
     for linears in groups.values():
         back = [linear for linear in linears if linear.out_features == hidden]
         narrow = [linear for linear in back if linear.in_features != hidden]
         closing = next(iter(narrow or back), None)
-        found.append(SubBlock(tuple(linear for linear in linears if linear is not closing), closing, hidden))
-    return tuple(found)
+        parts.append(SubBlock(tuple(linear for linear in linears if linear is not closing), closing, hidden))
+    return tuple(parts)
 
 
 def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:

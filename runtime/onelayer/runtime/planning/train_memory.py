@@ -122,17 +122,17 @@ class TrainMemory:
         return self.emulator + self.adapter + max(self.saved + max(self.loss, self.recompute), self.optimizer)
 
 
-def train_memory(shapes: ModelShapes, emulator: int, setting: PlannedRun) -> TrainMemory:
+def train_memory(shapes: ModelShapes, emulator: int, planned: PlannedRun) -> TrainMemory:
     """What LoRA on every linear holds while it trains on a model of `emulator` bytes."""
-    layers = LayerBytes(shapes, setting)
-    parameters = lora_parameters(shapes, setting.lora_rank)
-    tile = min(setting.tokens, TILE_TOKENS)
-    values = min(shapes.vocabulary, TILE_VOCABULARY) * (0 if setting.on_gpu else TILE_TEMPORARY_BYTES)
+    layers = LayerBytes(shapes, planned)
+    parameters = lora_parameters(shapes, planned.lora_rank)
+    tile = min(planned.tokens, TILE_TOKENS)
+    values = min(shapes.vocabulary, TILE_VOCABULARY) * (0 if planned.on_gpu else TILE_TEMPORARY_BYTES)
     # A class without a head to the vocabulary has its loss over a few labels.
     head = tile * (TILE_VOCABULARY * shapes.value_bytes + values) if shapes.has_vocabulary_head else 0
     # Around the loss: final norm, its gradient; in sub-layers also what the first norms read.
-    outside = setting.tokens * shapes.hidden * (2 * MASTER_BYTES + 2 * shapes.value_bytes)
-    outside += 3 * setting.tokens * shapes.hidden * shapes.value_bytes if setting.where == "sublayer" else 0
+    outside = planned.tokens * shapes.hidden * (2 * MASTER_BYTES + 2 * shapes.value_bytes)
+    outside += 3 * planned.tokens * shapes.hidden * shapes.value_bytes if planned.where == "sublayer" else 0
     return TrainMemory(
         emulator=emulator,
         adapter=3 * MASTER_BYTES * parameters,  # values and two moments of AdamW
@@ -148,7 +148,7 @@ class LayerBytes:
     """What a block keeps for its backward pass, and what that pass holds beside what is kept."""
 
     shapes: ModelShapes
-    setting: PlannedRun
+    planned: PlannedRun
 
     @cached_property
     def autocast(self) -> bool:
@@ -158,33 +158,33 @@ class LayerBytes:
     def stored(self, block: BlockShape) -> int:
         """Kept from forward to backward."""
         parts = sub_blocks(block, self.shapes.hidden)
-        if self.setting.where == "none":
+        if self.planned.where == "none":
             return self._exact(block, parts)
-        copy = stored_copy_bytes(self.setting.tokens, self.shapes.hidden, self.setting.rank, self.shapes.value_bytes)
-        if self.setting.where == "layer":
+        copy = stored_copy_bytes(self.planned.tokens, self.shapes.hidden, self.planned.rank, self.shapes.value_bytes)
+        if self.planned.where == "layer":
             return copy
-        return len(parts) * (copy + MASTER_BYTES * self.setting.tokens)
+        return len(parts) * (copy + MASTER_BYTES * self.planned.tokens)
 
     def backward(self, block: BlockShape) -> int:
         """Beside what is kept: what is recomputed, if anything is, and the gradients of the widest sub-block."""
         parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
-        gradients = self.setting.tokens * ((6 if self.autocast else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
-        if self.setting.where == "none":
+        gradients = self.planned.tokens * ((6 if self.autocast else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
+        if self.planned.where == "none":
             return gradients
-        if self.setting.where == "layer":
-            return gradients + self._exact(block, parts) + self.setting.tokens * hidden * self.shapes.value_bytes
+        if self.planned.where == "layer":
+            return gradients + self._exact(block, parts) + self.planned.tokens * hidden * self.shapes.value_bytes
         return gradients + max(self._exact(block, (part,)) for part in parts)
 
     def _exact(self, block: BlockShape, parts: tuple[SubBlock, ...]) -> int:
         per_token = sum(
-            part.saved_per_token(self.shapes.value_bytes, self.setting.lora_rank, self.autocast) for part in parts
+            part.saved_per_token(self.shapes.value_bytes, self.planned.lora_rank, self.autocast) for part in parts
         )
         opened, inner = expert_parts(self.shapes, block)
         per_token += self.shapes.value_bytes * (opened + inner)
         if inner:  # what each expert answers, until it is weighted, and the order of rows three times
             per_token += self.shapes.experts_per_token * (self.shapes.value_bytes * self.shapes.hidden + 3 * 8)
-        return self.setting.tokens * per_token
+        return self.planned.tokens * per_token
 
 
 def stored_copy_bytes(tokens: int, features: int, share: float | None, value_bytes: int) -> int:
