@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,55 @@ def test_every_file_has_a_wing_and_no_wing_is_crowded(house: str) -> None:
         assert (house, name) in FLOOR, f"{entry}: belongs to no wing"
         if entry.is_dir():
             assert len([file for file in entry.glob("*.py") if file.name != "__init__.py"]) <= MOST_FILES, entry
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    files = {
+        ".".join(file.with_suffix("").relative_to(ROOT / house).parts): file
+        for house in FLOORS
+        for file in source(house).rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {}
+    for module, file in files.items():
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imports[module] = ({node.module or "" for node in nodes} | names) & files.keys() - {module}
+    tuple(TopologicalSorter(imports).static_order())
+
+
+PLANTED = {
+    "an upward import": ("machine/meter.py", "from onelayer.compiler.storage import files"),
+    "an import between wings of one floor": ("compile/job.py", "import onelayer.compiler.refine.job"),
+    "a late import upwards": ("data/rows.py", "def f():\n    from onelayer.compiler.streaming import stream"),
+    "an import of the runtime": ("polish/job.py", "from onelayer.runtime.sizes import size"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_import_is_found(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    name, text = PLANTED[what]
+    (source("compiler") / name).parent.mkdir(parents=True)
+    (source("compiler") / name).write_text("import onelayer.compiler.errors\n")
+    test_imports_run_downwards("compiler")
+    (source("compiler") / name).write_text(text)
+    with pytest.raises(AssertionError):
+        test_imports_run_downwards("compiler")
+
+
+def test_a_planted_circle_a_crowd_and_a_stray_file_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    wing = source("compiler") / "machine"
+    wing.mkdir(parents=True)
+    (wing / "a.py").write_text("from onelayer.compiler.machine.b import B")
+    (wing / "b.py").write_text("def f():\n    from onelayer.compiler.machine import a")
+    with pytest.raises(CycleError):
+        test_no_file_imports_itself_in_a_circle()
+    test_every_file_has_a_wing_and_no_wing_is_crowded("compiler")
+    for number in range(MOST_FILES - 1):
+        (wing / f"file_{number}.py").touch()
+    with pytest.raises(AssertionError, match="machine"):
+        test_every_file_has_a_wing_and_no_wing_is_crowded("compiler")
+    (wing / "file_0.py").rename(source("compiler") / "stray.py")
+    with pytest.raises(AssertionError, match="belongs to no wing"):
+        test_every_file_has_a_wing_and_no_wing_is_crowded("compiler")
