@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from helpers.places import ROOT
+
 # From the ground up. A wing imports wings on lower floors only; wings that share a floor do not know each other.
 FLOORS = {
     "compiler": (
@@ -38,94 +39,168 @@ FLOOR = {
 MOST_FILES = 12
 
 
-def source(house: str) -> Path:
-    return ROOT / house / "onelayer" / house
-
-
-def imported(file: Path) -> Iterator[tuple[str, str]]:
-    """(house, wing) of every import in a file, late ones and those for type checkers included; a face has no wing."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module.count(".") > 1 else [f"{node.module}.{a.name}" for a in node.names]
-        for name in names:
-            parts = name.split(".")
-            if len(parts) > 2 and parts[0] == "onelayer" and (parts[1], parts[2]) in FLOOR:
-                yield parts[1], parts[2]
-
-
-@pytest.mark.parametrize("house", FLOORS)
-def test_imports_run_downwards(house: str) -> None:
-    for file in sorted(source(house).rglob("*.py")):
-        wing = file.relative_to(source(house)).with_suffix("").parts[0]
-        if wing == "__init__":
-            continue
-        for other_house, other in imported(file):
-            if (house, wing) == (other_house, other):
-                continue
-            assert house == "runtime" or other_house == "compiler", f"{file}: the compiler imports the runtime"
-            if house == other_house:
-                assert FLOOR[house, other] < FLOOR[house, wing], f"{file}: {wing} may not import {other}"
-
-
-@pytest.mark.parametrize("house", FLOORS)
-def test_every_file_has_a_wing_and_no_wing_is_crowded(house: str) -> None:
-    for entry in source(house).iterdir():
-        name = entry.stem if entry.suffix == ".py" else entry.name
-        if name in ("__init__", "__pycache__") or entry.name == "py.typed":
-            continue
-        assert (house, name) in FLOOR, f"{entry}: belongs to no wing"
-        if entry.is_dir():
-            assert len([file for file in entry.glob("*.py") if file.name != "__init__.py"]) <= MOST_FILES, entry
-
-
-def test_no_file_imports_itself_in_a_circle() -> None:
-    files = {
-        ".".join(file.with_suffix("").relative_to(ROOT / house).parts): file
+def modules_of(root: Path) -> dict[str, Path]:
+    """Every module of both packages by its dotted name."""
+    return {
+        ".".join(file.relative_to(root / house).with_suffix("").parts).removesuffix(".__init__"): file
         for house in FLOORS
-        for file in source(house).rglob("*.py")
+        for file in sorted((root / house / "onelayer" / house).rglob("*.py"))
     }
-    imports: dict[str, set[str]] = {}
-    for module, file in files.items():
-        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-        names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-        imports[module] = ({node.module or "" for node in nodes} | names) & files.keys() - {module}
-    tuple(TopologicalSorter(imports).static_order())
 
 
-PLANTED = {
-    "an upward import": ("machine/meter.py", "from onelayer.compiler.storage import files"),
-    "an import between wings of one floor": ("compile/job.py", "import onelayer.compiler.refine.job"),
-    "a late import upwards": ("data/rows.py", "def f():\n    from onelayer.compiler.streaming import stream"),
-    "an import of the runtime": ("polish/job.py", "from onelayer.runtime.sizes import size"),
+def imported(module: str, modules: dict[str, Path]) -> Iterator[str]:
+    """Every dotted name of onelayer that a module imports, late and for type checkers too."""
+    package = module.split(".") if modules[module].stem == "__init__" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(modules[module].read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        yield from (name for name in names if name.split(".")[0] == "onelayer")
+
+
+def face(house: str, modules: dict[str, Path]) -> dict[str, str]:
+    """The public names of a house, each with the module that it comes from."""
+    root = f"onelayer.{house}"
+    if root not in modules:
+        return {}
+    return {f"{root}.{name.split('.')[-1]}": name.rpartition(".")[0] for name in imported(root, modules)}
+
+
+def imports(modules: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """(module, what it imports); a public name stands for the module that it comes from."""
+    public = {name: home for house in FLOORS for name, home in face(house, modules).items()}
+    for module in modules:
+        if module.count(".") > 1:
+            yield from ((module, public.get(name, name)) for name in imported(module, modules))
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """Imports that do not run downwards."""
+    found = []
+    for module, name in imports(modules_of(root)):
+        (house, wing), (other_house, *rest) = module.split(".")[1:3], name.split(".")[1:]
+        other = rest[0] if rest else ""
+        if house == "compiler" and other_house == "runtime":
+            found.append(f"{module}: the compiler may not import the runtime")
+        elif house == other_house and wing != other:
+            if (house, other) not in FLOOR:
+                found.append(f"{module}: {name} is in no wing")
+            elif FLOOR[house, other] >= FLOOR.get((house, wing), -1):
+                found.append(f"{module}: {wing} may not import {other}")
+    return found
+
+
+def circle(root: Path) -> list[str]:
+    """Modules that import each other in a circle, inside a wing too; empty if there is none."""
+    modules = modules_of(root)
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for module, name in imports(modules):
+        home = name if name in modules else name.rpartition(".")[0]
+        graph[module] |= {home} & (modules.keys() - {module})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def misplaced(root: Path) -> list[str]:
+    """Files and folders outside any wing, and wings with too many files."""
+    found = []
+    for house in FLOORS:
+        for entry in sorted((root / house / "onelayer" / house).iterdir()):
+            name = entry.stem if entry.suffix == ".py" else entry.name
+            if name in ("__init__", "__pycache__") or entry.name == "py.typed":
+                continue
+            if (house, name) not in FLOOR:
+                found.append(f"{house}/{entry.name}: belongs to no wing")
+            elif len([file for file in entry.rglob("*.py") if file.name != "__init__.py"]) > MOST_FILES:
+                found.append(f"{house}/{name}: more than {MOST_FILES} files")
+    return found
+
+
+def test_imports_run_downwards() -> None:
+    assert wrong_imports(ROOT) == []
+
+
+def test_no_imports_form_a_circle() -> None:
+    assert circle(ROOT) == []
+
+
+def test_every_file_has_a_wing_and_no_wing_is_crowded() -> None:
+    assert misplaced(ROOT) == []
+
+
+SOUND = {
+    "compiler/__init__.py": "from onelayer.compiler.polish.command import polish_adapter as polish_adapter",
+    "compiler/errors.py": "",
+    "compiler/storage/files.py": "from onelayer.compiler.errors import InputError",
+    "compiler/polish/command.py": "from onelayer.compiler.storage.files import read_json",
+    "compiler/polish/settings.py": "import json",
+    "runtime/__init__.py": "",
+    "runtime/store/store.py": "from onelayer.compiler.storage import files",
+    "runtime/pipeline/run.py": "def run():\n    from onelayer.compiler import polish_adapter",
 }
 
 
-@pytest.mark.parametrize("what", PLANTED)
-def test_a_planted_import_is_found(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    name, text = PLANTED[what]
-    (source("compiler") / name).parent.mkdir(parents=True)
-    (source("compiler") / name).write_text("import onelayer.compiler.errors\n")
-    test_imports_run_downwards("compiler")
-    (source("compiler") / name).write_text(text)
-    with pytest.raises(AssertionError):
-        test_imports_run_downwards("compiler")
+def small_house(root: Path, **more: str) -> Path:
+    for name, text in (SOUND | more).items():
+        file = root / name.split("/")[0] / "onelayer" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
 
 
-def test_a_planted_circle_a_crowd_and_a_stray_file_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    wing = source("compiler") / "machine"
-    wing.mkdir(parents=True)
-    (wing / "a.py").write_text("from onelayer.compiler.machine.b import B")
-    (wing / "b.py").write_text("def f():\n    from onelayer.compiler.machine import a")
-    with pytest.raises(CycleError):
-        test_no_file_imports_itself_in_a_circle()
-    test_every_file_has_a_wing_and_no_wing_is_crowded("compiler")
-    for number in range(MOST_FILES - 1):
-        (wing / f"file_{number}.py").touch()
-    with pytest.raises(AssertionError, match="machine"):
-        test_every_file_has_a_wing_and_no_wing_is_crowded("compiler")
-    (wing / "file_0.py").rename(source("compiler") / "stray.py")
-    with pytest.raises(AssertionError, match="belongs to no wing"):
-        test_every_file_has_a_wing_and_no_wing_is_crowded("compiler")
+def faults(root: Path) -> list[str]:
+    return [*wrong_imports(root), *misplaced(root), *([" > ".join(found)] if (found := circle(root)) else [])]
+
+
+def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
+    assert faults(small_house(tmp_path)) == []
+
+
+UPWARDS = "onelayer.compiler.machine.meter: machine may not import polish"
+RUNTIME = "onelayer.compiler.machine.meter: the compiler may not import the runtime"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("compiler/machine/meter.py", "from onelayer.compiler.polish.settings import STEPS", UPWARDS),
+        ("compiler/machine/meter.py", "import onelayer.compiler.polish.settings", UPWARDS),
+        ("compiler/machine/meter.py", "def f():\n    from onelayer.compiler.polish import settings", UPWARDS),
+        ("compiler/machine/meter.py", "from ..polish.settings import STEPS", UPWARDS),
+        ("compiler/machine/meter.py", "from .. import polish", UPWARDS),
+        ("compiler/machine/meter.py", "from onelayer.compiler import polish_adapter", UPWARDS),
+        ("compiler/machine/meter.py", "from onelayer.runtime.store.store import ArtifactStore", RUNTIME),
+        ("compiler/machine/meter.py", "import onelayer.runtime", RUNTIME),
+        ("compiler/machine/meter.py", "from onelayer import runtime", RUNTIME),
+        (
+            "runtime/store/keys.py",
+            "from onelayer.runtime.pipeline.run import run",
+            "onelayer.runtime.store.keys: store may not import pipeline",
+        ),
+        (
+            "compiler/factors/ranks.py",
+            "from onelayer.compiler.storage.files import read_json",
+            "onelayer.compiler.factors.ranks: factors may not import storage",
+        ),
+        (
+            "compiler/polish/settings.py",
+            "from onelayer.compiler.polish.command import polish_adapter",
+            "onelayer.compiler.polish.command > onelayer.compiler.polish.settings > onelayer.compiler.polish.command",
+        ),
+        ("compiler/helpers.py", "", "compiler/helpers.py: belongs to no wing"),
+        ("runtime/tools/file.py", "", "runtime/tools: belongs to no wing"),
+        ("compiler/polish/deep/file.py", "", "compiler/polish: more than 12 files"),
+    ],
+)
+def test_a_planted_fault_is_found(file: str, text: str, fault: str, tmp_path: Path) -> None:
+    more = {file: text}
+    if "more than" in fault:
+        more |= {f"compiler/polish/file{number}.py": "" for number in range(MOST_FILES - 2)}
+    if ">" in fault:
+        more["compiler/polish/command.py"] = "from onelayer.compiler.polish.settings import STEPS"
+    assert faults(small_house(tmp_path, **more)) == [fault]

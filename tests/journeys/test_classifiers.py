@@ -64,7 +64,7 @@ def test_scores_equal_the_resident_models_with_and_without_a_trained_head(
     assert len(found) == 3, "adapters that change nothing would prove nothing"
 
 
-def test_the_original_keeps_its_own_norm_beside_an_adapter_that_replaces_it(tmp_path: Path) -> None:
+def test_the_original_keeps_its_norm_when_an_adapter_replaces_it(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model")
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "the quick brown fox"}))
     random_adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["norm"])
@@ -74,7 +74,7 @@ def test_the_original_keeps_its_own_norm_beside_an_adapter_that_replaces_it(tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_emulator_of_a_classifier_is_compiled_from_labeled_rows_and_compared(family: str, tmp_path: Path) -> None:
+def test_an_emulator_of_a_classifier_is_compiled_from_labeled_rows(family: str, tmp_path: Path) -> None:
     directory, data = tmp_path / "model", write_labeled(tmp_path / "data.jsonl")
     save_classifier(family, directory)
     compiled = compile_emulator(directory, data, tmp_path / "emulator", ratio=0.5)

@@ -83,7 +83,7 @@ def test_any_shape_gives_finite_factors_and_a_true_error(
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (64, 160), (160, 64)], ids=["square", "wide", "tall"])
-def test_the_fast_solver_is_within_a_percent_and_says_what_it_does_not_know(shape: tuple[int, int]) -> None:
+def test_the_fast_solver_is_within_a_percent_and_claims_no_optimum(shape: tuple[int, int]) -> None:
     W, X = random(*shape), correlated(800, shape[1])
     moments, rank = moments_of(W, X), min(shape) // 8
     exact = factorize(W, moments, rank, torch.float64)

@@ -116,7 +116,7 @@ def test_rows_that_fill_a_pack_each_need_no_trial(tmp_path: Path) -> None:
     assert result.steps[0].sequences == 3
 
 
-def test_what_moves_the_first_row_does_not_count_and_rounding_depends_on_the_dtype() -> None:
+def test_a_moved_first_row_is_ignored_and_rounding_follows_the_dtype() -> None:
     alone = torch.full((10,), 2.0, dtype=torch.float64)
     moved = torch.full((10,), 1e-4, dtype=torch.float64)
     moved[:5] = 1.0

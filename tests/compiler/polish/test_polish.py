@@ -50,7 +50,7 @@ def test_micro_batches_do_not_change_the_gradient(setup: Path) -> None:
         torch.testing.assert_close(weights(setup / "5")[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_nothing_of_the_adapter_given_is_changed_and_the_result_is_of_the_original(setup: Path) -> None:
+def test_the_given_adapter_is_unchanged_and_the_result_fits_the_original(setup: Path) -> None:
     before = (setup / "adapter" / "adapter_model.safetensors").read_bytes()
     polished(setup)
     assert (setup / "adapter" / "adapter_model.safetensors").read_bytes() == before

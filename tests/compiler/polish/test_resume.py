@@ -81,7 +81,7 @@ def steps_in(state: Path) -> int:
         return len(json.loads(file.metadata()["history"])["steps"])
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_what_was_good(setup: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_steps_before(setup: Path) -> None:
     with pytest.raises(RuntimeError, match=r"step 2: the loss is not finite.*holds the adapter of the 1 steps"):
         polished(setup, learning_rate=1e30, max_gradient_norm=1e30)
     assert all(tensor.isfinite().all() for tensor in weights(setup / "out").values())

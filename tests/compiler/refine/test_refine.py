@@ -189,7 +189,7 @@ def hashes(directory: Path) -> dict[str, str]:
     return {**found, "emulator.json": json.dumps(document)}
 
 
-def test_a_run_that_dies_is_taken_up_behind_its_last_unit_and_ends_in_the_same_bytes(
+def test_a_killed_run_resumes_and_writes_the_same_bytes(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refined(root, tmp_path / "undisturbed")

@@ -172,7 +172,7 @@ def test_a_norm_output_that_is_changed_in_place_is_not_taken_from_its_copy() -> 
     assert not compression.fallbacks
 
 
-def test_an_input_that_is_changed_in_place_before_its_recomputation_is_an_error() -> None:
+def test_an_input_changed_in_place_before_recomputation_is_an_error() -> None:
     model = adapted("llama")
     batch = batch_for(model, padded=False)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().clone()

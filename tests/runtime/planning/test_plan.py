@@ -101,7 +101,7 @@ def test_experts_open_and_close_whichever_way_they_lie(tmp_path: Path, name: str
     assert expert_parts(shapes, shapes.blocks[0]) == (2 * 2 * inner, 2 * inner)
 
 
-def test_a_mixture_with_low_rank_experts_fits_where_its_dense_experts_would_not() -> None:
+def test_low_rank_experts_fit_where_dense_experts_would_not() -> None:
     shapes = mixture(1024, 512, 8, 1000, experts=64, per_token=4)
     dense = shapes.parameters * shapes.value_bytes
     choice = best_ratio(shapes, PlannedRun(batch_size=2, max_length=256), dense)

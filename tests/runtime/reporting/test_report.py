@@ -168,7 +168,7 @@ def test_a_folder_of_another_in_the_way_is_refused_before_anything_runs(
     assert fakes.taken() == []
 
 
-def test_large_files_are_linked_small_ones_copied_and_nothing_foreign_replaced(tmp_path: Path) -> None:
+def test_large_files_are_linked_small_ones_copied_foreign_ones_kept(tmp_path: Path) -> None:
     payload = tmp_path / "payload"
     (payload / "sub").mkdir(parents=True)
     (payload / "sub" / "large.bin").write_bytes(b"x" * LINKED_BYTES)

@@ -69,7 +69,7 @@ def test_training_learns_and_reports(train: Train, tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.model_dump(mode="json")))["output"] == str(tmp_path / "adapter")
 
 
-def test_saved_activations_grow_with_the_batch_and_shrink_with_checkpointing(train: Train) -> None:
+def test_saved_activations_follow_the_batch_and_checkpointing(train: Train) -> None:
     small = train("small", max_steps=1, batch_size=1).saved_activation_bytes
     large = train("large", max_steps=1, batch_size=6).saved_activation_bytes
     recomputed = train("less", max_steps=1, batch_size=6, args={"gradient_checkpointing": True}).saved_activation_bytes
