@@ -62,7 +62,7 @@ class Size:
 
     @property
     def layer_weights(self) -> int:
-        """Of all layers."""
+        """The bytes of all layers."""
         return self.layers * sum(rows * columns for rows, columns in self.linears)
 
     @property

@@ -63,7 +63,7 @@ def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[in
     """Model arguments and aligned targets of one sample, or its class.
 
     A decoder predicts the next token. An encoder-decoder reads what is not labeled (all of a plain text) and predicts
-    what is, from it shifted right behind the decoder's start token.
+    what is, from it shifted right after the decoder's start token.
     """
     if tokens.label is not None:
         return {"input_ids": tokens.input_ids}, tokens.label

@@ -1,6 +1,6 @@
 """Short rows packed into long ones: which go together, and whether a model keeps the rows of a pack apart.
 
-A pack is one row to the model, with positions that begin anew where a row does; from these transformers makes masks
+A pack is one row to the model, with positions that start over at every row; from these transformers makes masks
 that let no row see another (`find_packed_sequence_indices` in masking_utils). Not every model goes by them, so each is
 tried before its first step.
 """

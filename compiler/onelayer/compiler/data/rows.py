@@ -20,7 +20,7 @@ class Example:
 
     `source` says where it came from ("file:line"). `prompt` and `completion` are both strings or both message lists.
     A multiple-choice example is a prompt and completion, the right choice, with all its `choices` and the number of
-    the right one (`answer`) beside. `label` is the class of the text, by number or name.
+    the index of the right one (`answer`). `label` is the class of the text, by number or name.
     """
 
     source: str
@@ -94,7 +94,7 @@ def _pair(present: Mapping[str, Any], source: str) -> Example:
     for name, other in (("prompt", "completion"), ("completion", "prompt")):
         if name not in present:
             remedy = "" if name == "completion" else "; use 'text' for an example without a prompt"
-            raise InputError(f"{source}: field '{other}' needs a field '{name}' beside it{remedy}")
+            raise InputError(f"{source}: field '{other}' needs a field '{name}' too{remedy}")
     prompt, completion = present["prompt"], present["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InputError(

@@ -1,7 +1,7 @@
 """The file that lets tools which never import onelayer load an emulator with `trust_remote_code=True`.
 
 Without it they could not: transformers has no entry points, so nobody but the emulator's own folder can tell it how the
-folder is read. The text is written beside the weights, the map into config.json.
+folder is read. The text is written next to the weights, the map into config.json.
 """
 
 from typing import TYPE_CHECKING
@@ -86,7 +86,7 @@ any trainer that takes a PEFT adapter, then make the adapter fit the original wi
 
 
 def card(model: str, refined: bool) -> str:
-    """What a person reads in an emulator's directory; `model` as its records name the original."""
+    """The model card of an emulator's directory; `model` as its records name the original."""
     distances = (
         "how far each layer was from the original before its factors\nwere trained, and since, given its inputs"
         if refined

@@ -7,7 +7,7 @@ from typing import Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import read_json
 
-# What is told of linears, stacks or layers, with the depth of each.
+# The figures of linears, stacks or layers, with the depth of each.
 Rows = list[tuple[int, dict[str, Any]]]
 
 _NUMBER = re.compile(r"\.(\d+)\.")

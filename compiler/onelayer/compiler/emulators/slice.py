@@ -1,7 +1,7 @@
 """An emulator in, a smaller one out, without the original: factors are ordered by energy, so a prefix is the smaller.
 
-Quantized factors are cut in their packed rows, so a slice never quantizes anew. Held: one factor at a time. Letters:
-k rank, out / in features.
+Quantized factors are sliced by whole rows of codes, so a slice never quantizes again. Held: one factor at a time.
+Letters: k rank, out / in features.
 """
 
 import math
@@ -111,7 +111,7 @@ def cut_emulator(
 ) -> SliceResult:
     """Write the emulator with shorter factors: at most `ranks` directions of each linear or stack of experts.
 
-    `settings` are recorded. A rank None takes the quantized weight that the emulator holds beside the factors.
+    `settings` are recorded. A rank None takes the quantized weight that the emulator holds next to the factors.
     """
     output = Path(output)
     check_output(output)

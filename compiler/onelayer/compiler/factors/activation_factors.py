@@ -131,7 +131,7 @@ def compress(
 
     It is kept as it is where None is asked for, or the result were not smaller.
 
-    `tokens` (of int64, over the flattened leading dimensions) are the rows that matter. Rows beside them are padding,
+    `tokens` (of int64, over the flattened leading dimensions) are the rows that matter. All other rows are padding,
     carry no weight and come back as zeros; as long as the tensor is factored at all.
     """
     if rank is None or tensor.dtype not in FACTORED_DTYPES or tensor.ndim < 2 or tensor.numel() == 0:

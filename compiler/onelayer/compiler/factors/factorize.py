@@ -82,7 +82,7 @@ def _completed(
     found = basis.shape[1]
     if found == rank:
         return basis, None
-    told = []
+    notes = []
     if reserve is not None:
         moments = reserve()
         rest, gram = W - basis @ (basis.T @ W), moments.gram.total_FF.to(W.dtype)
@@ -94,12 +94,12 @@ def _completed(
             left = gram - basis @ (basis.T @ gram)  # of the outputs
             further, energies = _basis_from_output(left - (left @ basis) @ basis.T)
         basis = torch.cat([basis, further[:, : min(rank - found, _numerical_rank(energies, cutoff))]], dim=1)
-        told = ["all tokens together give others"] if basis.shape[1] > found else []
+        notes = ["all tokens together give others"] if basis.shape[1] > found else []
     if basis.shape[1] < rank:
         own = _leading_left_vectors(W - basis @ (basis.T @ W), rank - basis.shape[1])
         basis = torch.cat([basis, own], dim=1)
-        told.append("the weight's own SVD gives the others")
-    return basis, f"calibration determines {found} of {rank} directions; {', '.join(told)}"
+        notes.append("the weight's own SVD gives the others")
+    return basis, f"calibration determines {found} of {rank} directions; {', '.join(notes)}"
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Moments:
     def empty(
         cls, shape: tuple[int, int], of_input: bool, device: torch.device, product_dtype: torch.dtype
     ) -> "Moments":
-        """Of a linear (out, in) that has read nothing yet."""
+        """Empty moments of a linear (out, in)."""
         out_features, in_features = shape
         gram = Gram(in_features if of_input else out_features, device, product_dtype)
         return cls(gram, of_input, None if of_input else torch.zeros(in_features, dtype=torch.float64, device=device))

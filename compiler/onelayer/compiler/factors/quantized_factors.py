@@ -39,11 +39,11 @@ class QuantizedDense:
 def quantize_factors(
     W: torch.Tensor, moments: Moments, factors: Factors, kind: FactorDtype, dtype: torch.dtype
 ) -> PackedFactors:
-    """`factors` of W, packed; `dtype` is that of the model, in which they are unpacked.
+    """The `factors` of W, quantized; `dtype` is the model's, in which they are used.
 
-    Once `up` is packed, `down` is solved anew: the least-squares fit of W to what `up` now spans, which is the best for
-    any input. Once `down` is packed, `up` is solved anew in turn, which needs the inputs' moment: measured to halve the
-    squared error that packing adds. A further round gains a tenth of that.
+    Once `up` is quantized, `down` is solved again: the least-squares fit of W to what `up` now spans, which is the best
+    for any input. Once `down` is quantized, `up` is solved again, which needs the inputs' moment. This was measured to
+    halve the squared error that quantizing adds. A further round gains a tenth of that.
     """
     W = W.to(moments.gram.product_dtype)
     gram = moments.gram.total_FF.to(W)

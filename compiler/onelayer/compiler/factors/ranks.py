@@ -21,7 +21,7 @@ def widest_ratio(ratio: float, allocation: Allocation) -> float:
 
 
 def copies_on_disk(allocation: Allocation, quantized: bool) -> int:
-    """How many emulators lie there at once: with ranks by spectrum the wide one, quantized weights beside its factors,
+    """How many emulators lie there at once: with ranks by spectrum the wide one, quantized weights next to its factors,
     and the one cut from it."""
     return 1 if allocation == "uniform" else 3 if quantized else 2
 
@@ -55,12 +55,12 @@ class Spectrum:
 
     @property
     def price(self) -> int:
-        """Of a direction."""
+        """The bytes of one direction."""
         return self._row_price(self.out_features) + self._row_price(self.in_features)
 
     @property
     def whole_price(self) -> int:
-        """Of the whole matrix."""
+        """The bytes of the whole matrix."""
         return self.out_features * self._row_price(self.in_features)
 
     def _row_price(self, width: int) -> int:

@@ -32,7 +32,7 @@ def row_bytes(width: int, kind: FactorDtype) -> int:
 
 
 def bytes_per_value(kind: FactorDtype) -> float:
-    """Of rows that consist of whole blocks: 2 for bf16, 1.03125 for int8, 0.53125 for nf4."""
+    """Return the bytes of a value in rows of whole blocks: 2 for bf16, 1.03125 for int8, 0.53125 for nf4."""
     return row_bytes(BLOCK, kind) / BLOCK
 
 
@@ -56,9 +56,9 @@ def keep_ratio(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) ->
 
 
 def best_of(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
-    """Of the ratios that each dtype affords, those that round the least first: the first that keeps nearly all.
+    """Return the dtype that rounds least and still keeps nearly all values, from the ratio that each affords.
 
-    Where none does, nf4: in the same bytes its factors were the best at every size that was measured
+    If none does, nf4: in the same bytes its factors were the best at every size that was measured
     (manifests/LOG.md, emulators of equal bytes), so precision is bought only when there is no rank left to buy. Where
     int8 keeps all, it goes before a bf16 that does not: its rounding costs less than a twentieth of the values does.
     """
@@ -86,7 +86,7 @@ def known_kind(name: str | None) -> FactorDtype | None:
 
 
 def checked_factor_dtype(name: str | None) -> FactorDtype | None:
-    """The packed form that a person asked for, None if none was. Raises `InputError` for one that is not known."""
+    """Check the name of a factor dtype; None stays None. Raises `InputError` for an unknown one."""
     if name is not None and known_kind(name) is None:
         raise InputError(f"--factor-dtype {name}: is none of {', '.join(get_args(FactorDtype))}")
     return known_kind(name)

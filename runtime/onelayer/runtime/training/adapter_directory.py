@@ -45,7 +45,7 @@ def write_adapter_directory(
 
 
 def _was_conv1d(adapted: "PeftModel") -> bool:
-    """Whether every adapted linear is a `Conv1D` in the original, which PEFT is told by `fan_in_fan_out`."""
+    """Whether every adapted linear is a `Conv1D` in the original, which PEFT records as `fan_in_fan_out`."""
     bases = [getattr(module, "base_layer", None) for module in adapted.modules()]
     linears = [base for base in bases if isinstance(base, CompressedLinear)]
     return bool(linears) and all(base.was_conv1d for base in linears)

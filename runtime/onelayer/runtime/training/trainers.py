@@ -140,7 +140,7 @@ def _class_trainer(
     loaded = model.load()
     set_seed(config.seed)
     if fields.modules_to_save == []:
-        excluded = fields.exclude_modules  # a pattern is a person's whole choice
+        excluded = fields.exclude_modules  # a pattern is the user's whole choice
         if not isinstance(excluded, str):
             excluded = [*(excluded or ()), *SEQ_CLS_HEAD_NAMES]
         lora = _lora_config(loaded, fields, modules_to_save=None, exclude_modules=excluded)
