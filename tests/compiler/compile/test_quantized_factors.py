@@ -13,7 +13,7 @@ from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import FactorDtype, keep_ratio, known_kind
+from onelayer.compiler.factors.stored_forms import FactorDtype, keep_ratio, known_factor_dtype
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime import load_emulator, train_lora
 from onelayer.runtime.cli.app import app
@@ -108,7 +108,7 @@ def test_bytes_choose_dtype_and_ranks_and_a_ratio_is_the_published_method(
     settings = read_json(tmp_path / "emulator/emulator.json")["settings"]
     assert (settings["factor_dtype"], settings["rank_allocation"]) == (kind, allocation)
     if "ratio" not in options:
-        expected = keep_ratio(options.get("keep_bytes", 0.25), known_kind(kind), 4)
+        expected = keep_ratio(options.get("keep_bytes", 0.25), known_factor_dtype(kind), 4)
         assert settings["ratio"] == pytest.approx(expected)
 
 

@@ -18,7 +18,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.factors.stored_forms import known_kind
+from onelayer.compiler.factors.stored_forms import known_factor_dtype
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import read_json, write_json
 
@@ -26,7 +26,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and packs my box with five d
 
 
 def compiled(root: Path, name: str, ratio: float) -> Path:
-    kind = known_kind(root.name.split("-")[1])
+    kind = known_factor_dtype(root.name.split("-")[1])
     settings: dict[str, Any] = {"ratio": ratio, "samples": 16, "max_length": 48, "factor_dtype": kind}
     compile_emulator(root / "original", root / "text.txt", root / name, **settings)
     return root / name

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments
-from onelayer.compiler.factors.quantize import quantize_matrix, unpack
+from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.quantized_factors import quantize_dense, quantize_factors
 from onelayer.compiler.factors.ranks import Spectrum, allocate_by_spectrum, rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, bytes_per_value, keep_ratio, linear_bytes, row_bytes
@@ -31,7 +31,7 @@ def test_packed_rows_have_their_size_and_come_back_to_within_the_step(
     matrix = random(rows, width, seed=width) * 2.0**exponent
     packed = quantize_matrix(matrix, kind)
     assert (packed.shape, packed.dtype) == ((rows, row_bytes(width, kind)), torch.uint8)
-    found = unpack(packed, width, kind, torch.float32).double()
+    found = dequantize_matrix(packed, width, kind, torch.float32).double()
     assert found.shape == matrix.shape
     blocks = torch.nn.functional.pad(matrix.abs(), (0, -width % 64)).reshape(rows, -1, 64).amax(-1)
     largest = blocks.repeat_interleave(64, dim=1)[:, :width]
@@ -41,15 +41,15 @@ def test_packed_rows_have_their_size_and_come_back_to_within_the_step(
 
 def test_nf4_is_the_format_of_the_paper_and_int8_is_symmetric() -> None:
     matrix = random(3, 128)
-    nf4 = unpack(quantize_matrix(matrix, "nf4"), 128, "nf4", torch.float32).reshape(-1, 64)
+    nf4 = dequantize_matrix(quantize_matrix(matrix, "nf4"), 128, "nf4", torch.float32).reshape(-1, 64)
     scales = matrix.reshape(-1, 64).abs().amax(1, keepdim=True).to(torch.bfloat16).float()
     levels = torch.tensor(NF4)
     nearest = (nf4 / scales)[:, :, None] - levels
     assert (nearest.abs().amin(-1) < 1e-4).all()
     ideal = levels[(matrix.reshape(-1, 64) / scales)[:, :, None].sub(levels).abs().argmin(-1)] * scales
     assert ((ideal - nf4).abs() > 1e-3 * scales).float().mean() < 0.01
-    int8 = unpack(quantize_matrix(-matrix, "int8"), 128, "int8", torch.float32)
-    torch.testing.assert_close(int8, -unpack(quantize_matrix(matrix, "int8"), 128, "int8", torch.float32))
+    int8 = dequantize_matrix(quantize_matrix(-matrix, "int8"), 128, "int8", torch.float32)
+    torch.testing.assert_close(int8, -dequantize_matrix(quantize_matrix(matrix, "int8"), 128, "int8", torch.float32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,9 +57,11 @@ def test_zeros_stay_zeros_and_the_first_rows_are_the_packed_first_rows(kind: Fac
     matrix = random(6, 70)
     matrix[2] = 0
     packed = quantize_matrix(matrix, kind)
-    assert not unpack(packed, 70, kind, torch.float32)[2].any()
+    assert not dequantize_matrix(packed, 70, kind, torch.float32)[2].any()
     assert torch.equal(packed[:4], quantize_matrix(matrix[:4], kind))
-    assert torch.equal(unpack(packed[:4], 70, kind, torch.float32), unpack(packed, 70, kind, torch.float32)[:4])
+    assert torch.equal(
+        dequantize_matrix(packed[:4], 70, kind, torch.float32), dequantize_matrix(packed, 70, kind, torch.float32)[:4]
+    )
 
 
 def test_a_budget_in_bytes_buys_several_times_the_rank() -> None:
@@ -90,21 +92,21 @@ def test_errors_are_those_of_the_packed_pair_at_every_rank(shape: tuple[int, int
     moments, rank = gathered(W, X), 30
     factors = factorize(W, moments, rank, torch.float32)
     packed = quantize_factors(W, moments, factors, kind, torch.float32)
-    up = unpack(packed.up, shape[0], kind, torch.float32).double().T
-    down = unpack(packed.down, shape[1], kind, torch.float32).double()
+    up = dequantize_matrix(packed.up, shape[0], kind, torch.float32).double().T
+    down = dequantize_matrix(packed.down, shape[1], kind, torch.float32).double()
     for k in (1, 7, rank):
         wanted = error_of(W, up[:, :k] @ down[:k], X)
         assert float(packed.errors[k - 1]) == pytest.approx(wanted, rel=1e-6 if moments.of_input else 0.02)
     plain = (
-        unpack(quantize_matrix(factors.up.T, kind), shape[0], kind, torch.float32).double().T
-        @ unpack(quantize_matrix(factors.down, kind), shape[1], kind, torch.float32).double()
+        dequantize_matrix(quantize_matrix(factors.up.T, kind), shape[0], kind, torch.float32).double().T
+        @ dequantize_matrix(quantize_matrix(factors.down, kind), shape[1], kind, torch.float32).double()
     )
     excess = float(packed.errors[-1]) ** 2 - factors.error**2
     naive = error_of(W, plain, X) ** 2 - factors.error**2
     if kind != "bf16":
         assert excess < (0.6 if moments.of_input else 0.95) * naive
     dense = quantize_dense(W, moments, factors.energy, kind, torch.float32)
-    wanted = error_of(W, unpack(dense.weight, shape[1], kind, torch.float32).double(), X)
+    wanted = error_of(W, dequantize_matrix(dense.weight, shape[1], kind, torch.float32).double(), X)
     assert dense.error == pytest.approx(wanted, rel=1e-6 if moments.of_input else 0.05)
 
 
@@ -116,7 +118,8 @@ def test_inputs_that_span_little_give_finite_factors(shape: tuple[int, int]) -> 
     factors = factorize(W, moments, 20, torch.float32)
     packed = quantize_factors(W, moments, factors, "nf4", torch.float32)
     up, down = (
-        unpack(part, width, "nf4", torch.float32) for part, width in zip((packed.up, packed.down), shape, strict=True)
+        dequantize_matrix(part, width, "nf4", torch.float32)
+        for part, width in zip((packed.up, packed.down), shape, strict=True)
     )
     assert torch.isfinite(up).all()
     assert torch.isfinite(down).all()

@@ -8,7 +8,7 @@ import torch
 
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, stack_tensor
 from onelayer.compiler.factors.factorize import Factors
-from onelayer.compiler.factors.quantized_factors import PackedFactors, QuantizedDense
+from onelayer.compiler.factors.quantized_factors import QuantizedDense, QuantizedFactors
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
 from onelayer.compiler.results import Result, round_significant
 
@@ -54,7 +54,7 @@ class LinearFigures(LinearSummary):
 
     @classmethod
     def of(
-        cls, name: str, factors: Factors, packed: PackedFactors | None, dense: QuantizedDense | None
+        cls, name: str, factors: Factors, packed: QuantizedFactors | None, dense: QuantizedDense | None
     ) -> "LinearFigures":
         """The figures of some factors, of what they were packed to, and of the weight packed instead, to six digits."""
         rank = factors.up.shape[1]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from onelayer.compiler.documents import checked_document
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import FactorDtype, known_kind, row_bytes
+from onelayer.compiler.factors.stored_forms import FactorDtype, known_factor_dtype, row_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import read_json
 
@@ -80,7 +80,7 @@ class EmulatorFacts(BaseModel):
     @property
     def packed(self) -> FactorDtype | None:
         """How factors are packed; None where they are plain tensors."""
-        return known_kind(self.factor_dtype)
+        return known_factor_dtype(self.factor_dtype)
 
     @property
     def compressed(self) -> dict[str, int]:
@@ -160,13 +160,15 @@ class Emulator:
     ) -> "tuple[torch.Tensor, torch.Tensor | None]":
         import torch
 
-        from onelayer.compiler.factors.quantize import unpack
+        from onelayer.compiler.factors.quantize import dequantize_matrix
 
-        kind, dtype = self.facts.packed, getattr(torch, str(self.facts.unpacked_dtype))
-        assert kind is not None
+        factor_dtype, dtype = self.facts.packed, getattr(torch, str(self.facts.unpacked_dtype))
+        assert factor_dtype is not None
         if DENSE in held:
-            return unpack(held[DENSE], shape[1], kind, dtype), None
-        return unpack(held[UP], shape[0], kind, dtype).T, unpack(held[DOWN], shape[1], kind, dtype)
+            return dequantize_matrix(held[DENSE], shape[1], factor_dtype, dtype), None
+        return dequantize_matrix(held[UP], shape[0], factor_dtype, dtype).T, dequantize_matrix(
+            held[DOWN], shape[1], factor_dtype, dtype
+        )
 
     @property
     def stack_tensors(self) -> dict[str, tuple[str, str]]:
@@ -180,17 +182,20 @@ class Emulator:
 
 def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint) -> None:
     """Refuse files that do not hold what the configuration says of them."""
-    kind = facts.packed
+    factor_dtype = facts.packed
     for module in facts.compressed:
         wanted: dict[str, tuple[int | None, int | None]]
         rank = facts.ranks.get(module)
-        if kind is None:
+        if factor_dtype is None:
             wanted = {UP: (None, rank), DOWN: (rank, None)}
         else:
             out_features, in_features = facts.shapes[module]
-            wanted = {UP: (rank, row_bytes(out_features, kind)), DOWN: (rank, row_bytes(in_features, kind))}
+            wanted = {
+                UP: (rank, row_bytes(out_features, factor_dtype)),
+                DOWN: (rank, row_bytes(in_features, factor_dtype)),
+            }
             if module in facts.quantized_dense:
-                wanted = {DENSE: (out_features, row_bytes(in_features, kind))}
+                wanted = {DENSE: (out_features, row_bytes(in_features, factor_dtype))}
         for ending, sizes in wanted.items():
             found = checkpoint.tensors.get(module + ending)
             shape = () if found is None else found.shape
@@ -198,19 +203,22 @@ def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint
                 what = f"factors of rank {rank} (config.json, ranks)" if rank is not None else "its quantized weight"
                 raise InputError(f"{directory}: module {module!r} lacks {what}; restore it")
     for stack, found_facts in facts.stacks.items():
-        for ending, sizes3 in stack_sizes(found_facts, kind).items():
+        for ending, sizes3 in stack_sizes(found_facts, factor_dtype).items():
             found = checkpoint.tensors.get(stack_tensor(stack, ending))
             if found is None or found.shape != sizes3:
                 raise InputError(f"{directory}: stack {stack!r} lacks {stack_tensor(stack, ending)!r}; restore it")
 
 
-def stack_sizes(facts: StackFacts, kind: FactorDtype | None) -> dict[str, tuple[int, int, int]]:
+def stack_sizes(facts: StackFacts, factor_dtype: FactorDtype | None) -> dict[str, tuple[int, int, int]]:
     """The shapes of the tensors that stand for a stack, by the ending of their names: what a linear has, E times."""
     count, out_features, in_features = facts.shape
     rank = facts.rank
     if rank is None:
-        assert kind is not None
-        return {DENSE: (count, out_features, row_bytes(in_features, kind))}
-    if kind is None:
+        assert factor_dtype is not None
+        return {DENSE: (count, out_features, row_bytes(in_features, factor_dtype))}
+    if factor_dtype is None:
         return {UP: (count, out_features, rank), DOWN: (count, rank, in_features)}
-    return {UP: (count, rank, row_bytes(out_features, kind)), DOWN: (count, rank, row_bytes(in_features, kind))}
+    return {
+        UP: (count, rank, row_bytes(out_features, factor_dtype)),
+        DOWN: (count, rank, row_bytes(in_features, factor_dtype)),
+    }

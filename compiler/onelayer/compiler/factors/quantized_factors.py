@@ -9,7 +9,7 @@ import torch
 
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.moments import Moments
-from onelayer.compiler.factors.quantize import quantize_matrix, unpack
+from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
 
 # Pulls `up` towards what it was, as a share of the mean energy of the directions of `down`.
@@ -17,7 +17,7 @@ RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class PackedFactors:
+class QuantizedFactors:
     """Factors as stored: `up` (k, bytes of a row of out) is packed transposed, `down` (k, bytes of a row of in).
 
     `errors` (k): the relative output error of every prefix, roundings included.
@@ -37,8 +37,8 @@ class QuantizedDense:
 
 
 def quantize_factors(
-    W: torch.Tensor, moments: Moments, factors: Factors, kind: FactorDtype, dtype: torch.dtype
-) -> PackedFactors:
+    W: torch.Tensor, moments: Moments, factors: Factors, factor_dtype: FactorDtype, dtype: torch.dtype
+) -> QuantizedFactors:
     """The `factors` of W, quantized; `dtype` is the model's, in which they are used.
 
     Once `up` is quantized, `down` is solved again: the least-squares fit of W to what `up` now spans, which is the best
@@ -47,20 +47,20 @@ def quantize_factors(
     """
     W = W.to(moments.gram.product_dtype)
     gram = moments.gram.total_FF.to(W)
-    up_packed = quantize_matrix(factors.up.T, kind)
-    up = unpack(up_packed, W.shape[0], kind, dtype).to(W).T
+    up_quantized = quantize_matrix(factors.up.T, factor_dtype)
+    up = dequantize_matrix(up_quantized, W.shape[0], factor_dtype, dtype).to(W).T
     projector = torch.linalg.solve(_regular(up.T @ up), up.T)
     exact = projector @ W
-    down_packed = quantize_matrix(exact, kind)
-    down = unpack(down_packed, W.shape[1], kind, dtype).to(W)
+    down_quantized = quantize_matrix(exact, factor_dtype)
+    down = dequantize_matrix(down_quantized, W.shape[1], factor_dtype, dtype).to(W)
     if moments.of_input:
         WG = W @ gram
         inner = down @ gram @ down.T
         # Directions that calibration hardly saw stay as they are.
         ridge = RIDGE * inner.diagonal().mean() + torch.finfo(W.dtype).tiny
         seen = inner + ridge * torch.eye(len(inner), dtype=W.dtype, device=W.device)
-        up_packed = quantize_matrix(torch.linalg.solve(seen, down @ WG.T + ridge * up.T), kind)
-        up = unpack(up_packed, W.shape[0], kind, dtype).to(W).T
+        up_quantized = quantize_matrix(torch.linalg.solve(seen, down @ WG.T + ridge * up.T), factor_dtype)
+        up = dequantize_matrix(up_quantized, W.shape[0], factor_dtype, dtype).to(W).T
         cross, total = ((up.T @ WG) * down).sum(dim=1), (WG * W).sum()
     else:
         # X is known only through W, so the rounding of `down` is priced by the input's energy per feature.
@@ -70,15 +70,15 @@ def quantize_factors(
         cross, total = ((up.T @ gram) * projector).sum(dim=1), gram.trace()
     products = (up.T @ up) * inner
     kept = 2 * cross.cumsum(0) - (2 * products.tril().sum(dim=1) - products.diagonal()).cumsum(0)
-    return PackedFactors(up_packed, down_packed, _relative(total - kept, factors.energy))
+    return QuantizedFactors(up_quantized, down_quantized, _relative(total - kept, factors.energy))
 
 
 def quantize_dense(
-    W: torch.Tensor, moments: Moments, energy: float, kind: FactorDtype, dtype: torch.dtype
+    W: torch.Tensor, moments: Moments, energy: float, factor_dtype: FactorDtype, dtype: torch.dtype
 ) -> QuantizedDense:
     """W itself, packed. An output moment does not know X, so there the error is priced by the input's energy."""
-    packed, wide = quantize_matrix(W, kind), moments.gram.product_dtype
-    E = W.to(wide) - unpack(packed, W.shape[1], kind, dtype).to(wide)
+    packed, wide = quantize_matrix(W, factor_dtype), moments.gram.product_dtype
+    E = W.to(wide) - dequantize_matrix(packed, W.shape[1], factor_dtype, dtype).to(wide)
     if moments.of_input:
         lost = ((E @ moments.gram.total_FF.to(E)) * E).sum()
     else:

@@ -42,7 +42,7 @@ class Spectrum:
     """What decides a linear's rank: its shape, the leading singular values of its output, the energy of all of them.
 
     `prefix_errors` of its factors by rank and `dense_error` of its whole weight where they are quantized: such a linear
-    may also stay whole. `kind` is what they are packed as; prices are then bytes, else numbers of weights.
+    may also stay whole. `factor_dtype` is what they are packed as; prices are then bytes, else numbers of weights.
     """
 
     out_features: int
@@ -51,7 +51,7 @@ class Spectrum:
     energy: float
     prefix_errors: Sequence[float] | None = None
     dense_error: float | None = None
-    kind: FactorDtype | None = None
+    factor_dtype: FactorDtype | None = None
 
     @property
     def price(self) -> int:
@@ -64,7 +64,7 @@ class Spectrum:
         return self.out_features * self._row_price(self.in_features)
 
     def _row_price(self, width: int) -> int:
-        return width if self.kind is None else row_bytes(width, self.kind)
+        return width if self.factor_dtype is None else row_bytes(width, self.factor_dtype)
 
 
 def ranks_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int]:

@@ -18,41 +18,43 @@ REFERENCE_BYTES = 2
 DEFAULT_KEEP_BYTES = 0.25
 
 
-def is_blockwise(kind: FactorDtype) -> bool:
+def is_blockwise(factor_dtype: FactorDtype) -> bool:
     """Whether values share a scale: `bf16` is merely rounded."""
-    return kind != "bf16"
+    return factor_dtype != "bf16"
 
 
-def row_bytes(width: int, kind: FactorDtype) -> int:
+def row_bytes(width: int, factor_dtype: FactorDtype) -> int:
     """Bytes of one packed row of `width` values: its codes, filled up to whole blocks, and a scale for each block."""
-    if not is_blockwise(kind):
+    if not is_blockwise(factor_dtype):
         return 2 * width
     blocks = -(-width // BLOCK)
-    return blocks * (BLOCK * BITS[kind] // 8 + SCALE_BYTES)
+    return blocks * (BLOCK * BITS[factor_dtype] // 8 + SCALE_BYTES)
 
 
-def bytes_per_value(kind: FactorDtype) -> float:
+def bytes_per_value(factor_dtype: FactorDtype) -> float:
     """Return the bytes of a value in rows of whole blocks: 2 for bf16, 1.03125 for int8, 0.53125 for nf4."""
-    return row_bytes(BLOCK, kind) / BLOCK
+    return row_bytes(BLOCK, factor_dtype) / BLOCK
 
 
 def linear_bytes(
-    out_features: int, in_features: int, rank: int | None, kind: FactorDtype | None, dtype_bytes: int
+    out_features: int, in_features: int, rank: int | None, factor_dtype: FactorDtype | None, dtype_bytes: int
 ) -> int:
     """What a linear of an emulator takes: its factors, or its whole weight where `rank` is None."""
-    if kind is None:
+    if factor_dtype is None:
         return dtype_bytes * (out_features * in_features if rank is None else rank * (out_features + in_features))
     if rank is None:
-        return out_features * row_bytes(in_features, kind)
-    return rank * (row_bytes(out_features, kind) + row_bytes(in_features, kind))
+        return out_features * row_bytes(in_features, factor_dtype)
+    return rank * (row_bytes(out_features, factor_dtype) + row_bytes(in_features, factor_dtype))
 
 
-def keep_ratio(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> float:
+def keep_ratio(keep_bytes: float, factor_dtype: FactorDtype | None, dtype_bytes: int) -> float:
     """The share of each linear's values, at most 1, that fits into `keep_bytes`: a share of its bytes at 16 bits.
 
-    `dtype_bytes` per value are what factors take where `kind` is None.
+    `dtype_bytes` per value are what factors take where `factor_dtype` is None.
     """
-    return min(1.0, keep_bytes * REFERENCE_BYTES / (dtype_bytes if kind is None else bytes_per_value(kind)))
+    return min(
+        1.0, keep_bytes * REFERENCE_BYTES / (dtype_bytes if factor_dtype is None else bytes_per_value(factor_dtype))
+    )
 
 
 def best_of(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
@@ -64,32 +66,34 @@ def best_of(ratios: Mapping[FactorDtype, float | None]) -> FactorDtype:
     """
     if (ratios.get("int8") or 0.0) >= 1.0:
         return "int8"
-    return next((kind for kind, ratio in ratios.items() if (ratio or 0.0) >= NEARLY_ALL), "nf4")
+    return next((factor_dtype for factor_dtype, ratio in ratios.items() if (ratio or 0.0) >= NEARLY_ALL), "nf4")
 
 
 def best_factor_dtype(keep_bytes: float) -> FactorDtype:
     """The best dtype for factors of `keep_bytes`."""
     kinds: tuple[FactorDtype, ...] = get_args(FactorDtype)
-    return best_of({kind: keep_ratio(keep_bytes, kind, REFERENCE_BYTES) for kind in kinds})
+    return best_of({factor_dtype: keep_ratio(keep_bytes, factor_dtype, REFERENCE_BYTES) for factor_dtype in kinds})
 
 
-def within_bytes(keep_bytes: float, kind: FactorDtype | None, dtype_bytes: int) -> tuple[float, FactorDtype | None]:
-    """The ratio that takes a share of bytes, and the dtype: `kind`, or the best where none was given."""
-    kind = kind or best_factor_dtype(keep_bytes)
-    return keep_ratio(keep_bytes, kind, dtype_bytes), kind
+def within_bytes(
+    keep_bytes: float, factor_dtype: FactorDtype | None, dtype_bytes: int
+) -> tuple[float, FactorDtype | None]:
+    """The ratio that takes a share of bytes, and the dtype: `factor_dtype`, or the best where none was given."""
+    factor_dtype = factor_dtype or best_factor_dtype(keep_bytes)
+    return keep_ratio(keep_bytes, factor_dtype, dtype_bytes), factor_dtype
 
 
-def known_kind(name: str | None) -> FactorDtype | None:
+def known_factor_dtype(name: str | None) -> FactorDtype | None:
     """`name` as one of the packed forms; None where it is none of them."""
     kinds: tuple[FactorDtype, ...] = get_args(FactorDtype)
-    return next((kind for kind in kinds if kind == name), None)
+    return next((factor_dtype for factor_dtype in kinds if factor_dtype == name), None)
 
 
 def checked_factor_dtype(name: str | None) -> FactorDtype | None:
     """Check the name of a factor dtype; None stays None. Raises `InputError` for an unknown one."""
-    if name is not None and known_kind(name) is None:
+    if name is not None and known_factor_dtype(name) is None:
         raise InputError(f"--factor-dtype {name}: is none of {', '.join(get_args(FactorDtype))}")
-    return known_kind(name)
+    return known_factor_dtype(name)
 
 
 # What no factor holds is stored with this many bits a value. With two, the gradient's cosine at a rank of 1/8 rises

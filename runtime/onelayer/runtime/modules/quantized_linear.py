@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from onelayer.compiler.factors.quantize import unpack
+from onelayer.compiler.factors.quantize import dequantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype, row_bytes
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear
 from onelayer.runtime.modules.weight_guard import GuardWeight
@@ -116,16 +116,16 @@ class _QuantizedProduct(torch.autograd.Function):
             quantization,
             rows_are_outputs,
         )
-        M = _unpacked(quantized, width, quantization, x.dtype)
+        M = _dequantized(quantized, width, quantization, x.dtype)
         return x @ (M.T if rows_are_outputs else M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        M = _unpacked(ctx.quantized, ctx.width, ctx.quantization, grad_y.dtype)
+        M = _dequantized(ctx.quantized, ctx.width, ctx.quantization, grad_y.dtype)
         return grad_y @ (M if ctx.rows_are_outputs else M.T), None, None, None, None
 
 
-def _unpacked(quantized: torch.Tensor, width: int, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
+def _dequantized(quantized: torch.Tensor, width: int, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
     """Return M (rows, width) in the dtype of a call, rounded to the dtype that the correction uses."""
-    return unpack(quantized, width, quantization.kind, quantization.unpacked_dtype).to(dtype)
+    return dequantize_matrix(quantized, width, quantization.kind, quantization.unpacked_dtype).to(dtype)
