@@ -39,7 +39,7 @@ class Must:
 class Settings(BaseModel):
     """A set of checked values that belong together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Self:
