@@ -14,7 +14,7 @@ from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator, stack_tensor
-from onelayer.compiler.factors.quantize import unpack
+from onelayer.compiler.factors.quantize import dequantize_matrix
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
 _ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
@@ -121,19 +121,21 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 def stack_products(directory: Path) -> dict[str, torch.Tensor]:
     """(E, out, in) of what stands for each stack."""
     emulator = Emulator.open(directory)
-    kind, dtype = emulator.facts.packed, torch.float32
+    factor_dtype, dtype = emulator.facts.quantized_dtype, torch.float32
     found = {}
     for name, facts in emulator.facts.stacks.items():
         count, out_features, in_features = facts.shape
         read = {end: emulator.checkpoint.tensors.get(stack_tensor(name, end)) for end in (UP, DOWN, DENSE)}
         held = {end: emulator.checkpoint.read(stack_tensor(name, end)) for end, info in read.items() if info}
-        if kind is None:
+        if factor_dtype is None:
             found[name] = held[UP] @ held[DOWN]
         elif DENSE in held:
-            found[name] = torch.stack([unpack(held[DENSE][e], in_features, kind, dtype) for e in range(count)])
+            found[name] = torch.stack(
+                [dequantize_matrix(held[DENSE][e], in_features, factor_dtype, dtype) for e in range(count)]
+            )
         else:
-            ups = [unpack(held[UP][e], out_features, kind, dtype).T for e in range(count)]
-            downs = [unpack(held[DOWN][e], in_features, kind, dtype) for e in range(count)]
+            ups = [dequantize_matrix(held[UP][e], out_features, factor_dtype, dtype).T for e in range(count)]
+            downs = [dequantize_matrix(held[DOWN][e], in_features, factor_dtype, dtype) for e in range(count)]
             found[name] = torch.stack([up @ down for up, down in zip(ups, downs, strict=True)])
     return found
 

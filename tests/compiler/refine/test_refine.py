@@ -22,7 +22,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import known_kind
+from onelayer.compiler.factors.stored_forms import known_factor_dtype
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.command import refine_emulator
 from onelayer.compiler.refine.reconstruction import refine_unit
@@ -56,7 +56,7 @@ def refined(root: Path, output: Path, **changes: Any) -> Any:
 @pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In every factor dtype."""
-    return begun(tmp_path_factory.mktemp(f"refine-{request.param}-"), kind=known_kind(str(request.param)))
+    return begun(tmp_path_factory.mktemp(f"refine-{request.param}-"), kind=known_factor_dtype(str(request.param)))
 
 
 @pytest.fixture(scope="module")

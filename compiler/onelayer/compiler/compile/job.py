@@ -143,20 +143,20 @@ class Compilation:
 
         With `with_dense`, quantized factors come with the quantized weight, so that a later step can choose.
         """
-        settings, kind, dtype = self.settings, self.settings.factor_dtype, self.streamed.dtype
-        if kind is None:
+        settings, factor_dtype, dtype = self.settings, self.settings.factor_dtype, self.streamed.dtype
+        if factor_dtype is None:
             assert rank is not None, "a linear without a rank stays dense and is not compressed"
             factors = factorize(weight, moments, rank, dtype, settings.solver, settings.seed, fallback_moments)
             figures = LinearFigures.of(name, factors, None, None)
             return StoredLinear(figures, {UP: factors.up, DOWN: factors.down})
         if rank is None:
             energy = output_energy(weight, moments)
-            dense = quantize_dense(weight, moments, energy, kind, dtype)
+            dense = quantize_dense(weight, moments, energy, factor_dtype, dtype)
             return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
         factors = factorize(weight, moments, rank, torch.float32, settings.solver, settings.seed, fallback_moments)
-        quantized = quantize_factors(weight, moments, factors, kind, dtype)
+        quantized = quantize_factors(weight, moments, factors, factor_dtype, dtype)
         tensors = {UP: quantized.up, DOWN: quantized.down}
         if not with_dense:
             return StoredLinear(LinearFigures.of(name, factors, quantized, None), tensors)
-        dense = quantize_dense(weight, moments, factors.energy, kind, dtype)
+        dense = quantize_dense(weight, moments, factors.energy, factor_dtype, dtype)
         return StoredLinear(LinearFigures.of(name, factors, quantized, dense), {**tensors, DENSE: dense.weight})

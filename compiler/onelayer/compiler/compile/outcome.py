@@ -49,8 +49,8 @@ def spectrum_ranks(writer: EmulatorWriter, settings: ResolvedSettings) -> dict[s
             figures = linears.get(name)
             if figures is not None and figures.form == "factors":
                 values, energy = figures.singular_values, figures.output_energy
-                errors, kind = (figures.prefix_errors, figures.dense_error), settings.factor_dtype
-                spectra[name] = Spectrum(*weight_shape(module), values, energy, *errors, kind)
+                errors, factor_dtype = (figures.prefix_errors, figures.dense_error), settings.factor_dtype
+                spectra[name] = Spectrum(*weight_shape(module), values, energy, *errors, factor_dtype)
     return allocate_by_spectrum(spectra, settings.ratio)
 
 

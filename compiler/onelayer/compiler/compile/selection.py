@@ -67,19 +67,21 @@ def saved_parameters(streamed: StreamedModel, ranks: Ranks, stacks: Ranks) -> in
     return saved
 
 
-def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, kind: FactorDtype | None) -> int:
+def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, factor_dtype: FactorDtype | None) -> int:
     """Bytes of the weights of an emulator of these ranks."""
     dtype_bytes = streamed.dtype.itemsize
     total = stored_parameters(streamed) * dtype_bytes
     for name, (count, out_features, in_features) in stack_shapes(streamed).items():
         if name in stacks:
-            kept = linear_bytes(out_features, in_features, stacks[name], kind, dtype_bytes)
+            kept = linear_bytes(out_features, in_features, stacks[name], factor_dtype, dtype_bytes)
             total += count * (kept - dtype_bytes * out_features * in_features)
     for unit in streamed.units:
         for name, module in unit_linears(unit):
             if name in ranks:
                 shape = weight_shape(module)
-                total += linear_bytes(*shape, ranks[name], kind, dtype_bytes) - dtype_bytes * shape[0] * shape[1]
+                total += (
+                    linear_bytes(*shape, ranks[name], factor_dtype, dtype_bytes) - dtype_bytes * shape[0] * shape[1]
+                )
     return total
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
-from onelayer.compiler.factors.quantize import quantize_matrix, unpack
+from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, replaced_forwards
 from onelayer.compiler.refine.settings import RefineSettings
@@ -34,7 +34,7 @@ class TrainedLinear:
     def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
         first, second = emulator.factors(name)
         found = {DENSE: first} if second is None else {UP: first.T, DOWN: second}
-        self.factor_dtype, self.dtype = emulator.facts.packed, dtype
+        self.factor_dtype, self.dtype = emulator.facts.quantized_dtype, dtype
         self.masters = {ending: factor.to(device, torch.float32).contiguous() for ending, factor in found.items()}
         self.rounded: dict[str, torch.Tensor] = {}
         self.round()
@@ -46,7 +46,7 @@ class TrainedLinear:
             found = (
                 master.to(dtype)
                 if factor_dtype is None
-                else unpack(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
+                else dequantize_matrix(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
             )
             self.rounded[ending] = found.float().detach().requires_grad_()
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from onelayer.compiler.factors.quantize import unpack
+from onelayer.compiler.factors.quantize import dequantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype, row_bytes
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear
 from onelayer.runtime.modules.weight_guard import GuardWeight
@@ -21,7 +21,7 @@ from onelayer.runtime.modules.weight_guard import GuardWeight
 class Quantization:
     """How the tensors of an emulator are quantized, and the dtype in which its figures and correction use them."""
 
-    kind: FactorDtype
+    factor_dtype: FactorDtype
     unpacked_dtype: torch.dtype
 
 
@@ -49,7 +49,7 @@ class QuantizedLinear(CompressedLinear):
         self.factors = ("lr_dense",) if rank is None else ("lr_up", "lr_down")
         for name in self.factors:
             rows, width = (out_features if rank is None else rank), self._width(name)
-            empty = torch.empty(rows, row_bytes(width, quantization.kind), device=device, dtype=torch.uint8)
+            empty = torch.empty(rows, row_bytes(width, quantization.factor_dtype), device=device, dtype=torch.uint8)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     @property
@@ -86,7 +86,7 @@ class QuantizedLinear(CompressedLinear):
         """Sizes, as `print(model)` shows them."""
         rank = "full" if self.rank is None else self.rank
         sizes = f"in={self.in_features}, out={self.out_features}, rank={rank}, bias={self.bias is not None}"
-        return f"{sizes}, {self.quantization.kind}"
+        return f"{sizes}, {self.quantization.factor_dtype}"
 
 
 def quantized_product(
@@ -116,16 +116,16 @@ class _QuantizedProduct(torch.autograd.Function):
             quantization,
             rows_are_outputs,
         )
-        M = _unpacked(quantized, width, quantization, x.dtype)
+        M = _dequantized(quantized, width, quantization, x.dtype)
         return x @ (M.T if rows_are_outputs else M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        M = _unpacked(ctx.quantized, ctx.width, ctx.quantization, grad_y.dtype)
+        M = _dequantized(ctx.quantized, ctx.width, ctx.quantization, grad_y.dtype)
         return grad_y @ (M if ctx.rows_are_outputs else M.T), None, None, None, None
 
 
-def _unpacked(quantized: torch.Tensor, width: int, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
+def _dequantized(quantized: torch.Tensor, width: int, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
     """Return M (rows, width) in the dtype of a call, rounded to the dtype that the correction uses."""
-    return unpack(quantized, width, quantization.kind, quantization.unpacked_dtype).to(dtype)
+    return dequantize_matrix(quantized, width, quantization.factor_dtype, quantization.unpacked_dtype).to(dtype)

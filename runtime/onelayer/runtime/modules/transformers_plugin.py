@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from onelayer.compiler.emulators.reader import StackFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
-from onelayer.compiler.factors.stored_forms import known_kind
+from onelayer.compiler.factors.stored_forms import known_factor_dtype
 from onelayer.runtime.modules.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear, LowRankLinear
 from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
@@ -82,11 +82,11 @@ class EmulatorConfig(QuantizationConfigMixin):
     @property
     def quantization(self) -> Quantization | None:
         """How the factors are quantized; None if they are not."""
-        kind = known_kind(self.factor_dtype)
-        if kind is None:
+        factor_dtype = known_factor_dtype(self.factor_dtype)
+        if factor_dtype is None:
             return None
-        check_library(kind)
-        return Quantization(kind, getattr(torch, str(self.unpacked_dtype)))
+        check_library(factor_dtype)
+        return Quantization(factor_dtype, getattr(torch, str(self.unpacked_dtype)))
 
     @property
     def modules(self) -> dict[str, int | None]:
