@@ -52,7 +52,7 @@ def main() -> None:
     velora = adapted(base_model(arguments), dtype, device, velora_config=peft.VeloraConfig())
     velora.load_state_dict(model.state_dict(), strict=False)
     variants["VeLoRA (PEFT)"] = (velora, nullcontext)
-    fixed_bytes = bytes_beside_layers(model, ids)
+    fixed_bytes = bytes_outside_layers(model, ids)
     rows = {name: costs(owner, enter, ids, fixed_bytes) for name, (owner, enter) in variants.items()}
     for name, seconds in timings(variants, ids, arguments.rounds).items():
         rows[name] |= seconds
@@ -112,7 +112,7 @@ def step(model: Any, ids: torch.Tensor) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def bytes_beside_layers(model: Any, ids: torch.Tensor) -> int:
+def bytes_outside_layers(model: Any, ids: torch.Tensor) -> int:
     """Count the bytes saved for the backward pass of a model without its layers."""
     decoder = model.get_base_model().get_decoder()
     layers, decoder.layers = decoder.layers, torch.nn.ModuleList()

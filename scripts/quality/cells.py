@@ -26,7 +26,7 @@ from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.tokens import IGNORED, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.evaluate.scoring import Samples
+from onelayer.compiler.evaluate.samples import Samples
 from onelayer.runtime import load_emulator, train_lora
 from scripts.quality.emulators import (
     COMPILED,

@@ -26,7 +26,8 @@ from onelayer.compiler import compile_emulator, refine_emulator
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
-from onelayer.compiler.emulators.reader import DOWN, UP, Emulator
+from onelayer.compiler.emulators.facts import DOWN, UP
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.quantize import quantize_matrix

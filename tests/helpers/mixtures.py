@@ -13,7 +13,8 @@ from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator, stack_tensor
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, stack_tensor
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import dequantize_matrix
 from onelayer.compiler.storage.checkpoint import Checkpoint
 

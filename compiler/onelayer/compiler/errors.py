@@ -1,4 +1,4 @@
-"""The one error that a person can cause; every command turns it into a single line and exit code 2."""
+"""The error for bad user input; every command turns it into a single line and exit code 2."""
 
 
 class InputError(ValueError):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, stack_tensor
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, stack_tensor
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.quantized_factors import QuantizedDense, QuantizedFactors
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from onelayer.compiler.documents import checked_document
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import (
     FIGURE_DIGITS,
     LinearFigures,
@@ -21,15 +22,15 @@ from onelayer.compiler.emulators.figures import (
     StackSummary,
     kept_bytes_share,
 )
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.emulators.shards import write_shards
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result, round_significant
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.files import atomic_directory, check_output, copy_companions, read_json, write_json
-from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
+from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry
 
 FIGURES_FILE = "emulator.json"
 
@@ -249,22 +250,6 @@ def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) 
         yield from tensor_entry(name, factor).chunks()
 
     return Entry(name, info.dtype, shape, chunks)
-
-
-def write_shards(
-    target: Path, source: Emulator, by_file: Mapping[Path, list[Entry]], meter: Meter, description: str
-) -> list[int]:
-    """Write the shards that replace those of `source`, then the index; return the bytes of each shard."""
-    checkpoint = source.checkpoint
-    with Progress(len(by_file), description) as progress:
-        for count, (file, entries) in enumerate(by_file.items()):
-            progress.reached(count, file.name, meter.sample())
-            write_safetensors(target / file.name, entries, checkpoint.metadata[file])
-    sizes = [sum(entry.size_bytes for entry in entries) for entries in by_file.values()]
-    if checkpoint.index_file is not None:
-        weight_map = {entry.name: file.name for file, entries in by_file.items() for entry in entries}
-        write_index(target / checkpoint.index_file.name, weight_map, sum(sizes))
-    return sizes
 
 
 def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.machine.meter import Meter

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, StackFacts, stack_sizes, stack_tensor
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, StackFacts, stack_sizes, stack_tensor
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
 from onelayer.runtime.modules.quantized_linear import Quantization, quantized_product

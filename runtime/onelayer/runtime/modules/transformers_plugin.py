@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from onelayer.compiler.emulators.reader import StackFacts
+from onelayer.compiler.emulators.facts import StackFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_factor_dtype
