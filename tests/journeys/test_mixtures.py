@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.children import fork_server
 from helpers.hashes import hashes
 from helpers.mixtures import compiled, modules_of_experts, save_mixture, with_products
 from helpers.resident_gradients import batch_for, distance, gradients, with_lora
@@ -31,10 +31,7 @@ def child(root: Path, name: str, home: str) -> None:
 
 def test_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path, own_store: Path) -> None:
     save_mixture("qwen3_moe", tmp_path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["onelayer.compiler.compile.command", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
-    )
+    context = fork_server()
 
     def start(name: str) -> Any:
         process = context.Process(target=child, args=(tmp_path, name, str(own_store)))
@@ -172,10 +169,7 @@ def test_a_mixture_stays_within_the_prediction_whatever_the_samples(tmp_path: Pa
     tiny_tokenizer(tmp_path / "model")
     words = "the quick brown fox jumps over the lazy dog " * 200
     (tmp_path / "long.jsonl").write_text((json.dumps({"text": words}) + "\n") * 16)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["onelayer.compiler.compile.command", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
-    )
+    context = fork_server()
     for samples in (2, 16):
         process = context.Process(target=compile_in_child, args=(tmp_path, samples, str(own_store)))
         process.start()

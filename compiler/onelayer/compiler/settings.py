@@ -179,7 +179,7 @@ class Resumable(Machine):
 
     resume: Annotated[
         bool,
-        Field(description="Take up an interrupted run with the same settings, or start anew."),
+        Field(description="Take up an interrupted run with the same settings, or start over."),
         Option(flags="--resume/--no-resume"),
     ] = True
 

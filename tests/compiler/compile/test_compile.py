@@ -1,7 +1,6 @@
 """The compile pass: an emulator on disk that is what it says, for every architecture, or nothing at all."""
 
 import json
-import multiprocessing
 import os
 from itertools import product
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
+from helpers.children import fork_server
 from helpers.tiny_models import TINY, causal, save_tiny, tiny_tokenizer
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.data.batches import make_batches
@@ -236,8 +236,7 @@ def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path, own_st
         causal("Llama", num_hidden_layers=layers, **shape).save_pretrained(tmp_path / str(layers))
         tiny_tokenizer(tmp_path / str(layers))
     # A process that has computed before holds free memory, which would hide what the next pass takes: one child each.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["onelayer.compiler.compile.command", "transformers.models.llama.modeling_llama"])
+    context = fork_server()
     grown: dict[tuple[int, int], list[int]] = {}
     # What is held is there in every run, the holes that an allocator leaves in some: the least of three counts.
     for (layers, samples), run in product(((2, 4), (8, 4), (2, 96)), range(3)):

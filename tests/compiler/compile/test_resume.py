@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from helpers.children import fork_server
 from helpers.hashes import hashes
 from helpers.tiny_models import causal, tiny_tokenizer
 from onelayer.compiler.compile.command import compile_emulator
@@ -46,8 +46,7 @@ def child(source: Path, output: Path, home: str) -> None:
 
 
 def test_twenty_kills_at_random_moments_end_in_the_same_bytes(source: Path, tmp_path: Path, own_store: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["onelayer.compiler.compile.command", "transformers.models.llama.modeling_llama"])
+    context = fork_server()
 
     def start(output: Path) -> Any:
         process = context.Process(target=child, args=(source, output, str(own_store)))

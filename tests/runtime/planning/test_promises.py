@@ -149,12 +149,14 @@ def test_polish(setup: Setup, tmp_path: Path) -> None:
     assert promised(result) == pytest.approx(planned, rel=0.02)
 
 
-def test_a_correction_of_an_8b_model_counts_three_linears_and_what_is_solved() -> None:
+def test_a_correction_counts_three_linears_and_what_is_solved() -> None:
     """By hand, ratio 0.25 and rank 8: 3 x 142 MB of the widest linears, and 168 MB of solved factors."""
     widest = CorrectedShape(14336, 4096, 796, 8, 2 * 14336 * 4096)
     by_hand = 16 * MIB + MIB + 8 * (796 + 6 * 8) * (14336 + 4096)
     assert widest.working_bytes == by_hand
     assert correction_bytes([widest] * 5) == 3 * by_hand + 5 * widest.solved_bytes
+    many = [widest] * 1000  # written in float32 while what is solved is still there
+    assert correction_bytes(many) == 1500 * widest.solved_bytes
     assert 3 * by_hand == pytest.approx(427e6, rel=0.01)
 
 

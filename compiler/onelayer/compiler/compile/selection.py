@@ -32,8 +32,10 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False)
             if free and (quantized or rank is not None) and out_features * in_features >= SMALL_SHARE * total:
                 ranks[name] = rank
     if not ranks:
-        kind = type(streamed.model).__name__
-        raise InputError(f"{streamed.checkpoint.directory}: {kind} has no linears in repeated layers to factorize")
+        architecture = type(streamed.model).__name__
+        raise InputError(
+            f"{streamed.checkpoint.directory}: {architecture} has no linears in repeated layers to factorize"
+        )
     return ranks
 
 
@@ -100,7 +102,7 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
 
 
 def compile_workspace(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batch_tokens: int) -> int:
-    """What compile holds beside the weights of the largest unit, predicted from shapes alone.
+    """Predict what a compile holds in addition to the largest unit, from shapes alone.
 
     Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
     unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead; a reserve.
@@ -119,7 +121,7 @@ def compile_workspace(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batc
 
 
 def _expert_workspace(found: ExpertStacks, ranks: Ranks, batch_tokens: int) -> int:
-    """Of one module of experts: its routed rows of a batch as the model computes them, or one expert as it is solved.
+    """Predict what one module of experts takes: its routed rows of a batch, or one expert while it is solved.
 
     Moments come twice, those of the rows that an expert was sent and those of all tokens.
     """

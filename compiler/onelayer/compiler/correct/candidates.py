@@ -20,10 +20,10 @@ CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
 
 
 def trial_bytes(sides: int, widest_factors_bytes: int) -> int:
-    """What the trials hold beside the stream that scores them. `sides`: inputs and outputs of all adapted linears,
-    each times the adapter's rank.
+    """Bound what the trials hold in addition to the stream that scores them, in bytes.
 
-    Of every adapted linear p, b and two errors; for one unit at a time the candidates; of one linear its factors.
+    `sides`: inputs and outputs of all adapted linears, each times the adapter's rank. Every adapted linear has p, b and
+    two errors; one unit at a time has the candidates, and one linear its factors.
     """
     return 8 * (4 + len(CANDIDATES)) * sides + 2 * widest_factors_bytes
 

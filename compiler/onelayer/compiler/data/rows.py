@@ -94,7 +94,7 @@ def _pair(present: Mapping[str, Any], source: str) -> Example:
     for name, other in (("prompt", "completion"), ("completion", "prompt")):
         if name not in present:
             remedy = "" if name == "completion" else "; use 'text' for an example without a prompt"
-            raise InputError(f"{source}: field '{other}' needs a field '{name}' next to it{remedy}")
+            raise InputError(f"{source}: field '{other}' needs a field '{name}' too{remedy}")
     prompt, completion = present["prompt"], present["completion"]
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InputError(

@@ -118,7 +118,7 @@ def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Toke
     if not tokenizer.chat_template:
         raise InputError(
             f"{example.source}: messages need a chat template and {_name(tokenizer)} has none; add "
-            "chat_template.jinja to its tokenizer, or write 'text' or 'prompt' and 'completion' as strings"
+            "chat_template.jinja next to its tokenizer, or write 'text' or 'prompt' and 'completion' as strings"
         )
     if example.messages is None:
         assert isinstance(example.prompt, list)
@@ -154,7 +154,7 @@ def _rendered(
         if not (after.startswith(before) and whole.startswith(after)):
             raise InputError(
                 f"{example.source}: the chat template of {_name(tokenizer)} writes message {turn} in another way "
-                "when others follow, so its tokens cannot be told apart; put {% generation %} marks into the template, "
+                "when others follow, so its tokens cannot be identified; put {% generation %} marks into the template, "
                 "or write 'prompt' and 'completion' as strings"
             )
         spans.append((len(before), len(after)))

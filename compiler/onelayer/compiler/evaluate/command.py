@@ -31,7 +31,7 @@ from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
-# Of a larger one a float64 does not hold the exponential: such a perplexity is told as the largest there is.
+# Of a larger one a float64 does not hold the exponential: such a perplexity is reported as the largest float.
 LARGEST_LOSS = math.log(sys.float_info.max)
 
 

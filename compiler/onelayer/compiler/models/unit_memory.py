@@ -104,6 +104,10 @@ class CorrectedShape:
 
 
 def correction_bytes(linears: Sequence[CorrectedShape]) -> int:
-    """Bound what a correction holds: the linears that are worked on at once, and what is solved of all of them."""
-    working = max((linear.working_bytes for linear in linears), default=0)
-    return LINEARS_AT_ONCE * working + sum(linear.solved_bytes for linear in linears)
+    """Bound what a correction holds: what is solved of all linears, and the fuller of two moments.
+
+    Those are the linears that are worked on at once, and the float32 copies that are written at the end.
+    """
+    working = LINEARS_AT_ONCE * max((linear.working_bytes for linear in linears), default=0)
+    solved = sum(linear.solved_bytes for linear in linears)
+    return solved + max(working, solved // 2)

@@ -86,10 +86,10 @@ class PolishJob:
 
     def _describe(self, step: int) -> str:
         last = self.state.steps[-1] if self.state.steps else None
-        told = (
+        figures = (
             f", loss {last['loss']:.3f}, {last['seconds']:.0f} s and {last['bytes_read'] / 1e9:.2f} GB" if last else ""
         )
-        return f"polish step {step + 1}/{self.settings.steps}{told}"
+        return f"polish step {step + 1}/{self.settings.steps}{figures}"
 
     def _step(self, step: int) -> dict[str, Any]:
         """Gradients of one large batch, one move of the optimizer; returns the figures of the step."""

@@ -20,7 +20,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torc
 
 
 def check_takes_positions(model: PreTrainedModel) -> None:
-    """Raise `InputError` where a model cannot be told that a row begins."""
+    """Raise `InputError` if a model has no way to know that a row begins."""
     kind, takes = type(model).__name__, inspect.signature(type(model).forward).parameters
     if model.config.is_encoder_decoder or not model.can_generate() or "position_ids" not in takes:
         raise InputError(f"--packing: {kind} does not predict the next token at positions it is given; leave it out")
@@ -54,7 +54,7 @@ def check_apart(stream: Stream, packs: Sequence[Pack]) -> None:
 
 
 def change_of(together: torch.Tensor, alone: torch.Tensor, first: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Mean change of the losses behind the `first` ones, in nats, and the most that rounding explains.
+    """Mean change of the losses after the `first` ones, in nats, and the most that rounding explains.
 
     The first row of a pack lies where it would lie alone, so it tells nothing.
     """

@@ -29,7 +29,7 @@ class _Waiting:
 class TokenLoss:
     """Mean cross-entropy over all labeled tokens of the batches together, in float32 as transformers computes it.
 
-    The first `trained` batches form one mean, whose gradients go back; those behind them another, which is only
+    The first `trained` batches form one mean, whose gradients go back; the others form another, which is only
     measured. Hand `take` to the forward stream, then call `finish`.
     """
 
@@ -111,7 +111,7 @@ class TokenLoss:
             gradients[index][rows] += part.to("cpu", torch.float32)
         for index, gradient_NH in gradients.items():
             hidden_NH = self._waiting.pop(index).hidden
-            # Code behind the last unit may share graph with code in front of others, which is still to be walked.
+            # Code after the last unit may share a graph with code before other units, which is still to be walked.
             hidden_NH.backward(gradient_NH.to(hidden_NH.dtype), retain_graph=True)
         self._waiting.clear()
 

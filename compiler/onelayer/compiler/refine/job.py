@@ -1,6 +1,6 @@
-"""The stream of a refinement: the original's units with what goes in and comes out of them, each left trained behind.
+"""The stream of a refinement: each unit of the emulator is trained on the inputs and outputs of the original's.
 
-Held beside a unit: what its calls took and gave, on the host or in mapped files, until its factors are trained.
+Held in addition to a unit: what its calls took and gave, on the host or in mapped files, until its factors are trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +112,7 @@ def linears_of(unit: Unit, source: Emulator) -> list[str]:
 
 
 def refine_workspace(streamed: StreamedModel, source: Emulator, batch_tokens: int, on_gpu: bool) -> int:
-    """What a refinement holds beside the weights of the largest unit, predicted from shapes alone.
+    """Predict what a refinement holds in addition to the largest unit, from shapes alone.
 
     The unit's factors with their gradients and optimizer, copies of the widest one as it is rounded, the graph of one
     batch as in an exact step and, on a host that is the device too, the unit that is read ahead; a reserve.

@@ -87,14 +87,14 @@ class Call:
 
     @classmethod
     def of(cls, samples: int, kept: UnitInputs, outputs: Any) -> "Call":
-        """Keep the outputs beside what is kept of the inputs."""
+        """Keep the outputs together with what is kept of the inputs."""
         targets = [output.detach() for output in differentiable(outputs)]
         finite = [finite_rows(target) for target in targets]
         return cls(samples, kept, targets, [target._version for target in targets], finite)
 
     @property
     def rows(self) -> int:
-        """Of all targets."""
+        """The rows of all targets."""
         return sum(map(row_count, self.targets))
 
     @property
@@ -218,7 +218,7 @@ def _factors_in_place(unit: Unit, linears: Mapping[str, TrainedLinear]) -> Abstr
 
 @contextmanager
 def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
-    """Rows that are not finite are zero to the linears at `paths` meanwhile, and so are such gradients.
+    """Give the linears at `paths` zeros in place of rows and gradients that are not finite.
 
     A product's gradient sums over rows: one that is not finite would spoil it, although nothing is asked of its output.
     """

@@ -10,7 +10,7 @@ import typer
 
 
 def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json: bool) -> Any:
-    """Do the work and print its result; what libraries print meanwhile goes to stderr, stdout is for the result."""
+    """Do the work and print its result; what libraries print goes to stderr, stdout is for the result."""
     with contextlib.redirect_stdout(sys.stderr):
         result = work()
         document = result if isinstance(result, dict | list) else result.model_dump(mode="json")

@@ -158,7 +158,7 @@ def manifest_schema() -> dict[str, Any]:
     return schema
 
 
-# Arguments of SFTConfig that a manifest decides elsewhere, with the place; beside those that training always refuses.
+# Arguments of SFTConfig that training always refuses, and those that a manifest decides elsewhere, with the place.
 _RESERVED_ARGS = {
     **{name: f"cannot be set here, {remedy}" for name, remedy in REFUSED_ARGS.items()},
     "output_dir": "not here, the store decides where results go",

@@ -14,7 +14,7 @@ from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, emul
 
 # The rest is for the device's own context and for memory lost between blocks of the allocator.
 USABLE_SHARE = 0.95
-# Factors are looked at up to the largest ratio; behind it only weights that are kept whole, where they are rounded.
+# Factors are looked at up to the largest ratio; beyond it only rounded weights that are kept whole.
 SMALLEST_RATIO, LARGEST_RATIO, STEPS, WHOLE = 0.01, 0.95, 1000, 1.0
 # A more exact way to store activations is taken if it leaves this share of the ratio that the thriftiest allows: what
 # is missing in the emulator costs more than what is missing in the backward pass (manifests/LOG.md).
@@ -109,7 +109,7 @@ def choose_each(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int) -> 
 
 
 def compile_dtype(dtype: FactorDtype) -> FactorDtype | None:
-    """What `compile` is told: None, the original's own dtype, for which `bf16` stands in a plan."""
+    """Return the dtype that `compile` takes: None, the original's own, if a plan says `bf16`."""
     return None if dtype == "bf16" else dtype
 
 

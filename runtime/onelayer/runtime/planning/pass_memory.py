@@ -70,10 +70,10 @@ def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
 def refine_bytes(
     shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation, on_gpu: bool = True
 ) -> int:
-    """Of a refinement on the card: the block that is refined, and its factors as they are trained.
+    """Bound a refinement on the card: the block that is refined, and its factors while they are trained.
 
-    A bound with uniform ranks. By spectrum a block may hold more than its share, up to its weights; `SPECTRUM_MARGIN`
-    is then a guess, and the pass itself tells its bound from the ranks.
+    It is a bound with uniform ranks. By spectrum a block may hold more than its share, up to its weights;
+    `SPECTRUM_MARGIN` is then a guess, and the pass itself computes its bound from the ranks.
     """
     margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
     costs = []
@@ -85,7 +85,7 @@ def refine_bytes(
 
 
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
-    """Bound of an exact step on the card, on `tokens` at once: the block that computes and what it needs beside."""
+    """Bound an exact step on the card, on `tokens` at once: the block that computes and all that it needs."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
@@ -149,7 +149,7 @@ def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
 
 
 def _solver_bytes(linear: LinearShape, rank: int, value_bytes: int) -> int:
-    """Beside weight and moment, in float64: the weight, its product with a square root of the moment, and the
+    """In addition to weight and moment, in float64: the weight, its product with a square root of the moment, and the
     eigenproblem of the narrow side with its workspace; or, where the moment is of the input, what the factors leave of
     the weight with two products of it. The basis comes twice, as does the stored factor that it becomes."""
     rows, columns = linear.out_features, linear.in_features

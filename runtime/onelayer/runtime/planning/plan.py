@@ -68,7 +68,7 @@ class TrainParts(Result):
 class FactorChoice(Result):
     """One factor dtype: the largest ratio that fits, the middle linear's rank there, bytes, and the expected error.
 
-    `error` is what leaving out the directions behind that rank costs, the root mean square over linears, where spectra
+    `error` is what leaving out the directions beyond that rank costs, the root mean square over linears, where spectra
     are known; what rounding costs comes on top. `error_is_bound`: the spectra are shorter than the rank, it is less.
     """
 
@@ -275,7 +275,7 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
 
 
 def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str]:
-    """What a reader should know beside the figures."""
+    """Remarks that a reader needs in addition to the figures."""
     remarks = []
     whole = choice.memory.peak - choice.memory.emulator + shapes.parameters * shapes.value_bytes
     if whole <= memory_bytes:

@@ -22,7 +22,7 @@ class LinearShape:
 
     @property
     def parameters(self) -> int:
-        """Of the weight."""
+        """The parameters of the weight."""
         return self.out_features * self.in_features
 
 
@@ -35,7 +35,7 @@ class ExpertShapes:
 
     @property
     def parameters(self) -> int:
-        """Of all experts."""
+        """The parameters of all experts."""
         return self.count * sum(linear.parameters for linear in self.linears)
 
     @property
@@ -52,7 +52,7 @@ class ExpertShapes:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One repeated layer: its linears, its experts if it has any, and how many parameters it has beside them."""
+    """One repeated layer: its linears, its experts if it has any, and how many other parameters it has."""
 
     name: str
     linears: tuple[LinearShape, ...]
@@ -94,7 +94,7 @@ class ModelShapes:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """The parameters of the whole model."""
         return self.outside_parameters + sum(block.parameters for block in self.blocks)
 
     @property

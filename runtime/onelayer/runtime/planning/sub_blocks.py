@@ -68,7 +68,7 @@ def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:
 
 
 def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:
-    """Of a mixture, per token: the summed width that its active experts open, and their inner width; zeros if none."""
+    """Return the summed width that a token's active experts open, and their inner width; zeros if there are none."""
     if block.experts is None:
         return 0, 0
     # Stacks may lie either way; what opens is as wide as what closes, or twice as wide where it has a gate.

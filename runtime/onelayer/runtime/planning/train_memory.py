@@ -145,7 +145,7 @@ def train_memory(shapes: ModelShapes, emulator: int, planned: PlannedRun) -> Tra
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What a block keeps for its backward pass, and what that pass holds beside what is kept."""
+    """What a block keeps for its backward pass, and what that pass holds in addition."""
 
     shapes: ModelShapes
     planned: PlannedRun
@@ -166,7 +166,7 @@ class LayerBytes:
         return len(parts) * (copy + MASTER_BYTES * self.planned.tokens)
 
     def backward(self, block: BlockShape) -> int:
-        """Beside what is kept: what is recomputed, if anything is, and the gradients of the widest sub-block."""
+        """What is recomputed, if anything is, and the gradients of the widest sub-block."""
         parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
         gradients = self.planned.tokens * ((6 if self.autocast else 2 * self.shapes.value_bytes) * inner + 8 * hidden)

@@ -129,9 +129,9 @@ def _units(data: ReportData) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     several = len({row.step for row in data.units}) > 1
     for row in sorted(data.units, key=lambda row: row.layer):
-        told = [*([row.step] if several else []), row.kind]
+        label = [*([row.step] if several else []), row.kind]
         for when, error in (("as compiled", row.before), ("refined", row.after)):
-            series.setdefault(", ".join([*told, when]), []).append((float(row.layer), error))
+            series.setdefault(", ".join([*label, when]), []).append((float(row.layer), error))
     chart = lines(series, "layer", "relative error of the output")
     note = "Of each layer of the emulator, for the original's inputs, over the rows that it was refined on."
     return chart and f'{chart}<p class="note">{note}</p>'

@@ -1,4 +1,4 @@
-"""A plan's document in, text for a person out."""
+"""Turns a plan's document into text."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Result documents in, plain text for a person out: short aligned tables that fit a terminal and read well in a log."""
+"""Turns result documents into plain text: short aligned tables that fit a terminal and read well in a log."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,13 +41,14 @@ def compile_summary(document: Mapping[str, Any]) -> str:
     worst = sorted([*document["linears"], *stacks], key=lambda linear: linear["error"], reverse=True)[:WORST_LINEARS]
     rows = [("largest errors", "rank", "error", "optimal")]
     rows += [(row["name"], row["rank"], row["error"], row["optimal_error"]) for row in worst]
-    told = []
+    remarks = []
     if stacks:
         experts, fallbacks = (sum(row[field] for row in stacks) for field in ("experts", "fallbacks"))
-        told.append(f"{experts} expert matrices in {len(stacks)} stacks, {fallbacks} of them completed by a fallback")
+        matrices = f"{experts} expert matrices in {len(stacks)} stacks"
+        remarks.append(f"{matrices}, {fallbacks} of them completed by a fallback")
     if dense:
-        told.append(f"{dense:,} parameters of experts out of reach of transformers' experts interface stay dense")
-    return "\n".join([head, *([table(rows)] if worst else []), *told, report_line(document["report"])])
+        remarks.append(f"{dense:,} parameters of experts out of reach of transformers' experts interface stay dense")
+    return "\n".join([head, *([table(rows)] if worst else []), *remarks, report_line(document["report"])])
 
 
 def refine_summary(document: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from html import escape
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 42
-# Okabe and Ito: told apart by people who see colors differently; dashes tell them apart in print.
+# Okabe and Ito: distinct for people who see colors differently; dashes keep lines distinct in print.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555", "#000000")
 DASHES = ("", "6 3", "2 3")
 
@@ -44,7 +44,7 @@ def bars(
     thick, gap, head = 11, 8, 15
     group = head + thick * len(names) + gap
     height = TOP + group * len(rows) + 30
-    right = WIDTH - 74  # room for the figures behind the bars
+    right = WIDTH - 74  # room for the figures after the bars
     parts = []
     for number, (label, values) in enumerate(rows):
         top = TOP + number * group

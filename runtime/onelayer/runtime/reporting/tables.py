@@ -58,7 +58,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def report_line(report: Mapping[str, Any]) -> str:
-    """The memory contract in one line: what was measured beside what was promised."""
+    """The memory contract in one line: what was measured and what was promised."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
     return (
         f"device peak {size(report['peak_device_bytes'])} "

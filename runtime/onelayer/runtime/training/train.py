@@ -1,8 +1,8 @@
 """LoRA training: a directory that fits in memory (an emulator, or any plain model) and data in, an adapter out.
 
 LoRA is PEFT's, the loop TRL's, for sequence classifiers transformers'. Everything that can be refused is refused before
-weights are read. The work directory beside the output holds the checkpoints; the adapter appears in one rename, when it
-is complete.
+weights are read. The work directory next to the output holds the checkpoints; the adapter appears in one rename, when
+it is complete.
 """
 
 import time
@@ -79,7 +79,7 @@ def train_lora(
 def _train_checked(
     settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
 ) -> TrainResult:
-    """Find model and data, say what the run is of, and train in the work directory beside `output`."""
+    """Find model and data, say what the run is of, and train in the work directory next to `output`."""
     check_output(output)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)

@@ -80,7 +80,7 @@ def _annotations(file: Path, class_name: str) -> list[tuple[str, str]]:
 
 
 def _type(annotation: str) -> Any:
-    """The scalar type that an annotation names, None allowed beside it; anything richer is left to SFTConfig."""
+    """The scalar type that an annotation names, None allowed too; anything richer is left to SFTConfig."""
     kinds = set(annotation.split(" | ")) - {"None"}
     scalar = _SCALARS.get(kinds.pop()) if len(kinds) == 1 else None
     return Any if scalar is None else scalar | None

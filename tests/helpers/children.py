@@ -1,0 +1,14 @@
+"""Children in processes of their own, which have imported what they compute with and computed nothing."""
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+
+_PASSES = [f"onelayer.compiler.{name}.command" for name in ("compile", "polish", "refine")]
+_FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "qwen3_moe", "t5")]
+
+
+def fork_server() -> ForkServerContext:
+    """The context of all tests that start children: one server serves the first caller's list, so there is one list."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PASSES, *_FAMILIES])
+    return context
