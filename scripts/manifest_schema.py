@@ -1,6 +1,6 @@
 """Write the JSON Schema of manifests, for editors that complete and check YAML.
 
-    python scripts/manifest_schema.py [FILE]        default: manifests/manifest.schema.json
+    python -m scripts.manifest_schema [FILE]        default: manifests/manifest.schema.json
 
 In a manifest's first line: `# yaml-language-server: $schema=manifest.schema.json`.
 """
@@ -15,7 +15,7 @@ SCHEMA = Path(__file__).parent.parent / "manifests" / "manifest.schema.json"
 
 
 def main() -> None:
-    """Write it."""
+    """Write the schema."""
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else SCHEMA
     file.write_text(json.dumps(manifest_schema(), indent=1) + "\n", encoding="utf-8")
 

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 
-# Threads that wait must not spin: next to other busy programs on two cores, spinning made training six times slower.
+# Waiting threads must not spin: with other busy programs on two cores, spinning made training six times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # No test may reach a hub: one that tries fails at once, and the same way on a machine with a network.
 export HF_HUB_OFFLINE=1

@@ -1,8 +1,8 @@
-"""Held-out loss of LoRA with plain and with compressed activations, seed by seed, on a trained model given by the user.
+"""Measures held-out loss of LoRA with plain and with compressed activations, per seed, on a given trained model.
 
     python -m scripts.bench.activation_training --model DIR --train train.jsonl --test test.jsonl
 
-Every run is one `train_lora`; all adapters of a seed and the model without any are scored in one streamed pass.
+Every run is one `train_lora`. All adapters of a seed and the bare model are scored in one streamed pass.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace, folder: Path, mode: str, seed: int) -> dict[str, Any]:
-    """One adapter, by the settings of the command line."""
+    """Train one adapter with the settings of the command line."""
     compressed = {} if mode == PLAIN else {"activations": mode, "activation_rank": arguments.rank}
     result = train_lora(
         arguments.model,
@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
 

@@ -1,13 +1,14 @@
-"""One LoRA step under every way to save activations, side by side: saved bytes, peak bytes, seconds, gradient cosine.
+"""Compares ways to save activations in one LoRA step: saved bytes, peak bytes, seconds and gradient cosine.
 
-Saved bytes are those of the decoder layers; what the head and the loss keep is the same for all, and printed once.
+Saved bytes are those of the decoder layers. The head and the loss save the same bytes in all variants; they are
+printed once.
 
     python -m scripts.bench.activations
     python -m scripts.bench.activations --model DIR --data texts.jsonl     a trained model, whose activations are real
     python -m scripts.bench.activations --device cuda --dtype bfloat16 --hidden 2048 --batch 8 --length 2048
 
-Without a model a random one is built. Its activations have a flat spectrum, the worst case for the cosine; bytes and
-seconds do not depend on weights. Rounds go through all variants in turn, and seconds are compared within a round.
+Without --model, a random model is built. Its activations have a flat spectrum, the worst case for the cosine; bytes and
+seconds do not depend on weights. Each round runs all variants in turn, and seconds are compared within a round.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
     velora = adapted(base_model(arguments), dtype, device, velora_config=peft.VeloraConfig())
     velora.load_state_dict(model.state_dict(), strict=False)
     variants["VeLoRA (PEFT)"] = (velora, nullcontext)
-    fixed_bytes = bytes_beside_layers(model, ids)
+    fixed_bytes = bytes_outside_layers(model, ids)
     rows = {name: costs(owner, enter, ids, fixed_bytes) for name, (owner, enter) in variants.items()}
     for name, seconds in timings(variants, ids, arguments.rounds).items():
         rows[name] |= seconds
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def variants_of(model: Any) -> dict[str, Variant]:
-    """Ways to run one and the same model."""
+    """The ways to run the same model."""
     found: dict[str, Variant] = {
         PLAIN: nullcontext,
         BASELINE: partial(checkpointing, model, 1),
@@ -83,7 +84,7 @@ def variants_of(model: Any) -> dict[str, Variant]:
 
 @contextmanager
 def checkpointing(model: Any, every: int) -> Iterator[None]:
-    """Transformers' own, without the hook that makes frozen embeddings pass gradients on."""
+    """Use transformers' checkpointing, without the hook that makes frozen embeddings pass gradients on."""
     base = model.get_base_model()
     function = partial(checkpoint, use_reentrant=False)
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function, every_n_layers=every)
@@ -95,7 +96,7 @@ def checkpointing(model: Any, every: int) -> Iterator[None]:
 
 @contextmanager
 def compressed(model: Any, where: Where, share: float, residual_bits: int) -> Iterator[Any]:
-    """Ours; the first pass, which looks at how the layers are built, is over when this is entered."""
+    """Use onelayer's compression; its first pass, which examines the layers, is done before this is entered."""
     compression = compress_activations(model, rank=share, where=where, residual_bits=residual_bits)
     try:
         ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
@@ -106,13 +107,13 @@ def compressed(model: Any, where: Where, share: float, residual_bits: int) -> It
 
 
 def step(model: Any, ids: torch.Tensor) -> None:
-    """Forward and backward; what the optimizer does is the same for all."""
+    """Run forward and backward; the optimizer's work is the same in all variants."""
     model.zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def bytes_beside_layers(model: Any, ids: torch.Tensor) -> int:
-    """What is kept for the backward pass of a model without its layers."""
+def bytes_outside_layers(model: Any, ids: torch.Tensor) -> int:
+    """Count the bytes saved for the backward pass of a model without its layers."""
     decoder = model.get_base_model().get_decoder()
     layers, decoder.layers = decoder.layers, torch.nn.ModuleList()
     try:
@@ -125,7 +126,7 @@ def bytes_beside_layers(model: Any, ids: torch.Tensor) -> int:
 
 
 def costs(model: Any, enter: Variant, ids: torch.Tensor, fixed_bytes: int) -> dict[str, Any]:
-    """Saved bytes, peak bytes and the gradient of one step."""
+    """Measure saved bytes, peak bytes and the gradient of one step."""
     with enter() as compression:
         measured = compression.measure(with_errors=False) if compression is not None else nullcontext()
         with SavedBytes(model) as saved, measured as figures:
@@ -137,7 +138,7 @@ def costs(model: Any, enter: Variant, ids: torch.Tensor, fixed_bytes: int) -> di
 
 
 def peak(run: Callable[[], None], device: torch.device) -> int:
-    """How far the memory of tensors rises above its start: from CUDA's allocator, or from the profiler's records."""
+    """Measure how far tensor memory rises above its start, from CUDA's allocator or from the profiler's records."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         start = torch.cuda.memory_allocated(device)
@@ -155,7 +156,7 @@ def peak(run: Callable[[], None], device: torch.device) -> int:
 
 
 def timings(variants: dict[str, tuple[Any, Variant]], ids: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of a step, and its median ratio to the baseline's in the same round."""
+    """Compute the median seconds of a step and its median ratio to the baseline in the same round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (model, enter) in variants.items():
@@ -181,7 +182,7 @@ def _wait(device: torch.device) -> None:
 
 
 def base_model(arguments: argparse.Namespace) -> Any:
-    """The model of --model, or a random one of the wanted size."""
+    """Load the model of --model, or build a random one of the requested size."""
     if arguments.model is not None:
         return transformers.AutoModelForCausalLM.from_pretrained(arguments.model)
     heads = arguments.hidden // 64
@@ -198,7 +199,7 @@ def base_model(arguments: argparse.Namespace) -> Any:
 
 
 def adapted(model: Any, dtype: torch.dtype, device: torch.device, **further: Any) -> Any:
-    """With LoRA on all linears, its second factor small but not zero, so that both get a gradient."""
+    """Add LoRA on all linears, with a second factor that is small but not zero, so that both get a gradient."""
     wrapped = peft.get_peft_model(model.to(dtype).to(device), peft.LoraConfig(**LORA, **further)).train()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -207,7 +208,7 @@ def adapted(model: Any, dtype: torch.dtype, device: torch.device, **further: Any
 
 
 def token_batch(arguments: argparse.Namespace, vocabulary: int) -> torch.Tensor:
-    """(batch, length) token ids: of the texts in --data, one behind the other, or random."""
+    """Make (batch, length) token ids: random, or from the texts in --data, one after the other."""
     count = arguments.batch * arguments.length
     if arguments.data is None:
         return torch.randint(0, vocabulary, (arguments.batch, arguments.length))
@@ -221,7 +222,7 @@ def token_batch(arguments: argparse.Namespace, vocabulary: int) -> torch.Tensor:
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """One line per variant; shares are of plain LoRA's, the ratio of seconds is that to checkpointing every layer."""
+    """Format one line per variant: bytes as shares of plain LoRA's, seconds as a ratio to checkpointing every layer."""
     plain = rows[PLAIN]
     print(f"{'':26}{'saved MB':>10}{'share':>8}{'peak MB':>10}{'share':>8}{'seconds':>9}{'ratio':>8}{'cosine':>8}")
     for name, row in rows.items():
@@ -236,7 +237,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of a trained causal model")
-    parser.add_argument("--data", help="texts to make the batch from; needs --model")
+    parser.add_argument("--data", help="texts for the batch; needs --model")
     parser.add_argument("--hidden", type=int, default=512, help="width of the random model")
     parser.add_argument("--layers", type=int, default=8, help="layers of the random model")
     parser.add_argument("--vocabulary", type=int, default=4096, help="vocabulary of the random model")
@@ -246,7 +247,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
 

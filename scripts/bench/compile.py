@@ -1,9 +1,9 @@
-"""What compile costs: the solvers beside the published route, and the whole pass beside a bare streamed forward.
+"""Measures the cost of compile: solvers against the published route, the whole pass against a bare streamed forward.
 
     python -m scripts.bench.compile [--width 1024] [--layers 3] [--samples 64] [--tokens 512] [--rounds 3]
 
-Everything runs side by side in one process on the same weights and moments; figures are medians over interleaved rounds
-and their ratios. Weights are random, so their spectra are the flattest there are.
+Everything runs in one process on the same weights and moments. Figures are medians over interleaved rounds, and their
+ratios. Weights are random, so their spectra are as flat as possible.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RATIO = 0.25
 
 
 def published(W: torch.Tensor, G: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """SVD-LLM and EMLoC as published: eigh of the input's Gram, full SVD of W S, general inverse of S; float32."""
+    """Factorize as SVD-LLM and EMLoC publish it: eigh of the input's Gram, full SVD of W S, inverse of S; float32."""
     scale = G.trace() / len(G)
     values, vectors = torch.linalg.eigh(G / scale)
     S = vectors * (values.clamp_min(1e-7) * scale).sqrt()
@@ -47,21 +47,21 @@ def published(W: torch.Tensor, G: torch.Tensor, rank: int) -> tuple[torch.Tensor
 
 
 def output_error(W: torch.Tensor, up: torch.Tensor, down: torch.Tensor, G: torch.Tensor) -> float:
-    """Relative error over the rows behind G, in float64 for every contender alike."""
+    """Compute the relative error over the rows summed in G, in float64 for every contender."""
     E = W.double() - up.double() @ down.double()
     energy = ((W.double() @ G.double()) * W.double()).sum()
     return float((((E @ G.double()) * E).sum() / energy).sqrt())
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that some work takes, and what it gives."""
+    """Time some work; return the seconds and its result."""
     start = time.perf_counter()
     value = work()
     return time.perf_counter() - start, value
 
 
 def bench_solvers(width: int, rounds: int) -> None:
-    """Time and error of the published route, `exact` and `fast` for square, wide and tall linears."""
+    """Compare time and error of the published route, `exact` and `fast` for square, wide and tall linears."""
     generator = torch.Generator().manual_seed(0)
     broad = int(2.75 * width)
     print(
@@ -108,7 +108,7 @@ def _pair(W: torch.Tensor, moments: Moments, rank: int, solver: Any) -> tuple[to
 def make_model(
     directory: Path, width: int, layers: int, samples: int, tokens: int, dtype: str = "float32"
 ) -> tuple[Path, Path]:
-    """A random Llama, a tokenizer of one word per token, and texts of exactly so many tokens."""
+    """Write a random Llama, a tokenizer of one word per token, and texts of exactly `tokens` tokens."""
     shape: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": int(2.75 * width),
@@ -131,7 +131,7 @@ def make_model(
 
 
 def bench_pass(width: int, layers: int, samples: int, tokens: int, rounds: int) -> None:
-    """The compile with both solvers beside a bare streamed forward over the same batches."""
+    """Time the compile with both solvers, and a bare streamed forward over the same batches."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model, data = make_model(directory, width, layers, samples, tokens)

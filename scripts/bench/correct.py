@@ -1,7 +1,9 @@
-"""How long a correction takes, in units of reading the same bytes once: python -m scripts.bench.correct [--runs 5].
+"""Compares the time of a correction with reading the same bytes once.
 
-Writes a Llama of random weights (at least 2 GB), an emulator and an adapter to a temporary directory, and times in turn
-a bare read of the bytes that the correction needs and the correction, from the disk and from the system's cache.
+    python -m scripts.bench.correct [--runs 5]
+
+Writes a Llama of random weights (at least 2 GB), an emulator and an adapter to a temporary directory. Then it times in
+turn a bare read of the bytes that the correction needs, and the correction, from the disk and from the system's cache.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from scripts.bench.files import (
 
 def main() -> None:
     """Make the files, time the pairs, print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--rank", type=int, default=16)
@@ -66,7 +68,7 @@ def run_pairs(root: Path, runs: int) -> None:
 
 
 def correct(root: Path) -> None:
-    """One correction, as a user would call it."""
+    """Run one correction, as a user would call it."""
     correct_adapter(
         root / "adapter", emulator=root / "emulator", model=root / "original", output=root / "out", limit=3.0
     )

@@ -1,11 +1,11 @@
-"""Every command compared with its physical floor, and how cost grows.
+"""Compares every command with its physical floor, and measures how cost grows.
 
     python -m scripts.bench.every_command [--width 1024] [--layers 4]
 
-The floor of a command is the longer of two times: the bytes that it must read (and write) at the bandwidth of the disk,
-and the multiply-adds that its mathematics asks for at the throughput of the machine's own float32 matrix product. Both
-are measured here, in turn with the commands. Then the compile at three depths, widths and sample counts, with the
-exponent of a fitted power law. `--gpu` repeats the table with an 8B-shaped model in bfloat16 on the first GPU.
+The floor of a command is the longer of two times: for the bytes that it must read (and write) at the disk's bandwidth,
+and for the multiply-adds that it must do at the speed of the machine's own float32 matrix product. Both are measured
+here, in turn with the commands. The script then compiles at three depths, widths and sample counts, and fits the
+exponent of a power law. `--gpu` repeats the table with an 8B-shaped model in bfloat16 on the first GPU.
 """
 
 import argparse
@@ -41,7 +41,7 @@ REFINE_STEPS, STEP_SAMPLES = 20, 4
 
 @dataclass(frozen=True)
 class Size:
-    """What the arithmetic of a Llama follows from."""
+    """The sizes that determine the arithmetic of a Llama."""
 
     width: int
     layers: int
@@ -51,38 +51,38 @@ class Size:
 
     @property
     def rows(self) -> int:
-        """Tokens of all samples."""
+        """The tokens of all samples."""
         return self.samples * self.tokens
 
     @property
     def linears(self) -> list[tuple[int, int]]:
-        """(out, in) of the linears of one layer."""
+        """The (out, in) of the linears of one layer."""
         square, up = (self.width, self.width), (int(2.75 * self.width), self.width)
         return [square] * 4 + [up, up, up[::-1]]
 
     @property
     def layer_weights(self) -> int:
-        """The bytes of all layers."""
+        """The parameters of all layers."""
         return self.layers * sum(rows * columns for rows, columns in self.linears)
 
     @property
     def linear_forward(self) -> float:
-        """Multiply-adds of the linears of all layers for all rows."""
+        """The multiply-adds of the linears of all layers for all rows."""
         return self.rows * self.layer_weights
 
     @property
     def forward(self) -> float:
-        """With attention, by its causal half."""
+        """The same with the causal half of attention."""
         return self.linear_forward + self.rows * self.layers * self.tokens * self.width
 
     @property
     def head(self) -> float:
-        """Multiply-adds of the head."""
+        """The multiply-adds of the head."""
         return self.rows * self.width * self.vocabulary
 
     @property
     def moments(self) -> float:
-        """Multiply-adds of the symmetric half of one moment per linear, those of one input shared."""
+        """The multiply-adds of the symmetric half of one moment per linear; linears with one input share theirs."""
         sides = [min(shape) for shape in self.linears]
         distinct = [sides[0], sides[3], sides[4], sides[6]]  # q, k, v and gate, up read the same rows
         return self.rows * self.layers * sum(side * side for side in distinct) / 2
@@ -90,18 +90,18 @@ class Size:
 
 @dataclass(frozen=True)
 class Floors:
-    """Measured on this machine: bytes per second of a read, multiply-adds per second of a product."""
+    """Measured speeds of this machine: bytes per second of a read, multiply-adds per second of a product."""
 
     disk_bytes: float
     multiply_adds: float
 
     def seconds(self, size_bytes: float, multiply_adds: float) -> tuple[float, float]:
-        """What the bytes and what the arithmetic take at least."""
+        """Return the least seconds for the bytes and for the arithmetic."""
         return size_bytes / self.disk_bytes, multiply_adds / self.multiply_adds
 
 
 def measure_floors(model: Path, width: int, rows: int, device: torch.device, dtype: torch.dtype) -> Floors:
-    """Medians of five: reading the checkpoint from the disk, and the product of a layer's widest linear."""
+    """Measure medians of five: reading the checkpoint from the disk, and the product of a layer's widest linear."""
     tensors = tensors_of([model], "")
     reads = []
     for _ in range(5):
@@ -122,7 +122,7 @@ def measure_floors(model: Path, width: int, rows: int, device: torch.device, dty
 
 
 def works(folder: Path, model: Path, data: Path, size: Size, device: str) -> dict[str, Callable[[], float]]:
-    """The commands in order, each returning its own seconds; later ones need what earlier ones made."""
+    """List the commands in order, each returning its own seconds; later ones need the outputs of earlier ones."""
     limits: dict[str, Any] = {"max_length": size.tokens, "device": device}
     out = folder / "out"
 
@@ -139,7 +139,7 @@ def works(folder: Path, model: Path, data: Path, size: Size, device: str) -> dic
         ).seconds  # fmt: skip
 
     def step() -> float:
-        # The difference of a long and a short run: loading and reading data cost the same in both.
+        # Take the difference of a long and a short run: loading and reading data cost the same in both.
         short, long = TRAIN_STEPS
         return (train(long) - train(short)) / (long - short)
 
@@ -173,13 +173,13 @@ def works(folder: Path, model: Path, data: Path, size: Size, device: str) -> dic
 
 
 def needs(size: Size, disk_bytes: float) -> dict[str, tuple[float, float]]:
-    """Bytes and multiply-adds that each command cannot do without."""
+    """Count the least bytes and multiply-adds of each command."""
     sides = size.layers * sum(rows + columns for rows, columns in size.linears)
     batch = 4 / size.samples
     low_rank = RATIO * size.linear_forward
     return {
         "compile": (disk_bytes * (1 + RATIO), size.forward + size.moments),
-        # The original once; its factors twice to judge them, and forward and back for every step.
+        # Count the original once, its factors twice to judge them, and forward and backward for every step.
         "refine": (
             disk_bytes * (1 + 2 * RATIO),
             size.forward
@@ -194,7 +194,7 @@ def needs(size: Size, disk_bytes: float) -> dict[str, tuple[float, float]]:
 
 
 def table(size: Size, rounds: int, device: str, dtype: str = "float32") -> None:
-    """Seconds of every command beside its floor, medians over interleaved rounds."""
+    """Print seconds of every command next to its floor, medians over interleaved rounds."""
     with tempfile.TemporaryDirectory(prefix="onelayer-bench-") as name:
         folder = Path(name)
         os.environ["ONELAYER_HOME"] = f"{folder}/home"
@@ -222,7 +222,7 @@ def table(size: Size, rounds: int, device: str, dtype: str = "float32") -> None:
 
 
 def growth(base: Size, device: str) -> None:
-    """Seconds of the compile at three depths, widths and sample counts, and the exponent of each."""
+    """Print seconds of the compile at three depths, widths and sample counts, and the exponent of each."""
     steps: dict[str, list[Size]] = {
         "depth": [Size(base.width // 2, layers, base.samples, base.tokens) for layers in (2, 4, 8)],
         "width": [
@@ -239,7 +239,7 @@ def growth(base: Size, device: str) -> None:
 
 
 def _compile_seconds(size: Size, device: str) -> float:
-    """The faster of two compiles: what others do on the machine only ever adds."""
+    """Return the seconds of the faster of two compiles: other work on the machine can only add time."""
     with tempfile.TemporaryDirectory(prefix="onelayer-bench-") as name:
         folder = Path(name)
         model, data = make_model(folder, size.width, size.layers, size.samples, size.tokens)
@@ -247,7 +247,7 @@ def _compile_seconds(size: Size, device: str) -> float:
 
 
 def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
-    """Least-squares slope of log seconds over log values."""
+    """Fit the least-squares slope of log seconds over log values."""
     x, y = [math.log(value) for value in values], [math.log(value) for value in seconds]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -255,7 +255,7 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def main() -> None:
-    """The table, the growth, and the table on a GPU if asked."""
+    """Print the table, the growth, and the table on a GPU if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("width", 1024), ("layers", 4), ("samples", 16), ("tokens", 256), ("rounds", 3)):
         parser.add_argument(f"--{option}", type=int, default=default)

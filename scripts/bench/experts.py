@@ -1,12 +1,11 @@
-"""What low-rank experts cost a mixture: its emulator's held-out loss, by where each expert's moments come from.
+"""Measures the loss that low-rank experts add to a mixture, by the source of each expert's moments.
 
     python -m scripts.bench.experts --model DIR --calibration train.jsonl --test test.jsonl --mixture DIR
 
-There is no small trained mixture at hand, so one is made: all of a small dense model but its MLPs, with experts from
-random weights in their place, trained on the calibration texts for `--steps` and saved as `--mixture`, which is taken
-as it is if it exists. Then, at equal ranks: moments of each
-expert's own rows, completed from all tokens (what compile does); those of all tokens for every expert; the plain
-singular vectors of each expert's weight.
+No small trained mixture is available, so the script makes one. It takes a small dense model, replaces its MLPs by
+experts of random weights, trains it on the calibration texts for `--steps` and saves it as `--mixture`. An existing
+mixture is used as it is. Then it compares at equal ranks: moments of each expert's own rows, completed from all tokens
+(the way of compile); moments of all tokens for every expert; the plain singular vectors of each expert's weight.
 """
 
 import argparse
@@ -30,9 +29,9 @@ BATCH, LENGTH, RATE = 8, 128, 2e-3
 
 
 def main() -> None:
-    """Train the mixture, compile and score every kind at every ratio, print a table."""
+    """Train the mixture, compile and score every variant at every ratio, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of a small dense model to take all but MLPs from")
+    parser.add_argument("--model", required=True, help="directory of a small dense model; all but its MLPs is used")
     parser.add_argument("--calibration", required=True, help="texts to train the experts on, and for the moments")
     parser.add_argument("--test", required=True, help="held-out texts for the loss")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def train_mixture(arguments: argparse.Namespace, directory: Path) -> None:
-    """A mixture with the dense model's attention, norms and embeddings; experts of half its inner width."""
+    """Make a mixture with the dense model's attention, norms and embeddings, and experts of half its inner width."""
     dense: Any = transformers.AutoModelForCausalLM.from_pretrained(arguments.model)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(arguments.model)
     fields = {**dense.config.to_dict(), "intermediate_size": dense.config.intermediate_size // 2, **EXPERTS}
@@ -78,7 +77,7 @@ def train_mixture(arguments: argparse.Namespace, directory: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace, ratio: float, samples: int, name: str) -> str:
-    """One row: how many experts were completed, and how the emulator does beside its original."""
+    """Make one row: how many experts were completed, and the losses of emulator and original."""
     with tempfile.TemporaryDirectory() as output:
         compiled = compile_emulator(
             arguments.mixture,
@@ -105,13 +104,13 @@ def _moments(change: Callable[[ExpertCalls, int], dict[str, Moments]]) -> Iterat
 
 
 def _none(calls: ExpertCalls, expert: int) -> dict[str, Moments]:
-    """No rows: nothing is determined."""
+    """Drop the rows, so that nothing is determined."""
     return calls._moments(expert, torch.zeros(0, dtype=torch.long))
 
 
 @contextmanager
 def _weights_alone() -> Iterator[None]:
-    """Neither an expert's rows nor all tokens say anything, so the weight's singular vectors are all there is."""
+    """Drop an expert's rows and all tokens, so that only the weight's singular vectors are left."""
     with _moments(_none), mock.patch.object(ExpertCalls, "pooled", _none):
         yield
 

@@ -1,4 +1,4 @@
-"""Files for the benchmarks of correction and merge: a Llama of random weights, an emulator of it and an adapter."""
+"""Writes files for the benchmarks of correction and merge: a Llama of random weights, its emulator and an adapter."""
 
 import json
 import os
@@ -22,7 +22,7 @@ BUFFER_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's measures; at these, a layer has 103 MB in bfloat16."""
+    """The sizes of a Llama; by default a layer has 103 MB in bfloat16."""
 
     hidden: int = 2048
     inner: int = 5632
@@ -30,14 +30,14 @@ class Shape:
     vocabulary: int = 1024
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linears of one layer, by name."""
+        """The (out, in) of the linears of one layer, by name."""
         square, up = (self.hidden, self.hidden), (self.inner, self.hidden)
         attention = {f"self_attn.{letter}_proj": square for letter in "qkvo"}
         return {**attention, "mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": up[::-1]}
 
 
 def write_original(directory: Path, shape: Shape) -> None:
-    """A checkpoint in bfloat16, one file per layer."""
+    """Write a checkpoint in bfloat16, one file per layer."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "head_dim": 128,
         "hidden_size": shape.hidden, "intermediate_size": shape.inner, "num_hidden_layers": shape.layers,
@@ -56,7 +56,7 @@ def write_original(directory: Path, shape: Shape) -> None:
 
 
 def write_emulator(directory: Path, original: Path, shape: Shape, ratio: float) -> None:
-    """Random factors of every linear of the layers, in the emulator's format."""
+    """Write random factors of every linear of the layers, in the emulator's format."""
     config = json.loads((original / "config.json").read_text())
     shards, ranks = [], {}
     for layer in range(shape.layers):
@@ -74,7 +74,7 @@ def write_emulator(directory: Path, original: Path, shape: Shape, ratio: float) 
 
 
 def write_adapter(directory: Path, shape: Shape, rank: int) -> None:
-    """A LoRA on every linear of the layers, as PEFT would save it."""
+    """Write a LoRA on every linear of the layers, as PEFT would save it."""
     directory.mkdir()
     entries = []
     for layer in range(shape.layers):
@@ -110,13 +110,13 @@ def _write(directory: Path, stem: str, shards: Sequence[Sequence[Entry]], config
 
 
 def tensors_of(directories: Sequence[Path], part: str) -> list[TensorInfo]:
-    """The tensors of some checkpoints whose name holds `part`, as they lie on the disk."""
+    """Return the tensors of some checkpoints with `part` in their name, in their order on the disk."""
     found = [info for path in directories for name, info in Checkpoint.open(path).tensors.items() if part in name]
     return sorted(found, key=lambda info: (info.file, info.start))
 
 
 def read_once(tensors: Sequence[TensorInfo]) -> None:
-    """Read the bytes of the tensors into one small buffer, and do nothing with them."""
+    """Read the bytes of the tensors into one small buffer, without using them."""
     buffer = memoryview(bytearray(BUFFER_BYTES))
     for file in dict.fromkeys(info.file for info in tensors):
         with open(file, "rb", buffering=0) as stream:
@@ -139,12 +139,12 @@ def forget(directories: Sequence[Path]) -> None:
 
 
 def measured(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes."""
+    """Measure the seconds of `work`."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and range of some figures."""
+    """Format the median and the range of some figures."""
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -1,9 +1,9 @@
-"""Memory of a compile over a checkpoint that is larger than its allowance: peak anonymous bytes against bytes on disk.
+"""Measures the memory of compiling a checkpoint larger than the allowance: peak anonymous bytes, bytes on disk.
 
     python -m scripts.bench.memory [--gigabytes 8] [--allowance 2] [--directory DIR]
 
-Makes a checkpoint of random bfloat16 weights, a layer at a time (nothing of its size is ever held), compiles it, and
-prints what the process held at most. Exits with 1 above the allowance. The directory needs twice the space.
+Makes a checkpoint of random bfloat16 weights one layer at a time (it is never in memory as a whole), compiles it, and
+prints the peak memory of the process. Exits with 1 above the allowance. The directory needs twice the space.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WIDTH, WIDE = 2048, 5632
 
 
 def make_checkpoint(directory: Path, gigabytes: float) -> Path:
-    """A Llama of as many layers as it takes, one shard each."""
+    """Write a Llama with as many layers as needed, one shard each."""
     model, _ = make_model(directory, WIDTH, 1, samples=8, tokens=128)
     config = json.loads((model / "config.json").read_text())
     head = transformers.LlamaForCausalLM.from_pretrained(model).state_dict()
@@ -55,7 +55,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> Path:
 
 
 def told(report: Report, model: Path, allowance: float) -> int:
-    """Print the figures of a pass over a checkpoint; 1 where the process held more than `allowance` GB."""
+    """Print the figures of a pass over a checkpoint; return 1 if the process held more than `allowance` GB."""
     disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
     print(f"bytes read                {report.bytes_read / 1e9:8.2f} GB in {report.seconds:.0f} s")
@@ -67,7 +67,7 @@ def told(report: Report, model: Path, allowance: float) -> int:
 
 
 class Benchmark:
-    """A streamed pass three ways: beside its floor, at depths that each get a process, and on a large checkpoint."""
+    """Benchmarks of a streamed pass: against its floor, at depths in separate processes, and on a large checkpoint."""
 
     def __init__(self, description: str, **defaults: int) -> None:
         self.parser = argparse.ArgumentParser(
@@ -79,7 +79,7 @@ class Benchmark:
         self.parser.add_argument("--one-depth", action="store_true", help=argparse.SUPPRESS)
         self.parser.add_argument("--gigabytes", type=float)
         self.parser.add_argument("--allowance", type=float, default=3.0, help="GB of anonymous memory")
-        self.parser.add_argument("--directory", type=Path, help="where the checkpoint goes; by default a temporary one")
+        self.parser.add_argument("--directory", type=Path, help="directory of the checkpoint; default: a temporary one")
 
     def run(
         self,
@@ -87,7 +87,7 @@ class Benchmark:
         at_depth: Callable[[Path, Path, Path], Report],
         large: Callable[[Path, Path, Path], Report],
     ) -> int:
-        """What the command line asks for; the passes take a model, data and a folder. 1 above the allowance."""
+        """Run what the command line asks for; passes take a model, data, a directory. Return 1 above the allowance."""
         arguments = self.parser.parse_args()
         transformers.utils.logging.disable_progress_bar()
         if arguments.one_depth:
@@ -115,12 +115,12 @@ class Benchmark:
 
 
 def main() -> int:
-    """Make, compile, print, compare."""
+    """Make a checkpoint, compile it, print figures, compare with the allowance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--allowance", type=float, default=2.0, help="GB of anonymous memory")
     parser.add_argument(
-        "--directory", type=Path, help="where the checkpoint goes; by default the system's temporary one"
+        "--directory", type=Path, help="directory of the checkpoint; default: the system's temporary one"
     )
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,9 @@
-"""How long a merge takes beside `cp` of the same checkpoint: python -m scripts.bench.merge [--runs 5].
+"""Compares the time of a merge with `cp` of the same checkpoint.
 
-Writes a Llama of random weights (at least 2 GB) and an adapter of all its linears to a temporary directory, and times
-in turn: reading the checkpoint, copying it with `cp` and flushing the copy to the disk, and merging, which flushes too.
+    python -m scripts.bench.merge [--runs 5]
+
+Writes a Llama of random weights (at least 2 GB) and an adapter of all its linears to a temporary directory. Then it
+times in turn: reading the checkpoint; copying it with `cp` and flushing the copy; merging, which also flushes.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from scripts.bench.files import Shape, forget, measured, read_once, spread, tens
 
 def main() -> None:
     """Make the files, time the runs, print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--rank", type=int, default=16)
@@ -53,14 +55,14 @@ def run(root: Path, runs: int, state: str) -> None:
 
 
 def copy(root: Path) -> None:
-    """`cp` and a flush: what a copy costs that is as safe as the merge."""
+    """Run `cp` and a flush: a copy that is as safe as the merge."""
     subprocess.run(["cp", "-r", root / "original", root / "out"], check=True)
     for file in (root / "out").iterdir():
         sync(file)
 
 
 def merge(root: Path) -> None:
-    """One merge, as a user would call it."""
+    """Run one merge, as a user would call it."""
     merge_adapter(root / "adapter", model=root / "original", output=root / "out")
 
 

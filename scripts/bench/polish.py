@@ -1,11 +1,11 @@
-"""What an exact step costs: beside two bare streamed forwards and the backward's arithmetic, and in memory.
+"""Measures the cost of an exact step: time against two streamed forwards and the backward's arithmetic, and memory.
 
     python -m scripts.bench.polish [--width 1024] [--layers 6] [--samples 16] [--tokens 256] [--rounds 3]
-    python -m scripts.bench.polish --depths 6 36        the peak at two depths, each in a process of its own
-    python -m scripts.bench.polish --gigabytes 8        a checkpoint larger than the memory that is allowed
+    python -m scripts.bench.polish --depths 6 36        the peak at two depths, each in its own process
+    python -m scripts.bench.polish --gigabytes 8        a checkpoint larger than the memory allowance
 
-The floor of a step: two bare streamed forwards over the same batches (every layer is read twice and computed twice),
-and the backward pass of one resident layer with its adapter, times layers and batches. Weights are random.
+The floor of a step is two bare streamed forwards over the same batches (every layer is read and computed twice), plus
+the backward pass of one resident layer with its adapter, times layers and batches. Weights are random.
 """
 
 import argparse
@@ -39,14 +39,14 @@ CPU = torch.device("cpu")
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that some work takes."""
+    """Measure the seconds of some work."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def backward_seconds(streamed: StreamedModel, batches: list[TokenBatch]) -> float:
-    """The backward pass of one resident layer with its adapter over all batches: arithmetic and nothing else."""
+    """Time the backward pass of one resident layer with its adapter over all batches: arithmetic only."""
     unit = next(unit for unit in streamed.units if unit.is_block)
     spent = 0.0
 
@@ -81,7 +81,7 @@ def backward_seconds(streamed: StreamedModel, batches: list[TokenBatch]) -> floa
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """The step beside its floor, in interleaved rounds."""
+    """Time the step and its floor in interleaved rounds."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, data = make_model(folder, arguments.width, arguments.layers, arguments.samples, arguments.tokens)
@@ -120,19 +120,19 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def one_step(model: Path, data: Path, folder: Path, **settings: Any) -> PolishResult:
-    """One exact step of a fresh adapter on everything in `data`."""
+    """Run one exact step of a fresh adapter on all of `data`."""
     return polish_adapter(
         None, model=model, data=data, output=folder / "out", steps=1, lora_rank=8, lora_alpha=8, **settings
     )
 
 
 def at_depth(model: Path, data: Path, folder: Path) -> Report:
-    """Unit inputs go to files, so that only the rest is seen."""
+    """Send unit inputs to files, so that only the rest is measured."""
     return one_step(model, data, folder, batch_size=8, max_length=128, host_memory_bytes=1 << 20).report
 
 
 def large(model: Path, data: Path, folder: Path) -> Report:
-    """One step, and what of it lies on the host."""
+    """Run one step and measure its memory on the host."""
     result = one_step(model, data, folder, batch_size=2, max_length=128)
     print(f"layer inputs on the host  {result.kept_bytes / 1e9:8.3f} GB")
     return result.report

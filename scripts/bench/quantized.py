@@ -1,8 +1,8 @@
-"""One training step on emulators of equal rank, by factor dtype: forward and backward, the dtypes in turn.
+"""Times one training step on emulators of equal rank, by factor dtype: forward and backward, the dtypes in turn.
 
     python -m scripts.bench.quantized --model DIR --train train.jsonl [--ratio 0.25]
 
-What an emulator of some bytes is good for is measured by bench_quality.py.
+`scripts.quality.cells` measures how good an emulator of a given size is.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _adapted(arguments: argparse.Namespace, path: Path, dtype: Any) -> Any:
-    """An emulator of that dtype with a fresh LoRA on all linears."""
+    """Load an emulator of that dtype with a fresh LoRA on all linears."""
     settings: dict[str, Any] = {"ratio": arguments.ratio, "factor_dtype": dtype, "samples": 8, "max_length": 64}
     compile_emulator(arguments.model, arguments.train, path, **settings)
     lora = LoraConfig(r=arguments.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -51,7 +51,7 @@ def _adapted(arguments: argparse.Namespace, path: Path, dtype: Any) -> Any:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of a causal model")
-    parser.add_argument("--train", required=True, help="data for the calibration")
+    parser.add_argument("--train", required=True, help="calibration data")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=13)
     parser.add_argument("--batch-size", type=int, default=4)

@@ -1,8 +1,8 @@
-"""What ranks chosen by spectrum are worth at equal bytes: the emulator's own held-out loss beside its errors.
+"""Compares uniform ranks with ranks by spectrum at equal bytes: the emulator's own held-out loss and its errors.
 
     python -m scripts.bench.ranks --model DIR --calibration train.jsonl --test test.jsonl [--ratios 0.15 0.25 0.4]
 
-Every emulator is compiled from the same samples, then scored beside its original in one streamed pass.
+Every emulator is compiled from the same samples, then scored together with its original in one streamed pass.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.25, 0.4])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     print(f"{'ratio':>6} {'ranks by':10}{'layer weights':>15}{'summed error':>14}{'loss':>9}{'KL':>8}{'top-1':>8}")
     rows = []
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, ratio: float, allocation: Allocation) -> dict[str, Any]:
-    """The figures of one emulator. `summed_error` adds up |Y - Y'|^2 / |Y|^2 over all linears, Y their outputs."""
+    """Collect the figures of one emulator. `summed_error` sums |Y - Y'|^2 / |Y|^2 over all linears with outputs Y."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_emulator(
             arguments.model,

@@ -1,10 +1,10 @@
-"""What a refinement costs: beside the compile of its emulator, and in memory.
+"""Measures the cost of a refinement: time next to the compile of its emulator, and memory.
 
     python -m scripts.bench.refine [--width 1024] [--layers 4] [--samples 64] [--tokens 256] [--steps 100]
-    python -m scripts.bench.refine --depths 6 36        the peak at two depths, each in a process of its own
-    python -m scripts.bench.refine --gigabytes 8        a checkpoint larger than the memory that is allowed
+    python -m scripts.bench.refine --depths 6 36        the peak at two depths, each in its own process
+    python -m scripts.bench.refine --gigabytes 8        a checkpoint larger than the memory allowance
 
-Weights are random, so nothing is said of what it gains: bench_quality.py does.
+Weights are random, so the gain is not measured here; `scripts.quality.cells` measures it.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from scripts.bench.compile import make_model
 from scripts.bench.memory import Benchmark
 
 DEFAULT: dict[str, Any] = {"keep_bytes": 0.12}
-# Spectra of 80 wide layers take hours of one core, and are not what is looked at there.
+# Spectra of 80 wide layers take hours of one core, and this measurement does not need them.
 UNIFORM: dict[str, Any] = {"ratio": 0.25, "factor_dtype": "nf4"}
 
 
 def both(
     model: Path, data: Path, folder: Path, samples: int, tokens: int, size: dict[str, Any], **settings: Any
 ) -> tuple[CompileResult, RefineResult]:
-    """Compile an emulator of some size, then refine it on the same samples."""
+    """Compile an emulator, then refine it on the same samples."""
     given: dict[str, Any] = {"samples": samples, "max_length": tokens}
     compiled = compile_emulator(model, data, folder / "emulator", solver="fast", **size, **given)
     given |= {"model": model, "calibration": str(data), "output": folder / "refined", **settings}
@@ -36,7 +36,7 @@ def both(
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Seconds of both."""
+    """Print the seconds of both."""
     with tempfile.TemporaryDirectory() as name:
         model, data = make_model(Path(name), arguments.width, arguments.layers, arguments.samples, arguments.tokens)
         sizes = (arguments.samples, arguments.tokens, DEFAULT)
@@ -50,13 +50,13 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def at_depth(model: Path, data: Path, folder: Path) -> Report:
-    """What waits goes to files, so that only the rest is seen."""
+    """Send waiting data to files, so that only the rest is measured."""
     _, refined = both(model, data, folder, 8, 128, DEFAULT, steps=4, host_memory_bytes=1 << 20)
     return refined.report
 
 
 def large(model: Path, data: Path, folder: Path) -> Report:
-    """A few steps for every layer."""
+    """Refine every layer for a few steps."""
     _, refined = both(model, data, folder, 8, 128, UNIFORM, steps=2, step_samples=4)
     return refined.report
 

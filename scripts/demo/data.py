@@ -1,4 +1,4 @@
-"""Text that ships with Python in; out comes what the demo learns from: source code, and two tasks unlike it.
+"""Text that ships with Python in, the demo's training data out: source code, and two tasks that differ from it.
 
 The tasks are the prose of the language reference (`pydoc_data/topics.py`) and the tables of character encodings
 (`encodings/*.py`). Both are kept out of the code that the model is first trained on.
@@ -14,16 +14,16 @@ from pydoc_data.topics import topics
 from onelayer.compiler.storage.files import write_text
 
 SEED = 0
-# Some distributions package tests, idlelib and the like apart: without them the text is alike everywhere.
+# Some distributions package tests, idlelib and similar parts separately; without them the text is the same everywhere.
 NOT_CODE = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 TASK_FOLDERS = {"encodings", "pydoc_data"}
-# A window fills the 128 tokens that all passes of the demo look at; tables take more tokens per character than prose.
+# A window fills the 128 tokens that all passes of the demo use; tables take more tokens per character than prose.
 CODE_CHARACTERS, DOCS_CHARACTERS, TABLE_CHARACTERS = 600, 560, 400
 TRAIN_WINDOWS, VALIDATION_WINDOWS, TEST_WINDOWS, CALIBRATION_WINDOWS = 640, 48, 96, 32
 
 
 def standard_library() -> list[str]:
-    """The source files of Python's standard library, the tasks' left out, in a fixed order."""
+    """List the source files of Python's standard library without those of the tasks, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = NOT_CODE | TASK_FOLDERS
     files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
@@ -54,7 +54,7 @@ def write_tasks(directory: Path, code: Sequence[str]) -> None:
 
 
 def windows(texts: Sequence[str], characters: int) -> list[str]:
-    """Stretches of whole lines, at least so long, none twice, in a shuffled but fixed order."""
+    """Cut the text into windows of whole lines of a least length, none twice, in a shuffled but fixed order."""
     found: dict[str, None] = {}
     for text in texts:
         window = ""
@@ -69,5 +69,5 @@ def windows(texts: Sequence[str], characters: int) -> list[str]:
 
 
 def write_windows(path: Path, texts: Sequence[str]) -> None:
-    """One JSON object per line."""
+    """Write one JSON object per line."""
     write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))

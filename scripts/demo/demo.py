@@ -1,6 +1,7 @@
-"""The whole method on a model small enough to watch: prepare, run a manifest, print what came out as one table.
+"""Runs the whole method on a small model: prepare, run a manifest, print the results as one table.
 
-Run it with `scripts/demo.sh`. Everything is kept under $ONELAYER_HOME, so a second run only reads.
+Run it with `scripts/demo.sh` (or `python -m scripts.demo.demo`). Everything is kept under $ONELAYER_HOME, so a second
+run only reads.
 """
 
 import shutil
@@ -32,11 +33,11 @@ def main() -> int:
     """Run the demo; the exit code is 1 if a step failed."""
     started = time.perf_counter()
 
-    # 1. A small language model, trained here on source code, and two kinds of text that it has not seen.
+    # 1. Make a small language model, trained on source code, and two kinds of text that it has not seen.
     directory = demo_directory()
 
-    # 2. What a user does: one manifest, one run. Compile the emulator and refine it, then per task train, correct,
-    #    polish and score.
+    # 2. Run one manifest, as a user does. Compile the emulator and refine it; then train, correct, polish and score
+    #    each task.
     manifest = load_manifest(shutil.copy(MANIFEST, directory / MANIFEST.name))
     result = run.run(manifest, notify=lambda text: tqdm.write(text, file=sys.stderr))
     for step in result.failed:
@@ -44,7 +45,7 @@ def main() -> int:
     if result.failed:
         return 1
 
-    # 3. What came of it.
+    # 3. Print the results.
     print(losses(result.evaluations))
     print()
     print(costs(result))
@@ -53,7 +54,7 @@ def main() -> int:
 
 
 def losses(evaluations: dict[str, list[dict[str, Any]]]) -> str:
-    """Held-out loss of every row per task, and how much of the direct training's gain each one has."""
+    """Make a table: held-out loss of every row per task, and its share of the gain of direct training."""
     loss = {task: {row["name"]: row["loss"] for row in rows} for task, rows in evaluations.items()}
     lines: list[list[str]] = [["Held-out loss (nats per token)"]]
     for task in loss:
@@ -68,7 +69,7 @@ def losses(evaluations: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def costs(result: run.RunResult) -> str:
-    """The emulator's size, and what the streamed passes held beside what one layer weighs."""
+    """Describe the emulator's size, and the memory of the streamed passes next to the size of one layer."""
     payload = {step.name: Path(step.path) for step in result.steps if step.path}
     emulator = read_json(payload["refine"] / "emulator.json")
     reports = {"compile": emulator["report"], "refine": emulator["refined"]["report"]}

@@ -1,7 +1,7 @@
-"""Makes the demo's model and data, once: the standard library's source in, a trained model and two tasks' files out.
+"""Makes the demo's model and data once: the standard library's source in, a trained model and two tasks' files out.
 
-A small Llama with a tokenizer of its own, trained from random weights for a fixed number of steps. Small and
-undertrained, but its weights and activations are learned ones, which random weights would not show.
+The model is a small Llama with its own tokenizer, trained from random weights for a fixed number of steps. It is
+undertrained, but it shows learned weights and activations, which a random model would not.
 """
 
 import platform
@@ -36,7 +36,7 @@ MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 
 
 def demo_directory() -> Path:
-    """The directory with `model/`, the tasks' data and the calibration mix; made in about a minute and a half, once."""
+    """Return the directory with `model/`, the tasks' data and the calibration mix; make it once, in 90 seconds."""
     recipe = {"version": VERSION, "shape": SHAPE, "steps": STEPS, "python": platform.python_version()}
     directory = onelayer_home() / "demo" / sha256_json(recipe)[:12]
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def train_model(code: Sequence[str], directory: Path) -> None:
         torch.manual_seed(SEED)
         tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SHAPE, **tokens))
-    # Muon for the layers' matrices: on so few steps it gets twice as far as AdamW alone.
+    # Use Muon for the layers' matrices: in so few steps it gets twice as far as AdamW alone.
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     optimizers: list[torch.optim.Optimizer] = [
@@ -95,7 +95,7 @@ def train_model(code: Sequence[str], directory: Path) -> None:
 
 
 def byte_pair_encoding(texts: Sequence[str]) -> "Tokenizer":
-    """A byte-level tokenizer trained on the first part of every text."""
+    """Train a byte-level tokenizer on the first part of every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -112,5 +112,5 @@ def byte_pair_encoding(texts: Sequence[str]) -> "Tokenizer":
 
 
 def _rate_at(step: int) -> float:
-    """Share of the full learning rate: a short warm-up, a plateau, a linear decay."""
+    """Return the share of the full learning rate: a short warm-up, a plateau, a linear decay."""
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (STEPS - step) / DECAY))

@@ -1,12 +1,13 @@
-"""How much of direct LoRA's gain reaches the original: every method and stage, on a trained model given by the user.
+"""Measures how much of direct LoRA's gain reaches the original: every method and stage, on a given trained model.
 
     python -m scripts.quality.cells --name perl --model DIR --train train.jsonl --held-out test.jsonl --work DIR
 
-For every seed: LoRA on the original itself, and for every emulator (kind:size, see quality_emulators.py) LoRA on it,
-scored there and on the original as it is, corrected as published (limit 3) and with the correction chosen on held-out
-data; then exact steps (`polish`). The first --validation-rows rows of the held-out data choose, the --test-rows after
-them score. Lines go to DIR/results.jsonl as they are found; what is there is not made twice, so a run can be taken up,
-and several may share the work. `quality_table.py` makes tables and a picture of them.
+For every seed the script trains LoRA on the original itself and on every emulator (kind:size, see
+scripts/quality/emulators.py). Adapters are scored on their emulator and on the original: uncorrected, corrected as
+published (limit 3), corrected as chosen on held-out data, and after exact steps (`polish`). The first --validation-rows
+rows of the held-out data choose, the next --test-rows rows score. Each result is appended to DIR/results.jsonl.
+Recorded results are not made again, so an interrupted run can go on and several runs may share the work.
+`scripts.quality.tables` makes tables and a picture from the file.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.tokens import IGNORED, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.evaluate.scoring import Samples
+from onelayer.compiler.evaluate.samples import Samples
 from onelayer.runtime import load_emulator, train_lora
 from scripts.quality.emulators import (
     COMPILED,
@@ -41,7 +42,7 @@ from scripts.quality.emulators import (
 
 
 class Bench:
-    """One model and task: what was made, made where it is missing."""
+    """The work for one model and task: returns what exists and makes what is missing."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.given = arguments
@@ -60,7 +61,7 @@ class Bench:
         return paths
 
     def made(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """The directory of that name, made if it is not there; `figures.json` beside it holds what making returned."""
+        """Return the directory of that name, made if missing; its `figures.json` holds the result of making it."""
         path = self.work / name
         with FileLock(self.work / f".{name}.lock"):
             if not path.exists():
@@ -71,11 +72,11 @@ class Bench:
         return path
 
     def figures(self, name: str) -> Any:
-        """What making `name` returned."""
+        """Return the result of making `name`."""
         return json.loads((self.work / f"{name}.figures.json").read_text())
 
     def emulator(self, kind: str, size: float) -> Path:
-        """The stand-in of one kind and size."""
+        """Return the emulator of one kind and size."""
         name, given = f"{kind}-{size}", (self.model, self.given.train, self.calibration)
         if kind.endswith(REFINED):
             emulator = self.emulator(kind.removesuffix(REFINED), size)
@@ -88,7 +89,7 @@ class Bench:
         return self.made(name, lambda path: derived(kind, path, published, *given))
 
     def trained(self, name: str, model: Path, seed: int, **more: Any) -> Path:
-        """LoRA on an emulator or on the original."""
+        """Train LoRA on an emulator or on the original."""
         given = self.given
 
         def make(path: Path) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Bench:
         return self.made(f"{name}-lora-{seed}", make)
 
     def corrected(self, adapter: Path, emulator: Path, auto: bool) -> Path:
-        """The adapter corrected as published, or as chosen on held-out data."""
+        """Correct the adapter as published, or as chosen on held-out data."""
         how: dict[str, Any] = {"limit": 3.0}
         if auto:
             how = {"limit": "auto", "data": str(self.validation), "max_length": self.given.max_length, "batch_size": 8}
@@ -114,7 +115,7 @@ class Bench:
         return self.made(f"{adapter.name}-{'chosen' if auto else 'limit3'}", make)
 
     def polished(self, name: str, start: Path | None, steps: int, seed: int) -> Path:
-        """Exact steps from an adapter, or from none."""
+        """Run exact steps from an adapter, or from none."""
         given = self.given
         fresh: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0} if start is None else {}
         rate = given.polish_rate if start is not None else given.scratch_rate
@@ -129,7 +130,7 @@ class Bench:
         )  # fmt: skip
 
     def score(self, adapters: Iterable[Path], data: Path) -> list[tuple[float, float]]:
-        """Loss and accuracy of the original with none and with each adapter, in one stream."""
+        """Score loss and accuracy of the original without and with each adapter, in one stream."""
         scored = evaluate_model(
             self.model, str(data), adapters=list(adapters), max_length=self.given.max_length, batch_size=8
         )
@@ -143,13 +144,13 @@ class Bench:
                 print(json.dumps({"task": self.given.name, **common, **row}), flush=True)
 
     def recorded(self, **wanted: Any) -> bool:
-        """Whether such a line is there already."""
+        """Return whether such a line is recorded already."""
         path = self.given.work / "results.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return any({"task": self.given.name, **wanted}.items() <= json.loads(line).items() for line in lines)
 
     def direct(self, seed: int) -> None:
-        """The original as it is, and LoRA on it."""
+        """Record the original, and LoRA on it."""
         if self.recorded(seed=seed, row="direct"):
             return
         adapter = self.trained("direct", self.model, seed)
@@ -164,8 +165,11 @@ class Bench:
         )  # fmt: skip
 
     def cell(self, kind: str, size: float, seed: int) -> None:
-        """Every stage of one emulator but polish. `kind+sublayer` trains with compressed activations, `kind+elastic` on
-        a random prefix of the factors at every step."""
+        """Record every stage of one emulator except polish.
+
+        `kind+sublayer` trains with compressed activations, `kind+elastic` on a random prefix of the factors at every
+        step.
+        """
         if self.recorded(kind=kind, size=size, seed=seed):
             return
         base, _, way = kind.partition("+")
@@ -195,7 +199,7 @@ class Bench:
         self.record(rows, **common)
 
     def polish(self, kind: str, size: float, seed: int) -> None:
-        """Exact steps from the chosen correction and from the uncorrected adapter; `scratch`: from none."""
+        """Record exact steps from the chosen correction and from the uncorrected adapter; for `scratch`, from none."""
         if self.recorded(kind=kind, size=size, seed=seed, polished=True):
             return
         starts: dict[str, Path | None] = {"exact steps alone": None}
@@ -213,7 +217,7 @@ class Bench:
 
     @torch.no_grad()
     def resident_score(self, emulator: Path, adapter: Path | None) -> tuple[float, float]:
-        """Loss and accuracy of the emulator itself on the test rows."""
+        """Score loss and accuracy of the emulator itself on the test rows."""
         model: Any = load_emulator(emulator)
         classes = predicted_classes(type(model), model.config, emulator)
         samples = Samples.read(self.test, load_tokenizer(self.model), self.given.max_length, classes)
@@ -233,7 +237,7 @@ def _row(name: str, score: tuple[float, float]) -> dict[str, Any]:
 
 
 def _layer_bytes(path: Path) -> int:
-    """Bytes of the weights of the repeated layers' linears, counted at 16 bits where they are not packed."""
+    """Count bytes of the weights of the repeated layers' linears, at 16 bits if they are not quantized."""
     if (path / "emulator.json").exists():
         source = Emulator.open(path)
         sizes = {name: entry.size_bytes for name, entry in source.checkpoint.tensors.items() if ".lr_" in name}
@@ -243,7 +247,7 @@ def _layer_bytes(path: Path) -> int:
 
 
 def main() -> None:
-    """Go through the cells that are asked for."""
+    """Make the requested cells."""
     arguments = _arguments()
     bench = Bench(arguments)
     for seed in arguments.seeds:
@@ -261,18 +265,24 @@ def _kind_and_size(text: str) -> tuple[str, float]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the task, in the results")
+    parser.add_argument("--name", required=True, help="name of the task in the results")
     parser.add_argument("--model", type=Path, required=True, help="directory of a trained model")
-    parser.add_argument("--train", type=Path, required=True, help="training data, which calibrates too")
-    parser.add_argument("--held-out", type=Path, required=True, help="rows to choose the correction by, then to score")
-    parser.add_argument("--work", type=Path, required=True, help="directory for everything that is made")
+    parser.add_argument("--train", type=Path, required=True, help="training data, also used for calibration")
     parser.add_argument(
-        "--emulators", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 nf4:0.12"
+        "--held-out", type=Path, required=True, help="rows that choose the correction, then rows that score"
     )
-    parser.add_argument("--polish", type=_kind_and_size, nargs="*", default=[], help="such as published:0.25 scratch")
+    parser.add_argument("--work", type=Path, required=True, help="directory for all outputs")
+    parser.add_argument(
+        "--emulators", type=_kind_and_size, nargs="*", default=[], help="for example published:0.25 nf4:0.12"
+    )
+    parser.add_argument(
+        "--polish", type=_kind_and_size, nargs="*", default=[], help="for example published:0.25 scratch"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--validation-rows", type=int, default=60)
-    parser.add_argument("--choose-rows", type=int, help="only so many of these; the test rows stay the same")
+    parser.add_argument(
+        "--choose-rows", type=int, help="use only this many validation rows; the test rows stay the same"
+    )
     parser.add_argument("--test-rows", type=int, default=150)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)

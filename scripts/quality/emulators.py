@@ -1,11 +1,11 @@
-"""The stand-ins that the quality benchmark compares: ours, the published one, other methods' at equal bytes.
+"""Makes the emulators that the quality benchmark compares: ours, the published one, and others at equal bytes.
 
-A kind is a name from `KINDS`; a size is a share of the bytes that the linears take at 16 bits. Made by the product are
-`published` (bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (`-uniform`: without), and
-`qlora` (all linears whole in nf4). The others replace the factors of `published`, so that everything else is equal:
-`plain-svd` knows no calibration, `sequential` takes its statistics from the emulator instead of the original,
-`rescaled` gives each linear the original's output energy. `dropped` keeps some layers whole instead (offsite tuning).
-`-refined` behind a kind: its factors trained unit by unit against the original (`refine`).
+A kind is a name from `KINDS`; a size is a share of the linears' bytes at 16 bits. The product itself makes `published`
+(bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (with `-uniform`: uniform), and `qlora`
+(all linears whole in nf4). Other kinds replace the factors of `published`, so that everything else is equal:
+`plain-svd` uses no calibration, `sequential` takes its statistics from the emulator instead of the original, `rescaled`
+gives each linear the original's output energy. `dropped` keeps some layers whole instead (offsite tuning). `-refined`
+after a kind means that its factors were trained unit by unit against the original (`refine`).
 """
 
 import json
@@ -26,7 +26,8 @@ from onelayer.compiler import compile_emulator, refine_emulator
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
-from onelayer.compiler.emulators.reader import DOWN, UP, Emulator
+from onelayer.compiler.emulators.facts import DOWN, UP
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.quantize import quantize_matrix
@@ -51,25 +52,25 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def resident(model: Path) -> Any:
-    """The whole original in memory: only for baselines, which need it there."""
+    """Load the whole original into memory: only for baselines, which need it there."""
     loaded: Any = model_class(AutoConfig.from_pretrained(model), model).from_pretrained(model, dtype=torch.float32)
     return loaded.eval()
 
 
 def compiled(kind: str, size: float, output: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
-    """One emulator that the product makes."""
-    share = 0.99 if kind == "qlora" else size  # of 16-bit bytes: nf4 keeps every linear whole well below it
+    """Compile an emulator of a kind that the product makes."""
+    share = 0.99 if kind == "qlora" else size  # share of 16-bit bytes: nf4 keeps every linear whole with far fewer
     compile_emulator(model, str(data), output, keep_bytes=share, **COMPILED[kind], **calibration)
 
 
 def refined(output: Path, emulator: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
-    """The same emulator with trained factors, as `refine` does it by default."""
+    """Refine the emulator with the defaults of `refine`."""
     given = {name: calibration[name] for name in ("max_length", "batch_size")}
     refine_emulator(emulator, model=model, calibration=str(data), output=output, **given)
 
 
 def derived(kind: str, output: Path, published: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
-    """`published` with other factors of the same ranks."""
+    """Make `published` with other factors of the same ranks."""
     source = Emulator.open(published)
     make: Callable[[], Factors] = {
         "plain-svd": lambda: _plain(resident(model), source),
@@ -80,7 +81,7 @@ def derived(kind: str, output: Path, published: Path, model: Path, data: Path, c
 
 
 def _plain(model: Any, source: Emulator) -> Factors:
-    """Truncated SVD of each weight alone."""
+    """Truncate the SVD of each weight, without calibration."""
     factors = {}
     for name, rank in source.facts.ranks.items():
         U, s, Vt = torch.linalg.svd(model.get_submodule(name).weight.detach().double(), full_matrices=False)
@@ -89,7 +90,7 @@ def _plain(model: Any, source: Emulator) -> Factors:
 
 
 def _rescaled(source: Emulator) -> Factors:
-    """Each `up` times what gives back the energy that was cut off: 1 / sqrt(1 - error^2)."""
+    """Scale each `up` by 1 / sqrt(1 - error^2), which restores the lost energy."""
     figures = json.loads((source.directory / "emulator.json").read_text())
     errors = {row["name"]: row["error"] for row in figures["linears"]}
     factors = {}
@@ -101,7 +102,7 @@ def _rescaled(source: Emulator) -> Factors:
 
 
 def _sequential(model: Any, source: Emulator, name: Path, data: Path, calibration: Mapping[str, Any]) -> Factors:
-    """Layer by layer, moments of the inputs that the layers before, already replaced, hand on."""
+    """Factorize layer by layer, with moments of the inputs that the earlier, already replaced layers produce."""
     tokens = read_tokens(str(data), load_tokenizer(name), calibration["max_length"], calibration["samples"], 0)
     batches = [batch.inputs for batch in make_batches(tokens, model.config, calibration["batch_size"])]
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -118,13 +119,13 @@ def _sequential(model: Any, source: Emulator, name: Path, data: Path, calibratio
 
 
 def _layers(ranks: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names of linears, those of one layer together, in order."""
+    """Group the names of linears by layer, in order."""
     for prefix in dict.fromkeys(layer_prefix(name) for name in ranks):
         yield [name for name in ranks if layer_prefix(name) == prefix]
 
 
 def layer_prefix(name: str) -> str:
-    """What comes before and with the first number of a module's name."""
+    """Return a module's name up to and including its first number."""
     match = LAYER.search(name)
     assert match is not None, name
     return name[: match.end()]
@@ -155,7 +156,7 @@ def _grams(model: Any, linears: Mapping[str, Any], batches: list[dict[str, Any]]
 
 
 def _rewrite(published: Path, output: Path, factors: Factors) -> None:
-    """A copy of an emulator with other bf16 factors, under a digest of its own."""
+    """Copy an emulator with other bf16 factors and its own digest."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(published, partial)
@@ -174,7 +175,7 @@ def _rewrite(published: Path, output: Path, factors: Factors) -> None:
 
 @contextmanager
 def elastic(least: float = 0.5, seed: int = 0) -> Iterator[None]:
-    """Packed factors answer with a random prefix meanwhile, of the share `least` or more, another for each pass."""
+    """Make quantized factors use a random prefix in the block: a share of `least` or more, new for each pass."""
     generator, product = Random(seed), QuantizedLinear._product
     first: list[QuantizedLinear] = []
     share = [1.0]
@@ -193,7 +194,7 @@ def elastic(least: float = 0.5, seed: int = 0) -> Iterator[None]:
 
 
 def dropped(size: float, output: Path, model: Path) -> dict[int, int]:
-    """A plain model of some of the layers, spread evenly; returns the original's number of each of its layers."""
+    """Make a plain model of some evenly spread layers; return the original's number of each of its layers."""
     loaded = resident(model)
     layers = next(part for part in loaded.modules() if isinstance(part, torch.nn.ModuleList) and len(part) > 1)
     count, total = max(1, round(size * len(layers))), len(layers)
@@ -209,7 +210,7 @@ def dropped(size: float, output: Path, model: Path) -> dict[int, int]:
 
 
 def restored(adapter: Path, output: Path, layers: Mapping[int, int], model: Path) -> None:
-    """An adapter of a model with dropped layers, renamed for the original; layers that were not there get zeros."""
+    """Rename an adapter of a model with dropped layers for the original; missing layers get zeros."""
     shutil.copytree(adapter, output)
     for name in ("onelayer.json", "README.md"):
         (output / name).unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every cell behind the quality tables, then the tables and the picture: scripts/quality/run.sh MODELS WORK
+# Make every cell of the quality tables, then the tables and the picture: scripts/quality/run.sh MODELS WORK
 #
 # MODELS holds tinylm-7m, a trained causal language model, and texts/{perl,cheader}.{train,test}.jsonl with rows of text.
-# The encoder and its task are made on the spot (scripts/quality/section_task.py). About nine hours of one core. What is in WORK is not
-# made twice: call it again to go on where it stopped, or several times at once to share the work.
+# The script makes the encoder and its task itself (scripts/quality/section_task.py). It takes about nine hours of one
+# core. Results in WORK are not made again: run it again to go on, or several times at once to share the work.
 set -euo pipefail
 models=$(realpath "$1")
 mkdir -p "$2"

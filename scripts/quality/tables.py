@@ -1,9 +1,9 @@
-"""Tables and a picture of what bench_quality.py found.
+"""Makes tables and a picture from the results of `scripts.quality.cells`.
 
     python -m scripts.quality.tables DIR/results.jsonl [--summary] [--plot FILE.png]
 
-Means over seeds. Share: of what LoRA trained on the original itself gains in loss, with its standard deviation over
-seeds. Sizes: of the linears of the repeated layers, as a share of the bytes that they take at 16 bits.
+Figures are means over seeds. A share is relative to the gain in loss of LoRA trained on the original itself, with its
+standard deviation over seeds. Sizes are bytes of the repeated layers' linears, as a share of their bytes at 16 bits.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from statistics import mean, stdev
 from typing import Any
 
 STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen")
-# By which stage a kind is judged: as its authors use it; ours by the chosen correction.
+# The stage that judges a kind: the one that its authors use; for ours the chosen correction.
 JUDGED = {"published": "limit 3", "dropped": "uncorrected", "qlora": "uncorrected"}
-# The order of kinds in tables; others come behind.
+# The order of kinds in tables; others follow.
 KINDS = (
     "published",
     "bf16",
@@ -36,7 +36,7 @@ def main() -> None:
     """Read, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--summary", action="store_true", help="shares alone, a line per kind and a column per size")
+    parser.add_argument("--summary", action="store_true", help="only shares, a line per kind and a column per size")
     parser.add_argument("--plot", type=Path, help="draw shares against bytes into this file")
     arguments = parser.parse_args()
     rows = [json.loads(line) for path in arguments.results for line in path.read_text().splitlines()]
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def with_shares(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one task with `share`, by the original and the direct LoRA of the same seed."""
+    """Add `share` to the rows of one task, from the original and the direct LoRA of the same seed."""
     before = {row["seed"]: row["loss"] for row in rows if row["row"] == "original"}
     direct = {row["seed"]: row["loss"] for row in rows if row["row"] == "direct"}
     return [
@@ -61,7 +61,7 @@ def with_shares(rows: Sequence[Row]) -> list[Row]:
 
 
 def print_task(rows: Sequence[Row]) -> None:
-    """One table of methods and one of exact steps."""
+    """Make one table of methods and one of exact steps."""
     for name in ("original", "direct"):
         own = [row for row in rows if row["row"] == name]
         print(f"{name}: loss {_mean(own, 'loss'):.4f}, accuracy {_mean(own, 'accuracy'):.4f}, {len(own)} seeds")
@@ -86,7 +86,7 @@ def print_task(rows: Sequence[Row]) -> None:
 
 
 def print_summary(rows: Sequence[Row]) -> None:
-    """Shares on the original, as each kind is used, and after exact steps: Markdown."""
+    """Write shares on the original, as each kind is used, and after exact steps, in Markdown."""
     rows = sorted(rows, key=lambda row: KINDS.index(row["kind"]) if row["kind"] in KINDS else len(KINDS))
     plain = [row for row in rows if not row.get("polished") and row["row"] == _judged(row["kind"])]
     _print_grid("emulator", plain, lambda row: f"{row['kind']}, {row['row']}")
@@ -101,7 +101,7 @@ def _judged(kind: str) -> str:
 
 
 def _print_grid(title: str, rows: Sequence[Row], line_of: Callable[[Row], str]) -> None:
-    """Lines as `line_of` names them, sizes as columns; the number of seeds where a cell has fewer than others."""
+    """Make a table with lines by `line_of` and sizes as columns; cells with fewer seeds show their number."""
     sizes = sorted({row["size"] for row in rows}, reverse=True)
     seeds = len({row["seed"] for row in rows})
     print(f"\n| {title} | " + " | ".join(f"{size:g}" for size in sizes) + f" |\n|{'---|' * (len(sizes) + 1)}")
@@ -127,7 +127,7 @@ def _mean(rows: Iterable[Row], field: str) -> float:
 
 
 def _cell(rows: Sequence[Row]) -> str:
-    """Loss, accuracy and share with its spread; a bar where the stage does not exist."""
+    """Format loss, accuracy and share with its spread; a dash if the stage does not exist."""
     if not rows:
         return "-"
     shares = [row["share"] for row in rows]
@@ -136,7 +136,7 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 def draw(file: Path, tasks: dict[str, list[Row]]) -> None:
-    """Share of the direct gain on the original against bytes of the emulator's linears, a panel for each task."""
+    """Draw the share of the direct gain on the original against bytes of the emulator's linears, a panel per task."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(tasks), 4.6), layout="constrained")

@@ -1,9 +1,9 @@
-"""Streams every architecture of transformers' registries that a tiny configuration can build, and compares.
+"""Streams every architecture of transformers' registries that a tiny configuration can build, and compares results.
 
     python -m scripts.sweep.architectures [--registry causal-lm] [--only llama,bloom] [--compile | ...]
 
-One line per model type: identical, close (with the largest difference), refused (with the reason), or not runnable even
-when resident. The configurations are shrunk by the meaning of their fields' names; no model is special.
+Prints one line per model type: identical, close (with the largest difference), refused (with the reason), or not
+runnable even when resident. Configurations are shrunk by the meaning of their field names; no model is special.
 """
 
 import argparse
@@ -41,14 +41,14 @@ REGISTRIES = {
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
-# Relative; a kernel that takes another path for weights at another address differs by less.
+# A relative difference; a kernel that takes another path for weights at another address differs by less.
 CLOSE = 1e-5
-# What ignores the fields that would make it small is left alone: nothing here may take more than a few GB.
+# Models that ignore the fields that would make them small are skipped: nothing here may take more than a few GB.
 MOST_PARAMETERS = 300_000_000
 
 
 def small_models(model_class: type[PreTrainedModel]) -> Iterator[Callable[[], PreTrainedModel]]:
-    """Ways to make a small model, each of which may fail: of a tiny configuration, and of the class's own default."""
+    """Return ways to make a small model, from a tiny and from the class's default configuration. Each may fail."""
     config_class = model_class.config_class
     assert config_class is not None
     yield lambda: random_model(model_class, tiny_config(config_class))
@@ -56,7 +56,7 @@ def small_models(model_class: type[PreTrainedModel]) -> Iterator[Callable[[], Pr
 
 
 def random_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A seeded random model; norms, biases and zeros get noise, since ones and zeros would hide mistakes."""
+    """Make a seeded random model; norms, biases and zeros get noise, since ones and zeros would hide mistakes."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
     if count > MOST_PARAMETERS:
@@ -72,7 +72,7 @@ def random_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
 
 
 def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
-    """('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail) of one class."""
+    """Judge one class: ('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail)."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         reasons = []
@@ -106,19 +106,19 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
 
 
 def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
-    """('optimal' | 'worse' | 'refused' | 'failed' | 'not runnable', detail) of compiling one class from text."""
+    """Judge compiling a class from text: ('optimal' | 'worse' | 'refused' | 'failed' | 'not runnable', detail)."""
     return from_text(compile_verdict, model_class)
 
 
 def refined(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
-    """('better' | 'unmoved' | 'refused' | 'failed' | 'not runnable', detail) of refining one class's emulator."""
+    """Judge refining a class's emulator: ('better' | 'unmoved' | 'refused' | 'failed' | 'not runnable', detail)."""
     return from_text(refine_verdict, model_class)
 
 
 def from_text(
     judge: Callable[[PreTrainedModel], tuple[str, str]], model_class: type[PreTrainedModel]
 ) -> tuple[str, str]:
-    """What `judge` says of a small model of a class that runs on text."""
+    """Call `judge` for a small model of a class that runs on text."""
     try:
         model = prepared(next(small_models(model_class))())
         outputs_of(model, [first_inputs(model)])
@@ -133,19 +133,19 @@ def from_text(
 
 
 def backward(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
-    """('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail) of one class's gradients."""
+    """Judge gradients: ('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail)."""
     return tried(gradient_verdict, model_class, registry)
 
 
 def packed(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
-    """('exact' | 'refused' | 'missed' | 'not runnable' ..., detail) of one class's gradients from packed rows."""
+    """Judge a class's gradients from packed rows: ('exact' | 'refused' | 'missed' | 'not runnable' ..., detail)."""
     return tried(lambda model, registry: packing_verdict(model.requires_grad_(), registry), model_class, registry)
 
 
 def tried(
     judge: Callable[[PreTrainedModel, str], tuple[str, str]], model_class: type[PreTrainedModel], registry: str
 ) -> tuple[str, str]:
-    """What `judge` says of the first small model of a class that it can be asked about."""
+    """Call `judge` for the first small model of a class that it accepts."""
     reasons = []
     for make in small_models(model_class):
         try:
@@ -161,7 +161,7 @@ def tried(
 
 @contextlib.contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Give up on a model type after a while; some ignore every field that would make them small."""
+    """Stop work on a model type after a time limit; some ignore every field that would make them small."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"more than {seconds} s")
@@ -175,7 +175,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def sweep(registry: str, only: set[str], judge: Callable[..., tuple[str, str]] = verdict) -> Counter[str]:
-    """Print one line per model type of a registry, and the count."""
+    """Print one line per model type of a registry, and the counts."""
     names = getattr(modeling_auto, REGISTRIES[registry])
     counts: Counter[str] = Counter()
     for model_type, class_name in names.items():
@@ -192,7 +192,7 @@ def sweep(registry: str, only: set[str], judge: Callable[..., tuple[str, str]] =
 
 
 def main() -> int:
-    """Parse the arguments, sweep, print the totals; 1 where something that runs resident does not stream."""
+    """Parse the arguments, sweep, print the totals; return 1 if a model that runs resident does not stream."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--registry", choices=[*REGISTRIES, "all"], default="causal-lm")
     parser.add_argument("--only", default="", help="model types, separated by commas")

@@ -1,4 +1,4 @@
-"""The sweep's comparison: a resident model and a directory go in, what both answer to the same batches comes out."""
+"""Compares outputs for the sweep: a resident model and a directory in, outputs of both for the same batches out."""
 
 import contextlib
 from collections import Counter
@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """Return the message of an error in one line."""
     return (str(error).strip().splitlines() or [""])[0][:150]
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without cache, as streaming runs it, and without gradients, which make some products another way."""
+    """Switch off the cache, as streaming does, and gradients, with which some products are computed differently."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if "use_cache" in getattr(config, "__dict__", {}):
@@ -38,13 +38,13 @@ def prepared(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def outputs_of(model: PreTrainedModel, batches: list[Batch]) -> list[list[torch.Tensor]]:
-    """Every tensor of the model's answer to each batch."""
+    """Collect every tensor of the model's output for each batch."""
     with torch.no_grad():
         return [tensors_of(model(**batch)) for batch in batches]
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
-    """The tensors of an output in their order; deferred logits are formed."""
+    """List the tensors of an output in order; deferred logits are computed."""
     leaves = tree_leaves(output.to_tuple() if hasattr(output, "to_tuple") else output)
     return [
         leaf.materialize() if isinstance(leaf, DeferredLogits) else leaf
@@ -54,7 +54,7 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
 
 
 def first_that_runs(model: PreTrainedModel, registry: str) -> tuple[str, list[Batch]]:
-    """The first batches that the resident model accepts, best those whose images or sound change its answer."""
+    """Return the first batches that the resident model accepts, preferably with images or sound that matter."""
     failures: list[str] = []
     ignored: list[tuple[str, list[Batch]]] = []
     for kind, batches in candidates(model, registry):
@@ -77,7 +77,7 @@ def first_that_runs(model: PreTrainedModel, registry: str) -> tuple[str, list[Ba
 
 
 def turned(batch: Batch) -> Batch:
-    """The batch with its images and sound the other way round; patches that begin with where they lie, negative."""
+    """Flip images and sound of the batch; patches that begin with their positions are negated instead."""
 
     def one(name: str, value: torch.Tensor) -> torch.Tensor:
         if name == "flattened_patches":
@@ -88,7 +88,7 @@ def turned(batch: Batch) -> Batch:
 
 
 def difference(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> float:
-    """The largest difference of any tensor, relative to that tensor's largest value; infinite where shapes differ."""
+    """Compute the largest difference of any tensor, relative to its largest value; infinite if shapes differ."""
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         if [item.shape for item in ours] != [item.shape for item in theirs]:
@@ -105,7 +105,7 @@ def difference(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor
 def streamed_outputs(
     directory: Path, batches: list[Batch]
 ) -> tuple[list[list[torch.Tensor]], Counter[str], StreamedModel]:
-    """Stream some batches as onto another device, where nothing is shared with the host: outputs, loads by unit."""
+    """Stream batches as if to another device, which shares nothing with the host; return outputs and loads by unit."""
     outputs: dict[int, Any] = {}
     loads: Counter[str] = Counter()
     streamed = StreamedModel(directory)
@@ -124,7 +124,7 @@ def streamed_outputs(
 
 
 def moved(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, its weights 16 bytes behind where they would lie by themselves."""
+    """Copy the model with its weights 16 bytes after their usual addresses."""
     for parameter in model.parameters():
         skip = 16 // parameter.element_size()
         place = torch.empty(parameter.numel() + skip, dtype=parameter.dtype)[skip:].view(parameter.shape)

@@ -1,4 +1,4 @@
-"""The sweep's checks of compile and refine: a tiny model in; its emulator, of random tokens, is loaded and judged."""
+"""Checks compile and refine for the sweep: a tiny model in, a verdict on its emulator of random tokens out."""
 
 import contextlib
 import json
@@ -17,18 +17,18 @@ from onelayer.compiler.refine import command as refining
 from scripts.sweep.inputs import random_ids
 
 SAMPLES, LENGTH = 24, 16
-# Achieved errors differ from the optimum only by the rounding of factors to float32.
+# Measured errors differ from the optimum only by the rounding of factors to float32.
 SLACK = 1e-3
 
 
 def random_tokens() -> list[Tokens]:
-    """Samples of random ids, each of which is predicted."""
+    """Make samples of random ids; every id is predicted."""
     rows = random_ids(SAMPLES, LENGTH).tolist()
     return [Tokens(row, row) for row in rows]
 
 
 def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
-    """('optimal' | 'close' | 'worse', detail) of a tiny model's emulator; errors pass through."""
+    """Judge a tiny model's emulator: ('optimal' | 'close' | 'worse', detail); errors pass through."""
     from onelayer.runtime import load_emulator
 
     with tempfile.TemporaryDirectory() as name:
@@ -56,12 +56,12 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
         detail += f"; {result.layer_parameters_stacked:,} parameters in stacks that stay dense"
     detail += f"; {len(reasons)} dense, {reasons[0]}" if reasons else ""
     detail += f"; {len(told['revisited'])} units visited again" if told["revisited"] else ""
-    # A unit that is visited again is written after its first visits, with their moments.
+    # A unit that is visited again was written after its first visits, with their moments.
     return ("optimal" if excess < SLACK else "close" if told["revisited"] else "worse"), detail
 
 
 def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
-    """('better' | 'unmoved', detail) of a tiny model's emulator after some steps of every unit; errors pass through."""
+    """Judge an emulator after some steps of every unit: ('better' | 'unmoved', detail); errors pass through."""
     from onelayer.runtime import load_emulator
 
     with tempfile.TemporaryDirectory() as name:
@@ -86,7 +86,7 @@ def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def largest_excess(model: PreTrainedModel, emulator: PreTrainedModel, names: list[str]) -> float:
-    """How far the outputs of the emulator's linears are from the best of their rank, by the outputs' own SVD.
+    """Compare the outputs of the emulator's linears with the best of their rank, by the outputs' own SVD.
 
     The resident original's linears see all samples again; errors are relative to their outputs Y (N, out).
     """
@@ -115,6 +115,6 @@ def largest_excess(model: PreTrainedModel, emulator: PreTrainedModel, names: lis
 
 
 def first_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """One batch of text, and for a pair of encoder and decoder the same for both."""
+    """Make one batch of text; encoder and decoder of a pair get the same one."""
     ids = random_ids(2, 9)
     return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}

@@ -1,7 +1,7 @@
-"""Tiny configurations for the sweep: a config class goes in, a small one whose sizes fit each other comes out.
+"""Makes tiny configurations for the sweep: a config class in, a small configuration with consistent sizes out.
 
-Sizes go by the meaning of the fields' names. Where a class relates its fields in a way that no name tells, `OVERRIDES`
-holds what is needed for that one class; the product itself knows no model by name.
+Sizes follow the meaning of the field names. If a class relates its fields in a way that no name shows, `OVERRIDES`
+holds the values for that class; the product itself knows no model by name.
 """
 
 import re
@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCABULARY = 32, 4, 8, 2, 128
-# Ids from here on are kept for special tokens; plain text uses lower ones.
+# Ids from here on are reserved for special tokens; plain text uses lower ones.
 FIRST_SPECIAL_ID = 101
 
 # Field name (whole, as a regular expression) -> tiny value. First match wins.
@@ -48,7 +48,7 @@ LAYER_INDEXES = r".*(index|indexes|indices|_ids|layers?)"
 
 
 def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A configuration of `cls` whose sizes are small and fit each other, as far as names and `OVERRIDES` tell."""
+    """Make a configuration of `cls` with small, consistent sizes, by field names and `OVERRIDES`."""
     special = OVERRIDES.get(cls.model_type, {})
     default = _default(cls, special)
     fields: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def tiny_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def _default(cls: type[PreTrainedConfig], special: dict[str, Any]) -> PreTrainedConfig:
-    """The class's own configuration; a few classes have none that they accept."""
+    """Make the class's default configuration; a few classes do not accept their own."""
     try:
         return cls()
     except (ValueError, StrictDataclassError):
@@ -81,7 +81,7 @@ def _layers(*kinds: str) -> dict[str, list[str]]:
 
 
 def _tiny_value(name: str, value: Any, default: PreTrainedConfig, specials: dict[Any, int]) -> Any:
-    """The small value of one field, or None where the default may stay."""
+    """Return the small value of one field, or None if the default may stay."""
     if re.fullmatch(r".*(num_)?(key_value|kv)_heads", name):
         own = name.replace("key_value_heads", "attention_heads")
         heads = vars(default).get(own, vars(default).get("num_heads"))
@@ -109,7 +109,7 @@ def _tiny_value(name: str, value: Any, default: PreTrainedConfig, specials: dict
 
 
 def _tiny_list(name: str, value: list[Any], default: PreTrainedConfig) -> list[Any] | None:
-    """One entry for each layer that is left: every kind of layer first, as far as there is room."""
+    """Return one entry per remaining layer: every kind of layer first, as far as there is room."""
     layers = vars(default).get("num_hidden_layers")
     if layers and len(value) == layers and layers > LAYERS and "token" not in name:
         kinds = list(dict.fromkeys(value)) if all(isinstance(item, str | int | float) for item in value) else value
@@ -122,7 +122,7 @@ def _tiny_list(name: str, value: list[Any], default: PreTrainedConfig) -> list[A
 
 
 def _tiny_rope(value: dict[str, Any], many_axes: bool) -> dict[str, Any]:
-    """Rotary parameters whose shares for several axes, where there are several, fit a tiny head."""
+    """Return rotary parameters that fit a tiny head, including shares for several axes if it has them."""
     found = {key: _tiny_rope(item, many_axes) if isinstance(item, dict) else item for key, item in value.items()}
     if "mrope_section" in found or (many_axes and "rope_type" in found):
         found |= {"mrope_section": [2, 1, 1]}
@@ -130,7 +130,7 @@ def _tiny_rope(value: dict[str, Any], many_axes: bool) -> dict[str, Any]:
     return found
 
 
-# What one config class relates in a way that no name tells, by its `model_type`; nested configs are merged.
+# Values for config classes that relate fields in a way that no name shows, by `model_type`; nested configs are merged.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "chameleon": {

@@ -1,4 +1,4 @@
-"""The sweep's comparison of gradients: LoRA on every linear, streamed forward and back, beside the resident model's."""
+"""Compares gradients for the sweep: LoRA on every linear, streamed forward and backward, and the resident model's."""
 
 import contextlib
 import re
@@ -26,13 +26,13 @@ from scripts.sweep.inputs import Batch
 
 CPU = torch.device("cpu")
 Gradients = dict[str, torch.Tensor]
-# Relative to the largest gradient of a parameter; sums over several consumers are added in another order.
+# Relative to the largest gradient of a parameter; sums over several consumers are added in a different order.
 EXACT = 1e-6
 ROUNDING = 1e-5
 
 
 def gradient_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
-    """('identical' | 'close' | 'differs', detail) of one model; whatever fails before streaming raises."""
+    """Judge one model: ('identical' | 'close' | 'differs', detail); failures before streaming raise."""
     return _verdict(model, *first_that_runs(model, registry))
 
 
@@ -54,11 +54,11 @@ def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch]) -> tuple[s
         return "identical", detail
     detail = f"{worst:.1e} in {place}; {detail}"
     if worst > EXACT and model.dtype == torch.float32:
-        # Rounding shrinks with the precision, a mistake does not.
+        # A higher precision shrinks rounding, but not a mistake.
         try:
             finer_batches = [{name: _doubled(value) for name, value in batch.items()} for batch in batches]
             result, finer = _verdict(model.double(), kind, finer_batches)
-        except Exception as error:  # some models compute a part in float32 whatever they are in
+        except Exception as error:  # some models compute a part in float32 in any dtype
             result, finer = "close" if worst <= ROUNDING else "differs", first_line(error)
         return "differs" if result == "differs" else "close", f"{detail}; in float64: {finer}"
     return ("close" if worst <= EXACT else "differs"), detail
@@ -69,9 +69,9 @@ def _doubled(value: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(found: Gradients, expected: Gradients) -> tuple[float, str]:
-    """The largest difference of any gradient relative to that gradient's largest value, and where it is."""
+    """Find the largest difference of any gradient, relative to its largest value, and its parameter."""
     worst, place = 0.0, ""
-    # A gradient that should vanish (attention to a single token) is rounding, and is compared with those that do not.
+    # A gradient that should vanish (attention to a single token) is rounding; it is compared with the others' size.
     least = 1e-3 * max(float(gradient.abs().max()) for gradient in expected.values())
     for parameter, gradient in expected.items():
         ours = found.get(parameter, torch.zeros_like(gradient)).double()
@@ -82,7 +82,7 @@ def _distance(found: Gradients, expected: Gradients) -> tuple[float, str]:
 
 
 def _write_adapter(model: PreTrainedModel, directory: Path) -> None:
-    """Random factors on every linear but the head and those that PEFT refuses to adapt, saved by PEFT."""
+    """Save random factors on every linear except the head and those that PEFT refuses to adapt."""
     heads = {model.get_output_embeddings()} if hasattr(model, "get_output_embeddings") else set()
     targets = [
         name for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and part not in heads
@@ -95,7 +95,7 @@ def _write_adapter(model: PreTrainedModel, directory: Path) -> None:
             try:
                 adapted: Any = peft.get_peft_model(model, config)
                 break
-            except ValueError as error:  # which names the modules that it will not have
+            except ValueError as error:  # it names the modules that it refuses
                 refused = set(re.findall(r"'(\w+)'", str(error)))
                 kept = [name for name in targets if name.rpartition(".")[2] not in refused]
                 if kept == targets:
@@ -117,7 +117,7 @@ def _adapt(model: PreTrainedModel, directory: Path) -> None:
 
 
 def _loss(output: Any, batch: Batch) -> torch.Tensor:
-    """Uneven weights on every number of the answer, so that every gradient counts; the same for the same batch."""
+    """Weight every number of the output unevenly, so that every gradient counts; equal for the same batch."""
     total = torch.zeros(())
     index = sum(value.numel() for value in batch.values())
     for place, tensor in enumerate(tensors_of(output)):
@@ -156,7 +156,7 @@ def _streamed(streamed: StreamedModel, batches: list[Batch]) -> tuple[Gradients,
             if loss.requires_grad:
                 loss.backward(retain_graph=True)
 
-    # Both run in evaluation mode: they would draw other numbers for dropout.
+    # Both run in evaluation mode: dropout would draw different numbers.
     as_it_is = mock.patch.object(gradient_stream, "training", return_value=contextlib.nullcontext())
     with as_it_is, Meter(CPU) as meter:
         stream = gradient_stream.GradientStream(streamed, CPU, meter, on_unit=on_unit, trained=len(batches))

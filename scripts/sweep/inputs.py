@@ -1,7 +1,7 @@
-"""Inputs for the sweep: a tiny model goes in, batches of tokens, images or sound that its forward takes come out.
+"""Makes inputs for the sweep: a tiny model in, batches of tokens, images or sound that its forward takes out.
 
-Nothing is a processor's: which inputs there are is read off the forward's signature, and their sizes off the
-configuration. Where a signature leaves several layouts open, all are offered and the first that runs is used.
+No processor is used: the names of the inputs come from the forward's signature, their sizes from the configuration. If
+a signature allows several layouts, all are offered and the first that runs is used.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ SOUND_FRAMES, SAMPLES = 128, 4000
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Token ids (rows, length) of plain text."""
+    """Make token ids (rows, length) of plain text."""
     return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def noise(*shape: int) -> torch.Tensor:
-    """Seeded normal values, of images and of sound."""
+    """Make seeded normal values for images and sound."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def candidates(model: PreTrainedModel, registry: str) -> Iterator[tuple[str, list[Batch]]]:
-    """Sets of batches for a kind of model, the most telling first, each with a word for what it holds."""
+    """Yield sets of batches for a kind of model, the most meaningful first, each with a word for its contents."""
     takes = inspect.signature(model.forward).parameters
     if registry == "image-classification" and "input_ids" not in takes:
         for pixels in _images(model, takes):
@@ -49,7 +49,7 @@ def candidates(model: PreTrainedModel, registry: str) -> Iterator[tuple[str, lis
 
 
 def _text(model: PreTrainedModel, registry: str, rows: int, length: int) -> Batch:
-    # Sequence classifiers look for padding behind the last token; one row needs none.
+    # Sequence classifiers look for padding after the last token; one row needs none.
     rows = 1 if registry == "sequence-classification" else rows
     ids = random_ids(rows, length)
     vocabulary, end = getattr(model.config, "vocab_size", None), getattr(model.config, "eos_token_id", None)
@@ -58,7 +58,9 @@ def _text(model: PreTrainedModel, registry: str, rows: int, length: int) -> Batc
     if registry == "sequence-classification" and isinstance(end, int):
         ids[:, -1] = end  # where encoder-decoders look for the whole sequence
     books = getattr(model.config, "num_codebooks", None)
-    if registry == "speech-seq2seq" and isinstance(books, int):  # text and sound side by side, position by position
+    if registry == "speech-seq2seq" and isinstance(
+        books, int
+    ):  # text and sound next to each other, position by position
         ids = torch.stack([ids, *(random_ids(rows, length, 2 + book) for book in range(books))], dim=-1)
     batch = {"input_ids": ids}
     takes = inspect.signature(model.forward).parameters
@@ -70,7 +72,7 @@ def _text(model: PreTrainedModel, registry: str, rows: int, length: int) -> Batc
 
 
 def _decoder_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
-    """What a decoder begins with: ids (rows, length), or (rows, length, channels) where it speaks in several."""
+    """Make a decoder's first input: ids (rows, length), or (rows, length, channels) if it has several channels."""
     ids = random_ids(rows, length, 1)
     channels = getattr(getattr(model.config, "decoder_config", None), "num_channels", None)
     return ids if channels is None else ids[..., None].expand(-1, -1, channels)
@@ -80,7 +82,7 @@ def _decoder_ids(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor
 
 
 def _with_images(model: PreTrainedModel) -> Iterator[Batch]:
-    """One row of text with an image in its place, in every layout that the signature leaves open."""
+    """Yield one row of text with an image in its place, in every layout that the signature allows."""
     takes = inspect.signature(model.forward).parameters
     counting = getattr(model, "get_image_features", getattr(model.base_model, "get_image_features", None))
     for pixels in _images(model, takes):
@@ -107,10 +109,10 @@ def _with_images(model: PreTrainedModel) -> Iterator[Batch]:
 
 
 def _placeholders(config: PreTrainedConfig, length: int) -> Iterator[torch.Tensor]:
-    """Text with room for `length` image features, or for none where the image goes elsewhere."""
+    """Make text with room for `length` image features, or for none if the image goes elsewhere."""
     before, after = random_ids(1, 4, 2), random_ids(1, 7, 3)
     marks = {name: value for name, value in vars(config).items() if isinstance(value, int)}
-    if hasattr(config, "latent_query_num"):  # the place of an image is told by a mask, not by an id
+    if hasattr(config, "latent_query_num"):  # a mask gives the place of an image, not an id
         marks["image_token_id"] = FIRST_SPECIAL_ID
     for name, value in marks.items():
         if re.fullmatch(r"(image|im|img|media|vision|video)_?(patch|placeholder|context)?_?token_?(id|index)", name):
@@ -119,7 +121,7 @@ def _placeholders(config: PreTrainedConfig, length: int) -> Iterator[torch.Tenso
 
 
 def _count_features(model: PreTrainedModel, counting: Callable[..., Any] | None, inputs: Batch) -> int:
-    """How many rows the model makes of an image or of sound, counted by making them; 0 where it cannot be told."""
+    """Count the rows that the model makes of an image or of sound, by making them; 0 if that fails."""
     if counting is None:
         return 0
     takes = inspect.signature(counting).parameters
@@ -135,7 +137,7 @@ def _count_features(model: PreTrainedModel, counting: Callable[..., Any] | None,
 
 
 def _images(model: PreTrainedModel, takes: Any) -> Iterator[Batch]:
-    """One image as this kind of model takes it: pixels by rows and columns, by crops, or by patches."""
+    """Make one image as this kind of model takes it: pixels by rows and columns, by crops, or by patches."""
     config: Any = model.config
     vision = next((part for part in (getattr(config, name, None) for name in VISION_CONFIGS) if part), config)
     size = _number(vision, ("image_size", "img_size", "input_size"), 32)
@@ -188,7 +190,7 @@ VISION_CONFIGS = ("vision_config", "vit_config", "encoder", "vision_encoder_conf
 
 
 def _number(config: Any, names: Sequence[str], default: int) -> int:
-    """The first of some fields that a configuration has, of a pair its first."""
+    """Return the first of some fields that a configuration has; the first value if it is a pair."""
     for name in names:
         value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
         if isinstance(value, list | tuple) and value:
@@ -202,7 +204,7 @@ def _number(config: Any, names: Sequence[str], default: int) -> int:
 
 
 def _with_sound(model: PreTrainedModel) -> Iterator[list[Batch]]:
-    """Two batches with sound, as features (rows, mel, frames) or (rows, frames, mel), or as samples."""
+    """Make two batches with sound, as features (rows, mel, frames) or (rows, frames, mel), or as samples."""
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
     audio = next((part for part in (getattr(config, name, None) for name in AUDIO_CONFIGS) if part), config)

@@ -1,4 +1,4 @@
-"""The sweep's look at packing: what packed rows do to a model's gradients, and what the product's check says of it."""
+"""Checks packing for the sweep: the gradients of packed rows, and the verdict of the product's own check."""
 
 import copy
 from typing import Any
@@ -14,12 +14,12 @@ from onelayer.compiler.polish.packing_check import change_of, check_takes_positi
 from scripts.sweep.inputs import random_ids
 
 LENGTHS = (17, 12, 9, 6)
-# Relative to a parameter's largest gradient: what rounding explains in float64, and in float32.
+# Relative to a parameter's largest gradient: the differences that rounding explains in float64 and in float32.
 EXACT, ROUNDING = 1e-6, 1e-5
 
 
 def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
-    """('exact' | 'refused' | 'missed' | 'refused for nothing', detail): gradients in float64 against the check's word.
+    """Judge ('exact' | 'refused' | 'missed' | 'refused for nothing', detail): float64 gradients against the check.
 
     The check is asked in float32 and in bfloat16, whose rounding hides more; 'missed' where it lets a leak pass.
     """
@@ -33,7 +33,7 @@ def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
         return "refused", str(error)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:  # fresh weights say so little that rounding hides what leaks
+            if parameter.ndim > 1:  # fresh weights are so small that rounding would hide a leak
                 parameter.mul_(4)
     words = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -47,7 +47,7 @@ def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
     detail = "; ".join(word for _, word in words)
     try:
         distance, allowed = _distance(copy.deepcopy(model).double(), rows), EXACT
-    except (NotImplementedError, RuntimeError, TypeError):  # some compute a part in float32 whatever they are in
+    except (NotImplementedError, RuntimeError, TypeError):  # some compute a part in float32 in any dtype
         distance, allowed = _distance(model, rows), ROUNDING
     detail = f"gradients {distance:.1e} apart; {detail}"
     if distance <= allowed:
@@ -58,7 +58,7 @@ def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
 
 
 def _loss(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
-    """Cross-entropies of the labeled tokens of one row, or of a pack."""
+    """Compute cross-entropies of the labeled tokens of one row or one pack."""
     (batch,) = make_batches([row], model.config, 1)
     counted = batch.targets != IGNORED
     logits: Any = model(**batch.inputs).logits
@@ -66,7 +66,7 @@ def _loss(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
 
 
 def _distance(model: PreTrainedModel, rows: list[Tokens]) -> float:
-    """The largest difference of a parameter's gradient, relative to its largest value or a thousandth of all."""
+    """Find the largest difference of a gradient, relative to its largest value or to a thousandth of all gradients'."""
     found = []
     for parts in ([join_rows(rows)], rows):
         model.zero_grad()

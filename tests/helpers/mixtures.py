@@ -13,7 +13,8 @@ from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator, stack_tensor
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, stack_tensor
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import dequantize_matrix
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
@@ -121,21 +122,21 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 def stack_products(directory: Path) -> dict[str, torch.Tensor]:
     """(E, out, in) of what stands for each stack."""
     emulator = Emulator.open(directory)
-    kind, dtype = emulator.facts.packed, torch.float32
+    factor_dtype, dtype = emulator.facts.quantized_dtype, torch.float32
     found = {}
     for name, facts in emulator.facts.stacks.items():
         count, out_features, in_features = facts.shape
         read = {end: emulator.checkpoint.tensors.get(stack_tensor(name, end)) for end in (UP, DOWN, DENSE)}
         held = {end: emulator.checkpoint.read(stack_tensor(name, end)) for end, info in read.items() if info}
-        if kind is None:
+        if factor_dtype is None:
             found[name] = held[UP] @ held[DOWN]
         elif DENSE in held:
             found[name] = torch.stack(
-                [dequantize_matrix(held[DENSE][e], in_features, kind, dtype) for e in range(count)]
+                [dequantize_matrix(held[DENSE][e], in_features, factor_dtype, dtype) for e in range(count)]
             )
         else:
-            ups = [dequantize_matrix(held[UP][e], out_features, kind, dtype).T for e in range(count)]
-            downs = [dequantize_matrix(held[DOWN][e], in_features, kind, dtype) for e in range(count)]
+            ups = [dequantize_matrix(held[UP][e], out_features, factor_dtype, dtype).T for e in range(count)]
+            downs = [dequantize_matrix(held[DOWN][e], in_features, factor_dtype, dtype) for e in range(count)]
             found[name] = torch.stack([up @ down for up, down in zip(ups, downs, strict=True)])
     return found
 

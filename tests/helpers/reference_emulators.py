@@ -26,9 +26,9 @@ _STORED: ContextVar[FactorDtype | None] = ContextVar("factor_dtype", default=Non
 
 
 @contextmanager
-def stored_as(kind: FactorDtype | None) -> Iterator[None]:
-    """Emulators written meanwhile have packed factors, and every third of their weights packed whole."""
-    token = _STORED.set(kind)
+def stored_as(factor_dtype: FactorDtype | None) -> Iterator[None]:
+    """Give emulators written in the block quantized factors, and every third weight quantized whole."""
+    token = _STORED.set(factor_dtype)
     try:
         yield
     finally:
@@ -87,23 +87,27 @@ def write_emulator(
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for alias in model.all_tied_weights_keys:
         tensors.pop(alias, None)
-    ranks, shapes, kind = {}, {}, _STORED.get()
+    ranks, shapes, factor_dtype = {}, {}, _STORED.get()
     for number, (name, module) in enumerate(compressible(model, skip).items()):
         stored = tensors.pop(f"{name}.weight")
         weight_oi = stored.T if isinstance(module, Conv1D) else stored
         shapes[name] = (weight_oi.shape[0], weight_oi.shape[1])
-        if kind is not None and number % 3 == 2:
-            tensors[f"{name}.lr_dense"] = quantize_matrix(weight_oi, kind)
+        if factor_dtype is not None and number % 3 == 2:
+            tensors[f"{name}.lr_dense"] = quantize_matrix(weight_oi, factor_dtype)
             continue
         ranks[name] = rank_for(*shapes[name], ratio)
         up, down = svd_factors(weight_oi, ranks[name])
-        if kind is not None:
-            up, down = quantize_matrix(up.T, kind), quantize_matrix(down, kind)
+        if factor_dtype is not None:
+            up, down = quantize_matrix(up.T, factor_dtype), quantize_matrix(down, factor_dtype)
         tensors[f"{name}.lr_up"], tensors[f"{name}.lr_down"] = up.contiguous(), down.contiguous()
     _write_shards(tensors, directory)
     dtype = str(model.dtype).removeprefix("torch.")
-    packed = {"unpacked_dtype": dtype, "shapes": shapes, "quantized_dense": sorted(shapes.keys() - ranks.keys())}
-    stored_fields = {"ranks": ranks, "factor_dtype": kind or dtype, **(packed if kind is not None else {})}
+    quantized = {"unpacked_dtype": dtype, "shapes": shapes, "quantized_dense": sorted(shapes.keys() - ranks.keys())}
+    stored_fields = {
+        "ranks": ranks,
+        "factor_dtype": factor_dtype or dtype,
+        **(quantized if factor_dtype is not None else {}),
+    }
     _write_config(model, Path(original), directory, stored_fields, base_model, base_revision)
     for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json"):
         for file in Path(original).glob(pattern):

@@ -1,4 +1,4 @@
-"""Documents read from disk, checked against a pydantic model: the first fault becomes one line."""
+"""Checks documents from the disk against a pydantic model: the first fault becomes one line."""
 
 from pathlib import Path
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""A path in, what it is and where it came from out: an emulator, an adapter, an artifact or a checkpoint."""
+"""A path in, a description out: of an emulator, an adapter, an artifact or a checkpoint."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ from onelayer.compiler.storage.files import directory_bytes, read_json
 
 
 def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, Any]:
-    """What `path` is, as plain JSON values; `kind` says which of the four. An emulator is drawn into `plot`, if given.
+    """Describe `path` in plain JSON values; `kind` says which of the four it is.
 
-    Raises `InputError` where it is none of the four.
+    An emulator is drawn into `plot`, if given. Raises `InputError` if the path is none of the four.
     """
     if plot is not None:
         from onelayer.compiler.emulators.plot import plot_emulator

@@ -1,24 +1,19 @@
-"""What commands return: documents that a program can read, and the figures of a streamed pass."""
-
-from typing import TYPE_CHECKING
+"""The results of commands: documents that a program can read, and the figures of a streamed pass."""
 
 from pydantic import BaseModel, ConfigDict
 
-if TYPE_CHECKING:
-    pass
-
 
 class Result(BaseModel):
-    """What a command returns; `model_dump(mode="json")` is its `--json` document."""
+    """The result of a command; `model_dump(mode="json")` is its `--json` document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Report(Result):
-    """The figures that every streamed command ends with, all measured but `workspace_bytes`, which is predicted.
+    """The figures of every streamed command. All are measured, except `workspace_bytes`, which is predicted.
 
-    On a GPU `peak_device_bytes` is what its allocator handed out at most; on a CPU it is how far the process's
-    anonymous memory grew during the pass. `peak_host_bytes` is the anonymous memory of the whole process at its peak.
+    On a GPU, `peak_device_bytes` is the most that its allocator handed out. On a CPU, it is the growth of the process's
+    anonymous memory during the pass. `peak_host_bytes` is the anonymous memory of the whole process at its peak.
     """
 
     largest_unit_bytes: int
@@ -30,5 +25,5 @@ class Report(Result):
 
 
 def round_significant(value: float, digits: int) -> float:
-    """Round a value to so many significant digits."""
+    """Round a value to `digits` significant digits."""
     return float(f"{value:.{digits}g}")

@@ -31,7 +31,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
-from onelayer.compiler.evaluate.scoring import Samples
+from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.storage.checkpoint import model_digest

@@ -1,4 +1,4 @@
-"""Experts whose factors are packed, whose ranks go by spectrum, or whose files are damaged."""
+"""Experts whose factors are quantized, whose ranks go by spectrum, or whose files are damaged."""
 
 import json
 import pickle
@@ -26,11 +26,11 @@ from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime import load_emulator
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("factor_dtype", ["bf16", "int8", "nf4"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_packed_experts_compute_what_their_products_do(name: str, kind: FactorDtype, tmp_path: Path) -> None:
+def test_quantized_experts_compute_what_their_products_do(name: str, factor_dtype: FactorDtype, tmp_path: Path) -> None:
     model = save_mixture(name, tmp_path)
-    large = compiled(tmp_path, factor_dtype=kind)
+    large = compiled(tmp_path, factor_dtype=factor_dtype)
     assert all(item.form == "factors" for item in large.stacks)
     emulator = load_emulator(tmp_path / "emulator")
     reference = logits(with_products(model, tmp_path / "emulator"))
@@ -42,13 +42,13 @@ def test_packed_experts_compute_what_their_products_do(name: str, kind: FactorDt
     reference = logits(with_products(model, tmp_path / "small"))
     torch.testing.assert_close(logits(load_emulator(tmp_path / "small")), reference, rtol=1e-3, atol=1e-3)
     assert all(a.error >= b.error for a, b in zip(small.stacks, large.stacks, strict=True))
-    whole = compiled(tmp_path, "whole", factor_dtype=kind, ratio=1.0)
+    whole = compiled(tmp_path, "whole", factor_dtype=factor_dtype, ratio=1.0)
     assert all(item.form == "dense" for item in whole.stacks)
     reference = logits(with_products(model, tmp_path / "whole"))
     torch.testing.assert_close(logits(load_emulator(tmp_path / "whole")), reference, rtol=1e-3, atol=1e-3)
 
 
-def test_reported_errors_of_packed_experts_are_those_of_the_files(tmp_path: Path) -> None:
+def test_reported_errors_of_quantized_experts_are_those_of_the_files(tmp_path: Path) -> None:
     model = save_mixture("qwen3_moe", tmp_path)
     result = compiled(tmp_path, factor_dtype="nf4")
     products, rows_of = stack_products(tmp_path / "emulator"), what_experts_read(model, tmp_path)
@@ -64,11 +64,11 @@ def test_reported_errors_of_packed_experts_are_those_of_the_files(tmp_path: Path
             assert item.error == pytest.approx((lost / energy) ** 0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"])
-def test_ranks_by_spectrum_leave_experts_uniform(kind: FactorDtype | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor_dtype", [None, "nf4"])
+def test_ranks_by_spectrum_leave_experts_uniform(factor_dtype: FactorDtype | None, tmp_path: Path) -> None:
     save_mixture("mixtral", tmp_path)
-    uniform = compiled(tmp_path, factor_dtype=kind, ratio=0.3)
-    spectrum = compiled(tmp_path, "spectrum", factor_dtype=kind, ratio=0.3, rank_allocation="spectrum")
+    uniform = compiled(tmp_path, factor_dtype=factor_dtype, ratio=0.3)
+    spectrum = compiled(tmp_path, "spectrum", factor_dtype=factor_dtype, ratio=0.3, rank_allocation="spectrum")
     assert [(a.name, a.rank) for a in spectrum.stacks] == [(a.name, a.rank) for a in uniform.stacks]
     assert spectrum.parameters_after <= uniform.parameters_after
     assert torch.isfinite(logits(load_emulator(tmp_path / "spectrum"))).all()

@@ -1,4 +1,4 @@
-"""Emulators with packed factors: what compile reports of them, what a budget chooses, and that they train."""
+"""Emulators with quantized factors: what compile reports of them, what a budget chooses, and that they train."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from onelayer.runtime import load_emulator, train_lora
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.planning.plan import size_for
 
-KINDS: tuple[FactorDtype, ...] = ("bf16", "int8", "nf4")
+FACTOR_DTYPES: tuple[FactorDtype, ...] = ("bf16", "int8", "nf4")
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
 
 
@@ -37,21 +37,21 @@ def compiled(root: Path, output: Path, **options: Any) -> Any:
     return compile_emulator(root / "original", root / "mix.jsonl", output, **settings)
 
 
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_the_report_is_of_what_is_stored(root: Path, kind: FactorDtype | None, tmp_path: Path) -> None:
-    result = compiled(root, tmp_path / "emulator", ratio=0.5, factor_dtype=kind)
+@pytest.mark.parametrize("factor_dtype", [None, *FACTOR_DTYPES])
+def test_the_report_is_of_what_is_stored(root: Path, factor_dtype: FactorDtype | None, tmp_path: Path) -> None:
+    result = compiled(root, tmp_path / "emulator", ratio=0.5, factor_dtype=factor_dtype)
     emulator, document = Emulator.open(tmp_path / "emulator"), read_json(tmp_path / "emulator/emulator.json")
-    assert document["settings"]["factor_dtype"] == kind
-    assert emulator.facts.packed == kind
+    assert document["settings"]["factor_dtype"] == factor_dtype
+    assert emulator.facts.quantized_dtype == factor_dtype
     stored = sum(info.size_bytes for name, info in emulator.checkpoint.tensors.items() if ".lr_" in name)
     weights = sum(out * width for out, width in (emulator.shape(item.name) for item in result.linears))
     assert result.kept_bytes_share == pytest.approx(stored / (2 * weights), rel=1e-4)
     for item in result.linears:
         assert item.form == "factors"
-        assert (item.unquantised_error is None) == (kind is None)
-        if kind is not None:
+        assert (item.unquantised_error is None) == (factor_dtype is None)
+        if factor_dtype is not None:
             assert item.error >= item.unquantised_error * 0.999 >= 0.99 * item.optimal_error
-    again = compiled(root, tmp_path / "again", ratio=0.5, factor_dtype=kind)
+    again = compiled(root, tmp_path / "again", ratio=0.5, factor_dtype=factor_dtype)
     assert emulator.digest == Emulator.open(again.output).digest
 
 
@@ -66,10 +66,10 @@ def test_at_the_top_of_the_scale_every_linear_is_quantized_whole(root: Path, tmp
         slice_emulator(tmp_path / "emulator", 0.5, tmp_path / "slice")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_ranks_by_spectrum_keep_the_bytes_and_err_less(root: Path, kind: FactorDtype, tmp_path: Path) -> None:
-    uniform = compiled(root, tmp_path / "uniform", ratio=0.6, factor_dtype=kind)
-    spectrum = compiled(root, tmp_path / "spectrum", ratio=0.6, factor_dtype=kind, rank_allocation="spectrum")
+@pytest.mark.parametrize("factor_dtype", ["int8", "nf4"])
+def test_ranks_by_spectrum_keep_the_bytes_and_err_less(root: Path, factor_dtype: FactorDtype, tmp_path: Path) -> None:
+    uniform = compiled(root, tmp_path / "uniform", ratio=0.6, factor_dtype=factor_dtype)
+    spectrum = compiled(root, tmp_path / "spectrum", ratio=0.6, factor_dtype=factor_dtype, rank_allocation="spectrum")
     assert spectrum.kept_bytes_share <= uniform.kept_bytes_share
     assert {item.form for item in spectrum.linears} == {"dense", "factors"}
     assert sum(item.error**2 for item in spectrum.linears) < sum(item.error**2 for item in uniform.linears)
@@ -92,7 +92,7 @@ def test_it_trains_and_the_adapter_is_the_same_twice(root: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "allocation"),
+    ("options", "factor_dtype", "allocation"),
     [
         ({}, "nf4", "spectrum"),
         ({"keep_bytes": 0.5}, "int8", "spectrum"),
@@ -102,13 +102,13 @@ def test_it_trains_and_the_adapter_is_the_same_twice(root: Path, tmp_path: Path)
     ],
 )
 def test_bytes_choose_dtype_and_ranks_and_a_ratio_is_the_published_method(
-    root: Path, tmp_path: Path, options: dict[str, Any], kind: str | None, allocation: str
+    root: Path, tmp_path: Path, options: dict[str, Any], factor_dtype: str | None, allocation: str
 ) -> None:
     compiled(root, tmp_path / "emulator", **options)
     settings = read_json(tmp_path / "emulator/emulator.json")["settings"]
-    assert (settings["factor_dtype"], settings["rank_allocation"]) == (kind, allocation)
+    assert (settings["factor_dtype"], settings["rank_allocation"]) == (factor_dtype, allocation)
     if "ratio" not in options:
-        expected = keep_ratio(options.get("keep_bytes", 0.25), known_factor_dtype(kind), 4)
+        expected = keep_ratio(options.get("keep_bytes", 0.25), known_factor_dtype(factor_dtype), 4)
         assert settings["ratio"] == pytest.approx(expected)
 
 

@@ -18,7 +18,8 @@ from onelayer.compiler.correct.command import CorrectResult, correct_adapter
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
-from onelayer.compiler.evaluate.scoring import Samples, parked_bytes
+from onelayer.compiler.evaluate.samples import Samples
+from onelayer.compiler.evaluate.scoring import parked_bytes
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.files import read_json

@@ -43,7 +43,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def is_packed(root: Path) -> bool:
-    return Emulator.open(root / "large").facts.packed is not None
+    return Emulator.open(root / "large").facts.quantized_dtype is not None
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def test_it_is_the_emulator_that_compile_would_make(root: Path, tmp_path: Path) 
     assert found.keys() == wanted.keys()
     if is_packed(root):  # up and down were fitted to each other with more directions than are left
         ours_E, theirs_E = products(tmp_path / "small"), products(direct)
-        rounding = 0.25 if Emulator.open(direct).facts.packed == "nf4" else 0.02
+        rounding = 0.25 if Emulator.open(direct).facts.quantized_dtype == "nf4" else 0.02
         for name, product in theirs_E.items():
             assert float((ours_E[name] - product).norm()) < rounding * float(product.norm()), name
     for name, tensor in wanted.items():
@@ -167,7 +167,7 @@ def test_a_slice_that_would_stay_large_is_refused(root: Path, tmp_path: Path) ->
     facts = Emulator.open(tmp_path / "e").facts
     whole = len(facts.quantized_dense)
     assert whole > len(facts.ranks) / 2
-    with pytest.raises(InputError, match=rf"holds {whole} of \d+ linears whole, which cannot be cut, so 0\.\d+ of"):
+    with pytest.raises(InputError, match=rf"holds {whole} of \d+ linears whole, which cannot be sliced, so 0\.\d+ of"):
         slice_emulator(tmp_path / "e", 0.1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

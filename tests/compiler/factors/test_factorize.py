@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onelayer.compiler.factors.factorize import Factors, _all_directions, _Directions, factorize
+from onelayer.compiler.factors.directions import Directions, all_directions
+from onelayer.compiler.factors.factorize import Factors, factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.ranks import Spectrum, rank_for, ranks_by_spectrum
 from onelayer.compiler.factors.subspace import leading_eigenvectors
@@ -219,13 +220,13 @@ def dense_optimum(W: torch.Tensor, X: torch.Tensor, rank: int) -> float:
 def full_solves(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes for which all directions were solved for."""
     seen: list[torch.Size] = []
-    solve = _all_directions
+    solve = all_directions
 
-    def watched(W: torch.Tensor, moments: Moments, rank: int) -> _Directions:
+    def watched(W: torch.Tensor, moments: Moments, rank: int) -> Directions:
         seen.append(W.shape)
         return solve(W, moments, rank)
 
-    monkeypatch.setattr("onelayer.compiler.factors.factorize._all_directions", watched)
+    monkeypatch.setattr("onelayer.compiler.factors.factorize.all_directions", watched)
     return seen
 
 

@@ -22,7 +22,7 @@ from onelayer.compiler.compile.writer import EmulatorWriter
 from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource, read_tokens
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
-from onelayer.compiler.emulators.slice import cut_emulator
+from onelayer.compiler.emulators.slice import slice_to_ranks
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.ranks import copies_on_disk, widest_ratio
 from onelayer.compiler.machine.console import StopRequest
@@ -102,9 +102,9 @@ def _compile(
         if settings.rank_allocation == "uniform":
             work.publish(output)
             return result
-        cut = cut_emulator(work.payload, spectrum_ranks(writer, settings), output, {"ratio": settings.ratio})
+        sliced = slice_to_ranks(work.payload, spectrum_ranks(writer, settings), output, {"ratio": settings.ratio})
     changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
-    return result.model_copy(update={name: getattr(cut, name) for name in changed})
+    return result.model_copy(update={name: getattr(sliced, name) for name in changed})
 
 
 def _facts(settings: ResolvedSettings, tokens: Sequence[Tokens], device: torch.device) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from onelayer.compiler.compile.selection import Ranks
 from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.data.batches import TokenBatch
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments, check_rows
 from onelayer.compiler.factors.quantized_factors import output_energy, quantize_dense, quantize_factors

@@ -21,8 +21,8 @@ from onelayer.compiler.emulators.directory import (
     auto_map,
     card,
 )
+from onelayer.compiler.emulators.facts import stack_tensor
 from onelayer.compiler.emulators.figures import LinearFigures, StackFigures
-from onelayer.compiler.emulators.reader import stack_tensor
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.models.lazy_tensors import DiskMatrix
 from onelayer.compiler.models.linears import weight_shape

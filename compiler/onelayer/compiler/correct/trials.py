@@ -29,7 +29,8 @@ from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.evaluate.scoring import Samples, Scoring, scoring_workspace
+from onelayer.compiler.evaluate.samples import Samples
+from onelayer.compiler.evaluate.scoring import Scoring, scoring_workspace
 from onelayer.compiler.evaluate.variants import Run, open_scored
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, named_parts

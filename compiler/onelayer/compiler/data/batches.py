@@ -1,4 +1,4 @@
-"""A data set becomes fixed batches that a model can be called with, and the digest that says which they were."""
+"""Tokens in, fixed batches that a model can be called with out, and the digest of the tokens."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class TokenBatch:
     """Samples of equal length, so that nothing is padded: ids (B, T) and what they predict.
 
     `inputs` are the arguments of the model's forward. `targets[b, t]` is the token that output position t of sample b
-    predicts, or -100 where the loss does not count it; of texts with a class `targets[b]` is that class.
-    `order[b]` is the place of sample b in the list given.
+    predicts, or -100 if the loss does not count it. For texts with a class, `targets[b]` is that class. `order[b]` is
+    the index of sample b in the given list.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -27,22 +27,22 @@ class TokenBatch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Samples, and positions of the longest sequence of each: what an encoder-decoder reads, or what it says."""
+        """The number of samples, and the positions of the longest sequence: an encoder-decoder's input or output."""
         sequences = [tensor for tensor in (*self.inputs.values(), self.targets) if tensor.ndim == 2]
         return len(self.order), max(tensor.shape[1] for tensor in sequences)
 
 
 def tokens_digest(tokens: Iterable[Tokens]) -> str:
-    """Digest of token ids and labels, in order."""
+    """Compute the digest of token ids and labels, in order."""
     return sha256_json([[item.input_ids, item.labels if item.label is None else item.label] for item in tokens])
 
 
 def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
-    """Batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows at once.
+    """Make batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows early.
 
-    Raises `InputError` where the model cannot tell where the texts of a batch end.
+    Raises `InputError` if the model cannot tell where the texts of a batch end.
     """
-    # Some configurations have no such field: those of several models in one have it further in, others not at all.
+    # Some configurations lack this field: composed models have it in a nested one, others not at all.
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     if batch_size > 1 and pad is None and any(item.label is not None for item in tokens):
         raise InputError("config.json: field pad_token_id is not set, so a classifier takes one text at a time; set it")
@@ -60,10 +60,10 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
 
 
 def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int] | int]:
-    """Model arguments and aligned targets of one sample, or its class.
+    """Return the model arguments and aligned targets of one sample, or its class.
 
-    A decoder predicts the next token. An encoder-decoder reads what is not labeled (all of a plain text) and predicts
-    what is, from it shifted right after the decoder's start token.
+    A decoder predicts the next token. An encoder-decoder reads the unlabeled tokens (all tokens of a plain text) and
+    predicts the labeled ones. Its decoder reads the labeled ones shifted right, after the decoder's start token.
     """
     if tokens.label is not None:
         return {"input_ids": tokens.input_ids}, tokens.label

@@ -1,7 +1,7 @@
-"""What a model predicts, and rows tokenized for it: the next token, or one class of a whole text.
+"""The classes that a model predicts, and rows tokenized for it: for the next token, or for one class of a text.
 
-A sequence classifier is what transformers' registry of them lists; its logits are (batch, classes). Evaluation, exact
-steps and training all read their rows through here.
+Sequence classifiers are the classes in transformers' sequence-classification registry. Their logits have shape (batch,
+classes). Evaluation, exact steps and training all tokenize their rows here.
 """
 
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ SINGLE_LABEL = "single_label_classification"
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a sequence classifier: how many there are, and the numbers of those that have names."""
+    """The classes of a sequence classifier: their count, and the numbers of the named ones."""
 
     count: int
     numbers: Mapping[str, int]
 
     def number_of(self, example: Example) -> int:
-        """The class of one row. Raises `InputError` where the model has no such class."""
+        """Return the class of one row. Raises `InputError` if the model has no such class."""
         label = example.label
         number = self.numbers.get(label) if isinstance(label, str) else label
         if number is None or not 0 <= number < self.count:
@@ -42,9 +42,9 @@ class Classes:
 def predicted_classes(
     cls: "type[PreTrainedModel]", config: "PreTrainedConfig", directory: str | Path
 ) -> Classes | None:
-    """The classes that a model of class `cls` tells apart, None where it predicts tokens.
+    """Return the classes that a model of class `cls` predicts, None if it predicts tokens.
 
-    Raises `InputError` where it does neither, so that there is no loss, and for classifiers whose loss is another one.
+    Raises `InputError` if it predicts neither, so that there is no loss, and for classifiers with a different loss.
     """
     if not is_classifier(cls):
         if cls.can_generate():
@@ -54,17 +54,17 @@ def predicted_classes(
             "measure; give a language model or a sequence classifier"
         )
     count = config.num_labels or 0
-    kind = config.problem_type or (SINGLE_LABEL if count > 1 else "regression")
-    if kind != SINGLE_LABEL:
+    problem = config.problem_type or (SINGLE_LABEL if count > 1 else "regression")
+    if problem != SINGLE_LABEL:
         raise InputError(
-            f"{Path(directory) / 'config.json'}: field problem_type: {kind} is not supported; give a classifier of two "
-            "classes or more, of which a text has one"
+            f"{Path(directory) / 'config.json'}: field problem_type: {problem} is not supported; give a classifier of "
+            "two classes or more, of which a text has one"
         )
     return Classes(count, {str(name): int(number) for name, number in (config.label2id or {}).items()})
 
 
 def is_classifier(cls: "type[PreTrainedModel]") -> bool:
-    """Whether transformers lists the class as one that tells apart classes of whole texts."""
+    """Return whether transformers lists the class as a sequence classifier."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     return cls.__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
@@ -77,10 +77,10 @@ def tokenize_for(
     max_length: int,
     append_eos: bool = False,
 ) -> Tokens:
-    """One row as a model with these classes, or one that predicts tokens, is called with it and scored.
+    """Tokenize one row for a model with these classes, or for one that predicts tokens.
 
-    A classified text is cut as its tokenizer cuts, which leaves the tokens that it puts around a text, and gets no end
-    appended. Raises `InputError` where the row is of the other kind.
+    The tokenizer truncates a text with a class, which keeps its special tokens; no end token is appended. Raises
+    `InputError` if the row does not fit the model.
     """
     if classes is None:
         if example.label is not None:

@@ -1,4 +1,4 @@
-"""Reads a data set, tokenizes it and drops what has nothing to predict: for every pass and for training."""
+"""Reads a data set, tokenizes it and drops rows without a label, for every pass and for training."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ def labeled_rows(
     samples: int | None = None,
     seed: int = 0,
 ) -> tuple[list[tuple[Example, Tokens]], int]:
-    """The rows that have something to predict, in the order of the data, and how many had nothing.
+    """Return the labeled rows in the order of the data, and the number of dropped ones.
 
-    An example may become several rows. `samples` of the examples are drawn with a private generator, all if None.
-    Raises `InputError` where no row is left.
+    An example may become several rows. `samples` examples are drawn with a private generator; None takes all. Raises
+    `InputError` if no row is left.
     """
     examples = read_examples(data)
     if samples is not None and samples < len(examples):
@@ -45,7 +45,7 @@ def labeled_rows(
 def read_tokens(
     data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
 ) -> list[Tokens]:
-    """Tokens of the labeled rows of `data`, as `labeled_rows` draws them, whatever the model predicts."""
+    """Read the tokens of the labeled rows of `data`, drawn by `labeled_rows`, for any model."""
     rows, _ = labeled_rows(data, lambda example: [tokenize(example, tokenizer, max_length)], max_length, samples, seed)
     return [tokens for _, tokens in rows]
 
@@ -57,7 +57,7 @@ def read_for(
     max_length: int,
     append_eos: bool = False,
 ) -> list[Tokens]:
-    """Tokens of the labeled rows of `data` for a model that predicts `classes`, or tokens."""
+    """Read the tokens of the labeled rows of `data` for a model that predicts `classes`, or tokens."""
     rows, _ = labeled_rows(
         data, lambda example: [tokenize_for(classes, example, tokenizer, max_length, append_eos)], max_length
     )

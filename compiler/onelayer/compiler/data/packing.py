@@ -1,8 +1,8 @@
-"""Short rows packed into long ones: which go together, and whether a model keeps the rows of a pack apart.
+"""Packs short rows into long ones.
 
-A pack is one row to the model, with positions that start over at every row; from these transformers makes masks
-that let no row see another (`find_packed_sequence_indices` in masking_utils). Not every model goes by them, so each is
-tried before its first step.
+A pack is one row to the model, with positions that start again at 0 for each of its rows. transformers makes masks from
+these positions so that no row sees another (`find_packed_sequence_indices` in masking_utils). Not every model uses
+them, so each model is tested before its first step.
 """
 
 from bisect import bisect_left, insort
@@ -14,14 +14,14 @@ Pack = list[Tokens]
 
 
 def packs_of(rows: Sequence[Tokens], max_length: int) -> list[Pack]:
-    """The rows in packs of at most `max_length` tokens: longest first, each where the least room is left (best fit)."""
+    """Put rows into packs of at most `max_length` tokens: longest first, each where least room is left (best fit)."""
     packs: list[Pack] = []
-    rooms: list[tuple[int, int]] = []  # room left in a pack and its place, in order
+    rooms: list[tuple[int, int]] = []  # the room left in a pack and its index, sorted
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         length = len(row.input_ids)
-        found = bisect_left(rooms, (length, 0))
-        if found < len(rooms):
-            room, place = rooms.pop(found)
+        tightest = bisect_left(rooms, (length, 0))
+        if tightest < len(rooms):
+            room, place = rooms.pop(tightest)
         else:
             room, place = max_length, len(packs)
             packs.append([])
@@ -31,7 +31,7 @@ def packs_of(rows: Sequence[Tokens], max_length: int) -> list[Pack]:
 
 
 def join_rows(pack: Pack) -> Tokens:
-    """A pack as one row; the first token of each of its rows is predicted from nothing, as it is alone."""
+    """Join a pack to one row; nothing predicts the first token of each of its rows, as in a row alone."""
     return Tokens(
         [token for row in pack for token in row.input_ids],
         [label for row in pack for label in (IGNORED, *row.labels[1:])],

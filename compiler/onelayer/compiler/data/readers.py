@@ -1,6 +1,6 @@
-"""Data as users have it in, checked examples out: .jsonl, .txt and .parquet files, directories of them, Hub data sets.
+"""Users' data in, checked examples out: .jsonl, .txt and .parquet files, directories of them, Hub data sets.
 
-Shared by calibration, training and evaluation, so that all three read the same text. The step after is `tokenize`.
+Calibration, training and evaluation share this file, so that all three read the same text. The next step is `tokenize`.
 """
 
 import json
@@ -9,11 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from onelayer.compiler.data.rows import Example as Example
-from onelayer.compiler.data.rows import example_from_row, of_one_kind
-from onelayer.compiler.data.tokens import Tokens as Tokens
-from onelayer.compiler.data.tokens import load_tokenizer as load_tokenizer
-from onelayer.compiler.data.tokens import tokenize as tokenize
+from onelayer.compiler.data.rows import Example, example_from_row, of_one_kind
 from onelayer.compiler.errors import InputError
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
@@ -23,21 +19,21 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_examples(data: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Example]:
-    """The examples of `data` in order: a file, a directory, a Hub id, or a sequence of these.
+    """Read the examples of `data` in order: a file, a directory, a Hub id, or a sequence of these.
 
-    Reads no further than the first `limit` examples. Raises `InputError` for anything that is not a usable example.
+    Reads no more than the first `limit` examples. Raises `InputError` for anything that is not a usable example.
     """
     if limit is not None and limit < 1:
         raise InputError(f"the number of examples must be at least 1, not {limit}")
     sources = [data] if isinstance(data, str | Path) else list(data)
     if not sources:
         raise InputError(f"no data given; name a {KINDS} file, a directory of them, or a Hub id")
-    found = (example for source in sources for example in _examples(source, limit))
-    return list(islice(of_one_kind(found), limit))
+    examples = (example for source in sources for example in _examples(source, limit))
+    return list(islice(of_one_kind(examples), limit))
 
 
 def _examples(data: str | Path, limit: int | None) -> Iterator[Example]:
-    """The examples of one source; `limit` only tells how much of a remote data set is worth fetching."""
+    """Yield the examples of one source; `limit` only decides how much of a remote data set is fetched."""
     path = Path(data)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name[0] != ".")
@@ -54,7 +50,7 @@ def _examples(data: str | Path, limit: int | None) -> Iterator[Example]:
 
 
 def _file_examples(path: Path) -> Iterator[Example]:
-    """The examples of one file, at least one."""
+    """Yield the examples of one file, at least one."""
     readers = {".jsonl": _json_lines, ".txt": _paragraphs, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise InputError(f"{path}: unknown kind of data; use {KINDS} (one JSON object per line in a .jsonl file)")
@@ -67,7 +63,7 @@ def _file_examples(path: Path) -> Iterator[Example]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and the lines without their ends. Only a newline ends a line, as JSON Lines wants it."""
+    """Yield line numbers from 1 and lines without their ends. Only a newline ends a line, as JSON Lines requires."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -93,7 +89,7 @@ def _json_lines(path: Path) -> Iterator[Example]:
 
 
 def _paragraphs(path: Path) -> Iterator[Example]:
-    """Blocks of text between blank lines, each named by its first line."""
+    """Yield blocks of text between blank lines, each named by its first line."""
     block: list[str] = []
     first = 0
     for number, line in _lines(path):
@@ -108,7 +104,7 @@ def _paragraphs(path: Path) -> Iterator[Example]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Example]:
-    """Rows numbered from 1, read a batch at a time."""
+    """Yield rows numbered from 1, read one batch at a time."""
     try:
         import pyarrow as arrow  # type: ignore[import-untyped]
         from pyarrow import parquet
@@ -124,14 +120,14 @@ def _parquet_rows(path: Path) -> Iterator[Example]:
 
 
 def _hub_examples(name: str, limit: int | None) -> Iterator[Example]:
-    """The `train` split of a Hub data set, rows numbered from 1."""
+    """Yield the `train` split of a Hub data set, rows numbered from 1."""
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError:
         raise InputError(
             f"{name}: no such file, and Hub data sets need the training extra; pip install 'onelayer[train]'"
         ) from None
-    # Streaming fetches no more than `limit` asks for, but does not look into the local cache.
+    # Streaming fetches no more than `limit` requires, but does not use the local cache.
     streaming = limit is not None and not datasets.config.HF_HUB_OFFLINE
     try:
         rows = datasets.load_dataset(name, split="train", streaming=streaming)

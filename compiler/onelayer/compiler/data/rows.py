@@ -1,4 +1,4 @@
-"""One row of data as users write it, checked and turned into an Example; a fault is named by file, line and field."""
+"""A row of users' data in, a checked Example out; messages about faults name file, line and field."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from onelayer.compiler.errors import InputError
 Message = dict[str, Any]
 
 FORMS = "'text', 'text' with 'label', 'prompt' with 'completion', 'prompt' with 'choices' and 'answer', or 'messages'"
-# Columns that change what the model is shown and that nothing here renders: without them it would be another text.
+# Columns that change what the model sees, and that nothing here renders: without them the text would be another one.
 REFUSED_FIELDS = ("tools", "images", "image", "chat_template_kwargs")
 REFUSED_KEYS = ("tool_calls", "function_call", "tools")
 
@@ -18,9 +18,9 @@ REFUSED_KEYS = ("tool_calls", "function_call", "tools")
 class Example:
     """One example in exactly one of four forms: `text`; `text` and `label`; `prompt` and `completion`; `messages`.
 
-    `source` says where it came from ("file:line"). `prompt` and `completion` are both strings or both message lists.
-    A multiple-choice example is a prompt and completion, the right choice, with all its `choices` and the number of
-    the index of the right one (`answer`). `label` is the class of the text, by number or name.
+    `source` is its origin ("file:line"). `prompt` and `completion` are both strings or both message lists. A
+    multiple-choice example has its right choice as `completion`, all its `choices`, and the number of the right one as
+    `answer`. `label` is the class of the text, by number or name.
     """
 
     source: str
@@ -33,15 +33,15 @@ class Example:
     label: int | str | None = None
 
     def with_choice(self, number: int) -> "Example":
-        """The same prompt, completed by one of its choices."""
+        """Return the same prompt, completed by one of its choices."""
         assert self.choices is not None
         return replace(self, completion=_completed(self.prompt, self.choices[number]))
 
 
 def example_from_row(row: object, source: str) -> Example:
-    """Check one row (a mapping of column to value; null counts as absent) and name the form it has.
+    """Check one row (a mapping of column to value; null counts as absent) and make an example of its form.
 
-    Columns that belong to no form are ignored, except those which would change the text itself: they are refused.
+    Columns that belong to no form are ignored, except those that would change the text itself, which are refused.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: a row must be an object with {FORMS}, not {_kind(row)}")
@@ -71,7 +71,7 @@ def example_from_row(row: object, source: str) -> Example:
 
 
 def of_one_kind(examples: Iterable[Example]) -> Iterator[Example]:
-    """The examples as they come. Raises `InputError` at the first that has a label where others have none."""
+    """Yield the examples. Raises `InputError` if some have a label and others have none."""
     first = None
     for example in examples:
         first = first or example
@@ -82,7 +82,7 @@ def of_one_kind(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def _label(present: Mapping[str, Any], source: str) -> int | str | None:
-    """The class of a text, where the row names one; which there are, the model knows."""
+    """Return the class of a text, if the row has one; the model knows which classes exist."""
     label = present.get("label")
     if not isinstance(label, int | str | None) or isinstance(label, bool):
         raise InputError(f"{source}: field 'label' must be a whole number or a name, not {_kind(label)}")
@@ -90,7 +90,7 @@ def _label(present: Mapping[str, Any], source: str) -> int | str | None:
 
 
 def _pair(present: Mapping[str, Any], source: str) -> Example:
-    """A row with `prompt` and `completion`: both there, both of the same kind."""
+    """Check a row with `prompt` and `completion`: both present, both of the same type."""
     for name, other in (("prompt", "completion"), ("completion", "prompt")):
         if name not in present:
             remedy = "" if name == "completion" else "; use 'text' for an example without a prompt"
@@ -114,7 +114,7 @@ def _pair(present: Mapping[str, Any], source: str) -> Example:
 
 
 def _question(present: Mapping[str, Any], source: str) -> Example:
-    """A row with `prompt`, `choices` and `answer`: the number of the right choice from 0, or its text."""
+    """Check a row with `prompt`, `choices` and `answer`: the number of the right choice from 0, or its text."""
     choices = present["choices"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise InputError(f"{source}: field 'choices' must be a list of two texts or more, not {_kind(choices)}")
@@ -138,7 +138,7 @@ def _completed(prompt: str | list[Message] | None, choice: str) -> str | list[Me
 
 
 def _messages(value: object, source: str, field: str) -> list[Message]:
-    """A non-empty list of messages, each with a role and a text; other keys are left for the chat template."""
+    """Check a non-empty list of messages, each with a role and a text; other keys stay for the chat template."""
     if not isinstance(value, list) or not value:
         raise InputError(f"{source}: field '{field}' must be a non-empty list of messages, not {_kind(value)}")
     messages: list[Message] = []
@@ -153,16 +153,16 @@ def _messages(value: object, source: str, field: str) -> list[Message]:
                 raise InputError(f"{source}: field '{where}.{key}' is not supported; write the call into 'content'")
         role = _string(message.get("role"), source, f"{where}.role")
         content = message.get("content")
-        if not (role == "system" and content == ""):  # an empty system message is a habit of published data sets
+        if not (role == "system" and content == ""):  # published data sets often have an empty system message
             content = _string(content, source, f"{where}.content")
-        # Arrow fills the keys that some rows lack with null; a chat template would take them for given.
+        # Arrow fills missing keys of rows with null; a chat template would treat them as present.
         others = {key: item for key, item in message.items() if item is not None}
         messages.append({**others, "role": role, "content": content})
     return messages
 
 
 def _string(value: object, source: str, field: str, remedy: str = "; remove the row or fill it in") -> str:
-    """A string that holds something, in characters that UTF-8 can carry."""
+    """Check a string: not blank, and encodable in UTF-8."""
     if not isinstance(value, str):
         raise InputError(f"{source}: field '{field}' must be a string, not {_kind(value)}")
     if not value.strip():
@@ -177,7 +177,7 @@ def _string(value: object, source: str, field: str, remedy: str = "; remove the 
 
 
 def _kind(value: object) -> str:
-    """The value's type in the words of JSON."""
+    """Name the value's type in JSON's words."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):

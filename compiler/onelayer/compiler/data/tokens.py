@@ -1,4 +1,4 @@
-"""One example and a tokenizer in, token ids and labels out: what the loss counts is decided here and nowhere else."""
+"""An example and a tokenizer in, token ids and labels out. Only this file decides what the loss counts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-IGNORED = -100  # the label that torch's cross-entropy and every transformers loss leave out
+IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Span = tuple[int, int]  # characters [start, end) of a text
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and, of equal length, labels: the id itself where the loss counts it, -100 elsewhere. Not shifted.
+    """Token ids and labels of equal length: a label is the id if the loss counts it, else -100. Not shifted.
 
-    `positions` are each token's place in its own row, where several rows are packed into this one.
-    `label` is the number of the class of the whole text, where that is what a model predicts.
+    `positions` is each token's index in its own row, if several rows are packed into this one. `label` is the number
+    of the class of the whole text, if the model predicts classes.
     """
 
     input_ids: list[int]
@@ -35,15 +35,17 @@ class Tokens:
 
     @property
     def labeled(self) -> int:
-        """How many predictions the loss counts: of labeled tokens all but the first, which nothing predicts; of a text
-        with a class one."""
+        """The number of predictions that the loss counts.
+
+        These are all labeled tokens except the first, which nothing predicts; a text with a class counts as one.
+        """
         if self.label is not None:
             return 1
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a model directory; nothing is fetched and no code from the directory is run."""
+    """Load the tokenizer of a model directory, without the network and without running code from the directory."""
     from transformers import AutoTokenizer
 
     directory = Path(model_directory)
@@ -54,7 +56,7 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
         raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
-    # transformers builds an empty tokenizer where only tokenizer_config.json is left: every text would become nothing.
+    # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")
     return tokenizer
@@ -63,10 +65,10 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
 def tokenize(
     example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int, append_eos: bool = False
 ) -> Tokens:
-    """Ids and labels of one example, cut at `max_length` tokens.
+    """Tokenize one example to ids and labels, truncated at `max_length` tokens.
 
-    `text`: all tokens labeled. `prompt` and `completion`: the completion's. `messages`: the assistant turns'.
-    `append_eos` ends texts and completions that do not end so already; a chat template writes its own end of turn.
+    Labeled are: all tokens of a `text`, the completion of `prompt` and `completion`, the assistant turns of `messages`.
+    `append_eos` adds an end token to texts and completions without one; a chat template writes its own end of turn.
     """
     if example.text is not None:
         ids = _ids(tokenizer, example.text)
@@ -91,7 +93,7 @@ def _with_eos(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
 
 
 def _pair_tokens(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Prompt and completion tokenized as the one string they form; where the completion starts, the labels start."""
+    """Tokenize prompt and completion as one string; the labels start where the completion starts."""
     text = prompt + completion
     ids, prompt_ids = _ids(tokenizer, text), _ids(tokenizer, prompt)
     closing = [token for token in ids[-1:] if token == tokenizer.eos_token_id]  # what some tokenizers end a text with
@@ -112,7 +114,7 @@ def _pair_tokens(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBa
 
 
 def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """A conversation through the tokenizer's chat template, labels on what the assistant is to learn."""
+    """Tokenize a conversation by the tokenizer's chat template; the assistant's turns are labeled."""
     if not tokenizer.chat_template:
         raise InputError(
             f"{example.source}: messages need a chat template and {_name(tokenizer)} has none; add "
@@ -129,7 +131,7 @@ def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Toke
 
 
 def _marked(example: Example, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Labels from the template's own `{% generation %}` marks."""
+    """Take the labels from the template's own `{% generation %}` marks."""
     with _template_faults(example, tokenizer):
         encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
@@ -139,10 +141,10 @@ def _marked(example: Example, messages: list[Message], tokenizer: "PreTrainedTok
 def _rendered(
     example: Example, messages: list[Message], turns: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
 ) -> Tokens:
-    """Labels on the given turns, whose place is found by rendering the conversation up to them.
+    """Label the given turns, located by rendering the conversation up to each of them.
 
-    For a prompt and completion, the one turn given runs to the end. Holds only where each rendering continues the one
-    before; templates that rewrite earlier turns are refused.
+    For a prompt and completion, the one given turn runs to the end. Each rendering must continue the previous one;
+    templates that rewrite earlier turns are refused.
     """
     whole = _render(example, messages, tokenizer)
     spans: list[Span] = []
@@ -188,21 +190,21 @@ def _template_faults(example: Example, tokenizer: "PreTrainedTokenizerBase") -> 
 
 
 def _piecewise(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Tokens of the stretches inside and outside the spans, each tokenized alone: for tokenizers without offsets."""
+    """Tokenize the text inside and outside the spans piece by piece, for tokenizers without offsets."""
     ids: list[int] = []
     labels: list[int] = []
-    cuts = [0, *(cut for span in spans for cut in span), len(text)]
-    for index, (start, end) in enumerate(pairwise(cuts)):
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    for index, (start, end) in enumerate(pairwise(edges)):
         piece = _ids(tokenizer, text[start:end], special=False)
         ids += piece
-        labels += piece if index % 2 else [IGNORED] * len(piece)  # spans and gaps take turns, a gap first
+        labels += piece if index % 2 else [IGNORED] * len(piece)  # spans and gaps alternate, a gap first
     return Tokens(ids, labels)
 
 
 def _first_character(text: str, offset: Span) -> int:
-    """Where a token's own text starts, blanks not counted; -1 for a token that stands for no text.
+    """Return where a token's own text starts, without blanks; -1 for a token without text.
 
-    Some tokenizers glue the blank before a word to it, some report it so and some do not: a prompt that ends in a
+    Some tokenizers join the blank before a word to the word, and only some of them report it. A prompt that ends in a
     blank must not cost the completion its first word.
     """
     piece = text[slice(*offset)]
@@ -214,7 +216,7 @@ def _labeled_from(ids: list[int], boundary: int) -> Tokens:
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True) -> list[int]:
-    """The tokenizer's own ids of a text. `verbose=False`: texts longer than the model's window are cut by us."""
+    """Return the tokenizer's own ids of a text. `verbose=False`: `tokenize` truncates texts that are too long."""
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

@@ -1,4 +1,4 @@
-"""Rows of tokens become the large batches of exact steps, the same ones in every run with the same seed."""
+"""Rows of tokens in, the large batches of exact steps out: the same in every run with the same seed."""
 
 import random
 from collections.abc import Sequence
@@ -31,25 +31,25 @@ class TrainRows:
         seed: int,
         classes: Classes | None = None,
     ) -> "TrainRows":
-        """Every labeled example, ended as in training; a batch takes none of them twice.
+        """Read every labeled example, with an end token as in training; no batch takes an example twice.
 
-        Raises `InputError` where there is none.
+        Raises `InputError` if there is none.
         """
         rows = read_for(classes, data, tokenizer, max_length, append_eos=True)
         return cls(rows, capped("--batch-size", batch_size, len(rows)), seed)
 
     @property
     def digest(self) -> str:
-        """Digest of ids and labels, in the order of the data."""
+        """The digest of ids and labels, in the order of the data."""
         return tokens_digest(self.rows)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """The tokens of the longest row."""
         return max(len(row.input_ids) for row in self.rows)
 
     def batch(self, step: int) -> list[Tokens]:
-        """The examples of a step, counted from 0. Depends on nothing but the step, the rows and the seed."""
+        """Return the examples of a step, counted from 0. They depend only on the step, the rows and the seed."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         orders = {turn: self._order(turn) for turn in {place // len(self.rows) for place in places}}
         return [self.rows[orders[place // len(self.rows)][place % len(self.rows)]] for place in places]

@@ -1,7 +1,8 @@
-"""The file that lets tools which never import onelayer load an emulator with `trust_remote_code=True`.
+"""The files that make an emulator's directory load everywhere: a shim, the config's `auto_map` and a model card.
 
-Without it they could not: transformers has no entry points, so nobody but the emulator's own folder can tell it how the
-folder is read. The text is written next to the weights, the map into config.json.
+Tools that never import onelayer load an emulator with `trust_remote_code=True`. transformers has no entry points, so
+only the emulator's own directory can say how it is read. The shim is written next to the weights, its map into
+config.json.
 """
 
 from typing import TYPE_CHECKING
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 SHIM_FILE = "modeling_onelayer.py"
 
-# A subclass of the stock model would count as custom code, for which transformers switches its key conversions off. So
-# the class only hands over to the Auto class that was asked for. `auto_map` is deleted and not emptied: an empty one
-# would be saved with the model and break the next load. Some tools (`trl sft`) load by the class that the architecture
-# names, past the Auto classes, but read the configuration first: so the configuration, too, comes by way of this file.
+# transformers switches off its key conversions for custom code, and a subclass of the stock model would count as such.
+# So the class only delegates to the requested Auto class. `auto_map` is deleted, not emptied: an empty one would be
+# saved with the model and break the next load. Some tools (`trl sft`) load by the class that the architecture names,
+# without the Auto classes, but read the configuration first. So the configuration also comes from this file.
 SHIM_TEXT = '''"""Loads this emulator with trust_remote_code=True; it needs `pip install onelayer`."""
 
 import transformers
@@ -39,7 +40,7 @@ class EmulatorConfig(transformers.PreTrainedConfig):
         return transformers.AutoConfig.from_pretrained(path, *args, **kwargs)
 '''
 
-# Auto classes that load a model with weights, and the table in which transformers lists what each can load.
+# Auto classes that load a model with weights, and the transformers table of the models that each can load.
 AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -54,7 +55,7 @@ AUTO_CLASSES = {
 
 
 def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
-    """The `auto_map` of an emulator's config.json: the shim for AutoConfig and every Auto class that can load it."""
+    """Make the `auto_map` of a config.json: the shim for AutoConfig and every Auto class that can load it."""
     import transformers
 
     module = SHIM_FILE.removesuffix(".py")
@@ -67,7 +68,7 @@ def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
 
 
 FORMAT_VERSION = 1
-# Of an emulator whose experts are factors: a reader that knows none of them would fill their place with random numbers.
+# The version of an emulator with compressed experts: a reader that does not know them would load random weights there.
 STACKS_VERSION = 2
 INDEX_FILE = "emulator.safetensors.index.json"
 _CARD = """---
@@ -86,7 +87,7 @@ any trainer that takes a PEFT adapter, then make the adapter fit the original wi
 
 
 def card(model: str, refined: bool) -> str:
-    """The model card of an emulator's directory; `model` as its records name the original."""
+    """Write the model card of an emulator's directory; `model` is the original's name in its records."""
     distances = (
         "how far each layer was from the original before its factors\nwere trained, and since, given its inputs"
         if refined

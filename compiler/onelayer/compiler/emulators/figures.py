@@ -1,4 +1,4 @@
-"""What became of each linear, as the records of an emulator say it."""
+"""The figures of each compressed linear and stack, as an emulator records them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from typing import Literal
 
 import torch
 
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, stack_tensor
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, stack_tensor
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.quantized_factors import QuantizedDense, QuantizedFactors
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
 from onelayer.compiler.results import Result, round_significant
 
 FIGURE_DIGITS = 6  # significant digits of a recorded figure
-# What is said of a linear's factors as they were compiled, and is no longer true of them once they are trained.
+# Figures of a linear's factors as compiled; they are no longer true after the factors are trained.
 ERROR_FIELDS = ("error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error")
 
 
@@ -21,8 +21,8 @@ class LinearSummary(Result):
     """One compressed linear; errors are relative Frobenius errors of its output over the calibration rows.
 
     `error` is that of the factors as stored, `unquantised_error` that of the same factors before they were quantized
-    (None where they are not), `optimal_error` the least that any factors of this rank can have; the `fast` solver does
-    not know it. `form` "dense" is a whole weight, quantized; its rank is the full one.
+    (None if they are not), `optimal_error` the least possible at this rank, which the `fast` solver does not know.
+    `form` "dense" is a whole weight, quantized, with its full rank.
     """
 
     name: str
@@ -34,11 +34,11 @@ class LinearSummary(Result):
 
 
 class LinearFigures(LinearSummary):
-    """`singular_values`: its output's, the kept ones; `output_energy`: all their squares.
+    """A compressed linear with the spectrum of its output.
 
-    A prefix of rank j has the relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), so a slice needs no data;
-    where the factors are quantized, it has `prefix_errors[j - 1]`. `dense_error`: of the whole weight, quantized; None
-    where that was not tried.
+    `singular_values` are the kept ones, `output_energy` is the sum of the squares of all. A prefix of rank j has the
+    relative error sqrt(1 - sum_{i<=j} s_i^2 / output_energy), or `prefix_errors[j - 1]` if the factors are quantized,
+    so a slice needs no data. `dense_error` is that of the whole weight, quantized; None if that was not tried.
     """
 
     singular_values: list[float]
@@ -49,18 +49,18 @@ class LinearFigures(LinearSummary):
 
     @property
     def summary(self) -> LinearSummary:
-        """Without the spectrum."""
+        """The figures without the spectrum."""
         return LinearSummary(**self.model_dump(include=set(LinearSummary.model_fields)))
 
     @classmethod
     def of(
-        cls, name: str, factors: Factors, packed: QuantizedFactors | None, dense: QuantizedDense | None
+        cls, name: str, factors: Factors, quantized: QuantizedFactors | None, dense: QuantizedDense | None
     ) -> "LinearFigures":
-        """The figures of some factors, of what they were packed to, and of the weight packed instead, to six digits."""
+        """Collect the figures of factors, of their quantized form and of the quantized weight, to six digits."""
         rank = factors.up.shape[1]
-        errors = (
-            None if packed is None else [round_significant(error, FIGURE_DIGITS) for error in packed.errors.tolist()]
-        )
+        errors = None
+        if quantized is not None:
+            errors = [round_significant(error, FIGURE_DIGITS) for error in quantized.errors.tolist()]
         return cls(
             name=name,
             rank=rank,
@@ -80,7 +80,7 @@ class LinearFigures(LinearSummary):
 
     @classmethod
     def of_dense(cls, name: str, shape: torch.Size, energy: float, dense_error: float) -> "LinearFigures":
-        """The figures of a weight (out, in) that is quantized as it is."""
+        """Collect the figures of a weight (out, in) that is quantized whole."""
         return cls(
             name=name,
             rank=min(shape),
@@ -95,16 +95,16 @@ class LinearFigures(LinearSummary):
         )
 
     def as_dense(self, shape: tuple[int, int]) -> "LinearFigures":
-        """The figures once the whole weight, which was tried too, takes the factors' place."""
+        """Return the figures of the whole weight, which was tried too and replaces the factors."""
         assert self.dense_error is not None
         return LinearFigures.of_dense(self.name, torch.Size(shape), self.output_energy, self.dense_error)
 
 
 class StackSummary(LinearSummary):
-    """One compressed stack of experts, all of one rank; the errors are those of all experts' outputs together.
+    """One compressed stack of experts, all of one rank; errors are those of all experts' outputs together.
 
-    `largest_error` is that of the worst expert (unknown of a slice), `fallbacks` how many experts calibration did not
-    determine.
+    `largest_error` is that of the worst expert (unknown for a slice). `fallbacks` counts the experts that calibration
+    did not determine.
     """
 
     experts: int
@@ -115,8 +115,8 @@ class StackSummary(LinearSummary):
 class StackFigures(LinearFigures):
     """A stack as one linear whose outputs are those of all its experts: squares are summed over them.
 
-    `rows` (E): how many rows each expert read. `expert_fallbacks`: by their reason, the numbers of the experts that
-    calibration did not determine.
+    `rows` (E) counts the rows that each expert read. `expert_fallbacks` lists, by reason, the numbers of the experts
+    that calibration did not determine.
     """
 
     shape: tuple[int, int, int]
@@ -126,7 +126,7 @@ class StackFigures(LinearFigures):
 
     @property
     def stack_summary(self) -> StackSummary:
-        """Without spectrum and rows."""
+        """The figures without spectrum and rows."""
         fields = self.model_dump(include=set(LinearSummary.model_fields))
         starved = {expert for experts in self.expert_fallbacks.values() for expert in experts}
         return StackSummary(**fields, experts=self.shape[0], largest_error=self.largest_error, fallbacks=len(starved))
@@ -135,12 +135,12 @@ class StackFigures(LinearFigures):
     def over(
         cls, name: str, shape: tuple[int, int, int], experts: Sequence[LinearFigures], rows: list[int]
     ) -> "StackFigures":
-        """The figures of a stack from those of each of its experts, in order."""
+        """Combine the figures of all experts of a stack, in order."""
         energies = [item.output_energy for item in experts]
         energy = sum(energies)
 
         def together(errors: Sequence[float]) -> float:
-            """The relative error of all from that of each."""
+            """Compute the relative error of all experts from that of each."""
             lost = sum(error * error * part for error, part in zip(errors, energies, strict=True))
             return round_significant((lost / energy) ** 0.5, FIGURE_DIGITS) if energy else 0.0
 
@@ -182,8 +182,8 @@ def kept_bytes_share(
     linears: Mapping[str, tuple[int, int]],
     stacks: Mapping[str, tuple[int, int, int]],
 ) -> float:
-    """Bytes of what stands for linears (out, in) and stacks (E, out, in), over what these take at 16 bits."""
-    stands_in = {stack_tensor(name, ending) for name in stacks for ending in (UP, DOWN, DENSE)}
-    kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)) or name in stands_in)
+    """Bytes of what replaces linears (out, in) and stacks (E, out, in), as a share of their size at 16 bits."""
+    replacing = {stack_tensor(name, ending) for name in stacks for ending in (UP, DOWN, DENSE)}
+    kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)) or name in replacing)
     weights = sum(math.prod(shape) for shape in (*linears.values(), *stacks.values()))
     return round_significant(kept / (REFERENCE_BYTES * weights), FIGURE_DIGITS) if weights else 1.0

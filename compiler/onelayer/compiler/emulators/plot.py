@@ -1,4 +1,4 @@
-"""An emulator in, a picture out: how far its linears, or refined layers, are from the original, and their spectra."""
+"""An emulator in, a picture out: distances of its linears, or refined layers, from the original, and spectra."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import read_json
 
-# The figures of linears, stacks or layers, with the depth of each.
+# Records of linears, stacks or layers, each with its depth.
 Rows = list[tuple[int, dict[str, Any]]]
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def plot_emulator(emulator: str | Path, file: str | Path) -> None:
-    """Draw ranks, errors and spectra of `emulator.json` into `file`; its suffix (.png, .svg, .pdf) says the format.
+    """Draw ranks, errors and spectra of `emulator.json` into `file`; its suffix (.png, .svg, .pdf) is the format.
 
-    Raises `InputError` where matplotlib is missing (`pip install 'onelayer[plot]'`) or `emulator` is none.
+    Raises `InputError` if matplotlib is missing (`pip install 'onelayer[plot]'`) or `emulator` is not an emulator.
     """
     path = Path(emulator) / "emulator.json"
     document = read_json(path)
@@ -29,16 +29,16 @@ def plot_emulator(emulator: str | Path, file: str | Path) -> None:
     layers: dict[str, Rows] = {}
     for unit in document.get("refined", {}).get("units", []):
         layers.setdefault(_NUMBER.split(f"{unit['name']}.")[0], []).append((_depth(unit["name"]), unit))
-    for number, (kind, rows) in enumerate(layers.items()):
+    for number, (group, rows) in enumerate(layers.items()):
         for field, style, when in (("before", ":", "as compiled"), ("after", "-", "refined")):
-            _errors(errors, rows, field, color=str(number / len(layers)), linestyle=style, label=f"{kind}, {when}")
-    kinds: dict[str, Rows] = {}
+            _errors(errors, rows, field, color=str(number / len(layers)), linestyle=style, label=f"{group}, {when}")
+    linears: dict[str, Rows] = {}
     for row in [*document["linears"], *document.get("stacks", [])]:
-        kinds.setdefault(_NUMBER.split(row["name"])[-1], []).append((_depth(row["name"]), row))
-    for number, (kind, rows) in enumerate(kinds.items()):
-        # A linear that was refined has no error of its own any more.
-        _errors(errors, [item for item in rows if "error" in item[1]], "error", color=f"C{number}", label=kind)
-        _spectrum(spectra, [row for _, row in rows], color=f"C{number}", label=kind)
+        linears.setdefault(_NUMBER.split(row["name"])[-1], []).append((_depth(row["name"]), row))
+    for number, (leaf, rows) in enumerate(linears.items()):
+        # A refined linear no longer has an error of its own.
+        _errors(errors, [item for item in rows if "error" in item[1]], "error", color=f"C{number}", label=leaf)
+        _spectrum(spectra, [row for _, row in rows], color=f"C{number}", label=leaf)
     settings = document["settings"]
     errors.set(xlabel="layer", ylabel="relative error of the output", title="Error by depth", ylim=(0, None))
     errors.xaxis.get_major_locator().set_params(integer=True)
@@ -70,7 +70,7 @@ def _errors(axes: Any, rows: Rows, field: str, **style: Any) -> None:
 
 
 def _spectrum(axes: Any, rows: list[dict[str, Any]], **style: Any) -> None:
-    """The share of the output's energy that is left after k directions, for the layer that is left a median share."""
+    """Plot the share of output energy that is left after k directions, for the layer with the median share."""
     curves = sorted((_left(row) for row in rows if row["output_energy"]), key=lambda left: left[-1:])
     if curves:
         left = curves[len(curves) // 2]

@@ -1,15 +1,14 @@
-"""An emulator directory in, its checked facts and factor table out; headers only, torch-free."""
+"""An emulator directory in, its checked facts and factor table out. Reads headers only; torch-free."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
-
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import TYPE_CHECKING
 
 from onelayer.compiler.documents import checked_document
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, EmulatorFacts, stack_sizes, stack_tensor
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import FactorDtype, known_factor_dtype, row_bytes
+from onelayer.compiler.factors.stored_forms import row_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import read_json
 
@@ -17,80 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
-UP, DOWN, DENSE = ".lr_up", ".lr_down", ".lr_dense"
-
-
-def stack_tensor(stack: str, ending: str) -> str:
-    """The name of a tensor that stands for a stack of experts: `experts.lr_up_gate_up_proj` for `experts.gate_up_proj`.
-
-    Both are parameters of one module, and no rule that transformers has for the stack's own name fits this one.
-    """
-    path, _, leaf = stack.rpartition(".")
-    return f"{path}{ending}_{leaf}"
-
-
-class StackFacts(BaseModel):
-    """A compressed stack: (E, out, in) of the stack that is not there, and the rank of its experts' factors.
-
-    Without a rank its matrices are quantized whole.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    shape: tuple[int, int, int]
-    rank: int | None
-
-    @property
-    def full_rank(self) -> int:
-        """The rank, or that of whole matrices."""
-        return min(self.shape[1:]) if self.rank is None else self.rank
-
-
-class EmulatorFacts(BaseModel):
-    """The `quantization_config` of an emulator: the rank of every factorized module, and the original it stands for.
-
-    Where the factors are packed, `shapes` holds (out, in) of every compressed module, those in `quantized_dense` keep
-    their whole weight, and all are used as `unpacked_dtype`. `stacks` are the compressed stacks of experts, by the name
-    of the parameter; an emulator that has some has format version 2, which who knows none of them refuses.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    quant_method: Literal["onelayer"]
-    format_version: Literal[1, 2]
-    ranks: dict[str, int]
-    factor_dtype: str | None = None
-    unpacked_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
-    shapes: dict[str, tuple[int, int]] = {}
-    quantized_dense: tuple[str, ...] = ()
-    stacks: dict[str, StackFacts] = {}
-    base_model: str
-    base_revision: str | None = None
-    base_digest: str
-
-    @model_validator(mode="after")
-    def _packed_has_shapes(self) -> Self:
-        named = {*self.ranks, *self.quantized_dense}
-        if self.packed is not None and (self.unpacked_dtype is None or not named <= self.shapes.keys()):
-            raise ValueError(f"{self.factor_dtype} factors need unpacked_dtype and the shapes of all modules")
-        if self.packed is None and any(stack.rank is None for stack in self.stacks.values()):
-            raise ValueError("a stack without a rank is quantized, in no known factor_dtype")
-        return self
-
-    @property
-    def packed(self) -> FactorDtype | None:
-        """How factors are packed; None where they are plain tensors."""
-        return known_factor_dtype(self.factor_dtype)
-
-    @property
-    def compressed(self) -> dict[str, int]:
-        """The rank of every module that does not have the original's weight; a quantized one has its full rank."""
-        return {**self.ranks, **{name: min(self.shapes[name]) for name in self.quantized_dense}}
-
-
 @dataclass(frozen=True)
 class Emulator:
-    """An emulator on disk. `facts` say what it stands for, `checkpoint` holds its factors and dense tensors."""
+    """An emulator on disk. `facts` describe it and its original, `checkpoint` holds its factors and dense tensors."""
 
     directory: Path
     facts: EmulatorFacts
@@ -98,7 +26,7 @@ class Emulator:
 
     @classmethod
     def open(cls, path: str | Path) -> "Emulator":
-        """Check config and headers against each other. Raises `InputError` where it is no emulator, or damaged."""
+        """Check config and headers against each other. Raises `InputError` if it is not an emulator, or is damaged."""
         directory = Path(path)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give the directory of an emulator")
@@ -115,54 +43,54 @@ class Emulator:
 
     @property
     def digest(self) -> str:
-        """Digest of what the emulator computes."""
+        """The digest of what the emulator computes."""
         return model_digest(self.directory)
 
     def check_original(self, directory: Path) -> None:
-        """Raise `InputError` where the model in `directory` is not the one that the emulator was compiled from."""
-        if (found := model_digest(directory)) != self.facts.base_digest:
+        """Raise `InputError` if the emulator was not compiled from the model in `directory`."""
+        if (digest := model_digest(directory)) != self.facts.base_digest:
             raise InputError(
                 f"{self.directory}: is an emulator of {self.facts.base_model} ({self.facts.base_digest[:12]}), "
-                f"not of {directory} ({found[:12]}); give the original it was compiled from"
+                f"not of {directory} ({digest[:12]}); give the original it was compiled from"
             )
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(out, in) of a compressed module."""
-        if self.facts.packed is not None:
+        """Return (out, in) of a compressed module."""
+        if self.facts.quantized_dtype is not None:
             return self.facts.shapes[module]
         return self.checkpoint.tensors[module + UP].shape[0], self.checkpoint.tensors[module + DOWN].shape[1]
 
     def factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Up (out, k) and down (k, in) of a module, exactly as training used them; or its weight (out, in) and None."""
+        """Read up (out, k) and down (k, in) of a module as training used them, or its weight (out, in) and None."""
         read = self.checkpoint.read
-        if self.facts.packed is None:
+        if self.facts.quantized_dtype is None:
             return read(module + UP), read(module + DOWN)
         if module in self.facts.quantized_dense:
-            return self._unpacked({DENSE: read(module + DENSE)}, self.facts.shapes[module])
-        return self._unpacked({end: read(module + end) for end in (UP, DOWN)}, self.facts.shapes[module])
+            return self._dequantized({DENSE: read(module + DENSE)}, self.facts.shapes[module])
+        return self._dequantized({end: read(module + end) for end in (UP, DOWN)}, self.facts.shapes[module])
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
-        """The tensors (E, ...) that stand for a stack of experts, as stored, by the ending of their names."""
+        """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""
         endings = (UP, DOWN) if self.facts.stacks[name].rank is not None else (DENSE,)
         return {ending: self.checkpoint.read(stack_tensor(name, ending)) for ending in endings}
 
     def expert_factors(
         self, name: str, held: "Mapping[str, torch.Tensor]", expert: int
     ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """As `factors`, of one expert of a stack that `stack` has read."""
+        """Like `factors`, for one expert of a stack that `stack` has read."""
         own = {ending: tensor[expert] for ending, tensor in held.items()}
-        if self.facts.packed is None:
+        if self.facts.quantized_dtype is None:
             return own[UP], own[DOWN]
-        return self._unpacked(own, self.facts.stacks[name].shape[1:])
+        return self._dequantized(own, self.facts.stacks[name].shape[1:])
 
-    def _unpacked(
+    def _dequantized(
         self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]
     ) -> "tuple[torch.Tensor, torch.Tensor | None]":
         import torch
 
         from onelayer.compiler.factors.quantize import dequantize_matrix
 
-        factor_dtype, dtype = self.facts.packed, getattr(torch, str(self.facts.unpacked_dtype))
+        factor_dtype, dtype = self.facts.quantized_dtype, getattr(torch, str(self.facts.unpacked_dtype))
         assert factor_dtype is not None
         if DENSE in held:
             return dequantize_matrix(held[DENSE], shape[1], factor_dtype, dtype), None
@@ -172,7 +100,7 @@ class Emulator:
 
     @property
     def stack_tensors(self) -> dict[str, tuple[str, str]]:
-        """The stack and the ending of every tensor that stands for a stack."""
+        """The stack and the ending of every tensor that replaces a stack."""
         return {
             stack_tensor(stack, ending): (stack, ending)
             for stack, facts in self.facts.stacks.items()
@@ -181,8 +109,8 @@ class Emulator:
 
 
 def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint) -> None:
-    """Refuse files that do not hold what the configuration says of them."""
-    factor_dtype = facts.packed
+    """Refuse files that do not match the configuration."""
+    factor_dtype = facts.quantized_dtype
     for module in facts.compressed:
         wanted: dict[str, tuple[int | None, int | None]]
         rank = facts.ranks.get(module)
@@ -197,28 +125,13 @@ def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint
             if module in facts.quantized_dense:
                 wanted = {DENSE: (out_features, row_bytes(in_features, factor_dtype))}
         for ending, sizes in wanted.items():
-            found = checkpoint.tensors.get(module + ending)
-            shape = () if found is None else found.shape
+            tensor = checkpoint.tensors.get(module + ending)
+            shape = () if tensor is None else tensor.shape
             if len(shape) != 2 or any(size not in (None, real) for size, real in zip(sizes, shape, strict=True)):
                 what = f"factors of rank {rank} (config.json, ranks)" if rank is not None else "its quantized weight"
                 raise InputError(f"{directory}: module {module!r} lacks {what}; restore it")
-    for stack, found_facts in facts.stacks.items():
-        for ending, sizes3 in stack_sizes(found_facts, factor_dtype).items():
-            found = checkpoint.tensors.get(stack_tensor(stack, ending))
-            if found is None or found.shape != sizes3:
+    for stack, stack_facts in facts.stacks.items():
+        for ending, stack_shape in stack_sizes(stack_facts, factor_dtype).items():
+            tensor = checkpoint.tensors.get(stack_tensor(stack, ending))
+            if tensor is None or tensor.shape != stack_shape:
                 raise InputError(f"{directory}: stack {stack!r} lacks {stack_tensor(stack, ending)!r}; restore it")
-
-
-def stack_sizes(facts: StackFacts, factor_dtype: FactorDtype | None) -> dict[str, tuple[int, int, int]]:
-    """The shapes of the tensors that stand for a stack, by the ending of their names: what a linear has, E times."""
-    count, out_features, in_features = facts.shape
-    rank = facts.rank
-    if rank is None:
-        assert factor_dtype is not None
-        return {DENSE: (count, out_features, row_bytes(in_features, factor_dtype))}
-    if factor_dtype is None:
-        return {UP: (count, out_features, rank), DOWN: (count, rank, in_features)}
-    return {
-        UP: (count, rank, row_bytes(out_features, factor_dtype)),
-        DOWN: (count, rank, row_bytes(in_features, factor_dtype)),
-    }

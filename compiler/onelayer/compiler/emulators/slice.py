@@ -1,7 +1,7 @@
-"""An emulator in, a smaller one out, without the original: factors are ordered by energy, so a prefix is the smaller.
+"""An emulator in, a smaller one out, without the original: factors are ordered by energy, so a slice is their prefix.
 
-Quantized factors are sliced by whole rows of codes, so a slice never quantizes again. Held: one factor at a time.
-Letters: k rank, out / in features.
+Quantized factors are sliced by rows, so nothing is quantized again. Held: one factor at a time. Letters: k rank,
+out / in features.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from onelayer.compiler.documents import checked_document
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import (
     FIGURE_DIGITS,
     LinearFigures,
@@ -21,15 +22,15 @@ from onelayer.compiler.emulators.figures import (
     StackSummary,
     kept_bytes_share,
 )
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.emulators.shards import write_shards
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result, round_significant
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.files import atomic_directory, check_output, copy_companions, read_json, write_json
-from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
+from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry
 
 FIGURES_FILE = "emulator.json"
 
@@ -39,7 +40,7 @@ class _Settings(BaseModel):
 
 
 class _Figures(BaseModel):
-    """What a slice needs of `emulator.json`."""
+    """The fields of `emulator.json` that a slice needs."""
 
     settings: _Settings
     parameters_before: int
@@ -55,9 +56,9 @@ class _Figures(BaseModel):
 
 
 class SliceResult(Result):
-    """What `slice_emulator` made. `parameters_before` are the original's; errors follow from the emulator's records.
+    """The result of a slice. `parameters_before` are the original's; errors follow from the emulator's records.
 
-    `requantised` says whether stored codes had to be changed, which no dtype asks for: every row has its own scales.
+    `requantised` says whether stored codes had to change. No dtype requires that: every row has its own scales.
     """
 
     output: str
@@ -72,10 +73,11 @@ class SliceResult(Result):
 
 
 def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> SliceResult:
-    """Write the emulator that keeps `ratio` of each linear's weights, cut from one that keeps more.
+    """Write the emulator that keeps `ratio` of each linear's weights, sliced from one that keeps more.
 
-    What the larger emulator holds dense, quantized or not, stays dense: there is nothing to cut. Raises `InputError`
-    where `ratio` is larger than the emulator's own, or so much is dense that a slice would not be what was asked for.
+    Dense weights of the larger emulator, quantized or not, stay dense: they have no factors to slice. Raises
+    `InputError` if `ratio` is larger than the emulator's own, or if dense weights would leave the slice much larger
+    than requested.
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
@@ -85,39 +87,39 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
         raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
     factored = [item for item in figures.compressed if item.form == "factors"]
     if not factored:
-        raise InputError(f"{source.directory}: holds whole weights, which cannot be cut; compile a smaller emulator")
+        raise InputError(f"{source.directory}: holds whole weights, which cannot be sliced; compile a smaller emulator")
     ranks = {item.name: rank_for(ratio, *_shape(item, source)[-2:]) or item.rank for item in factored}
     _check_worth(source, figures, ratio, ranks)
-    return cut_emulator(emulator, ranks, output, {"ratio": ratio})
+    return slice_to_ranks(emulator, ranks, output, {"ratio": ratio})
 
 
 def _check_worth(source: Emulator, figures: _Figures, ratio: float, ranks: Mapping[str, int]) -> None:
-    """Refuse a slice that would take away less than half of what it should."""
+    """Refuse a slice that would remove less than half of what it should."""
     everything = sum(math.prod(_shape(item, source)) for item in figures.compressed)
     before, after = (
         sum(_weights(item, source) for item in items) / everything
-        for items in (figures.compressed, [_cut_figures(item, ranks, source) for item in figures.compressed])
+        for items in (figures.compressed, [_sliced_figures(item, ranks, source) for item in figures.compressed])
     )
     if before - after < (before - ratio) / 2:
         whole = sum(item.form == "dense" for item in figures.compressed)
         raise InputError(
             f"--ratio {ratio}: {source.directory} holds {whole} of {len(figures.compressed)} linears whole, which "
-            f"cannot be cut, so {after:.2f} of their values would stay; compile a smaller emulator"
+            f"cannot be sliced, so {after:.2f} of their values would stay; compile a smaller emulator"
         )
 
 
-def cut_emulator(
+def slice_to_ranks(
     emulator: str | Path, ranks: Mapping[str, int | None], output: str | Path, settings: Mapping[str, Any]
 ) -> SliceResult:
     """Write the emulator with shorter factors: at most `ranks` directions of each linear or stack of experts.
 
-    `settings` are recorded. A rank None takes the quantized weight that the emulator holds next to the factors.
+    `settings` are recorded. A rank of None keeps the quantized weight, which the emulator holds next to the factors.
     """
     output = Path(output)
     check_output(output)
     source = Emulator.open(emulator)
     figures, document = _read_figures(source)
-    sliced = [_cut_figures(item, ranks, source) for item in figures.compressed]
+    sliced = [_sliced_figures(item, ranks, source) for item in figures.compressed]
     removed = sum(
         _weights(before, source) - _weights(after, source)
         for before, after in zip(figures.compressed, sliced, strict=True)
@@ -160,7 +162,7 @@ def cut_emulator(
 
 
 def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
-    """`emulator.json`, checked, and as it stands; without it the singular values are unknown."""
+    """Read `emulator.json`, which has the singular values; return it checked, and the whole document."""
     path = source.directory / FIGURES_FILE
     document = read_json(path)
     if isinstance(document, dict) and "refined" in document:
@@ -177,14 +179,14 @@ def _read_figures(source: Emulator) -> tuple[_Figures, dict[str, Any]]:
 
 
 def _shape(item: LinearFigures, source: Emulator) -> tuple[int, ...]:
-    """(out, in) of a linear, (E, out, in) of a stack."""
+    """Return (out, in) of a linear, (E, out, in) of a stack."""
     return item.shape if isinstance(item, StackFigures) else source.shape(item.name)
 
 
-def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], source: Emulator) -> LinearFigures:
-    """The figures of a prefix: its relative error is sqrt(1 - kept energy / output energy), whatever the data.
+def _sliced_figures(item: LinearFigures, ranks: Mapping[str, int | None], source: Emulator) -> LinearFigures:
+    """Compute the figures of a prefix: its relative error is sqrt(1 - kept energy / output energy) for any data.
 
-    A stack that `ranks` does not name keeps its own.
+    A stack that `ranks` does not name keeps its own rank.
     """
     if item.form == "dense":
         return item
@@ -196,13 +198,13 @@ def _cut_figures(item: LinearFigures, ranks: Mapping[str, int | None], source: E
     kept = item.singular_values[:rank]
     lost = 1 - sum(value * value for value in kept) / item.output_energy if item.output_energy else 0.0
     optimal = round_significant(math.sqrt(max(0.0, lost)), FIGURE_DIGITS)
-    packed = {} if item.prefix_errors is None else {"prefix_errors": item.prefix_errors[:rank], "dense_error": None}
-    error = optimal if item.prefix_errors is None else item.prefix_errors[rank - 1]
-    unquantized = None if item.prefix_errors is None else optimal
-    figures = {"rank": rank, "error": error, "optimal_error": optimal, "unquantised_error": unquantized}
+    figures: dict[str, Any] = {"rank": rank, "error": optimal, "optimal_error": optimal, "unquantised_error": None}
+    if item.prefix_errors is not None:
+        figures |= {"error": item.prefix_errors[rank - 1], "unquantised_error": optimal}
+        figures |= {"prefix_errors": item.prefix_errors[:rank], "dense_error": None}
     if isinstance(item, StackFigures):
-        packed["largest_error"] = None
-    return item.model_copy(update={**figures, "singular_values": kept, **packed})
+        figures["largest_error"] = None
+    return item.model_copy(update={**figures, "singular_values": kept})
 
 
 def _weights(item: LinearFigures, source: Emulator) -> int:
@@ -212,7 +214,7 @@ def _weights(item: LinearFigures, source: Emulator) -> int:
 
 
 def _plan_shards(source: Emulator, sliced: Sequence[LinearFigures]) -> dict[Path, list[Entry]]:
-    """The same shards with shorter factors."""
+    """Plan the same shards with shorter factors."""
     checkpoint, items = source.checkpoint, {item.name: item for item in sliced}
     owners = {name + ending: (name, ending) for name in items for ending in (UP, DOWN, DENSE)}
     owners |= source.stack_tensors
@@ -223,14 +225,16 @@ def _plan_shards(source: Emulator, sliced: Sequence[LinearFigures]) -> dict[Path
         if item is None:
             by_file[info.file].append(copy_entry(name, info))
         elif (ending == DENSE) == (item.form == "dense"):
-            rows_first = source.facts.packed is not None or ending == DOWN
+            rows_first = source.facts.quantized_dtype is not None or ending == DOWN
             by_file[info.file].append(_prefix(source, name, item, rows_first))
     return by_file
 
 
 def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) -> Entry:
-    """A whole weight as it stands, or the first `rank` rows of a factor, columns of a plain up (out, k); of a stack of
-    factors (E, ...) those of each expert."""
+    """Plan a whole weight unchanged, or the first `rank` rows of a factor: columns of a plain up (out, k).
+
+    A stack of factors (E, ...) keeps those of each expert.
+    """
     checkpoint, info, rank = source.checkpoint, source.checkpoint.tensors[name], item.rank
     if item.form == "dense":
         return copy_entry(name, info)
@@ -248,28 +252,12 @@ def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) 
     return Entry(name, info.dtype, shape, chunks)
 
 
-def write_shards(
-    target: Path, source: Emulator, by_file: Mapping[Path, list[Entry]], meter: Meter, description: str
-) -> list[int]:
-    """The shards that take the place of those of `source`, then the index; returns the bytes of each shard."""
-    checkpoint = source.checkpoint
-    with Progress(len(by_file), description) as progress:
-        for count, (file, entries) in enumerate(by_file.items()):
-            progress.reached(count, file.name, meter.sample())
-            write_safetensors(target / file.name, entries, checkpoint.metadata[file])
-    sizes = [sum(entry.size_bytes for entry in entries) for entries in by_file.values()]
-    if checkpoint.index_file is not None:
-        weight_map = {entry.name: file.name for file, entries in by_file.items() for entry in entries}
-        write_index(target / checkpoint.index_file.name, weight_map, sum(sizes))
-    return sizes
-
-
 def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:
     document: dict[str, Any] = read_json(source.directory / "config.json")
     section = document["quantization_config"]
     linears = [item for item in sliced if not isinstance(item, StackFigures)]
     section["ranks"] = {item.name: item.rank for item in linears if item.form == "factors"}
-    if source.facts.packed is not None:
+    if source.facts.quantized_dtype is not None:
         section["quantized_dense"] = [item.name for item in linears if item.form == "dense"]
     for item in sliced:
         if isinstance(item, StackFigures) and item.form == "factors":

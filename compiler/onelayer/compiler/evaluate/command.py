@@ -16,7 +16,8 @@ from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.evaluate.scoring import Samples, SampleScores, Scoring, scoring_workspace, total
+from onelayer.compiler.evaluate.samples import Samples
+from onelayer.compiler.evaluate.scoring import SampleScores, Scoring, scoring_workspace, total
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.evaluate.variants import Variant, open_scored, switch_variants
 from onelayer.compiler.machine.devices import pick_device

@@ -1,92 +1,25 @@
-"""What is scored, and the figures of it: held-out samples in, loss sums by sample out, from a stream of the original.
+"""Batches of held-out samples in, loss sums by sample out, from a stream of the original.
 
-Every batch goes through the stream once for each variant of the model; stream index i is batch i // v, variant i % v.
+Every batch goes through the stream once for each of v variants of the model: stream index i is batch i // v, variant
+i % v.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from onelayer.compiler.data.batches import TokenBatch, make_batches
-from onelayer.compiler.data.classes import Classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
-from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
-from onelayer.compiler.errors import InputError
+from onelayer.compiler.data.batches import TokenBatch
+from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.evaluate.samples import Question
 from onelayer.compiler.evaluate.token_scores import Divergence, TokenScores
 from onelayer.compiler.models.lazy_tensors import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice example: the samples of its choices, in order, and which of the choices is right."""
-
-    samples: range
-    answer: int
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Held-out data, tokenized. `counted[i]`: the loss counts sample i; wrong choices only compete with right ones."""
-
-    tokens: list[Tokens]
-    counted: list[bool]
-    questions: list[Question]
-
-    @classmethod
-    def read(
-        cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, classes: Classes | None = None
-    ) -> "Samples":
-        """All examples of `data`, for a model that predicts `classes`, or tokens.
-
-        Raises `InputError` where nothing is left to count, or choices cannot be compared.
-        """
-
-        def tokenize_row(example: Example) -> list[Tokens]:
-            if example.choices is None or classes is not None:
-                return [tokenize_for(classes, example, tokenizer, max_length)]
-            return _choices(example, tokenizer, max_length)
-
-        rows, _ = labeled_rows(data, tokenize_row, max_length)
-        samples = cls([tokens for _, tokens in rows], [], [])
-        for _, group in groupby(rows, key=lambda row: id(row[0])):
-            same = [example for example, _ in group]
-            example, first, count = same[0], len(samples.counted), len(same)
-            if example.answer is None or classes is not None:
-                samples.counted.append(True)
-            else:
-                samples.counted.extend(number == example.answer for number in range(count))
-                samples.questions.append(Question(range(first, first + count), example.answer))
-        return samples
-
-    def batches(self, config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
-        """The samples as batches that the model can be called with."""
-        return make_batches(self.tokens, config, batch_size)
-
-
-def _choices(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
-    """The tokens of every choice of an example. Raises `InputError` where a choice does not fit or is empty."""
-    rows = []
-    for number, choice in enumerate(example.choices or ()):
-        # A choice that is cut would win by its shortness, so it has to fit as a whole.
-        tokens = tokenize(example.with_choice(number), tokenizer, max_length + 1)
-        if len(tokens.input_ids) > max_length:
-            raise InputError(
-                f"{example.source}: with choice {number} it has more than {max_length} tokens; raise --max-length"
-            )
-        if not tokens.labeled:
-            raise InputError(f"{example.source}: choice {number} ({choice!r}) has no token of its own; reword it")
-        rows.append(tokens)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -98,11 +31,11 @@ class SampleScores:
     counts: list[int]
 
     def loss(self, counted: Sequence[bool]) -> float:
-        """Mean cross-entropy in nats over the labeled tokens of the samples that count."""
+        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count."""
         return total(self.losses, counted) / total(self.counts, counted)
 
     def right_answers(self, questions: Sequence[Question]) -> int:
-        """How many questions have their right choice as the one of highest log-likelihood; the first wins a tie."""
+        """Count questions whose right choice has the highest log-likelihood; the first choice wins a tie."""
         return sum(
             min(question.samples, key=lambda index: self.losses[index]) == question.samples[question.answer]
             for question in questions
@@ -110,15 +43,15 @@ class SampleScores:
 
 
 def total(values: Sequence[float], counted: Sequence[bool]) -> float:
-    """Sum over the samples that count."""
+    """Sum the values of the samples that count."""
     return sum(value for value, counts in zip(values, counted, strict=True) if counts)
 
 
 class Scoring:
-    """Collects what the stream hands out, and scores it: deferred logits by slices of the head, once all are there.
+    """Collects the outputs of a stream and scores them; deferred logits by slices of the head, after the last output.
 
-    With `against` set, the predictions of that variant are compared with those of variant 0. Hidden states that wait
-    for the head are parked where the stream parks its own.
+    With `against`, the predictions of that variant are compared with those of variant 0. Hidden states that wait for
+    the head are parked where the stream parks its own.
     """
 
     def __init__(
@@ -135,16 +68,16 @@ class Scoring:
         self._reference: torch.Tensor | None = None
 
     def inputs(self) -> list[dict[str, torch.Tensor]]:
-        """The model's arguments for every stream index."""
+        """Return the model's arguments for every stream index."""
         return [batch.inputs for batch in self.batches for _ in range(self.variants)]
 
     def take(self, index: int, output: Any) -> None:
-        """One batch with one variant has run through; keeps only what its labeled positions need."""
+        """Take the output of one batch with one variant; keep only the labeled positions."""
         number, logits = index // self.variants, output.logits
         rows = self._rows[number]
         self._scores[index] = TokenScores(self.batches[number].targets[rows])
         if isinstance(logits, DeferredLogits):
-            logits.hidden = logits.hidden[rows]  # no other position is ever asked for
+            logits.hidden = logits.hidden[rows]  # no other position is used
             self.spill_pool.hold(logits.hidden)
             self._waiting[index] = logits
         else:
@@ -162,7 +95,7 @@ class Scoring:
             self._gaps[number].update(rows, self._reference, logits)
 
     def finish(self, device: torch.device) -> list[SampleScores]:
-        """The scores of every variant, once the stream has ended."""
+        """Compute the scores of every variant, after the stream has ended."""
         if self._waiting:
             head = next(iter(self._waiting.values())).head
             for start, stop in head.row_slices():
@@ -192,11 +125,11 @@ class Scoring:
         return result
 
     def token_losses(self, index: int) -> torch.Tensor:
-        """Cross-entropies of the labeled tokens of one stream index, in order, once `finish` has run."""
+        """Return cross-entropies of the labeled tokens of one stream index, in order, after `finish`."""
         return self._scores[index].losses
 
     def divergence(self) -> tuple[float, float]:
-        """Mean KL per labeled token from variant 0 to `against`, and the share of tokens whose best guess agrees."""
+        """Compute mean KL per labeled token from variant 0 to `against`, and the share of equal best guesses."""
         assert self.against is not None
         total, agreed, count = 0.0, 0, 0
         for number, gap in enumerate(self._gaps):
@@ -217,10 +150,10 @@ def scoring_workspace(
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:
-    """The most that `variants` of all batches hold on the host while they wait, at most what `spill_pool` lets them.
+    """Predict the most that `variants` of all batches hold on the host while they wait, limited by `spill_pool`.
 
-    Of every token its embedding and its hidden state, its place in rotary angles (as wide as a head, sine and cosine)
-    and its row of an attention mask; of every batch the small tensors and frames of the model's own code.
+    Every token holds its embedding, its hidden state, its rotary angles (as wide as a head, sine and cosine) and its
+    row of an attention mask. Every batch also holds small tensors and frames of the model's own code.
     """
     config = streamed.config.get_text_config()
     width = int(config.hidden_size)

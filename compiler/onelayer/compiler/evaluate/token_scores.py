@@ -1,4 +1,4 @@
-"""Cross-entropy, accuracy and divergence of next-token predictions, from logits by slices of the vocabulary. Pure.
+"""Cross-entropy, accuracy and divergence of next-token predictions, from slices of the vocabulary's logits. Pure.
 
 Shape letters: N predicted tokens, S a slice of the vocabulary.
 """
@@ -7,10 +7,10 @@ import torch
 
 
 class TokenScores:
-    """Log-sum-exp, label logit and best token of N predictions, updated slice by slice, in float32 and better."""
+    """Log-sum-exp, label logit and best token of N predictions, updated by slices, in float32 or better."""
 
     def __init__(self, labels: torch.Tensor) -> None:
-        """`labels` (N,) are token ids."""
+        """Start without logits; `labels` (N,) are token ids."""
         self.labels_N = labels
         count, device = len(labels), labels.device
         self._highest_N = torch.full((count,), -torch.inf, device=device)
@@ -19,11 +19,11 @@ class TokenScores:
         self.best_N = torch.zeros(count, dtype=torch.long, device=device)
 
     def update(self, rows: slice, logits_NS: torch.Tensor, start: int) -> None:
-        """Take in the logits of the tokens `start`, `start` + 1, ... for the predictions in `rows`."""
+        """Add the logits of the tokens `start`, `start` + 1, ... for the predictions in `rows`."""
         logits_NS = logits_NS.to(torch.float32)
         highest_N, best_N = logits_NS.max(dim=-1)
         before_N = self._highest_N[rows]
-        # Strictly greater: among equals the first token wins, as it does in an argmax over the whole.
+        # The comparison is strict: among equals the first token wins, as in an argmax over all tokens.
         self.best_N[rows] = torch.where(highest_N > before_N, best_N + start, self.best_N[rows])
         now_N = torch.maximum(before_N, highest_N)
         grown_N = (logits_NS - now_N[:, None]).exp().sum(dim=-1, dtype=torch.float64)
@@ -35,22 +35,22 @@ class TokenScores:
 
     @property
     def log_sums(self) -> torch.Tensor:
-        """Logarithm of the sum of the exponentials of all logits."""
+        """The logarithm of the sum of the exponentials of all logits."""
         return self._highest_N.double() + self._sum_N.log()
 
     @property
     def losses(self) -> torch.Tensor:
-        """Cross-entropies in nats, float64."""
+        """The cross-entropies in nats, float64."""
         return self.log_sums - self._label_logit_N.double()
 
     @property
     def hits(self) -> torch.Tensor:
-        """Whether the label is the most likely token."""
+        """Booleans (N,): the label is the most likely token."""
         return self.best_N == self.labels_N
 
 
 class Divergence:
-    """Kullback-Leibler divergence of N predictions of one model (q) from those of another (p), slice by slice.
+    """The Kullback-Leibler divergence of N predictions of one model (q) from those of another (p), by slices.
 
     KL(p || q) = sum p (z_p - z_q) - log-sum-exp z_p + log-sum-exp z_q, with z the logits.
     """
@@ -61,12 +61,12 @@ class Divergence:
         self._weighted_N = torch.zeros(count, dtype=torch.float64)
 
     def update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
-        """Take in the same slice of both models' logits for the predictions in `rows`."""
+        """Add the same slice of both models' logits for the predictions in `rows`."""
         p_NS, q_NS = p_logits_NS.double(), q_logits_NS.double()
         before_N = self._highest_N[rows]
         now_N = torch.maximum(before_N, p_NS.amax(dim=-1).float())
         weights_NS = (p_NS - now_N[:, None].double()).exp()
-        # A token that the first model excludes counts nothing, whatever the second one thinks of it.
+        # A token that the first model excludes does not count, whatever the second model predicts.
         gaps_NS = torch.where(weights_NS > 0, p_NS - q_NS, 0.0)
         shrink_N = (before_N - now_N).double().exp()
         self._weight_N[rows] = self._weight_N[rows] * shrink_N + weights_NS.sum(dim=-1)
@@ -74,5 +74,5 @@ class Divergence:
         self._highest_N[rows] = now_N
 
     def divergences(self, p: TokenScores, q: TokenScores) -> torch.Tensor:
-        """The divergences in nats, given the scores of both models over the same slices; never below zero."""
+        """Compute divergences in nats, from the scores of both models over the same slices; never below zero."""
         return (self._weighted_N / self._weight_N - p.log_sums + q.log_sums).clamp_min(0.0)

@@ -1,4 +1,4 @@
-"""One unit of the original that is held, run as several models: alone, with an adapter, or as its emulator would."""
+"""Runs one resident unit of the original as several models: alone, with an adapter, or as its emulator."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,9 @@ Run = Callable[[int, Any, Any], Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """What a unit runs as: with the named adapter, or with an emulator's factors for weights; the original if neither.
+    """A way to run a unit: with the named adapter, or with an emulator's factors as weights; the original if neither.
 
-    An emulator differs from its original in nothing but these factors, so it needs no model of its own.
+    An emulator differs from its original only in these factors, so it needs no model of its own.
     """
 
     adapter: str | None = None
@@ -34,18 +34,20 @@ class Variant:
 
 
 def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
-    """Runs a unit as the variant of the batch at hand: stream index i is variant i % n."""
+    """Run each unit as the variant of the current batch: stream index i is variant i % n."""
 
     @contextmanager
     def on_unit(unit: Unit) -> Iterator[Run]:
         layers = tuner_layers(unit)
         emulators = {item.emulator.directory: item.emulator for item in variants if item.emulator is not None}
-        replaced = {directory: _stand_ins(unit, emulator, device) for directory, emulator in emulators.items()}
+        replaced = {directory: _emulated(unit, emulator, device) for directory, emulator in emulators.items()}
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             variant = variants[index % len(variants)]
             for layer in layers:
-                is_tuner = isinstance(layer, BaseTunerLayer)  # the others know only adapters that replace their module
+                is_tuner = isinstance(
+                    layer, BaseTunerLayer
+                )  # other layers know only adapters that replace their module
                 used = variant.adapter is not None and (is_tuner or variant.adapter in layer._adapters)
                 layer.enable_adapters(used)
                 if used:
@@ -53,25 +55,25 @@ def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callab
             forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
             if not forwards:
                 return unit.forward(*args, **kwargs)
-            with replaced_forwards(unit, forwards) as stand_in:
-                return stand_in(*args, **kwargs)
+            with replaced_forwards(unit, forwards) as forward:
+                return forward(*args, **kwargs)
 
         yield run
 
     return on_unit
 
 
-def _stand_ins(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Forward]:
-    """What the compressed linears and experts of a unit do instead, by module."""
-    found: dict[nn.Module, Forward] = {}
+def _emulated(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.Module, Forward]:
+    """Make the forwards that replace those of a unit's compressed linears and experts, by module."""
+    forwards: dict[nn.Module, Forward] = {}
     for name, module in named_parts(unit):
         if name in emulator.facts.compressed and is_linear(module):
             up, down = emulator.factors(name)
-            found[module] = _linear(module, up.to(device), None if down is None else down.to(device))
+            forwards[module] = _linear(module, up.to(device), None if down is None else down.to(device))
         stacks = expert_stacks(name, module)
         if stacks is not None and not emulator.facts.stacks.keys().isdisjoint(stacks.paths):
-            found[module] = _experts(stacks, emulator, device)
-    return found
+            forwards[module] = _experts(stacks, emulator, device)
+    return forwards
 
 
 def _linear(linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None) -> Forward:
@@ -81,7 +83,7 @@ def _linear(linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None) -> F
 
 
 def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> Forward:
-    """A module of experts with factors for the stacks that the emulator has as such."""
+    """Make the forward of a module of experts with the factors of its compressed stacks."""
     held = {
         leaf: {ending: tensor.to(device) for ending, tensor in emulator.stack(stacks.path(leaf)).items()}
         for leaf in stacks.leaves
@@ -96,16 +98,16 @@ def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> 
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         routed = stacks.routed(args, kwargs)
-        assert routed is not None, f"{stacks.name} was compiled as what it is not"
+        assert routed is not None, f"{stacks.name} was compiled as experts, but is called differently"
         return stacks.run(*routed, product)
 
     return forward
 
 
 def open_scored(directory: Path, adapters: dict[str, str | Path]) -> tuple[StreamedModel, Classes | None]:
-    """The original with adapters attached by name, and its classes if it is a classifier.
+    """Open the original with adapters attached by name, and its classes if it is a classifier.
 
-    Raises `InputError` where it predicts neither tokens nor classes.
+    Raises `InputError` if it predicts neither tokens nor classes.
     """
     streamed = StreamedModel(directory, attach(adapters))
     return streamed, predicted_classes(type(streamed.model), streamed.config, directory)

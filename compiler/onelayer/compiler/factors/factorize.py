@@ -1,4 +1,4 @@
-"""(weight, moments, rank) -> factors and their error. Pure: tensors in, tensors and figures out.
+"""A weight, its moments and a rank in, factors and their error out. Pure: tensors in, tensors and figures out.
 
 Convention y = W x, W (out x in), X (N x in) the calibration rows, Y = X W^T. Wanted: the rank-k W_k that minimizes
 ||X W^T - X W_k^T||_F, the activation-aware SVD of SVD-LLM and EMLoC (arXiv 2506.12015, stage 1). Both routes below end
@@ -10,17 +10,22 @@ from dataclasses import dataclass
 
 import torch
 
+from onelayer.compiler.factors.directions import (
+    CUTOFF,
+    all_directions,
+    basis_from_input,
+    basis_from_output,
+    few_directions,
+    numerical_rank,
+)
 from onelayer.compiler.factors.moments import Moments
 from onelayer.compiler.factors.ranks import Solver
-from onelayer.compiler.factors.subspace import block_width, leading_eigenvectors, symmetric_product
+from onelayer.compiler.factors.subspace import block_width
 
-# Eigenvalues below this share of the largest are rounding: of float64 sums, or of sums of float32 products.
-CUTOFF = {torch.float64: 1e-12, torch.float32: 1e-7}
-
-# Both solvers look for the leading directions only, as long as those are few enough for that to be the shorter way and,
-# for `exact`, the linear is not so small that all directions take no time either.
+# Both solvers look for the leading directions only, if these are few enough for that to be faster. `exact` does so only
+# for linears that are not small: solving for all directions of a small one takes hardly any time.
 WORTHWHILE_SHARE, SMALL = 0.6, 256
-# How much of the energy that the best factors lose may be lost on top: six digits of the error, and half a percent.
+# The extra loss allowed, as a share of the energy that the best factors lose: six digits of the error; half a percent.
 TOLERANCE = {"exact": 1e-6, "fast": 1e-2}
 
 
@@ -31,7 +36,7 @@ class Factors:
     Errors are relative Frobenius errors of the output over the calibration rows: `error` of the factors as stored,
     `optimal_error` the Eckart-Young bound sqrt(sum_{i>k} s_i^2 / sum s_i^2), None where the solver does not know all
     of the spectrum. `singular_values` (descending, at least the k leading ones) are those of Y, `energy` the sum of
-    all their squares. `fallback` says in words where calibration did not determine the factors.
+    all their squares. `fallback` says in words if calibration did not determine all of the factors.
     """
 
     up: torch.Tensor
@@ -50,23 +55,23 @@ def factorize(
     dtype: torch.dtype,
     solver: Solver = "exact",
     seed: int = 0,
-    reserve: Callable[[], Moments] | None = None,
+    fallback_moments: Callable[[], Moments] | None = None,
 ) -> Factors:
-    """The best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
+    """Compute the best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
 
     `exact` gives the optimum to six digits, `fast` to half a percent. Both iterate in float32 from a start seeded by
-    `seed`; where that does not certify the wanted accuracy, all directions are solved for in float64. Where `moments`
-    determine fewer directions than `rank`, the best under `reserve` of what is left of W follow, and the weight's own
-    after these; so a prefix is still what a smaller rank would give.
+    `seed`. If that does not certify the required accuracy, all directions are solved for in float64. If `moments`
+    determine fewer directions than `rank`, the best ones of the rest of W under `fallback_moments` follow, and then
+    those of the weight itself. So a prefix is still what a smaller rank would give.
     """
     narrow = min(W.shape)
-    found = None
+    leading = None
     if block_width(rank) < WORTHWHILE_SHARE * narrow and (solver == "fast" or narrow >= SMALL):
-        found = _few_directions(W, moments, rank, TOLERANCE[solver], seed)
-    iterated = found is not None and solver == "fast"
-    found = found or _all_directions(W, moments, rank)
-    W, basis, energies, energy, gram = found.W, found.basis, found.energies, found.energy, found.gram
-    basis, fallback = _completed(basis, W, rank, CUTOFF[moments.gram.product_dtype], reserve)
+        leading = few_directions(W, moments, rank, TOLERANCE[solver], seed)
+    iterated = leading is not None and solver == "fast"
+    solved = leading or all_directions(W, moments, rank)
+    W, energies, energy, gram = solved.W, solved.energies, solved.energy, solved.gram
+    basis, fallback = _completed(solved.basis, W, rank, CUTOFF[moments.gram.product_dtype], fallback_moments)
     basis = _with_fixed_signs(basis)
     projected = basis.T @ W
     up, down = basis.to(dtype), projected.to(dtype)
@@ -76,146 +81,54 @@ def factorize(
 
 
 def _completed(
-    basis: torch.Tensor, W: torch.Tensor, rank: int, cutoff: float, reserve: Callable[[], Moments] | None
+    basis: torch.Tensor,
+    W: torch.Tensor,
+    rank: int,
+    cutoff: float,
+    fallback_moments: Callable[[], Moments] | None,
 ) -> tuple[torch.Tensor, str | None]:
-    """`rank` directions (out, rank), orthonormal or zero, that begin with `basis`; in words what gave the others."""
-    found = basis.shape[1]
-    if found == rank:
+    """Extend `basis` to `rank` directions (out, rank), orthonormal or zero; say in words what gave the added ones."""
+    determined = basis.shape[1]
+    if determined == rank:
         return basis, None
-    notes = []
-    if reserve is not None:
-        moments = reserve()
+    origins = []
+    if fallback_moments is not None:
+        moments = fallback_moments()
         rest, gram = W - basis @ (basis.T @ W), moments.gram.total_FF.to(W.dtype)
         if moments.of_input and W.shape[0] > W.shape[1]:
-            further, energies = _basis_from_input(rest, gram, rank - found, cutoff)
+            further, energies = basis_from_input(rest, gram, rank - determined, cutoff)
         elif moments.of_input:
-            further, energies = _basis_from_output(rest @ gram @ rest.T)
+            further, energies = basis_from_output(rest @ gram @ rest.T)
         else:
-            left = gram - basis @ (basis.T @ gram)  # of the outputs
-            further, energies = _basis_from_output(left - (left @ basis) @ basis.T)
-        basis = torch.cat([basis, further[:, : min(rank - found, _numerical_rank(energies, cutoff))]], dim=1)
-        notes = ["all tokens together give others"] if basis.shape[1] > found else []
+            rest_of_outputs = gram - basis @ (basis.T @ gram)
+            further, energies = basis_from_output(rest_of_outputs - (rest_of_outputs @ basis) @ basis.T)
+        basis = torch.cat([basis, further[:, : min(rank - determined, numerical_rank(energies, cutoff))]], dim=1)
+        origins = ["all tokens together give others"] if basis.shape[1] > determined else []
     if basis.shape[1] < rank:
         own = _leading_left_vectors(W - basis @ (basis.T @ W), rank - basis.shape[1])
         basis = torch.cat([basis, own], dim=1)
-        notes.append("the weight's own SVD gives the others")
-    return basis, f"calibration determines {found} of {rank} directions; {', '.join(notes)}"
-
-
-@dataclass(frozen=True)
-class _Directions:
-    """Leading left singular vectors (out, <= rank) of Y^T, orthonormal, and squared singular values, descending.
-
-    `energy` is the sum of all of these; `W` and `gram` (of the input or of the output) are in the dtype solved in.
-    """
-
-    W: torch.Tensor
-    basis: torch.Tensor
-    energies: torch.Tensor
-    energy: float
-    gram: torch.Tensor
-
-
-def _few_directions(W: torch.Tensor, moments: Moments, rank: int, tolerance: float, seed: int) -> _Directions | None:
-    """By iteration in float32 on the narrow side; None where the tolerance is not certified."""
-    W, gram = W.to(torch.float32), moments.gram.total_FF.to(torch.float32)
-    if not moments.of_input:
-        energy = float(moments.gram.total_FF.trace())
-        found = leading_eigenvectors(gram, energy, rank, tolerance, 1.0, seed)
-        return None if found is None else _Directions(W, *found, energy, gram)
-    tall = W.shape[0] > W.shape[1]
-    if tall:
-        inner, S = symmetric_product(W.T, W.T), _root(gram)
-        energy = float((inner * gram).sum(dtype=torch.float64))
-        C = symmetric_product(S.T @ inner, S.T)
-    else:
-        WG = W @ gram
-        energy = float((WG * W).sum(dtype=torch.float64))
-        C = symmetric_product(WG, W)
-    if not energy > 0:
-        return None
-    # Where inputs cancel in the outputs, what was rounded is larger than what is left.
-    rounded = float((W.square().sum(dim=0) * gram.diagonal()).sum(dtype=torch.float64)) / energy
-    found = leading_eigenvectors(C, energy, rank, tolerance, max(1.0, rounded), seed)
-    if found is None:
-        return None
-    basis, energies = found
-    if tall:
-        rooted = S @ (basis / energies.sqrt())
-        basis = W @ rooted
-        R, failed = torch.linalg.cholesky_ex(basis.T @ basis)
-        if failed:
-            return None
-        basis = torch.linalg.solve_triangular(R, basis.T, upper=False).T
-        # The root's rounding would show in the sixth digit of the energies, though not in the directions.
-        projected = torch.linalg.solve_triangular(R, rooted.T @ inner, upper=False)
-        energies = ((projected @ gram) * projected).sum(dim=1, dtype=torch.float64)
-    return _Directions(W, basis, energies, energy, gram)
-
-
-def _all_directions(W: torch.Tensor, moments: Moments, rank: int) -> _Directions:
-    """By a full eigenproblem in float64."""
-    W, gram = W.to(torch.float64), moments.gram.total_FF
-    cutoff = CUTOFF[moments.gram.product_dtype]
-    if moments.of_input and W.shape[0] > W.shape[1]:
-        basis, energies = _basis_from_input(W, gram, rank, cutoff)
-    else:
-        basis, energies = _basis_from_output(W @ gram @ W.T if moments.of_input else gram)
-    basis = basis[:, : min(rank, _numerical_rank(energies, cutoff))]
-    return _Directions(W, basis, energies, float(energies.sum()), gram)
+        origins.append("the weight's own SVD gives the others")
+    return basis, f"calibration determines {determined} of {rank} directions; {', '.join(origins)}"
 
 
 def _relative(lost: float, energy: float) -> float:
     return (max(lost, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
 
-def _basis_from_output(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All eigenvectors (out, out) and eigenvalues of C = Y^T Y (out x out), descending."""
-    values, vectors = torch.linalg.eigh(C)
-    return vectors.flip(1), values.flip(0).clamp_min(0.0)
-
-
-def _basis_from_input(W: torch.Tensor, G: torch.Tensor, rank: int, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leading left singular vectors (out, <= rank) of W S with S S^T = G (in x in), and all squared singular values.
-
-    V are eigenvectors of S^T W^T W S (in x in, the narrow side), U = W S V / s; no inverse of S is needed.
-    """
-    WS = W @ _root(G)
-    energies, V = torch.linalg.eigh(WS.T @ WS)
-    energies, V = energies.flip(0).clamp_min(0.0), V.flip(1)
-    kept = min(rank, _numerical_rank(energies, cutoff))
-    return WS @ (V[:, :kept] / energies[:kept].sqrt()), energies
-
-
-def _root(G: torch.Tensor) -> torch.Tensor:
-    """S (in x in) with S S^T = G: the Cholesky factor, or the eigenvectors scaled where G is singular."""
-    S: torch.Tensor
-    S, failed = torch.linalg.cholesky_ex(G)
-    if failed:
-        values, vectors = torch.linalg.eigh(G)
-        S = vectors * values.clamp_min(0.0).sqrt()
-    return S
-
-
-def _numerical_rank(values: torch.Tensor, cutoff: float) -> int:
-    """How many of some descending eigenvalues stand above rounding."""
-    return int((values > cutoff * values[0]).sum()) if len(values) and values[0] > 0 else 0
-
-
 def _leading_left_vectors(R: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` leading left singular vectors (out, count) of R (out x in), by the narrow side.
+    """Compute `count` leading left singular vectors (out, count) of R (out x in), by the narrow side.
 
-    Where R has lower rank the others are zero: such columns cost their bytes and change nothing.
+    If R has lower rank the others are zero: such columns cost bytes and change nothing.
     """
     vectors = torch.zeros(R.shape[0], count, dtype=R.dtype, device=R.device)
     left, values, _ = torch.linalg.svd(R, full_matrices=False)
-    usable = min(count, _numerical_rank(values.square(), CUTOFF[torch.float64]))
+    usable = min(count, numerical_rank(values.square(), CUTOFF[torch.float64]))
     vectors[:, :usable] = left[:, :usable]
     return vectors
 
 
 def _with_fixed_signs(basis: torch.Tensor) -> torch.Tensor:
-    """Each column's largest entry made positive: eigenvectors have no sign of their own, files should."""
+    """Make each column's largest entry positive: the sign of an eigenvector is arbitrary, a file should not be."""
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     return torch.where(largest < 0, -basis, basis)
 
@@ -230,10 +143,10 @@ def _lost_energy(
     gram: torch.Tensor,
     energy: float,
 ) -> float:
-    """||X (W - up down)^T||_F^2 of the factors as stored, roundings included; `projected` is basis^T W.
+    """Compute ||X (W - up down)^T||_F^2 of the factors as stored, rounding included; `projected` is basis^T W.
 
-    Exact from an input moment. An output moment knows X only through W, so there the rounding of `down`, which is
-    independent of X, is priced by the input's energy per feature; the rest is exact.
+    The result is exact from an input moment. An output moment knows X only through W: the error from rounding `down`,
+    which is independent of X, is estimated from the input's energy per feature, and the rest is exact.
     """
     if moments.of_input:
         down_gram = down @ gram

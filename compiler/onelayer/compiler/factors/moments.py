@@ -1,7 +1,7 @@
 """Second moments of what linears read or write, never wider than the narrow side of the linear.
 
-A linear with out < in is served by the moment of its output, C = Y^T Y (out x out); one with out >= in by that of its
-input, G = X^T X (in x in), which every linear reading the same tensor shares (q/k/v, gate/up). Shape letters: N rows
+A linear with out < in uses the moment of its output, C = Y^T Y (out x out). A linear with out >= in uses the moment of
+its input, G = X^T X (in x in), which all linears with the same input share (q/k/v, gate/up). Shape letters: N rows
 (tokens), F features.
 """
 
@@ -15,12 +15,12 @@ NON_FINITE_LIMIT = 0.1
 
 
 def row_count(x: torch.Tensor) -> int:
-    """How many rows `x` (..., F) has; a bare number is one."""
+    """Count the rows of `x` (..., F); a bare number is one row."""
     return x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 1
 
 
 def finite_rows(x: torch.Tensor) -> torch.Tensor | None:
-    """Which rows of (..., F) hold nothing but finite numbers, (N,); None where all do."""
+    """Return which rows of (..., F) are finite, (N,), or None if all are."""
     # One non-finite entry anywhere makes the sum non-finite; only then is it worth looking row by row.
     if torch.isfinite(x.sum()):
         return None
@@ -29,7 +29,7 @@ def finite_rows(x: torch.Tensor) -> torch.Tensor | None:
 
 
 def check_rows(name: str, dropped_rows: int, rows: int) -> None:
-    """Raise `RuntimeError` where more of the calibration's rows are not finite than an outlier explains."""
+    """Raise `RuntimeError` if more calibration rows are not finite than an outlier explains."""
     if dropped_rows > NON_FINITE_LIMIT * rows:
         raise RuntimeError(
             f"{name}: {dropped_rows} of {rows} calibration rows are not finite, more than {NON_FINITE_LIMIT:.0%}; "
@@ -38,7 +38,7 @@ def check_rows(name: str, dropped_rows: int, rows: int) -> None:
 
 
 class Gram:
-    """X^T X (F x F) over many batches of rows: products in `product_dtype`, totals in float64.
+    """The sum X^T X (F x F) over many batches of rows: products in `product_dtype`, totals in float64.
 
     Rows with a non-finite entry are left out and counted.
     """
@@ -50,7 +50,7 @@ class Gram:
         self.product_dtype = product_dtype
 
     def add(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Add the rows of `x` (..., F); returns which were taken, (N,), or None where all were."""
+        """Add the rows of `x` (..., F); return which were taken, (N,), or None if all were."""
         x_NF = x.reshape(-1, x.shape[-1]).to(self.product_dtype)
         product_FF = x_NF.T @ x_NF
         self.rows += len(x_NF)
@@ -65,7 +65,7 @@ class Gram:
         return keep_N
 
     def without(self, part: "Gram") -> "Gram":
-        """This Gram as it was before the rows of `part` were added."""
+        """Return this Gram without the rows of `part`."""
         rest = copy.copy(self)
         rest.total_FF = self.total_FF - part.total_FF
         rest.rows, rest.dropped_rows = self.rows - part.rows, self.dropped_rows - part.dropped_rows
@@ -74,9 +74,9 @@ class Gram:
 
 @dataclass
 class Moments:
-    """What calibration says about one linear: a Gram of its input or of its output, and the input's energy by feature.
+    """The statistics of one linear from calibration: the Gram of its input or output, and the input's feature energies.
 
-    `input_energy` (in,) is the diagonal of X^T X; with an output moment it prices the rounding of `down`.
+    `input_energy` (in,) is the diagonal of X^T X. With an output moment, it gives the error from rounding `down`.
     """
 
     gram: Gram
@@ -87,15 +87,15 @@ class Moments:
     def empty(
         cls, shape: tuple[int, int], of_input: bool, device: torch.device, product_dtype: torch.dtype
     ) -> "Moments":
-        """Empty moments of a linear (out, in)."""
+        """Start the moments of a linear (out, in) that has read nothing yet."""
         out_features, in_features = shape
         gram = Gram(in_features if of_input else out_features, device, product_dtype)
         return cls(gram, of_input, None if of_input else torch.zeros(in_features, dtype=torch.float64, device=device))
 
     def add(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
-        """Add what was read, (..., in), and what came of it without bias, (..., out), which an input moment ignores.
+        """Add inputs (..., in) and their outputs without bias (..., out); an input moment ignores the outputs.
 
-        A row that one of the two leaves out, both do.
+        A row that one of the two leaves out is left out of both.
         """
         if self.of_input:
             self.gram.add(x)

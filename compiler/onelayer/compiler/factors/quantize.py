@@ -1,9 +1,9 @@
-"""Matrices in, rows of bytes out, and back: the packed forms of an emulator's factors.
+"""Matrices in, rows of bytes out, and back: the quantized forms of an emulator's factors.
 
-A packed matrix is uint8 (rows, row_bytes): each row holds the codes of its values, filled up with zeros to whole blocks
-of 64, then one bfloat16 scale per block. So the first rows of a packed matrix are the packed first rows, no cast of a
-model touches it, and it needs no second tensor. `int8`: code * scale / 127. `nf4`: the 16 levels of QLoRA
-(arXiv 2305.14314), two codes a byte, packed and unpacked by bitsandbytes. `bf16`: the values, without scales.
+A quantized matrix is uint8 (rows, row_bytes). Each row holds the codes of its values, padded with zeros to whole blocks
+of 64, then one bfloat16 scale per block. Rows are independent: quantizing the first rows gives the first quantized
+rows. No cast of a model changes the bytes, and no second tensor is needed. `int8`: code * scale / 127. `nf4`: the 16
+levels of QLoRA (arXiv 2305.14314), two codes a byte, by bitsandbytes. `bf16`: the values, without scales.
 """
 
 import logging
@@ -18,19 +18,19 @@ LEVELS = 127
 
 
 def check_library(factor_dtype: FactorDtype | None) -> None:
-    """Raise `InputError` where the library for `factor_dtype` is missing."""
+    """Raise `InputError` if the library that `factor_dtype` needs is missing."""
     if factor_dtype == "nf4":
         _library()
 
 
 def quantize_matrix(matrix: torch.Tensor, factor_dtype: FactorDtype) -> torch.Tensor:
-    """(rows, width) floating -> uint8 (rows, row_bytes)."""
+    """Quantize a floating-point matrix (rows, width) to uint8 (rows, row_bytes)."""
     rows, width = matrix.shape
     if not is_blockwise(factor_dtype):
         return matrix.to(torch.bfloat16).contiguous().view(torch.uint8)
     values = torch.nn.functional.pad(matrix.to(torch.float32), (0, -width % BLOCK)).reshape(-1, BLOCK)
     if factor_dtype == "int8":
-        # Rounded first, so that codes fit the scale that is stored.
+        # The scale is rounded first, so that the codes fit the scale that is stored.
         scales = values.abs().amax(dim=1, keepdim=True).to(torch.bfloat16)
         divisor = scales.float().clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
         codes = (values / divisor).round().clamp(-LEVELS, LEVELS).to(torch.int8).view(torch.uint8)
@@ -40,14 +40,16 @@ def quantize_matrix(matrix: torch.Tensor, factor_dtype: FactorDtype) -> torch.Te
     return torch.cat([codes.reshape(rows, -1), scales.reshape(rows, -1).view(torch.uint8)], dim=1)
 
 
-def dequantize_matrix(packed: torch.Tensor, width: int, factor_dtype: FactorDtype, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 (rows, row_bytes) -> (rows, width) of a floating `dtype`."""
-    rows = len(packed)
+def dequantize_matrix(
+    quantized: torch.Tensor, width: int, factor_dtype: FactorDtype, dtype: torch.dtype
+) -> torch.Tensor:
+    """Turn uint8 (rows, row_bytes) back into a matrix (rows, width) of a floating-point `dtype`."""
+    rows = len(quantized)
     if not is_blockwise(factor_dtype):
-        return packed.contiguous().view(torch.bfloat16).to(dtype)
+        return quantized.contiguous().view(torch.bfloat16).to(dtype)
     blocks = -(-width // BLOCK)
-    scales = packed[:, -blocks * SCALE_BYTES :].contiguous().view(torch.bfloat16)
-    codes = packed[:, : -blocks * SCALE_BYTES]
+    scales = quantized[:, -blocks * SCALE_BYTES :].contiguous().view(torch.bfloat16)
+    codes = quantized[:, : -blocks * SCALE_BYTES]
     if factor_dtype == "int8":
         scaled = codes.contiguous().view(torch.int8).reshape(rows, blocks, BLOCK).to(torch.float32)
         values = scaled.mul_(scales.float().div(LEVELS)[:, :, None]).to(dtype)
@@ -65,8 +67,8 @@ def dequantize_matrix(packed: torch.Tensor, width: int, factor_dtype: FactorDtyp
 
 
 def _library() -> Any:
-    """bitsandbytes' functions, imported at first use: it takes two seconds."""
-    # It tells of a kernel on a hub, for a product that is not used here.
+    """Import bitsandbytes' functions at first use: the import takes two seconds."""
+    # It logs a hint about a kernel on the Hub, for a product that is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional

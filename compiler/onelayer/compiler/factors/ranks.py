@@ -1,4 +1,4 @@
-"""A keep-ratio becomes a rank per linear: the same for all, or as the spectra ask (papers call the ratio rho)."""
+"""Turns a keep-ratio (rho in papers) into a rank per linear: from the same ratio for all, or by their spectra."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,25 @@ from onelayer.compiler.factors.stored_forms import FactorDtype, row_bytes
 
 Allocation = Literal["uniform", "spectrum"]
 Solver = Literal["exact", "fast"]
-# With ranks by spectrum, factors are first written this many times longer than uniform ones, then cut.
+# With ranks by spectrum, factors are first written this many times longer than uniform ones, then sliced.
 SPECTRUM_HEADROOM = 2.5
 
 
 def widest_ratio(ratio: float, allocation: Allocation) -> float:
-    """The keep-ratio at which factors are computed."""
+    """Return the keep-ratio at which factors are computed."""
     return ratio if allocation == "uniform" or ratio == 1 else min(0.999, SPECTRUM_HEADROOM * ratio)
 
 
 def copies_on_disk(allocation: Allocation, quantized: bool) -> int:
-    """How many emulators lie there at once: with ranks by spectrum the wide one, quantized weights next to its factors,
-    and the one cut from it."""
+    """Count the emulators that are on the disk at once.
+
+    With ranks by spectrum these are the wide one, the quantized weights next to its factors, and its slice.
+    """
     return 1 if allocation == "uniform" else 3 if quantized else 2
 
 
 def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
-    """The rank whose factors hold `ratio` of a linear's weights, at least 1; None where the linear stays dense.
+    """Return the rank whose factors hold `ratio` of a linear's weights, at least 1; None if the linear stays dense.
 
     k = floor(ratio * in * out / (in + out)), so that k * (in + out) weights replace in * out.
     """
@@ -39,10 +41,10 @@ def rank_for(ratio: float, out_features: int, in_features: int) -> int | None:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What decides a linear's rank: its shape, the leading singular values of its output, the energy of all of them.
+    """A linear's shape, the leading singular values of its output and the energy of all of them: they decide its rank.
 
-    `prefix_errors` of its factors by rank and `dense_error` of its whole weight where they are quantized: such a linear
-    may also stay whole. `factor_dtype` is what they are packed as; prices are then bytes, else numbers of weights.
+    If factors are quantized, `prefix_errors` are their errors by rank and `dense_error` is the error of the whole
+    weight: such a linear may also stay whole. Prices are then bytes in `factor_dtype`, otherwise numbers of weights.
     """
 
     out_features: int
@@ -55,12 +57,12 @@ class Spectrum:
 
     @property
     def price(self) -> int:
-        """The bytes of one direction."""
+        """The price of a direction."""
         return self._row_price(self.out_features) + self._row_price(self.in_features)
 
     @property
     def whole_price(self) -> int:
-        """The bytes of the whole matrix."""
+        """The price of the whole matrix."""
         return self.out_features * self._row_price(self.in_features)
 
     def _row_price(self, width: int) -> int:
@@ -68,17 +70,17 @@ class Spectrum:
 
 
 def ranks_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int]:
-    """Ranks that spend what a uniform `ratio` costs where they lower the summed squared relative error most.
+    """Choose the ranks that cost as much as a uniform `ratio` and lower the summed squared relative error most.
 
-    Direction k of a linear takes s_k^2 / energy off the sum and costs as much as any other of the linear. Gains fall
+    Direction k of a linear takes s_k^2 / energy off the sum, and all directions of a linear cost the same. Gains fall
     with k, so taking the best directions of all linears until the budget is spent is optimal, and each linear gets a
-    prefix, at least 1.
+    prefix of at least 1.
     """
     return _spend(spectra, _budget(spectra, ratio))
 
 
 def allocate_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, int | None]:
-    """The same, where a linear may also be quantized whole: None for those whose bytes are worth more so."""
+    """Do the same, and also allow quantized whole weights: None for linears whose bytes are worth more that way."""
     budget = _budget(spectra, ratio)
     whole = _whole(spectra, budget)
     budget -= sum(spectra[name].whole_price for name in whole)
@@ -87,7 +89,7 @@ def allocate_by_spectrum(spectra: Mapping[str, Spectrum], ratio: float) -> dict[
 
 
 def _budget(spectra: Mapping[str, Spectrum], ratio: float) -> int:
-    """What a uniform `ratio` costs."""
+    """Compute the cost of a uniform `ratio`."""
     total = 0
     for item in spectra.values():
         uniform = rank_for(ratio, item.out_features, item.in_features)
@@ -96,7 +98,7 @@ def _budget(spectra: Mapping[str, Spectrum], ratio: float) -> int:
 
 
 def _spend(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
-    """One direction for each linear, then the best of all while the budget lasts."""
+    """Buy one direction for each linear, then the best of all until the budget is spent."""
     budget -= sum(item.price for item in spectra.values())
     ranks = dict.fromkeys(spectra, 1)
     for _, name in merge(*(_gains(name, item) for name, item in spectra.items())):
@@ -108,10 +110,10 @@ def _spend(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:
 
 
 def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
-    """The linears that stay whole: those for which that is best at the lowest error per price that keeps the budget.
+    """Choose the linears that stay whole: those for which that is best at the lowest rate that keeps the budget.
 
-    At such a rate, each linear alone takes what costs least: its squared error plus the rate times its price. The rate
-    is found by bisection; what the chosen ones leave of the budget goes to the ranks of the others.
+    A rate is an error per price. At a given rate, each linear takes the choice with the lowest sum of squared error and
+    rate times price. Bisection finds the rate. The rest of the budget goes to the ranks of the other linears.
     """
     if all(item.dense_error is None for item in spectra.values()):
         return set()
@@ -122,7 +124,7 @@ def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
         middle = (low + high) / 2
         best = {name: int(np.argmin(errors + 2.0**middle * prices)) for name, (prices, errors) in choices.items()}
         if sum(choices[name][0][index] for name, index in best.items()) <= budget:
-            # Whole comes last of the choices of a linear that has it.
+            # The whole weight is the last choice of a linear that has it.
             chosen = {name for name, index in best.items() if index == len(spectra[name].singular_values)}
             high = middle
         else:
@@ -131,7 +133,7 @@ def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
 
 
 def _choices(item: Spectrum) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-    """Price and squared relative error of a linear at every rank, then whole if that was tried."""
+    """Compute price and squared relative error of a linear at every rank, then of the whole weight if it was tried."""
     values = np.asarray(item.singular_values, dtype=np.float64)
     prices = item.price * np.arange(1, len(values) + 1)
     if item.prefix_errors is None:
@@ -144,6 +146,6 @@ def _choices(item: Spectrum) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, A
 
 
 def _gains(name: str, item: Spectrum) -> list[tuple[float, str]]:
-    """What each direction after the first brings for its price, negated so that the best sorts first."""
+    """Compute the gain per price of each direction after the first, negated so that the best sorts first."""
     price = item.price * (item.energy or 1.0)
     return [(-value * value / price, name) for value in item.singular_values[1:]]

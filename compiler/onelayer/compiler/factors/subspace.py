@@ -1,40 +1,41 @@
-"""The leading eigenvectors of a positive semi-definite matrix in float32, with a bound on what they miss; pure.
+"""Leading eigenvectors of a positive semi-definite matrix in float32, with a bound on the energy they miss. Pure.
 
 Subspace iteration with a Chebyshev filter (Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations
-using Chebyshev-filtered subspace iteration", 2006), almost all of it matrix products, where a full eigensolver is not.
+using Chebyshev-filtered subspace iteration", 2006). Almost all of it is matrix products; a full eigensolver is not.
 """
 
 import math
 
 import torch
 
-# Directions carried beyond those wanted, as a share of them and at least so many.
+# Extra directions carried along: a share of the wanted ones, and at least this many.
 OVERSAMPLING, LEAST_OVERSAMPLING = 0.25, 8
 MOST_CYCLES, HIGHEST_DEGREE = 8, 8
-# A filter may amplify the first direction so many times more than the last wanted one: beyond it, the rounding of the
-# first drowns the last.
+# A filter may amplify the first direction this many times more than the last wanted one. Above that, rounding of the
+# first one hides the last one.
 MOST_SPREAD = 1e6
-# A filter aims so many times below what is asked, lest a hair's breadth cost another cycle.
+# A filter aims this many times below the tolerance, so that a near miss does not cost another cycle.
 MARGIN = 30.0
 # Measured: sums of products of float32 matrices miss the energy by less than this share, at any width.
 ENERGY_ROUNDING = 1e-8
 
 
 def block_width(rank: int) -> int:
-    """How many directions are carried to find `rank` of them."""
+    """Return how many directions are carried to find `rank` of them."""
     return rank + max(LEAST_OVERSAMPLING, int(OVERSAMPLING * rank))
 
 
 def leading_eigenvectors(
     C: torch.Tensor, energy: float, rank: int, tolerance: float, rounding: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The `rank` leading eigenvectors (n, rank) and eigenvalues of C (n, n, float32) of trace `energy`, descending.
+    """Find the `rank` leading eigenvectors (n, rank) and eigenvalues of C (n, n) of trace `energy`, descending.
 
-    They capture all that the best would but for `tolerance` of what the best leave, or the answer is None: it did not
-    converge, or float32 does not resolve it. `rounding` is the error of C itself, in units of float32's epsilon of its
-    largest eigenvalue. With residuals r_i, Ritz values t_i and a bound b on the eigenvalues outside the block, for
-    which the smallest Ritz value stands, the missed energy is at most sum |r_i|^2 / (t_i - b) to second order. The
-    start is random (`seed`), so the bound holds with the probability of a random block seeing every direction.
+    Compared with the best, they miss at most `tolerance` of the energy that the best leave out. The result is None if
+    the iteration does not converge, or if float32 cannot resolve it. `rounding` is the error of C itself, in units of
+    float32's epsilon of its largest eigenvalue. Let r_i be residuals, t_i Ritz values, and b a bound on the eigenvalues
+    outside the block, taken as the smallest Ritz value. Then the missed energy is at most sum |r_i|^2 / (t_i - b) to
+    second order. The start is random (`seed`), so the bound holds with the probability that a random block has a part
+    in every direction.
     """
     generator = torch.Generator().manual_seed(seed)
     Q = torch.randn(len(C), block_width(rank), generator=generator).to(C)
@@ -61,9 +62,9 @@ def leading_eigenvectors(
 
 
 def _degree(growth: torch.Tensor, excess: float) -> int:
-    """The filter's degree: what divides the missed energy by `excess`, no more than the spread allows.
+    """Choose the filter's degree: enough to divide the missed energy by `excess`, no more than the spread allows.
 
-    `growth` (rank) holds the logarithms of what one degree multiplies each wanted direction by.
+    `growth` (rank) holds the logarithms of the factor by which one degree amplifies each wanted direction.
     """
     first, last = float(growth[0]), float(growth[-1])
     needed = math.log(MARGIN * excess) / (2 * last) if last > 0 else HIGHEST_DEGREE
@@ -72,7 +73,7 @@ def _degree(growth: torch.Tensor, excess: float) -> int:
 
 
 def _filtered(C: torch.Tensor, Q: torch.Tensor, CQ: torch.Tensor, edge: torch.Tensor, degree: int) -> torch.Tensor:
-    """T(C) Q with the Chebyshev polynomial T of `degree` on [0, edge]: large beyond the edge, at most one before it."""
+    """Compute T(C) Q with the Chebyshev polynomial T of `degree`: large above `edge`, at most one on [0, edge]."""
     before, now = Q, (2 / edge) * CQ - Q
     for _ in range(degree - 1):
         before, now = now, torch.sub((4 / edge) * (C @ now), now, alpha=2) - before
@@ -80,7 +81,7 @@ def _filtered(C: torch.Tensor, Q: torch.Tensor, CQ: torch.Tensor, edge: torch.Te
 
 
 def symmetric_product(A: torch.Tensor, B: torch.Tensor, parts: int = 4) -> torch.Tensor:
-    """A B^T (n x n) where it is known to be symmetric: blocks below the diagonal are copied, not computed."""
+    """Compute A B^T (n x n) that is known to be symmetric: blocks below the diagonal are copied."""
     n = len(A)
     C = A.new_empty(n, n)
     step = -(-n // parts)

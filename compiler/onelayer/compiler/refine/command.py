@@ -61,7 +61,7 @@ def refine_emulator(
     chosen, output = RefineSettings.of(settings), Path(output)
     check_output(output)
     opened = Emulator.open(emulator)
-    check_library(opened.facts.packed)
+    check_library(opened.facts.quantized_dtype)
     directory = resolve_model(model, opened.facts.base_revision)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))

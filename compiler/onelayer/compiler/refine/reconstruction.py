@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, Emulator
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.machine.meter import Meter
@@ -34,7 +35,7 @@ class TrainedLinear:
     def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
         first, second = emulator.factors(name)
         found = {DENSE: first} if second is None else {UP: first.T, DOWN: second}
-        self.factor_dtype, self.dtype = emulator.facts.packed, dtype
+        self.factor_dtype, self.dtype = emulator.facts.quantized_dtype, dtype
         self.masters = {ending: factor.to(device, torch.float32).contiguous() for ending, factor in found.items()}
         self.rounded: dict[str, torch.Tensor] = {}
         self.round()

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from onelayer.compiler.emulators.directory import card
 from onelayer.compiler.emulators.figures import ERROR_FIELDS
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.emulators.slice import FIGURES_FILE, write_shards
+from onelayer.compiler.emulators.shards import write_shards
+from onelayer.compiler.emulators.slice import FIGURES_FILE
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from onelayer.compiler.emulators.reader import DENSE, DOWN, UP, StackFacts, stack_sizes, stack_tensor
+from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, StackFacts, stack_sizes, stack_tensor
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
 from onelayer.runtime.modules.quantized_linear import Quantization, quantized_product
@@ -72,7 +72,7 @@ def compress_experts(
             raise InputError(
                 f"config.json: quantization_config.stacks names {name}.{leaf}, which is no stack of {facts.shape} here"
             )
-        sizes = stack_sizes(facts, None if quantization is None else quantization.kind)
+        sizes = stack_sizes(facts, None if quantization is None else quantization.factor_dtype)
         names = {ending: stack_tensor(leaf, ending).removeprefix(".") for ending in sizes}
         compressed[leaf] = CompressedStack(facts, names, quantization)
     assert dense is not None
@@ -80,7 +80,9 @@ def compress_experts(
     for leaf, stack in compressed.items():
         whole = module.get_parameter(leaf)
         delattr(module, leaf)
-        for ending, size in stack_sizes(stack.facts, None if quantization is None else quantization.kind).items():
+        for ending, size in stack_sizes(
+            stack.facts, None if quantization is None else quantization.factor_dtype
+        ).items():
             dtype = whole.dtype if quantization is None else torch.uint8
             empty = torch.empty(size, device=whole.device, dtype=dtype)
             module.register_parameter(stack.tensors[ending], nn.Parameter(empty, requires_grad=False))

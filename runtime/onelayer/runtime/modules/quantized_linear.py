@@ -21,7 +21,7 @@ from onelayer.runtime.modules.weight_guard import GuardWeight
 class Quantization:
     """How the tensors of an emulator are quantized, and the dtype in which its figures and correction use them."""
 
-    kind: FactorDtype
+    factor_dtype: FactorDtype
     unpacked_dtype: torch.dtype
 
 
@@ -49,7 +49,7 @@ class QuantizedLinear(CompressedLinear):
         self.factors = ("lr_dense",) if rank is None else ("lr_up", "lr_down")
         for name in self.factors:
             rows, width = (out_features if rank is None else rank), self._width(name)
-            empty = torch.empty(rows, row_bytes(width, quantization.kind), device=device, dtype=torch.uint8)
+            empty = torch.empty(rows, row_bytes(width, quantization.factor_dtype), device=device, dtype=torch.uint8)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     @property
@@ -86,7 +86,7 @@ class QuantizedLinear(CompressedLinear):
         """Sizes, as `print(model)` shows them."""
         rank = "full" if self.rank is None else self.rank
         sizes = f"in={self.in_features}, out={self.out_features}, rank={rank}, bias={self.bias is not None}"
-        return f"{sizes}, {self.quantization.kind}"
+        return f"{sizes}, {self.quantization.factor_dtype}"
 
 
 def quantized_product(
@@ -128,4 +128,4 @@ class _QuantizedProduct(torch.autograd.Function):
 
 def _dequantized(quantized: torch.Tensor, width: int, quantization: Quantization, dtype: torch.dtype) -> torch.Tensor:
     """Return M (rows, width) in the dtype of a call, rounded to the dtype that the correction uses."""
-    return dequantize_matrix(quantized, width, quantization.kind, quantization.unpacked_dtype).to(dtype)
+    return dequantize_matrix(quantized, width, quantization.factor_dtype, quantization.unpacked_dtype).to(dtype)

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from onelayer.compiler.emulators.reader import StackFacts
+from onelayer.compiler.emulators.facts import StackFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_factor_dtype
@@ -82,11 +82,11 @@ class EmulatorConfig(QuantizationConfigMixin):
     @property
     def quantization(self) -> Quantization | None:
         """How the factors are quantized; None if they are not."""
-        kind = known_factor_dtype(self.factor_dtype)
-        if kind is None:
+        factor_dtype = known_factor_dtype(self.factor_dtype)
+        if factor_dtype is None:
             return None
-        check_library(kind)
-        return Quantization(kind, getattr(torch, str(self.unpacked_dtype)))
+        check_library(factor_dtype)
+        return Quantization(factor_dtype, getattr(torch, str(self.unpacked_dtype)))
 
     @property
     def modules(self) -> dict[str, int | None]:

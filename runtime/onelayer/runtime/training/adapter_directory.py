@@ -19,9 +19,8 @@ def write_adapter_directory(
 ) -> None:
     """Save the adapter into an existing directory.
 
-    PEFT notes the path that the base was loaded from, here the emulator's on this machine; the names of the modules are
-    the original's, so the original is what an adapter must name. The order of sets is fixed, to give equal runs equal
-    bytes.
+    PEFT records the path of the loaded base, which is the emulator's path on this machine. The modules have the
+    original's names, so the adapter must name the original. Sets are sorted, so that equal runs write equal bytes.
     """
     adapted.save_pretrained(str(directory))
     path = directory / CONFIG_FILE
@@ -45,7 +44,7 @@ def write_adapter_directory(
 
 
 def _was_conv1d(adapted: "PeftModel") -> bool:
-    """Whether every adapted linear is a `Conv1D` in the original, which PEFT records as `fan_in_fan_out`."""
+    """Return whether every adapted linear is a `Conv1D` in the original, which `fan_in_fan_out` tells PEFT."""
     bases = [getattr(module, "base_layer", None) for module in adapted.modules()]
     linears = [base for base in bases if isinstance(base, CompressedLinear)]
     return bool(linears) and all(base.was_conv1d for base in linears)

@@ -1,7 +1,6 @@
-"""The trainers and what they leave out: a halt on a bad loss, a count of saved activations, complete checkpoints.
+"""Callbacks of the trainers: a progress bar and complete checkpoints; and the losses in the trainers' log.
 
-TRL's SFTTrainer trains models that predict tokens, transformers' own Trainer those that predict a class.
-Imports trl, transformers and torch; import it where training starts.
+Imports transformers and torch; import it where training starts.
 """
 
 from pathlib import Path
@@ -15,18 +14,18 @@ from onelayer.runtime.training.checkpoints import COMPLETE_FILE
 
 
 class Progress(TrainerCallback):
-    """A bar over steps on stderr with the loss; silent where stderr is no terminal. Trainer's own prints to stdout."""
+    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, at the step that a resumed run begins with."""
+        """Open the bar, at the first step of a resumed run."""
         self._bar: Any = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance."""
+        """Advance the bar."""
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
@@ -44,11 +43,11 @@ class Progress(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks each checkpoint once all of its files are on the disk."""
+    """A callback that marks each checkpoint after all of its files are on the disk."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Flush and mark the checkpoint just written."""
-        if args.save_only_model:  # without the optimizer's state it cannot be continued from
+        """Flush and mark the new checkpoint."""
+        if args.save_only_model:  # a run cannot resume without the optimizer's state
             return
         assert args.output_dir is not None
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -58,14 +57,14 @@ class MarkComplete(TrainerCallback):
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
-    """Step and loss of every entry that Trainer logged."""
+    """List step and loss of every entry in Trainer's log."""
     return [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
 
 
 def mean_loss(history: list[dict[str, float]]) -> float:
-    """The mean training loss over all steps, those before a resume too, from what Trainer logged.
+    """Compute the mean training loss over all steps, also those before a resume, from Trainer's log.
 
-    Each entry holds the mean since the entry before.
+    Each entry holds the mean since the previous entry.
     """
     entries = logged_losses(history)
     starts = [0, *(step for step, _ in entries)]

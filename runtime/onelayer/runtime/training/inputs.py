@@ -1,4 +1,4 @@
-"""What training reads: a model directory as facts, without weights; a data set as token rows with their digest."""
+"""The inputs of training: a model directory as facts, without weights; a data set as token rows with their digest."""
 
 import hashlib
 from array import array
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainModel:
-    """A model directory. `ranks` are its compressed modules (none in a plain model); `base` is the original.
+    """A model directory. `ranks` are those of its compressed modules (none in a plain model); `base` is the original.
 
-    `classes` are those that it predicts; None where it is a causal model.
+    `classes` are those that it predicts; None for a causal model.
     """
 
     directory: Path
@@ -36,7 +36,7 @@ class TrainModel:
     classes: Classes | None
 
     def load(self) -> "PreTrainedModel":
-        """The model with its weights, on the host."""
+        """Load the model with its weights onto the host."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
@@ -45,9 +45,9 @@ class TrainModel:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Token rows for the trainer (`input_ids`, `labels`), a digest of all of them, and how many had no label.
+    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the number of rows without a label.
 
-    `labels` are as many as the ids, or the one class of the text.
+    `labels` has the length of the ids, or is the one class of the text.
     """
 
     rows: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class TrainData:
 
 
 def read_model(directory: Path, name: str) -> TrainModel:
-    """Read config, tokenizer and headers. `name` is what the person called it: a path or a Hub id."""
+    """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -89,12 +89,12 @@ def read_model(directory: Path, name: str) -> TrainModel:
 
 
 def _snapshot_revision(directory: Path) -> str | None:
-    """The commit of a model from the Hub's cache, whose snapshots are named by it."""
+    """Return the commit of a model from the Hub's cache, which names its snapshots by commit."""
     return directory.name if directory.parent.name == "snapshots" else None
 
 
 def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
-    """Tokenize, leave out and count examples without a label, which would only cost time."""
+    """Tokenize the data. Examples without a label are left out, since they only cost time, and counted."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled, skipped = labeled_rows(
         data,

@@ -38,19 +38,19 @@ from onelayer.runtime.training.settings import LoraFields
 
 
 class _GuardedTrainer(Trainer):
-    """A Trainer that stops before a step on a loss that is no number, and measures its first forward pass."""
+    """A Trainer that stops before a step with a non-finite loss, and measures its first forward pass."""
 
     saved_activation_bytes: int | None = None
     activations: TrainActivations | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As TRL's; PEFT's use of a deprecated name of transformers is nothing that a user could mend."""
+        """Start like TRL's trainer, without a warning about PEFT's use of a deprecated name, which no user can fix."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss; in the first call, what is saved for its backward pass is counted."""
+        """Compute the loss; the first call also counts what is saved for its backward pass."""
         if self.saved_activation_bytes is not None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         compressed = nullcontext(None) if self.activations is None else self.activations.counted()
@@ -60,7 +60,7 @@ class _GuardedTrainer(Trainer):
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one batch; raises before the optimizer can use a loss that is no number."""
+        """Run forward and backward of one batch; raise before the optimizer can use a non-finite loss."""
         if self.activations is not None and self.activations.wants_first_batch:
             self.activations.measure_first_batch(lambda: self._plain_loss(model, inputs))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -72,7 +72,7 @@ class _GuardedTrainer(Trainer):
         return loss
 
     def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """The model's own loss of a batch, past the metrics that TRL collects and past DDP's bookkeeping."""
+        """Compute the model's own loss of a batch, without TRL's metrics and DDP's bookkeeping."""
         bare = self.accelerator.unwrap_model(model).train()
         with self.compute_loss_context_manager():
             loss: torch.Tensor = bare(**self._prepare_inputs(inputs)).loss
@@ -80,17 +80,17 @@ class _GuardedTrainer(Trainer):
 
 
 class LoraTrainer(_GuardedTrainer, SFTTrainer):
-    """For models that predict tokens."""
+    """The trainer for models that predict tokens."""
 
 
 class ClassTrainer(_GuardedTrainer):
-    """For sequence classifiers, whose rows are padded to the longest of their batch."""
+    """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
 def make_trainer(
     model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, cuda: bool
 ) -> LoraTrainer | ClassTrainer:
-    """The trainer for what the model predicts. Raises `InputError` where arguments or targets do not fit together."""
+    """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
     precision = {"bf16": cuda and dtype == torch.bfloat16, "fp16": cuda and dtype == torch.float16}
     own = {"output_dir": str(work), "use_cpu": not cuda, **precision}
@@ -99,7 +99,7 @@ def make_trainer(
         trainer = make(model, examples, fields, {**own, **arguments})
     except InputError:
         raise
-    except (ValueError, TypeError) as error:  # combinations of arguments, and target modules, that they refuse
+    except (ValueError, TypeError) as error:  # arguments and target modules that the libraries refuse
         raise InputError(f"training cannot start: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -109,7 +109,7 @@ def make_trainer(
 def _token_trainer(
     model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
 ) -> LoraTrainer:
-    # Rows are ready for the collator as they are, unless TRL is to pack them.
+    # Rows are ready for the collator, unless TRL packs them.
     config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
     loaded = model.load()
     return LoraTrainer(
@@ -125,8 +125,8 @@ def _token_trainer(
 def _class_trainer(
     model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
 ) -> ClassTrainer:
-    """The head is a module to save, as PEFT has it, or with an empty `modules_to_save` left as it is."""
-    del arguments["max_length"]  # rows are cut already
+    """Save the head too, as PEFT does by default; with an empty `modules_to_save` it stays unchanged."""
+    del arguments["max_length"]  # rows are truncated already
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
         if name in arguments:
             raise InputError(f"args.{name}: is for models that predict tokens, not for {model.directory}; leave it out")
@@ -140,7 +140,7 @@ def _class_trainer(
     loaded = model.load()
     set_seed(config.seed)
     if fields.modules_to_save == []:
-        excluded = fields.exclude_modules  # a pattern is the user's whole choice
+        excluded = fields.exclude_modules  # a pattern already says everything that is excluded
         if not isinstance(excluded, str):
             excluded = [*(excluded or ()), *SEQ_CLS_HEAD_NAMES]
         lora = _lora_config(loaded, fields, modules_to_save=None, exclude_modules=excluded)
@@ -158,7 +158,7 @@ def _class_trainer(
 
 
 def _class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cross-entropy over the rows of a step. Some models' own is over a micro-batch, whatever its share."""
+    """Compute mean cross-entropy over the rows of a step; some models average over each micro-batch instead."""
     loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 

@@ -1,0 +1,92 @@
+"""The format of an emulator: its `quantization_config`, and the names and shapes of its tensors. Torch-free."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from onelayer.compiler.factors.stored_forms import FactorDtype, known_factor_dtype, row_bytes
+
+UP, DOWN, DENSE = ".lr_up", ".lr_down", ".lr_dense"
+
+
+def stack_tensor(stack: str, ending: str) -> str:
+    """Name a tensor that replaces a stack of experts: `experts.lr_up_gate_up_proj` for `experts.gate_up_proj`.
+
+    Both are parameters of one module. No rule of transformers for the stack's own name matches this one.
+    """
+    path, _, leaf = stack.rpartition(".")
+    return f"{path}{ending}_{leaf}"
+
+
+class StackFacts(BaseModel):
+    """A compressed stack: (E, out, in) of the stack that was replaced, and the rank of its experts' factors.
+
+    Without a rank, its matrices are quantized whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    shape: tuple[int, int, int]
+    rank: int | None
+
+    @property
+    def full_rank(self) -> int:
+        """The rank; for whole matrices, their full rank."""
+        return min(self.shape[1:]) if self.rank is None else self.rank
+
+
+class EmulatorFacts(BaseModel):
+    """The `quantization_config` of an emulator: the rank of every factorized module, and the original it replaces.
+
+    If the factors are quantized, `shapes` holds (out, in) of every compressed module, modules in `quantized_dense` keep
+    their whole weight, and all are used in `unpacked_dtype`. `stacks` are the compressed stacks of experts by the name
+    of the parameter. An emulator with stacks has format version 2, which readers that do not know stacks refuse.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    quant_method: Literal["onelayer"]
+    format_version: Literal[1, 2]
+    ranks: dict[str, int]
+    factor_dtype: str | None = None
+    unpacked_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    shapes: dict[str, tuple[int, int]] = {}
+    quantized_dense: tuple[str, ...] = ()
+    stacks: dict[str, StackFacts] = {}
+    base_model: str
+    base_revision: str | None = None
+    base_digest: str
+
+    @model_validator(mode="after")
+    def _quantized_has_shapes(self) -> Self:
+        named = {*self.ranks, *self.quantized_dense}
+        if self.quantized_dtype is not None and (self.unpacked_dtype is None or not named <= self.shapes.keys()):
+            raise ValueError(f"{self.factor_dtype} factors need unpacked_dtype and the shapes of all modules")
+        if self.quantized_dtype is None and any(stack.rank is None for stack in self.stacks.values()):
+            raise ValueError("a stack without a rank is quantized, in no known factor_dtype")
+        return self
+
+    @property
+    def quantized_dtype(self) -> FactorDtype | None:
+        """The dtype that factors are quantized to; None if they are plain tensors."""
+        return known_factor_dtype(self.factor_dtype)
+
+    @property
+    def compressed(self) -> dict[str, int]:
+        """The rank of every module without the original's weight; a quantized weight has its full rank."""
+        return {**self.ranks, **{name: min(self.shapes[name]) for name in self.quantized_dense}}
+
+
+def stack_sizes(facts: StackFacts, factor_dtype: FactorDtype | None) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes of the tensors that replace a stack, by the ending of their names."""
+    count, out_features, in_features = facts.shape
+    rank = facts.rank
+    if rank is None:
+        assert factor_dtype is not None
+        return {DENSE: (count, out_features, row_bytes(in_features, factor_dtype))}
+    if factor_dtype is None:
+        return {UP: (count, out_features, rank), DOWN: (count, rank, in_features)}
+    return {
+        UP: (count, rank, row_bytes(out_features, factor_dtype)),
+        DOWN: (count, rank, row_bytes(in_features, factor_dtype)),
+    }

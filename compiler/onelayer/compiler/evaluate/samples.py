@@ -1,0 +1,76 @@
+"""Held-out data in, the samples that are scored out: rows, or the choices of questions."""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from onelayer.compiler.data.batches import TokenBatch, make_batches
+from onelayer.compiler.data.classes import Classes, tokenize_for
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
+from onelayer.compiler.data.rows import Example
+from onelayer.compiler.data.tokens import Tokens, tokenize
+from onelayer.compiler.errors import InputError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice example: the samples of its choices in order, and the number of the right choice."""
+
+    samples: range
+    answer: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Held-out data, tokenized. `counted[i]`: the loss counts sample i; wrong choices only compete with right ones."""
+
+    tokens: list[Tokens]
+    counted: list[bool]
+    questions: list[Question]
+
+    @classmethod
+    def read(
+        cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, classes: Classes | None = None
+    ) -> "Samples":
+        """Read all examples of `data` for a model that predicts `classes`, or tokens.
+
+        Raises `InputError` if nothing is left to count, or choices cannot be compared.
+        """
+
+        def tokenize_row(example: Example) -> list[Tokens]:
+            if example.choices is None or classes is not None:
+                return [tokenize_for(classes, example, tokenizer, max_length)]
+            return _choices(example, tokenizer, max_length)
+
+        rows, _ = labeled_rows(data, tokenize_row, max_length)
+        samples = cls([tokens for _, tokens in rows], [], [])
+        for _, group in groupby(rows, key=lambda row: id(row[0])):
+            same = [example for example, _ in group]
+            example, first, count = same[0], len(samples.counted), len(same)
+            if example.answer is None or classes is not None:
+                samples.counted.append(True)
+            else:
+                samples.counted.extend(number == example.answer for number in range(count))
+                samples.questions.append(Question(range(first, first + count), example.answer))
+        return samples
+
+    def batches(self, config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
+        """Make batches of the samples, with which the model can be called."""
+        return make_batches(self.tokens, config, batch_size)
+
+
+def _choices(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+    """Tokenize every choice of an example. Raises `InputError` if a choice does not fit or is empty."""
+    rows = []
+    for number, choice in enumerate(example.choices or ()):
+        # A truncated choice would win because it is shorter, so a choice must fit as a whole.
+        tokens = tokenize(example.with_choice(number), tokenizer, max_length + 1)
+        if len(tokens.input_ids) > max_length:
+            raise InputError(
+                f"{example.source}: with choice {number} it has more than {max_length} tokens; raise --max-length"
+            )
+        if not tokens.labeled:
+            raise InputError(f"{example.source}: choice {number} ({choice!r}) has no token of its own; reword it")
+        rows.append(tokens)
+    return rows

@@ -1,0 +1,111 @@
+"""Leading directions of a linear's output: left singular vectors of Y^T, from its moments. Pure.
+
+Letters as in `factorize.py`: W (out x in), X (N x in) the calibration rows, Y = X W^T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.subspace import leading_eigenvectors, symmetric_product
+
+# Eigenvalues below this share of the largest are rounding: of float64 sums, or of sums of float32 products.
+CUTOFF = {torch.float64: 1e-12, torch.float32: 1e-7}
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Leading left singular vectors (out, <= rank) of Y^T, orthonormal, and squared singular values, descending.
+
+    `energy` is the sum of all squared singular values. `W` and `gram` (of the input or of the output) are in the
+    solver's dtype.
+    """
+
+    W: torch.Tensor
+    basis: torch.Tensor
+    energies: torch.Tensor
+    energy: float
+    gram: torch.Tensor
+
+
+def few_directions(W: torch.Tensor, moments: Moments, rank: int, tolerance: float, seed: int) -> Directions | None:
+    """Iterate in float32 on the narrow side; return None if the tolerance is not certified."""
+    W, gram = W.to(torch.float32), moments.gram.total_FF.to(torch.float32)
+    if not moments.of_input:
+        energy = float(moments.gram.total_FF.trace())
+        pairs = leading_eigenvectors(gram, energy, rank, tolerance, 1.0, seed)
+        return None if pairs is None else Directions(W, *pairs, energy, gram)
+    tall = W.shape[0] > W.shape[1]
+    if tall:
+        inner, S = symmetric_product(W.T, W.T), _root(gram)
+        energy = float((inner * gram).sum(dtype=torch.float64))
+        C = symmetric_product(S.T @ inner, S.T)
+    else:
+        WG = W @ gram
+        energy = float((WG * W).sum(dtype=torch.float64))
+        C = symmetric_product(WG, W)
+    if not energy > 0:
+        return None
+    # If inputs cancel in the outputs, the rounded values are larger than the values that remain.
+    rounded = float((W.square().sum(dim=0) * gram.diagonal()).sum(dtype=torch.float64)) / energy
+    pairs = leading_eigenvectors(C, energy, rank, tolerance, max(1.0, rounded), seed)
+    if pairs is None:
+        return None
+    basis, energies = pairs
+    if tall:
+        rooted = S @ (basis / energies.sqrt())
+        basis = W @ rooted
+        R, failed = torch.linalg.cholesky_ex(basis.T @ basis)
+        if failed:
+            return None
+        basis = torch.linalg.solve_triangular(R, basis.T, upper=False).T
+        # The rounding of the root would show in the sixth digit of the energies, but not in the directions.
+        projected = torch.linalg.solve_triangular(R, rooted.T @ inner, upper=False)
+        energies = ((projected @ gram) * projected).sum(dim=1, dtype=torch.float64)
+    return Directions(W, basis, energies, energy, gram)
+
+
+def all_directions(W: torch.Tensor, moments: Moments, rank: int) -> Directions:
+    """Solve the full eigenproblem in float64."""
+    W, gram = W.to(torch.float64), moments.gram.total_FF
+    cutoff = CUTOFF[moments.gram.product_dtype]
+    if moments.of_input and W.shape[0] > W.shape[1]:
+        basis, energies = basis_from_input(W, gram, rank, cutoff)
+    else:
+        basis, energies = basis_from_output(W @ gram @ W.T if moments.of_input else gram)
+    basis = basis[:, : min(rank, numerical_rank(energies, cutoff))]
+    return Directions(W, basis, energies, float(energies.sum()), gram)
+
+
+def basis_from_output(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute all eigenvectors (out, out) and eigenvalues of C = Y^T Y (out x out), descending."""
+    values, vectors = torch.linalg.eigh(C)
+    return vectors.flip(1), values.flip(0).clamp_min(0.0)
+
+
+def basis_from_input(W: torch.Tensor, G: torch.Tensor, rank: int, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute leading left singular vectors (out, <= rank) of W S and all its squared singular values; S S^T = G.
+
+    V are eigenvectors of S^T W^T W S (in x in, the narrow side), U = W S V / s; no inverse of S is needed.
+    """
+    WS = W @ _root(G)
+    energies, V = torch.linalg.eigh(WS.T @ WS)
+    energies, V = energies.flip(0).clamp_min(0.0), V.flip(1)
+    kept = min(rank, numerical_rank(energies, cutoff))
+    return WS @ (V[:, :kept] / energies[:kept].sqrt()), energies
+
+
+def _root(G: torch.Tensor) -> torch.Tensor:
+    """Compute S (in x in) with S S^T = G: the Cholesky factor, or scaled eigenvectors if G is singular."""
+    S: torch.Tensor
+    S, failed = torch.linalg.cholesky_ex(G)
+    if failed:
+        values, vectors = torch.linalg.eigh(G)
+        S = vectors * values.clamp_min(0.0).sqrt()
+    return S
+
+
+def numerical_rank(values: torch.Tensor, cutoff: float) -> int:
+    """Count the leading eigenvalues, in descending order, that are above rounding."""
+    return int((values > cutoff * values[0]).sum()) if len(values) and values[0] > 0 else 0
