@@ -47,7 +47,7 @@ import onelayer.compiler, onelayer.runtime
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.manifest import sections
 from onelayer.runtime.pipeline import emulator_size
-from onelayer.runtime.planning import plan
+from onelayer.runtime.planning import plan, speed, train_memory
 
 seen = {}
 for name in ("compile_emulator", "refine_emulator", "correct_adapter", "polish_adapter", "evaluate_model"):
@@ -60,6 +60,8 @@ for name, section in vars(sections).items():
     if isinstance(section, type) and issubclass(section, sections.Section):
         found |= {f"{name}:{key}": field.default for key, field in section.model_fields.items()}
 found |= {"planned": plan.SAMPLES, "polished": plan.POLISH_BATCH, "trained": emulator_size.DEFAULT_BATCH_SIZE}
+found |= {"refined": speed.REFINE_SAMPLES, "refined tokens": speed.REFINE_TRAINED // 8}
+found |= {"planned rank": train_memory.PlannedRun.lora_rank}
 print(json.dumps(found, default=str))
 """
 
@@ -84,7 +86,13 @@ print(json.dumps(found, default=str))
             "onelayer.compiler.refine.settings",
             'description="Training steps for each layer.")] = 100',
             'description="Training steps for each layer.")] = 77',
-            "refine_emulator.steps/refine steps/Refine:steps",
+            "refine_emulator.steps/refine steps/Refine:steps/refined tokens",
+        ),
+        (
+            "onelayer.compiler.refine.settings",
+            "samples: Samples = 256",
+            "samples: Samples = 77",
+            "refine_emulator.samples/refine samples/Refine:samples/refined",
         ),
         (
             "onelayer.compiler.polish.settings",
@@ -102,7 +110,7 @@ print(json.dumps(found, default=str))
             "onelayer.runtime.training.settings",
             "lora_rank: LoraRank = 8",
             "lora_rank: LoraRank = 77",
-            "train_lora.lora_rank/train lora_rank/plan_run.lora_rank/plan lora_rank/Lora:r",
+            "train_lora.lora_rank/train lora_rank/plan_run.lora_rank/plan lora_rank/Lora:r/planned rank",
         ),
     ],
 )
@@ -132,8 +140,10 @@ def test_keywords_model_and_signature_agree(function: Any, model: type[Settings]
 
 @pytest.mark.parametrize(("function", "model", "keywords"), PASSES)
 def test_unknown_keywords_are_refused_by_name(function: Any, model: type[Settings], keywords: type) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    required = {item.name: "none" for item in parameters if item.default is inspect.Parameter.empty}
     with pytest.raises(TypeError, match="unexpected keyword argument 'sample'"):
-        model.of({"sample": 1})
+        function(**required, sample=1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from onelayer.runtime.cli.options import (
 )
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.run_summaries import plan_summary
-from onelayer.runtime.training.settings import TrainSettings
+from onelayer.runtime.training.settings import PlannedTraining
 
 
 class PlanKeywords(TypedDict, total=False):
@@ -83,7 +83,7 @@ def inspect(
     print_result(lambda: inspect_path(path, plot), summaries.inspect_summary, as_json)
 
 
-@settings_options(PlanKeywords, TrainSettings, CompileSettings)
+@settings_options(PlanKeywords, PlannedTraining, CompileSettings)
 def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model directory or Hub id; a config.json alone will do.")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -18,7 +19,8 @@ EIGEN_FLOPS = 30
 # Arithmetic per parameter and token: forward; gradients of the inputs; forward again where layers are recomputed.
 FORWARD = BACKWARD = RECOMPUTE = 2
 # What refine takes by default: samples, and those of all steps of a layer together.
-REFINE_SAMPLES, REFINE_TRAINED = 256, 100 * 8
+REFINE_SAMPLES = RefineSettings.default("samples")
+REFINE_TRAINED = RefineSettings.default("steps") * RefineSettings.default("step_samples")
 
 
 class Speed(Result):

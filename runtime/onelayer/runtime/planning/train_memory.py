@@ -18,6 +18,7 @@ from onelayer.compiler.factors.stored_forms import (
 )
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
+from onelayer.runtime.training.settings import TrainSettings
 
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
 # TRL computes the loss in tiles of logits this long and wide; on a GPU in one kernel, elsewhere with seven temporaries.
@@ -36,7 +37,7 @@ class PlannedRun:
 
     batch_size: int
     max_length: int
-    lora_rank: int = 8
+    lora_rank: int = TrainSettings.default("lora_rank")
     where: Literal["none", "layer", "sublayer"] = "none"
     rank: float | None = None
     on_gpu: bool = True

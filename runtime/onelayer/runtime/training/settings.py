@@ -90,6 +90,14 @@ class TrainSettings(Lengths, Seeded):
         return _first_fault(error, cls, keywords, "")
 
 
+class PlannedTraining(TrainSettings):
+    """The settings of a training, with the help that `plan` shows."""
+
+    batch_size: Annotated[PositiveInt, Field(description="Examples per training step and device.")] = (
+        TrainSettings.default("batch_size")
+    )
+
+
 class TrainKeywords(TypedDict, total=False):
     """The keywords of `train_lora`."""
 
