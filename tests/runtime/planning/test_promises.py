@@ -11,7 +11,6 @@ from helpers.classifiers import save_classifier
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
-from onelayer.compiler.correct.gaps import correct_workspace
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES, CorrectedShape, correction_bytes
 from onelayer.runtime.planning.pass_memory import (
     chosen_correct_bytes,
@@ -158,7 +157,3 @@ def test_a_correction_counts_three_linears_and_what_is_solved() -> None:
     many = [widest] * 1000  # written in float32 while what is solved is still there
     assert correction_bytes(many) == 1500 * widest.solved_bytes
     assert 3 * by_hand == pytest.approx(427e6, rel=0.01)
-
-
-def test_the_pass_takes_its_promise_from_the_shared_page() -> None:
-    assert correct_workspace.__globals__["correction_bytes"] is correction_bytes

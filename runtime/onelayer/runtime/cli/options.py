@@ -128,7 +128,7 @@ def settings_options(
 
     `omit` names keywords without an option. Keyword-only parameters of the command come last, or `after` a setting.
     """
-    behind = after or {}
+    preceding = after or {}
 
     def decorate(command: Callable[P, None]) -> Callable[P, None]:
         own = inspect.signature(command).parameters.values()
@@ -138,8 +138,8 @@ def settings_options(
         for name in get_type_hints(keywords):
             if name not in omit:
                 parameters.append(_option(name, next(model for model in models if name in model.model_fields)))
-                parameters += [item for item in last if behind.get(item.name) == name]
-        parameters += [item for item in last if item.name not in behind]
+                parameters += [item for item in last if preceding.get(item.name) == name]
+        parameters += [item for item in last if item.name not in preceding]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
