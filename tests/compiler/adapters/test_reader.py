@@ -74,7 +74,14 @@ def test_written_uniform_it_computes_the_same(plain: tuple[PeftModel, Path], tmp
     }
     output = tmp_path / "out"
     output.mkdir()
-    write_adapter(output, factors, source=source, base=LLAMA, provenance={"kind": "adapter", "corrected": True})
+    write_adapter(
+        output,
+        factors,
+        source=source,
+        base=LLAMA,
+        targets=sorted(source.modules),
+        provenance={"kind": "adapter", "corrected": True},
+    )
 
     rank = max(module.rank for module in source.modules.values())
     config = json.loads((output / "adapter_config.json").read_text())
@@ -111,7 +118,14 @@ def test_other_contents_are_carried_through(options: dict[str, Any], tmp_path: P
         name: (source.factors(name)[0], m.scaling * source.factors(name)[1]) for name, m in source.modules.items()
     }
     (tmp_path / "out").mkdir()
-    write_adapter(tmp_path / "out", factors, source=source, base=LLAMA, provenance={"kind": "adapter"})
+    write_adapter(
+        tmp_path / "out",
+        factors,
+        source=source,
+        base=LLAMA,
+        targets=sorted(source.modules),
+        provenance={"kind": "adapter"},
+    )
     before, after = (
         load_file(tmp_path / "a/adapter_model.safetensors"),
         load_file(tmp_path / "out/adapter_model.safetensors"),
@@ -132,7 +146,9 @@ def test_the_record_is_beside_and_inside_the_weights(tmp_path: Path) -> None:
     assert source.provenance is None
     record = {"kind": "adapter", "corrected": True, "limit": None, "base": {"digest": "d0"}, "linears": [1]}
     (tmp_path / "b").mkdir()
-    write_adapter(tmp_path / "b", folded(source), source=source, base=LLAMA, provenance=record)
+    write_adapter(
+        tmp_path / "b", folded(source), source=source, base=LLAMA, targets=sorted(source.modules), provenance=record
+    )
     assert Adapter.open(tmp_path / "b").provenance == record
     with safe_open(tmp_path / "b/adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {

@@ -1,7 +1,7 @@
 """Adapters in, an adapted empty model out; target modules by the user's names in, those that LoRA can adapt out."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import Replacements, replacements_of
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.units import Unit
+from onelayer.compiler.models.units import Unit, bare_name
 
 
 def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | list[str]:
@@ -39,6 +39,25 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
         f"target_modules: {sorted(probe.target_parameters)} are experts or routers of a mixture, whose LoRA cannot be "
         "corrected for the original; name linear modules only, such as those of the attention, or all-linear"
     )
+
+
+def short_targets(model: nn.Module, modules: Collection[str]) -> list[str]:
+    """Return names by which PEFT finds exactly `modules` in a model, adapted or not: their last parts where these do.
+
+    vLLM and llama.cpp know modules by the last part, and the list stays short. A module whose last part means others
+    too keeps its full name, and all do where PEFT would take a last part for the stacked experts of a mixture.
+    """
+    present = {bare_name(name) for name, _ in model.named_modules()}
+    others = {name.rpartition(".")[2] for name in present.difference(modules)}
+    leaves = {name: name.rpartition(".")[2] for name in modules}
+    short = sorted({name if leaf in others else leaf for name, leaf in leaves.items()})
+    probe = LoraConfig(target_modules=short)
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # some of the parts that experts were stacked from, without the others
+        return sorted(modules)
+    unchanged = not probe.target_parameters and set(probe.target_modules or ()) == set(short)
+    return short if unchanged else sorted(modules)
 
 
 @dataclass(frozen=True)

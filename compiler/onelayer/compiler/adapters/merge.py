@@ -16,6 +16,7 @@ from onelayer.compiler.adapters.merge_plan import Part, plan_changes
 from onelayer.compiler.adapters.merge_shards import merge_workspace, write_shards
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, Adapter, adapter_digest
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.meter import GIB, Meter
 from onelayer.compiler.machine.threads import single_threaded
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -62,6 +63,12 @@ def merge_adapter(
     for part in parts:
         check_made_for(part.source, directory, base_digest)
     corrected = [_corrected(part.source, base_digest) for part in parts]
+    for part, state in zip(parts, corrected, strict=True):
+        if state is False:
+            notice(
+                f"{part.source.directory}: was trained on an emulator and is not corrected for {model}; merge what "
+                "onelayer correct makes of it instead"
+            )
     record = _provenance(parts, model, base_digest, corrected)
     with Meter(torch.device("cpu")) as meter:
         streamed = StreamedModel(directory)

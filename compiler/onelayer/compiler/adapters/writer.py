@@ -1,7 +1,8 @@
 """Factors in, a PEFT adapter directory out, in the one form that PEFT, vLLM and llama.cpp all scale alike.
 
 That form: one rank R for every module (zero-padded), lora_alpha = r = R, so the scaling is 1 wherever it is computed;
-no rank stabilization, no patterns; the original's name as the base model; every adapted module listed by its full name.
+no rank stabilization, no patterns; the original's name as the base model; target modules by their short names where
+these mean the same modules (`short_targets`).
 
 Letters: r rank of one module, R rank of the file, in / out features.
 """
@@ -40,10 +41,17 @@ class Base:
 
 
 def write_adapter(
-    directory: Path, factors: LoraFactors, *, source: Adapter, base: Base, provenance: dict[str, Any]
+    directory: Path,
+    factors: LoraFactors,
+    *,
+    source: Adapter,
+    base: Base,
+    targets: list[str],
+    provenance: dict[str, Any],
 ) -> None:
     """Write an adapter into an existing directory.
 
+    `targets` are the names by which PEFT finds the modules of `factors`.
     `factors` maps module names of `source` to A (r, in) and B (out, r), with the scaling already in B; what `source`
     replaces as well (dense modules, biases, token rows) is copied through as stored. `provenance` goes to
     `onelayer.json`, and its scalar facts to the metadata of the weights.
@@ -54,7 +62,7 @@ def write_adapter(
     carried = [*source.dense.values(), *(key for key, _ in source.token_rows.values())]
     entries.extend(copy_entry(key, source.tensors[key]) for key in sorted(carried))
     write_safetensors(directory / WEIGHTS_FILE, entries, {"format": "pt", **_flat(provenance)})
-    _write_config(directory, sorted(factors), rank, source, base)
+    _write_config(directory, targets, rank, source, base)
     write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)
 
@@ -69,27 +77,28 @@ def _lora_entries(source: Adapter, name: str, a: "torch.Tensor", b: "torch.Tenso
     return tensor_entry(KEY_PREFIX + name + kind_a, padded_a), tensor_entry(KEY_PREFIX + name + kind_b, padded_b)
 
 
-def _write_config(directory: Path, names: list[str], rank: int, source: Adapter, base: Base) -> None:
+def _write_config(directory: Path, targets: list[str], rank: int, source: Adapter, base: Base) -> None:
     """Let PEFT write its own configuration file; only the order of the names, a set to PEFT, is fixed."""
     from peft import LoraConfig
 
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=names,
+        target_modules=targets,
         task_type=source.config.task_type,
         base_model_name_or_path=base.model,
         revision=base.revision,
         fan_in_fan_out=base.fan_in_fan_out,
         bias=source.config.bias,
         modules_to_save=source.config.modules_to_save,
+        ensure_weight_tying=source.config.ensure_weight_tying,
         trainable_token_indices=source.config.trainable_token_indices,
         inference_mode=True,
     )
     mapping = {"base_model_class": base.class_name, "parent_library": base.class_module}
     config.save_pretrained(str(directory), auto_mapping_dict=None if config.task_type else mapping)
     path = directory / CONFIG_FILE
-    write_json(path, {**read_json(path), "target_modules": names})
+    write_json(path, {**read_json(path), "target_modules": targets})
 
 
 def _flat(provenance: dict[str, Any], prefix: str = "onelayer") -> dict[str, str]:

@@ -20,12 +20,13 @@ from onelayer.compiler.compile.selection import Ranks, choose_ranks, choose_stac
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings, ResolvedSettings
 from onelayer.compiler.compile.writer import EmulatorWriter
 from onelayer.compiler.data.batches import make_batches, tokens_digest
+from onelayer.compiler.data.classes import is_trainable
 from onelayer.compiler.data.labeled_rows import DataSource, read_tokens
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.slice import slice_to_ranks
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.ranks import copies_on_disk, widest_ratio
-from onelayer.compiler.machine.console import StopRequest
+from onelayer.compiler.machine.console import StopRequest, notice
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -57,6 +58,11 @@ def compile_emulator(
     asked, output = CompileSettings.of(settings), Path(output)
     check_output(output)
     streamed = StreamedModel(resolve_model(model, asked.revision))
+    if not is_trainable(type(streamed.model)):
+        notice(
+            f"{model}: {type(streamed.model).__name__} is no causal language model and no sequence classifier, so "
+            "onelayer train will refuse its emulator; train with PEFT yourself, or polish the original"
+        )
     resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)

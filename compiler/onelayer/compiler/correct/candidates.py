@@ -18,6 +18,9 @@ CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
     *((*limit, scale) for limit in LIMITS if limit in SCALED for scale in SCALES),
 )
 
+# Fewer held-out rows than these choose by chance.
+FEW_ROWS = 100
+
 
 def trial_bytes(sides: int, widest_factors_bytes: int) -> int:
     """Bound what the trials hold in addition to the stream that scores them, in bytes.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from onelayer.compiler.adapters.attach import short_targets
 from onelayer.compiler.adapters.fit import check_fit
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base, write_adapter
@@ -100,7 +101,8 @@ def correct_adapter(
             figures = [_figure(name, module.rank, solved.get(name)) for name, module in given.modules.items()]
             record = _provenance(given, opened, base, chosen, figures, choice)
             factors = {name: _factors(given, name, solved.get(name), chosen.scale) for name in given.modules}
-            write_adapter(partial, factors, source=given, base=base, provenance=record)
+            targets = short_targets(streamed.model, given.modules)
+            write_adapter(partial, factors, source=given, base=base, targets=targets, provenance=record)
         report = _report(streamed, opened, given, choice, meter)
     return CorrectResult(
         output=str(output),

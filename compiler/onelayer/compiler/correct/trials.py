@@ -22,7 +22,7 @@ from onelayer.compiler.adapters.attach import Adapted, tuner_layers
 from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import replaced_bytes, replaced_values
-from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver, trial_bytes
+from onelayer.compiler.correct.candidates import CANDIDATES, FEW_ROWS, SCALES, Candidate, Solver, trial_bytes
 from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
 from onelayer.compiler.data.batches import tokens_digest
@@ -33,6 +33,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import Scoring, scoring_workspace
 from onelayer.compiler.evaluate.variants import Run, open_scored
+from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, named_parts
 from onelayer.compiler.streaming.spill import SpillPool
@@ -97,6 +98,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
     ]
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
+    _tell_doubts(best, sum(samples.counted))
     factors = (4 * rank * sum(emulator.shape(name)) for name, rank in emulator.facts.compressed.items())
     sides = sum(item.rank * (item.in_features + item.out_features) for item in adapter.modules.values())
     tried = trial_bytes(sides, max(factors, default=0))
@@ -109,6 +111,18 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         workspace_bytes=workspace + tried + replaced_bytes(streamed, adapted.replacements),
         bytes_read=streamed.checkpoint.bytes_read,
     )
+
+
+def _tell_doubts(best: Candidate, rows: int) -> None:
+    """Print a notice for each reason to doubt a choice by `rows` held-out rows."""
+    if rows < FEW_ROWS:
+        notice(f"--data: {rows} rows, and fewer than {FEW_ROWS} choose by chance; give some hundred, or leave it out")
+    if best.scale in (min(SCALES), max(SCALES)):
+        end = "smallest" if best.scale < 1 else "largest"
+        notice(
+            f"the scale {best.scale:g} is the {end} that is tried, so a better one may lie beyond it; train on a "
+            "larger emulator, or polish the corrected adapter"
+        )
 
 
 @dataclass

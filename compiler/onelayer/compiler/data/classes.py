@@ -63,6 +63,17 @@ def predicted_classes(
     return Classes(count, {str(name): int(number) for name, number in (config.label2id or {}).items()})
 
 
+def is_trainable(cls: "type[PreTrainedModel]") -> bool:
+    """Return whether `onelayer train` takes models of a class: causal language models and sequence classifiers."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    return cls.__name__ in known or is_classifier(cls)
+
+
 def is_classifier(cls: "type[PreTrainedModel]") -> bool:
     """Return whether transformers lists the class as a sequence classifier."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES

@@ -125,4 +125,4 @@ class PolishTask:
         identity = self.identity
         record = {name: identity[name] for name in ("base", "data", "settings")} | state.history
         with atomic_directory(output) as partial:
-            write_polished(partial, adapter, state.chosen(), base, {**record, "stopped": failure})
+            write_polished(partial, adapter, streamed.model, state.chosen(), base, {**record, "stopped": failure})

@@ -12,7 +12,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from onelayer.compiler.adapters.attach import Adapted, adapted_model, factor_names, linear_targets
+from onelayer.compiler.adapters.attach import Adapted, adapted_model, factor_names, linear_targets, short_targets
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base, write_adapter
 from onelayer.compiler.data.classes import is_classifier
@@ -89,7 +89,12 @@ def factors_of(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def write_polished(
-    directory: Path, adapter: Adapter, tensors: dict[str, torch.Tensor], base: Base, record: dict[str, Any]
+    directory: Path,
+    adapter: Adapter,
+    model: PreTrainedModel,
+    tensors: dict[str, torch.Tensor],
+    base: Base,
+    record: dict[str, Any],
 ) -> None:
     """Write the trained parameters as an adapter of the original, in the form that everybody scales alike."""
     factors = factors_of(adapter, tensors)
@@ -99,4 +104,5 @@ def write_polished(
         "corrected": bool((adapter.provenance or {}).get("corrected")),
     }
     provenance = {"kind": "adapter", "corrected": True, "polished": True, "source_adapter": origin, **record}
-    write_adapter(directory, factors, source=adapter, base=base, provenance=provenance)
+    targets = short_targets(model, adapter.modules)
+    write_adapter(directory, factors, source=adapter, base=base, targets=targets, provenance=provenance)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.adapters.config import CONFIG_FILE
+from onelayer.compiler.adapters.keys import KEY_PREFIX
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE
 from onelayer.compiler.adapters.writer import Base, model_card
 from onelayer.compiler.storage.files import read_json, write_json, write_text
@@ -21,13 +22,14 @@ def write_adapter_directory(
 
     PEFT records the path of the loaded base, which is the emulator's path on this machine. The modules have the
     original's names, so the adapter must name the original. Sets are sorted, so that equal runs write equal bytes.
+    PEFT sorts patterns too and takes the first that matches, so each module gets a pattern of its own.
     """
     adapted.save_pretrained(str(directory))
     path = directory / CONFIG_FILE
     config = read_json(path)
     names = {"base_model_name_or_path": model.base["model"], "revision": model.base["revision"]}
     transposed = _was_conv1d(adapted)
-    config.update(names, fan_in_fan_out=config["fan_in_fan_out"] or transposed)
+    config.update(names, fan_in_fan_out=config["fan_in_fan_out"] or transposed, **_patterns(adapted))
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config.get(field), list):
             config[field] = sorted(config[field])
@@ -41,6 +43,25 @@ def write_adapter_directory(
     )
     write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)
+
+
+def _patterns(adapted: "PeftModel") -> dict[str, dict[str, float]]:
+    """Return rank and alpha of every module that has others than the default, by its anchored full name."""
+    from peft.tuners.lora import LoraLayer
+
+    name = adapted.active_adapter
+    default: Any = adapted.peft_config[name]
+    layers = {
+        f"^{module.removeprefix(KEY_PREFIX)}": layer
+        for module, layer in adapted.named_modules()
+        if isinstance(layer, LoraLayer) and name in layer.r
+    }
+    return {
+        "rank_pattern": {key: layer.r[name] for key, layer in layers.items() if layer.r[name] != default.r},
+        "alpha_pattern": {
+            key: layer.lora_alpha[name] for key, layer in layers.items() if layer.lora_alpha[name] != default.lora_alpha
+        },
+    }
 
 
 def _was_conv1d(adapted: "PeftModel") -> bool:

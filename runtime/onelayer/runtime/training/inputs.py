@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
+from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
@@ -58,10 +58,6 @@ class TrainData:
 def read_model(directory: Path, name: str) -> TrainModel:
     """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
 
     from onelayer.compiler.models.transformers_models import model_class
 
@@ -78,13 +74,12 @@ def read_model(directory: Path, name: str) -> TrainModel:
         raise InputError(f"{directory}/config.json: quantization_config: {method!r} weights; give an emulator")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     loaded_class = model_class(config, directory)
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
-    if loaded_class.__name__ not in known and classes is None:
+    if not is_trainable(loaded_class):
         raise InputError(
             f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
             "training needs"
         )
+    classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
     return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
 
 
