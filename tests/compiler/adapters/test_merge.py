@@ -195,7 +195,9 @@ def test_token_rows_of_a_tied_model_go_to_both_as_in_peft(tmp_path: Path) -> Non
         )
 
 
-def test_a_corrected_adapter_says_so_and_an_uncorrected_one_too(tmp_path: Path) -> None:
+def test_a_corrected_adapter_says_so_and_an_uncorrected_one_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny("llama", tmp_path / "original")
     write_emulator(model, tmp_path / "original", tmp_path / "emulator", ratio=0.4)
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
@@ -208,6 +210,7 @@ def test_a_corrected_adapter_says_so_and_an_uncorrected_one_too(tmp_path: Path) 
         written = read_json(tmp_path / name / "onelayer.json")
         assert written["base"]["digest"] == digest
         assert [part["corrected"] for part in written["adapters"]] == [result.corrected]
+        assert ("is not corrected for" in capsys.readouterr().err) is (result.corrected is False)
         return result.corrected
 
     assert merged(tmp_path / "adapter", "foreign") is None

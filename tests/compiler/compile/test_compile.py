@@ -252,3 +252,14 @@ def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path, own_st
     layer_bytes = report["largest_unit_bytes"]
     assert least[8, 4] - least[2, 4] < 2 * layer_bytes, "six more layers are held"
     assert least[2, 96] - least[2, 4] < 2 * layer_bytes, "92 more samples are held"
+
+
+@pytest.mark.parametrize(("name", "refused"), [("t5", "T5ForConditionalGeneration"), ("llama", None)])
+def test_a_model_that_train_will_refuse_is_told_before(
+    name: str, refused: str | None, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(name, tmp_path / "model")
+    compile_emulator(tmp_path / "model", data, tmp_path / "emulator", samples=2, max_length=8)
+    told = capsys.readouterr().err
+    assert ("onelayer train will refuse its emulator" in told) is (refused is not None)
+    assert refused is None or refused in told

@@ -226,3 +226,17 @@ def test_the_original_is_opened_without_weights(tmp_path: Path) -> None:
     for streamed in opened:
         for name, parameter in streamed.model.named_parameters():
             assert parameter.is_meta or "lora_" in name, name
+
+
+def test_a_choice_by_few_rows_or_at_the_end_of_the_scales_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(tmp_path, "llama", **LORA["llama"])  # noise, so the less of it the better
+    assert setting.correct("few", data=setting.data).scale == 0.65
+    told = capsys.readouterr().err
+    assert "--data: 3 rows, and fewer than 100 choose by chance" in told
+    assert "the scale 0.65 is the smallest that is tried" in told
+    monkeypatch.setattr(trials, "FEW_ROWS", 3)
+    monkeypatch.setattr(trials, "SCALES", (0.5, 1.5))
+    setting.correct("enough", data=setting.data)
+    assert "note" not in capsys.readouterr().err
