@@ -246,7 +246,7 @@ def test_spectra_say_what_each_choice_leaves_out(tmp_path: Path) -> None:
     assert error is not None
     assert 0 <= error < 1
     (emulator / "emulator.json").write_text("{}")
-    with pytest.raises(InputError, match="says nothing of linears"):
+    with pytest.raises(InputError, match="field linears"):
         plan_run(folder, GIB, emulator=emulator, timing=False)
 
 

@@ -54,10 +54,11 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     remedy = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
+        empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
         raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
-    # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if empty:
         raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")
     return tokenizer
 

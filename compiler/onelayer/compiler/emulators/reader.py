@@ -10,7 +10,7 @@ from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, EmulatorFacts, st
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import row_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +30,11 @@ class Emulator:
         directory = Path(path)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give the directory of an emulator")
-        config_file = directory / "config.json"
-        document = read_json(config_file)
-        section = document.get("quantization_config") if isinstance(document, dict) else None
-        if not isinstance(section, dict) or section.get("quant_method") != "onelayer":
+        section = read_model_config(directory).get("quantization_config")
+        if section is None or section.get("quant_method") != "onelayer":
             raise InputError(f"{directory}: is not an emulator (config.json, quantization_config); give a compiled one")
         remedy = "compile the emulator again"
-        facts = checked_document(EmulatorFacts, section, config_file, remedy, section="quantization_config")
+        facts = checked_document(EmulatorFacts, section, directory / CONFIG_FILE, remedy, section="quantization_config")
         checkpoint = Checkpoint.open(directory)
         _check_tensors(directory, facts, checkpoint)
         return cls(directory, facts, checkpoint)

@@ -30,6 +30,7 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result, round_significant
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.files import atomic_directory, check_output, copy_companions, read_json, write_json
+from onelayer.compiler.storage.model_config import read_model_config, write_model_config
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry
 
 FIGURES_FILE = "emulator.json"
@@ -253,7 +254,7 @@ def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) 
 
 
 def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:
-    document: dict[str, Any] = read_json(source.directory / "config.json")
+    document = read_model_config(source.directory)
     section = document["quantization_config"]
     linears = [item for item in sliced if not isinstance(item, StackFigures)]
     section["ranks"] = {item.name: item.rank for item in linears if item.form == "factors"}
@@ -262,4 +263,4 @@ def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures
     for item in sliced:
         if isinstance(item, StackFigures) and item.form == "factors":
             section["stacks"][item.name]["rank"] = item.rank
-    write_json(target / "config.json", document)
+    write_model_config(target, document)

@@ -11,12 +11,16 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from onelayer.compiler.models import transformers_models
+from onelayer.compiler.models.construction import modules_limit
 from onelayer.compiler.models.units import owner_of, set_tensor
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
 
 class StoredWeights:
-    """The parameters and buffers that a checkpoint makes, by runtime name."""
+    """The parameters and buffers that a checkpoint makes, by runtime name.
+
+    `limit` is the number of modules that its model class may have.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype
@@ -24,7 +28,8 @@ class StoredWeights:
         self.checkpoint = checkpoint
         self.dtype = dtype
         # Loading rules use the names of the bare model, so an untouched twin receives what is loaded.
-        self._twin = transformers_models.build_skeleton(config, cls, dtype)
+        self.limit = modules_limit(len(checkpoint.tensors))
+        self._twin = transformers_models.build_skeleton(config, cls, dtype, limit=self.limit)
         # Empty (meta) parameters and buffers, which give the shape and dtype of each runtime name.
         self.bare_parameters: dict[str, torch.Tensor] = dict(self._twin.state_dict(keep_vars=True))
         self._plan = transformers_models.plan_loading(self._twin, checkpoint)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
 SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
 INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -121,6 +122,15 @@ class Checkpoint:
         self._count(row_bytes * len(rows))
         dtype = self.read_rows(name, 0, 0).dtype
         return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
+
+
+def floating_bytes(checkpoint: Checkpoint) -> Counter[str]:
+    """Count the stored bytes of each floating dtype, by its safetensors name."""
+    stored: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_NAMES:
+            stored[info.dtype] += info.size_bytes
+    return stored
 
 
 def _find_files(directory: Path) -> tuple[Path | None, dict[str, Path]]:

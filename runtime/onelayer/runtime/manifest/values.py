@@ -14,9 +14,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 def _local(text: str, info: ValidationInfo) -> str | None:
     """The absolute path of something that exists relative to the manifest's folder, else None."""
+    return new_folder(text, info) if _exists(_base(info) / Path(text)) else None
+
+
+def _base(info: ValidationInfo) -> Path:
     base: Path = (info.context or {}).get("folder", Path.cwd())
-    path = base / Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else None
+    return base
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        return False
 
 
 def _data_source(text: str, info: ValidationInfo) -> str:
@@ -25,7 +35,7 @@ def _data_source(text: str, info: ValidationInfo) -> str:
         if not Path(local).is_dir() and Path(local).suffix not in SUFFIXES:
             raise ValueError(f"{text}: unknown kind of data, use a {KINDS} file or a directory of them")
         return local
-    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not Path(text).exists():
+    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such file in the manifest's folder, paths are relative to the manifest")
 
@@ -35,7 +45,7 @@ def model_source(text: str, info: ValidationInfo) -> str:
     local = _local(text, info)
     if local is not None:
         return local
-    if _HUB_ID.fullmatch(text) and not Path(text).exists():
+    if _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such directory in the manifest's folder, and not a Hub id like org/name")
 
@@ -71,8 +81,10 @@ def size_in_bytes(value: Any) -> Any:
 
 def new_folder(text: str, info: ValidationInfo) -> str:
     """The absolute path of a folder that need not exist, relative to the manifest's."""
-    base: Path = (info.context or {}).get("folder", Path.cwd())
-    return str((base / Path(text).expanduser()).resolve())
+    try:
+        return str((_base(info) / Path(text).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{text}: is not a path ({error}), write another one") from None
 
 
 Size = Annotated[int, BeforeValidator(size_in_bytes), Field(gt=0)]

@@ -13,7 +13,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import model_digest
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.model_config import read_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,16 +57,14 @@ class TrainData:
 
 def read_model(directory: Path, name: str) -> TrainModel:
     """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    from onelayer.compiler.models.transformers_models import model_class
+    from onelayer.compiler.models.transformers_models import load_config, model_class
 
-    document = read_json(directory / "config.json")
-    method = (document.get("quantization_config") or {}).get("quant_method")
+    method = (read_model_config(directory).get("quantization_config") or {}).get("quant_method")
     digest = model_digest(directory)
     ranks: Mapping[str, int] = {}
     base = {"model": name, "revision": _snapshot_revision(directory), "digest": digest}
@@ -76,7 +74,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
         base = {"model": facts.base_model, "revision": facts.base_revision, "digest": facts.base_digest}
     elif method is not None:
         raise InputError(f"{directory}/config.json: quantization_config: {method!r} weights; give an emulator")
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config = load_config(directory)
     loaded_class = model_class(config, directory)
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None

@@ -21,7 +21,7 @@ from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.runtime.activations.report import ActivationReport
-from onelayer.runtime.training.checkpoints import TRAINING_WORK, newest_checkpoint
+from onelayer.runtime.training.checkpoints import TRAINING_WORK, check_state, newest_checkpoint
 from onelayer.runtime.training.inputs import TrainData, TrainModel, read_model, tokenized
 from onelayer.runtime.training.settings import (
     INSTALL,
@@ -139,6 +139,8 @@ class _Run:
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
             checkpoint = newest_checkpoint(work)
+            if checkpoint is not None:
+                check_state(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             peak_device_bytes = meter.sample()
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
