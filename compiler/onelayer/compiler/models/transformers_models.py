@@ -1,15 +1,14 @@
-"""The one place where the streaming side touches transformers' semi-private surface.
+"""The place where the streaming side touches transformers' semi-private surface.
 
 In: a model directory. Out: the real model class without weights, and its own rules for turning checkpoint tensors into
-parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
-`convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `initialize_weights`, `_no_split_modules`,
-`_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`.
+parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`, `initialize_weights`,
+`_no_split_modules`, `_keys_to_ignore_on_load_missing`, `all_tied_weights_keys`, `named_non_persistent_buffers`;
+`conversion.py` has what it takes to convert tensors.
 `tests/compiler/models/test_transformers_models.py` shows which one broke.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,12 +20,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    convert_and_load_state_dict_in_model,
     rename_source_key,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.construction import MODULES_WITHOUT_WEIGHTS, building, check_tables
@@ -190,10 +186,15 @@ class LoadPlan:
     alias: dict[str, str]
 
 
+def conversion_rules(model: PreTrainedModel) -> list[WeightConverter | WeightRenaming]:
+    """Return transformers' rules from checkpoint tensors to the parameters of a model."""
+    return cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model))
+
+
 def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
     """Map every parameter and persistent buffer to its checkpoint keys, by transformers' own rules."""
     expected = model.state_dict()
-    rules = get_model_conversion_mapping(model)
+    rules = conversion_rules(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -260,35 +261,3 @@ def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path)
             f"{wanting[0]!r} first; give a checkpoint of this class"
         )
     return computed
-
-
-def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Set the parameters of `model` that the given checkpoint tensors make, converted, on the host.
-
-    Raises `InputError` naming the first tensor whose shape or conversion does not fit.
-    """
-    settings = LoadStateDictConfig(
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        device_map={"": "cpu"},
-        # The rules collect state, so each call needs a fresh list.
-        weight_mapping=cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model)),
-    )
-    with _quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
-    for name, stored, wanted in info.mismatched_keys:
-        raise InputError(f"tensor {name}: shape {tuple(stored)} does not fit the config's {tuple(wanted)}")
-    for name, reason in info.conversion_errors.items():
-        raise InputError(f"tensor {name}: cannot be converted ({reason.strip().splitlines()[-1]})")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' own bar, which would count tensors inside our units."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
