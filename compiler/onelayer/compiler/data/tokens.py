@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.rows import Example, Message
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.time_limit import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+TEMPLATE_SECONDS = 10.0  # a thousand times what a template takes for a long conversation
 Span = tuple[int, int]  # characters [start, end) of a text
 
 
@@ -182,7 +184,13 @@ def _template_faults(example: Example, tokenizer: "PreTrainedTokenizerBase") -> 
     from jinja2 import TemplateError
 
     try:
-        yield
+        with time_limit(TEMPLATE_SECONDS):
+            yield
+    except TimeLimitError:
+        raise InputError(
+            f"{example.source}: the chat template of {_name(tokenizer)} takes more than {TEMPLATE_SECONDS:.0f} s for "
+            "these messages; give a model with another template"
+        ) from None
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"{example.source}: the chat template of {_name(tokenizer)} refuses the messages "

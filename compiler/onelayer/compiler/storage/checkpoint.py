@@ -5,9 +5,9 @@ weight is read, and an index cannot name a file outside its directory. Only safe
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
 SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
 INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+# Shards that are open at a time.
+OPEN_FILES = 64
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
@@ -65,11 +67,12 @@ class Checkpoint:
         return cls(directory, files, tensors, metadata, index_file)
 
     @cached_property
-    def _handles(self) -> dict[Path, Any]:
+    def _handle(self) -> Callable[[Path], Any]:
+        """Open a shard, or return it as it was opened: a process may hold 1,024 files, a model have 1,800 shards."""
         from safetensors import safe_open
 
         # Positional reads, not a file mapping: mapped pages count as ours on some systems and fail on others.
-        return {file: safe_open(file, framework="pt", backend="pread") for file in self.files}
+        return lru_cache(OPEN_FILES)(lambda file: safe_open(file, framework="pt", backend="pread"))
 
     @property
     def bytes_read(self) -> int:
@@ -84,7 +87,7 @@ class Checkpoint:
         """Read one tensor, in its own dtype, to the host."""
         info = self.tensors[name]
         self._count(info.size_bytes)
-        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        tensor: torch.Tensor = self._handle(info.file).get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
@@ -99,7 +102,7 @@ class Checkpoint:
         self._count(row_bytes * (stop - start))
         dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
         if info.dtype not in dtypes:
-            rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
+            rows: torch.Tensor = self._handle(info.file).get_slice(name)[start:stop]
             return rows
         # The library reads the whole tensor for any part of it.
         buffer = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
