@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onelayer.runtime.modules.import_hook import register_loader
 
 if TYPE_CHECKING:
+    __version__: str
     from onelayer.runtime.activations.compression import ActivationCompression as ActivationCompression
     from onelayer.runtime.activations.compression import compress_activations as compress_activations
     from onelayer.runtime.modules.low_rank_linear import LowRankLinear as LowRankLinear
@@ -33,7 +34,19 @@ __all__ = sorted(_HOME_OF)
 register_loader()
 
 
+def _version() -> str:
+    """Return the installed version, or what says that this is a folder that was never installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onelayer")
+    except PackageNotFoundError:
+        return "0+not.installed"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,29 @@ def test_artifacts_are_listed_verified_and_pruned(
     assert "6 artifacts removed" in capsys.readouterr().out
     assert call("artifacts", "list") == 0
     assert capsys.readouterr().out == "the store is empty\n"
+
+
+def test_sigterm_says_how_to_continue(
+    fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        onelayer.compiler.__dict__, "merge_adapter", lambda *_, **settings: signal.raise_signal(signal.SIGTERM)
+    )
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        assert call("merge", "adapter", "--model", "m", "--output", "o") == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_short_help_version_and_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("-h") == call("artifacts", "prune", "-h") == 0
+    assert capsys.readouterr().out.count("Usage: onelayer") == 2
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"onelayer {onelayer.runtime.__version__}\n"
+    monkeypatch.setenv("_ONELAYER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "onelayer eva")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    call()
+    assert "evaluate" in capsys.readouterr().out

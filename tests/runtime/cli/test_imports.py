@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from helpers.fake_steps import write_project
 from helpers.places import ROOT
@@ -16,7 +17,10 @@ from onelayer.runtime.sizes import size
 
 def test_text_becomes_values() -> None:
     assert parse_bytes("24GiB") == 24 << 30
-    assert (parse_bytes("1.5kb"), parse_bytes("7")) == (1500, 7)
+    assert (parse_bytes("1.5kb"), parse_bytes("7B"), parse_bytes("0")) == (1500, 7, 0)
+    assert parse_bytes("8G") == parse_bytes("8GiB") == parse_bytes(str(8 << 30))
+    with pytest.raises(typer.BadParameter, match="write 8GiB, or 8B"):
+        parse_bytes("8")
     assert (parse_limit("none"), parse_limit("2.5")) == (None, 2.5)
     assert parse_target_modules("q_proj,v_proj") == ["q_proj", "v_proj"]
     assert parse_target_modules("q_proj") == ["q_proj"]
@@ -59,3 +63,18 @@ except SystemExit as ending:
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     code = "import runpy, sys; sys.argv = ['onelayer']; runpy.run_module('onelayer.runtime', run_name='__main__')"
     assert "Usage: onelayer" in run_python(code, tmp_path)
+
+
+def test_an_interrupt_while_importing_is_silent(tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onelayer.runtime.cli.app":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("onelayer.runtime", run_name="__main__")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime")])}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (130, "")

@@ -3,11 +3,11 @@
 Nothing is decided there, and torch is imported only by the commands that compute.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+import onelayer.runtime
 from onelayer.runtime.cli.adapters import correct, merge, polish, train
 from onelayer.runtime.cli.emulators import compile_, refine, slice_
 from onelayer.runtime.cli.models import evaluate, inspect, plan
@@ -15,8 +15,8 @@ from onelayer.runtime.cli.runs import app as artifacts_app
 from onelayer.runtime.cli.runs import run
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a transformer that does not fit your GPU: compile an emulator, train LoRA on it, correct the LoRA.",
 )
 app.add_typer(artifacts_app, name="artifacts")
@@ -24,10 +24,7 @@ app.add_typer(artifacts_app, name="artifacts")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            typer.echo(f"onelayer {version('onelayer')}")
-        except PackageNotFoundError:
-            typer.echo("onelayer, run from a folder without being installed")
+        typer.echo(f"onelayer {onelayer.runtime.__version__}")
         raise typer.Exit
 
 

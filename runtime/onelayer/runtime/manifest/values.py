@@ -76,7 +76,7 @@ def checked_modules(value: Any) -> Any:
 
 def size_in_bytes(value: Any) -> Any:
     """A size like 24GiB in bytes; a whole number is bytes already."""
-    return value if isinstance(value, int) else parse_size(str(value))
+    return parse_size(str(value))
 
 
 def new_folder(text: str, info: ValidationInfo) -> str:

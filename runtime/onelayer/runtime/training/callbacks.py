@@ -6,23 +6,21 @@ Imports transformers and torch; import it where training starts.
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from onelayer.compiler.machine.console import open_bar
 from onelayer.compiler.storage.files import sync, write_text
 from onelayer.runtime.training.checkpoints import COMPLETE_FILE
 
 
 class Progress(TrainerCallback):
-    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
+    """Progress over steps with the loss, on stderr. Trainer's own bar prints to stdout."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, at the first step of a resumed run."""
-        self._bar: Any = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
-        )
+        self._bar = open_bar(state.max_steps, "train", "step", state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""
