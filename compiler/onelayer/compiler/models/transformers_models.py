@@ -30,6 +30,7 @@ from onelayer.compiler.models.units import has_forward, owner_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, floating_bytes
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
+GENERATION_FILE = "generation_config.json"
 # The floating dtypes of weights by their safetensors names, as in `FLOAT_NAMES`.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -64,6 +65,12 @@ def load_config(directory: Path) -> PreTrainedConfig:
         if isinstance(known, str) and known in transformers.CONFIG_MAPPING:
             reason, remedy = f"{type(error).__name__}: {error}", "restore the file"
         raise InputError(f"{directory / CONFIG_FILE}: {reason}; {remedy}") from None
+    if (directory / GENERATION_FILE).is_file():  # nothing streamed needs it, but what is made would not load with it
+        try:
+            transformers.GenerationConfig.from_pretrained(directory)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{directory / GENERATION_FILE}: {reason}; restore or remove the file") from None
     return config
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
@@ -99,6 +100,7 @@ def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData
         lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
         max_length,
     )
+    check_token_ids((tokens.input_ids for _, tokens in labeled), model.config)
     digest = hashlib.sha256()
     rows = []
     for example, tokens in labeled:
