@@ -1,4 +1,4 @@
-"""The command `onelayer polish`: checked options in, one call of `polish_adapter`, its result on stdout."""
+"""The commands that make adapters, `train`, `correct`, `polish` and `merge`: each checks options and calls the API."""
 
 from pathlib import Path
 from typing import Annotated, Unpack

@@ -167,7 +167,7 @@ REFUSED_ARGS = {
 class LoraFields(BaseModel):
     """LoraConfig's fields under which the adapter stays W + s B A, which is what correction can be solved for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: LoraRank
     lora_alpha: LoraAlpha
