@@ -15,6 +15,7 @@ from onelayer.compiler.factors.stored_forms import (
     bytes_per_value,
     factored_bytes,
     is_factored,
+    kept_values,
 )
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -58,12 +59,12 @@ class PlannedRun:
 
 
 def factor_bytes(shapes: ModelShapes, dtype: FactorDtype) -> float:
-    """Bytes per value of a factor: an unquantized one has the model's own dtype."""
+    """Return the bytes per value of a factor; an unquantized one has the model's own dtype."""
     return shapes.value_bytes if dtype == "bf16" else FACTOR_BYTES[dtype]
 
 
 def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16") -> int:
-    """An emulator as it is held, and as it lies on the disk. Where factors are quantized, so are linears kept dense.
+    """Count the bytes of an emulator, in memory and on the disk. If factors are quantized, so are linears kept dense.
 
     Experts count as factors: headers cannot say whether their class answers to transformers' experts interface.
     """
@@ -76,34 +77,34 @@ def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16
         for stack in block.experts.stacks
     ]
     whole = sum(count * linear.parameters for linear, count in linears)
-    kept = sum(count * kept_values(linear, ratio) for linear, count in linears)
+    kept = sum(count * values_at(linear, ratio) for linear, count in linears)
     return int((shapes.parameters - whole) * shapes.value_bytes + kept * per_value)
 
 
 def active_values(shapes: ModelShapes, ratio: float) -> int:
-    """Weights of an emulator that take part in computing one token, however many bytes each takes."""
+    """Count the weights of an emulator that take part in computing one token, however many bytes each takes."""
     spared = 0
     for block, count in shapes.kinds:
         linears = [(linear, 1) for linear in block.compressible]
         if block.experts is not None:
             active = min(shapes.experts_per_token, block.experts.count)
             linears += [(stack, active) for stack in block.experts.stacks]
-        spared += count * sum(times * (linear.parameters - kept_values(linear, ratio)) for linear, times in linears)
+        spared += count * sum(times * (linear.parameters - values_at(linear, ratio)) for linear, times in linears)
     return shapes.active_parameters - spared
 
 
 def expert_factor_bytes(shapes: ModelShapes, ratio: float) -> int:
-    """Factors of the experts of the block that has most of them; they are gathered on the host."""
+    """Count the bytes of the experts' factors in the block that has most; they are gathered on the host."""
     return shapes.value_bytes * max(
-        block.experts.count * sum(kept_values(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
+        block.experts.count * sum(values_at(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
         for block, _ in shapes.kinds
     )
 
 
-def kept_values(linear: LinearShape, ratio: float) -> int:
-    """Values of its factors, or of its weight where that is smaller."""
+def values_at(linear: LinearShape, ratio: float) -> int:
+    """Count the values of its factors, or of its weight where that is smaller."""
     rank = rank_for(ratio, linear.out_features, linear.in_features)
-    return linear.parameters if rank is None else rank * (linear.out_features + linear.in_features)
+    return kept_values(linear.out_features, linear.in_features, rank)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class TrainMemory:
 
 
 def train_memory(shapes: ModelShapes, emulator: int, planned: PlannedRun) -> TrainMemory:
-    """What LoRA on every linear holds while it trains on a model of `emulator` bytes."""
+    """Predict what LoRA on every linear holds while it trains on a model of `emulator` bytes."""
     layers = LayerBytes(shapes, planned)
     parameters = lora_parameters(shapes, planned.lora_rank)
     tile = min(planned.tokens, TILE_TOKENS)
@@ -157,7 +158,7 @@ class LayerBytes:
         return self.shapes.value_bytes == 2
 
     def stored(self, block: BlockShape) -> int:
-        """Kept from forward to backward."""
+        """Count what is kept from forward to backward."""
         parts = sub_blocks(block, self.shapes.hidden)
         if self.planned.where == "none":
             return self._exact(block, parts)
@@ -167,7 +168,7 @@ class LayerBytes:
         return len(parts) * (copy + MASTER_BYTES * self.planned.tokens)
 
     def backward(self, block: BlockShape) -> int:
-        """What is recomputed, if anything is, and the gradients of the widest sub-block."""
+        """Count what is recomputed, if anything is, and the gradients of the widest sub-block."""
         parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
         gradients = self.planned.tokens * ((6 if self.autocast else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
@@ -189,7 +190,7 @@ class LayerBytes:
 
 
 def stored_copy_bytes(tokens: int, features: int, share: float | None, value_bytes: int) -> int:
-    """One compressed (T, n) matrix as `qb.compress` stores it, or the matrix where that is not smaller."""
+    """Count a (T, n) matrix as `activation_factors.compress` stores it, or as it is if that is not smaller."""
     exact = tokens * features * value_bytes
     if share is None:
         return exact
