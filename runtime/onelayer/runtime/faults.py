@@ -1,4 +1,4 @@
-"""pydantic's errors in plain words, each with its place in the document."""
+"""Translates pydantic's errors into plain words, each with its place in the document."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
-Fault = tuple[Location, str]  # where in the document, and what is wrong there
+Fault = tuple[Location, str]  # the place in the document, and what is wrong
 
 
 def faults_of(error: ValidationError, model: type[BaseModel], document: Any) -> list[Fault]:

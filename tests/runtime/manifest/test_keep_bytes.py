@@ -118,14 +118,14 @@ def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps
     assert sizes[3] < sizes[2]
 
 
-def test_a_smaller_share_is_cut_from_the_larger_emulator(path: Path, fakes: FakeSteps) -> None:
+def test_a_smaller_share_is_sliced_from_the_larger_emulator(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.float32)
     as_stored = "factor_dtype: bf16, rank_allocation: uniform"
     say(path, f"keep_bytes: 0.6, {as_stored}")
     go(path, fakes)
     say(path, f"keep_bytes: 0.2, {as_stored}")
     first = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0]
-    assert first.reason == "field keep_bytes 0.6 -> 0.2; cut from the emulator of keep_bytes 0.6 in the store"
+    assert first.reason == "field keep_bytes 0.6 -> 0.2; sliced from the emulator of keep_bytes 0.6 in the store"
     assert go(path, fakes)[0] == "slice 0.2"
     say(path, f"keep_bytes: 0.7, {as_stored}")
     assert go(path, fakes)[0] == "compile"
@@ -169,5 +169,5 @@ def test_a_slice_is_smaller_than_a_share_of_bytes_allows(path: Path) -> None:
     say(path, "keep_bytes: 0.2, factor_dtype: nf4")
     assert load_manifest(path).tasks["support"].ratio == 0.5
     say(path, "keep_bytes: 0.1, factor_dtype: nf4")
-    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below the emulator's ratio 0\.3765"):
+    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below 0\.3765"):
         load_manifest(path)

@@ -97,7 +97,7 @@ def test_every_way_of_writing_a_small_number_is_a_number(folder: Path, number: s
 
 def test_saying_twice_when_to_stop_is_refused(folder: Path) -> None:
     message = complaint(folder, GOOD.replace("args: {max_steps: 200, ", "args: {num_train_epochs: 2, "))
-    assert "tasks.support.args: max_steps and num_train_epochs both say when to stop" in message
+    assert "tasks.support.args: max_steps and num_train_epochs both set when to stop" in message
 
 
 def test_arguments_that_training_refuses_are_refused_at_once(folder: Path) -> None:

@@ -13,7 +13,7 @@ from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest, manifest_schema
 from onelayer.runtime.pipeline.costs import Costs
-from onelayer.runtime.pipeline.emulator_size import setting_of, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import planned_run, size_of_shapes
 from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.training.trainer_args import trainer_args_model
@@ -79,9 +79,9 @@ def test_a_budget_gives_a_ratio_and_a_factor_dtype(tmp_path: Path, name: str) ->
 
 def test_the_planner_sees_what_a_task_sets(tmp_path: Path) -> None:
     manifest = placed(tmp_path, "many-tasks.yaml")
-    assert setting_of(manifest, "sql").tokens == 4 * 1024
-    assert setting_of(manifest, "notes").tokens == 4 * 2048
-    assert setting_of(manifest, "support").lora_rank == 16
+    assert planned_run(manifest, "sql").tokens == 4 * 1024
+    assert planned_run(manifest, "notes").tokens == 4 * 2048
+    assert planned_run(manifest, "support").lora_rank == 16
 
 
 def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:
@@ -94,3 +94,7 @@ def test_the_schema_beside_the_manifests_is_current() -> None:
     if trainer_args_model() is None:
         pytest.skip("without the training extra its arguments are not in the schema")
     assert json.loads((FOLDER / "manifest.schema.json").read_text()) == manifest_schema()
+
+
+def test_the_names_in_a_compile_key_stay() -> None:
+    assert list(_in_key(PlannedRun())) == NAMES_IN_KEY

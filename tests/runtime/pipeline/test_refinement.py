@@ -89,7 +89,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     given = ["refine", str(tmp_path / "emulator"), "--model", str(tmp_path / "model"), "--max-length", "16"]
     given += ["--calibration", str(tmp_path / "mix.jsonl"), "--steps", "10"]
     assert exit_code(*given, "--output", str(tmp_path / "refined")) == 0
-    assert "2 of 2 layers came closer to the original's" in capsys.readouterr().out
+    assert "2 of 2 layers are closer to the original's" in capsys.readouterr().out
     assert exit_code(*given, "--output", str(tmp_path / "again"), "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert [unit["name"] for unit in document["units"]] == ["model.layers.0", "model.layers.1"]

@@ -40,19 +40,19 @@ def go(path: Path, home: Path, fakes: FakeSteps) -> list[str]:
     return fakes.taken()
 
 
-def test_a_smaller_ratio_is_cut_from_the_larger_emulator(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_a_smaller_ratio_is_sliced_from_the_larger_emulator(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
     edit(path, "ratio: 0.25", "ratio: 0.1")
     first = plan(load_manifest(path), ArtifactStore(home)).steps[0]
-    assert first.reason == "field ratio 0.25 -> 0.1; cut from the emulator of ratio 0.25 in the store"
+    assert first.reason == "field ratio 0.25 -> 0.1; sliced from the emulator of ratio 0.25 in the store"
     assert go(path, home, fakes)[:2] == ["slice 0.1", "train sql"]
     edit(path, "ratio: 0.1", "ratio: 0.3")  # larger than any: compiled
     assert go(path, home, fakes)[0] == "compile"
 
 
 @pytest.mark.parametrize("change", ["data: mix.jsonl, samples: 32}, ratio: 0.1", "data: sql.jsonl}, ratio: 0.1"])
-def test_an_emulator_of_anything_else_is_not_cut(tmp_path: Path, fakes: FakeSteps, change: str) -> None:
+def test_an_emulator_of_anything_else_is_not_sliced(tmp_path: Path, fakes: FakeSteps, change: str) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
     edit(path, "data: mix.jsonl}, ratio: 0.25", change)
@@ -74,7 +74,7 @@ def test_a_task_may_train_on_a_slice(tmp_path: Path, fakes: FakeSteps) -> None:
     assert calls[:2] == ["compile", "slice 0.1"]
     assert go(path, home, fakes) == []
     edit(path, "ratio: 0.1", "ratio: 0.3")
-    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below the emulator's ratio 0\.25"):
+    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below 0\.25"):
         load_manifest(path)
 
 

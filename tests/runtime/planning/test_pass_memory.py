@@ -12,7 +12,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Spectrum, ranks_by_spectrum
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
 from onelayer.runtime.pipeline.costs import Costs
-from onelayer.runtime.pipeline.emulator_size import Size, setting_of, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import Size, planned_run, size_of_shapes
 from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.planning.pass_memory import compile_bytes, pass_bytes, polish_bytes, refine_bytes
@@ -59,12 +59,12 @@ def size(plan: Manifest, shapes: ModelShapes) -> Size:
 def test_a_budget_holds_for_the_batches_that_will_run(tmp_path: Path) -> None:
     shapes = LARGE
     plan = manifest(tmp_path, "memory: 12GiB", calibration=", max_length: 2048", refine=", refine: {batch_size: 8}")
-    setting = setting_of(plan, "a")
-    assert (setting.compile_tokens, setting.refine_tokens) == (2048, 8 * 2048)
-    assert pass_bytes(shapes, size(plan, shapes).ratio, setting)["refine"] <= 0.95 * 12 * GIB
+    planned = planned_run(plan, "a")
+    assert (planned.compile_tokens, planned.refine_tokens) == (2048, 8 * 2048)
+    assert pass_bytes(shapes, size(plan, shapes).ratio, planned)["refine"] <= 0.95 * 12 * GIB
     # 8 samples of 8192 tokens: inputs and outputs of the widest part alone take 6 GiB, the attention's more.
     wide = manifest(tmp_path, "memory: 24GiB", calibration=", max_length: 8192", stream="{batch_size: 8}")
-    assert setting_of(wide, "a").compile_tokens == 8 * 8192
+    assert planned_run(wide, "a").compile_tokens == 8 * 8192
     assert compile_bytes(shapes, 0.95, 8 * 8192) > compile_bytes(shapes, 0.95, 512) + 6 * GIB
 
 
@@ -77,11 +77,11 @@ def test_a_pass_that_never_fits_is_named_with_what_mends_it(tmp_path: Path) -> N
 def test_a_refinement_that_does_not_run_takes_nothing(tmp_path: Path) -> None:
     shapes = decoder(HIDDEN, INNER, 12, 32000, narrow=NARROW)
     refined = size(manifest(tmp_path, "memory: 6GiB", max_length=128), shapes)
-    assert pass_bytes(shapes, refined.ratio, setting_of(manifest(tmp_path, "memory: 6GiB"), "a"))["refine"] > 0
+    assert pass_bytes(shapes, refined.ratio, planned_run(manifest(tmp_path, "memory: 6GiB"), "a"))["refine"] > 0
     plain = manifest(tmp_path, "memory: 6GiB", refine=", refine: none", max_length=128)
     assert size(plain, shapes) == Size(1.0, "int8")
     assert refined != size(plain, shapes)
-    assert pass_bytes(shapes, 0.5, setting_of(plain, "a"))["refine"] == 0
+    assert pass_bytes(shapes, 0.5, planned_run(plain, "a"))["refine"] == 0
 
 
 def compile_key(plan: Manifest) -> str:
@@ -114,8 +114,8 @@ def test_rounding_whole_weights_is_judged_in_float64() -> None:
 
 
 def test_a_refinement_on_a_host_leaves_holes_in_its_heap() -> None:
-    setting = PlannedRun(batch_size=1, max_length=1024, refine_tokens=1024)
-    on_gpu, on_host = (pass_bytes(LARGE, 0.3, replace(setting, on_gpu=gpu)) for gpu in (True, False))
+    planned = PlannedRun(batch_size=1, max_length=1024, refine_tokens=1024)
+    on_gpu, on_host = (pass_bytes(LARGE, 0.3, replace(planned, on_gpu=gpu)) for gpu in (True, False))
     assert on_host["refine"] > on_gpu["refine"]
     assert on_host["compile"] == on_gpu["compile"]
 

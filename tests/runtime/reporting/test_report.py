@@ -134,7 +134,7 @@ def test_layers_that_were_refined_tell_their_errors_and_their_linears_none(
 
         monkeypatch.setitem(onelayer.compiler.__dict__, name, told)
     page = page_of(run(load_manifest(path), store))
-    for words in ("Of each layer of the emulator", "model.layers, as compiled", "model.layers, refined"):
+    for words in ("For each layer of the emulator", "model.layers, as compiled", "model.layers, refined"):
         assert words in page.text
     assert "up_proj" not in page.text
 
@@ -163,7 +163,7 @@ def test_a_folder_of_another_in_the_way_is_refused_before_anything_runs(
 ) -> None:
     path, fakes, store = project(tmp_path, monkeypatch, "output: results\n")
     (tmp_path / "results" / "sql-corrected").mkdir(parents=True)
-    with pytest.raises(InputError, match="no run put there"):
+    with pytest.raises(InputError, match="not created by a run"):
         run(load_manifest(path), store)
     assert fakes.taken() == []
 
@@ -179,6 +179,6 @@ def test_large_files_are_linked_small_ones_copied_foreign_ones_kept(tmp_path: Pa
     assert (folder / "sub" / "large.bin").stat().st_ino == (payload / "sub" / "large.bin").stat().st_ino
     assert (folder / "small.json").stat().st_ino != (payload / "small.json").stat().st_ino
     (output / "mine").mkdir()
-    with pytest.raises(InputError, match="no run put there"):
+    with pytest.raises(InputError, match="not created by a run"):
         link_outputs({"mine": ("key", payload)}, output)
     assert not (output / ".mine.partial").exists()
