@@ -31,7 +31,7 @@ BATCH, LENGTH, RATE = 8, 128, 2e-3
 def main() -> None:
     """Train the mixture, compile and score every variant at every ratio, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of a small dense model; all but its MLPs is used")
+    parser.add_argument("--model", required=True, help="directory of a small dense model; its MLPs are not used")
     parser.add_argument("--calibration", required=True, help="texts to train the experts on, and for the moments")
     parser.add_argument("--test", required=True, help="held-out texts for the loss")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])

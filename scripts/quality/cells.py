@@ -96,7 +96,7 @@ class Bench:
             result = train_lora(
                 model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, seed=seed,
                 batch_size=given.batch_size, max_length=given.max_length, learning_rate=given.learning_rate,
-                lora={"modules_to_save": []}, **more,  # a classifier's head stays as it is, as in exact steps
+                lora={"modules_to_save": []}, **more,  # a classifier's head stays unchanged, as in exact steps
             )  # fmt: skip
             return {"step_seconds": result.seconds / result.steps, "train_peak_bytes": result.peak_device_bytes}
 

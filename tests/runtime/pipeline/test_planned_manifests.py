@@ -1,4 +1,4 @@
-"""The manifests in `manifests/`: they load, their memory budgets can be met, and the schema beside them is current."""
+"""The manifests in `manifests/`: they load, their memory budgets can be met, and their schema is current."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ SIZED = {
 
 
 def placed(folder: Path, name: str) -> Manifest:
-    """A manifest in a folder of its own, with a line in each file that it names."""
+    """Copy a manifest to its own folder, with one line in each file that it names."""
     text = (FOLDER / name).read_text()
 
     def files(value: Any) -> list[str]:
@@ -109,7 +109,7 @@ def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:
     assert (costs.read_bytes, costs.write_bytes, costs.peak_bytes) == (None, None, None)
 
 
-def test_the_schema_beside_the_manifests_is_current() -> None:
+def test_the_schema_of_manifests_is_current() -> None:
     if trainer_args_model() is None:
         pytest.skip("without the training extra its arguments are not in the schema")
     assert json.loads((FOLDER / "manifest.schema.json").read_text()) == manifest_schema()
