@@ -28,11 +28,11 @@ PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 LIGHT = {
     "compiler": (
         "adapters/config adapters/keys adapters/reader correct/candidates data/readers data/rows data/tokens documents "
-        "errors factors/ranks factors/stored_forms inspect machine/console machine/meter models/unit_memory results "
-        "settings storage/* */settings"
+        "errors factors/ranks factors/stored_forms faults inspect machine/console machine/meter models/unit_memory "
+        "results settings storage/* */settings"
     ),
     "runtime": (
-        "cli/* faults manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* "
+        "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* "
         "training/trainer_args */settings"
     ),
 }

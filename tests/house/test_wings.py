@@ -12,7 +12,7 @@ from helpers.places import ROOT
 # From the ground up. A wing imports only wings on lower floors; wings that share a floor do not import each other.
 FLOORS = {
     "compiler": (
-        {"errors", "results"},
+        {"errors", "results", "faults"},
         {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
@@ -23,7 +23,7 @@ FLOORS = {
         {"inspect"},
     ),
     "runtime": (
-        {"sizes", "faults"},
+        {"sizes"},
         {"modules", "activations", "store"},
         {"training", "reporting"},
         {"planning"},

@@ -165,7 +165,7 @@ def test_a_tampered_adapter_is_made_again_alone(project: Project) -> None:
 def test_a_pruned_artifact_is_named(project: Project) -> None:
     project.run()
     prune(project.store, keep=set())
-    assert project.reasons()["compile"] == "to run: its artifact is gone from the store"
+    assert project.reasons()["compile"] == "to run: its artifact is no longer in the store"
 
 
 def test_tasks_are_chosen_by_name_and_share_the_emulator(project: Project) -> None:

@@ -8,8 +8,8 @@ from pydantic import Field, PrivateAttr, ValidationError
 from onelayer.compiler.correct.settings import chosen_limit
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
+from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.compiler.settings import Seeded
-from onelayer.runtime.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.runtime.manifest.sections import (
     Correct,
     Emulator,

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from onelayer.compiler.errors import InputError
-from onelayer.runtime.faults import Fault, Location
+from onelayer.compiler.faults import Fault, Location
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 

@@ -20,8 +20,8 @@ from pydantic import (
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Option, Seeded
-from onelayer.runtime.faults import faults_of, written
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
