@@ -1,11 +1,11 @@
 """Measures the loss that low-rank experts add to a mixture, by the source of each expert's moments.
 
-    python -m scripts.bench.experts --model DIR --calibration train.jsonl --test test.jsonl --mixture DIR
+python -m scripts.bench.experts --model DIR --calibration train.jsonl --test test.jsonl --mixture DIR
 
 No small trained mixture is available, so the script makes one. It takes a small dense model, replaces its MLPs by
 experts of random weights, trains it on the calibration texts for `--steps` and saves it as `--mixture`. An existing
-mixture is used as it is. Then it compares at equal ranks: moments of each expert's own rows, completed from all tokens
-(the way of compile); moments of all tokens for every expert; the plain singular vectors of each expert's weight.
+mixture is reused. Then it compares at equal ranks: moments of each expert's own rows, completed from all tokens (the
+way of compile); moments of all tokens for every expert; the plain singular vectors of each expert's weight.
 """
 
 import argparse

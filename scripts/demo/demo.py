@@ -22,7 +22,7 @@ from scripts.demo.model import demo_directory
 MANIFEST = Path(__file__).parents[2] / "manifests" / "demo.yaml"
 ROWS = {
     "original": "the original model",
-    "uncorrected": "+ adapter trained on the emulator, unchanged",
+    "uncorrected": "+ adapter trained on the emulator, as is",
     "corrected": "+ the same adapter, corrected",
     "polished": "+ six exact steps on the original, streamed",
     "direct": "+ LoRA trained on the original itself",

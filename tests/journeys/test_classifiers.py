@@ -69,8 +69,8 @@ def test_the_original_keeps_its_norm_when_an_adapter_replaces_it(tmp_path: Path)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "the quick brown fox"}))
     random_adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["norm"])
     alone = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl").results[0]
-    beside = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl", adapters=[tmp_path / "a"]).results
-    assert beside[0].loss == alone.loss != beside[1].loss
+    both = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl", adapters=[tmp_path / "a"]).results
+    assert both[0].loss == alone.loss != both[1].loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,12 +13,12 @@ from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
 RESUME = {
-    "compile": "finished layers are kept, run the same command again to go on",
-    "merge": "finished files are kept, run the same command again to go on",
-    "polish": "finished steps are kept, run the same command again to go on",
-    "refine": "finished layers are kept, run the same command again to go on",
-    "run": "finished steps are kept, run the same command again to go on",
-    "train": "run the same command again with --resume to go on from the last checkpoint",
+    "compile": "finished layers are kept, run the same command again to continue",
+    "merge": "finished files are kept, run the same command again to continue",
+    "polish": "finished steps are kept, run the same command again to continue",
+    "refine": "finished layers are kept, run the same command again to continue",
+    "run": "finished steps are kept, run the same command again to continue",
+    "train": "run the same command again with --resume to continue from the last checkpoint",
 }
 
 

@@ -161,7 +161,7 @@ REFUSED_ARGS = {
     ),
     **dict.fromkeys(("eval_strategy", "do_eval", "load_best_model_at_end"), "score with `onelayer evaluate` instead"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the finished adapter yourself"),
-    "model_init_kwargs": "the emulator is loaded as it is",
+    "model_init_kwargs": "the emulator is loaded unchanged",
     "trust_remote_code": "remote code is never run",
 }
 
