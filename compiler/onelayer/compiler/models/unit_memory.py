@@ -110,11 +110,11 @@ class CompiledShape:
         return max(self._solver_bytes(4), self._rounding_bytes)
 
     def _solver_bytes(self, factor_value_bytes: int) -> int:
-        """Bound the solver, in float64.
+        """Bound the solver.
 
-        The weight, its product with a square root of the moment, and the eigenproblem of the narrow side with its
-        workspace; or, where the moment is of the input, what the factors leave of the weight with two products of it.
-        The basis comes twice, as does the stored factor that it becomes.
+        In float64 these are the weight, its product with a square root of the moment, and the eigenproblem of the
+        narrow side with its workspace. If the moment is the input's, they are instead the residual of the factors and
+        two products of it. The basis exists twice, and so does the stored factor made from it.
         """
         rows, columns, narrow = self.out_features, self.in_features, self.narrow
         product = 8 * rows * columns if rows > columns else 0
@@ -126,8 +126,8 @@ class CompiledShape:
     def _rounding_bytes(self) -> int:
         """Bound the quantization of its factors, in float64, next to the factors themselves in float32.
 
-        Two matrices like the weight, and each factor three times; or, where the whole weight is quantized too, four
-        matrices.
+        It takes two matrices as large as the weight, and each factor three times. If the whole weight is quantized
+        too, that takes four matrices.
         """
         matrix = 8 * self.out_features * self.in_features
         factors = (self.rank or 0) * (self.out_features + self.in_features)

@@ -1,4 +1,4 @@
-"""The commands of `onelayer`, put together: each lies with its kin in a file of `cli/` and calls the Python API once.
+"""The `onelayer` command, assembled from its commands; each calls the Python API once.
 
 The commands decide nothing. What they call is imported when they run, so that help and dry runs are quick.
 """
@@ -35,7 +35,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""Predicts what every pass over the original holds on the device at its peak, from shapes alone. Torch-free."""
+"""Predicts the device peak of every pass over the original, from shapes alone. Torch-free."""
 
 from onelayer.compiler.correct.candidates import CANDIDATES
 from onelayer.compiler.factors.ranks import Allocation, rank_for
@@ -21,15 +21,16 @@ from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShape
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_bytes, values_at
 
-# With ranks by spectrum layers take unequal shares: the largest was measured to train up to 1.16 times its own
-# (manifests/LOG.md); half as much again is planned for.
+# With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
+# (manifests/LOG.md), so the planner allows 1.5 times.
 SPECTRUM_MARGIN = 1.5
 
 
 def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[str, int]:
-    """Predict bytes by pass, in the order in which they run; a refinement that does not run takes none.
+    """Predict bytes by pass, in running order. A refinement that does not run takes none.
 
-    `compile` takes `planned.compile_tokens` at once, `refine` its `refine_tokens`, `correct` its `scored_tokens`.
+    Tokens at once are `planned.compile_tokens` for `compile`, `refine_tokens` for `refine` and `scored_tokens` for
+    `correct`.
     """
     compiled = planned.max_length if planned.compile_tokens is None else planned.compile_tokens
     refined = planned.max_length if planned.refine_tokens is None else planned.refine_tokens
@@ -45,7 +46,10 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
 
 
 def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
-    """Bound a correction with a given limit, of an adapter on every linear; one without a rank is quantized whole."""
+    """Bound a correction with a given limit, for an adapter on every linear.
+
+    A linear without a rank is quantized whole.
+    """
 
     def shape(linear: LinearShape) -> CorrectedShape:
         rows, columns = linear.out_features, linear.in_features
@@ -58,14 +62,14 @@ def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
 def chosen_correct_bytes(
     shapes: ModelShapes, ratio: float, lora_rank: int, batch_tokens: int, on_gpu: bool = True
 ) -> int:
-    """Bound a correction that held-out text chooses: an evaluation, and every candidate's weights of the adapter."""
+    """Bound a correction chosen by held-out text: an evaluation plus the adapter weights of every candidate."""
     factors = [[values_at(linear, ratio) for linear in block.compressible] for block, _ in shapes.kinds]
     tried = trial_bytes(len(CANDIDATES), lora_parameters(shapes, lora_rank), factors, on_gpu)
     return evaluate_bytes(shapes, batch_tokens) + tried
 
 
 def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
-    """Bound an evaluation on the card, `batch_tokens` at once."""
+    """Bound an evaluation on the device, with `batch_tokens` at once."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
 
@@ -73,10 +77,10 @@ def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
 def refine_bytes(
     shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation, on_gpu: bool = True
 ) -> int:
-    """Bound a refinement on the card: the block that is refined, and its factors while they are trained.
+    """Bound a refinement on the device: the block that is refined, plus its factors while they are trained.
 
-    It is a bound with uniform ranks. By spectrum a block may hold more than its share, up to its weights;
-    `SPECTRUM_MARGIN` is then a guess, and the pass itself computes its bound from the ranks.
+    With uniform ranks this is a true bound. With ranks by spectrum a block may hold more than its share, up to its
+    weights; `SPECTRUM_MARGIN` is then an estimate, and the pass itself computes its bound from the ranks.
     """
     margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
     costs = []
@@ -88,7 +92,7 @@ def refine_bytes(
 
 
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
-    """Bound an exact step on the card, on `tokens` at once: the block that computes and all that it needs."""
+    """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
@@ -96,7 +100,7 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
 
 
 def _width(shapes: ModelShapes, block: BlockShape) -> int:
-    """Count inputs and outputs of all matrices of a block for a token; experts once for each that it is sent to."""
+    """Sum the input and output widths of a block's matrices for one token, counting each expert that it is sent to."""
     dense = sum(linear.in_features + linear.out_features for linear in block.linears)
     if block.experts is None:
         return dense
@@ -104,12 +108,12 @@ def _width(shapes: ModelShapes, block: BlockShape) -> int:
     return dense + routed_width(shapes.experts_per_token, opened, inner, shapes.hidden)
 
 
-# What a Python process with these libraries holds before it does anything.
+# The size of a Python process that has only imported these libraries.
 PROCESS_BYTES = 500 << 20
 
 
 def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
-    """Predict the device peak of a compile: a block, its moments, and the fuller of its last batch and its solver."""
+    """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver."""
     return max(_compile_block(shapes, block, ratio, batch_tokens) for block, _ in shapes.kinds)
 
 
@@ -140,7 +144,7 @@ def compiled_shape(linear: LinearShape, ratio: float, value_bytes: int) -> Compi
 
 
 def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
-    """Predict what solving one expert takes: moments of its and of all rows, some of its rows, and the solver."""
+    """Count what one expert holds while it is solved: moments of its rows and of all tokens, some rows, the solver."""
     if block.experts is None:
         return 0
     experts = [compiled_shape(stack, ratio, shapes.value_bytes) for stack in block.experts.stacks]
@@ -153,8 +157,8 @@ def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
 def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:
     """Predict the host memory of a compile.
 
-    The process, the next block read ahead and converted, the waiting hidden states, once more those that a block's
-    experts read, and the experts' factors twice.
+    It is the process, the next block read ahead and converted, the waiting hidden states, a second copy of those that a
+    block's experts read, and their factors twice.
     """
     copies = 3 if any(block.experts is not None for block in shapes.blocks) else 2
     states = samples * max_length * shapes.hidden * copies * max(shapes.value_bytes, 2)
