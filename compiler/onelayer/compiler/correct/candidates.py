@@ -1,4 +1,4 @@
-"""The corrections that are tried where held-out data choose, and what trying them takes. Torch-free."""
+"""The corrections that are tried if held-out data choose among them. Torch-free."""
 
 from typing import Literal
 
@@ -17,15 +17,6 @@ CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
     *((*limit, 1.0) for limit in LIMITS),
     *((*limit, scale) for limit in LIMITS if limit in SCALED for scale in SCALES),
 )
-
-
-def trial_bytes(sides: int, widest_factors_bytes: int) -> int:
-    """Bound what the trials hold in addition to the stream that scores them, in bytes.
-
-    `sides`: inputs and outputs of all adapted linears, each times the adapter's rank. Every adapted linear has p, b and
-    two errors; one unit at a time has the candidates, and one linear its factors.
-    """
-    return 8 * (4 + len(CANDIDATES)) * sides + 2 * widest_factors_bytes
 
 
 class CorrectionSettings(Result):

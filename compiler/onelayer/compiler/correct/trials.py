@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from onelayer.compiler.adapters.attach import tuner_layers
 from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver, trial_bytes
+from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver
 from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
 from onelayer.compiler.data.batches import tokens_digest
@@ -33,6 +33,8 @@ from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import Scoring, scoring_workspace
 from onelayer.compiler.evaluate.variants import Run, open_scored
 from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.unit_memory import trial_bytes
 from onelayer.compiler.models.units import Unit, named_parts
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
@@ -95,9 +97,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
     ]
     best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
-    factors = (4 * rank * sum(emulator.shape(name)) for name, rank in emulator.facts.compressed.items())
-    sides = sum(item.rank * (item.in_features + item.out_features) for item in adapter.modules.values())
-    tried = trial_bytes(sides, max(factors, default=0))
+    tried = _trial_workspace(streamed, adapter, emulator, held_out.device.type == "cuda")
     workspace = scoring_workspace(streamed, batches, variants, held_out.device, spill_pool)
     return Choice(
         best=best,
@@ -107,6 +107,23 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         workspace_bytes=workspace + tried,
         bytes_read=streamed.checkpoint.bytes_read,
     )
+
+
+def _trial_workspace(streamed: StreamedModel, adapter: Adapter, emulator: Emulator, on_gpu: bool) -> int:
+    """Predict what the trials hold, from shapes alone (`trial_bytes`)."""
+    sides = sum(item.rank * (item.in_features + item.out_features) for item in adapter.modules.values())
+    factors = [[emulator.kept_values(name) for name in _tried(unit, emulator)] for unit in streamed.units]
+    return trial_bytes(len(CANDIDATES), sides, factors, on_gpu)
+
+
+def _adapted(unit: Unit) -> dict[str, LoraLayer]:
+    """Map the names of the adapted linears of a unit to PEFT's layers."""
+    return {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
+
+
+def _tried(unit: Unit, emulator: Emulator) -> list[str]:
+    """List the adapted linears of a unit that the emulator compresses, so that they are corrected."""
+    return [name for name in _adapted(unit) if name in emulator.facts.compressed]
 
 
 @dataclass
@@ -121,8 +138,8 @@ class _Trials:
     @contextmanager
     def on_unit(self, unit: Unit) -> Iterator[Run]:
         """Stream index i is variant i % variants: 0 the original, then the candidates. All is put back on exit."""
-        layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
-        compressed = {name: layer for name, layer in layers.items() if name in self.emulator.facts.compressed}
+        layers: dict[str, Any] = _adapted(unit)
+        compressed = {name: layers[name] for name in _tried(unit, self.emulator)}
         switches = tuner_layers(unit)
         adapted = compressed.values()
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
@@ -162,7 +179,7 @@ class _Trials:
     def _solve(
         self, compressed: Mapping[str, Any], factors: Mapping[str, UpDown], watch: "_Watch"
     ) -> Iterator[tuple[Any, list[Weights]]]:
-        """A' and B_c of every candidate, in float32, where the weights are."""
+        """Yield A' and B_c of every candidate, in float32, on the device of the weights."""
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
             rows, span = [linear.weight.detach()], self.gaps["span"][name]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onelayer.compiler.documents import checked_document
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, EmulatorFacts, stack_sizes, stack_tensor
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import row_bytes
+from onelayer.compiler.factors.stored_forms import kept_values, row_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
@@ -57,6 +57,10 @@ class Emulator:
         if self.facts.quantized_dtype is not None:
             return self.facts.shapes[module]
         return self.checkpoint.tensors[module + UP].shape[0], self.checkpoint.tensors[module + DOWN].shape[1]
+
+    def kept_values(self, module: str) -> int:
+        """Count the values of a module's factors, or of its whole weight if it has no factors."""
+        return kept_values(*self.shape(module), self.facts.ranks.get(module))
 
     def factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Read up (out, k) and down (k, in) of a module as training used them, or its weight (out, in) and None."""

@@ -120,14 +120,8 @@ def refine_workspace(streamed: StreamedModel, source: Emulator, batch_tokens: in
     worst = 0
     for unit in streamed.units:
         names = linears_of(unit, source)
-        values = [_values(source, name) for name in names]
+        values = [source.kept_values(name) for name in names]
         width = unit_width(streamed, unit) if names else 0
         training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu)
         worst = max(worst, training + unit.weight_bytes)
     return worst + RESERVE_BYTES
-
-
-def _values(source: Emulator, name: str) -> int:
-    out_features, in_features = source.shape(name)
-    rank = source.facts.ranks.get(name)
-    return out_features * in_features if rank is None else rank * (out_features + in_features)

@@ -12,14 +12,13 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
 from onelayer.compiler.storage.files import read_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
@@ -117,6 +116,7 @@ class Checkpoint:
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
         """Read the given rows of a matrix (n, width), in its own dtype, to the host; nothing else is read."""
+        import numpy as np
         import torch
 
         info = self.tensors[name]

@@ -1,6 +1,6 @@
-"""The commands of `onelayer`, put together: each lies with its kin in a `cli_*` file and calls the Python API once.
+"""The `onelayer` command, assembled from its commands; each calls the Python API once.
 
-Nothing is decided there, and torch is imported only by the commands that compute.
+The commands decide nothing. What they call is imported when they run, so that help and dry runs are quick.
 """
 
 from typing import Annotated
@@ -10,7 +10,7 @@ import typer
 import onelayer.runtime
 from onelayer.runtime.cli.adapters import correct, merge, polish, train
 from onelayer.runtime.cli.emulators import compile_, refine, slice_
-from onelayer.runtime.cli.models import evaluate, inspect, plan
+from onelayer.runtime.cli.models import evaluate, generate, inspect, plan
 from onelayer.runtime.cli.runs import app as artifacts_app
 from onelayer.runtime.cli.runs import run
 
@@ -31,7 +31,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -46,5 +46,6 @@ app.command()(correct)
 app.command()(polish)
 app.command()(merge)
 app.command()(evaluate)
+app.command()(generate)
 app.command()(inspect)
 app.command()(run)

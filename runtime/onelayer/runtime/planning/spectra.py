@@ -35,11 +35,11 @@ def read_spectra(emulator: Path) -> Spectra:
 
 
 def left_out(shapes: ModelShapes, ratio: float, spectra: Spectra) -> tuple[float | None, bool]:
-    """The root mean square over linears of what is left out at `ratio`, and whether it is only an upper bound."""
+    """Compute the root mean square over linears of what `ratio` leaves out, and whether it is only an upper bound."""
     squares, is_bound = [], False
     for block in shapes.blocks:
         for linear in block.compressible:
-            # Headers and modules may differ in a prefix; blocks and linears are called the same.
+            # Names in headers and in modules may differ by a prefix; those of blocks and linears are equal.
             ends = f"{block.name}.{linear.name}".split(".")[1:]
             row = next((row for name, row in spectra.items() if name.split(".")[-len(ends) :] == ends), None)
             rank = rank_for(ratio, linear.out_features, linear.in_features)
