@@ -24,7 +24,7 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "faults"},
-        {"modules", "activations", "store"},
+        {"modules", "activations", "anchors", "store"},
         {"training", "reporting"},
         {"planning"},
         {"manifest"},

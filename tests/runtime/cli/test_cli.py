@@ -29,9 +29,9 @@ OPTIONS = {
         "--output --resume --samples --seed --step-samples --steps"
     ),
     "train": (
-        "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs "
-        "--gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --output --resume --seed --target-modules"
+        "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
+        "--epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
+        "--max-length --max-steps --model --output --resume --seed --target-modules"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
     "polish": (

@@ -108,12 +108,13 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
-@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"))
+@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"), after={"model": "activation_report"})
 def train(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],
     data: Data,
     output: Output,
     *,
+    model: Annotated[str | None, typer.Option(help="The original, for --anchor-every: directory or Hub id.")] = None,
     as_json: Json = False,
     **settings: Unpack[TrainKeywords],
 ) -> None:
@@ -126,11 +127,12 @@ def train(
     Example:
       onelayer train emulator --data train.jsonl --max-steps 500 --output adapter
       onelayer train emulator --data train.jsonl --activations sublayer --activation-rank auto --output adapter
+      onelayer train emulator --model ./llama-8b --anchor-every 10 --data train.jsonl --output adapter
     """
     from onelayer.runtime import train_lora
 
     print_result(
-        lambda: train_lora(emulator, data, output, **settings),
+        lambda: train_lora(emulator, data, output, model=model, **settings),
         summary,
         as_json,
     )

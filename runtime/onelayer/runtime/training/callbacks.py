@@ -9,20 +9,35 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync, write_text
 from onelayer.runtime.training.checkpoints import COMPLETE_FILE
 
 
 class Progress(TrainerCallback):
-    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
+    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout.
+
+    Streams between steps show in the same bar. Its ETA is by the mean of all steps so far, streams included.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, at the first step of a resumed run."""
         self._bar: Any = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            disable=None,
+            leave=False,
+            smoothing=0,
         )
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """Show that a stream of the original has run `count` of its units."""
+        parts = (f"anchoring, {unit}", note, f"peak {peak_bytes / GIB:.2f} GiB")
+        self._bar.set_postfix_str(", ".join(part for part in parts if part))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""

@@ -12,8 +12,9 @@ from onelayer.compiler.data.labeled_rows import labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.checkpoint import model_digest
+from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.files import read_json
+from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,6 +87,32 @@ def read_model(directory: Path, name: str) -> TrainModel:
             "training needs"
         )
     return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
+
+
+def anchor_source(settings: TrainSettings, model: TrainModel, original: str | Path | None) -> Path | None:
+    """Return the directory of the original that anchors the model; None if training is not anchored.
+
+    Raises `InputError` if `original` is missing, superfluous, or not what the emulator was compiled from.
+    """
+    if settings.anchor_every is None:
+        if original is not None:
+            raise InputError(
+                f"--model {original}: only anchored training reads it; give --anchor-every too, or neither"
+            )
+        return None
+    if original is None:
+        raise InputError(f"--anchor-every {settings.anchor_every}: needs the original; give --model")
+    if not model.ranks:
+        raise InputError(f"{model.directory}: is no emulator, so nothing can be anchored; leave --anchor-every out")
+    if settings.lora is not None and settings.lora.get("bias", "none") != "none":
+        raise InputError("lora.bias: biases that are trained cannot be anchored; leave it or --anchor-every out")
+    directory = resolve_model(original)
+    Emulator.open(model.directory).check_original(directory)
+    if load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
+        raise InputError(
+            f"{model.directory}: its tokenizer has other tokens than that of {directory}; copy the original's files"
+        )
+    return directory
 
 
 def _snapshot_revision(directory: Path) -> str | None:

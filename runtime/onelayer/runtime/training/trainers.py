@@ -31,6 +31,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from onelayer.compiler.adapters.attach import linear_targets
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.activations.figures import SavedBytes
+from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress
 from onelayer.runtime.training.compressed_activations import TrainActivations
 from onelayer.runtime.training.inputs import TrainData, TrainModel
@@ -79,11 +80,11 @@ class _GuardedTrainer(Trainer):
         return loss
 
 
-class LoraTrainer(_GuardedTrainer, SFTTrainer):
+class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
     """The trainer for models that predict tokens."""
 
 
-class ClassTrainer(_GuardedTrainer):
+class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
@@ -103,6 +104,8 @@ def make_trainer(
         raise InputError(f"training cannot start: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.bar = Progress()
+    trainer.add_callback(trainer.bar)
     return trainer
 
 
@@ -118,7 +121,7 @@ def _token_trainer(
         train_dataset=Dataset.from_list(examples.rows),
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
-        callbacks=[Progress(), MarkComplete()],
+        callbacks=[MarkComplete()],
     )
 
 
@@ -153,7 +156,7 @@ def _class_trainer(
         data_collator=DataCollatorWithPadding(model.tokenizer),
         compute_loss_func=_class_loss,
         processing_class=model.tokenizer,
-        callbacks=[Progress(), MarkComplete()],
+        callbacks=[MarkComplete()],
     )
 
 
