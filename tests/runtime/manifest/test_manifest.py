@@ -258,3 +258,16 @@ def test_loading_a_manifest_imports_no_torch(folder: Path) -> None:
         check=True,
     )
     assert result.stdout.strip() == "set()"
+
+
+def test_anchors_are_every_so_many_steps_or_none(folder: Path) -> None:
+    assert load(folder, GOOD).training("sql").anchor is None
+    anchored = GOOD.replace("train: {lora", "train: {anchor: {every: 10}, lora")
+    found = load(folder, anchored).training("sql").anchor
+    assert found is not None
+    assert (found.every, found.bits) == (10, 2)
+    assert load(folder, anchored.replace("{every: 10}", "none")).training("sql").anchor is None
+    assert "train.anchor.bits" in complaint(folder, anchored.replace("every: 10", "every: 10, bits: 3"))
+    assert "train.anchor.every" in complaint(folder, anchored.replace("every: 10", "every: 0"))
+    lone = anchored.replace("emulator: {calibration: {data: mix.jsonl}}", "")
+    assert "train.anchor: there is no emulator" in complaint(folder, lone)

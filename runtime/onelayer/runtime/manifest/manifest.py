@@ -58,7 +58,11 @@ class Manifest(Seeded, Section):
         merged = {**self.train.args, **task.args}
         args = {name: value for name, value in merged.items() if value is not None}
         return Training(
-            lora=lora, activations=activations, args=args, max_length=task.max_length or self.train.max_length
+            lora=lora,
+            activations=activations,
+            anchor=self.train.anchor,
+            args=args,
+            max_length=task.max_length or self.train.max_length,
         )
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
@@ -87,6 +91,7 @@ def load_manifest(path: str | Path) -> Manifest:
         faults += faults_of(error, Manifest, document)
     else:
         faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _impossible_ratios(manifest)
+        faults += _nothing_to_anchor(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest._path = path.resolve()
@@ -109,6 +114,13 @@ def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
         for name, task in manifest.tasks.items()
         if manifest.correct.limit == "auto" and task.validation is None
     ]
+
+
+def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
+    """A fault if the original is trained itself, which needs no anchors."""
+    if manifest.train.anchor is None or manifest.emulator is not None:
+        return []
+    return [(("train", "anchor"), "there is no emulator, add one or leave the anchor out")]
 
 
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:

@@ -27,6 +27,7 @@ from onelayer.runtime.manifest.values import (
 )
 from onelayer.runtime.training.settings import (
     ActivationRank,
+    AnchorBits,
     Dropout,
     LoraAlpha,
     LoraFields,
@@ -127,11 +128,22 @@ class Activations(Section):
     rank: ActivationRank = TrainSettings.default("activation_rank")
 
 
+class Anchor(Section):
+    """How each layer of the emulator is given what it lacks of the original's answer, on the rows trained on next.
+
+    The original streams by every `every` optimizer steps; `bits` are those of each value that is given.
+    """
+
+    every: PositiveInt
+    bits: AnchorBits = TrainSettings.default("anchor_bits")
+
+
 class Training(Lengths, Section):
-    """How an adapter is trained; `args` are SFTConfig's own arguments."""
+    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors."""
 
     lora: Lora = Lora()
     activations: Activations = Activations()
+    anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
     args: dict[str, Any] = Field(default={})
 
 

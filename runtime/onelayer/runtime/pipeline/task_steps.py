@@ -156,13 +156,18 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     """Train on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
     training = manifest.training(task)
     model, data = model_source(manifest), Source(manifest.tasks[task].train)
+    anchored = training.anchor is not None and not direct
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler.storage.checkpoint import resolve_model
         from onelayer.runtime import train_lora
 
-        base = resolve_model(model.text, model.revision) if direct else inputs["emulator"]
-        result = train_lora(base, data.text, output, **train_arguments(training), seed=manifest.seed, resume=True)
+        original = resolve_model(model.text, model.revision) if direct or anchored else None
+        base = original if direct else inputs["emulator"]
+        assert base is not None
+        anchors = {**anchor_arguments(training), "model": original} if anchored else {}
+        settings = {**train_arguments(training), **anchors, "seed": manifest.seed, "resume": True}
+        result = train_lora(base, data.text, output, **settings)
         return result.model_dump(mode="json")
 
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
@@ -174,8 +179,12 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
     if direct:
         return Step(f"{task}.direct", "train", execute, fields, {"model": model, "train data": data}, task=task)
+    sources = {"train data": data}
+    if anchored:  # left out otherwise, like activations
+        fields["anchor"] = anchor_arguments(training)
+        sources["model"] = model
     needs = {"emulator": emulator_step(manifest, task)}
-    return Step(f"{task}.train", "train", execute, fields, {"train data": data}, needs=needs, task=task)
+    return Step(f"{task}.train", "train", execute, fields, sources, needs=needs, task=task)
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:
@@ -205,6 +214,11 @@ def train_arguments(training: Training) -> dict[str, Any]:
         "lora": _further_lora_fields(training.lora),
         "args": dict(training.args),
     }
+
+
+def anchor_arguments(training: Training) -> dict[str, Any]:
+    """Turn the anchors of a training section into keyword arguments of `train_lora`."""
+    return {} if training.anchor is None else {f"anchor_{name}": value for name, value in training.anchor}
 
 
 def _further_lora_fields(lora: Lora) -> dict[str, Any]:
