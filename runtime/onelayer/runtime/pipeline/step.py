@@ -1,6 +1,6 @@
-"""What a step is, and what it reads of the user's: models and data sets, with the digests of what they hold now.
+"""Defines a step and its sources: the user's models and data sets, with the digests of their present content.
 
-Nothing here downloads. Held: nothing; a step executes only when it is asked to.
+Nothing here downloads. Held: nothing; a step executes only on request.
 """
 
 import re
@@ -14,19 +14,19 @@ from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
 from onelayer.runtime.manifest.manifest import Manifest
 
-# Files next to the weights that decide which tokens a text becomes.
+# Files next to the weights that decide how a text is tokenized.
 _TOKENIZER_FILE = re.compile(
     r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|processor|preprocessor).*"
     r"|.*\.(model|tiktoken|jinja)"
 )
 
-# Executes a step: the payload folders of the steps it needs, and the folder to fill.
+# The function that executes a step, given the payload folders of the steps it needs and the folder to fill.
 Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something of the user's that a step reads: the model, or one data set."""
+    """An input from the user that a step reads: the model, or one data set."""
 
     text: str  # an absolute path or a Hub id
     is_model: bool = False
@@ -41,10 +41,10 @@ class Source:
 class Step:
     """One piece of work. `kind` names its record in `STEP_KINDS`.
 
-    `fields`, the digests of `sources` and those of the steps in `needs` enter its key. `needs` maps what an input is
-    for to the step it comes from; a step in `optional` may fail. `ratio` gives the ratio of the emulator that a compile
-    makes; it may read the original's headers. `passes` are settings that change no result, but how interrupted work is
-    taken up.
+    `fields`, the digests of `sources` and those of the steps in `needs` enter its key. `needs` maps the role of an
+    input to the step it comes from; a step in `optional` may fail. `ratio` returns the ratio of the emulator that a
+    compile makes, and may read the original's headers. `passes` are settings that change no result, only how
+    interrupted work resumes.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Step:
     passes: Mapping[str, Any] = field(default_factory=dict)
 
     def begun_with(self, inputs: Mapping[str, Path]) -> dict[str, Any]:
-        """List what work on this step depends on besides its key: where its inputs lie, and its passes."""
+        """List what work on this step depends on in addition to its key: the paths of its inputs, and its passes."""
         return {
             "sources": {role: source.text for role, source in self.sources.items()},
             "inputs": {role: str(path) for role, path in inputs.items()},
@@ -73,15 +73,15 @@ def model_source(manifest: Manifest) -> Source:
 
 
 def source_digests(steps: Iterable[Step]) -> dict[Source, str | None]:
-    """Digest everything of the user's that the steps read, each once."""
+    """Digest every source that the steps read, each once."""
     sources = dict.fromkeys(source for step in steps for source in step.sources.values())
     return {source: source_digest(source) for source in sources}
 
 
 def source_digest(source: Source) -> str | None:
-    """Digest what a source holds now; None for a Hub model that is not downloaded yet.
+    """Digest the present content of a source; None for a Hub model that is not downloaded yet.
 
-    A data set of the Hub counts by its name: a change of its content is not seen.
+    A data set on the Hub is identified by its name alone, so a change of its content goes unnoticed.
     """
     if source.is_model:
         directory = model_directory(source)
@@ -96,7 +96,7 @@ def source_digest(source: Source) -> str | None:
 
 
 def directory_digest(directory: Path) -> str:
-    """Digest all of a model directory that decides results: weights, config.json, tokenizer and chat templates."""
+    """Digest the files of a model directory that decide results: weights, config.json, tokenizer and chat templates."""
     names = (path.relative_to(directory) for path in directory.rglob("*") if _TOKENIZER_FILE.fullmatch(path.name))
     files = {name.as_posix(): file_digest(directory / name) for name in names if (directory / name).is_file()}
     return sha256_json({"model": model_digest(directory), "tokenizer": files})

@@ -1,13 +1,13 @@
-"""The checkpoints of a training that was interrupted: which are complete, and when they are taken up.
+"""Finds the checkpoint to resume an interrupted training from, among those that are complete.
 
-The trainer writes them to `.NAME.training` next to the output. Torch-free.
+The trainer writes checkpoints to `.NAME.training` next to the output. Torch-free.
 """
 
 from pathlib import Path
 
 from onelayer.compiler.storage.work_directory import WorkKind
 
-# Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks usable.
+# Written last into a checkpoint. Without it, a kill in the middle of saving would leave one that looks complete.
 COMPLETE_FILE = "complete"
 COMPLETE_CHECKPOINTS = f"checkpoint-*/{COMPLETE_FILE}"
 TRAINING_WORK = WorkKind(
