@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
+from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth
 

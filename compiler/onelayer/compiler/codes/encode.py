@@ -1,7 +1,7 @@
 """A weight and the moments of its inputs in, codes out, and back. Pure.
 
-W ~ scale * C[codes]: `width` neighbors in a row of W (out, in) are one row of the codebook C (256, width) times a scale.
-Columns are coded in order, and the columns to the right make up for the error of those on the left, as GPTQ does
+W ~ scale * C[codes]: `width` neighbors in a row of W (out, in) are one row of the codebook C (256, width) times a
+scale. Columns are coded in order, and the columns to the right make up for the error of those on the left, as GPTQ does
 (arXiv 2210.17323) with codebooks of vectors (arXiv 2402.15319). Shape letters: O outputs, I inputs, d code width.
 """
 
@@ -30,7 +30,7 @@ class Coded:
     codebook: torch.Tensor
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes and scales as rows of bytes, and the codebook as rows of bytes: no cast of a model changes them."""
+        """Return codes with scales, and the codebook, as rows of bytes, which no cast of a model changes."""
         rows = torch.cat([self.codes, self.scales.contiguous().view(torch.uint8)], dim=1)
         return rows, self.codebook.contiguous().view(torch.uint8)
 
@@ -91,7 +91,7 @@ def _feedback(known: torch.Tensor, size: int) -> torch.Tensor:
     damped = known / mean if mean > 0 else torch.zeros_like(known)
     damped = damped + DAMPING * torch.eye(len(known), dtype=torch.float64, device=known.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
     if size == len(upper):
         return upper
     padded = FREE * torch.eye(size, dtype=upper.dtype, device=upper.device)

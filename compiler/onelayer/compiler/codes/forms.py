@@ -16,6 +16,8 @@ CODEBOOK_ROWS, ENTRY_BYTES = 256, 2
 # At most this many neighbors in a row share one bfloat16 scale, and the moments of the inputs are kept for as many at a
 # time. Longer rows are split into equal groups, of a multiple of all code widths.
 LONGEST_GROUP, GROUP_STEP = 4096, 120
+# Moments of the gradients at a linear's outputs are kept in diagonal blocks of this many.
+OUTPUT_BLOCK = 64
 # The factors of a residual are stored in this dtype.
 RESIDUAL_DTYPE: FactorDtype = "nf4"
 # Codes take as many bits as leave this many bits a value for the low-rank part (manifests/LOG.md, codes).

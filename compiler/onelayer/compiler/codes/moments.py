@@ -1,14 +1,14 @@
 """Second moments on both sides of a linear, in blocks along the diagonal, so that neither grows with the square.
 
-Input side: H = X^T X in blocks of `group_size` features. Output side: G, of the gradients of the loss at the outputs, in
-blocks of 64, which nearly equals the whole (manifests/LOG.md, codes). Shape letters: N rows (tokens), F features.
+Input side: H = X^T X in blocks of `group_size` features. Output side: G, of the gradients of the loss at the outputs,
+in blocks of 64, which nearly equals the whole (manifests/LOG.md, codes). Shape letters: N rows (tokens), F features.
 """
+
+import copy
 
 import torch
 
 from onelayer.compiler.codes.forms import group_size
-
-OUTPUT_BLOCK = 64
 
 
 class BlockGram:
@@ -35,13 +35,11 @@ class BlockGram:
             x_NF = x_NF[keep_N]
         self.blocks += block_products(x_NF, self.block)
 
-    def like(self) -> "BlockGram":
-        """Return an empty one of the same shape."""
-        return BlockGram(self.features, self.device, self.block)
-
-    def without(self, part: "BlockGram") -> "BlockGram":
-        """Return this one without the rows of `part`."""
-        rest = self.like()
+    def without(self, x: torch.Tensor) -> "BlockGram":
+        """Return this one without the rows of `x` (..., F)."""
+        part = BlockGram(self.features, self.device, self.block)
+        part.add(x)
+        rest = copy.copy(self)
         rest.blocks = self.blocks - part.blocks
         rest.rows, rest.dropped_rows = self.rows - part.rows, self.dropped_rows - part.dropped_rows
         return rest

@@ -1,10 +1,10 @@
 """What codes leave of a weight, and moments of both sides, in; the best thin factors, quantized, out. Pure.
 
-R = W - scale * C[codes] (out x in). Wanted: the rank-k `up down` that minimizes ||G^1/2 (R - up down) H^1/2||_F, where H
-are the second moments of the inputs and G those of the loss's gradients at the outputs: to first order, this is the error
-of what flows back as well as of what flows forward. With U the leading left singular vectors of G^1/2 R H^1/2, it is
-up = G^-1/2 U, down = U^T G^1/2 R, so H is never inverted. Without G, the error of the outputs alone counts.
-Shape letters: O outputs, I inputs, k rank, B blocks of b.
+R = W - scale * C[codes] (out x in). Wanted: the rank-k `up down` that minimizes ||G^1/2 (R - up down) H^1/2||_F, where
+H are the second moments of the inputs and G those of the loss's gradients at the outputs: to first order, this is the
+error of what flows back as well as of what flows forward. With U the leading left singular vectors of G^1/2 R H^1/2, it
+is up = G^-1/2 U, down = U^T G^1/2 R, so H is never inverted. Without G, the error of the outputs alone counts. Shape
+letters: O outputs, I inputs, k rank, B blocks of b.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ TOLERANCE, WORTHWHILE_SHARE = 1e-3, 0.6
 
 @dataclass(frozen=True)
 class Sides:
-    """Factors of both moments as blocks (B, b, b): H = S S^T, and the symmetric roots G^1/2 and G^-1/2 if G is known."""
+    """Both moments as blocks (B, b, b): H = S S^T, and the symmetric roots G^1/2 and G^-1/2 if G is known."""
 
     H: torch.Tensor
     S: torch.Tensor
@@ -34,21 +34,25 @@ class Sides:
     inverse_root: torch.Tensor | None
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, outputs: torch.Tensor | None, out_features: int) -> "Sides":
-        """Factor the moments of the inputs and, if known, of the gradients at the outputs."""
+    def of_inputs(cls, inputs: torch.Tensor) -> "Sides":
+        """Factor the moments of the inputs."""
         H = _damped(inputs, DAMPING["input"])
         S, failed = torch.linalg.cholesky_ex(H)
         if failed.any():
             values, vectors = torch.linalg.eigh(H)
             S = vectors * values.clamp_min(0.0).sqrt()[:, None]
+        return cls(H.float(), S.float(), None, None, None)
+
+    def with_outputs(self, outputs: torch.Tensor | None, out_features: int) -> "Sides":
+        """Factor the moments of the gradients at the outputs too, unless there are none."""
         if outputs is None or not outputs.diagonal(dim1=1, dim2=2).sum() > 0:
-            return cls(H.float(), S.float(), None, None, None)
+            return self
         G = _damped(outputs, DAMPING["output"], out_features)
         values, vectors = torch.linalg.eigh(G)
         roots = values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
         root = (vectors * roots[:, None]) @ vectors.transpose(1, 2)
         inverse = (vectors / roots[:, None]) @ vectors.transpose(1, 2)
-        return cls(H.float(), S.float(), G.float(), root.float(), inverse.float())
+        return Sides(self.H, self.S, G.float(), root.float(), inverse.float())
 
     def on_left(self, blocks: torch.Tensor | None, M: torch.Tensor) -> torch.Tensor:
         """Multiply M (O, n) from the left by symmetric blocks of the output side; M itself if G is not known."""

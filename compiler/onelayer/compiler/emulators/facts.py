@@ -42,8 +42,9 @@ class EmulatorFacts(BaseModel):
 
     If the factors are quantized, `shapes` holds (out, in) of every compressed module, modules in `quantized_dense` keep
     their whole weight, and all are used in `unpacked_dtype`. `stacks` are the compressed stacks of experts by the name
-    of the parameter. `codes` are the code widths of modules whose weight is coded; those of them that are in `ranks` have
-    residual factors too. An emulator with stacks has format version 2, one with codes 3; older readers refuse them.
+    of the parameter. `codes` are the code widths of modules whose weight is coded; those of them that are in `ranks`
+    have residual factors too. An emulator with stacks has format version 2, one with codes 3; older readers refuse
+    them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -96,7 +97,10 @@ class EmulatorFacts(BaseModel):
             return {DENSE: (out_features, row_bytes(in_features, factor_dtype))}
         sizes: dict[str, tuple[int | None, int | None]] = {}
         if rank is not None:
-            sizes = {UP: (rank, row_bytes(out_features, factor_dtype)), DOWN: (rank, row_bytes(in_features, factor_dtype))}
+            sizes = {
+                UP: (rank, row_bytes(out_features, factor_dtype)),
+                DOWN: (rank, row_bytes(in_features, factor_dtype)),
+            }
         if (width := self.codes.get(module)) is not None:
             sizes[CODES] = (out_features, code_row_bytes(in_features, width))
             sizes[CODEBOOK] = (CODEBOOK_ROWS, ENTRY_BYTES * width)

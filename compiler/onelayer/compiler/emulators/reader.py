@@ -141,7 +141,9 @@ def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint
             tensor = checkpoint.tensors.get(module + ending)
             shape = () if tensor is None else tensor.shape
             if len(shape) != 2 or any(size not in (None, real) for size, real in zip(sizes, shape, strict=True)):
-                what = f"factors of rank {rank} (config.json, ranks)" if ending in (UP, DOWN) else "its quantized weight"
+                what = (
+                    f"factors of rank {rank} (config.json, ranks)" if ending in (UP, DOWN) else "its quantized weight"
+                )
                 raise InputError(f"{directory}: module {module!r} lacks {what}; restore it")
     for stack, stack_facts in facts.stacks.items():
         for ending, stack_shape in stack_sizes(stack_facts, factor_dtype).items():
