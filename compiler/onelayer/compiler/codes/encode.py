@@ -67,8 +67,8 @@ def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth) -> Coded:
     codes = torch.empty(len(W), left.shape[1] // width, dtype=torch.uint8, device=W.device)
     for index, known in enumerate(moments):
         start = index * block
-        stop = min(start + block, left.shape[1])
         end = min(start + block, in_features)
+        stop = left.shape[1] if end == in_features else end
         feedback = _feedback(known[: end - start, : end - start], stop - start)
         scale = scales[:, index : index + 1].to(torch.float32)
         _encode_block(left[:, start:stop], scale, feedback, codebook, codes[:, start // width :])

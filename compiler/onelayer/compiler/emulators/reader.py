@@ -23,6 +23,8 @@ from onelayer.compiler.storage.files import read_json
 if TYPE_CHECKING:
     import torch
 
+    from onelayer.compiler.codes.encode import Coded
+
 
 @dataclass(frozen=True)
 class Emulator:
@@ -73,24 +75,36 @@ class Emulator:
         read = self.checkpoint.read
         if self.facts.quantized_dtype is None:
             return read(module + UP), read(module + DOWN)
-        held = {ending: read(module + ending) for ending in self.facts.linear_sizes(module)}
         if module in self.facts.codes:
-            return self._decoded(held, self.facts.shapes[module]), None
+            return self._decoded(module), None
+        held = {ending: read(module + ending) for ending in self.facts.linear_sizes(module)}
         return self._dequantized(held, self.facts.shapes[module])
 
-    def _decoded(self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]) -> "torch.Tensor":
+    def coded(self, module: str) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
+        """Read the codes of a coded module, and its residual factors up (out, k) and down (k, in) if it has any."""
+        from onelayer.compiler.codes.encode import unpacked
+
+        held = {ending: self.checkpoint.read(module + ending) for ending in self.facts.linear_sizes(module)}
+        shape = self.facts.shapes[module]
+        codes = unpacked(held[CODES], held[CODEBOOK], shape[1])
+        if UP not in held:
+            return codes, None
+        up, down = self._dequantized(held, shape)
+        assert down is not None
+        return codes, (up, down)
+
+    def _decoded(self, module: str) -> "torch.Tensor":
         """Compute the weight (out, in) of a coded module, residual factors included."""
         import torch
 
-        from onelayer.compiler.codes.encode import decode, unpacked
+        from onelayer.compiler.codes.encode import decode
 
+        codes, residual = self.coded(module)
         dtype = getattr(torch, str(self.facts.unpacked_dtype))
-        weight = decode(unpacked(held[CODES], held[CODEBOOK], shape[1]), shape[1], dtype)
-        if UP not in held:
+        weight = decode(codes, self.facts.shapes[module][1], dtype)
+        if residual is None:
             return weight
-        up, down = self._dequantized(held, shape)
-        assert down is not None
-        return (weight.float() + up.float() @ down.float()).to(dtype)
+        return (weight.float() + residual[0].float() @ residual[1].float()).to(dtype)
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
         """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""

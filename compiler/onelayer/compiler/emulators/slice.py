@@ -82,13 +82,14 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
     source = Emulator.open(emulator)
+    if source.facts.codes:
+        raise InputError(f"{source.directory}: holds codes, which cannot be sliced; compile a smaller emulator")
     figures, _ = _read_figures(source)
     if ratio > (stored := figures.settings.ratio):
         raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
     factored = [item for item in figures.compressed if item.form == "factors"]
     if not factored:
-        kind = "codes" if source.facts.codes else "whole weights"
-        raise InputError(f"{source.directory}: holds {kind}, which cannot be sliced; compile a smaller emulator")
+        raise InputError(f"{source.directory}: holds whole weights, which cannot be sliced; compile a smaller emulator")
     ranks = {item.name: rank_for(ratio, *_shape(item, source)[-2:]) or item.rank for item in factored}
     _check_worth(source, figures, ratio, ranks)
     return slice_to_ranks(emulator, ranks, output, {"ratio": ratio})

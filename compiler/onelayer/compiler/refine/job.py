@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.machine.console import StopRequest
@@ -20,9 +21,10 @@ from onelayer.compiler.models.linears import unit_linears, unit_width
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES, training_bytes
 from onelayer.compiler.models.units import Unit
-from onelayer.compiler.refine.reconstruction import Call, TrainedLinear, refine_unit
+from onelayer.compiler.refine.reconstruction import Call, refine_unit
 from onelayer.compiler.refine.resume import RefineWork
 from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.trained_linears import trained_linear
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
@@ -89,7 +91,7 @@ class RefinePass(Stream):
     def _train(self, unit: Unit, calls: list[Call]) -> None:
         names = {name.removeprefix(f"{unit.name}."): name for name in linears_of(unit, self.source)}
         linears = {
-            path: TrainedLinear(self.source, name, self.streamed.dtype, self.device) for path, name in names.items()
+            path: trained_linear(self.source, name, self.streamed.dtype, self.device) for path, name in names.items()
         }
         before, after = refine_unit(unit, linears, calls, self.pace, self.meter)
         stored = {
@@ -130,4 +132,7 @@ def refine_workspace(streamed: StreamedModel, source: Emulator, batch_tokens: in
 def _values(source: Emulator, name: str) -> int:
     out_features, in_features = source.shape(name)
     rank = source.facts.ranks.get(name)
-    return out_features * in_features if rank is None else rank * (out_features + in_features)
+    factors = 0 if rank is None else rank * (out_features + in_features)
+    if (width := source.facts.codes.get(name)) is not None:
+        return factors + CODEBOOK_ROWS * width + out_features * -(-in_features // group_size(in_features))
+    return factors or out_features * in_features

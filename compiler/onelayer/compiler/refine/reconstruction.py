@@ -14,62 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
-from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
-from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, replaced_forwards
 from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.trained_linears import TrainedLinear
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, differentiable, rerun
-
-
-class TrainedLinear:
-    """What stands for one linear's weight. `masters` by ending: up (k, out) and down (k, in), or the whole (out, in).
-
-    Products use the masters as `round` last found them in the form in which they are stored, and leave gradients
-    there; `hand_gradients` gives them to the masters as if nothing had been rounded (straight-through estimator,
-    arXiv 1308.3432).
-    """
-
-    def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        first, second = emulator.factors(name)
-        found = {DENSE: first} if second is None else {UP: first.T, DOWN: second}
-        self.factor_dtype, self.dtype = emulator.facts.quantized_dtype, dtype
-        self.masters = {ending: factor.to(device, torch.float32).contiguous() for ending, factor in found.items()}
-        self.rounded: dict[str, torch.Tensor] = {}
-        self.round()
-
-    def round(self) -> None:
-        """Take the masters over as they are now."""
-        factor_dtype, dtype = self.factor_dtype, self.dtype
-        for ending, master in self.masters.items():
-            found = (
-                master.to(dtype)
-                if factor_dtype is None
-                else dequantize_matrix(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
-            )
-            self.rounded[ending] = found.float().detach().requires_grad_()
-
-    def hand_gradients(self) -> None:
-        """The gradients of what products used since the last `round` become those of the masters."""
-        for ending, master in self.masters.items():
-            master.grad = self.rounded[ending].grad
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """(N, in) -> (N, out), as the emulator computes it."""
-        used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
-        y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors as an emulator holds them, by the ending of their names."""
-        if self.factor_dtype is not None:
-            return {ending: quantize_matrix(master, self.factor_dtype) for ending, master in self.masters.items()}
-        return {
-            ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
-            for ending, master in self.masters.items()
-        }
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class EmulatorConfig(QuantizationConfigMixin):
         factor_dtype: str | None = None,
         unpacked_dtype: str | None = None,
         quantized_dense: Sequence[str] = (),
-        codes: Mapping[str, Any] | None = None,
         stacks: Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
         **provenance: Any,
@@ -71,7 +70,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.weights_file = weights_file
         self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
         self.quantized_dense = list(quantized_dense)
-        self.codes, self.stacks = dict(codes or {}), dict(stacks or {})
+        self.codes, self.stacks = dict(provenance.pop("codes", {})), dict(stacks or {})
         vars(self).update(provenance)
 
     def to_dict(self) -> dict[str, Any]:
