@@ -1,4 +1,4 @@
-"""What stands for one linear's weight while its unit is refined: masters in float32, used as they will be stored."""
+"""The trainable replacements of the linears of a unit: masters in float32, used as they will be stored."""
 
 import torch
 
@@ -10,10 +10,11 @@ from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matri
 
 
 class TrainedLinear:
-    """What stands for one linear's weight. `masters` by ending: up (k, out) and down (k, in), or the whole (out, in).
+    """The trainable replacement of one linear's weight.
 
-    Products use the masters as `round` last found them in the form in which they are stored, and leave gradients
-    there; `hand_gradients` gives them to the masters as if nothing had been rounded (straight-through estimator,
+    `masters` are float32, by ending: up (k, out) and down (k, in), or the whole weight (out, in). Products use the
+    masters as `round` last rounded them to their stored form, and gradients arrive at the rounded values.
+    `hand_gradients` passes these gradients to the masters as if nothing had been rounded (straight-through estimator,
     arXiv 1308.3432).
     """
 
@@ -32,7 +33,7 @@ class TrainedLinear:
         return {DENSE: first} if second is None else {UP: first.T, DOWN: second}
 
     def round(self) -> None:
-        """Take the masters over as they are now."""
+        """Round the present masters to the form in which they are stored."""
         for ending, master in self.masters.items():
             self.rounded[ending] = self.as_stored(ending, master).float().detach().requires_grad_()
 
@@ -44,18 +45,18 @@ class TrainedLinear:
         return dequantize_matrix(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
 
     def hand_gradients(self) -> None:
-        """The gradients of what products used since the last `round` become those of the masters."""
+        """Give the gradients of the rounded masters, gathered since the last `round`, to the masters."""
         for ending, master in self.masters.items():
             master.grad = self.rounded[ending].grad
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """(N, in) -> (N, out), as the emulator computes it."""
+        """Multiply as the emulator does, (N, in) -> (N, out)."""
         used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
         y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
         return y if bias is None else y + bias.to(y.dtype)
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors as an emulator holds them, by the ending of their names."""
+        """Return the tensors as an emulator stores them, by the ending of their names."""
         if self.factor_dtype is not None:
             return {ending: quantize_matrix(master, self.factor_dtype) for ending, master in self.masters.items()}
         return {
@@ -85,7 +86,7 @@ class TrainedCodes(TrainedLinear):
         return super().as_stored(ending, master)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """(N, in) -> (N, out), as the emulator computes it."""
+        """Multiply as the emulator does, (N, in) -> (N, out)."""
         used = self.rounded
         codes = self.codes.to(x.device, torch.int32)
         y = coded_product(x, codes, used[CODEBOOK], used[SCALES], self.in_features)
@@ -94,7 +95,7 @@ class TrainedCodes(TrainedLinear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors as an emulator holds them, by the ending of their names."""
+        """Return the tensors as an emulator stores them, by the ending of their names."""
         masters = {ending: master.cpu() for ending, master in self.masters.items()}
         packed = Coded(self.codes, masters[SCALES].to(torch.bfloat16), masters[CODEBOOK].to(torch.bfloat16)).packed()
         assert self.factor_dtype is not None
@@ -105,6 +106,6 @@ class TrainedCodes(TrainedLinear):
 
 
 def trained_linear(emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> TrainedLinear:
-    """Return what stands for a linear of an emulator, in the form that it has there."""
+    """Return the trainable replacement of a linear, in the form that it has in the emulator."""
     kind = TrainedCodes if name in emulator.facts.codes else TrainedLinear
     return kind(emulator, name, dtype, device)
