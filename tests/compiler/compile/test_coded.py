@@ -88,7 +88,7 @@ def moments(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tens
 
 def test_figures_are_those_of_what_is_stored(source: Path, emulator: Path) -> None:
     opened, (H, G) = Emulator.open(emulator), moments(source)
-    original = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+    original: Any = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
     rows = {row["name"]: row for row in json.loads((emulator / "emulator.json").read_text())["linears"]}
     assert len(rows) == 14
     assert {row["form"] for row in rows.values()} == {"coded"}
@@ -96,9 +96,8 @@ def test_figures_are_those_of_what_is_stored(source: Path, emulator: Path) -> No
     for name, row in rows.items():
         W = original.get_submodule(name).weight.detach().double()
         E = W - opened.factors(name)[0].double()
-        assert row["error"] == pytest.approx(
-            float((((E @ H[name]) * E).sum() / ((W @ H[name]) * W).sum()) ** 0.5), 1e-3
-        )
+        forward = (((E @ H[name]) * E).sum() / ((W @ H[name]) * W).sum()) ** 0.5
+        assert row["error"] == pytest.approx(float(forward), 1e-3)
         blocks = torch.block_diag(*(G[name][at : at + 64, at : at + 64] for at in range(0, len(W), 64)))
         blocks += 1e-2 * blocks.diagonal().mean() * torch.eye(len(W))
         both = (((blocks @ E @ H[name]) * E).sum() / ((blocks @ W @ H[name]) * W).sum()) ** 0.5
@@ -107,7 +106,7 @@ def test_figures_are_those_of_what_is_stored(source: Path, emulator: Path) -> No
 
 def test_codes_with_factors_are_nearer_than_codes_alone(source: Path, emulator: Path) -> None:
     opened, (H, _) = Emulator.open(emulator), moments(source)
-    original = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+    original: Any = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
     for name in opened.facts.codes:
         W = original.get_submodule(name).weight.detach().double()
         read, width = opened.checkpoint.read, W.shape[1]
