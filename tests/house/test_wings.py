@@ -16,6 +16,7 @@ FLOORS = {
         {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
+        {"codes"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},

@@ -13,6 +13,7 @@ import torch
 
 from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
 from onelayer.compiler.emulators.directory import (
+    CODES_VERSION,
     FORMAT_VERSION,
     INDEX_FILE,
     SHIM_FILE,
@@ -144,6 +145,8 @@ class EmulatorWriter:
 
     @property
     def _version(self) -> int:
+        if any(figures.form == "coded" for figures in self.linears.values()):
+            return CODES_VERSION
         return STACKS_VERSION if self.stacks else FORMAT_VERSION
 
     def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +165,16 @@ class EmulatorWriter:
             name: {"shape": figures.shape, "rank": figures.rank if figures.form == "factors" else None}
             for name, figures in self.stacks.items()
         }
+        codes = {name: figures.code_width for name, figures in linears.items() if figures.form == "coded"}
         document["quantization_config"] = {
             "quant_method": "onelayer",
             "format_version": self._version,
-            "ranks": {name: figures.rank for name, figures in linears.items() if figures.form == "factors"},
+            "ranks": {
+                name: figures.rank for name, figures in linears.items() if figures.form != "dense" and figures.rank
+            },
             "factor_dtype": self.factor_dtype or dtype,
             **(packed if self.factor_dtype is not None else {}),
+            **({"codes": codes} if codes else {}),
             **({"stacks": stacks} if stacks else {}),
             "base_model": base["model"],
             "base_revision": base["revision"],
