@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from onelayer.compiler.emulators.directory import card
+from onelayer.compiler.emulators.directory import card, copy_beside_weights
 from onelayer.compiler.emulators.figures import ERROR_FIELDS
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.shards import write_shards
@@ -20,8 +20,8 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.results import Result
-from onelayer.compiler.storage.checkpoint import model_digest
-from onelayer.compiler.storage.files import atomic_directory, copy_companions, read_json, write_json, write_text
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.storage.files import atomic_directory, read_json, write_json, write_text
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.safetensors_writer import copy_entry, tensor_entry, write_safetensors
 from onelayer.compiler.storage.work_directory import WorkKind
@@ -45,8 +45,8 @@ class RefinedUnit(Result):
 class RefineWork:
     """The finished part of the refinement of `source`, by the position of each unit."""
 
-    def __init__(self, path: Path, source: Emulator) -> None:
-        self.path, self.source = path, source
+    def __init__(self, path: Path, source: Emulator, original: Checkpoint) -> None:
+        self.path, self.source, self.original = path, source, original
         self._finished: dict[int, tuple[RefinedUnit, dict[str, TensorInfo]]] = {}
         for file in sorted(path.glob(UNIT_PATTERN)):
             try:
@@ -72,6 +72,7 @@ class RefineWork:
         figures = RefinedUnit(name=unit.name, before=before, after=after, dropped_rows=dropped_rows)
         file = self.path / f"unit-{unit.position:05d}.safetensors"
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+        self._check_unchanged()
         write_safetensors(file, entries, {"figures": figures.model_dump_json()})
         self._finished[unit.position] = figures, read_header(file)[0]
 
@@ -91,7 +92,7 @@ class RefineWork:
             for file in source.checkpoint.files
         }
         with atomic_directory(output) as partial:
-            copy_companions(source.directory, partial)
+            copy_beside_weights(source.directory, partial)
             write_shards(partial, source, by_file, meter, "write")
             document = read_json(source.directory / FIGURES_FILE)
             document["linears"] = [
@@ -101,3 +102,8 @@ class RefineWork:
             refined_facts = {"digest": model_digest(partial), "refined": {"emulator": source.digest, **record}}
             write_json(partial / FIGURES_FILE, {**document, **refined_facts})
             write_text(partial / "README.md", card(document["base"]["model"], refined=True))
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        self.source.checkpoint.check_unchanged()
+        self.original.check_unchanged()

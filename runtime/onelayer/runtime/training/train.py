@@ -80,7 +80,7 @@ def _train_checked(
     settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
 ) -> TrainResult:
     """Find model and data, say what the run is of, and train in the work directory next to `output`."""
-    check_output(output)
+    check_output(output, emulator)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)
     directory = resolve_model(emulator)
