@@ -138,7 +138,8 @@ def test_figures_of_compressed_activations_survive(
 def test_a_second_training_to_the_same_output_is_refused(
     train: Train, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, refused = LoraTrainer.training_step, []
+    step = LoraTrainer.training_step
+    refused: list[InputError] = []
 
     def meeting(self: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
         if not refused:
