@@ -1,4 +1,4 @@
-"""The commands in a process of their own: what is imported, what values are read and how they are written."""
+"""The commands in fresh processes: what they import, which values they read and how they write them."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_text_becomes_values() -> None:
     assert parse_target_modules(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
 
 
-def test_numbers_are_written_for_people() -> None:
+def test_numbers_are_formatted_for_people() -> None:
     assert [size(n) for n in (512, 1536, 3 << 29, 5 << 40)] == ["512 B", "1.50 KiB", "1.50 GiB", "5.00 TiB"]
     assert table([("a", 1), ("bbb", None)]) == "a    1\nbbb  -"
 
@@ -42,7 +42,7 @@ def run_python(code: str, home: Path) -> str:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["run", "MANIFEST", "--dry-run"], ["artifacts", "list"]]
 )
-def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
+def test_commands_that_compute_nothing_do_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     project = write_project(tmp_path)
     arguments = [str(project) if argument == "MANIFEST" else argument for argument in arguments]
     code = f"""

@@ -1,4 +1,4 @@
-"""What the planner predicts for every pass, compared with what the pass itself promises."""
+"""The planner's prediction for every pass, compared with the pass's own promise."""
 
 import json
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ MIB = 1 << 20
 class Setup:
     """A model, its shapes as the planner reads them, its emulator, an adapter, and data.
 
-    The planner counts an adapter on every linear; `fewer` says that this one is on some of them.
+    The planner counts an adapter on every linear; with `fewer` the adapter is on some linears only.
     """
 
     model: Path
@@ -57,7 +57,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         tiny_tokenizer(root / "model")
         model = load_original(root / "model")
     task: dict[str, Any] = {"task_type": "SEQ_CLS"} if is_encoder else {}
-    # Every row has LENGTH tokens, so that the pass computes what the planner counts.
+    # Every row has LENGTH tokens, so that the pass computes as much as the planner counts.
     rows = [{"text": "the quick brown fox jumps over the lazy dog " * 4, **label}] * 4
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     compiled = compile_emulator(
@@ -70,20 +70,20 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def promised(result: Any) -> int:
-    """The bound that a pass reports."""
+    """Return the bound that a pass reports."""
     report = result.report
     return int(report.largest_unit_bytes + report.workspace_bytes)
 
 
 def test_compile(setup: Setup) -> None:
-    """The pass's bound is coarser: moments of every linear by itself, the unit that is read ahead, a reserve."""
+    """The pass's bound is coarser: separate moments for every linear, the unit that is read ahead, and a reserve."""
     planned = compile_bytes(setup.shapes, RATIO, LENGTH)
     assert planned <= promised(setup.compiled)
     assert promised(setup.compiled) - RESERVE_BYTES <= 4 * planned
 
 
 def test_refine(setup: Setup, tmp_path: Path) -> None:
-    """On a host the pass adds the unit that is read ahead, and a reserve."""
+    """On a host the pass adds the unit that is read ahead and a reserve."""
     result = refine_emulator(
         setup.emulator,
         model=setup.model,
@@ -99,7 +99,7 @@ def test_refine(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_correct(setup: Setup, tmp_path: Path) -> None:
-    """The same formula: three linears at once and all that is solved."""
+    """Both use the same formula: three linears at once and all solved factors."""
     result = correct_adapter(
         setup.adapter, emulator=setup.emulator, model=setup.model, output=tmp_path / "corrected", limit=3.0
     )
@@ -109,7 +109,7 @@ def test_correct(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_correct_chosen_by_text(setup: Setup, tmp_path: Path) -> None:
-    """The same formulas; on a host the pass also counts the batches that wait."""
+    """Both use the same formulas; on a host the pass also counts waiting batches."""
     result = correct_adapter(
         setup.adapter,
         emulator=setup.emulator,
@@ -126,14 +126,14 @@ def test_correct_chosen_by_text(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_evaluate(setup: Setup) -> None:
-    """The same formula; on a host the pass also counts the batches that wait."""
+    """Both use the same formula; on a host the pass also counts waiting batches."""
     result = evaluate_model(setup.model, setup.data, max_length=LENGTH, device="cpu")
     planned = evaluate_bytes(setup.shapes, LENGTH)
     assert planned <= promised(result) <= planned + 8 * MIB
 
 
 def test_polish(setup: Setup, tmp_path: Path) -> None:
-    """The same formula, of a card in the planner: the host's heap makes the graph count twice."""
+    """Both use the same formula, for a GPU in the planner: on a host the graph counts twice because of the heap."""
     result = polish_adapter(
         setup.adapter,
         model=setup.model,
@@ -149,11 +149,11 @@ def test_polish(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_a_correction_counts_three_linears_and_what_is_solved() -> None:
-    """By hand, ratio 0.25 and rank 8: 3 x 142 MB of the widest linears, and 168 MB of solved factors."""
+    """Computed by hand for ratio 0.25 and rank 8: 3 x 142 MB for the widest linears, and 168 MB of solved factors."""
     widest = CorrectedShape(14336, 4096, 796, 8, 2 * 14336 * 4096)
     by_hand = 16 * MIB + MIB + 8 * (796 + 6 * 8) * (14336 + 4096)
     assert widest.working_bytes == by_hand
     assert correction_bytes([widest] * 5) == 3 * by_hand + 5 * widest.solved_bytes
-    many = [widest] * 1000  # written in float32 while what is solved is still there
+    many = [widest] * 1000  # written in float32 while the solved factors still exist
     assert correction_bytes(many) == 1500 * widest.solved_bytes
     assert 3 * by_hand == pytest.approx(427e6, rel=0.01)

@@ -33,7 +33,7 @@ def measure_gaps(
 ) -> Iterator[tuple[str, Gap]]:
     """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
 
-    def place(name: str) -> tuple[Path, int]:
+    def location(name: str) -> tuple[Path, int]:
         info = streamed.checkpoint.tensors[streamed.weights.checkpoint_keys[f"{name}.weight"][0]]
         return info.file, info.start
 
@@ -43,7 +43,7 @@ def measure_gaps(
             adapter, name, rows, emulator.factors(name), is_transposed(streamed.model.get_submodule(name))
         )
 
-    ordered = sorted(names, key=place)
+    ordered = sorted(names, key=location)
     with Progress(len(ordered), "correct") as progress:
         for count, gap in enumerate(
             read_ahead((partial(work, name) for name in ordered), LINEARS_AT_ONCE, LINEARS_AT_ONCE)

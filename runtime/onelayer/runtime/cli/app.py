@@ -1,6 +1,6 @@
-"""The commands of `onelayer`, put together: each lies with its kin in a `cli_*` file and calls the Python API once.
+"""The `onelayer` command, assembled from its commands; each calls the Python API once.
 
-Nothing is decided there, and torch is imported only by the commands that compute.
+No command decides anything itself, and only those that compute import torch.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +34,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""The command `onelayer run`: a manifest in, its steps brought up to date, or with --dry-run foretold."""
+"""The command `onelayer run`, which brings a manifest's steps up to date, and `onelayer artifacts` for the store."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,18 +14,18 @@ from onelayer.runtime.store.store import ArtifactStore
 
 def run(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="YAML file; see manifests/README.md.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and why.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run, and why.")] = False,
     task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this task; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Do what a manifest asks for and is not done yet.
+    """Run the steps of a manifest that are not done yet.
 
     Results are kept in $ONELAYER_HOME (default ~/.cache/onelayer) and never made twice; report.html shows them.
 
-    \b
-    Example:
-      onelayer run manifests/demo.yaml --dry-run
-      onelayer run manifests/demo.yaml --task sql
+        \b
+        Example:
+          onelayer run manifests/demo.yaml --dry-run
+          onelayer run manifests/demo.yaml --task sql
     """
     from onelayer.runtime.manifest.manifest import load_manifest
     from onelayer.runtime.pipeline.kinds import product_kinds
@@ -58,7 +58,7 @@ def list_(as_json: Json = False) -> None:
 
 @app.command("verify")
 def verify(as_json: Json = False) -> None:
-    """Name every file that is not as it was written."""
+    """List every file that changed since it was written."""
     store = ArtifactStore()
     faults = print_result(
         lambda: [fault.model_dump(mode="json") for fault in store.verify()], summaries.faults, as_json
@@ -70,19 +70,23 @@ def verify(as_json: Json = False) -> None:
 @app.command("prune")
 def prune(
     older_than_days: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="Remove what was not used for so long.")
+        float | None,
+        typer.Option(min=0, metavar="DAYS", help="Remove artifacts that were not used for this many days."),
     ] = None,
     max_size: MaxSize = None,
     keep: Annotated[
         list[Path] | None,
-        typer.Option(metavar="MANIFEST", help="Remove all that no such manifest uses; may be repeated."),
+        typer.Option(
+            metavar="MANIFEST",
+            help="Remove all artifacts that this manifest does not use; may be repeated to keep those of several.",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove artifacts by age, size, or what manifests use.
 
-    One that a run is making or using right now always stays.
+    An artifact that a run is making or using right now always stays.
 
     \b
     Example:

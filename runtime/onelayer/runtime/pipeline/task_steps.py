@@ -1,4 +1,4 @@
-"""The steps of a task: train an adapter, correct it for the original, polish it, merge it, score it.
+"""Builds the steps of a task: train an adapter, correct it for the original, polish it, merge it, score it.
 
 Nothing here imports torch before a step executes.
 """
@@ -46,7 +46,7 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
 
 
 def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish) -> Step:
-    """Train a few exact steps on the original, from the corrected adapter on."""
+    """Train a few exact steps on the original, starting from the corrected adapter."""
     validation, max_length = manifest.tasks[task].validation, manifest.training(task).max_length
     data, settings = Source(manifest.tasks[task].train), polishing.model_dump(mode="json")
 
@@ -90,7 +90,7 @@ def merge_step(task: str, model: Source, adapter: str) -> Step:
 
 
 def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
-    """Score the original and every adapter of a task in one stream; without the direct one if that failed."""
+    """Score the original and every adapter of a task in one stream, without a direct adapter whose training failed."""
     test = manifest.tasks[task].test
     assert test is not None
     max_length = manifest.training(task).max_length
@@ -132,7 +132,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
 
 
 def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
-    """List what one task runs: training and correction, or training on the original; then what was asked for."""
+    """List the steps of one task: training and correction, or training on the original; then the optional steps."""
     model = model_source(manifest)
     steps = []
     if manifest.emulator is not None:
@@ -168,7 +168,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
     semantic = {name: value for name, value in training.args.items() if name not in NON_SEMANTIC_ARGS}
     further = _further_lora_fields(training.lora)
-    # Left out if nothing is compressed, so that results from before the field existed are found.
+    # Omitted if nothing is compressed, so that results from before the field existed are found.
     compressed = training.activations.where != "none"
     activations = {"activations": training.activations.model_dump(mode="json")} if compressed else {}
     fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
@@ -179,7 +179,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:
-    """Name the step that makes the emulator a task trains on: the common one or a slice of it, refined if asked."""
+    """Name the step that makes a task's emulator: the common one or a slice of it, refined if requested."""
     ratio, emulator = manifest.tasks[task].ratio, manifest.emulator
     refined = emulator is not None and emulator.refinement is not None
     if ratio is None:
@@ -208,5 +208,8 @@ def train_arguments(training: Training) -> dict[str, Any]:
 
 
 def _further_lora_fields(lora: Lora) -> dict[str, Any]:
-    """Return what a manifest sets of LoRA beyond the common three, without defaults: a new field keeps old keys."""
+    """Return the LoRA fields that a manifest sets beyond the common three.
+
+    Defaults are left out, so a new field keeps old keys.
+    """
     return lora.model_dump(mode="json", exclude_defaults=True, exclude={"r", "alpha", "target_modules"})

@@ -1,4 +1,4 @@
-"""Predicts what every pass over the original holds on the device at its peak, from shapes alone. Torch-free."""
+"""Predicts the device peak of every pass over the original, from shapes alone. Torch-free."""
 
 from onelayer.compiler.correct.candidates import trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
@@ -15,15 +15,16 @@ from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShape
 from onelayer.runtime.planning.sub_blocks import expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.planning.train_memory import FACTOR_BYTES, PlannedRun, expert_factor_bytes, kept_values
 
-# With ranks by spectrum layers take unequal shares: the largest was measured to train up to 1.16 times its own
-# (manifests/LOG.md); half as much again is planned for.
+# With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
+# (manifests/LOG.md), so the planner allows 1.5 times.
 SPECTRUM_MARGIN = 1.5
 
 
 def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[str, int]:
-    """Bytes by pass, in the order in which they run; a refinement that does not run takes none.
+    """Predict bytes by pass, in running order. A refinement that does not run takes none.
 
-    `compile` takes `planned.compile_tokens` at once, `refine` its `refine_tokens`, `correct` its `scored_tokens`.
+    Tokens at once are `planned.compile_tokens` for `compile`, `refine_tokens` for `refine` and `scored_tokens` for
+    `correct`.
     """
     compiled = planned.max_length if planned.compile_tokens is None else planned.compile_tokens
     refined = planned.max_length if planned.refine_tokens is None else planned.refine_tokens
@@ -38,7 +39,10 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
 
 
 def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
-    """Bound a correction with a given limit, of an adapter on every linear; one without a rank is quantized whole."""
+    """Bound a correction with a given limit, for an adapter on every linear.
+
+    A linear without a rank is quantized whole.
+    """
 
     def shape(linear: LinearShape) -> CorrectedShape:
         rows, columns = linear.out_features, linear.in_features
@@ -49,7 +53,7 @@ def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
 
 
 def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batch_tokens: int) -> int:
-    """Bound a correction that held-out text chooses: an evaluation, and every candidate's weights of the adapter."""
+    """Bound a correction chosen by held-out text: an evaluation plus the adapter weights of every candidate."""
     ranks = [
         (rank, linear)
         for block, _ in shapes.kinds
@@ -62,7 +66,7 @@ def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batc
 
 
 def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
-    """Bound an evaluation on the card, `batch_tokens` at once."""
+    """Bound an evaluation on the device, with `batch_tokens` at once."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
 
@@ -70,10 +74,10 @@ def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
 def refine_bytes(
     shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation, on_gpu: bool = True
 ) -> int:
-    """Bound a refinement on the card: the block that is refined, and its factors while they are trained.
+    """Bound a refinement on the device: the block that is refined, plus its factors while they are trained.
 
-    It is a bound with uniform ranks. By spectrum a block may hold more than its share, up to its weights;
-    `SPECTRUM_MARGIN` is then a guess, and the pass itself computes its bound from the ranks.
+    With uniform ranks this is a true bound. With ranks by spectrum a block may hold more than its share, up to its
+    weights; `SPECTRUM_MARGIN` is then an estimate, and the pass itself computes its bound from the ranks.
     """
     margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
     costs = []
@@ -85,7 +89,7 @@ def refine_bytes(
 
 
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
-    """Bound an exact step on the card, on `tokens` at once: the block that computes and all that it needs."""
+    """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
@@ -93,7 +97,7 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
 
 
 def _width(shapes: ModelShapes, block: BlockShape) -> int:
-    """Inputs and outputs of all matrices of a block for a token, of experts once for each that it is sent to."""
+    """Sum the input and output widths of a block's matrices for one token, counting each expert that it is sent to."""
     dense = sum(linear.in_features + linear.out_features for linear in block.linears)
     if block.experts is None:
         return dense
@@ -101,12 +105,12 @@ def _width(shapes: ModelShapes, block: BlockShape) -> int:
     return dense + routed_width(shapes.experts_per_token, opened, inner, shapes.hidden)
 
 
-# What a Python process with these libraries holds before it does anything.
+# The size of a Python process that has only imported these libraries.
 PROCESS_BYTES = 500 << 20
 
 
 def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
-    """Device peak of a compile: the largest block with its moments, and the fuller of its last batch and its solver."""
+    """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver."""
     return max(_compile_block(shapes, block, ratio, batch_tokens) for block, _ in shapes.kinds)
 
 
@@ -121,7 +125,7 @@ def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_t
         widest = max([widest, *sides])
     for linear in block.compressible:
         rank = rank_for(ratio, linear.out_features, linear.in_features)
-        if rank is None:  # what rounding a whole weight loses is judged in float64: three matrices
+        if rank is None:  # the rounding error of a whole weight is measured in float64: three matrices
             solver = max(solver, 3 * 8 * linear.parameters)
             factors += int(linear.parameters * FACTOR_BYTES["int8"])
         else:
@@ -136,7 +140,7 @@ def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_t
 
 
 def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
-    """One expert as it is solved: moments of its rows and of all tokens, some of its rows, and the solver."""
+    """Count what one expert holds while it is solved: moments of its rows and of all tokens, some rows, the solver."""
     if block.experts is None:
         return 0
     stacks = block.experts.stacks
@@ -149,9 +153,12 @@ def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
 
 
 def _solver_bytes(linear: LinearShape, rank: int, value_bytes: int) -> int:
-    """In addition to weight and moment, in float64: the weight, its product with a square root of the moment, and the
-    eigenproblem of the narrow side with its workspace; or, where the moment is of the input, what the factors leave of
-    the weight with two products of it. The basis comes twice, as does the stored factor that it becomes."""
+    """Count the solver's bytes in addition to weight and moment.
+
+    In float64 these are the weight, its product with a square root of the moment, and the eigenproblem of the narrow
+    side with its workspace. If the moment is the input's, they are instead the residual of the factors and two products
+    of it. The basis exists twice, and so does the stored factor made from it.
+    """
     rows, columns = linear.out_features, linear.in_features
     narrow = min(rows, columns)
     product = 8 * rows * columns if rows > columns else 0
@@ -161,8 +168,11 @@ def _solver_bytes(linear: LinearShape, rank: int, value_bytes: int) -> int:
 
 
 def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:
-    """Host memory of a compile: the process, the next block read ahead and converted, the waiting hidden states, once
-    more those that a block's experts read, and their factors twice."""
+    """Predict the host memory of a compile.
+
+    It is the process, the next block read ahead and converted, the waiting hidden states, a second copy of those that a
+    block's experts read, and their factors twice.
+    """
     copies = 3 if any(block.experts is not None for block in shapes.blocks) else 2
     states = samples * max_length * shapes.hidden * copies * max(shapes.value_bytes, 2)
     return PROCESS_BYTES + 2 * shapes.largest_block_bytes + states + 2 * expert_factor_bytes(shapes, ratio)

@@ -20,7 +20,7 @@ class ArtifactLocks:
 
     @contextlib.contextmanager
     def making(self, key: str, notify: Notify = silent) -> Iterator[None]:
-        """Hold the right to make or remove an artifact; wait, with a notice, if another run has it."""
+        """Hold the right to make or remove an artifact. If another run has it, print a notice and wait."""
         self._locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._locks / f"{key}.lock")
         if not _acquired(lock):
@@ -37,7 +37,7 @@ class ArtifactLocks:
         with self.making(key):
             file = self._root / key / METADATA
             if not file.exists():
-                raise RuntimeError(f"{file.parent} was removed in the meantime; run the command again")
+                raise RuntimeError(f"{file.parent} was removed by another process; run the command again")
             os.utime(file)  # `prune --older-than-days` counts from the last use
             mark = FileLock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
             mark.acquire()
@@ -49,7 +49,7 @@ class ArtifactLocks:
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Yield whether an artifact is free to remove: nobody makes it and nobody uses it. Never waits."""
+        """Yield whether an artifact is free to remove: no run makes or uses it. Never waits."""
         self._locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._locks / f"{key}.lock")
         if not _acquired(lock):
@@ -62,7 +62,7 @@ class ArtifactLocks:
 
 
 def _acquired(lock: FileLock) -> bool:
-    """Acquire a lock if that is possible at once."""
+    """Acquire a lock if it is free, without waiting."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -71,7 +71,7 @@ def _acquired(lock: FileLock) -> bool:
 
 
 def _abandoned(mark: Path) -> bool:
-    """Whether a use mark was left by a process that died; it is removed then."""
+    """Return whether a process that died left a use mark, and remove such a mark."""
     lock = FileLock(mark)
     if not _acquired(lock):
         return False

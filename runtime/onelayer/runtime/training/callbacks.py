@@ -1,6 +1,6 @@
-"""Callbacks of the trainers: a progress bar and complete checkpoints; and the losses in the trainers' log.
+"""Callbacks of the trainers (progress bar, complete checkpoints), and the losses in the trainers' log.
 
-Imports transformers and torch; import it where training starts.
+It imports transformers and torch, so import it only when training starts.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from onelayer.runtime.training.checkpoints import mark_complete
 
 
 class Progress(TrainerCallback):
-    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
+    """A progress bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, at the first step of a resumed run."""
+        """Open the bar, at the present step if the run is resumed."""
         self._bar: Any = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
         )
@@ -62,7 +62,7 @@ def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
 
 
 def mean_loss(history: list[dict[str, float]]) -> float:
-    """Compute the mean training loss over all steps, also those before a resume, from Trainer's log.
+    """Compute the mean training loss over all steps, including those before a resume, from Trainer's log.
 
     Each entry holds the mean since the previous entry.
     """

@@ -1,6 +1,6 @@
-"""The checkpoints of a training that was interrupted: which are complete, and when they are taken up.
+"""Finds the checkpoint to resume an interrupted training from, among those that are complete.
 
-The trainer writes them to `.NAME.training` next to the output. Torch-free.
+The trainer writes checkpoints to `.NAME.training` next to the output. Torch-free.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from onelayer.compiler.storage.work_directory import WorkKind
 from onelayer.runtime.activations.report import ActivationReport
 
 # Written last into a checkpoint, with the digest of every other file in it. Without it, a kill in the middle of saving,
-# or of removing an old checkpoint, would leave one that looks usable.
+# or of removing an old checkpoint, would leave one that looks complete.
 COMPLETE_FILE = "complete"
 COMPLETE_CHECKPOINTS = f"checkpoint-*/{COMPLETE_FILE}"
 TRAINING_WORK = WorkKind(

@@ -1,4 +1,4 @@
-"""The inputs of training: a model directory as facts, without weights; a data set as token rows with their digest."""
+"""Reads the inputs of training: facts about a model directory, without weights, and token rows with their digest."""
 
 import hashlib
 from array import array
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainModel:
-    """A model directory. `ranks` are those of its compressed modules (none in a plain model); `base` is the original.
+    """Facts about a model directory. `ranks` are those of its compressed modules (none in a plain model).
 
-    `classes` are those that it predicts; None for a causal model. `stamps` are those of its files from before they were
-    digested.
+    `base` is the original. `classes` are the classes that it predicts; None for a causal model. `stamps` are those of
+    its files from before they were digested.
     """
 
     directory: Path
@@ -51,7 +51,7 @@ class TrainModel:
 class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the number of rows without a label.
 
-    `labels` has the length of the ids, or is the one class of the text.
+    `labels` has the length of `input_ids`, or is the single class of the text.
     """
 
     rows: list[dict[str, Any]]
@@ -100,7 +100,7 @@ def _snapshot_revision(directory: Path) -> str | None:
 
 
 def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
-    """Tokenize the data. Examples without a label are left out, since they only cost time, and counted."""
+    """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled, skipped = labeled_rows(
         data,

@@ -1,8 +1,7 @@
-"""LoRA training: a directory that fits in memory (an emulator, or any plain model) and data in, an adapter out.
+"""Trains a LoRA adapter on a directory that fits in memory: an emulator, or any plain model.
 
-LoRA is PEFT's, the loop TRL's, for sequence classifiers transformers'. Everything that can be refused is refused before
-weights are read. The work directory next to the output holds the checkpoints; the adapter appears in one rename, when
-it is complete.
+LoRA is PEFT's. The loop is TRL's, and for sequence classifiers transformers'. Every check runs before weights are read.
+The work directory next to the output holds the checkpoints. The adapter appears in one rename, when it is complete.
 """
 
 import time
@@ -35,12 +34,12 @@ from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
 
 
 class TrainResult(Result):
-    """What `train_lora` did.
+    """The result of `train_lora`.
 
-    `saved_activation_bytes`: kept by autograd for one batch's backward pass, without parameters. `peak_device_bytes`:
-    on a GPU what its allocator handed out at most, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were
-    compressed, if they were. `losses`: step and mean training loss since the one before.
+    `saved_activation_bytes`: what autograd keeps for one batch's backward pass, without parameters.
+    `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
+    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were compressed,
+    if they were. `losses`: step and mean training loss since the previous entry.
     """
 
     output: str
@@ -65,12 +64,12 @@ def train_lora(
     """Train a LoRA adapter on `emulator` and write it, with its provenance, to the directory `output`.
 
     `lora` and `args` hold further fields of PEFT's LoraConfig and TRL's SFTConfig, by their own names. The head of a
-    sequence classifier is trained and saved whole, unless `lora` has an empty `modules_to_save`. `resume`
-    continues an interrupted run from its newest checkpoint, and starts over if there is none. "all-linear" leaves
-    out the head, and the experts and routers of mixtures, which are no linear modules. `activations` ("none", "layer",
-    "sublayer") are compressed to factors of `activation_rank` (a number, a share of the hidden size, or "auto", the
-    smallest that keeps the first batch's gradient) and two bits for what they leave of each value; a report measures
-    that gradient. Raises `InputError` for unusable input.
+    sequence classifier is trained and saved whole, unless `lora` has an empty `modules_to_save`. `resume` continues an
+    interrupted run from its newest checkpoint, and starts over if there is none. "all-linear" leaves out the head, and
+    the experts and routers of mixtures, which are not linear modules. `activations` ("none", "layer", "sublayer") are
+    compressed to factors of `activation_rank` plus two bits per value for their residual. The rank is a number, a share
+    of the hidden size, or "auto", the smallest that keeps the first batch's gradient. `activation_report` measures that
+    gradient. Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
     return _train_checked(TrainSettings.of(settings), emulator, data, Path(output), started)
@@ -79,7 +78,7 @@ def train_lora(
 def _train_checked(
     settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
 ) -> TrainResult:
-    """Find model and data, say what the run is of, and train in the work directory next to `output`."""
+    """Find model and data, record the choices of the run, and train in the work directory next to `output`."""
     check_output(output, emulator)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)
@@ -103,7 +102,7 @@ def _train_checked(
 
 
 def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The choices that can change the adapter; a run can go on only if all of them are the same."""
+    """List the choices that can change the adapter. A run can resume only if all of them are equal."""
     compressed = settings.activations != "none"
     return {
         "lora": fields.model_dump(mode="json"),
@@ -114,7 +113,7 @@ def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, A
 
 @dataclass(frozen=True)
 class _Run:
-    """A training whose inputs are checked, and what is recorded of it."""
+    """A training with checked inputs, and what is recorded about it."""
 
     settings: TrainSettings
     model: TrainModel
@@ -163,7 +162,7 @@ class _Run:
 
 @contextmanager
 def _global_random_state() -> Iterator[None]:
-    """Put back the states of the global generators, which Trainer seeds: a library call must not change them."""
+    """Restore the states of the global generators, which Trainer seeds: a library call must not change them."""
     import random
 
     import numpy

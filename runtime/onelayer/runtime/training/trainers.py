@@ -1,6 +1,6 @@
-"""A model, token rows and checked arguments in, a trainer with a fresh LoRA adapter attached out.
+"""Makes a trainer with a fresh LoRA adapter attached, from a model, token rows and checked arguments.
 
-Imports trl, transformers and torch; import it where training starts.
+It imports trl, transformers and torch, so import it only when training starts.
 """
 
 import math
@@ -48,7 +48,7 @@ class _GuardedTrainer(Trainer):
     activations: TrainActivations | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Start like TRL's trainer, without a warning about PEFT's use of a deprecated name, which no user can fix."""
+        """Start like TRL's trainer, but hide a warning about PEFT's use of a deprecated name, which no user can fix."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             super().__init__(*args, **kwargs)
@@ -146,22 +146,24 @@ def _token_trainer(
 def _class_trainer(
     model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
 ) -> ClassTrainer:
-    """Save the head too, as PEFT does by default; with an empty `modules_to_save` it stays unchanged."""
-    del arguments["max_length"]  # rows are truncated already
+    """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
+    del arguments["max_length"]  # rows are already truncated
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
         if name in arguments:
-            raise InputError(f"args.{name}: is for models that predict tokens, not for {model.directory}; leave it out")
+            raise InputError(
+                f"args.{name}: applies to models that predict tokens, not to {model.directory}; leave it out"
+            )
     pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
     if arguments["per_device_train_batch_size"] > 1 and (None in pads or pads[0] != pads[1]):
         raise InputError(
             f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
-            "classifier cannot tell where padded texts end; set both alike, or set batch_size to 1"
+            "classifier cannot tell where padded texts end; set both to the same id, or set batch_size to 1"
         )
     config = TrainingArguments(**arguments)
     loaded = model.load()
     set_seed(config.seed)
     if fields.modules_to_save == []:
-        excluded = fields.exclude_modules  # a pattern already says everything that is excluded
+        excluded = fields.exclude_modules  # a pattern already decides what is excluded
         if not isinstance(excluded, str):
             excluded = [*(excluded or ()), *SEQ_CLS_HEAD_NAMES]
         lora = _lora_config(loaded, fields, modules_to_save=None, exclude_modules=excluded)
@@ -179,7 +181,7 @@ def _class_trainer(
 
 
 def _class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute mean cross-entropy over the rows of a step; some models average over each micro-batch instead."""
+    """Compute mean cross-entropy over the rows of a step. Some models average over each micro-batch instead."""
     loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
