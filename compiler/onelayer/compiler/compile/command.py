@@ -41,6 +41,7 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
+from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.streaming.spill import SpillPool
 
@@ -67,8 +68,9 @@ def compile_emulator(
     `InputError` for what the caller can fix; `output` exists only once the whole emulator does.
     """
     asked, output = CompileSettings.of(settings), Path(output)
-    check_output(output)
+    check_output(output, model)
     streamed = StreamedModel(resolve_model(model, asked.revision))
+    check_companions(streamed.checkpoint.directory)
     resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)

@@ -30,7 +30,8 @@ from onelayer.compiler.models.linears import weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.storage.checkpoint import model_digest
-from onelayer.compiler.storage.files import copy_companions, write_json, write_text
+from onelayer.compiler.storage.companions import copy_companions
+from onelayer.compiler.storage.files import write_json, write_text
 from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 from onelayer.compiler.storage.safetensors_writer import Entry, tensor_entry, write_index, write_safetensors
 
@@ -140,6 +141,7 @@ class EmulatorWriter:
         stacks = [item.model_dump(mode="json") for item in self.stacks.values()]
         head = {"format_version": self._version, "kind": "emulator", "digest": digest, "base": dict(base)}
         write_text(self.directory / "README.md", card(base["model"], refined=False))
+        self.streamed.checkpoint.check_unchanged()
         write_json(self.directory / "emulator.json", {**head, **figures, "linears": linears, "stacks": stacks})
         return digest
 
@@ -185,10 +187,10 @@ class EmulatorWriter:
 
     def _write_shard(self, position: int, entries: list[Entry], **figures: Any) -> None:
         shard = f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
-        if entries:
-            write_safetensors(self.directory / shard, entries, {"format": "pt"})
+        digest = write_safetensors(self.directory / shard, entries, {"format": "pt"}) if entries else None
+        self.streamed.checkpoint.check_unchanged()
         sizes = {entry.name: entry.size_bytes for entry in entries}
-        self.work.finish_unit(UnitRecord(position=position, shard=shard, tensor_bytes=sizes, **figures))
+        self.work.finish_unit(UnitRecord(position=position, shard=shard, sha256=digest, tensor_bytes=sizes, **figures))
 
 
 def _row(stored: StoredLinear | StoredStack) -> dict[str, Any]:

@@ -85,13 +85,13 @@ def correct_adapter(
     limit = chosen_limit(asked.limit, data is not None)
     _check_limit(limit, data)
     output = Path(output)
-    check_output(output)
+    check_output(output, adapter, emulator, model)
     given, opened = Adapter.open(resolve_model(adapter)), Emulator.open(emulator)
     directory = resolve_model(model, opened.facts.base_revision)
+    streamed = StreamedModel(directory)
     checked = _check_pairs(given, opened, directory)
     held_out = None if data is None else _held_out(data, asked)
     with Meter(torch.device("cpu") if held_out is None else held_out.device) as meter:
-        streamed = StreamedModel(directory)
         modules = check_fit(given, streamed)
         _check_shapes(given, opened, directory)
         choice = None if held_out is None else score_candidates(given, opened, directory, held_out, meter)
@@ -103,6 +103,8 @@ def correct_adapter(
             record = _provenance(given, opened, base, chosen, figures, choice)
             factors = {name: _factors(given, name, solved.get(name), chosen.scale) for name in given.modules}
             write_adapter(partial, factors, source=given, base=base, provenance=record)
+            for stamps in (given.stamps, opened.checkpoint.stamps, streamed.checkpoint.stamps):
+                stamps.check()
         report = _report(streamed, opened, given, choice, meter)
     return CorrectResult(
         output=str(output),

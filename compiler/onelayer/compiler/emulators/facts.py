@@ -20,6 +20,10 @@ def stack_tensor(stack: str, ending: str) -> str:
     return f"{path}{ending}_{leaf}"
 
 
+# What `weights_file` may name: the one index that the writer makes, or the file of an emulator in a single one.
+WeightsFile = Literal["emulator.safetensors.index.json", "emulator.safetensors"]
+
+
 class StackFacts(BaseModel):
     """A compressed stack: (E, out, in) of the stack that was replaced, and the rank of its experts' factors.
 
@@ -61,6 +65,7 @@ class EmulatorFacts(BaseModel):
     base_model: str
     base_revision: str | None = None
     base_digest: str
+    weights_file: WeightsFile | None = None
 
     @model_validator(mode="after")
     def _quantized_has_shapes(self) -> Self:

@@ -20,6 +20,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import kept_values
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class Emulator:
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give the directory of an emulator")
         config_file = directory / "config.json"
+        stamps = FileStamps([config_file])
         document = read_json(config_file)
         section = document.get("quantization_config") if isinstance(document, dict) else None
         if not isinstance(section, dict) or section.get("quant_method") != "onelayer":
@@ -49,6 +51,8 @@ class Emulator:
         remedy = "compile the emulator again"
         facts = checked_document(EmulatorFacts, section, config_file, remedy, section="quantization_config")
         checkpoint = Checkpoint.open(directory)
+        stamps.check()
+        _check_weights_file(config_file, facts, checkpoint)
         _check_tensors(directory, facts, checkpoint)
         return cls(directory, facts, checkpoint)
 
@@ -149,6 +153,16 @@ class Emulator:
             for stack, facts in self.facts.stacks.items()
             for ending in ((DENSE,) if facts.rank is None else (UP, DOWN))
         }
+
+
+def _check_weights_file(config_file: Path, facts: EmulatorFacts, checkpoint: Checkpoint) -> None:
+    """Refuse a pointer to other weights than those that the digest is of; transformers would load them instead."""
+    file = checkpoint.index_file or checkpoint.files[0]
+    if facts.weights_file is not None and facts.weights_file != file.name:
+        raise InputError(
+            f"{config_file}: field quantization_config.weights_file names {facts.weights_file}, but the directory's "
+            f"weights are {file.name}; compile the emulator again"
+        )
 
 
 def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint) -> None:

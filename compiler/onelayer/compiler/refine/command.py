@@ -28,6 +28,7 @@ from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
+from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.compiler.streaming.spill import SpillPool
@@ -60,14 +61,15 @@ def refine_emulator(
     Raises `InputError` for bad input.
     """
     chosen, output = RefineSettings.of(settings), Path(output)
-    check_output(output)
+    check_output(output, emulator, model)
     opened = Emulator.open(emulator)
+    check_companions(opened.directory)
     check_library(opened.facts.quantized_dtype)
     directory = resolve_model(model, opened.facts.base_revision)
+    streamed = StreamedModel(directory)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
     device, spill_pool = pick_device(chosen.device), SpillPool(chosen.host_memory_bytes)
-    streamed = StreamedModel(directory)
     tokens = read_tokens(calibration, load_tokenizer(directory), chosen.max_length, chosen.samples, chosen.seed)
     step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
     chosen = chosen.model_copy(update={"step_samples": step_samples})
@@ -84,7 +86,7 @@ def refine_emulator(
         work_directory(output, REFINE_WORK, identity, chosen.resume) as path,
         Meter(device) as meter,
     ):
-        work = RefineWork(path, opened)
+        work = RefineWork(path, opened, streamed.checkpoint)
         RefinePass(streamed, opened, work, chosen, meter, spill_pool).refine(batches, stop)
         at_once = max(math.prod(batch.shape) for batch in batches)
         workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from onelayer.compiler.emulators.directory import card
+from onelayer.compiler.emulators.directory import card, copy_beside_weights
 from onelayer.compiler.emulators.figures import ERROR_FIELDS
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.shards import write_shards
@@ -20,8 +20,8 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.results import Result
-from onelayer.compiler.storage.checkpoint import model_digest
-from onelayer.compiler.storage.files import atomic_directory, copy_companions, read_json, write_json, write_text
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.storage.files import atomic_directory, read_json, write_json, write_text
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.safetensors_writer import copy_entry, tensor_entry, write_safetensors
 from onelayer.compiler.storage.work_directory import WorkKind
@@ -46,8 +46,8 @@ class RefinedUnit(Result):
 class RefineWork:
     """The finished units of the refinement of `emulator`, by position."""
 
-    def __init__(self, path: Path, emulator: Emulator) -> None:
-        self.path, self.emulator = path, emulator
+    def __init__(self, path: Path, emulator: Emulator, original: Checkpoint) -> None:
+        self.path, self.emulator, self.original = path, emulator, original
         self._finished: dict[int, tuple[RefinedUnit, dict[str, TensorInfo]]] = {}
         for file in sorted(path.glob(UNIT_PATTERN)):
             try:
@@ -73,6 +73,7 @@ class RefineWork:
         figures = RefinedUnit(name=unit.name, before=before, after=after, dropped_rows=dropped_rows)
         file = self.path / f"unit-{unit.position:05d}.safetensors"
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+        self._check_unchanged()
         write_safetensors(file, entries, {"figures": figures.model_dump_json()})
         self._finished[unit.position] = figures, read_header(file)[0]
 
@@ -92,7 +93,7 @@ class RefineWork:
             for file in emulator.checkpoint.files
         }
         with atomic_directory(output) as partial:
-            copy_companions(emulator.directory, partial)
+            copy_beside_weights(emulator.directory, partial)
             write_shards(partial, emulator, by_file, meter, "write")
             document = read_json(emulator.directory / FIGURES_FILE)
             document["linears"] = [
@@ -102,3 +103,8 @@ class RefineWork:
             refined_facts = {"digest": model_digest(partial), "refined": {"emulator": emulator.digest, **record}}
             write_json(partial / FIGURES_FILE, {**document, **refined_facts})
             write_text(partial / "README.md", card(document["base"]["model"], refined=True))
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        self.emulator.checkpoint.check_unchanged()
+        self.original.check_unchanged()

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from onelayer.compiler.storage.files import sync, write_text
-from onelayer.runtime.training.checkpoints import COMPLETE_FILE
+from onelayer.compiler.storage.files import sync
+from onelayer.runtime.training.checkpoints import mark_complete
 
 
 class Progress(TrainerCallback):
@@ -53,7 +53,7 @@ class MarkComplete(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():
             sync(path)
-        write_text(checkpoint / COMPLETE_FILE, f"{state.global_step}\n")
+        mark_complete(checkpoint)
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:

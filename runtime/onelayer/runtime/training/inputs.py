@@ -12,8 +12,9 @@ from onelayer.compiler.data.labeled_rows import labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.checkpoint import model_digest
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class TrainModel:
     """Facts about a model directory. `ranks` are those of its compressed modules (none in a plain model).
 
-    `base` is the original. `classes` are the classes that it predicts; None for a causal model.
+    `base` is the original. `classes` are the classes that it predicts; None for a causal model. `stamps` are those of
+    its files from before they were digested.
     """
 
     directory: Path
@@ -34,12 +36,14 @@ class TrainModel:
     model_class: "type[PreTrainedModel]"
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
+    stamps: FileStamps
 
     def load(self) -> "PreTrainedModel":
-        """Load the model with its weights onto the host."""
+        """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
+        self.stamps.check()
         return model
 
 
@@ -65,6 +69,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
 
     from onelayer.compiler.models.transformers_models import model_class
 
+    stamps = Checkpoint.open(directory).stamps
     document = read_json(directory / "config.json")
     method = (document.get("quantization_config") or {}).get("quant_method")
     digest = model_digest(directory)
@@ -85,7 +90,8 @@ def read_model(directory: Path, name: str) -> TrainModel:
             f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
             "training needs"
         )
-    return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
+    tokenizer = load_tokenizer(directory)
+    return TrainModel(directory, ranks, digest, base, config, loaded_class, tokenizer, classes, stamps)
 
 
 def _snapshot_revision(directory: Path) -> str | None:

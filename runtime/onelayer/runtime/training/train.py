@@ -20,7 +20,7 @@ from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.runtime.activations.report import ActivationReport
-from onelayer.runtime.training.checkpoints import TRAINING_WORK, newest_checkpoint
+from onelayer.runtime.training.checkpoints import TRAINING_WORK, newest_checkpoint, read_first_batch
 from onelayer.runtime.training.inputs import TrainData, TrainModel, read_model, tokenized
 from onelayer.runtime.training.settings import (
     INSTALL,
@@ -79,7 +79,7 @@ def _train_checked(
     settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
 ) -> TrainResult:
     """Find model and data, record the choices of the run, and train in the work directory next to `output`."""
-    check_output(output)
+    check_output(output, emulator)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)
     directory = resolve_model(emulator)
@@ -137,22 +137,23 @@ class _Run:
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
-            checkpoint = newest_checkpoint(work)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.first_batch, checkpoint = read_first_batch(work), newest_checkpoint(work)
+            if checkpoint is None or not trainer.take_up_finished(checkpoint):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             peak_device_bytes = meter.sample()
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
-        assert trainer.saved_activation_bytes is not None
-        compressed = trainer.activations.measured if trainer.activations is not None else None
+        first_batch = trainer.first_batch
+        assert first_batch is not None
         figures = {
             "train_loss": mean_loss(trainer.state.log_history),
             "losses": logged_losses(trainer.state.log_history),
             "steps": trainer.state.global_step,
             "trainable_parameters": adapted.get_nb_trainable_parameters()[0],
-            "saved_activation_bytes": trainer.saved_activation_bytes,
+            "saved_activation_bytes": first_batch.saved_activation_bytes,
             "peak_device_bytes": peak_device_bytes,
             "seconds": round(time.perf_counter() - started, 3),
             "skipped_examples": self.examples.skipped,
-            "activations": compressed.model_dump(mode="json") if compressed is not None else None,
+            "activations": first_batch.model_dump(mode="json")["activations"],
         }
         with atomic_directory(output) as partial:
             write_adapter_directory(partial, adapted, self.model, {**self.record, "training": figures})
