@@ -86,7 +86,8 @@ def compare(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         model, data = make_model(folder, arguments.width, arguments.layers, arguments.samples, arguments.tokens)
         FreshAdapter(8, 8, "all-linear", 0).write(folder / "adapter", model)
-        streamed, _ = attach_trainable(model, Adapter.open(folder / "adapter"), CPU)
+        adapted, _ = attach_trainable(model, Adapter.open(folder / "adapter"), CPU)
+        streamed = adapted.streamed
         bare = StreamedModel(model)
         tokens = read_tokens(data, load_tokenizer(model), arguments.tokens)
         batches = make_batches(tokens, streamed.config, 1)

@@ -18,9 +18,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from onelayer.compiler.adapters.attach import tuner_layers
+from onelayer.compiler.adapters.attach import Adapted, tuner_layers
 from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.adapters.replacements import replaced_bytes, replaced_values
 from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver
 from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
@@ -75,11 +76,12 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
     """Score all candidate corrections of `adapter` on the original. Raises `InputError` on unusable data."""
     if min(held_out.max_length, held_out.batch_size) < 1:
         raise InputError("max_length and batch_size must be at least 1")
-    streamed, classes = open_scored(model, {NAME: adapter.directory})
+    adapted, classes = open_scored(model, {NAME: adapter})
+    streamed = adapted.streamed
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
-    trials, scoring = _Trials(adapter, emulator, variants), Scoring(batches, variants, spill_pool)
+    trials, scoring = _Trials(adapter, adapted, emulator, variants), Scoring(batches, variants, spill_pool)
     stream = Stream(
         streamed,
         held_out.device,
@@ -104,7 +106,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         candidates=candidates,
         gaps=trials.gaps[best.solver],
         validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
-        workspace_bytes=workspace + tried,
+        workspace_bytes=workspace + tried + replaced_bytes(streamed, adapted.replacements),
         bytes_read=streamed.checkpoint.bytes_read,
     )
 
@@ -131,6 +133,7 @@ class _Trials:
     """The trials in one unit: observe it while it runs unchanged, compute its corrections, run it with each."""
 
     adapter: Adapter
+    adapted: Adapted
     emulator: Emulator
     variants: int
     gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
@@ -156,6 +159,7 @@ class _Trials:
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             variant = index % self.variants
+            put_values(NAME if variant > 0 else None)
             for part in switches:
                 part.enable_adapters(variant > 0)
             if variant == 0:
@@ -169,7 +173,8 @@ class _Trials:
             return unit.forward(*args, **kwargs)
 
         try:
-            yield run
+            with replaced_values(self.adapted.streamed, unit, self.adapted.replacements) as put_values:
+                yield run
         finally:
             watch.detach()
             _set(before)
