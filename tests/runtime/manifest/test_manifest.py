@@ -58,7 +58,7 @@ def test_paths_are_relative_to_the_manifest(folder: Path, monkeypatch: pytest.Mo
     manifest = load(folder, GOOD)
     assert manifest.model.path == str(folder / "model")
     assert emulator_of(manifest).calibration.data == (str(folder / "mix.jsonl"),)
-    assert manifest.tasks["sql"].train == str(folder / "sql.jsonl")
+    assert manifest.tasks["sql"].train == (str(folder / "sql.jsonl"),)
     assert manifest.path == folder / "m.yaml"
 
 
@@ -178,7 +178,7 @@ def test_limit_auto_needs_held_out_data_for_every_task(folder: Path) -> None:
     with_data = GOOD.replace("{train: sql.jsonl,", "{train: sql.jsonl, validation: mix.jsonl,")
     manifest = load(folder, with_data + "correct: {limit: auto}")
     assert manifest.correct.limit == "auto"
-    assert manifest.tasks["sql"].validation == str(folder / "mix.jsonl")
+    assert manifest.tasks["sql"].validation == (str(folder / "mix.jsonl"),)
     assert "correct.limit: write a number" in complaint(folder, GOOD + "correct: {limit: most}")
 
 

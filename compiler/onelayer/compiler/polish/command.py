@@ -101,14 +101,9 @@ def polish_adapter(
         opened, adapted, state = task.open(work)
         streamed = adapted.streamed
         state.restore(work)
-<<<<<<< HEAD
-        stream = GradientStream(streamed, device, meter, on_unit=_stopping(stop), spill_pool=spill_pool)
+        stream = GradientStream(streamed, device, meter, on_unit=_on_unit(adapted, stop), spill_pool=spill_pool)
         held_out = task.held_out_batches(streamed.config)
         job = PolishJob(stream, state, task.rows, held_out, asked, lambda: task.save(state, work))
-=======
-        stream = GradientStream(streamed, device, meter, on_unit=_on_unit(adapted, stop), spill_pool=spill_pool)
-        job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), asked, work)
->>>>>>> wt-c
         failure = job.run()
         task.publish(Path(output), opened, streamed, state, failure)
         workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)

@@ -28,9 +28,10 @@ Start = Annotated[
     ),
 ]
 EvalData = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        metavar="DATA", help="Held-out data: its loss is shown, and the adapter that is best on it is written."
+        metavar="DATA",
+        help="Held-out data: its loss is shown, and the best adapter is written; may be repeated.",
     ),
 ]
 
@@ -59,7 +60,7 @@ def polish(
     from onelayer.compiler import polish_adapter
 
     print_result(
-        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data, **settings),
+        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data or None, **settings),
         summaries.polish_summary,
         as_json,
     )
@@ -88,7 +89,7 @@ def correct(
     from onelayer.compiler import correct_adapter
 
     print_result(
-        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data, **settings),
+        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data or None, **settings),
         summaries.correct_summary,
         as_json,
     )

@@ -17,9 +17,8 @@ from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
 from onelayer.runtime.manifest.values import (
-    DataSource,
+    DataSources,
     Size,
-    as_list,
     checked_limit,
     checked_modules,
     model_source,
@@ -63,7 +62,7 @@ class Model(Section):
 class Calibration(Sampling, Section):
     """The compiler's calibration data: how many examples, each cut at how many tokens."""
 
-    data: Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
+    data: DataSources
 
 
 class Refine(FactorTraining, Section):
@@ -161,9 +160,9 @@ class Stream(OnDevice, Batched, Section):
 class Task(Section):
     """One adapter: its data, and its differences from the `train` defaults. `ratio` asks for a smaller emulator."""
 
-    train: DataSource
-    validation: DataSource | None = None
-    test: DataSource | None = None
+    train: DataSources
+    validation: DataSources | None = None
+    test: DataSources | None = None
     lora: Lora | None = None
     activations: Activations | None = None
     args: dict[str, Any] = Field(default={})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import labeled_rows
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -99,7 +99,7 @@ def _snapshot_revision(directory: Path) -> str | None:
     return directory.name if directory.parent.name == "snapshots" else None
 
 
-def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
+def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled, skipped = labeled_rows(

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
@@ -57,7 +58,7 @@ class TrainResult(Result):
 @settings_keywords(TrainSettings, TrainKeywords)
 def train_lora(
     emulator: str | Path,
-    data: str | Path,
+    data: DataSource,
     output: str | Path,
     **settings: Unpack[TrainKeywords],
 ) -> TrainResult:
@@ -76,7 +77,7 @@ def train_lora(
 
 
 def _train_checked(
-    settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
+    settings: TrainSettings, emulator: str | Path, data: DataSource, output: Path, started: float
 ) -> TrainResult:
     """Find model and data, record the choices of the run, and train in the work directory next to `output`."""
     check_output(output, emulator)
@@ -93,12 +94,18 @@ def _train_checked(
         "corrected": False,
         "trained_on": {"path": str(directory), "digest": model.digest},
         "base": model.base,
-        "data": {"path": str(data), "digest": examples.digest, "examples": len(examples.rows)},
+        "data": {**_places(data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments),
     }
     run = _Run(settings, model, examples, fields, arguments, record)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
         return run.train(work, output, started)
+
+
+def _places(data: DataSource) -> dict[str, Any]:
+    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
 def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
