@@ -74,15 +74,17 @@ def _plan_one(part: Part, streamed: StreamedModel) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     replaced = replacements_of(source, streamed)
     for parameter, replacement in replaced.items():
+        key = _stored_tensor(source, streamed, parameter)
         for other in _sharing(streamed, parameter):
             if other not in replaced or not replacement.equals(replaced[other]):
                 raise _shared(source, parameter, other)
-        changes.setdefault(_stored_tensor(source, streamed, parameter), Change()).replaced = replacement
+        changes.setdefault(key, Change()).replaced = replacement
     for name, module in modules.items():
         parameter = f"{name}.weight"
+        key = _stored_tensor(source, streamed, parameter)
         if sharing := _sharing(streamed, parameter):
             raise _shared(source, parameter, sharing[0])
-        change = changes.setdefault(_stored_tensor(source, streamed, parameter), Change())
+        change = changes.setdefault(key, Change())
         change.lora.append((part, name))
         change.transposed = is_transposed(module)
     return changes
