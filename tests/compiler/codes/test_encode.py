@@ -14,7 +14,8 @@ from onelayer.compiler.factors.quantize import dequantize_matrix
 def correlated(rows: int, features: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(features, features, generator=generator) / features**0.5 + torch.eye(features)
-    return torch.randn(rows, features, generator=generator) @ mixing
+    x: torch.Tensor = torch.randn(rows, features, generator=generator) @ mixing
+    return x
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,8 @@ from onelayer.runtime.cli.main import main
 OPTIONS = {
     "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
     "compile": (
-        "MODEL --batch-size --calibration --device --factor-dtype --host-memory --json --keep-bytes --max-length "
-        "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"
+        "MODEL --backward --batch-size --calibration --device --factor-dtype --form --host-memory --json --keep-bytes "
+        "--max-length --memory --output --rank-allocation --ratio --resume --samples --seed --solver"
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
