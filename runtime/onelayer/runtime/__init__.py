@@ -1,4 +1,4 @@
-"""onelayer.runtime holds the emulator; importing it lets transformers load emulators, without importing torch itself.
+"""The runtime of emulators: importing it lets transformers load them, without importing torch itself.
 
 Names load on first use. See `modules/import_hook.py` for how the loader is registered without importing transformers.
 """

@@ -1,4 +1,4 @@
-"""Sizes as people write them, 24GiB or 500MB, in bytes."""
+"""Converts sizes as people write them (24GiB, 500MB) to bytes, and back."""
 
 import re
 
@@ -16,7 +16,7 @@ def parse_size(text: str) -> int:
 
 
 def size(size_bytes: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
+    """Format bytes in the unit that leaves one to four digits before the point."""
     amount = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:

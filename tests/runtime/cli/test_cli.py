@@ -16,12 +16,12 @@ from onelayer.compiler.errors import InputError
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.main import main
 
-# Scripts and manifests depend on these names: a change here is a change for every user.
+# Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
     "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
     "compile": (
-        "MODEL --batch-size --calibration --device --factor-dtype --host-memory --json --keep-bytes --max-length "
-        "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"
+        "MODEL --backward --batch-size --calibration --device --factor-dtype --form --host-memory --json --keep-bytes "
+        "--max-length --memory --output --rank-allocation --ratio --resume --samples --seed --solver"
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
@@ -189,7 +189,7 @@ def test_any_other_failure_is_one_line_and_exit_1(
         ("refine", "finished layers are kept"),
     ],
 )
-def test_an_interrupt_says_how_to_go_on_and_exits_130(
+def test_an_interrupt_explains_how_to_resume_and_exits_130(
     fakes: FakeSteps,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -242,7 +242,7 @@ def test_a_failed_task_ends_in_exit_1_and_names_the_error(
     assert captured.err.splitlines()[-1] == "onelayer: error: sql.train: MemoryError: out of memory"
 
 
-def test_what_libraries_print_does_not_reach_the_result(
+def test_output_of_libraries_does_not_reach_stdout(
     fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def chatty(*args: Any, **settings: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands in a process of their own: what is imported, what values are read and how they are written."""
+"""The commands in fresh processes: what they import, which values they read and how they write them."""
 
 import os
 import subprocess
@@ -24,13 +24,16 @@ def test_text_becomes_values() -> None:
     assert parse_target_modules(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
 
 
-def test_numbers_are_written_for_people() -> None:
+def test_numbers_are_formatted_for_people() -> None:
     assert [size(n) for n in (512, 1536, 3 << 29, 5 << 40)] == ["512 B", "1.50 KiB", "1.50 GiB", "5.00 TiB"]
     assert table([("a", 1), ("bbb", None)]) == "a    1\nbbb  -"
 
 
-def run_python(code: str, home: Path) -> str:
+# Each takes longer to import than a dry run works.
+HEAVY = {"torch", "transformers", "trl", "peft", "numpy", "psutil", "filelock"}
 
+
+def run_python(code: str, home: Path) -> str:
     environment = os.environ | {
         "ONELAYER_HOME": str(home),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime")]),
@@ -42,7 +45,7 @@ def run_python(code: str, home: Path) -> str:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["run", "MANIFEST", "--dry-run"], ["artifacts", "list"]]
 )
-def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
+def test_commands_that_compute_nothing_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     project = write_project(tmp_path)
     arguments = [str(project) if argument == "MANIFEST" else argument for argument in arguments]
     code = f"""
@@ -51,9 +54,21 @@ from onelayer.runtime.cli.main import main
 try:
     main({arguments!r})
 except SystemExit as ending:
-    print("code", ending.code, sorted({{"torch", "transformers", "trl", "peft"}} & set(sys.modules)))
+    print("code", ending.code, sorted({HEAVY!r} & set(sys.modules)))
 """
     assert run_python(code, tmp_path / "home").splitlines()[-1] == "code 0 []"
+
+
+def test_help_imports_no_pipeline(tmp_path: Path) -> None:
+    code = """
+import sys
+from onelayer.runtime.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as ending:
+    print("code", ending.code, [name for name in sys.modules if name.startswith("onelayer.runtime.pipeline")])
+"""
+    assert run_python(code, tmp_path).splitlines()[-1] == "code 0 []"
 
 
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:

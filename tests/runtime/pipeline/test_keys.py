@@ -1,4 +1,4 @@
-"""Keys of the store that must not move: who has an artifact from before finds it again."""
+"""Keys of the store that must not change, so that existing artifacts are found again."""
 
 from pathlib import Path
 

@@ -37,12 +37,17 @@ def bytes_per_value(factor_dtype: FactorDtype) -> float:
     return row_bytes(BLOCK, factor_dtype) / BLOCK
 
 
+def kept_values(out_features: int, in_features: int, rank: int | None) -> int:
+    """Count the values of a linear's factors, or of its whole weight if `rank` is None."""
+    return out_features * in_features if rank is None else rank * (out_features + in_features)
+
+
 def linear_bytes(
     out_features: int, in_features: int, rank: int | None, factor_dtype: FactorDtype | None, dtype_bytes: int
 ) -> int:
     """Bytes of a linear of an emulator: of its factors, or of its whole weight if `rank` is None."""
     if factor_dtype is None:
-        return dtype_bytes * (out_features * in_features if rank is None else rank * (out_features + in_features))
+        return dtype_bytes * kept_values(out_features, in_features, rank)
     if rank is None:
         return out_features * row_bytes(in_features, factor_dtype)
     return rank * (row_bytes(out_features, factor_dtype) + row_bytes(in_features, factor_dtype))

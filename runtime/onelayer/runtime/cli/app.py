@@ -1,9 +1,8 @@
-"""The commands of `onelayer`, put together: each lies with its kin in a `cli_*` file and calls the Python API once.
+"""The `onelayer` command, assembled from its commands; each calls the Python API once.
 
-Nothing is decided there, and torch is imported only by the commands that compute.
+The commands decide nothing. What they call is imported when they run, so that help and dry runs are quick.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -24,6 +23,8 @@ app.add_typer(artifacts_app, name="artifacts")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
             typer.echo(f"onelayer {version('onelayer')}")
         except PackageNotFoundError:
@@ -34,7 +35,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

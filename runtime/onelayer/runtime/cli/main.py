@@ -1,4 +1,4 @@
-"""The `onelayer` command as a process: arguments in, an exit code out, every failure one line on stderr."""
+"""Runs the `onelayer` command as a process: each failure is one line on stderr and an exit code."""
 
 import logging
 import os
@@ -13,16 +13,16 @@ from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
 RESUME = {
-    "compile": "finished layers are kept, run the same command again to go on",
-    "merge": "finished files are kept, run the same command again to go on",
-    "polish": "finished steps are kept, run the same command again to go on",
-    "refine": "finished layers are kept, run the same command again to go on",
-    "run": "finished steps are kept, run the same command again to go on",
-    "train": "run the same command again with --resume to go on from the last checkpoint",
+    "compile": "finished layers are kept, run the same command again to continue",
+    "merge": "finished files are kept, run the same command again to continue",
+    "polish": "finished steps are kept, run the same command again to continue",
+    "refine": "finished layers are kept, run the same command again to continue",
+    "run": "finished steps are kept, run the same command again to continue",
+    "train": "run the same command again with --resume to continue from the last checkpoint",
 }
 
 
-# PEFT imports bitsandbytes where it is installed, which then tells about a kernel that nothing here uses.
+# PEFT imports bitsandbytes if it is installed, which then warns about a kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Run one command; every way to fail ends in one line on stderr and an exit code."""
+    """Run one command. Every failure ends in one line on stderr and an exit code."""
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="onelayer", standalone_mode=False)
     except TyperException as error:
-        context = getattr(error, "ctx", None)  # where in the commands the mistake is
+        context = getattr(error, "ctx", None)  # the subcommand with the mistake
         command = context.command_path if context is not None else "onelayer"
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
     except InputError as error:
@@ -46,7 +46,7 @@ def _invoke(arguments: list[str]) -> int:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"{text} (set ONELAYER_DEBUG=1 for the traceback)", 1)
-    if code == 130:  # what typer makes of Ctrl-C
+    if code == 130:  # typer turns Ctrl-C into this
         advice = RESUME.get(arguments[0], "nothing half-written is kept, run the same command again")
         typer.echo(f"onelayer: interrupted; {advice}", err=True)
     return code if isinstance(code, int) else 0

@@ -1,4 +1,4 @@
-"""A YAML file in, its plain document and its faults out: duplicate keys, and pydantic's findings in plain words."""
+"""Reads a YAML file into its plain document, with a fault per duplicate key."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from onelayer.compiler.errors import InputError
-from onelayer.runtime.faults import Fault, Location
+from onelayer.compiler.faults import Fault, Location
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> tuple[Any, list[Fault]]:
-    """The document of a YAML file and a fault per duplicate key; raises `InputError` where it is no YAML at all."""
+    """Return the document of a YAML file and a fault per duplicate key. Raises `InputError` if it is not valid YAML."""
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
@@ -42,9 +42,9 @@ def read_yaml(path: Path) -> tuple[Any, list[Fault]]:
 
 
 def _expanded(value: Any, where: Location, faults: list[Fault], above: tuple[int, ...] = ()) -> Any:
-    """The document with `${NAME}` in its texts replaced by the environment's value, `${NAME:-text}` by text without.
+    """Replace `${NAME}` in a document's texts by the environment's value; `${NAME:-text}` has a default.
 
-    `above` are the mappings and lists around it: an alias of one of them is left as it is, for checking to refuse.
+    `above` are the enclosing mappings and lists. An alias of one of them stays unchanged, and validation refuses it.
     """
     if id(value) in above:
         return value
@@ -65,12 +65,12 @@ def _expanded(value: Any, where: Location, faults: list[Fault], above: tuple[int
         return text or ""
 
     expanded = _VARIABLE.sub(replace, value)
-    # `${RATIO}` alone is what it stands for: a number, if it reads as one.
+    # `${RATIO}` alone takes the type of its value: a number if it parses as one.
     return yaml.safe_load(expanded) if _VARIABLE.fullmatch(value) and expanded else expanded
 
 
 def _duplicates(node: yaml.Node | None, where: Location, seen: set[int]) -> list[Fault]:
-    """Keys that one mapping holds twice: YAML keeps the last and says nothing. `seen` stops an alias of itself."""
+    """Find keys that one mapping holds twice: YAML silently keeps the last. `seen` stops at an alias of itself."""
     if node is None or id(node) in seen:
         return []
     seen.add(id(node))

@@ -1,6 +1,6 @@
-"""Callbacks of the trainers: a progress bar and complete checkpoints; and the losses in the trainers' log.
+"""Callbacks of the trainers (progress bar, complete checkpoints), and the losses in the trainers' log.
 
-Imports transformers and torch; import it where training starts.
+It imports transformers and torch, so import it only when training starts.
 """
 
 from pathlib import Path
@@ -10,12 +10,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from onelayer.compiler.machine.meter import GIB
-from onelayer.compiler.storage.files import sync, write_text
-from onelayer.runtime.training.checkpoints import COMPLETE_FILE
+from onelayer.compiler.storage.files import sync
+from onelayer.runtime.training.checkpoints import mark_complete
 
 
 class Progress(TrainerCallback):
-    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout.
+    """A progress bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout.
 
     Streams between steps show in the same bar. Its ETA is by the mean of all steps so far, streams included.
     """
@@ -23,7 +23,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, at the first step of a resumed run."""
+        """Open the bar, at the present step if the run is resumed."""
         self._bar: Any = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -68,7 +68,7 @@ class MarkComplete(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():
             sync(path)
-        write_text(checkpoint / COMPLETE_FILE, f"{state.global_step}\n")
+        mark_complete(checkpoint)
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
@@ -77,7 +77,7 @@ def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
 
 
 def mean_loss(history: list[dict[str, float]]) -> float:
-    """Compute the mean training loss over all steps, also those before a resume, from Trainer's log.
+    """Compute the mean training loss over all steps, including those before a resume, from Trainer's log.
 
     Each entry holds the mean since the previous entry.
     """

@@ -1,4 +1,4 @@
-"""The inputs of training: a model directory as facts, without weights; a data set as token rows with their digest."""
+"""Reads the inputs of training: facts about a model directory, without weights, and token rows with their digest."""
 
 import hashlib
 from array import array
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import labeled_rows
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainModel:
-    """A model directory. `ranks` are those of its compressed modules (none in a plain model); `base` is the original.
+    """Facts about a model directory. `ranks` are those of its compressed modules (none in a plain model).
 
-    `classes` are those that it predicts; None for a causal model.
+    `base` is the original. `classes` are the classes that it predicts; None for a causal model. `stamps` are those of
+    its files from before they were digested.
     """
 
     directory: Path
@@ -35,12 +37,14 @@ class TrainModel:
     model_class: "type[PreTrainedModel]"
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
+    stamps: FileStamps
 
     def load(self) -> "PreTrainedModel":
-        """Load the model with its weights onto the host."""
+        """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
+        self.stamps.check()
         return model
 
 
@@ -48,7 +52,7 @@ class TrainModel:
 class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the number of rows without a label.
 
-    `labels` has the length of the ids, or is the one class of the text.
+    `labels` has the length of `input_ids`, or is the single class of the text.
     """
 
     rows: list[dict[str, Any]]
@@ -66,6 +70,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
 
     from onelayer.compiler.models.transformers_models import model_class
 
+    stamps = Checkpoint.open(directory).stamps
     document = read_json(directory / "config.json")
     method = (document.get("quantization_config") or {}).get("quant_method")
     digest = model_digest(directory)
@@ -86,7 +91,8 @@ def read_model(directory: Path, name: str) -> TrainModel:
             f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
             "training needs"
         )
-    return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
+    tokenizer = load_tokenizer(directory)
+    return TrainModel(directory, ranks, digest, base, config, loaded_class, tokenizer, classes, stamps)
 
 
 def anchor_source(settings: TrainSettings, model: TrainModel, original: str | Path | None) -> Path | None:
@@ -120,8 +126,8 @@ def _snapshot_revision(directory: Path) -> str | None:
     return directory.name if directory.parent.name == "snapshots" else None
 
 
-def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
-    """Tokenize the data. Examples without a label are left out, since they only cost time, and counted."""
+def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
+    """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled, skipped = labeled_rows(
         data,
