@@ -20,8 +20,8 @@ from onelayer.runtime.cli.main import main
 OPTIONS = {
     "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
     "compile": (
-        "MODEL --batch-size --calibration --device --factor-dtype --host-memory --json --keep-bytes --max-length "
-        "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"
+        "MODEL --backward --batch-size --calibration --device --factor-dtype --form --host-memory --json --keep-bytes "
+        "--max-length --memory --output --rank-allocation --ratio --resume --samples --seed --solver"
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
@@ -29,9 +29,9 @@ OPTIONS = {
         "--output --resume --samples --seed --step-samples --steps"
     ),
     "train": (
-        "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs "
-        "--gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --output --resume --seed --target-modules"
+        "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
+        "--epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
+        "--max-length --max-steps --model --output --resume --seed --target-modules"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
     "polish": (

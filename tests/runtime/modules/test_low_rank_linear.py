@@ -255,8 +255,8 @@ def edited(emulator: Path, output: Path, **fields: Any) -> Path:
 
 
 def test_unknown_format_version_is_refused(folders: Folders, tmp_path: Path) -> None:
-    later = edited(folders("llama")[2], tmp_path / "later", format_version=3)
-    with pytest.raises(InputError, match=r"format_version is 3, this onelayer reads 2"):
+    later = edited(folders("llama")[2], tmp_path / "later", format_version=4)
+    with pytest.raises(InputError, match=r"format_version is 4, this onelayer reads 3"):
         transformers.AutoModelForCausalLM.from_pretrained(later)
 
 

@@ -106,6 +106,8 @@ def checked_factor_dtype(name: str | None) -> FactorDtype | None:
 # (manifests/LOG.md).
 RESIDUAL_BITS = 2
 RESIDUAL_CHOICES = (0, 1, 2, 4)  # numbers that divide a byte
+# Offsets of anchored training with this many bits a value are float32, not coded.
+EXACT_BITS = 32
 
 
 def residual_bytes(rows: int, features: int, bits: int) -> int:

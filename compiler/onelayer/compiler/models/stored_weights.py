@@ -57,6 +57,10 @@ class StoredWeights:
         """Runtime names that are one stored tensor, at most renamed; no operation makes them."""
         return self._plan.stored_unchanged
 
+    def tied_with(self, name: str) -> frozenset[str]:
+        """Return the other runtime names that are the same parameter in the model."""
+        return transformers_models.tied_with(self._twin, name)
+
     def is_one_tensor(self, name: str) -> bool:
         """Whether a parameter, or the partner it is tied to, is one stored tensor."""
         return self._plan.alias.get(name, name) in self._plan.stored_unchanged

@@ -248,6 +248,13 @@ def tied_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(model.all_tied_weights_keys) | frozenset(model.all_tied_weights_keys.values())
 
 
+def tied_with(model: PreTrainedModel, name: str) -> frozenset[str]:
+    """Return the other runtime names that the model ties to a name; they are all one parameter."""
+    ties = model.all_tied_weights_keys
+    source = ties.get(name, name)
+    return frozenset({source, *(target for target, tied in ties.items() if tied == source)}) - {name}
+
+
 def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
     """List the parameters that neither the checkpoint nor a tie provides."""
     known = plan.checkpoint_keys.keys() | plan.alias.keys()

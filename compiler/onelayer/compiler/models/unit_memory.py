@@ -66,6 +66,15 @@ def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapt
     return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
 
 
+def anchoring_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
+    """Bound what finding the offsets of `tokens` at once holds in addition to the emulator and the unit that computes.
+
+    Activations of one batch in the widest unit, of the original and of the emulator. On a host, holes in its heap as in
+    `graph_bytes` and the unit that is read ahead too. Waiting batches and offsets are not in it: they lie on the host.
+    """
+    return RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
+
+
 def scoring_bytes(unit_bytes: int, width: int, tokens: int) -> int:
     """Bound what scoring `tokens` at once holds in addition to the unit that computes.
 

@@ -13,9 +13,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.companions import companions
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
 from onelayer.compiler.storage.files import read_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
+from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +41,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[Path, dict[str, str]]
     index_file: Path | None
+    # Of all that is read of the model, from before the first header was read.
+    stamps: FileStamps = field(repr=False, compare=False)
     _counts: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
@@ -50,8 +54,11 @@ class Checkpoint:
             raise InputError(f"{directory}: no such directory; give a model directory with config.json")
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: has no config.json; give a transformers model directory")
+        stamps = FileStamps([directory / "config.json", *companions(directory)])
+        stamps.add(directory / name for name in INDEX_FILES)
         index_file, placed = _find_files(directory)
         files = tuple(sorted(set(placed.values()))) if placed else (_single_file(directory),)
+        stamps.add(files)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[Path, dict[str, str]] = {}
         for file in files:
@@ -63,7 +70,7 @@ class Checkpoint:
         for name, file in placed.items():
             if name not in tensors:
                 raise InputError(f"{file}: tensor {name!r} is missing, {index_file} places it there; restore the file")
-        return cls(directory, files, tensors, metadata, index_file)
+        return cls(directory, files, tensors, metadata, index_file, stamps)
 
     @cached_property
     def _handle(self) -> Callable[[Path], Any]:
@@ -77,6 +84,10 @@ class Checkpoint:
     def bytes_read(self) -> int:
         """Bytes of weight read through this object so far."""
         return self._counts["bytes"]
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if any file changed since it was opened; call it before what was read is published."""
+        self.stamps.check()
 
     def _count(self, size_bytes: int) -> None:
         with self._lock:  # several threads read

@@ -32,14 +32,15 @@ def read_model_config(directory: Path) -> dict[str, Any]:
 
 def write_model_config(directory: Path, document: dict[str, Any]) -> None:
     """Write a config.json that is JSON: numbers that are not finite as transformers (4.57 and later) marks them."""
-    write_json(directory / CONFIG_FILE, _marked(document))
+    write_json(directory / CONFIG_FILE, marked(document))
 
 
-def _marked(value: Any) -> Any:
+def marked(value: Any) -> Any:
+    """Return a document with numbers that are not finite as transformers marks them."""
     if isinstance(value, dict):
-        return {name: _marked(item) for name, item in value.items()}
+        return {name: marked(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_marked(item) for item in value]
+        return [marked(item) for item in value]
     if isinstance(value, float) and not isfinite(value):
         return {"__float__": "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"}
     return value

@@ -59,6 +59,7 @@ def work_directory(output: Path, kind: WorkKind, identity: Mapping[str, Any], re
     lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0)
     try:
         with lock:
+            check_output(output)  # another process may have finished it since
             begin(path, kind, identity, resume)
             try:
                 yield path

@@ -94,4 +94,5 @@ def new_folder(text: str, info: ValidationInfo) -> str:
 Size = Annotated[int, BeforeValidator(size_in_bytes), Field(gt=0)]
 Folder = Annotated[str, AfterValidator(new_folder)]
 DataSource = Annotated[str, AfterValidator(_data_source)]
+DataSources = Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

@@ -19,7 +19,7 @@ from onelayer.runtime.pipeline.outputs import FinishedRun, check_results, publis
 from onelayer.runtime.pipeline.plan import specify
 from onelayer.runtime.pipeline.reasons import UNCHANGED, RunRecord, reason_to_run
 from onelayer.runtime.pipeline.reuse import describe_emulator, slice_larger
-from onelayer.runtime.pipeline.step import Source, Step, model_directory, model_source, source_digests
+from onelayer.runtime.pipeline.step import Source, Step, model_directory, model_source, source_digests, unchanged
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.store.record import Artifact, Notify, StepSpec, silent
 from onelayer.runtime.store.store import ArtifactStore
@@ -124,7 +124,8 @@ class _Runner:
                 tell(f"sliced from {describe_emulator(larger)}, {reason}")
                 return slice_larger(store, larger, step.ratio(), payload)
             tell(f"runs, {reason}")
-            return step.execute(inputs, payload)
+            with unchanged(step, spec.inputs, inputs):
+                return step.execute(inputs, payload)
 
         begun_with = step.begun_with(inputs)
         artifact, ran = store.ensure(

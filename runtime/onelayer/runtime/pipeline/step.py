@@ -4,7 +4,8 @@ Nothing here downloads. Held: nothing; a step executes only on request.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
+from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.manifest.manifest import Manifest
 
 # Files next to the weights that decide how a text is tokenized.
@@ -90,15 +92,48 @@ def source_digest(source: Source) -> str | None:
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        names = sorted(file.name for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-        return sha256_json({name: file_digest(path / name) for name in names})
+        return sha256_json({file.name: file_digest(file) for file in _data_files(path)})
     return sha256_json({"hub": source.text})
+
+
+@contextmanager
+def unchanged(step: Step, digests: Mapping[str, str], inputs: Mapping[str, Path]) -> Iterator[None]:
+    """Check that what a step reads is what its key was made of, before it runs and after it.
+
+    `digests` are those in the key, by role; `inputs` the folders of earlier results. Raises `InputError` naming what
+    changed.
+    """
+    stamps = FileStamps(file for source in step.sources.values() for file in _files_of(source))
+    stamps.add(file for folder in inputs.values() for file in folder.rglob("*") if file.is_file())
+    for role, source in step.sources.items():
+        if source_digest(source) != digests[role]:
+            raise InputError(f"{source.text}: changed since this run began; run the same command again")
+    yield
+    stamps.check()
+
+
+def _files_of(source: Source) -> list[Path]:
+    """List the files that the digest of a source is made of."""
+    path = model_directory(source) if source.is_model else Path(source.text)
+    if path is None or not path.exists():
+        return []
+    if source.is_model:
+        return [path / "config.json", *Checkpoint.open(path).files, *_tokenizer_files(path)]
+    return [path] if path.is_file() else _data_files(path)
+
+
+def _data_files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.iterdir() if file.is_file() and file.name[0] != ".")
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    found = (path for path in directory.rglob("*") if _TOKENIZER_FILE.fullmatch(path.name))
+    return [path for path in found if path.is_file()]
 
 
 def directory_digest(directory: Path) -> str:
     """Digest the files of a model directory that decide results: weights, config.json, tokenizer and chat templates."""
-    names = (path.relative_to(directory) for path in directory.rglob("*") if _TOKENIZER_FILE.fullmatch(path.name))
-    files = {name.as_posix(): file_digest(directory / name) for name in names if (directory / name).is_file()}
+    files = {path.relative_to(directory).as_posix(): file_digest(path) for path in _tokenizer_files(directory)}
     return sha256_json({"model": model_digest(directory), "tokenizer": files})
 
 

@@ -8,6 +8,7 @@ from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
     CompiledShape,
     CorrectedShape,
+    anchoring_bytes,
     correction_bytes,
     moment_bytes,
     routed_width,
@@ -72,6 +73,13 @@ def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
+
+
+def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
+    """Bound what finding offsets holds in addition to the emulator: a block of the original, and its workspace."""
+    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
+    block = shapes.largest_block_bytes
+    return block + anchoring_bytes(block, widest, shapes.value_bytes, batch_tokens, on_gpu)
 
 
 def refine_bytes(

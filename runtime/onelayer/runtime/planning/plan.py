@@ -15,6 +15,7 @@ from onelayer.compiler.factors.stored_forms import INSTALL, FactorDtype, best_of
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
+from onelayer.runtime.planning.anchor_costs import AnchorCost, anchor_costs
 from onelayer.runtime.planning.choice import (
     LARGEST_RATIO,
     SMALLEST_RATIO,
@@ -99,6 +100,7 @@ class PlanResult(Result):
     choices: list[FactorChoice]
     speed: Speed | None
     seconds: Seconds | None
+    anchored: list[AnchorCost]
     remarks: list[str]
 
 
@@ -150,6 +152,7 @@ def plan_run(
         choices=[_factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
+        anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         remarks=_remarks(shapes, best, memory_bytes),
     )
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import labeled_rows
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.checkpoint import model_digest
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.model_config import read_model_config
+from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class TrainModel:
     """Facts about a model directory. `ranks` are those of its compressed modules (none in a plain model).
 
-    `base` is the original. `classes` are the classes that it predicts; None for a causal model.
+    `base` is the original. `classes` are the classes that it predicts; None for a causal model. `stamps` are those of
+    its files from before they were digested.
     """
 
     directory: Path
@@ -35,12 +38,14 @@ class TrainModel:
     model_class: "type[PreTrainedModel]"
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
+    stamps: FileStamps
 
     def load(self) -> "PreTrainedModel":
-        """Load the model with its weights onto the host."""
+        """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
+        self.stamps.check()
         return model
 
 
@@ -65,6 +70,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
 
     from onelayer.compiler.models.transformers_models import load_config, model_class
 
+    stamps = Checkpoint.open(directory).stamps
     method = (read_model_config(directory).get("quantization_config") or {}).get("quant_method")
     digest = model_digest(directory)
     ranks: Mapping[str, int] = {}
@@ -84,7 +90,34 @@ def read_model(directory: Path, name: str) -> TrainModel:
             f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
             "training needs"
         )
-    return TrainModel(directory, ranks, digest, base, config, loaded_class, load_tokenizer(directory), classes)
+    tokenizer = load_tokenizer(directory)
+    return TrainModel(directory, ranks, digest, base, config, loaded_class, tokenizer, classes, stamps)
+
+
+def anchor_source(settings: TrainSettings, model: TrainModel, original: str | Path | None) -> Path | None:
+    """Return the directory of the original that anchors the model; None if training is not anchored.
+
+    Raises `InputError` if `original` is missing, superfluous, or not what the emulator was compiled from.
+    """
+    if settings.anchor_every is None:
+        if original is not None:
+            raise InputError(
+                f"--model {original}: only anchored training reads it; give --anchor-every too, or neither"
+            )
+        return None
+    if original is None:
+        raise InputError(f"--anchor-every {settings.anchor_every}: needs the original; give --model")
+    if not model.ranks:
+        raise InputError(f"{model.directory}: is no emulator, so nothing can be anchored; leave --anchor-every out")
+    if settings.lora is not None and settings.lora.get("bias", "none") != "none":
+        raise InputError("lora.bias: biases that are trained cannot be anchored; leave it or --anchor-every out")
+    directory = resolve_model(original)
+    Emulator.open(model.directory).check_original(directory)
+    if load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
+        raise InputError(
+            f"{model.directory}: its tokenizer has other tokens than that of {directory}; copy the original's files"
+        )
+    return directory
 
 
 def _snapshot_revision(directory: Path) -> str | None:
@@ -92,7 +125,7 @@ def _snapshot_revision(directory: Path) -> str | None:
     return directory.name if directory.parent.name == "snapshots" else None
 
 
-def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
+def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled, skipped = labeled_rows(
