@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-import onelayer.runtime
 from onelayer.runtime.cli.adapters import correct, merge, polish, train
 from onelayer.runtime.cli.emulators import compile_, refine, slice_
 from onelayer.runtime.cli.models import evaluate, generate, inspect, plan
@@ -24,7 +23,9 @@ app.add_typer(artifacts_app, name="artifacts")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"onelayer {onelayer.runtime.__version__}")
+        from importlib.metadata import version
+
+        typer.echo(f"onelayer {version('onelayer')}")
         raise typer.Exit
 
 
