@@ -6,6 +6,6 @@ scripts/setup.sh
 
 # Waiting threads must not spin: with other busy programs on two cores, spinning made training six times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-# Nothing here comes from a hub; without this, libraries may look there for new versions of a model.
+# Nothing here comes from a hub; without this, libraries may check there for new versions of a model.
 export HF_HUB_OFFLINE=1
 .venv/bin/python -m scripts.demo.demo "$@"

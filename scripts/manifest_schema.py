@@ -1,6 +1,6 @@
-"""Write the JSON Schema of manifests, for editors that complete and check YAML.
+"""Writes the JSON Schema of manifests, for editors that complete and check YAML.
 
-    python -m scripts.manifest_schema [FILE]        default: manifests/manifest.schema.json
+python -m scripts.manifest_schema [FILE] default: manifests/manifest.schema.json
 
 In a manifest's first line: `# yaml-language-server: $schema=manifest.schema.json`.
 """

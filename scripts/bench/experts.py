@@ -1,11 +1,11 @@
 """Measures the loss that low-rank experts add to a mixture, by the source of each expert's moments.
 
-    python -m scripts.bench.experts --model DIR --calibration train.jsonl --test test.jsonl --mixture DIR
+python -m scripts.bench.experts --model DIR --calibration train.jsonl --test test.jsonl --mixture DIR
 
 No small trained mixture is available, so the script makes one. It takes a small dense model, replaces its MLPs by
 experts of random weights, trains it on the calibration texts for `--steps` and saves it as `--mixture`. An existing
-mixture is used as it is. Then it compares at equal ranks: moments of each expert's own rows, completed from all tokens
-(the way of compile); moments of all tokens for every expert; the plain singular vectors of each expert's weight.
+mixture is reused. Then it compares at equal ranks: moments of each expert's own rows, completed from all tokens (the
+way of compile); moments of all tokens for every expert; the plain singular vectors of each expert's weight.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH, LENGTH, RATE = 8, 128, 2e-3
 def main() -> None:
     """Train the mixture, compile and score every variant at every ratio, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of a small dense model; all but its MLPs is used")
+    parser.add_argument("--model", required=True, help="directory of a small dense model; its MLPs are not used")
     parser.add_argument("--calibration", required=True, help="texts to train the experts on, and for the moments")
     parser.add_argument("--test", required=True, help="held-out texts for the loss")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])

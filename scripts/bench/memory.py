@@ -54,7 +54,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> Path:
     return model
 
 
-def told(report: Report, model: Path, allowance: float) -> int:
+def print_figures(report: Report, model: Path, allowance: float) -> int:
     """Print the figures of a pass over a checkpoint; return 1 if the process held more than `allowance` GB."""
     disk_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     print(f"checkpoint on disk        {disk_bytes / 1e9:8.2f} GB")
@@ -87,7 +87,7 @@ class Benchmark:
         at_depth: Callable[[Path, Path, Path], Report],
         large: Callable[[Path, Path, Path], Report],
     ) -> int:
-        """Run what the command line asks for; passes take a model, data, a directory. Return 1 above the allowance."""
+        """Run the requested benchmarks; passes take a model, data and a directory. Return 1 above the allowance."""
         arguments = self.parser.parse_args()
         transformers.utils.logging.disable_progress_bar()
         if arguments.one_depth:
@@ -99,7 +99,7 @@ class Benchmark:
         elif arguments.gigabytes:
             with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
                 model = make_checkpoint(Path(name), arguments.gigabytes)
-                return told(large(model, Path(name) / "data.jsonl", Path(name)), model, arguments.allowance)
+                return print_figures(large(model, Path(name) / "data.jsonl", Path(name)), model, arguments.allowance)
         else:
             compare(arguments)
         return 0
@@ -128,7 +128,7 @@ def main() -> int:
         model = make_checkpoint(Path(name), arguments.gigabytes)
         settings: dict[str, Any] = {"ratio": 0.25, "samples": 8, "max_length": 128}
         result = compile_emulator(model, Path(name) / "data.jsonl", Path(name) / "emulator", solver="fast", **settings)
-        return told(result.report, model, arguments.allowance)
+        return print_figures(result.report, model, arguments.allowance)
 
 
 if __name__ == "__main__":

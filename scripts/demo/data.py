@@ -1,4 +1,4 @@
-"""Text that ships with Python in, the demo's training data out: source code, and two tasks that differ from it.
+"""Makes the demo's training data from text that ships with Python: source code, and two tasks that differ from it.
 
 The tasks are the prose of the language reference (`pydoc_data/topics.py`) and the tables of character encodings
 (`encodings/*.py`). Both are kept out of the code that the model is first trained on.

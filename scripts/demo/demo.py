@@ -22,7 +22,7 @@ from scripts.demo.model import demo_directory
 MANIFEST = Path(__file__).parents[2] / "manifests" / "demo.yaml"
 ROWS = {
     "original": "the original model",
-    "uncorrected": "+ adapter trained on the emulator, as it is",
+    "uncorrected": "+ adapter trained on the emulator, as is",
     "corrected": "+ the same adapter, corrected",
     "polished": "+ six exact steps on the original, streamed",
     "direct": "+ LoRA trained on the original itself",
@@ -49,7 +49,7 @@ def main() -> int:
     print(losses(result.evaluations))
     print()
     print(costs(result))
-    print(f"\nAll of it took {time.perf_counter() - started:.0f} s; results are in {directory}")
+    print(f"\nThe whole run took {time.perf_counter() - started:.0f} s; results are in {directory}")
     return 0
 
 

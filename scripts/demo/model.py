@@ -1,4 +1,4 @@
-"""Makes the demo's model and data once: the standard library's source in, a trained model and two tasks' files out.
+"""Makes the demo's model and data once, from the standard library's source: a trained model and two tasks' files.
 
 The model is a small Llama with its own tokenizer, trained from random weights for a fixed number of steps. It is
 undertrained, but it shows learned weights and activations, which a random model would not.
@@ -19,7 +19,7 @@ from scripts.demo.data import SEED, standard_library, write_tasks
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-VERSION = 1  # raised by hand when this file or demo_data.py starts to make something else
+VERSION = 1  # raise it by hand when the output of this file or of data.py changes
 END_OF_TEXT = "<|end|>"
 VOCABULARY = 2048
 SHAPE: dict[str, Any] = {

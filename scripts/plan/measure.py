@@ -1,10 +1,10 @@
-"""Predicted peaks beside measured ones: real compiles, trainings and corrections of small random models of many shapes.
+"""Compares predicted peaks with measured ones: compiles, trainings and corrections of small random models.
 
-    python -m scripts.plan.measure [--only NAME ...] [--json]
+python -m scripts.plan.measure [--only NAME ...] [--json]
 
-Measured is the most that tensors took at any moment: every operation is watched, and each storage counted from when it
-is first seen until it is freed. What kernels allocate and free within one operation is not seen. Exits with 1 where a
-prediction of training or compiling is off by more than 10 %.
+The measured value is the largest size of live tensors at any moment: every operation is watched, and each storage is
+counted from its first use until it is freed. What a kernel allocates and frees within one operation is not counted.
+Exits with 1 if a prediction of training or compiling is off by more than 10 %.
 """
 
 import argparse
@@ -83,7 +83,7 @@ CASES = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that live, among those that any operation inside `with` reads or makes."""
+    """A counter of the bytes of live storages, among those that any operation inside `with` reads or makes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -92,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at its tensors."""
+        """Run the operation and record its tensors."""
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves((args, kwargs, result)):
             if isinstance(value, torch.Tensor) and value.device.type != "meta":
@@ -116,7 +116,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def make_model(directory: Path, case: Case) -> Path:
-    """A random model with a tokenizer of words, and data of as many words as the case trains on."""
+    """Make a random model with a tokenizer of words, and data of as many words as the case trains on."""
     config = getattr(transformers, f"{case.kind}Config")(
         **case.config, dtype=case.dtype, pad_token_id=0, eos_token_id=1
     )
@@ -136,7 +136,7 @@ def make_model(directory: Path, case: Case) -> Path:
 
 
 def watched(run: Callable[[], Any]) -> int:
-    """The most bytes that tensors took while it ran."""
+    """Measure the peak bytes of tensors while a function runs."""
     live = LiveBytes()
     with live:
         run()
@@ -144,7 +144,7 @@ def watched(run: Callable[[], Any]) -> int:
 
 
 def measure(case: Case) -> Iterator[tuple[str, int, int]]:
-    """Pass, predicted bytes, measured bytes."""
+    """Yield the name of each pass with its predicted and measured bytes."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model, data = make_model(directory, case), directory / "data.jsonl"
@@ -156,11 +156,11 @@ def measure(case: Case) -> Iterator[tuple[str, int, int]]:
             "device": "cpu",
         }
         compiled = watched(lambda: compile_emulator(model, data, directory / "emulator", **calibrated))
-        # On a CPU lies beside what a device would hold what waits on the host, embeddings, states and rotary angles;
-        # and at the end matrices are copied in slices.
+        # On a CPU the count also includes what would wait on the host (embeddings, states, rotary angles), and at the
+        # end matrices that are copied in slices.
         width = int(getattr(config.get_text_config(), "head_dim", 0) or 0)
         waiting = SAMPLES * case.max_length * 2 * (shapes.hidden + width) * shapes.value_bytes
-        # What a block's experts read waits there too, and so do their factors: one by one, and then stacked.
+        # The inputs of a block's experts wait there too, and so do their factors: first one by one, then stacked.
         if shapes.blocks[0].experts is not None:
             waiting += SAMPLES * case.max_length * shapes.hidden * shapes.value_bytes
             waiting += 2 * expert_factor_bytes(shapes, RATIO)

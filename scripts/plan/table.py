@@ -1,8 +1,8 @@
-"""What would fit: predictions for public models, typed in by their dimensions, on cards of 8 to 24 GB, as markdown.
+"""Predicts what would fit on cards of 8 to 24 GB, for public models given by their dimensions, as markdown.
 
-    python -m scripts.plan.table
+python -m scripts.plan.table
 
-Nothing here is measured but the two figures of the EMLoC paper (arXiv 2506.12015, table 1) that stand beside models of
+Nothing here is measured except two figures of the EMLoC paper (arXiv 2506.12015, table 1), shown next to models of
 their size. Durations assume the disk and the card named in the table's caption.
 """
 
@@ -21,7 +21,7 @@ CARDS_GIB = (8, 12, 16, 24)
 MAX_LENGTH, BATCH_SIZE = 1024, 4
 ASSUMED = Speed(read_bytes_per_second=3e9, flops_per_second=6e13, device="assumed")
 
-# Dimensions as in the models' own config.json. `paper`: GB that EMLoC reports for tuning a model of about that size.
+# Dimensions from the models' own config.json. `paper`: GB that EMLoC reports for tuning a model of about this size.
 DENSE: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
 MIXTURE: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16"}
 
@@ -91,14 +91,14 @@ def main() -> None:
 
 
 def planned(config: dict[str, Any], memory_bytes: int) -> PlanResult:
-    """The plan for one card."""
+    """Plan for one card."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         return plan_run(folder, memory_bytes, max_length=MAX_LENGTH, batch_size=BATCH_SIZE, speed=ASSUMED)
 
 
 def cell(plan: PlanResult) -> str:
-    """Factor dtype and ratio, how activations are stored, and the two peaks."""
+    """Format factor dtype and ratio, how activations are stored, and the two peaks."""
     if plan.ratio is None:
         return "does not fit"
     stored = "whole" if plan.activations == "none" else f"{plan.activations} 1/{round(1 / (plan.activation_rank or 1))}"
@@ -107,7 +107,7 @@ def cell(plan: PlanResult) -> str:
 
 
 def small_emulator(config: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of an emulator of 5B parameters, and of training on it with whole activations."""
+    """Predict the bytes of an emulator of 5B parameters, and of training on it with whole activations."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         shapes = read_shapes(Path(folder))

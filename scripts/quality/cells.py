@@ -6,7 +6,7 @@ For every seed the script trains LoRA on the original itself and on every emulat
 scripts/quality/emulators.py). Adapters are scored on their emulator and on the original: uncorrected, corrected as
 published (limit 3), corrected as chosen on held-out data, and after exact steps (`polish`). The first --validation-rows
 rows of the held-out data choose, the next --test-rows rows score. Each result is appended to DIR/results.jsonl.
-Recorded results are not made again, so an interrupted run can go on and several runs may share the work.
+Recorded results are not made again, so an interrupted run can resume and several runs may share the work.
 `scripts.quality.tables` makes tables and a picture from the file.
 """
 
@@ -96,7 +96,7 @@ class Bench:
             result = train_lora(
                 model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, seed=seed,
                 batch_size=given.batch_size, max_length=given.max_length, learning_rate=given.learning_rate,
-                lora={"modules_to_save": []}, **more,  # a classifier's head stays as it is, as in exact steps
+                lora={"modules_to_save": []}, **more,  # a classifier's head stays unchanged, as in exact steps
             )  # fmt: skip
             return {"step_seconds": result.seconds / result.steps, "train_peak_bytes": result.peak_device_bytes}
 

@@ -3,7 +3,7 @@
 #
 # MODELS holds tinylm-7m, a trained causal language model, and texts/{perl,cheader}.{train,test}.jsonl with rows of text.
 # The script makes the encoder and its task itself (scripts/quality/section_task.py). It takes about nine hours of one
-# core. Results in WORK are not made again: run it again to go on, or several times at once to share the work.
+# core. Results in WORK are not made again: run it again to continue, or several times at once to share the work.
 set -euo pipefail
 models=$(realpath "$1")
 mkdir -p "$2"

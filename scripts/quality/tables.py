@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 STAGES = ("emulator", "on the emulator", "uncorrected", "limit 3", "chosen")
-# The stage that judges a kind: the one that its authors use; for ours the chosen correction.
+# The stage by which a kind is judged: the one that its authors use, and for ours the chosen correction.
 JUDGED = {"published": "limit 3", "dropped": "uncorrected", "qlora": "uncorrected"}
 # The order of kinds in tables; others follow.
 KINDS = (

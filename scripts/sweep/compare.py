@@ -1,4 +1,4 @@
-"""Compares outputs for the sweep: a resident model and a directory in, outputs of both for the same batches out."""
+"""Compares outputs for the sweep: those of a resident model and of its streamed directory, for the same batches."""
 
 import contextlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Checks compile and refine for the sweep: a tiny model in, a verdict on its emulator of random tokens out."""
+"""Checks compile and refine for the sweep: judges a tiny model's emulator, made from random tokens."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
+from onelayer.compiler.compile import calibration as compile_data
 from onelayer.compiler.compile import command as compiling
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.tokens import Tokens
@@ -36,18 +37,18 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
         model.save_pretrained(original)
         with (
             mock.patch.object(compiling, "load_tokenizer", return_value=None),
-            mock.patch.object(compiling, "read_tokens", return_value=random_tokens()),
+            mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()),
         ):
             result = compiling.compile_emulator(original, "random", output, ratio=0.5, batch_size=4, device="cpu")
-        told = json.loads((output / "emulator.json").read_text())
+        record = json.loads((output / "emulator.json").read_text())
         emulator = load_emulator(output)
         with torch.no_grad():
             answer = emulator(**first_inputs(model))
-        assert torch.isfinite(answer[0]).all(), "the emulator's answer is not finite"
+        assert torch.isfinite(answer[0]).all(), "the emulator's output is not finite"
     excess = largest_excess(model, emulator, [item.name for item in result.linears])
-    reasons = sorted({f"{item['name']}: {item['reason']}" for item in told["dense"]})
+    reasons = sorted({f"{item['name']}: {item['reason']}" for item in record["dense"]})
     detail = f"{len(result.linears)} linears, error at most {excess:.0e} above the optimum"
-    if result.stacks:  # by the word of their records; tests/test_experts.py works the optimum out
+    if result.stacks:  # according to their records; tests/compiler/compile/test_expert_factors.py computes the optimum
         above = max(item.error - (item.optimal_error or 0.0) for item in result.stacks)
         completed = sum(item.fallbacks for item in result.stacks)
         detail += f"; {len(result.stacks)} stacks of experts, at most {above:.0e} above, {completed} experts completed"
@@ -55,9 +56,9 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
     if result.layer_parameters_stacked:
         detail += f"; {result.layer_parameters_stacked:,} parameters in stacks that stay dense"
     detail += f"; {len(reasons)} dense, {reasons[0]}" if reasons else ""
-    detail += f"; {len(told['revisited'])} units visited again" if told["revisited"] else ""
+    detail += f"; {len(record['revisited'])} units visited again" if record["revisited"] else ""
     # A unit that is visited again was written after its first visits, with their moments.
-    return ("optimal" if excess < SLACK else "close" if told["revisited"] else "worse"), detail
+    return ("optimal" if excess < SLACK else "close" if record["revisited"] else "worse"), detail
 
 
 def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
@@ -70,14 +71,15 @@ def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
         with contextlib.ExitStack() as stack:
             for module in (compiling, refining):
                 stack.enter_context(mock.patch.object(module, "load_tokenizer", return_value=None))
-                stack.enter_context(mock.patch.object(module, "read_tokens", return_value=random_tokens()))
+            for reader in (compile_data, refining):
+                stack.enter_context(mock.patch.object(reader, "read_tokens", return_value=random_tokens()))
             compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device="cpu")
             units = refining.refine_emulator(
                 begun, model=original, calibration="random", output=output, steps=20, batch_size=4, device="cpu"
             ).units
         with torch.no_grad():
             answer = load_emulator(output)(**first_inputs(model))
-        assert torch.isfinite(answer[0]).all(), "the emulator's answer is not finite"
+        assert torch.isfinite(answer[0]).all(), "the emulator's output is not finite"
     better = sum(unit.after < unit.before for unit in units)
     before, after = (sum(getattr(unit, when) for unit in units) / len(units) for when in ("before", "after"))
     return (

@@ -1,7 +1,7 @@
-"""Makes tiny configurations for the sweep: a config class in, a small configuration with consistent sizes out.
+"""Makes tiny configurations for the sweep: small, with consistent sizes, from a config class.
 
 Sizes follow the meaning of the field names. If a class relates its fields in a way that no name shows, `OVERRIDES`
-holds the values for that class; the product itself knows no model by name.
+holds the values for that class. The product itself knows no model by name.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Makes inputs for the sweep: a tiny model in, batches of tokens, images or sound that its forward takes out.
+"""Makes inputs for the sweep: batches of tokens, images or sound that a tiny model's forward accepts.
 
 No processor is used: the names of the inputs come from the forward's signature, their sizes from the configuration. If
 a signature allows several layouts, all are offered and the first that runs is used.
@@ -121,7 +121,7 @@ def _placeholders(config: PreTrainedConfig, length: int) -> Iterator[torch.Tenso
 
 
 def _count_features(model: PreTrainedModel, counting: Callable[..., Any] | None, inputs: Batch) -> int:
-    """Count the rows that the model makes of an image or of sound, by making them; 0 if that fails."""
+    """Count the rows that the model makes from an image or from sound, by making them; 0 if that fails."""
     if counting is None:
         return 0
     takes = inspect.signature(counting).parameters

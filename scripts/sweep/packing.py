@@ -21,7 +21,7 @@ EXACT, ROUNDING = 1e-6, 1e-5
 def packing_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
     """Judge ('exact' | 'refused' | 'missed' | 'refused for nothing', detail): float64 gradients against the check.
 
-    The check is asked in float32 and in bfloat16, whose rounding hides more; 'missed' where it lets a leak pass.
+    The check runs in float32 and in bfloat16, whose rounding hides more. 'missed' means that it lets a leak pass.
     """
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 100))
     ids = [(random_ids(1, length, seed) % vocabulary)[0].tolist() for seed, length in enumerate(LENGTHS)]

@@ -175,7 +175,7 @@ class Project:
         result = run(self.manifest, self.store, tasks)
         assert not result.failed
         for step in result.steps:
-            # A step behind another that must run is foreseen as "to run"; it may turn out cached (early cut-off).
+            # A step after one that must run is planned as "to run"; it may turn out to be cached (early cut-off).
             assert step.state == "cached" or foreseen[step.name] == "to run"
         return self.fakes.taken()
 

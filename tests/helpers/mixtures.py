@@ -20,7 +20,7 @@ from onelayer.compiler.storage.checkpoint import Checkpoint
 
 _ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-# Plain, with a fused gate; with more linears; transposed stacks with biases; shared experts beside the routed ones.
+# Plain, with a fused gate; with more linears; transposed stacks with biases; shared experts next to the routed ones.
 MIXTURES: dict[str, Callable[[], Any]] = {
     "mixtral": TINY["mixtral"],
     "qwen3_moe": TINY["qwen3_moe"],
@@ -120,7 +120,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def stack_products(directory: Path) -> dict[str, torch.Tensor]:
-    """(E, out, in) of what stands for each stack."""
+    """The (E, out, in) of the replacement of each stack."""
     emulator = Emulator.open(directory)
     factor_dtype, dtype = emulator.facts.quantized_dtype, torch.float32
     found = {}

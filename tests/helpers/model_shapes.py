@@ -22,7 +22,7 @@ def decoder(
 def mixture(
     hidden: int, inner: int, layers: int, vocabulary: int, *, experts: int, per_token: int, value_bytes: int = 2
 ) -> ModelShapes:
-    """One whose layers have nothing but attention and `experts`, of which a token is sent to `per_token`."""
+    """Shapes of a model with only attention and `experts` in its layers; a token is sent to `per_token` of them."""
     table: Table = {"embed.weight": (vocabulary, hidden)}
     for layer in range(layers):
         table |= {f"layers.{layer}.attention.{name}.weight": (hidden, hidden) for name in "qkvo"}

@@ -20,7 +20,7 @@ from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.storage.checkpoint import model_digest
 
-# How factors can be stored; None stands for plain tensors.
+# How factors can be stored; None means plain tensors.
 FACTOR_DTYPES: tuple[FactorDtype | None, ...] = (None, "bf16", "int8", "nf4")
 _STORED: ContextVar[FactorDtype | None] = ContextVar("factor_dtype", default=None)
 

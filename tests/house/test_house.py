@@ -1,4 +1,4 @@
-"""The rules of the house that a script can see: who imports whom, sizes, typing marks, no surprise at import."""
+"""The house rules that a script can check: imports, sizes, typing marks, and no side effects at import."""
 
 import ast
 import json
@@ -23,15 +23,17 @@ PRODUCT = sorted(
 )
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
-# What a dry run and `--help` import: whole wings, the settings of every pass, and single modules of other wings.
+# Modules that a dry run and `--help` import: whole wings, the settings of every pass, and single modules of other
+# wings.
 LIGHT = {
     "compiler": (
         "adapters/config adapters/keys adapters/reader correct/candidates data/readers data/rows data/tokens documents "
-        "errors factors/ranks factors/stored_forms inspect machine/console machine/meter models/unit_memory results "
-        "settings storage/* */settings"
+        "codes/forms errors factors/ranks factors/stored_forms "
+        "faults inspect machine/console machine/meter models/unit_memory "
+        "results settings storage/* */settings"
     ),
     "runtime": (
-        "cli/* faults manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* "
+        "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* "
         "training/trainer_args */settings"
     ),
 }
@@ -76,7 +78,7 @@ def test_functions_stay_small() -> None:
 
 
 def test_tests_mirror_the_house() -> None:
-    """Tests of a wing lie in a folder of its name; a file has a subject, and no test is a library of another."""
+    """Tests of a wing are in a folder of its name; each file has a subject, and no test imports another."""
     for house in PACKAGES:
         wings = {path.name for path in PACKAGES[house].iterdir() if path.is_dir()}
         folders = {path.name for path in (ROOT / "tests" / house).iterdir() if path.name != "__pycache__"}
@@ -95,14 +97,14 @@ def test_names_of_tests_stay_short() -> None:
 
 
 def test_no_function_takes_more_than_eight_parameters() -> None:
-    """A public function shows its settings one by one; `self` and `cls` do not count."""
+    """A public function lists its settings one by one, so it is exempt; `self` and `cls` do not count."""
     for path, node in functions(PRODUCT):
         if node.name not in PUBLIC:
             names = [item.arg for item in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             assert len(names) - (names[:1] in (["self"], ["cls"])) <= 8, f"{path}: {node.name}"
 
 
-def test_every_file_says_what_it_is() -> None:
+def test_every_file_has_a_docstring() -> None:
     for path in PRODUCT:
         assert ast.get_docstring(parsed(path)), path
 
@@ -123,7 +125,7 @@ def test_no_architecture_is_named_in_the_compiler() -> None:
 
 
 def run_python(code: str, *arguments: str) -> Any:
-    """The JSON that a fresh process prints on the last line."""
+    """Return the JSON that a fresh process prints on its last line."""
     paths = os.pathsep.join(str(ROOT / house) for house in LIGHT)
     environment = {**os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", code, *arguments]
@@ -133,9 +135,9 @@ def run_python(code: str, *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def heavy() -> list[str]:
-    """The light modules that import torch or transformers.
+    """List the supposedly light modules that import torch or transformers.
 
-    A child tries each one first, so that the process that goes on has imported only modules that are light.
+    A child process tries each one first, so that the parent has imported only modules that are light.
     """
     code = """
 import importlib, json, os, sys
@@ -160,7 +162,7 @@ def test_light_modules_do_not_import_torch(module: str, heavy: list[str]) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "MANIFEST", "--dry-run"]])
-def test_what_a_dry_run_imports_is_on_the_list(arguments: list[str], tmp_path: Path) -> None:
+def test_a_dry_run_imports_only_light_modules(arguments: list[str], tmp_path: Path) -> None:
     project = str(write_project(tmp_path))
     code = """
 import json, sys

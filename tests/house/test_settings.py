@@ -1,4 +1,4 @@
-"""Each setting is declared once: signature, command, manifest and planner follow its model."""
+"""Each setting is declared once; signature, command, manifest and planner follow its model."""
 
 import inspect
 import json
@@ -29,7 +29,7 @@ PASSES: list[tuple[Any, type[Settings], type]] = [
     (onelayer.compiler.evaluate_model, EvaluateSettings, EvaluateKeywords),
     (onelayer.runtime.train_lora, TrainSettings, TrainKeywords),
 ]
-# Changes the source of one settings module as it is imported, then prints every default that should follow.
+# Changes the source of one settings module during its import, then prints every default that should follow.
 PROBE = """
 import importlib.util, inspect, json, sys
 from importlib.machinery import SourceFileLoader
@@ -133,7 +133,7 @@ def test_keywords_model_and_signature_agree(function: Any, model: type[Settings]
     assert get_type_hints(keywords).keys() == model.model_fields.keys() <= parameters.keys()
     assert all(parameters[name].default == field.default for name, field in model.model_fields.items())
     assert all(field.description for field in model.model_fields.values())
-    # Written in the source are only what is read and written, without defaults but for what may be absent.
+    # The source lists only what is read and written, and gives defaults only for what may be absent.
     own = set(parameters) - model.model_fields.keys()
     assert all(parameters[name].default in (inspect.Parameter.empty, None, ()) for name in own)
 

@@ -1,4 +1,4 @@
-"""Ten things a person gets wrong, through the real commands: one clear line, exit code 2, nothing half-written."""
+"""Ten user mistakes, through the real commands: one clear line, exit code 2, nothing half-written."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from onelayer.runtime.cli.main import main
 
 
 class Project:
-    """A tiny model, its emulator, an adapter and data, all of which are right."""
+    """A tiny model, its emulator, an adapter and data, all valid."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -127,4 +127,4 @@ def test_a_fault_is_one_line_and_exit_code_2(
     assert "Traceback" not in captured.err
     for part in FAULTS[fault]:
         assert part in captured.err
-    assert sorted(path for path in tmp_path.rglob("*")) == before, "something was left behind"
+    assert sorted(path for path in tmp_path.rglob("*")) == before, "something was left on the disk"

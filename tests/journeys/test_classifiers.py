@@ -1,4 +1,4 @@
-"""Rows with a label and sequence classifiers: compile, evaluate and exact steps against the resident model."""
+"""Labeled rows and sequence classifiers: compile, evaluate and exact steps compared with the resident model."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ tasks:
 
 
 def resident(model: Any, directory: Path, adapter: Path | None = None) -> Any:
-    """The model as transformers and PEFT load it."""
+    """Load the model with transformers and PEFT."""
     loaded = type(model).from_pretrained(directory).eval()
     return loaded if adapter is None else load_adapter(loaded, adapter)
 
@@ -61,7 +61,7 @@ def test_scores_equal_the_resident_models_with_and_without_a_trained_head(
         assert score.token_accuracy == pytest.approx(accuracy)
         assert (score.tokens, score.questions) == (len(TEXTS), 0)
         found.add(round(score.loss, 6))
-    assert len(found) == 3, "adapters that change nothing would prove nothing"
+    assert len(found) == 3, "adapters that change nothing prove nothing"
 
 
 def test_the_original_keeps_its_norm_when_an_adapter_replaces_it(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_the_original_keeps_its_norm_when_an_adapter_replaces_it(tmp_path: Path)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "the quick brown fox"}))
     random_adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["norm"])
     alone = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl").results[0]
-    beside = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl", adapters=[tmp_path / "a"]).results
-    assert beside[0].loss == alone.loss != beside[1].loss
+    both = evaluate_model(tmp_path / "model", tmp_path / "data.jsonl", adapters=[tmp_path / "a"]).results
+    assert both[0].loss == alone.loss != both[1].loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +90,7 @@ def test_an_emulator_of_a_classifier_is_compiled_from_labeled_rows(family: str, 
 
 
 def resident_steps(model: Any, setup: Path, steps: int, rate: float) -> tuple[dict[str, torch.Tensor], float]:
-    """The same steps with PEFT, torch and the whole model in memory: A and B, and the first gradient's norm."""
+    """Run the same steps with PEFT, torch and the whole model in memory; return A, B and the first gradient's norm."""
     directory = setup / "model"
     base = model.get_base_model()
     classes = predicted_classes(type(base), base.config, directory)
@@ -131,7 +131,7 @@ def test_exact_steps_are_those_of_the_resident_model(family: str, task_type: str
     out = resident(model, directory, tmp_path / "out")
     found = dict(out.named_parameters())
     for name, tensor in expected.items():
-        # Adam divides by the gradient's size, so the smallest entries move by what rounding makes of them.
+        # Adam divides by the gradient's size, so the smallest entries move by an amount that rounding decides.
         torch.testing.assert_close(found[name].detach(), tensor, rtol=1e-4, atol=5e-5)
     assert result.steps[0].gradient_norm == pytest.approx(norm, rel=1e-4)
     before, _ = row_losses(resident(model, directory, adapter), directory)
@@ -276,12 +276,12 @@ def test_parts_of_a_step_weigh_by_their_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"args": {"packing": True}}, r"args\.packing: is for models that predict tokens"),
+        ({}, {"args": {"packing": True}}, r"args\.packing: applies to models that predict tokens"),
         ({"pad_token_id": 3}, {}, r"pad_token_id is 3 in config\.json and 0 in the tokenizer"),
         ({"num_labels": 2}, {}, r"field 'label' is 'color'; write a number from 0 to 1"),
     ],
 )
-def test_training_that_cannot_be_right_is_refused(
+def test_training_on_impossible_inputs_is_refused(
     changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     save_classifier("llama", tmp_path / "model", **changes)

@@ -1,4 +1,4 @@
-"""The memory contract, measured in fresh processes: batches, long samples and prompts, and mixtures stay inside it."""
+"""The memory contract, measured in fresh processes: batches, long samples and prompts, and mixtures stay within it."""
 
 import json
 import os
@@ -18,19 +18,19 @@ from onelayer.compiler.results import Report
 
 WORDS = "the quick brown fox jumps over the lazy dog "
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
-# Reads long prompts and says little; one whose tokens are sent to half of its wide experts.
+# One reads long prompts and answers briefly; the other sends its tokens to half of its wide experts.
 READER = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 2, "num_heads": 4}
 MIXTURE = {"hidden_size": 128, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 4}
 
 
 def compiled(root: Path, **settings: Any) -> Report:
-    """Of the model and the data in `root`."""
+    """Compile the model in `root` on the data there."""
     given = {"host_memory_bytes": 0, "ratio": 0.2, **settings}
     return compile_emulator(root / "model", root / "data.jsonl", root / "emulator", **given).report
 
 
 def refined(root: Path, **settings: Any) -> Report:
-    """The emulator that `compiled` left."""
+    """Refine the emulator that `compiled` made."""
     given = {"model": root / "model", "calibration": root / "data.jsonl", "steps": 2, **settings}
     return refine_emulator(root / "emulator", output=root / "refined", host_memory_bytes=0, **given).report
 
@@ -48,7 +48,7 @@ def run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any
 
 
 def measured(command: Callable[..., Report], root: Path, home: Path, **settings: Any) -> Report:
-    """Run in a child: a process that has computed before holds free memory, which would hide what this takes."""
+    """Measure in a child process: one that has computed before holds free memory, which would hide new allocations."""
     (root / "report.json").unlink(missing_ok=True)
     context = fork_server()
     process = context.Process(target=run_here, args=(command, root, settings, str(home)))

@@ -1,4 +1,4 @@
-"""Mixtures through whole runs: a killed compile, recomputed layers, the memory contract, what a person is told."""
+"""Mixtures through whole runs: a killed compile, recomputed layers, the memory contract, and printed remarks."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ def child(root: Path, name: str, home: str) -> None:
     compiled(root, name)
 
 
-def test_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path, own_store: Path) -> None:
+def test_kills_at_random_moments_give_the_same_bytes(tmp_path: Path, own_store: Path) -> None:
     save_mixture("qwen3_moe", tmp_path)
     context = fork_server()
 
@@ -102,8 +102,8 @@ def test_tokens_go_to_the_same_low_rank_experts_when_recomputed(
     assert distance(plain, gradients(model, batch)) < 3e-6
 
 
-def test_gradients_reach_what_lies_in_front_of_low_rank_experts(tmp_path: Path) -> None:
-    """Against the same model with products for stacks, run by transformers' own functions."""
+def test_gradients_pass_through_low_rank_experts(tmp_path: Path) -> None:
+    """Compares with the same model with dense stacks, run by transformers' own functions."""
     for name in ("gpt_oss", "deepseek_v3"):
         root = tmp_path / name
         root.mkdir()
@@ -129,11 +129,11 @@ def test_frozen_factors_keep_no_inputs_for_the_backward_pass(tmp_path: Path) -> 
     with SavedBytes(module) as saved:
         module(x, index, weights)
     rows = tokens * per_token
-    # The gate's two halves and its activation, the outputs that are weighted, weights, and the order of rows.
+    # The gate's two halves and its activation, the outputs before weighting, the weights, and the order of rows.
     assert saved.total() <= 4 * rows * (3 * inner + HIDDEN) + 64 * rows
 
 
-def test_a_person_is_told_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_and_inspect_report_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_mixture("mixtral", tmp_path)
     result = compiled(tmp_path)
     text = compile_summary(result.model_dump(mode="json"))
@@ -145,7 +145,7 @@ def test_a_person_is_told_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(MixtralExperts, "forward", lambda self, x, index, weights: x)
     text = compile_summary(compiled(tmp_path, "other").model_dump(mode="json"))
-    assert "49,152 parameters of experts out of reach of transformers' experts interface stay dense" in text
+    assert "49,152 expert parameters stay dense: their class does not support transformers' experts interface" in text
 
 
 def compile_in_child(root: Path, samples: int, home: str) -> None:

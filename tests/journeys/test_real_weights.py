@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(minilm_directory() is None, reason="package gt-a
 
 
 def prose(path: Path, count: int = 24) -> Path:
-    """Paragraphs of the language reference that ships with Python."""
+    """Return paragraphs of the language reference that ships with Python."""
     from pydoc_data.topics import topics
 
     blocks = [block for text in topics.values() for block in text.split("\n\n") if len(block) > 300]

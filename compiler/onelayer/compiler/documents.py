@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.faults import first_detail, message_of
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -19,9 +20,9 @@ def checked_document(model: type[ModelT], document: Any, file: Path, remedy: str
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = first_detail(error)
         where = first["loc"] if section is None else (section, *first["loc"])
         value = first["input"]
         has = f" (has {value!r})" if isinstance(value, bool | int | float | str) else ""
         field = ".".join(str(part) for part in where)
-        raise InputError(f"{file}: field {field}: {first['msg']}{has}; {remedy}") from None
+        raise InputError(f"{file}: field {field}: {message_of(first)}{has}; {remedy}") from None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from pydantic_core import ErrorDetails
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.faults import first_detail, message_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,14 +51,13 @@ class Settings(BaseModel):
         try:
             return cls(**keywords)
         except ValidationError as error:
-            first = error.errors()[0]
-            cause = first.get("ctx", {}).get("error")
+            cause = first_detail(error).get("ctx", {}).get("error")
             raise InputError(str(cause) if isinstance(cause, InputError) else cls._refusal(error, keywords)) from None
 
     @classmethod
     def _refusal(cls, error: ValidationError, keywords: Mapping[str, Any]) -> str:
         """The message for the first wrong value, by the name of its option."""
-        detail = error.errors()[0]
+        detail = first_detail(error)
         name = str(detail["loc"][0])
         return f"{option_name(cls, name)} {keywords[name]}: {_rule(cls, name, detail)}"
 
@@ -109,7 +109,7 @@ def _rule(model: type[BaseModel], name: str, detail: ErrorDetails) -> str:
             return f"must be greater than {context['gt']:g}"
         case "greater_than_equal":
             return f"must be at least {context['ge']}"
-    return detail["msg"][0].lower() + detail["msg"][1:]
+    return message_of(detail)
 
 
 def settings_keywords(model: type[BaseModel], keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -35,11 +35,12 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     written: list[str] = []
     begun = itertools.count()
 
-    def counting(path: Path, *arguments: Any) -> None:
+    def counting(path: Path, *arguments: Any) -> str:
         if next(begun) >= shards:
             raise StoppedError
-        write_safetensors(path, *arguments)
+        digest = write_safetensors(path, *arguments)
         written.append(path.name)
+        return digest
 
     monkeypatch.setattr("onelayer.compiler.adapters.merge_shards.write_safetensors", counting)
     return written
@@ -49,8 +50,8 @@ def test_a_stopped_merge_goes_on_where_it_was_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny("llama", tmp_path / "original", torch.bfloat16, shards=4)
-    (tmp_path / "original/extra").mkdir()
-    (tmp_path / "original/extra/notes.txt").write_text("kept")
+    (tmp_path / "original/additional_chat_templates").mkdir()
+    (tmp_path / "original/additional_chat_templates/tools.jinja").write_text("kept")
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=4, target_modules="all-linear")
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "wanted")
     with monkeypatch.context() as patched:
@@ -92,8 +93,8 @@ def test_a_merge_that_was_killed_goes_on(tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom onelayer.compiler.adapters import merge, merge_shards\n"
         "write = merge_shards.write_safetensors\n"
-        "def slow(*arguments):\n    write(*arguments)\n    time.sleep(60 if 'shard' in globals() else 0)\n"
-        "    globals()['shard'] = 1\n"
+        "def slow(*arguments):\n    digest = write(*arguments)\n    time.sleep(60 if 'shard' in globals() else 0)\n"
+        "    globals()['shard'] = 1\n    return digest\n"
         "merge_shards.write_safetensors = slow\nmerge.merge_adapter(sys.argv[1], model=sys.argv[2], output=sys.argv[3])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,6 +1,7 @@
 """Headers and indexes from outside: right is read, wrong is refused by name, nothing crashes or hangs."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 
 from helpers.tiny_models import save_tiny
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage import digests
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
-from onelayer.compiler.storage.digests import file_digest
+from onelayer.compiler.storage.digests import file_digest, sha256_file
 from onelayer.compiler.storage.safetensors_format import read_header
 
 
@@ -141,25 +143,43 @@ def test_the_digest_follows_content_and_not_time(tmp_path: Path) -> None:
     assert model_digest(tmp_path) != before
 
 
-def test_a_digest_is_remembered_for_the_same_file_only(tmp_path: Path, own_store: Path) -> None:
-    import os
-
+def test_a_digest_is_remembered_for_the_same_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "big"
     file.write_bytes(bytes(2 << 20))
-    os.utime(file, (1e9, 1e9))
     first = file_digest(file)
-    assert str(file) in (own_store / "digests.json").read_text()
+    assert not digests._memo_path().exists(), "a file changed just now could change again within the same time stamp"
+    monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
     assert file_digest(file) == first
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "sha256_file", lambda path: pytest.fail("hashed again"))
+        assert file_digest(file) == first
     file.write_bytes(bytes(2 << 20) + b"x")
     assert file_digest(file) != first
 
 
-def test_a_blob_of_the_hub_cache_is_known_by_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["in place", "by a rename"])
+def test_a_file_replaced_with_size_and_time_kept_is_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
+    file = tmp_path / "big"
+    file.write_bytes(bytes(2 << 20))
+    status = file.stat()
+    first = file_digest(file)
+    other = file if how == "in place" else tmp_path / "other"
+    other.write_bytes(b"x" + bytes((2 << 20) - 1))
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert file_digest(file) != first
+
+
+def test_a_blob_of_the_hub_cache_is_not_believed_by_its_name(tmp_path: Path) -> None:
     name = "ab" * 32
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / name).write_bytes(b"never hashed")
+    (tmp_path / "blobs" / name).write_bytes(b"damaged")
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
-    assert file_digest(tmp_path / "model.safetensors") == name
+    assert file_digest(tmp_path / "model.safetensors") == sha256_file(tmp_path / "blobs" / name) != name
 
 
 def test_a_model_that_is_nowhere_is_refused() -> None:

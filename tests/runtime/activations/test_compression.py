@@ -10,11 +10,11 @@ from helpers.tiny_models import HIDDEN, tiny_llama
 from onelayer.runtime import compress_activations
 
 NAMES = ["llama", "qwen3", "gemma3", "mixtral", "gpt2", "bert", "t5", "vit"]
-WHOLE_LAYERS = {"bert", "opt"}  # built so that norms do not feed sub-blocks
+WHOLE_LAYERS = {"bert", "opt"}  # norms do not feed sub-blocks in these
 
 
 def stored_bytes(rank: int, tokens: int) -> int:
-    """Of one matrix of the hidden size: factors with their scales, two bits a value and the scales of these."""
+    """Count the bytes of one compressed matrix: factors with scales, two bits per value, and the scales of these."""
     return rank * (tokens + 2 * HIDDEN + 4) + 2 * tokens + tokens * HIDDEN // 4 + 2 * (tokens + HIDDEN)
 
 
@@ -43,22 +43,22 @@ def test_full_rank_in_sub_layers_is_exact_to_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_forward_pass_is_exact_and_gradients_are_near(name: str, where: Any) -> None:
+def test_the_forward_pass_is_exact_and_gradients_are_close(name: str, where: Any) -> None:
     model = adapted(name)
     batch = batch_for(model)
-    with checkpointing(model):  # which switches caches off, and so changes the last bits of T5
+    with checkpointing(model):  # this switches caches off, which changes the last bits of T5
         expected = model(**batch).loss
     plain = gradients(model, batch)
     compress_activations(model, rank=8, where=where)
     assert torch.equal(model(**batch).loss, expected)
     found = gradients(model, batch)
-    assert 0.01 < distance(plain, found) < 5  # the weights are random, and their activations hardly of low rank
+    assert 0.01 < distance(plain, found) < 5  # random weights give activations of nearly full rank
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
 
 def test_a_layer_whose_input_is_of_low_rank_has_a_good_gradient() -> None:
     model = adapted("llama")
-    # Few different tokens and no positions: the states have as many directions as there are tokens.
+    # Few distinct tokens and no positions: the states have only as many directions as distinct tokens.
     ids = torch.tensor([[3, 4, 5, 6] * 8])
     model.get_base_model().model.rotary_emb.inv_freq.zero_()
     batch = {"input_ids": ids, "labels": ids}
@@ -71,7 +71,7 @@ def test_a_layer_whose_input_is_of_low_rank_has_a_good_gradient() -> None:
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
 @pytest.mark.parametrize("name", NAMES)
-def test_bits_of_the_residual_bring_the_gradient_nearer(name: str, where: Any) -> None:
+def test_residual_bits_improve_the_gradient(name: str, where: Any) -> None:
     model = adapted(name)
     batch = batch_for(model)
     plain = gradients(model, batch)
@@ -80,7 +80,7 @@ def test_bits_of_the_residual_bring_the_gradient_nearer(name: str, where: Any) -
         compression = compress_activations(model, rank=4, where=where, residual_bits=bits)
         distances.append(distance(plain, gradients(model, batch)))
         compression.remove()
-    # That two bits are nearer than none holds for trained models, not for every gradient of one as small as these.
+    # Two bits come closer than none in trained models, but not for every gradient of models as small as these.
     assert distances[2] < distances[1]
     assert distances[2] < 0.3 * distances[0]
 
@@ -130,7 +130,7 @@ def test_tokens_go_to_the_same_experts_when_they_are_recomputed(name: str, where
     compress_activations(model, rank=4, where=where)
     gradients(model, batch_for(model))
     for calls in seen:
-        first, *_, again = calls  # sub-layers are looked at in one more run
+        first, *_, again = calls  # sub-layers take one more run to examine
         assert torch.equal(first, again)
     assert len(seen[1]) == 2
 
@@ -171,7 +171,7 @@ def test_padding_changes_nothing_for_the_other_tokens() -> None:
     assert figures.saved_bytes["norm outputs"] == 4 * stored_bytes(rank=6, tokens=21)
 
 
-def test_a_mask_that_is_filled_anew_is_read_anew() -> None:
+def test_a_refilled_mask_is_read_again() -> None:
     model = adapted("llama")
     batch = batch_for(model)
     compress_activations(model, rank=4, residual_bits=4)
@@ -185,10 +185,10 @@ def test_a_mask_that_is_filled_anew_is_read_anew() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_masked_token_with_a_label_is_no_padding(side: str) -> None:
+def test_a_masked_token_with_a_label_is_not_padding(side: str) -> None:
     model = adapted("llama")
     batch = batch_for(model)
-    if side == "left":  # the last token of padding predicts the first one after it
+    if side == "left":  # the last padding token predicts the first token after it
         batch = {name: tensor.flip(1) for name, tensor in batch.items()}
     else:
         batch["labels"] = batch["input_ids"]
@@ -198,11 +198,11 @@ def test_a_masked_token_with_a_label_is_no_padding(side: str) -> None:
     with compression.measure() as figures:
         gradients(model, batch)
     tokens = 22 if side == "left" else 24
-    factors = stored_bytes(rank=4, tokens=tokens) + tokens * HIDDEN // 4  # of four bits a value
+    factors = stored_bytes(rank=4, tokens=tokens) + tokens * HIDDEN // 4  # four bits per value
     assert figures.saved_bytes["norm outputs"] == 4 * factors
 
 
-def test_a_mask_of_inference_mode_is_read_too() -> None:
+def test_a_mask_from_inference_mode_is_read() -> None:
     model = adapted("llama")
     batch = batch_for(model)
     compress_activations(model, rank=4)
@@ -219,7 +219,7 @@ def test_an_encoders_padding_is_not_the_decoders() -> None:
     with compression.measure() as figures:
         gradients(model, batch)
     encoder, decoder = stored_bytes(rank=8, tokens=21), stored_bytes(rank=8, tokens=24)
-    # Two layers of each, and what the encoder passes to both decoder layers, compressed once.
+    # Two layers of each kind, plus the encoder's output for both decoder layers, compressed once.
     assert figures.saved_bytes["layer inputs"] == 2 * encoder + 3 * decoder
 
 

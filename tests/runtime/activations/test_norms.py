@@ -1,4 +1,4 @@
-"""Norms that are recognized by what they compute: the right form of each, in short precisions and on odd tokens too."""
+"""Norms are recognized by what they compute: the right form of each, also in low precision and on unusual tokens."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ FEATURES = 64
 
 
 class Centered(nn.Module):
-    """A LayerNorm that is not torch's, as some models have."""
+    """A LayerNorm that is not torch's, as in some models."""
 
     def __init__(self, plus_one: bool = False) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Centered(nn.Module):
 
 
 def tokens(dtype: torch.dtype, mean: float = 0.0, massive: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    """24 tokens of a given mean, in units of their deviation, with one massive channel."""
+    """Make 24 tokens of a given mean, in units of their deviation, with one massive channel."""
     x = torch.randn(2, 12, FEATURES, generator=torch.Generator().manual_seed(0))
     x = x - x.mean(-1, keepdim=True) + mean
     x[..., 7] += massive
@@ -36,7 +36,7 @@ def tokens(dtype: torch.dtype, mean: float = 0.0, massive: float = 0.0, scale: f
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mean", [0.0, 0.01, 0.1])
 @pytest.mark.parametrize("massive", [0.0, 10.0, 100.0])
-def test_the_mean_is_taken_off_by_those_that_do(dtype: torch.dtype, mean: float, massive: float) -> None:
+def test_norms_that_subtract_the_mean_are_recognized(dtype: torch.dtype, mean: float, massive: float) -> None:
     x = tokens(dtype, mean, massive)
     rms, layer = nn.RMSNorm(FEATURES, eps=1e-6).to(dtype), nn.LayerNorm(FEATURES).to(dtype)
     own, shifted = Centered().to(dtype), Centered(plus_one=True).to(dtype)
@@ -47,14 +47,14 @@ def test_the_mean_is_taken_off_by_those_that_do(dtype: torch.dtype, mean: float,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_leaves_normalized_tokens_alone_is_no_norm(dtype: torch.dtype) -> None:
+def test_a_module_that_keeps_normalized_tokens_is_not_a_norm(dtype: torch.dtype) -> None:
     x = nn.functional.layer_norm(tokens(torch.float32), (FEATURES,)).to(dtype)
     for module in (nn.Identity(), nn.Dropout(0.0)):
         assert recognize(module, x, module(x)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_form_is_forced_on_what_is_no_norm_over_the_features(dtype: torch.dtype) -> None:
+def test_modules_that_are_no_norm_over_the_features_are_left_alone(dtype: torch.dtype) -> None:
     x = tokens(dtype, mean=0.1)
     for module in (nn.GroupNorm(4, 12).to(dtype), nn.Softmax(-1), nn.GELU()):
         assert recognize(module, x, module(x)) is None
@@ -64,7 +64,7 @@ def test_no_form_is_forced_on_what_is_no_norm_over_the_features(dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, 0.02])
-def test_an_epsilon_that_is_not_named(dtype: torch.dtype, scale: float) -> None:
+def test_an_unnamed_epsilon_is_found(dtype: torch.dtype, scale: float) -> None:
     module, x = nn.RMSNorm(FEATURES).to(dtype), tokens(dtype, scale=scale)
     norm = recognize(module, x, module(x))
     assert norm is not None
@@ -72,7 +72,7 @@ def test_an_epsilon_that_is_not_named(dtype: torch.dtype, scale: float) -> None:
     assert (norm.normalize(x)[0].float() - expected).norm() < 0.01 * expected.norm()
 
 
-def test_an_epsilon_that_stands_in_the_forward_alone() -> None:
+def test_an_epsilon_only_in_the_forward_is_found() -> None:
     class Bare(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.layer_norm(x, (FEATURES,), eps=1e-5)
@@ -110,7 +110,7 @@ def test_norms_in_float32_in_a_model_in_bf16(name: str) -> None:
     assert len(compression.norms) == (8 if name == "gemma3" else 4)
 
 
-def test_what_is_rebuilt_has_the_precision_of_the_output() -> None:
+def test_rebuilt_tensors_have_the_precision_of_the_output() -> None:
     model = adapted("llama").to(torch.bfloat16)
     decoder = model.get_base_model().model
     for module in (decoder.layers[0].post_attention_layernorm, decoder.layers[1].post_attention_layernorm):

@@ -1,4 +1,4 @@
-"""Compressed activations on other people's trainers, and emulators in their pipelines."""
+"""Compressed activations in other libraries' trainers, and emulators in their pipelines."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from helpers.tiny_models import tiny_tokenizer
 from onelayer.runtime import compress_activations, load_emulator
 
 TEXTS = ["the quick brown fox", "jumps over the lazy dog", "what is the sum", "of two and three", "it is five", "rome"]
-# TRL 1.16 switches checkpointing on by the name that transformers 5.23 replaced.
+# TRL 1.16 switches checkpointing on by a name that transformers 5.23 replaced.
 TRL_OLD_NAMES = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -121,7 +121,7 @@ def test_dpo(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trl_sft_from_the_command_line(place: Path, tmp_path: Path) -> None:
-    """The script behind `trl sft`, in a process that never imported onelayer: the emulator's own file loads it."""
+    """The script that `trl sft` runs, in a process that never imported onelayer: the emulator's own file loads it."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text((place / "text.jsonl").read_text())
     command = [sys.executable, "-m", "trl.scripts.sft", "--model_name_or_path", str(place / "emulator")]
@@ -144,4 +144,4 @@ def test_trl_sft_from_the_command_line(place: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         rows = [torch.tensor([tokenizer(text).input_ids[:32]]) for text in texts]
         mean = sum(float(model(input_ids=ids, labels=ids).loss) for ids in rows) / len(rows)
-    assert first == pytest.approx(mean, abs=0.3)  # random weights would be far off
+    assert first == pytest.approx(mean, abs=0.3)  # random weights would give a very different loss

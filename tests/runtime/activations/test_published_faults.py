@@ -1,7 +1,6 @@
-"""What went wrong in the published implementation of LoRAct, fault by fault: each must not happen here.
+"""The faults of the published implementation of LoRAct, one by one: none may happen here.
 
-from helpers.places import ROOT
-The numbers are those of the list of faults that the project keeps.
+The numbers are those of the project's list of faults.
 """
 
 import subprocess
@@ -20,7 +19,7 @@ from onelayer.runtime import compress_activations
 
 
 def test_1_dtypes_of_newer_torch_versions_do_no_harm() -> None:
-    """It took the machine epsilon of every float dtype at import, which 4-bit floats do not have."""
+    """It read the machine epsilon of every float dtype at import; 4-bit floats have none."""
     code = "import torch, onelayer.runtime.activations.compression; assert hasattr(torch, 'float4_e2m1fn_x2')"
     path = f"{ROOT}/compiler:{ROOT}/runtime"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path}, timeout=120)
@@ -30,7 +29,7 @@ def test_1_dtypes_of_newer_torch_versions_do_no_harm() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_3_norms_that_scale_by_one_plus_the_weight(name: str) -> None:
-    """It scaled by the weight alone: the forward pass was wrong."""
+    """It scaled by the weight alone, so the forward pass was wrong."""
     model = adapted(name)
     batch = batch_for(model)
     with torch.no_grad():
@@ -45,7 +44,7 @@ def test_3_norms_that_scale_by_one_plus_the_weight(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("weight", [0.0, 1e-30])
 def test_5_norm_weights_of_zero(name: str, weight: float) -> None:
-    """It divided by the norm's weight: infinities, or errors blown up."""
+    """It divided by the norm's weight, which gave infinities or amplified errors."""
     model = adapted(name)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -62,7 +61,7 @@ def test_5_norm_weights_of_zero(name: str, weight: float) -> None:
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
 def test_6_the_global_random_state_is_left_alone(where: Any) -> None:
-    """It drew from the global generator: dropout and data order changed with compression."""
+    """It drew from the global generator, so compression changed dropout and data order."""
     model = with_lora(tiny_llama(), lora_dropout=0.3)
     batch = batch_for(model)
 
@@ -95,11 +94,11 @@ def test_7_factors_are_never_larger_than_the_tensor() -> None:
 
 
 def test_8_nothing_is_kept_for_frozen_linears() -> None:
-    """It kept the inputs of linears that are not trained, whose backward needs none."""
+    """It kept the inputs of frozen linears, whose backward pass needs none."""
     model = adapted("llama")
     batch = batch_for(model, padded=False)
     compression = compress_activations(model, rank=4)
-    gradients(model, batch)  # the first pass looks at the layers
+    gradients(model, batch)  # the first pass examines the layers
     saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +118,7 @@ def test_8_nothing_is_kept_for_frozen_linears() -> None:
 
 
 def test_10_errors_surface_where_they_happen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its workers printed their errors and went on; the backward pass failed later, for another reason."""
+    """Its workers printed their errors and continued; the backward pass then failed for another reason."""
     model = adapted("llama")
     batch = batch_for(model)
     compress_activations(model, rank=4)
@@ -138,10 +137,10 @@ def test_10_errors_surface_where_they_happen(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
-def test_13_checkpointing_that_is_switched_on_too_does_not_stack(
+def test_13_checkpointing_switched_on_in_addition_does_not_stack(
     where: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """It only warned, and both mechanisms ran; and there was no way to use it without its trainer."""
+    """It only warned, and both mechanisms ran. It also could not be used without its own trainer."""
     model = adapted("llama")
     batch = batch_for(model)
     compression = compress_activations(model, rank=6, where=where)
@@ -168,7 +167,7 @@ def test_13_checkpointing_that_is_switched_on_too_does_not_stack(
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
 def test_14_every_argument_and_every_backward(where: Any) -> None:
-    """Only the first argument was compressed, its lists changed in backward, and it needed plain bound methods."""
+    """It compressed only the first argument, changed lists in the backward pass, and required plain bound methods."""
     model = adapted("t5")
     batch = batch_for(model)
     compression = compress_activations(model, rank=6, where=where)
@@ -181,7 +180,7 @@ def test_14_every_argument_and_every_backward(where: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if a is not None and b is not None)
     kept = {rank for ranks in figures.ranks.values() for rank in ranks}
     assert kept == {6}
-    # Models whose layers are called as `checkpoint(module.__call__, hidden)` hand over bound methods and closures.
+    # Models that call layers as `checkpoint(module.__call__, hidden)` pass bound methods and closures.
     layer = torch.nn.Linear(HIDDEN, HIDDEN)
     hidden = torch.randn(2, 12, HIDDEN, requires_grad=True)
     compression.rank = None

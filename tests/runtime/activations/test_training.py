@@ -1,4 +1,4 @@
-"""Compressed activations in `train_lora` and in manifests: training, resuming, reports, the rank that is found."""
+"""Compressed activations in `train_lora` and in manifests: training, resuming, reports, and the measured rank."""
 
 import json
 import textwrap
@@ -53,14 +53,15 @@ def test_saved_bytes_fall_from_plain_to_layer_to_sub_layers_of_low_rank(place: P
     sub = train(place, tmp_path / "sub", activations="sublayer", activation_rank=2, **once)
     assert layer.activations is not None
     assert layer.activations.gradient_cosine is None
-    # Torch keeps the inputs of both layers exactly, and so do we at full rank; only we count keyword arguments.
+    # Torch keeps the inputs of both layers exactly, as compression does at full rank; only the latter counts keyword
+    # arguments.
     inputs = layer.activations.saved_bytes["layer inputs"]
     assert layer.saved_activation_bytes - layer.activations.saved_bytes["shared inputs"] == theirs
     assert inputs < theirs < plain / 2
     assert low.saved_activation_bytes < sub.saved_activation_bytes < theirs
 
 
-def test_an_interrupted_run_resumes_with_the_rank_that_was_found(
+def test_an_interrupted_run_resumes_with_the_measured_rank(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {
@@ -157,7 +158,7 @@ def test_refusals(place: Path, tmp_path: Path, settings: dict[str, Any], message
     assert not list(tmp_path.iterdir())
 
 
-def test_a_manifest_says_where_and_how_much(place: Path, tmp_path: Path) -> None:
+def test_a_manifest_sets_where_and_rank(place: Path, tmp_path: Path) -> None:
     def fields(train_section: str, task_section: str = "") -> dict[str, Any]:
         path = tmp_path / "m.yaml"
         text = f"""

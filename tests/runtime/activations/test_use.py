@@ -1,4 +1,4 @@
-"""Compressed activations in use: evaluation, removal, accumulation, several processes, what is refused, and why."""
+"""Compressed activations in use: evaluation, removal, accumulation, several processes, and refusals."""
 
 import copy
 import logging
@@ -62,7 +62,7 @@ def test_recorded_outputs_are_recorded_once() -> None:
     (found.loss + found.aux_loss).backward()
 
 
-def test_the_fallback_is_said_once_and_names_layer_and_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fallback_is_reported_once_with_layer_and_reason(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted("bert")
     compression = compress_activations(model, rank=8)
     with caplog.at_level(logging.WARNING, logger="onelayer"):

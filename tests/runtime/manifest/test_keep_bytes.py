@@ -1,4 +1,4 @@
-"""`emulator.keep_bytes` of a manifest: the ratio it comes to, keys, reasons, slices of the store, and mistakes."""
+"""`emulator.keep_bytes` of a manifest: the resulting ratio, keys, reasons, slices from the store, and mistakes."""
 
 import shutil
 from pathlib import Path
@@ -29,13 +29,13 @@ def fakes(path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSteps:
 
 
 def put_model(path: Path, dtype: torch.dtype) -> None:
-    """A model with headers to plan by in the place of the stand-in."""
+    """Replace the stand-in by a model with headers to plan from."""
     shutil.rmtree(path.parent / "model")
     save_tiny("llama", path.parent / "model", dtype)
 
 
 def say(path: Path, settings: str) -> None:
-    """Write these settings into the emulator block, whatever was there."""
+    """Replace the emulator block by these settings."""
     lines = path.read_text().splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("emulator:"))
     lines[at] = PLAIN.removesuffix("}") + f", {settings}}}"
@@ -57,7 +57,7 @@ def go(path: Path, fakes: FakeSteps) -> list[str]:
         (torch.float32, ", factor_dtype: nf4", 0.2 * 2 / 0.53125),
     ],
 )
-def test_a_share_of_bytes_becomes_the_ratio_that_takes_them(
+def test_a_share_of_bytes_becomes_a_ratio(
     path: Path, fakes: FakeSteps, dtype: torch.dtype, factors: str, ratio: float
 ) -> None:
     put_model(path, dtype)
@@ -87,7 +87,7 @@ def test_a_share_of_bytes_chooses_the_factor_dtype(
     assert fakes.arguments["compile"]["rank_allocation"] == "spectrum"
 
 
-def test_a_memory_that_nothing_fits_is_refused_before_anything_runs(path: Path, fakes: FakeSteps) -> None:
+def test_too_little_memory_is_refused_before_anything_runs(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.bfloat16)
     say(path, "memory: 1MiB")
     store = ArtifactStore(path.parent / "home")
@@ -97,7 +97,7 @@ def test_a_memory_that_nothing_fits_is_refused_before_anything_runs(path: Path, 
     assert fakes.calls == []
 
 
-def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps) -> None:
+def test_a_dry_run_shows_the_cost_of_a_share_of_bytes(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.bfloat16)
     written = {}
     for settings in (
@@ -111,29 +111,30 @@ def test_a_dry_run_says_what_a_share_of_bytes_costs(path: Path, fakes: FakeSteps
         written[settings] = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].write_bytes
     sizes = list(written.values())
     assert sizes[0] == sizes[1]
-    assert sizes[3] == sizes[4], "a quarter of the bytes, in nf4, is what is taken where nothing is said"
+    assert sizes[3] == sizes[4], "the default is a quarter of the bytes, in nf4"
     assert sizes[2] is not None
-    assert sizes[0] == pytest.approx(sizes[2], rel=0.03), "equal bytes but for whole ranks"
+    assert sizes[0] == pytest.approx(sizes[2], rel=0.03), "equal bytes up to the rounding of ranks"
     assert sizes[3] is not None
     assert sizes[3] < sizes[2]
 
 
-def test_a_smaller_share_is_cut_from_the_larger_emulator(path: Path, fakes: FakeSteps) -> None:
+def test_a_smaller_share_is_sliced_from_the_larger_emulator(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.float32)
     as_stored = "factor_dtype: bf16, rank_allocation: uniform"
     say(path, f"keep_bytes: 0.6, {as_stored}")
     go(path, fakes)
     say(path, f"keep_bytes: 0.2, {as_stored}")
     first = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0]
-    assert first.reason == "field keep_bytes 0.6 -> 0.2; cut from the emulator of keep_bytes 0.6 in the store"
+    assert first.reason == "field keep_bytes 0.6 -> 0.2; sliced from the emulator of keep_bytes 0.6 in the store"
     assert go(path, fakes)[0] == "slice 0.2"
     say(path, f"keep_bytes: 0.7, {as_stored}")
     assert go(path, fakes)[0] == "compile"
+    # Quantized factors are rounded for their rank, and ranks by spectrum are chosen again for each size.
     for otherwise in ("factor_dtype: int8, rank_allocation: uniform", "rank_allocation: uniform", "factor_dtype: bf16"):
         say(path, f"keep_bytes: 0.5, {otherwise}")
         assert go(path, fakes)[0] == "compile"
         say(path, f"keep_bytes: 0.1, {otherwise}")
-        assert go(path, fakes)[0] == "compile", "packed factors are rounded for their rank, ranks by spectrum are new"
+        assert go(path, fakes)[0] == "compile"
 
 
 def test_a_ratio_and_a_share_of_bytes_are_different_settings(path: Path, fakes: FakeSteps) -> None:
@@ -143,7 +144,7 @@ def test_a_ratio_and_a_share_of_bytes_are_different_settings(path: Path, fakes: 
     say(path, "keep_bytes: 0.2, factor_dtype: bf16, rank_allocation: uniform, refine: none")
     reason = plan(load_manifest(path), ArtifactStore(path.parent / "home")).steps[0].reason
     assert reason == "field factor_dtype not set -> bf16; field keep_bytes not set -> 0.2; field ratio 0.2 -> not set"
-    # The emulator comes out the same, so nothing behind it runs.
+    # The emulator is identical, so no later step runs.
     assert go(path, fakes) == ["compile"]
 
 
@@ -169,5 +170,5 @@ def test_a_slice_is_smaller_than_a_share_of_bytes_allows(path: Path) -> None:
     say(path, "keep_bytes: 0.2, factor_dtype: nf4")
     assert load_manifest(path).tasks["support"].ratio == 0.5
     say(path, "keep_bytes: 0.1, factor_dtype: nf4")
-    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below the emulator's ratio 0\.3765"):
+    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below 0\.3765"):
         load_manifest(path)

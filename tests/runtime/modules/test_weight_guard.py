@@ -1,4 +1,4 @@
-"""The guard in the place of a missing weight, and what PEFT and Trainer may and may not do with an emulator."""
+"""The guard that replaces a missing weight, and what PEFT and Trainer may and may not do with an emulator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 @pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Originals, and beside each a full-rank emulator of it: `llama`, `llama.emulator`, `gpt2`, `gpt2.emulator`."""
+    """A folder with originals and full-rank emulators of them: `llama`, `llama.emulator`, `gpt2`, `gpt2.emulator`."""
     root: Path = tmp_path_factory.mktemp("guard")
     for name in ("llama", "gpt2"):
         with stored_as(request.param):

@@ -1,4 +1,4 @@
-"""What a failure, an interrupt, a second run at once or a damaged store costs; with stand-ins for the steps."""
+"""The cost of a failure, an interrupt, a concurrent run or a damaged store, with stand-ins for the steps."""
 
 import threading
 from pathlib import Path
@@ -25,7 +25,7 @@ def states(result: RunResult) -> dict[str, str]:
     return {step.name: step.state for step in result.steps}
 
 
-def test_a_failing_task_does_not_lose_the_others(project: Project) -> None:
+def test_a_failing_task_does_not_stop_the_others(project: Project) -> None:
     project.fakes.fail["sql"] = MemoryError("out of memory")
     messages: list[str] = []
     result = run(project.manifest, project.store, notify=messages.append)
@@ -102,7 +102,7 @@ def test_a_damaged_record_only_costs_the_explanation(project: Project) -> None:
     assert project.run() == ["train sql", "correct", "evaluate 2"]
 
 
-def test_a_hub_model_that_is_not_here_is_waited_for_not_fetched(project: Project) -> None:
+def test_a_plan_does_not_download_a_missing_hub_model(project: Project) -> None:
     project.edit("path: model", "path: onelayer-tests/no-such-model")
     reasons = project.reasons()
     assert reasons["compile"] == "to run: never ran; after the model onelayer-tests/no-such-model is downloaded"

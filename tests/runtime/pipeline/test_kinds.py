@@ -1,4 +1,4 @@
-"""A new kind of step is one record and a step of it: everything else follows."""
+"""A new kind of step needs one record and one step: everything else follows."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ SCORES = {"name": "counted", "loss": 1.0, "perplexity": 2.7, "token_accuracy": 0
 
 
 class Counting:
-    """Steps of the new kind, one for each task; the first attempt stops half done."""
+    """Steps of the new kind, one per task; the first attempt stops halfway."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -58,7 +58,7 @@ class Counting:
 
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
-    """Register the kind, and give the task `support` a step of it."""
+    """Register the kind, and add a step of it to the task `support`."""
     counting, steps_of_task = Counting(), task_steps.steps_of_task
 
     def with_count(manifest: Manifest, task: str) -> list[Step]:
@@ -85,7 +85,7 @@ def finish(project: Project) -> RunResult:
     return run(project.manifest, project.store)
 
 
-def test_a_new_kind_is_foreseen_run_found_again_and_resumed(project: Project, counting: Counting) -> None:
+def test_a_new_kind_is_planned_run_found_again_and_resumed(project: Project, counting: Counting) -> None:
     foreseen = plan(project.manifest, project.store)
     row = foreseen.steps[-1]
     assert (row.name, row.kind, row.state, row.write_bytes, row.peak_bytes) == (
@@ -128,7 +128,7 @@ def test_results_of_a_new_kind_are_listed_and_pruned(project: Project, counting:
     assert key in prune(project.store, keep=set()).removed
 
 
-def test_a_kind_without_particulars_is_complete() -> None:
+def test_a_kind_needs_only_a_version() -> None:
     kind = StepKind(version=1, digest=directory_digest)
     assert not kind.is_product
     assert kind.figures("step", Path()) == StepFigures()

@@ -1,4 +1,4 @@
-"""The pipeline: what runs, what does not, and why; with stand-ins for the steps themselves."""
+"""The pipeline: what runs, what does not, and why, with stand-ins for the steps themselves."""
 
 import os
 from dataclasses import replace
@@ -74,9 +74,9 @@ def test_edited_test_data_only_scores_again(project: Project) -> None:
     assert project.run() == ["evaluate 2"]
 
 
-def test_an_emulator_that_comes_out_the_same_trains_nothing(project: Project) -> None:
+def test_an_identical_emulator_trains_nothing_again(project: Project) -> None:
     project.run()
-    project.append("mix.jsonl")  # the stand-in looks at the first line only
+    project.append("mix.jsonl")  # the stand-in reads only the first line
     assert project.reasons()["compile"] == "to run: the data file mix.jsonl changed"
     assert project.run() == ["compile"]
     assert project.run() == []
@@ -117,7 +117,7 @@ def test_a_changed_setting_is_named_and_going_back_is_free(project: Project) -> 
     assert project.run() == []
 
 
-def test_an_override_touches_its_task_alone(project: Project) -> None:
+def test_an_override_changes_only_its_task(project: Project) -> None:
     project.run()
     project.edit("support: {train: support.jsonl", "support: {train: support.jsonl, lora: {r: 4}")
     assert project.reasons()["support.train"] == "to run: field r 8 -> 4"
@@ -149,7 +149,7 @@ def test_a_step_version_is_a_reason(project: Project, monkeypatch: pytest.Monkey
     now = STEP_KINDS["correct"]
     monkeypatch.setitem(STEP_KINDS, "correct", replace(now, version=99))
     assert project.reasons()["sql.correct"] == f"to run: step version changed {now.version} -> 99"
-    assert project.run() == ["correct", "correct"]  # and what comes out the same is not scored again
+    assert project.run() == ["correct", "correct"]  # an identical result is not scored again
 
 
 def test_a_tampered_adapter_is_made_again_alone(project: Project) -> None:
@@ -165,7 +165,7 @@ def test_a_tampered_adapter_is_made_again_alone(project: Project) -> None:
 def test_a_pruned_artifact_is_named(project: Project) -> None:
     project.run()
     prune(project.store, keep=set())
-    assert project.reasons()["compile"] == "to run: its artifact is gone from the store"
+    assert project.reasons()["compile"] == "to run: its artifact is no longer in the store"
 
 
 def test_tasks_are_chosen_by_name_and_share_the_emulator(project: Project) -> None:
@@ -175,7 +175,7 @@ def test_tasks_are_chosen_by_name_and_share_the_emulator(project: Project) -> No
         project.run(["supprt"])
 
 
-def test_a_second_manifest_shares_what_is_the_same(project: Project) -> None:
+def test_a_second_manifest_shares_equal_steps(project: Project) -> None:
     project.run()
     second = project.folder / "second.yaml"
     second.write_text(project.path.read_text().replace("support: {train: support", "mine: {train: test"))
@@ -212,7 +212,7 @@ def test_settings_reach_training(project: Project) -> None:
     }
 
 
-def test_a_folder_of_data_counts_by_what_is_in_it(project: Project) -> None:
+def test_a_data_folder_is_identified_by_its_content(project: Project) -> None:
     data = project.folder / "many"
     data.mkdir()
     (data / "a.jsonl").write_text('{"text": "a"}\n')
@@ -224,7 +224,7 @@ def test_a_folder_of_data_counts_by_what_is_in_it(project: Project) -> None:
     assert source_digest(Source(str(data))) != before
 
 
-def test_exact_steps_run_behind_the_correction_and_are_what_is_merged(project: Project) -> None:
+def test_exact_steps_run_after_the_correction_and_are_merged(project: Project) -> None:
     project.edit("version: 1", "version: 1\npolish: {steps: 4}")
     project.edit("  support: {", "  support: {polish: {steps: 7}, merge: true, ")
     calls = project.run()

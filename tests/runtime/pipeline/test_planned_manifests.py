@@ -1,4 +1,4 @@
-"""The manifests in `manifests/`: they load, their memory budgets can be met, and the schema beside them is current."""
+"""The manifests in `manifests/`: they load, their memory budgets can be met, and their schema is current."""
 
 import json
 import shutil
@@ -13,13 +13,27 @@ from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest, manifest_schema
 from onelayer.runtime.pipeline.costs import Costs
-from onelayer.runtime.pipeline.emulator_size import setting_of, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import planned_run, runs_in_key, size_of_shapes
 from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
 FOLDER = ROOT / "manifests"
 REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "demo.yaml")
+# Renaming, reordering or adding one changes the key of every emulator whose size follows from memory.
+FIELDS_IN_KEY = [
+    "batch_size",
+    "max_length",
+    "lora_rank",
+    "where",
+    "rank",
+    "on_gpu",
+    "allocation",
+    "is_cut",
+    "compile_tokens",
+    "refine_tokens",
+    "scored_tokens",
+]
 # hidden, inner, layers, key and value width, vocabulary; as in the models' own config.json
 SIZES = {"8b": (4096, 14336, 32, 1024, 128256), "32b": (5120, 25600, 64, 1024, 151936)}
 SIZED = {
@@ -31,7 +45,7 @@ SIZED = {
 
 
 def placed(folder: Path, name: str) -> Manifest:
-    """A manifest in a folder of its own, with a line in each file that it names."""
+    """Copy a manifest to its own folder, with one line in each file that it names."""
     text = (FOLDER / name).read_text()
 
     def files(value: Any) -> list[str]:
@@ -79,9 +93,14 @@ def test_a_budget_gives_a_ratio_and_a_factor_dtype(tmp_path: Path, name: str) ->
 
 def test_the_planner_sees_what_a_task_sets(tmp_path: Path) -> None:
     manifest = placed(tmp_path, "many-tasks.yaml")
-    assert setting_of(manifest, "sql").tokens == 4 * 1024
-    assert setting_of(manifest, "notes").tokens == 4 * 2048
-    assert setting_of(manifest, "support").lora_rank == 16
+    assert planned_run(manifest, "sql").tokens == 4 * 1024
+    assert planned_run(manifest, "notes").tokens == 4 * 2048
+    assert planned_run(manifest, "support").lora_rank == 16
+
+
+def test_the_names_in_a_compile_key_stay(tmp_path: Path) -> None:
+    for run in runs_in_key(placed(tmp_path, "many-tasks.yaml")):
+        assert list(run) == FIELDS_IN_KEY
 
 
 def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:
@@ -90,7 +109,7 @@ def test_costs_of_a_model_that_is_not_here_are_unknown(tmp_path: Path) -> None:
     assert (costs.read_bytes, costs.write_bytes, costs.peak_bytes) == (None, None, None)
 
 
-def test_the_schema_beside_the_manifests_is_current() -> None:
+def test_the_schema_of_manifests_is_current() -> None:
     if trainer_args_model() is None:
         pytest.skip("without the training extra its arguments are not in the schema")
     assert json.loads((FOLDER / "manifest.schema.json").read_text()) == manifest_schema()

@@ -1,4 +1,4 @@
-"""Refinement in manifests, and on the command line."""
+"""Refinement in manifests and on the command line."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_tasks_train_on_the_refined_emulator(project: Project) -> None:
     assert project.run()[:2] == ["refine 8", "train sql"]
 
 
-def test_going_without_is_free_afterwards(project: Project) -> None:
+def test_returning_to_an_earlier_setting_runs_nothing(project: Project) -> None:
     project.run()
     project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {}, ratio: 0"))
     assert project.run()[0] == "refine 100"
@@ -46,7 +46,7 @@ def test_going_without_is_free_afterwards(project: Project) -> None:
     assert project.run() == []
 
 
-def test_a_slice_is_refined_for_itself(project: Project) -> None:
+def test_a_slice_gets_its_own_refinement(project: Project) -> None:
     project.edit(PLAIN, PLAIN.replace("ratio: 0", "refine: {steps: 7}, ratio: 0"))
     project.edit("{train: support.jsonl}", "{train: support.jsonl, ratio: 0.1}")
     assert project.run()[:4] == ["compile", "slice 0.1", "refine 7", "refine 7"]
@@ -55,7 +55,7 @@ def test_a_slice_is_refined_for_itself(project: Project) -> None:
     assert project.run() == []
 
 
-def test_what_it_needs_is_told_before_it_runs(tmp_path: Path, project: Project) -> None:
+def test_its_memory_is_predicted_before_it_runs(tmp_path: Path, project: Project) -> None:
     model = tmp_path / "real"
     save_tiny("llama", model)
     project.edit("path: model", "path: real")
@@ -69,7 +69,7 @@ def test_what_it_needs_is_told_before_it_runs(tmp_path: Path, project: Project) 
 
 def test_the_bound_counts_what_is_trained_and_the_graph() -> None:
     assert training_bytes([100, 300], 40, 10, 2, True) == 26 * 400 + 16 * 300 + 2 * 10 * 40 * 4
-    # On a host as much again, for the heap's holes.
+    # On a host twice as much, for holes in the heap.
     assert training_bytes([100, 300], 40, 10, 2, False) == 26 * 400 + 16 * 300 + 4 * 10 * 40 * 4
 
 
@@ -89,7 +89,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     given = ["refine", str(tmp_path / "emulator"), "--model", str(tmp_path / "model"), "--max-length", "16"]
     given += ["--calibration", str(tmp_path / "mix.jsonl"), "--steps", "10"]
     assert exit_code(*given, "--output", str(tmp_path / "refined")) == 0
-    assert "2 of 2 layers came closer to the original's" in capsys.readouterr().out
+    assert "2 of 2 layers are closer to the original's" in capsys.readouterr().out
     assert exit_code(*given, "--output", str(tmp_path / "again"), "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert [unit["name"] for unit in document["units"]] == ["model.layers.0", "model.layers.1"]
@@ -97,9 +97,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_refined_emulator_tells_no_error_that_is_true_no_more(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refined_emulator_lists_no_outdated_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_mixture("mixtral", tmp_path)
     compiled(tmp_path, factor_dtype="nf4")
     given: dict[str, Any] = {"model": tmp_path / "model", "calibration": tmp_path / "mix.jsonl", "steps": 5}
@@ -111,7 +109,7 @@ def test_a_refined_emulator_tells_no_error_that_is_true_no_more(
     for one, other in zip(before["linears"], after["linears"], strict=True):
         assert errors < one.keys()
         assert other == {field: value for field, value in one.items() if field not in errors}
-    assert after["stacks"] == before["stacks"]  # experts are what they were
+    assert after["stacks"] == before["stacks"]  # experts are unchanged
     cards = [(tmp_path / name / "README.md").read_text() for name in ("emulator", "refined")]
     assert "how far each linear is from the original" in " ".join(cards[0].split())
     assert "how far each linear is" not in " ".join(cards[1].split())
@@ -131,7 +129,7 @@ def test_a_refined_emulator_tells_no_error_that_is_true_no_more(
         ("ratio: 0.25, refine: {}", True),
     ],
 )
-def test_a_size_in_bytes_is_refined_unless_said_otherwise(
+def test_an_emulator_sized_in_bytes_is_refined_by_default(
     project: Project, tmp_path: Path, size: str, refined: bool
 ) -> None:
     save_tiny("llama", tmp_path / "real")

@@ -1,4 +1,4 @@
-"""What one emulator serves, on this machine and on another: slices, budgets, resumed compiles; and what a plan says."""
+"""Reuse of one emulator, on this machine and on another: slices, budgets, resumed compiles, and what a plan shows."""
 
 import json
 import os
@@ -35,31 +35,31 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def go(path: Path, home: Path, fakes: FakeSteps) -> list[str]:
-    """Run a manifest and say which step functions were called."""
+    """Run a manifest and return which step functions were called."""
     assert not run(load_manifest(path), ArtifactStore(home)).failed
     return fakes.taken()
 
 
-def test_a_smaller_ratio_is_cut_from_the_larger_emulator(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_a_smaller_ratio_is_sliced_from_the_larger_emulator(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
     edit(path, "ratio: 0.25", "ratio: 0.1")
     first = plan(load_manifest(path), ArtifactStore(home)).steps[0]
-    assert first.reason == "field ratio 0.25 -> 0.1; cut from the emulator of ratio 0.25 in the store"
+    assert first.reason == "field ratio 0.25 -> 0.1; sliced from the emulator of ratio 0.25 in the store"
     assert go(path, home, fakes)[:2] == ["slice 0.1", "train sql"]
-    edit(path, "ratio: 0.1", "ratio: 0.3")  # larger than any: compiled
+    edit(path, "ratio: 0.1", "ratio: 0.3")  # larger than every stored emulator, so compiled
     assert go(path, home, fakes)[0] == "compile"
 
 
 @pytest.mark.parametrize("change", ["data: mix.jsonl, samples: 32}, ratio: 0.1", "data: sql.jsonl}, ratio: 0.1"])
-def test_an_emulator_of_anything_else_is_not_cut(tmp_path: Path, fakes: FakeSteps, change: str) -> None:
+def test_an_emulator_of_anything_else_is_not_sliced(tmp_path: Path, fakes: FakeSteps, change: str) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
     edit(path, "data: mix.jsonl}, ratio: 0.25", change)
     assert go(path, home, fakes)[0] == "compile"
 
 
-def test_quantized_emulators_are_compiled_anew(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_quantized_emulators_are_compiled_again(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     edit(path, "ratio: 0.25", "factor_dtype: nf4, ratio: 0.5")
     go(path, home, fakes)
@@ -74,7 +74,7 @@ def test_a_task_may_train_on_a_slice(tmp_path: Path, fakes: FakeSteps) -> None:
     assert calls[:2] == ["compile", "slice 0.1"]
     assert go(path, home, fakes) == []
     edit(path, "ratio: 0.1", "ratio: 0.3")
-    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below the emulator's ratio 0\.25"):
+    with pytest.raises(InputError, match=r"tasks\.support\.ratio: must be below 0\.25"):
         load_manifest(path)
 
 
@@ -121,7 +121,7 @@ def test_variables_of_the_environment(tmp_path: Path, fakes: FakeSteps, monkeypa
     assert load_manifest(path).train.args["max_steps"] == 9
 
 
-def test_an_interrupted_compile_goes_on_unless_the_libraries_moved(tmp_path: Path) -> None:
+def test_an_interrupted_compile_resumes_unless_the_libraries_changed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     spec = StepSpec(kind="compile", step_version=1, fields={}, inputs={})
     seen: list[bool] = []
@@ -142,7 +142,7 @@ def test_an_interrupted_compile_goes_on_unless_the_libraries_moved(tmp_path: Pat
     assert seen == [False, True, False]
 
 
-def test_a_dry_run_says_bytes_and_peaks_without_torch(tmp_path: Path) -> None:
+def test_a_dry_run_shows_bytes_and_peaks_without_torch(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     path = write_project(tmp_path / "project")
     shutil.rmtree(path.parent / "model")
@@ -164,12 +164,12 @@ def test_a_dry_run_says_bytes_and_peaks_without_torch(tmp_path: Path) -> None:
     assert steps["sql.evaluate"]["state"] == "to run"
 
 
-def test_a_model_of_no_linears_leaves_costs_unknown(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_costs_of_a_model_without_linears_are_unknown(tmp_path: Path, fakes: FakeSteps) -> None:
     path = write_project(tmp_path)
     assert {step.peak_bytes for step in plan(load_manifest(path), ArtifactStore(tmp_path / "home")).steps} == {None}
 
 
-def test_another_model_is_not_cut_from(tmp_path: Path, fakes: FakeSteps) -> None:
+def test_an_emulator_of_another_model_is_not_sliced(tmp_path: Path, fakes: FakeSteps) -> None:
     path, home = write_project(tmp_path), tmp_path / "home"
     go(path, home, fakes)
     shutil.rmtree(tmp_path / "model")

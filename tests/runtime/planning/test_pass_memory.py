@@ -1,4 +1,4 @@
-"""What the planner counts is what will run: the passes of a manifest, mixtures, classifiers, ranks by spectrum."""
+"""The planner counts what will run: the passes of a manifest, mixtures, classifiers, ranks by spectrum."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Spectrum, ranks_by_spectrum
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
 from onelayer.runtime.pipeline.costs import Costs
-from onelayer.runtime.pipeline.emulator_size import Size, setting_of, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import Size, planned_run, size_of_shapes
 from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.planning.pass_memory import compile_bytes, pass_bytes, polish_bytes, refine_bytes
@@ -38,7 +38,7 @@ def manifest(
     task: str = "",
     max_length: int = 512,
 ) -> Manifest:
-    """One task on a model whose headers are not read."""
+    """Write a manifest with one task on a model whose headers are not read."""
     (folder / "t.jsonl").write_text('{"text": "a"}\n')
     (folder / "m").mkdir(exist_ok=True)
     (folder / "m" / "config.json").write_text("{}")
@@ -56,32 +56,32 @@ def size(plan: Manifest, shapes: ModelShapes) -> Size:
     return size_of_shapes(plan, plan.emulator, shapes)
 
 
-def test_a_budget_holds_for_the_batches_that_will_run(tmp_path: Path) -> None:
+def test_a_budget_covers_the_batches_that_will_run(tmp_path: Path) -> None:
     shapes = LARGE
     plan = manifest(tmp_path, "memory: 12GiB", calibration=", max_length: 2048", refine=", refine: {batch_size: 8}")
-    setting = setting_of(plan, "a")
-    assert (setting.compile_tokens, setting.refine_tokens) == (2048, 8 * 2048)
-    assert pass_bytes(shapes, size(plan, shapes).ratio, setting)["refine"] <= 0.95 * 12 * GIB
-    # 8 samples of 8192 tokens: inputs and outputs of the widest part alone take 6 GiB, the attention's more.
+    planned = planned_run(plan, "a")
+    assert (planned.compile_tokens, planned.refine_tokens) == (2048, 8 * 2048)
+    assert pass_bytes(shapes, size(plan, shapes).ratio, planned)["refine"] <= 0.95 * 12 * GIB
+    # 8 samples of 8192 tokens: inputs and outputs of the widest part alone take 6 GiB, and attention takes more.
     wide = manifest(tmp_path, "memory: 24GiB", calibration=", max_length: 8192", stream="{batch_size: 8}")
-    assert setting_of(wide, "a").compile_tokens == 8 * 8192
+    assert planned_run(wide, "a").compile_tokens == 8 * 8192
     assert compile_bytes(shapes, 0.95, 8 * 8192) > compile_bytes(shapes, 0.95, 512) + 6 * GIB
 
 
-def test_a_pass_that_never_fits_is_named_with_what_mends_it(tmp_path: Path) -> None:
+def test_a_pass_that_never_fits_is_named_with_the_remedy(tmp_path: Path) -> None:
     plan = manifest(tmp_path, "memory: 6GiB", calibration=", max_length: 8192", stream="{batch_size: 8}")
     with pytest.raises(InputError, match=r"emulator\.memory: too little for compile: .*lower stream\.batch_size"):
         size(plan, LARGE)
 
 
-def test_a_refinement_that_does_not_run_takes_nothing(tmp_path: Path) -> None:
+def test_a_refinement_that_does_not_run_needs_no_memory(tmp_path: Path) -> None:
     shapes = decoder(HIDDEN, INNER, 12, 32000, narrow=NARROW)
     refined = size(manifest(tmp_path, "memory: 6GiB", max_length=128), shapes)
-    assert pass_bytes(shapes, refined.ratio, setting_of(manifest(tmp_path, "memory: 6GiB"), "a"))["refine"] > 0
+    assert pass_bytes(shapes, refined.ratio, planned_run(manifest(tmp_path, "memory: 6GiB"), "a"))["refine"] > 0
     plain = manifest(tmp_path, "memory: 6GiB", refine=", refine: none", max_length=128)
     assert size(plain, shapes) == Size(1.0, "int8")
     assert refined != size(plain, shapes)
-    assert pass_bytes(shapes, 0.5, setting_of(plain, "a"))["refine"] == 0
+    assert pass_bytes(shapes, 0.5, planned_run(plain, "a"))["refine"] == 0
 
 
 def compile_key(plan: Manifest) -> str:
@@ -101,26 +101,26 @@ def test_what_decides_the_size_is_in_the_key(tmp_path: Path) -> None:
     assert size(loaded[0], shapes) != size(loaded[1], shapes)
 
 
-def test_an_emulator_of_which_a_task_takes_a_slice_stays_factored(tmp_path: Path) -> None:
+def test_an_emulator_with_a_slice_stays_factored(tmp_path: Path) -> None:
     budget = "memory: 64GiB"
     assert size(manifest(tmp_path, budget), LARGE) == Size(1.0, "int8")
     assert size(manifest(tmp_path, budget, task=", ratio: 0.2"), LARGE) == Size(0.95, None)
 
 
-def test_rounding_whole_weights_is_judged_in_float64() -> None:
+def test_the_rounding_error_of_whole_weights_is_computed_in_float64() -> None:
     widest = HIDDEN * INNER
     assert compile_bytes(LARGE, 1.0, 1) > LARGE.largest_block_bytes + 3 * 8 * widest
     assert compile_bytes(LARGE, 1.0, 1) < compile_bytes(LARGE, 0.95, 1)
 
 
-def test_a_refinement_on_a_host_leaves_holes_in_its_heap() -> None:
-    setting = PlannedRun(batch_size=1, max_length=1024, refine_tokens=1024)
-    on_gpu, on_host = (pass_bytes(LARGE, 0.3, replace(setting, on_gpu=gpu)) for gpu in (True, False))
+def test_a_refinement_on_a_host_counts_holes_in_its_heap() -> None:
+    planned = PlannedRun(batch_size=1, max_length=1024, refine_tokens=1024)
+    on_gpu, on_host = (pass_bytes(LARGE, 0.3, replace(planned, on_gpu=gpu)) for gpu in (True, False))
     assert on_host["refine"] > on_gpu["refine"]
     assert on_host["compile"] == on_gpu["compile"]
 
 
-def test_a_compile_of_many_tokens_gets_the_room_that_it_needs(tmp_path: Path) -> None:
+def test_a_budget_leaves_room_for_a_compile_of_many_tokens(tmp_path: Path) -> None:
     tiny_models.save_tiny("llama", tmp_path / "model")
     shapes = shapes_from_headers(tmp_path / "model")
     budget, tokens = GIB, 1 << 20
@@ -130,9 +130,9 @@ def test_a_compile_of_many_tokens_gets_the_room_that_it_needs(tmp_path: Path) ->
         size_for(tmp_path / "model", budget, compile_tokens=tokens)
 
 
-def test_an_exact_step_counts_an_expert_for_each_that_a_token_is_sent_to() -> None:
+def test_an_exact_step_counts_each_expert_that_a_token_is_sent_to() -> None:
     shapes = MIXTURE
-    # Per token: four matrices of 32 x 32, and for two experts 2 * 48 opened, 48 left of them, 32 read and 32 given.
+    # Per token: four matrices of 32 x 32. Each of two experts reads 32, opens 2 * 48, keeps 48 of them and returns 32.
     width = 4 * 64 + 2 * (96 + 48 + 2 * 32)
     assert polish_bytes(shapes, 8, 1000) - polish_bytes(shapes, 8, 0) == 2 * 1000 * width * 4
     assert refine_bytes(shapes, 0.3, 1000, "uniform") - refine_bytes(shapes, 0.3, 0, "uniform") == 2 * 1000 * width * 4
@@ -151,7 +151,7 @@ def test_a_training_step_computes_values_not_bytes() -> None:
     # Forward, forward again and back: six operations for each value and token.
     by_hand = 6 * (0.5 * linears + 2 * 128256 * HIDDEN) * 8 * 512 / 1e13
     assert seconds(shapes, 0.5) == pytest.approx(by_hand, rel=0.02)
-    # Of a mixture two of four experts.
+    # In a mixture two of four experts count.
     active = 2 * (4 * 32 * 32 + 2 * 3 * 32 * 48) + 100 * 32
     assert seconds(MIXTURE, 1.0) == pytest.approx(6 * active * 8 * 512 / 1e13, rel=0.02)
 
@@ -168,13 +168,13 @@ def test_a_correction_chosen_on_text_holds_the_block_that_it_streams(tmp_path: P
     assert plain.peak_bytes is not None
     assert chosen.peak_bytes is not None
     assert plain.peak_bytes < shapes.largest_block_bytes
-    # The block that computes, the one that is read ahead, and 512 tokens of its inputs and outputs in float32.
+    # The computing block, the block that is read ahead, and 512 tokens of its inputs and outputs in float32.
     width = 6 * HIDDEN + 2 * NARROW + 2 * HIDDEN + 3 * (HIDDEN + INNER)
     assert chosen.peak_bytes > 2 * shapes.largest_block_bytes + 4 * 512 * width
     assert chosen.read_bytes == plain.read_bytes
 
 
-def test_ranks_by_spectrum_stay_within_what_a_refinement_is_planned_with() -> None:
+def test_ranks_by_spectrum_stay_within_the_planned_refinement() -> None:
     side, ratio = 64, 0.2
     table: dict[str, tuple[int, ...]] = {"embed.weight": (100, side)}
     table |= {f"layers.{layer}.attention.{name}.weight": (side, side) for layer in range(2) for name in "qkvo"}
@@ -187,7 +187,7 @@ def test_ranks_by_spectrum_stay_within_what_a_refinement_is_planned_with() -> No
     }
     ranks = ranks_by_spectrum(spectra, ratio)
     trained = 2 * side * sum(rank for name, rank in ranks.items() if name.startswith("0."))
-    # Of every trained value 26 bytes, of the largest linear's 16 more; the weights of the block stand beside.
+    # 26 bytes per trained value, 16 more per value of the largest linear, plus the weights of the block.
     needed = 26 * trained + 16 * trained // 4 + 4 * 4 * side * side
     assert refine_bytes(shapes, ratio, 0, "uniform") < needed, "a layer takes more than its share"
     assert refine_bytes(shapes, ratio, 0, "spectrum") >= needed
@@ -201,6 +201,6 @@ def test_a_classifier_has_no_loss_over_the_vocabulary(tmp_path: Path) -> None:
         tiny_models.build("BertConfig", kind, num_attention_heads=2, **shape).save_pretrained(tmp_path / kind)
         shapes = shapes_from_headers(tmp_path / kind)
         found[kind] = train_memory(shapes, emulator_bytes(shapes, 0.5), PlannedRun(8, 512)).loss
-    # Of 4096 tokens the final norm and its gradient, as they are and in float32: four times 32 values.
+    # For each of 4096 tokens, the final norm and its gradient, in model dtype and in float32: four times 32 values.
     assert found["BertForSequenceClassification"] == found["BertForTokenClassification"] == 4096 * 32 * 4 * 4
     assert found["BertForMaskedLM"] > 4096 * 3000 * 4

@@ -1,4 +1,4 @@
-"""The planner: shapes as the compiler sees them, predictions as measured, choices that follow from the budget."""
+"""The planner: its shapes are the compiler's, its predictions are as measured, its choices follow the budget."""
 
 import json
 import math
@@ -19,6 +19,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import best_of
 from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.runtime.planning.anchor_costs import anchor_costs
 from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, WHOLE, best_ratio, choose_each, limiting_pass
 from onelayer.runtime.planning.plan import plan_run, size_for
 from onelayer.runtime.planning.read_shapes import read_shapes, shapes_from_headers
@@ -36,7 +37,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {**tiny_models.DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     ),
-    "stacks that lie the other way": (
+    "transposed stacks": (
         "GptOssConfig",
         "GptOssForCausalLM",
         {
@@ -94,8 +95,8 @@ def test_a_config_alone_gives_the_same_shapes(tmp_path: Path, name: str) -> None
     assert alone.active_parameters == with_weights.active_parameters
 
 
-@pytest.mark.parametrize("name", ["mixture", "stacks that lie the other way"])
-def test_experts_open_and_close_whichever_way_they_lie(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["mixture", "transposed stacks"])
+def test_experts_open_and_close_in_either_orientation(tmp_path: Path, name: str) -> None:
     shapes = shapes_from_headers(saved(tmp_path, name))
     inner = MODELS[name][2].get("moe_intermediate_size") or MODELS[name][2]["intermediate_size"]
     assert expert_parts(shapes, shapes.blocks[0]) == (2 * 2 * inner, 2 * inner)
@@ -121,15 +122,15 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
 
 
 def test_more_memory_never_allows_less_and_what_is_chosen_fits() -> None:
-    setting = PlannedRun(batch_size=4, max_length=1024)
-    reached = [best_ratio(LARGE, setting, card * GIB).reached for card in (16, 24, 32, 48, 64)]
+    planned = PlannedRun(batch_size=4, max_length=1024)
+    reached = [best_ratio(LARGE, planned, card * GIB).reached for card in (16, 24, 32, 48, 64)]
     assert reached == sorted(reached)
     assert reached[-1] > reached[0]
     for card in (24, 48):
-        choice = best_ratio(LARGE, setting, card * GIB)
+        choice = best_ratio(LARGE, planned, card * GIB)
         if choice.ratio is not None:
             assert choice.memory.peak <= 0.95 * card * GIB
-            over = train_memory(LARGE, emulator_bytes(LARGE, choice.ratio + 0.002), setting).peak
+            over = train_memory(LARGE, emulator_bytes(LARGE, choice.ratio + 0.002), planned).peak
             assert over > 0.95 * card * GIB or choice.ratio == 0.95
 
 
@@ -147,7 +148,7 @@ def test_a_plan_is_one_document_with_the_promised_keys(tmp_path: Path) -> None:
     assert json.loads(json.dumps(document)) == document
 
 
-def test_too_little_memory_says_what_limits_and_what_to_give_up(tmp_path: Path) -> None:
+def test_too_little_memory_names_the_limit_and_what_to_give_up(tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama")
     plan = plan_run(folder, 100 << 20, max_length=512, batch_size=8, timing=False)
     assert (plan.fits, plan.ratio) == (False, None)
@@ -160,13 +161,13 @@ def test_too_little_memory_says_what_limits_and_what_to_give_up(tmp_path: Path) 
 def test_quantized_factors_hold_more_in_the_same_bytes() -> None:
     sizes = [emulator_bytes(LARGE, 0.3, dtype) for dtype in ("bf16", "int8", "nf4")]
     assert sizes == sorted(sizes, reverse=True)
-    setting = PlannedRun(batch_size=1, max_length=1024, where="sublayer", rank=0.125, refine_tokens=0)
-    plain, nf4 = (best_ratio(LARGE, setting, 8 * GIB, dtype).reached for dtype in ("bf16", "nf4"))
+    planned = PlannedRun(batch_size=1, max_length=1024, where="sublayer", rank=0.125, refine_tokens=0)
+    plain, nf4 = (best_ratio(LARGE, planned, 8 * GIB, dtype).reached for dtype in ("bf16", "nf4"))
     assert nf4 > 2 * plain > 0
 
 
 def test_rank_comes_before_precision() -> None:
-    setting = PlannedRun(batch_size=1, max_length=1024)
+    planned = PlannedRun(batch_size=1, max_length=1024)
     for card, expected in (
         (6, "nf4"),
         (8, "nf4"),
@@ -176,44 +177,44 @@ def test_rank_comes_before_precision() -> None:
         (24, "int8"),
         (64, "int8"),
     ):
-        choices = choose_each(LARGE, setting, card * GIB)
+        choices = choose_each(LARGE, planned, card * GIB)
         ratios = {dtype: choice.ratio for dtype, choice in choices.items()}
         assert list(ratios) == ["bf16", "int8", "nf4"]
         assert best_of(ratios) == expected
     assert best_of({"bf16": None, "int8": None, "nf4": None}) == "nf4"
-    assert best_of({"bf16": 0.94, "int8": 1.0, "nf4": 1.0}) == "int8"  # rounding costs less than what is left out
+    assert best_of({"bf16": 0.94, "int8": 1.0, "nf4": 1.0}) == "int8"  # rounding costs less than truncation
 
 
 @pytest.mark.parametrize(("card", "expected"), [(12, "int8"), (16, "int8"), (20, "bf16"), (64, "bf16")])
-def test_an_emulator_that_is_cut_keeps_no_weight_whole(card: int, expected: str) -> None:
-    choices = choose_each(LARGE, PlannedRun(batch_size=1, max_length=1024, is_cut=True), card * GIB)
+def test_an_emulator_that_is_sliced_keeps_no_weight_whole(card: int, expected: str) -> None:
+    choices = choose_each(LARGE, PlannedRun(batch_size=1, max_length=1024, is_sliced=True), card * GIB)
     ratios = {dtype: choice.reached for dtype, choice in choices.items()}
     assert max(ratios.values()) == LARGEST_RATIO
     assert best_of(ratios) == expected
 
 
-def test_whole_weights_are_looked_at_where_rounding_saves_memory() -> None:
-    setting = PlannedRun(batch_size=1, max_length=1024, where="sublayer", rank=0.5)
-    held = best_ratio(LARGE, setting, 64 * GIB, "int8")
+def test_whole_weights_are_considered_if_rounding_saves_memory() -> None:
+    planned = PlannedRun(batch_size=1, max_length=1024, where="sublayer", rank=0.5)
+    held = best_ratio(LARGE, planned, 64 * GIB, "int8")
     assert (held.ratio, held.memory.emulator) == (WHOLE, emulator_bytes(LARGE, WHOLE, "int8"))
-    assert limiting_pass(LARGE, held, 64 * GIB) == "nothing: all weights fit as they are, rounded to int8"
-    assert best_ratio(LARGE, setting, 64 * GIB).ratio == LARGEST_RATIO
-    # A little less than what holds all: factors, and what stands against whole weights is named.
+    assert limiting_pass(LARGE, held, 64 * GIB) == "nothing: all weights fit whole, rounded to int8"
+    assert best_ratio(LARGE, planned, 64 * GIB).ratio == LARGEST_RATIO
+    # Slightly less than all weights need: factors are chosen, and the obstacle to whole weights is named.
     needed = int(held.memory.peak / USABLE_SHARE)
-    less = best_ratio(LARGE, setting, needed - (64 << 20), "int8")
+    less = best_ratio(LARGE, planned, needed - (64 << 20), "int8")
     assert less.reached == LARGEST_RATIO
     assert limiting_pass(LARGE, less, needed - (64 << 20)).startswith("train: the emulator's weights")
-    # All that fits only with coarser activations is taken for int8, as rounding costs less than what factors leave out.
-    exact = replace(setting, where="none", rank=None)
+    # If all weights fit in int8 only with coarser activations, they are taken, as rounding costs less than truncation.
+    exact = replace(planned, where="none", rank=None)
     tight = int(best_ratio(LARGE, exact, 64 * GIB, "int8").memory.peak / USABLE_SHARE) - (64 << 20)
     assert best_ratio(LARGE, exact, tight, "int8").reached == LARGEST_RATIO
-    chosen = choose_each(LARGE, setting, tight)["int8"]
+    chosen = choose_each(LARGE, planned, tight)["int8"]
     assert (chosen.ratio, chosen.planned.where) == (WHOLE, "sublayer")
 
 
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, "llama")
-    # Where all fits, it is rounded to int8; what is named is kept.
+    # If all weights fit, they are rounded to int8; a given dtype is kept.
     assert size_for(folder, GIB) == (WHOLE, "int8")
     assert size_for(folder, GIB, factor_dtype="bf16") == (LARGEST_RATIO, "bf16")
     assert plan_run(folder, GIB, timing=False).factor_dtype == "int8"
@@ -230,11 +231,11 @@ def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypa
     assert any("bitsandbytes" in remark and "--factor-dtype int8" in remark for remark in lacking.remarks)
 
 
-def test_spectra_say_what_each_choice_leaves_out(tmp_path: Path) -> None:
+def test_spectra_predict_the_error_of_each_choice(tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama")
     emulator = tmp_path / "emulator"
     emulator.mkdir()
-    values = [math.sqrt(0.5), *[math.sqrt(0.05)] * 9]  # of an energy of 1, most in one direction
+    values = [math.sqrt(0.5), *[math.sqrt(0.05)] * 9]  # an energy of 1, most of it in one direction
     rows = [
         {"name": f"{block.name}.{linear.name}", "singular_values": values, "output_energy": 1.0}
         for block in shapes_from_headers(folder).blocks
@@ -246,7 +247,7 @@ def test_spectra_say_what_each_choice_leaves_out(tmp_path: Path) -> None:
     assert error is not None
     assert 0 <= error < 1
     (emulator / "emulator.json").write_text("{}")
-    with pytest.raises(InputError, match="says nothing of linears"):
+    with pytest.raises(InputError, match="field linears"):
         plan_run(folder, GIB, emulator=emulator, timing=False)
 
 
@@ -264,3 +265,19 @@ def test_predicted_peaks_are_within_a_tenth_of_measured_ones(case: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert {row["step"] for row in json.loads(result.stdout)} == {"compile", "train", "correct"}
+
+
+def test_anchors_cost_a_reading_of_the_original_every_k_steps() -> None:
+    shapes = decoder(256, 512, 6, 1000)
+    planned = PlannedRun(2, 64, 8)
+    memory = train_memory(shapes, emulator_bytes(shapes, 0.25), planned)
+    model = shapes.parameters * shapes.value_bytes
+    slow_disk = Speed(read_bytes_per_second=model / 100, flops_per_second=1e15, device="cpu")
+    costs = {cost.every: cost for cost in anchor_costs(shapes, 0.25, planned, memory, slow_disk)}
+    assert [cost.read_bytes_per_step for cost in costs.values()] == [model // every for every in costs]
+    assert costs[10].seconds_per_step == pytest.approx(10, rel=0.05)
+    rows, scales = 128 * shapes.hidden // 4, 2 * (128 + shapes.hidden)
+    assert costs[10].offset_bytes == 10 * len(shapes.blocks) * (rows + scales)
+    assert len({cost.peak_bytes for cost in costs.values()}) == 1
+    assert costs[1].peak_bytes > memory.emulator + memory.adapter + shapes.largest_block_bytes
+    assert all(cost.seconds_per_step is None for cost in anchor_costs(shapes, 0.25, planned, memory, None))

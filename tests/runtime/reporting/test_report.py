@@ -1,4 +1,4 @@
-"""The report of a run, and the results linked to where a person wants them."""
+"""The report of a run, and the results linked into the output folder."""
 
 import json
 import re
@@ -23,7 +23,7 @@ VOID = {"meta", "line", "rect", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """Tags in the order they open, the text between them, and the attributes that could fetch something."""
+    """Tags in their opening order, the text between them, and the attributes that could fetch something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_charts_and_their_labels(tmp_path: Path) -> None:
     assert page.tags.count("polyline") == 5
 
 
-def test_layers_that_were_refined_tell_their_errors_and_their_linears_none(
+def test_refined_layers_show_their_own_errors_and_no_linear_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, fakes, store = project(tmp_path, monkeypatch)
@@ -127,24 +127,24 @@ def test_layers_that_were_refined_tell_their_errors_and_their_linears_none(
     ):
         real = getattr(fakes, name)
 
-        def told(*given: Any, real: Any = real, document: Any = document, **settings: Any) -> Any:
+        def with_settings(*given: Any, real: Any = real, document: Any = document, **settings: Any) -> Any:
             result = real(*given, **settings)
             (settings.get("output", given[-1]) / "emulator.json").write_text(json.dumps(document))
             return result
 
-        monkeypatch.setitem(onelayer.compiler.__dict__, name, told)
+        monkeypatch.setitem(onelayer.compiler.__dict__, name, with_settings)
     page = page_of(run(load_manifest(path), store))
-    for words in ("Of each layer of the emulator", "model.layers, as compiled", "model.layers, refined"):
+    for words in ("For each layer of the emulator", "model.layers, as compiled", "model.layers, refined"):
         assert words in page.text
     assert "up_proj" not in page.text
 
 
-def test_charts_of_nothing_are_nothing() -> None:
+def test_charts_without_data_are_empty() -> None:
     assert lines({}, "x", "y") == lines({"a": []}, "x", "y") == bars([], ("a",), "MiB") == ""
     assert "NaN" not in lines({"flat": [(1.0, 2.0), (1.0, 2.0)]}, "x", "y")
 
 
-def test_results_are_linked_to_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_linked_into_the_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _, store = project(tmp_path, monkeypatch, "output: results\n")
     result = run(load_manifest(path), store)
     assert result.report == str(tmp_path / "results" / "report.html")
@@ -158,12 +158,12 @@ def test_results_are_linked_to_where_they_are_wanted(tmp_path: Path, monkeypatch
     assert store.verify() == []
 
 
-def test_a_folder_of_another_in_the_way_is_refused_before_anything_runs(
+def test_a_foreign_folder_in_the_way_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, fakes, store = project(tmp_path, monkeypatch, "output: results\n")
     (tmp_path / "results" / "sql-corrected").mkdir(parents=True)
-    with pytest.raises(InputError, match="no run put there"):
+    with pytest.raises(InputError, match="not created by a run"):
         run(load_manifest(path), store)
     assert fakes.taken() == []
 
@@ -179,6 +179,6 @@ def test_large_files_are_linked_small_ones_copied_foreign_ones_kept(tmp_path: Pa
     assert (folder / "sub" / "large.bin").stat().st_ino == (payload / "sub" / "large.bin").stat().st_ino
     assert (folder / "small.json").stat().st_ino != (payload / "small.json").stat().st_ino
     (output / "mine").mkdir()
-    with pytest.raises(InputError, match="no run put there"):
+    with pytest.raises(InputError, match="not created by a run"):
         link_outputs({"mine": ("key", payload)}, output)
     assert not (output / ".mine.partial").exists()

@@ -1,4 +1,4 @@
-"""What an interrupted step left: taken up where it fits, and never in the way of the next attempt."""
+"""The remains of an interrupted step: resumed if they fit, and never in the way of the next attempt."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path)
 
 
-def test_a_resumable_step_finds_what_it_left_and_publishes_none_of_it(store: ArtifactStore) -> None:
+def test_a_resumable_step_finds_its_work_and_does_not_publish_it(store: ArtifactStore) -> None:
     def interrupted(payload: Path) -> Mapping[str, Any]:
         work = payload.with_name(".payload.training")
         work.mkdir()
@@ -50,7 +50,7 @@ def test_a_resumable_step_finds_what_it_left_and_publishes_none_of_it(store: Art
     assert sorted(path.name for path in (store.root / artifact.key).iterdir()) == ["artifact.json", "payload"]
 
 
-def test_what_a_failing_step_handed_out_is_not_in_the_way(store: ArtifactStore) -> None:
+def test_the_payload_of_a_failed_step_does_not_block_the_next_attempt(store: ArtifactStore) -> None:
     def failing(payload: Path) -> Mapping[str, Any]:
         fill(payload)
         raise RuntimeError("step 2: the loss is not finite")
@@ -63,7 +63,7 @@ def test_what_a_failing_step_handed_out_is_not_in_the_way(store: ArtifactStore) 
     assert list(artifact.files) == ["weights.bin"]
 
 
-def test_a_payload_that_was_not_described_yet_is_not_made_again(
+def test_a_complete_but_undescribed_payload_is_not_made_again(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(payload: Path) -> Mapping[str, Any]:
@@ -83,7 +83,7 @@ def test_a_payload_that_was_not_described_yet_is_not_made_again(
 
 
 @pytest.mark.parametrize(("batch_size", "kept"), [(4, True), (1, False)])
-def test_work_begun_otherwise_is_thrown_away(store: ArtifactStore, batch_size: int, kept: bool) -> None:
+def test_work_begun_with_other_facts_is_discarded(store: ArtifactStore, batch_size: int, kept: bool) -> None:
     found = []
 
     def make(payload: Path) -> Mapping[str, Any]:
@@ -101,7 +101,7 @@ def test_work_begun_otherwise_is_thrown_away(store: ArtifactStore, batch_size: i
 
 
 def refused_if_other(output: Path, **begun: Any) -> None:
-    """As a compile does it: work is taken up where it was begun with the same, and refused where not."""
+    """Do as a compile does: resume work that was begun with the same facts, and refuse other work."""
     with work_directory(output, WorkKind("compile", finished="unit-*"), begun) as work:
         if not (work / "unit-0").exists():
             (work / "unit-0").touch()
@@ -109,7 +109,7 @@ def refused_if_other(output: Path, **begun: Any) -> None:
 
 
 @pytest.mark.parametrize("change", ["batch size", "the model's folder"])
-def test_a_run_that_was_changed_in_no_result_goes_on(
+def test_settings_without_effect_on_the_result_may_change_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     project = Project(tmp_path, FakeSteps(monkeypatch))
@@ -130,7 +130,7 @@ def test_a_run_that_was_changed_in_no_result_goes_on(
     else:
         (tmp_path / "model").rename(tmp_path / "moved")
         project.edit("path: model", "path: moved")
-    with pytest.raises(KeyboardInterrupt):  # begun anew, where it would have been refused
+    with pytest.raises(KeyboardInterrupt):  # started over, since the old work would have been refused
         run(project.manifest, project.store)
     assert not run(project.manifest, project.store).failed
     assert len(attempts) == 3

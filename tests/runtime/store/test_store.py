@@ -1,4 +1,4 @@
-"""The store: complete or absent, made once, damage found and named, and pruned without touching what is in use."""
+"""The store: artifacts are complete or absent and made once, damage is named, and pruning spares what is in use."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_everything_in_a_spec_reaches_the_key() -> None:
     assert len({base.key, *(base.model_copy(update=other).key for other in others)}) == 6
 
 
-def test_the_digest_is_that_of_the_content_or_what_the_step_says(store: ArtifactStore) -> None:
+def test_the_digest_is_that_of_the_content_or_the_steps_own(store: ArtifactStore) -> None:
     first, _ = store.ensure(spec(r=1), fill)
     second, _ = store.ensure(spec(r=2), fill)
     named, _ = store.ensure(spec(r=3), fill, lambda payload: (payload / "sub" / "notes.txt").read_text())
@@ -99,7 +99,7 @@ ArtifactStore({str(store.home)!r}).ensure(StepSpec.model_validate({spec().model_
         process.send_signal(signal.SIGKILL)
     assert store.artifacts() == []
     assert store.find(spec().key) is None
-    artifact, made = store.ensure(spec(), fill)  # and the dead process's lock does not stand in the way
+    artifact, made = store.ensure(spec(), fill)  # the dead process's lock does not block the next run
     assert made
     assert store.damage(artifact) is None
     assert not list(store.root.glob("*.partial"))
@@ -147,7 +147,7 @@ ArtifactStore({str(store.home)!r}).ensure(StepSpec.model_validate({spec().model_
 
 
 def flip_a_bit(file: Path) -> None:
-    """Change the content and keep size and time stamp, as a bad disk does."""
+    """Change the content but keep size and time stamp, as a bad disk does."""
     status = file.stat()
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -165,7 +165,7 @@ def test_verify_names_the_flipped_file(store: ArtifactStore) -> None:
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "add"])
-def test_a_damaged_artifact_is_made_anew(store: ArtifactStore, damage: str) -> None:
+def test_a_damaged_artifact_is_made_again(store: ArtifactStore, damage: str) -> None:
     artifact, _ = store.ensure(spec(), fill)
     payload = store.payload(artifact.key)
     if damage == "change":

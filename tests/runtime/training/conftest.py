@@ -1,4 +1,4 @@
-"""What most tests of training share: an original, its emulators, data, and a quick `train_lora`."""
+"""Fixtures that most tests of training share: an original, its emulators, data, and a quick `train_lora`."""
 
 import json
 from collections.abc import Callable

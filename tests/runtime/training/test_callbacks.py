@@ -22,9 +22,25 @@ def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> No
     assert checkpoints.newest_checkpoint(tmp_path) is None
     for step in (20, 100, 300):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("whole")
     for step in (20, 100):
-        (tmp_path / f"checkpoint-{step}" / checkpoints.COMPLETE_FILE).touch()
+        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}")
     assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("damage", ["removed", "changed", "mark"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/weights").write_text("whole")
+        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}")
+    if damage == "removed":  # killed while an old checkpoint was removed
+        (tmp_path / "checkpoint-2/weights").unlink()
+    elif damage == "changed":
+        (tmp_path / "checkpoint-2/weights").write_text("whol\0")
+    else:
+        (tmp_path / "checkpoint-2" / checkpoints.COMPLETE_FILE).write_text("2\n")
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_the_mean_loss_weighs_entries_by_their_steps() -> None:

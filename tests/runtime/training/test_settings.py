@@ -1,4 +1,4 @@
-"""Settings of training: names checked, numbers coerced, and what is refused before anything is read."""
+"""Settings of training: names are checked, numbers coerced, and bad values refused before anything is read."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ COMPRESSED = {"model.layers.0.mlp.up_proj": 4}
 
 
 def check(**keywords: Any) -> None:
-    """Check what `train_lora` checks before it looks at a model."""
+    """Run the checks that `train_lora` makes before it reads a model."""
     settings = TrainSettings.of(keywords)
     lora_fields(settings, COMPRESSED)
     trainer_arguments(settings)

@@ -1,4 +1,4 @@
-"""LoRA training on emulators: what the loss counts, resuming, determinism, refusals, and the adapter that comes out."""
+"""LoRA training on emulators: what the loss counts, resuming, determinism, refusals, and the resulting adapter."""
 
 import json
 import random
@@ -29,7 +29,7 @@ Train = Callable[..., TrainResult]
 
 
 def expected_loss(model: Any, directory: Path, data: Path, rows: range) -> float:
-    """Cross-entropy over the labeled tokens of some examples, from the model's own logits, one example at a time."""
+    """Compute cross-entropy over the labeled tokens of examples, from the model's logits, one example at a time."""
     tokenizer = load_tokenizer(directory)
     total, count = 0.0, 0
     for example in [read_examples(data)[index] for index in rows]:
@@ -78,7 +78,7 @@ def test_saved_activations_follow_the_batch_and_checkpointing(train: Train) -> N
 
 
 class KilledError(Exception):
-    """Stands for the power going off."""
+    """A simulated power failure."""
 
 
 def test_resuming_equals_not_stopping(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_an_early_failure_leaves_nothing(train: Train, tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_no_number_stops_training(train: Train, tmp_path: Path) -> None:
+def test_a_nonfinite_loss_stops_training(train: Train, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         train(max_steps=6, learning_rate=1e38)
     assert not (tmp_path / "adapter").exists()
@@ -129,7 +129,7 @@ def test_the_seed_decides_and_the_global_generators_stay(train: Train, tmp_path:
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert states[2] == str(numpy.random.get_state())
-    torch.rand(7)  # what a caller drew before must not matter
+    torch.rand(7)  # earlier draws of the caller must not matter
     random.random()
     train("two", seed=5)
     train("three", seed=6)

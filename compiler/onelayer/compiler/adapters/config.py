@@ -51,7 +51,7 @@ Rank = Annotated[int, Field(gt=0)]
 class AdapterConfig(BaseModel):
     """The fields that say what a plain LoRA computes; the rest is checked by name and dropped."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", strict=True)
 
     peft_type: Literal["LORA"]
     r: Rank

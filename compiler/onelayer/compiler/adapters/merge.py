@@ -13,7 +13,7 @@ import torch
 
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.merge_plan import Part, plan_changes
-from onelayer.compiler.adapters.merge_shards import merge_workspace, write_shards
+from onelayer.compiler.adapters.merge_shards import merge_workspace, remove_records, write_shards
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, Adapter, adapter_digest
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
@@ -22,7 +22,8 @@ from onelayer.compiler.machine.threads import single_threaded
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
-from onelayer.compiler.storage.files import check_output, copy_companions, write_json
+from onelayer.compiler.storage.companions import check_companions, copy_companions
+from onelayer.compiler.storage.files import check_output, write_json
 from onelayer.compiler.storage.work_directory import WorkKind, publish_work, work_directory
 
 # A hidden record is no part of a model, should it ever stay.
@@ -57,8 +58,11 @@ def merge_adapter(
     for another original, or any of its keys has no place to go.
     """
     output = Path(output)
-    check_output(output)
-    parts, directory = _parts(adapter, weight), resolve_model(model)
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    check_output(output, model, *adapters)
+    parts, directory = _parts(adapters, weight), resolve_model(model)
+    check_companions(directory)
+    streamed = StreamedModel(directory)
     base_digest = model_digest(directory)
     for part in parts:
         check_made_for(part.source, directory, base_digest)
@@ -71,14 +75,17 @@ def merge_adapter(
             )
     record = _provenance(parts, model, base_digest, corrected)
     with Meter(torch.device("cpu")) as meter:
-        streamed = StreamedModel(directory)
         checkpoint = streamed.checkpoint
         changes = plan_changes(parts, streamed)
         with work_directory(output, MERGE_WORK, record) as work, single_threaded():
             _check_space(output, work, checkpoint)
-            write_shards(work, checkpoint, changes, meter)
+            inputs = [checkpoint.stamps, *(part.source.stamps for part in parts)]
+            write_shards(work, checkpoint, changes, inputs, meter)
             copy_companions(directory, work)
             write_json(work / PROVENANCE_FILE, record)
+            for stamps in inputs:
+                stamps.check()
+            remove_records(work)
             publish_work(work, MERGE_WORK, output)
         report = meter.report(streamed.largest_unit_bytes, merge_workspace(checkpoint, changes), checkpoint.bytes_read)
     needed = [state for state in corrected if state is not None]
@@ -91,8 +98,7 @@ def merge_adapter(
     )
 
 
-def _parts(adapter: str | Path | Sequence[str | Path], weight: Sequence[float] | None) -> list[Part]:
-    paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+def _parts(paths: Sequence[str | Path], weight: Sequence[float] | None) -> list[Part]:
     weights = [1.0] * len(paths) if not weight else list(weight)
     if not paths or len(weights) != len(paths):
         raise InputError(f"--weight: {len(weights)} given for {len(paths)} adapters; give one for each, or none")

@@ -81,9 +81,10 @@ def _plan_one(part: Part, streamed: StreamedModel) -> dict[str, Change]:
         changes.setdefault(key, Change()).replaced = replacement
     for name, module in modules.items():
         parameter = f"{name}.weight"
-        change = changes.setdefault(_stored_tensor(source, streamed, parameter), Change())
+        key = _stored_tensor(source, streamed, parameter)
         if sharing := _sharing(streamed, parameter):
             raise _shared(source, parameter, sharing[0])
+        change = changes.setdefault(key, Change())
         change.lora.append((part, name))
         change.transposed = is_transposed(module)
     return changes

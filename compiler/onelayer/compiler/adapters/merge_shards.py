@@ -5,7 +5,7 @@ Held: some blocks of rows of a few weights, and the adapters' factors of those w
 Letters: R rank of all adapters together, out / in features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 
 from onelayer.compiler.adapters.merge_plan import Change
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.machine.threads import read_ahead
 from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
 from onelayer.compiler.storage.checkpoint import Checkpoint
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.digests import sha256_file
+from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_index, write_safetensors
+from onelayer.compiler.storage.stamps import FileStamps
 
 # A weight is read by rows in chunks of about this size, and changed by blocks of this size in float32, which stay in a
 # core's cache.
@@ -39,11 +42,16 @@ def merge_workspace(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
     return SHARDS_AT_ONCE * ((3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES)
 
 
-def write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Change], meter: Meter) -> None:
-    """Write the same tensors to files of the same names, except files that are there already; then the index."""
-    # The name is enough: a shard gets it when it is complete.
-    missing = [file for file in checkpoint.files if not (target / file.name).exists()]
-    jobs = (partial(_write_shard, target, file, checkpoint, changes) for file in missing)
+def write_shards(
+    target: Path, checkpoint: Checkpoint, changes: dict[str, Change], inputs: Sequence[FileStamps], meter: Meter
+) -> None:
+    """Write the same tensors to files of the same names, except finished ones; then the index.
+
+    A shard is finished if its record says so and it still has the recorded digest. Raises `InputError` if one of
+    `inputs` has changed since it was opened.
+    """
+    missing = [file for file in checkpoint.files if not _is_finished(target, file.name)]
+    jobs = (partial(_write_shard, target, file, checkpoint, changes, inputs) for file in missing)
     with Progress(len(missing), "merge") as progress:
         for count, file in enumerate(read_ahead(jobs, SHARDS_AT_ONCE, SHARDS_AT_ONCE), start=1):
             progress.reached(count, file.name, meter.sample())
@@ -54,13 +62,37 @@ def write_shards(target: Path, checkpoint: Checkpoint, changes: dict[str, Change
         write_index(target / checkpoint.index_file.name, weight_map, sum(info.size_bytes for info in tensors), metadata)
 
 
-def _write_shard(target: Path, file: Path, checkpoint: Checkpoint, changes: dict[str, Change]) -> Path:
+def remove_records(target: Path) -> None:
+    """Remove the records of finished shards, which are no part of the output."""
+    for path in target.glob(_record(target, "*.safetensors").name):
+        path.unlink()
+
+
+def _record(target: Path, shard: str) -> Path:
+    return target / f".{shard}.json"
+
+
+def _is_finished(target: Path, shard: str) -> bool:
+    record = _record(target, shard)
+    try:
+        document = read_json(record) if record.is_file() and (target / shard).is_file() else None
+    except InputError:  # damaged like the shard may be: it is written again
+        return False
+    return isinstance(document, dict) and document.get("sha256") == sha256_file(target / shard)
+
+
+def _write_shard(
+    target: Path, file: Path, checkpoint: Checkpoint, changes: dict[str, Change], inputs: Sequence[FileStamps]
+) -> Path:
     inside = [info for info in checkpoint.tensors.values() if info.file == file]
     entries = [
         _changed_entry(checkpoint, info, changes[info.name]) if info.name in changes else copy_entry(info.name, info)
         for info in inside
     ]
-    write_safetensors(target / file.name, entries, checkpoint.metadata[file])
+    digest = write_safetensors(target / file.name, entries, checkpoint.metadata[file])
+    for stamps in inputs:
+        stamps.check()
+    write_json(_record(target, file.name), {"sha256": digest})
     return file
 
 

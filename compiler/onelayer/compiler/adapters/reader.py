@@ -13,6 +13,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_file, sha256_json
 from onelayer.compiler.storage.files import read_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
+from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ class Adapter:
     `dense`: parameters replaced whole (modules_to_save, biases, saved embeddings), parameter name to key in the file.
     `copies`: the parameters of `dense` that are a copy of their module's; what the model ties to it stays.
     `token_rows`: single rows replaced in an embedding or head, module name to (key, row numbers).
+    `stamps` are those of its files from before they were read.
     """
 
     directory: Path
@@ -40,6 +42,7 @@ class Adapter:
     copies: frozenset[str] = frozenset()
     token_rows: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
+    stamps: FileStamps = field(default_factory=FileStamps, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "Adapter":
@@ -47,6 +50,7 @@ class Adapter:
         directory = Path(path)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give the directory of a PEFT LoRA adapter")
+        stamps = adapter_stamps(directory)
         config = read_config(directory)
         file = _weights_file(directory)
         tensors, _ = read_header(file)
@@ -55,8 +59,8 @@ class Adapter:
         rows = {name: (key, row_numbers(file, config, name, tensors[key])) for name, key in sorted_keys.rows.items()}
         if not (modules or rows or sorted_keys.dense):
             raise InputError(f"{file}: holds no adapter weights; train the adapter, or give another directory")
-        copies = frozenset(sorted_keys.copies)
-        return cls(directory, config, tensors, modules, sorted_keys.dense, copies, rows, read_provenance(directory))
+        copies, provenance = frozenset(sorted_keys.copies), read_provenance(directory)
+        return cls(directory, config, tensors, modules, sorted_keys.dense, copies, rows, provenance, stamps)
 
     def read(self, key: str) -> "torch.Tensor":
         """Read one tensor of the file, in its stored dtype, to the host."""
@@ -91,6 +95,11 @@ class Adapter:
                 f"{self.directory / PROVENANCE_FILE}: field {part}.digest is not a digest; restore the file"
             )
         return digest
+
+
+def adapter_stamps(directory: Path) -> FileStamps:
+    """Take the stamps of an adapter's files, before they are read."""
+    return FileStamps(directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE))
 
 
 def adapter_digest(path: str | Path) -> str:

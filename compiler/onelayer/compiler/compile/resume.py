@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.digests import sha256_file
 from onelayer.compiler.storage.files import publish_directory, read_json, write_json
 from onelayer.compiler.storage.safetensors_format import read_header
 from onelayer.compiler.storage.work_directory import WorkKind, work_directory
@@ -20,12 +21,13 @@ COMPILE_WORK = WorkKind("compile", finished=RECORD_PATTERN)
 
 
 class UnitRecord(BaseModel):
-    """A finished unit: its shard, the bytes of each tensor in it, and figures for the final report."""
+    """A finished unit: its shard with its SHA-256, the bytes of each tensor in it, and figures for the final report."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     position: int
     shard: str
+    sha256: str | None = None
     tensor_bytes: dict[str, int]
     linears: list[dict[str, Any]]
     stacks: list[dict[str, Any]] = []
@@ -58,7 +60,8 @@ class WorkDirectory:
                 table, _ = read_header(self.payload / record.shard) if record.shard else ({}, {})
             except (InputError, ValidationError):
                 continue
-            if {name: info.size_bytes for name, info in table.items()} == record.tensor_bytes:
+            whole = not record.shard or sha256_file(self.payload / record.shard) == record.sha256
+            if whole and {name: info.size_bytes for name, info in table.items()} == record.tensor_bytes:
                 self.finished[record.position] = record
 
     def finish_unit(self, record: UnitRecord) -> None:

@@ -5,7 +5,11 @@ only the emulator's own directory can say how it is read. The shim is written ne
 config.json.
 """
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onelayer.compiler.storage.companions import copy_companions
+from onelayer.compiler.storage.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,9 +71,23 @@ def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
     return {"AutoConfig": f"{module}.EmulatorConfig", **models}
 
 
+def copy_beside_weights(source: Path, target: Path) -> None:
+    """Copy what belongs beside the weights of the emulator `source`, with a shim of our own whatever lies there."""
+    copy_companions(source, target)
+    document: dict[str, Any] = read_json(source / "config.json")
+    own = f"{SHIM_FILE.removesuffix('.py')}."
+    pointers = document.pop("auto_map", None) or {}
+    if kept := {name: value for name, value in pointers.items() if isinstance(value, str) and value.startswith(own)}:
+        document["auto_map"] = kept
+    write_json(target / "config.json", document)
+    write_text(target / SHIM_FILE, SHIM_TEXT)
+
+
 FORMAT_VERSION = 1
 # The version of an emulator with compressed experts: a reader that does not know them would load random weights there.
 STACKS_VERSION = 2
+# With codes.
+CODES_VERSION = 3
 INDEX_FILE = "emulator.safetensors.index.json"
 _CARD = """---
 base_model: {model}

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from onelayer.compiler.documents import checked_document
+from onelayer.compiler.emulators.directory import copy_beside_weights
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import (
     FIGURE_DIGITS,
@@ -29,7 +30,9 @@ from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result, round_significant
 from onelayer.compiler.storage.checkpoint import model_digest
-from onelayer.compiler.storage.files import atomic_directory, check_output, copy_companions, read_json, write_json
+from onelayer.compiler.storage.companions import check_companions
+from onelayer.compiler.storage.files import atomic_directory, check_output, read_json, write_json
+from onelayer.compiler.storage.model_config import read_model_config, write_model_config
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry
 
 FIGURES_FILE = "emulator.json"
@@ -82,6 +85,8 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
     source = Emulator.open(emulator)
+    if source.facts.codes:
+        raise InputError(f"{source.directory}: holds codes, which cannot be sliced; compile a smaller emulator")
     figures, _ = _read_figures(source)
     if ratio > (stored := figures.settings.ratio):
         raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
@@ -116,8 +121,9 @@ def slice_to_ranks(
     `settings` are recorded. A rank of None keeps the quantized weight, which the emulator holds next to the factors.
     """
     output = Path(output)
-    check_output(output)
+    check_output(output, emulator)
     source = Emulator.open(emulator)
+    check_companions(source.directory)
     figures, document = _read_figures(source)
     sliced = [_sliced_figures(item, ranks, source) for item in figures.compressed]
     removed = sum(
@@ -127,7 +133,7 @@ def slice_to_ranks(
     stacks = [item for item in sliced if isinstance(item, StackFigures)]
     linears = [item for item in sliced if not isinstance(item, StackFigures)]
     with atomic_directory(output) as partial, Meter(torch.device("cpu")) as meter:
-        copy_companions(source.directory, partial)
+        copy_beside_weights(source.directory, partial)
         by_file = _plan_shards(source, sliced)
         shard_sizes = write_shards(partial, source, by_file, meter, "slice")
         _write_config(partial, source, sliced)
@@ -157,6 +163,7 @@ def slice_to_ranks(
             "linears": [item.model_dump(mode="json") for item in linears],
             "stacks": [item.model_dump(mode="json") for item in stacks],
         }
+        source.checkpoint.check_unchanged()
         write_json(partial / FIGURES_FILE, record)
     return result
 
@@ -253,7 +260,7 @@ def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) 
 
 
 def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:
-    document: dict[str, Any] = read_json(source.directory / "config.json")
+    document = read_model_config(target)
     section = document["quantization_config"]
     linears = [item for item in sliced if not isinstance(item, StackFigures)]
     section["ranks"] = {item.name: item.rank for item in linears if item.form == "factors"}
@@ -262,4 +269,4 @@ def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures
     for item in sliced:
         if isinstance(item, StackFigures) and item.form == "factors":
             section["stacks"][item.name]["rank"] = item.rank
-    write_json(target / "config.json", document)
+    write_model_config(target, document)

@@ -108,6 +108,9 @@ def evaluate_model(
         stream = Stream(streamed, device, meter, on_unit=on_unit, spill_pool=spill_pool, description="evaluate")
         stream.run(job.inputs(), job.take)
         sums = job.finish(device)
+        streamed.checkpoint.check_unchanged()
+        if emulator is not None:
+            emulator.checkpoint.check_unchanged()
         workspace = scoring_workspace(streamed, batches, len(variants), device, spill_pool)
         workspace += replaced_bytes(streamed, adapted.replacements)
         bytes_read = streamed.checkpoint.bytes_read

@@ -54,7 +54,7 @@ class StreamedModel:
         cls = transformers_models.model_class(self.config, self.checkpoint.directory)
         self.dtype = transformers_models.compute_dtype(self.config, self.checkpoint)
         weights = self.weights = StoredWeights(self.checkpoint, self.config, cls, self.dtype)
-        self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed)
+        self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
         if prepare is not None:
             self._wrap(prepare)
         bare_names = {name: bare_name(name) for name in self.model.state_dict()}

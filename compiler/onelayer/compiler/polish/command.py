@@ -92,7 +92,7 @@ def polish_adapter(
     is then in `output`.
     """
     asked = PolishSettings.of(settings)
-    check_output(Path(output))
+    check_output(Path(output), adapter, model)
     start = _start(adapter, asked)
     device, spill_pool = pick_device(asked.device), SpillPool(asked.host_memory_bytes)
     task = PolishTask.read(model, start, data, eval_data, asked, device)
@@ -102,7 +102,8 @@ def polish_adapter(
         streamed = adapted.streamed
         state.restore(work)
         stream = GradientStream(streamed, device, meter, on_unit=_on_unit(adapted, stop), spill_pool=spill_pool)
-        job = PolishJob(stream, state, task.rows, task.held_out_batches(streamed.config), asked, work)
+        held_out = task.held_out_batches(streamed.config)
+        job = PolishJob(stream, state, task.rows, held_out, asked, lambda: task.save(state, work))
         failure = job.run()
         task.publish(Path(output), opened, streamed, state, failure)
         workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)

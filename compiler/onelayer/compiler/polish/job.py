@@ -7,8 +7,7 @@ host and, beyond the budget, in mapped files.
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,8 @@ from onelayer.compiler.models.unit_memory import step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
-from onelayer.compiler.polish.token_loss import TokenLoss
 from onelayer.compiler.streaming.gradient_stream import GradientStream
+from onelayer.compiler.streaming.token_loss import TokenLoss
 
 if TYPE_CHECKING:
     from onelayer.compiler.models.streamed_model import StreamedModel
@@ -33,7 +32,7 @@ class NotFiniteError(RuntimeError):
 
 
 class PolishJob:
-    """The loop over steps. `kept_bytes` is what the host held of unit inputs at most."""
+    """The loop over steps. `save` keeps the state; `kept_bytes` is what the host held of unit inputs at most."""
 
     def __init__(
         self,
@@ -42,14 +41,14 @@ class PolishJob:
         rows: TrainRows,
         held_out: Sequence[TokenBatch],
         settings: PolishSettings,
-        directory: Path,
+        save: Callable[[], None],
     ) -> None:
         self.stream = stream
         self.state = state
         self.rows = rows
         self.held_out = list(held_out)
         self.settings = settings
-        self.directory = directory
+        self.save = save
         self.kept_bytes = 0
 
     def run(self) -> str | None:
@@ -78,11 +77,11 @@ class PolishJob:
             for step in range(first, self.settings.steps):
                 bar.begin(2 * units * (step - first), self._describe(step))
                 self.state.steps.append(self._step(step))
-                self.state.save(self.directory)
+                self.save()
             if self.held_out and not any(item["step"] == self.settings.steps for item in self.state.held_out):
                 bar.begin(2 * units * (self.settings.steps - first), "held-out loss")
                 self._measure()
-                self.state.save(self.directory)
+                self.save()
 
     def _describe(self, step: int) -> str:
         last = self.state.steps[-1] if self.state.steps else None

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from onelayer.compiler.adapters.attach import Adapted
 from onelayer.compiler.adapters.fit import check_made_for
-from onelayer.compiler.adapters.reader import Adapter, adapter_digest
+from onelayer.compiler.adapters.reader import Adapter, adapter_digest, adapter_stamps
 from onelayer.compiler.adapters.writer import Base
 from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
@@ -27,13 +27,17 @@ from onelayer.compiler.models.transformers_models import model_class, read_confi
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.polish.trained_adapter import FreshAdapter, attach_trainable, write_polished
-from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.files import atomic_directory
+from onelayer.compiler.storage.stamps import FileStamps
 
 
 @dataclass(frozen=True)
 class PolishTask:
-    """The checked inputs of one polish. `start` is an adapter's directory, or what a fresh one is like."""
+    """The checked inputs of one polish. `start` is an adapter's directory, or what a fresh one is like.
+
+    `stamps` are those of the files that are read, from before they were digested.
+    """
 
     directory: Path
     base: dict[str, Any]
@@ -42,6 +46,7 @@ class PolishTask:
     held_out: Sequence[Tokens]
     settings: PolishSettings
     device: torch.device
+    stamps: Sequence[FileStamps]
 
     @classmethod
     def read(
@@ -55,6 +60,9 @@ class PolishTask:
     ) -> "PolishTask":
         """Find and tokenize everything. Raises `InputError` for what the caller can fix."""
         directory = resolve_model(model, settings.revision)
+        start = start if isinstance(start, FreshAdapter) else resolve_model(start)
+        stamps = [Checkpoint.open(directory).stamps]
+        stamps += [] if isinstance(start, FreshAdapter) else [adapter_stamps(start)]
         tokenizer = load_tokenizer(directory)
         config = read_config(directory)
         classes = predicted_classes(model_class(config, directory), config, directory)
@@ -65,8 +73,7 @@ class PolishTask:
         held_out = [] if eval_data is None else read_for(classes, eval_data, tokenizer, length)
         name = str(Path(model).absolute()) if Path(model).exists() else str(model)
         base = {"model": name, "revision": settings.revision, "digest": model_digest(directory)}
-        start = start if isinstance(start, FreshAdapter) else resolve_model(start)
-        return cls(directory, base, start, rows, held_out, settings, device)
+        return cls(directory, base, start, rows, held_out, settings, device, stamps)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -115,6 +122,15 @@ class PolishTask:
         """The held-out data as the model is called with it."""
         return make_batches(self.held_out, config, self.settings.micro_batch_size)
 
+    def save(self, state: PolishState, work: Path) -> None:
+        """Keep the state after a step. Raises `InputError` if what the step read has changed."""
+        self._check_unchanged()
+        state.save(work)
+
+    def _check_unchanged(self) -> None:
+        for stamps in self.stamps:
+            stamps.check()
+
     def publish(
         self, output: Path, adapter: Adapter, streamed: StreamedModel, state: PolishState, failure: str | None
     ) -> None:
@@ -126,3 +142,4 @@ class PolishTask:
         record = {name: identity[name] for name in ("base", "data", "settings")} | state.history
         with atomic_directory(output) as partial:
             write_polished(partial, adapter, streamed.model, state.chosen(), base, {**record, "stopped": failure})
+            self._check_unchanged()

@@ -5,26 +5,30 @@ weight is read, and an index cannot name a file outside its directory. Only safe
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.companions import companions
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
 from onelayer.compiler.storage.files import read_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
+from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
 SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
 INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+# Shards that are open at a time.
+OPEN_FILES = 64
+FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -37,6 +41,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[Path, dict[str, str]]
     index_file: Path | None
+    # Of all that is read of the model, from before the first header was read.
+    stamps: FileStamps = field(repr=False, compare=False)
     _counts: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
@@ -48,8 +54,11 @@ class Checkpoint:
             raise InputError(f"{directory}: no such directory; give a model directory with config.json")
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: has no config.json; give a transformers model directory")
+        stamps = FileStamps([directory / "config.json", *companions(directory)])
+        stamps.add(directory / name for name in INDEX_FILES)
         index_file, placed = _find_files(directory)
         files = tuple(sorted(set(placed.values()))) if placed else (_single_file(directory),)
+        stamps.add(files)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[Path, dict[str, str]] = {}
         for file in files:
@@ -61,19 +70,24 @@ class Checkpoint:
         for name, file in placed.items():
             if name not in tensors:
                 raise InputError(f"{file}: tensor {name!r} is missing, {index_file} places it there; restore the file")
-        return cls(directory, files, tensors, metadata, index_file)
+        return cls(directory, files, tensors, metadata, index_file, stamps)
 
     @cached_property
-    def _handles(self) -> dict[Path, Any]:
+    def _handle(self) -> Callable[[Path], Any]:
+        """Open a shard, or return it as it was opened: a process may hold 1,024 files, a model have 1,800 shards."""
         from safetensors import safe_open
 
         # Positional reads, not a file mapping: mapped pages count as ours on some systems and fail on others.
-        return {file: safe_open(file, framework="pt", backend="pread") for file in self.files}
+        return lru_cache(OPEN_FILES)(lambda file: safe_open(file, framework="pt", backend="pread"))
 
     @property
     def bytes_read(self) -> int:
         """Bytes of weight read through this object so far."""
         return self._counts["bytes"]
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` if any file changed since it was opened; call it before what was read is published."""
+        self.stamps.check()
 
     def _count(self, size_bytes: int) -> None:
         with self._lock:  # several threads read
@@ -83,7 +97,7 @@ class Checkpoint:
         """Read one tensor, in its own dtype, to the host."""
         info = self.tensors[name]
         self._count(info.size_bytes)
-        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        tensor: torch.Tensor = self._handle(info.file).get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
@@ -98,7 +112,7 @@ class Checkpoint:
         self._count(row_bytes * (stop - start))
         dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
         if info.dtype not in dtypes:
-            rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
+            rows: torch.Tensor = self._handle(info.file).get_slice(name)[start:stop]
             return rows
         # The library reads the whole tensor for any part of it.
         buffer = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
@@ -113,6 +127,7 @@ class Checkpoint:
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
         """Read the given rows of a matrix (n, width), in its own dtype, to the host; nothing else is read."""
+        import numpy as np
         import torch
 
         info = self.tensors[name]
@@ -121,6 +136,15 @@ class Checkpoint:
         self._count(row_bytes * len(rows))
         dtype = self.read_rows(name, 0, 0).dtype
         return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
+
+
+def floating_bytes(checkpoint: Checkpoint) -> Counter[str]:
+    """Count the stored bytes of each floating dtype, by its safetensors name."""
+    stored: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_NAMES:
+            stored[info.dtype] += info.size_bytes
+    return stored
 
 
 def _find_files(directory: Path) -> tuple[Path | None, dict[str, Path]]:

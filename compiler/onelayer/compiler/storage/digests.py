@@ -4,39 +4,36 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.storage.files import BUFFER_BYTES, onelayer_home, write_json
+from onelayer.compiler.storage.stamps import stamp_of
 
 # Below this a file is hashed every time: cheaper than looking it up.
 MEMO_FLOOR_BYTES = 1 << 20
 # A file changed this recently could change again within the same time stamp, so its digest is not remembered.
 RACY_SECONDS = 2.0
-_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file, from memory if size, modification time and inode did not change.
+    """Return the hex SHA-256 of a file, from memory if nothing changed it: see `stamps.py`.
 
-    A modification time alone never changes the answer: it only decides whether the bytes are read again. Files of the
-    Hub's cache are links to blobs named by their own SHA-256, which is taken as given.
+    A time stamp alone never changes the answer: it only decides whether the bytes are read again. No name is taken for
+    a digest, not even that of a blob in the Hub's cache.
     """
     real = path.resolve()
-    if real.parent.name == "blobs" and _BLOB_NAME.fullmatch(real.name):
-        return real.name
     status = real.stat()
     if status.st_size < MEMO_FLOOR_BYTES:
         return sha256_file(real)
-    stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-    memo = _read_memo()
-    known = memo.get(str(real))
-    if known is not None and known["stamp"] == stamp:
+    stamp = list(stamp_of(status))
+    known = _read_memo().get(str(real))
+    if isinstance(known, dict) and known.get("stamp") == stamp:
         return str(known["sha256"])
     digest = sha256_file(real)
-    if time.time() - status.st_mtime > RACY_SECONDS:
+    settled = time.time() - max(status.st_mtime, status.st_ctime) > RACY_SECONDS
+    if settled and list(stamp_of(real.stat())) == stamp:
         _remember(str(real), {"stamp": stamp, "sha256": digest})
     return digest
 

@@ -5,7 +5,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from onelayer.compiler.errors import InputError
@@ -13,6 +15,8 @@ from onelayer.compiler.machine.meter import GIB
 
 # Reads, copies and hashes go through buffers of this size, so none of them grows with the file.
 BUFFER_BYTES = 4 << 20
+# The index of a million tensors has 100 MB; nothing that is read whole is larger.
+DOCUMENT_LIMIT_BYTES = 256 << 20
 
 
 def onelayer_home() -> Path:
@@ -44,29 +48,74 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; an `InputError` names the file, the line and the column of the fault."""
+def read_json(path: Path, finite: bool = True) -> Any:
+    """Parse a JSON file; an `InputError` names the file, the line and the column of the fault.
+
+    Numbers that are not finite are no JSON; `finite=False` takes them all the same.
+    """
+    remedy = "restore the file"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # reading a pipe would wait forever
+            raise InputError(f"{path}: is not a regular file; {remedy}")
+        if status.st_size > DOCUMENT_LIMIT_BYTES:
+            limit_mib = DOCUMENT_LIMIT_BYTES >> 20
+            raise InputError(f"{path}: {status.st_size} bytes, a document has at most {limit_mib} MiB; {remedy}")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); restore the file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deep nesting
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
-def check_output(output: Path) -> None:
-    """Refuse an output directory that exists with files in it, or that cannot be made, before any work starts."""
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a number")
+    return value
+
+
+# The longest ending that is added to an output's name while it is made: a work directory's lock, a process number.
+_ADDED_NAME = len("..partial-4194304.lock")
+
+
+def check_output(output: Path, *inputs: str | Path | None) -> None:
+    """Refuse, before any work starts, an output directory that cannot be made.
+
+    It must not exist with files in it, nor lie in one of `inputs`: paths that are read, or names that are no paths.
+    """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise InputError(f"{output}: exists and is not a directory; choose another --output")
     if output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output}: already holds files; remove it or choose another --output")
-    parent = output.absolute()
+    _check_place(output)
+    real = output.resolve()
+    for source in inputs:
+        if source is not None and Path(source).is_dir() and real.is_relative_to(Path(source).resolve()):
+            raise InputError(f"{output}: lies in {source}, which is read; choose an --output outside of it")
+
+
+def _check_place(output: Path) -> None:
+    """Refuse an output that cannot appear by a rename in the directory above it."""
+    if output.is_dir() and (Path.cwd().is_relative_to(output.resolve()) or os.path.ismount(output)):
+        kind = "a mount point" if os.path.ismount(output) else "the working directory"
+        raise InputError(f"{output}: is {kind}, which cannot be replaced; choose a new directory as --output")
+    if output.absolute().name in ("", ".."):
+        raise InputError(f"{output}: does not name a directory; choose another --output")
+    parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
         raise InputError(f"{output}: cannot be made, {parent} is not a directory; choose another --output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{output}: cannot be written, no permission in {parent}; choose another --output")
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if len(os.fsencode(output.absolute().name)) + _ADDED_NAME > longest:
+        raise InputError(f"{output}: has a name that is too long; choose another --output")
 
 
 @contextmanager
@@ -103,22 +152,6 @@ def publish_directory(partial: Path, output: Path) -> None:
 def directory_bytes(path: Path) -> int:
     """Return the total size of the files below `path`."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-# Weights in any format: the originals of what is being rewritten, which must not lie next to the result.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer, templates, license and cards; hidden files (a repository's history) are left out."""
-    for path in sorted(source.iterdir()):
-        if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
-            continue
-        if path.is_dir():
-            (target / path.name).mkdir(exist_ok=True)
-            copy_companions(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
 
 
 def check_disk(output: Path, needed_bytes: int) -> None:

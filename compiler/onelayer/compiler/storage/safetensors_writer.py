@@ -1,5 +1,6 @@
 """Named tensors in, one safetensors file out: streamed, so memory stays the same for a file of any size."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,8 +75,8 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `entries` to `path`: aside, flushed and renamed, so `path` exists only when complete.
+def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> str:
+    """Write `entries` to `path`, aside, flushed and renamed, so `path` exists only when complete; return its SHA-256.
 
     Entries are stored widest dtype first, as the format's own writer does, which keeps every tensor aligned.
     """
@@ -84,11 +85,17 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
     assert "__metadata__" not in names
     ordered = sorted(entries, key=lambda entry: -DTYPE_BITS[entry.dtype])
     partial = path.with_name(f".{path.name}.partial")
+    digest = hashlib.sha256()
     try:
         with open(partial, "wb") as file:
-            file.write(_header(ordered, metadata))
+            header = _header(ordered, metadata)
+            digest.update(header)
+            file.write(header)
             for entry in ordered:
-                written = sum(file.write(chunk) for chunk in entry.chunks())
+                written = 0
+                for chunk in entry.chunks():
+                    digest.update(chunk)
+                    written += file.write(chunk)
                 if written != entry.size_bytes:
                     raise RuntimeError(f"{path}: {entry.name} delivered {written} bytes of {entry.size_bytes}")
         sync(partial)
@@ -96,6 +103,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[st
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    return digest.hexdigest()
 
 
 def write_index(

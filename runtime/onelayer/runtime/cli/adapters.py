@@ -1,4 +1,4 @@
-"""The command `onelayer polish`: checked options in, one call of `polish_adapter`, its result on stdout."""
+"""The adapter commands: `train`, `correct`, `polish` and `merge`. Each makes one call of the API."""
 
 from pathlib import Path
 from typing import Annotated, Unpack
@@ -21,10 +21,18 @@ from onelayer.runtime.reporting.tables import summary
 from onelayer.runtime.training.settings import TrainKeywords, TrainSettings
 
 Start = Annotated[
-    Path | None, typer.Argument(metavar="ADAPTER", help="Adapter to start from, corrected or not; none: --lora-rank.")
+    Path | None,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Adapter to start from, corrected or not; leave it out to start a fresh one with --lora-rank.",
+    ),
 ]
 EvalData = Annotated[
-    str | None, typer.Option(metavar="DATA", help="Held-out data: its loss is shown, and the best adapter is written.")
+    list[str] | None,
+    typer.Option(
+        metavar="DATA",
+        help="Held-out data: its loss is shown, and the best adapter is written; may be repeated.",
+    ),
 ]
 
 
@@ -41,8 +49,8 @@ def polish(
 ) -> None:
     """Improve ADAPTER by a few exact steps on the original.
 
-    The model streams by forward and back, one layer in memory, and the adapter moves once for a large batch. Without
-    ADAPTER this is LoRA fine-tuning of a model that fits nowhere.
+    The model streams forward and back with one layer in memory, and the adapter is updated once per large batch.
+    Without ADAPTER this is LoRA fine-tuning of a model of any size.
 
     \b
     Example:
@@ -52,7 +60,7 @@ def polish(
     from onelayer.compiler import polish_adapter
 
     print_result(
-        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data, **settings),
+        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data or None, **settings),
         summaries.polish_summary,
         as_json,
     )
@@ -81,7 +89,7 @@ def correct(
     from onelayer.compiler import correct_adapter
 
     print_result(
-        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data, **settings),
+        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data or None, **settings),
         summaries.correct_summary,
         as_json,
     )
@@ -96,7 +104,7 @@ def merge(
 ) -> None:
     """Write the original model with adapters added to it.
 
-    The weights are read and written one tensor at a time. A merge that was stopped goes on where it was.
+    The weights are read and written one tensor at a time. An interrupted merge resumes where it stopped.
 
     \b
     Example:
@@ -108,12 +116,13 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
-@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"))
+@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"), after={"model": "activation_report"})
 def train(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],
     data: Data,
     output: Output,
     *,
+    model: Annotated[str | None, typer.Option(help="The original, for --anchor-every: directory or Hub id.")] = None,
     as_json: Json = False,
     **settings: Unpack[TrainKeywords],
 ) -> None:
@@ -126,11 +135,12 @@ def train(
     Example:
       onelayer train emulator --data train.jsonl --max-steps 500 --output adapter
       onelayer train emulator --data train.jsonl --activations sublayer --activation-rank auto --output adapter
+      onelayer train emulator --model ./llama-8b --anchor-every 10 --data train.jsonl --output adapter
     """
     from onelayer.runtime import train_lora
 
     print_result(
-        lambda: train_lora(emulator, data, output, **settings),
+        lambda: train_lora(emulator, data, output, model=model, **settings),
         summary,
         as_json,
     )

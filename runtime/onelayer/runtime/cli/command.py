@@ -1,4 +1,4 @@
-"""What every command prints: its result or its error."""
+"""Prints the result or the error of a command."""
 
 import contextlib
 import json
@@ -8,9 +8,11 @@ from typing import Any
 
 import typer
 
+from onelayer.compiler.errors import one_line
+
 
 def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json: bool) -> Any:
-    """Do the work and print its result; what libraries print goes to stderr, stdout is for the result."""
+    """Do the work and print its result. Output of libraries goes to stderr: stdout is for the result alone."""
     with contextlib.redirect_stdout(sys.stderr):
         result = work()
         document = result if isinstance(result, dict | list) else result.model_dump(mode="json")
@@ -19,5 +21,5 @@ def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json
 
 
 def print_error(text: str) -> None:
-    """One line on stderr."""
-    typer.echo(f"onelayer: error: {' '.join(text.split())}", err=True)
+    """Print one line on stderr."""
+    typer.echo(f"onelayer: error: {one_line(text)}", err=True)

@@ -1,4 +1,4 @@
-"""The commands that make emulators, `compile`, `refine` and `slice`: checked options in, one call of the API each."""
+"""The commands that make emulators: `compile`, `refine` and `slice`. Each makes one call of the API."""
 
 from pathlib import Path
 from typing import Annotated, Unpack
@@ -48,6 +48,8 @@ def compile_(
 
         if settings["ratio"] is not None or settings["keep_bytes"] is not None:
             raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
+        if settings["form"] == "coded":
+            raise InputError("--memory: chooses the size of factors; give --keep-bytes with --form coded")
         allocation = settings["rank_allocation"] or "spectrum"
         tokens = settings["batch_size"] * settings["max_length"]
         dtype = settings["factor_dtype"]
@@ -72,8 +74,8 @@ def refine(
 ) -> None:
     """Train the factors of EMULATOR against the original, layer by layer.
 
-    Its layers then give more nearly what the original's give, at the same bytes, and more of what is learnt on it
-    reaches the original. Only one layer of the original is in memory at a time.
+    Its layers then reproduce the original's more closely at the same size, so more of what is learned on it reaches the
+    original. Only one layer of the original is in memory at a time.
 
     \b
     Example:
@@ -94,7 +96,7 @@ def slice_(
     output: Output,
     as_json: Json = False,
 ) -> None:
-    """Cut a smaller emulator out of a larger one.
+    """Slice a smaller emulator off a larger one.
 
     The original model is not needed.
 

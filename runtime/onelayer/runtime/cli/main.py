@@ -1,9 +1,12 @@
-"""The `onelayer` command as a process: arguments in, an exit code out, every failure one line on stderr."""
+"""Runs the `onelayer` command as a process: each failure is one line on stderr and an exit code."""
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 
 import typer
 from typer.exceptions import TyperException
@@ -13,16 +16,16 @@ from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
 RESUME = {
-    "compile": "finished layers are kept, run the same command again to go on",
-    "merge": "finished files are kept, run the same command again to go on",
-    "polish": "finished steps are kept, run the same command again to go on",
-    "refine": "finished layers are kept, run the same command again to go on",
-    "run": "finished steps are kept, run the same command again to go on",
-    "train": "run the same command again with --resume to go on from the last checkpoint",
+    "compile": "finished layers are kept, run the same command again to continue",
+    "merge": "finished files are kept, run the same command again to continue",
+    "polish": "finished steps are kept, run the same command again to continue",
+    "refine": "finished layers are kept, run the same command again to continue",
+    "run": "finished steps are kept, run the same command again to continue",
+    "train": "run the same command again with --resume to continue from the last checkpoint",
 }
 
 
-# PEFT imports bitsandbytes where it is installed, which then tells about a kernel that nothing here uses.
+# PEFT imports bitsandbytes if it is installed, which then warns about a kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -32,11 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Run one command; every way to fail ends in one line on stderr and an exit code."""
+    """Run one command. Every failure ends in one line on stderr and an exit code."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        _treat_termination_as_interrupt()
         code = typer.main.get_command(app).main(args=arguments, prog_name="onelayer", standalone_mode=False)
     except TyperException as error:
-        context = getattr(error, "ctx", None)  # where in the commands the mistake is
+        context = getattr(error, "ctx", None)  # the subcommand with the mistake
         command = context.command_path if context is not None else "onelayer"
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
     except InputError as error:
@@ -46,10 +51,23 @@ def _invoke(arguments: list[str]) -> int:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"{text} (set ONELAYER_DEBUG=1 for the traceback)", 1)
-    if code == 130:  # what typer makes of Ctrl-C
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    if code == 130:  # typer turns Ctrl-C into this
         advice = RESUME.get(arguments[0], "nothing half-written is kept, run the same command again")
         typer.echo(f"onelayer: interrupted; {advice}", err=True)
     return code if isinstance(code, int) else 0
+
+
+def _treat_termination_as_interrupt() -> None:
+    """Let SIGTERM, which schedulers and containers send, unwind the command and say how to continue, like Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _fail(text: str, code: int) -> int:

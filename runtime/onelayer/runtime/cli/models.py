@@ -1,4 +1,4 @@
-"""The commands that only look, `evaluate` and `inspect`: checked options in, one call of the API each."""
+"""The read-only commands: `evaluate`, `inspect` and `plan`. Each makes one call of the API."""
 
 from pathlib import Path
 from typing import Annotated, TypedDict, Unpack
@@ -18,13 +18,14 @@ from onelayer.runtime.cli.options import (
     Plot,
     settings_options,
 )
+from onelayer.runtime.generation.settings import GenerateKeywords, GenerateSettings
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.run_summaries import plan_summary
 from onelayer.runtime.training.settings import PlannedTraining
 
 
 class PlanKeywords(TypedDict, total=False):
-    """The settings of a training and a compile that `plan` takes."""
+    """The training and compile settings that `plan` takes."""
 
     max_length: int
     batch_size: int
@@ -44,7 +45,7 @@ def evaluate(
 ) -> None:
     """Score MODEL, and MODEL with each adapter, layer by layer.
 
-    Prints loss, perplexity and accuracy, of a sequence classifier over texts instead of tokens; everything shares one
+    Prints loss, perplexity and accuracy, for a sequence classifier over texts instead of tokens. All scores share one
     pass over the layers.
 
     \b
@@ -67,12 +68,41 @@ def evaluate(
     )
 
 
+@settings_options(GenerateKeywords, GenerateSettings)
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model directory, merged model, emulator directory or Hub id.")
+    ],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer or to continue.")],
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to try on MODEL.")] = None,
+    *,
+    as_json: Json = False,
+    **settings: Unpack[GenerateKeywords],
+) -> None:
+    """Write text with MODEL, and with an adapter, to try the result of a training.
+
+    The model is loaded as a whole, over all devices and the host's memory.
+
+    \b
+    Example:
+      onelayer generate ./llama-8b --adapter corrected --prompt "Name three cities."
+      onelayer generate emulator --adapter adapter --prompt "Name three cities." --temperature 0.7
+    """
+    from onelayer.runtime import generate_text
+
+    print_result(
+        lambda: generate_text(model, prompt, adapter, **settings),
+        lambda document: str(document["text"]),
+        as_json,
+    )
+
+
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Emulator, adapter, artifact or checkpoint.")],
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a directory holds and where it came from.
+    """Describe what a directory holds and where it came from.
 
     \b
     Example:
@@ -86,25 +116,26 @@ def inspect(
 @settings_options(PlanKeywords, PlannedTraining, CompileSettings)
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model directory or Hub id; a config.json alone will do.")
+        str, typer.Argument(metavar="MODEL", help="Model directory or Hub id; a config.json alone is enough.")
     ],
     memory_bytes: Memory,
     *,
     emulator: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="An emulator of MODEL; its spectra say what each choice loses.")
+        Path | None,
+        typer.Option(metavar="DIR", help="An emulator of MODEL; its spectra predict what each choice loses."),
     ] = None,
     as_json: Json = False,
     **settings: Unpack[PlanKeywords],
 ) -> None:
-    """Say what fits in a memory budget, before any weight is read.
+    """Show what fits in a memory budget, before any weight is read.
 
-    The best emulator that can be trained, how its factors and activations are stored,
-    predicted peaks and rough durations.
+    Prints the best emulator that can be trained, how its factors and activations are stored, predicted peaks and rough
+    durations.
 
-    \b
-    Example:
-      onelayer plan ./llama-8b --memory 16GiB
-      onelayer plan ./llama-70b --memory 24GiB --max-length 1024 --batch-size 4 --json
+        \b
+        Example:
+          onelayer plan ./llama-8b --memory 16GiB
+          onelayer plan ./llama-70b --memory 24GiB --max-length 1024 --batch-size 4 --json
     """
     from onelayer.runtime.planning.plan import plan_run
 

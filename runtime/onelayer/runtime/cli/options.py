@@ -1,6 +1,6 @@
-"""The options of the commands, each with its help and its parser: text in, checked values out.
+"""The options of the commands, with their help and parsers.
 
-Those that a pass has come from its settings model (`settings_options`); the others stand here.
+The options of a pass come from its settings model (`settings_options`); this module defines the others.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from onelayer.runtime.sizes import parse_size
 
 
 def parse_limit(text: str | float | None) -> float | str | None:
-    """A number, None for "none", or one of two words."""
+    """Parse a number, "none" (None), or one of two words."""
     if text is None or text == "none":
         return None
     if text in ("auto", "default"):
@@ -47,13 +47,13 @@ def rank_parser(word: str) -> Callable[[str | float], int | float | str]:
 
 
 def parse_target_modules(text: str) -> str | list[str]:
-    """Plain names separated by commas become a list; anything else ("all-linear", a regular expression) stays."""
+    """Split plain names separated by commas into a list; keep anything else ("all-linear", a regular expression)."""
     names = text.split(",")
     return names if all(re.fullmatch(r"[\w.]+", name) for name in names) else text
 
 
 def parse_bytes(text: str | int) -> int:
-    """A size like 24GiB, 500MB or 1000 in bytes."""
+    """Parse a size like 24GiB, 500MB or 1000 into bytes."""
     try:
         return parse_size(str(text))
     except ValueError as error:
@@ -61,17 +61,18 @@ def parse_bytes(text: str | int) -> int:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must not hold files yet.")]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must be empty or not exist yet.")]
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
         metavar="DATA",
-        help="A .jsonl, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and label.",
+        help="A .jsonl, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and label; may be "
+        "repeated.",
     ),
 ]
 Calibration = Annotated[
     list[str],
-    typer.Option(metavar="DATA", help="Text like that of your tasks: file, directory or Hub id; may be repeated."),
+    typer.Option(metavar="DATA", help="Text similar to your tasks': file, directory or Hub id; may be repeated."),
 ]
 Ratio = Annotated[float, typer.Option(help="Share of each linear's parameters that the emulator keeps, 0 to 1.")]
 Plot = Annotated[
@@ -79,16 +80,16 @@ Plot = Annotated[
 ]
 Adapters = Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter to score too; may be repeated.")]
 HeldOut = Annotated[
-    str | None,
-    typer.Option(metavar="DATA", help="Held-out data to choose the correction by: a file, a directory or a Hub id."),
+    list[str] | None,
+    typer.Option(metavar="DATA", help="Held-out data to choose the correction by; may be repeated."),
 ]
 Weights = Annotated[
     list[float] | None,
-    typer.Option(metavar="FACTOR", help="Factor of what an adapter adds, 1 if not given; one for each adapter."),
+    typer.Option(metavar="FACTOR", help="Scale of what an adapter adds, 1 if not given; one for each adapter."),
 ]
 Against = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Emulator of MODEL: how far are its predictions from the original's?"),
+    typer.Option(metavar="DIR", help="Emulator of MODEL, to measure how far its predictions are from the original's."),
 ]
 Memory = Annotated[
     int,
@@ -105,7 +106,11 @@ CompileMemory = Annotated[
 ]
 MaxSize = Annotated[
     int | None,
-    typer.Option(parser=parse_bytes, metavar="SIZE", help="Remove the least recently used until this much is left."),
+    typer.Option(
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Remove the least recently used artifacts until the store fits in this size.",
+    ),
 ]
 
 P = ParamSpec("P")
@@ -124,7 +129,7 @@ def settings_options(
     omit: tuple[str, ...] = (),
     after: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Give a command that takes `**settings: Unpack[keywords]` one option for each keyword, from its field in `models`.
+    """Give a command with `**settings: Unpack[keywords]` one option per keyword, from its field in `models`.
 
     `omit` names keywords without an option. Keyword-only parameters of the command come last, or `after` a setting.
     """
@@ -147,7 +152,7 @@ def settings_options(
 
 
 def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:
-    """The parameter for a field, as typer reads it."""
+    """Build the parameter for a field, as typer reads it."""
     field, shown = model.model_fields[name], marker(model, name, Option)
     kinds = [kind for kind in members(field.annotation) if kind is not NoneType]
     kind: Any = Any if shown.reader else float if float in kinds else kinds[0]
@@ -167,7 +172,7 @@ def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:
 
 
 def _least(annotation: Any, metadata: Sequence[Any] = ()) -> int | None:
-    """The least whole number that an annotation like `PositiveInt | None` allows."""
+    """Return the smallest whole number that an annotation like `PositiveInt | None` allows."""
     for item in metadata:
         if isinstance(item, Gt | Ge):
             return int(str(item.gt)) + 1 if isinstance(item, Gt) else int(str(item.ge))

@@ -1,4 +1,4 @@
-"""One YAML file in, checked and frozen settings out: what to train, and how."""
+"""Reads one YAML file into checked, frozen settings: what to train, and how."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,8 +8,8 @@ from pydantic import Field, PrivateAttr, ValidationError
 from onelayer.compiler.correct.settings import chosen_limit
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
+from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.compiler.settings import Seeded
-from onelayer.runtime.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.runtime.manifest.sections import (
     Correct,
     Emulator,
@@ -48,9 +48,9 @@ class Manifest(Seeded, Section):
         return self._path
 
     def training(self, task_name: str) -> Training:
-        """A task's training: sections merged key by key over the defaults, `max_length` replaced.
+        """Return a task's training: its sections merged key by key over the defaults, with its own `max_length`.
 
-        An argument set to null takes the default of that name away.
+        An argument set to null removes the default of that name.
         """
         task = self.tasks[task_name]
         lora = overridden(self.train.lora, task.lora)
@@ -58,15 +58,19 @@ class Manifest(Seeded, Section):
         merged = {**self.train.args, **task.args}
         args = {name: value for name, value in merged.items() if value is not None}
         return Training(
-            lora=lora, activations=activations, args=args, max_length=task.max_length or self.train.max_length
+            lora=lora,
+            activations=activations,
+            anchor=self.train.anchor,
+            args=args,
+            max_length=task.max_length or self.train.max_length,
         )
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
-        """A task's limit of the correction."""
+        """Return the limit of a task's correction."""
         return chosen_limit(self.correct.limit, self.tasks[task_name].validation is not None)
 
     def polishing(self, task_name: str) -> Polish | None:
-        """A task's exact steps, its own settings over the common ones; None where neither asks for any."""
+        """Return a task's exact steps, its own settings over the common ones; None if neither asks for any."""
         own = self.tasks[task_name].polish
         return self.polish if own is None else overridden(self.polish or Polish(), own)
 
@@ -86,7 +90,8 @@ def load_manifest(path: str | Path) -> Manifest:
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
-        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _impossible_ratios(manifest)
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest)
+        faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest._path = path.resolve()
@@ -94,16 +99,16 @@ def load_manifest(path: str | Path) -> Manifest:
 
 
 def _stopping_twice(manifest: Manifest) -> list[Fault]:
-    """A fault per task whose merged arguments say twice when training ends: one would win without a word."""
+    """Find tasks whose merged arguments set the end of training twice: one would win silently."""
     return [
-        (("tasks", name, "args"), "max_steps and num_train_epochs both say when to stop, set one of them to null")
+        (("tasks", name, "args"), "max_steps and num_train_epochs both set when to stop, set one of them to null")
         for name in manifest.tasks
         if {"max_steps", "num_train_epochs"} <= manifest.training(name).args.keys()
     ]
 
 
 def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
-    """A fault per task without the data by which `correct.limit: auto` chooses."""
+    """Find tasks without the data by which `correct.limit: auto` chooses."""
     return [
         (("tasks", name, "validation"), "is missing, `correct.limit: auto` chooses by the loss on held-out data")
         for name, task in manifest.tasks.items()
@@ -111,8 +116,15 @@ def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
     ]
 
 
+def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
+    """A fault if the original is trained itself, which needs no anchors."""
+    if manifest.train.anchor is None or manifest.emulator is not None:
+        return []
+    return [(("train", "anchor"), "there is no emulator, add one or leave the anchor out")]
+
+
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:
-    """A fault per ratio that is said twice, or that no slice of the emulator can have."""
+    """Find ratios that are given twice, or that no slice of the emulator can have."""
     emulator = manifest.emulator
     faults: list[Fault] = []
     if emulator is not None:
@@ -126,12 +138,30 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
         if emulator is None:
             faults.append((where, "there is no emulator, add one or leave the ratio out"))
         elif (stored := _known_ratio(emulator)) is not None and task.ratio >= stored:
-            faults.append((where, f"must be below the emulator's ratio {stored:.4g}, of which it is a slice"))
+            faults.append((where, f"must be below {stored:.4g}, the ratio of the emulator that it is sliced from"))
     return faults
 
 
+def _impossible_codes(manifest: Manifest) -> list[Fault]:
+    """Find what does not go with an emulator of codes."""
+    emulator = manifest.emulator
+    if emulator is None or emulator.form != "coded":
+        faulty = emulator is not None and emulator.backward
+        return [(("emulator", "backward"), "only codes are weighted by gradients, set form: coded")] if faulty else []
+    faults: list[Fault] = [
+        (("emulator", name), "the size of codes is a share of bytes, give keep_bytes")
+        for name in ("ratio", "memory")
+        if getattr(emulator, name) is not None
+    ]
+    return faults + [
+        (("tasks", name, "ratio"), "an emulator of codes cannot be sliced, leave it out")
+        for name, task in manifest.tasks.items()
+        if task.ratio is not None
+    ]
+
+
 def _known_ratio(emulator: Emulator) -> float | None:
-    """The emulator's ratio, None where it takes the original to tell."""
+    """Return the emulator's ratio, None if only the original decides it."""
     if emulator.ratio is not None:
         return emulator.ratio
     if emulator.memory is not None or emulator.factor_dtype is None:
@@ -140,7 +170,7 @@ def _known_ratio(emulator: Emulator) -> float | None:
 
 
 def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:
-    """The chosen task names in the manifest's order, all of them for None; `InputError` for an unknown one."""
+    """Return the chosen task names in the manifest's order, all for None. Raises `InputError` for an unknown one."""
     for name in tasks or []:
         if name not in manifest.tasks:
             raise InputError(f"{manifest.path}: tasks.{name}: {unknown_name(name, list(manifest.tasks), 'task')}")
@@ -148,7 +178,7 @@ def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:
 
 
 def manifest_schema() -> dict[str, Any]:
-    """The JSON Schema of a manifest, for editors that complete and check YAML."""
+    """Build the JSON Schema of a manifest, for editors that complete and check YAML."""
     schema = Manifest.model_json_schema()
     args_model = trainer_args_model()
     if args_model is not None:
@@ -158,7 +188,7 @@ def manifest_schema() -> dict[str, Any]:
     return schema
 
 
-# Arguments of SFTConfig that training always refuses, and those that a manifest decides elsewhere, with the place.
+# Arguments of SFTConfig that training always refuses, and those that a manifest sets elsewhere, with the place.
 _RESERVED_ARGS = {
     **{name: f"cannot be set here, {remedy}" for name, remedy in REFUSED_ARGS.items()},
     "output_dir": "not here, the store decides where results go",
@@ -169,7 +199,7 @@ _RESERVED_ARGS = {
 
 
 def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location]]:
-    """Every `args:` mapping of a document that is not checked yet, with its place."""
+    """List every `args:` mapping of an unchecked document, with its place."""
     tasks = document.get("tasks")
     owners: list[tuple[Any, Location]] = [(document.get("train"), ("train",))]
     owners += [(task, ("tasks", name)) for name, task in tasks.items()] if isinstance(tasks, dict) else []
@@ -184,7 +214,7 @@ def check_args(block: dict[str, Any], where: Location) -> list[Fault]:
     """Check one `args:` mapping against SFTConfig and put the coerced values in its place."""
     faults: list[Fault] = [((*where, name), _RESERVED_ARGS[name]) for name in block if name in _RESERVED_ARGS]
     args_model = trainer_args_model()
-    if args_model is None:  # without the training extra no name can be checked; the train step says what to install
+    if args_model is None:  # without the training extra no name can be checked; the train step names what to install
         return faults
     allowed = {name: value for name, value in block.items() if name not in _RESERVED_ARGS}
     try:

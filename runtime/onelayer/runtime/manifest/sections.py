@@ -1,4 +1,4 @@
-"""The sections of a manifest, as pydantic models: the single source of what may be written, and of the JSON Schema."""
+"""The sections of a manifest as pydantic models: the single source of valid fields and of the JSON Schema."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,9 +17,8 @@ from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
 from onelayer.runtime.manifest.values import (
-    DataSource,
+    DataSources,
     Size,
-    as_list,
     checked_limit,
     checked_modules,
     model_source,
@@ -27,6 +26,7 @@ from onelayer.runtime.manifest.values import (
 )
 from onelayer.runtime.training.settings import (
     ActivationRank,
+    AnchorBits,
     Dropout,
     LoraAlpha,
     LoraFields,
@@ -47,7 +47,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def overridden(defaults: SectionT, own: SectionT | None) -> SectionT:
-    """The defaults with what a task sets itself."""
+    """Return these defaults, overridden by what a task sets itself."""
     if own is None:
         return defaults
     return defaults.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
@@ -61,27 +61,27 @@ class Model(Section):
 
 
 class Calibration(Sampling, Section):
-    """What the compiler looks at: data, how many examples of it, cut at how many tokens."""
+    """The compiler's calibration data: how many examples, each cut at how many tokens."""
 
-    data: Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
+    data: DataSources
 
 
 class Refine(FactorTraining, Section):
-    """Training of the emulator's factors, layer by layer, against the original; the rate is relative to their size.
+    """Training of the emulator's factors against the original, layer by layer. The rate is relative to their size.
 
-    `samples` of the calibration data are used, whatever the compile used, `batch_size` of them computed at once.
+    It uses `samples` examples of the calibration data, whatever the compile used, and computes `batch_size` at once.
     """
 
 
 class Emulator(EmulatorSize, Section):
-    """The compact stand-in, of a size that is said in one of three ways.
+    """The compact stand-in for the original. Three fields set its size; give at most one.
 
-    `keep_bytes` is the kept share of each linear's bytes at 16 bits, 0.25 where nothing is said; `memory` asks for the
-    best emulator with which every task can be trained on a device of that size; `ratio` is the kept share of each
-    linear's parameters, as in the paper. `factor_dtype` is how factors are stored: left out, the original's dtype with
-    a ratio, and else the best for the bytes. `rank_allocation`, left out, is uniform with a ratio and else by spectrum.
-    `refine` trains the factors afterwards, on the calibration data: left out, as that is by default but with a ratio;
-    `none` for not at all.
+    `keep_bytes` is the kept share of each linear's bytes at 16 bits, 0.25 by default. `memory` asks for the best
+    emulator that every task can be trained on with a device of that size. `ratio` is the kept share of each linear's
+    parameters, as in the paper. `factor_dtype` is how factors are stored. If omitted, it is the original's dtype with a
+    ratio, and otherwise the best for the bytes. `rank_allocation`, if omitted, is uniform with a ratio and otherwise by
+    spectrum. `refine` trains the factors afterwards, on the calibration data. If omitted, it runs with its defaults,
+    but not with a ratio; `none` switches it off.
     """
 
     calibration: Calibration
@@ -99,7 +99,7 @@ class Emulator(EmulatorSize, Section):
 
     @property
     def refinement(self) -> Refine | None:
-        """How the factors are trained after the compile, if they are."""
+        """The settings of the refinement after the compile; None without one."""
         if "refine" in self.model_fields_set or self.ratio is not None:
             return self.refine
         return Refine()
@@ -120,18 +120,29 @@ class Lora(Section):
 class Activations(Section):
     """What is stored for the backward pass: `where` to compress it, and to which rank (number, share or `auto`).
 
-    What factors of this rank leave is stored with two bits a value.
+    The residual of these factors is stored with two bits per value.
     """
 
     where: Where = TrainSettings.default("activations")
     rank: ActivationRank = TrainSettings.default("activation_rank")
 
 
+class Anchor(Section):
+    """How each layer of the emulator is given what it lacks of the original's answer, on the rows trained on next.
+
+    The original streams by every `every` optimizer steps; `bits` are those of each value that is given.
+    """
+
+    every: PositiveInt
+    bits: AnchorBits = TrainSettings.default("anchor_bits")
+
+
 class Training(Lengths, Section):
-    """How an adapter is trained; `args` are SFTConfig's own arguments."""
+    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors."""
 
     lora: Lora = Lora()
     activations: Activations = Activations()
+    anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
     args: dict[str, Any] = Field(default={})
 
 
@@ -149,22 +160,21 @@ class Correct(Section):
 class Polish(ExactSteps, Section):
     """Exact steps on the original after the correction. A task's validation data choose the best adapter.
 
-    `activations` is how layer inputs are kept: exact, or as factors of a rank (a number, or a share of the width) and
-    two bits for what they leave of each value. With `packing`, short examples share rows of
-    `max_length`.
+    `activations` is how layer inputs are kept: exact, or as factors of a rank (a number, or a share of the width) plus
+    two bits per value for their residual. With `packing`, short examples share rows of `max_length`.
     """
 
 
 class Stream(OnDevice, Batched, Section):
-    """How the passes over the original run; nothing here changes a result, so nothing here makes a step run again."""
+    """How the passes over the original run. No field changes a result, so changing one never makes a step run again."""
 
 
 class Task(Section):
-    """One adapter: its data, and what differs from the `train` defaults; `ratio` asks for a smaller emulator."""
+    """One adapter: its data, and its differences from the `train` defaults. `ratio` asks for a smaller emulator."""
 
-    train: DataSource
-    validation: DataSource | None = None
-    test: DataSource | None = None
+    train: DataSources
+    validation: DataSources | None = None
+    test: DataSources | None = None
     lora: Lora | None = None
     activations: Activations | None = None
     args: dict[str, Any] = Field(default={})

@@ -1,4 +1,4 @@
-"""Single values of a manifest in, checked values out: paths, data sources, limits and names."""
+"""Checks single values of a manifest: paths, data sources, limits and names."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def _local(text: str, info: ValidationInfo) -> str | None:
-    """The absolute path of something that exists relative to the manifest's folder, else None."""
+    """Return the absolute path of something that exists relative to the manifest's folder, else None."""
+    try:
+        path = _base(info) / Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        return None
+
+
+def _base(info: ValidationInfo) -> Path:
     base: Path = (info.context or {}).get("folder", Path.cwd())
-    path = base / Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else None
+    return base
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path
+        return False
 
 
 def _data_source(text: str, info: ValidationInfo) -> str:
@@ -25,57 +39,60 @@ def _data_source(text: str, info: ValidationInfo) -> str:
         if not Path(local).is_dir() and Path(local).suffix not in SUFFIXES:
             raise ValueError(f"{text}: unknown kind of data, use a {KINDS} file or a directory of them")
         return local
-    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not Path(text).exists():
+    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such file in the manifest's folder, paths are relative to the manifest")
 
 
 def model_source(text: str, info: ValidationInfo) -> str:
-    """The absolute path of a directory in the manifest's folder, or a Hub id as it stands."""
+    """Return the absolute path of a directory in the manifest's folder, or a Hub id unchanged."""
     local = _local(text, info)
     if local is not None:
         return local
-    if _HUB_ID.fullmatch(text) and not Path(text).exists():
+    if _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such directory in the manifest's folder, and not a Hub id like org/name")
 
 
 def checked_limit(value: Any) -> Any:
-    """`none` becomes None; what is neither a number nor a known word is refused."""
+    """Map `none` to None, and refuse what is neither a number nor a known word."""
     if value is None or (isinstance(value, str) and value not in ("none", "auto", "default")):
         raise ValueError("write a number, `none` for no limit, `auto` or `default`")
     return None if value == "none" else value
 
 
 def none_word(value: Any) -> Any:
-    """The word `none` becomes None."""
+    """Map the word `none` to None."""
     return None if value == "none" else value
 
 
 def as_list(value: Any) -> Any:
-    """One text is a list of one."""
+    """Turn a single text into a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 def checked_modules(value: Any) -> Any:
-    """Refuse what can name no modules."""
+    """Refuse a value that cannot name modules."""
     if not isinstance(value, str | list):
         raise ValueError("write `all-linear`, a regular expression or a list of module names")
     return value
 
 
 def size_in_bytes(value: Any) -> Any:
-    """A size like 24GiB in bytes; a whole number is bytes already."""
-    return value if isinstance(value, int) else parse_size(str(value))
+    """Convert a size like 24GiB to bytes; a whole number is bytes already."""
+    return parse_size(str(value))
 
 
 def new_folder(text: str, info: ValidationInfo) -> str:
-    """The absolute path of a folder that need not exist, relative to the manifest's."""
-    base: Path = (info.context or {}).get("folder", Path.cwd())
-    return str((base / Path(text).expanduser()).resolve())
+    """Return the absolute path of a folder, which need not exist, relative to the manifest's folder."""
+    try:
+        return str((_base(info) / Path(text).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{text}: is not a path ({error}), write another one") from None
 
 
 Size = Annotated[int, BeforeValidator(size_in_bytes), Field(gt=0)]
 Folder = Annotated[str, AfterValidator(new_folder)]
 DataSource = Annotated[str, AfterValidator(_data_source)]
+DataSources = Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

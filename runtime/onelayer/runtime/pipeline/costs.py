@@ -1,4 +1,4 @@
-"""A manifest and a model's shapes in; what each of its steps reads, writes and needs on the device out.
+"""Predicts what each step of a manifest reads, writes and needs on the device, from the model's shapes.
 
 Torch-free: `onelayer run --dry-run` shows these figures before anything is computed.
 """
@@ -12,8 +12,9 @@ from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.pipeline.emulator_size import Size, setting_of, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import Size, planned_run, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
+from onelayer.runtime.planning.anchor_costs import renewal_bytes
 from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -22,7 +23,7 @@ from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, t
 
 
 class StepCosts(Result):
-    """Bytes that a step reads and writes, and its predicted peak on the device; None for what is unknown."""
+    """Bytes that a step reads and writes, and its predicted device peak; None if unknown."""
 
     read_bytes: int | None = None
     write_bytes: int | None = None
@@ -31,7 +32,7 @@ class StepCosts(Result):
 
 @dataclass(frozen=True)
 class CostBasis:
-    """Everything that the costs of one step follow from. `size` is that of the common emulator."""
+    """Everything that decides the costs of one step. `size` is that of the common emulator."""
 
     step: Step
     manifest: Manifest
@@ -58,9 +59,9 @@ class CostBasis:
         return self.manifest.emulator
 
     @property
-    def setting(self) -> PlannedRun:
-        """What the planner sees of the step's task."""
-        return setting_of(self.manifest, self.task)
+    def planned(self) -> PlannedRun:
+        """The run that the step's task asks for, as the planner sees it."""
+        return planned_run(self.manifest, self.task)
 
     @property
     def model_bytes(self) -> int:
@@ -70,16 +71,16 @@ class CostBasis:
     @property
     def adapter_bytes(self) -> int:
         """The size of the task's adapter."""
-        return MASTER_BYTES * lora_parameters(self.shapes, self.setting.lora_rank)
+        return MASTER_BYTES * lora_parameters(self.shapes, self.planned.lora_rank)
 
     def emulator_bytes(self, ratio: float) -> int:
-        """Predict the size of the emulator of a ratio."""
+        """Predict the size of an emulator with this ratio."""
         dtype: FactorDtype = self.size.factor_dtype or "bf16"
         return emulator_bytes(self.shapes, ratio, dtype)
 
 
 class Costs:
-    """The figures that all costs of one manifest follow from. Without a model that is here and has linears, none.
+    """The figures that decide all costs of one manifest. There are none without a local model that has linears.
 
     Raises `InputError` if nothing fits the manifest's memory.
     """
@@ -92,13 +93,13 @@ class Costs:
             return
         try:
             self._shapes = shapes_from_headers(directory)
-        except InputError:  # the step itself will say what is wrong
+        except InputError:  # the step itself reports what is wrong
             return
         if manifest.emulator is not None:
             self.size = size_of_shapes(manifest, manifest.emulator, self._shapes)
 
     def basis(self, step: Step) -> CostBasis | None:
-        """Return what the costs of a step follow from; None if the model is unknown."""
+        """Return what decides the costs of a step; None if the model is unknown."""
         if self._shapes is None:
             return None
         return CostBasis(step, self._manifest, self._shapes, self.size or Size(1.0, None))
@@ -133,16 +134,33 @@ def refine_costs(basis: CostBasis) -> StepCosts:
 
 
 def train_costs(basis: CostBasis) -> StepCosts:
-    """Predict training, on the emulator if the step needs one, else on the original."""
+    """Predict a training, on the emulator if the step needs one, else on the original."""
     trained_on = basis.emulator_bytes(basis.ratio) if "emulator" in basis.step.needs else basis.model_bytes
-    peak = train_memory(basis.shapes, trained_on, basis.setting).peak
-    return StepCosts(read_bytes=trained_on, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+    memory = train_memory(basis.shapes, trained_on, basis.planned)
+    read: int | None = trained_on
+    peak = memory.peak
+    if "anchor" in basis.step.fields:
+        read = _anchored_read(basis, trained_on)
+        peak = max(peak, renewal_bytes(basis.shapes, memory, basis.planned))
+    return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+
+
+def _anchored_read(basis: CostBasis, trained_on: int) -> int | None:
+    """Add one reading of the original for every renewal; None if the number of steps depends on the data.
+
+    Renewals where an epoch begins are not foreseen.
+    """
+    training = basis.manifest.training(basis.task)
+    steps: int | None = training.args.get("max_steps")
+    if training.anchor is None or steps is None:
+        return None
+    return trained_on + -(-steps // training.anchor.every) * basis.model_bytes
 
 
 def correct_costs(basis: CostBasis) -> StepCosts:
-    """Predict a correction. Original and emulator are read once, even if held-out text chooses."""
+    """Predict a correction. Original and emulator are read once, even if held-out text chooses the limit."""
     read = basis.model_bytes + basis.emulator_bytes(basis.ratio)
-    peak = pass_bytes(basis.shapes, basis.ratio, basis.setting)["correct"]
+    peak = pass_bytes(basis.shapes, basis.ratio, basis.planned)["correct"]
     return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
 
 

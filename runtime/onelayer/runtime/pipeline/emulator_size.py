@@ -1,4 +1,4 @@
-"""The size of a manifest's emulator, from a ratio, a share of bytes or a memory budget."""
+"""Chooses the size of a manifest's emulator, from a ratio, a share of bytes or a memory budget."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +15,14 @@ from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun
 from onelayer.runtime.training.settings import TrainSettings
 
-# Raised by hand when the planner starts to choose otherwise for the same shapes and settings.
+# Raise it by hand when the planner's choice changes for the same shapes and settings.
 PLANNER_VERSION = 6
 DEFAULT_BATCH_SIZE = TrainSettings.default("batch_size")
-AUTO_RANK = 0.125  # planned with if the rank will be measured
+AUTO_RANK = 0.125  # the rank to plan with if it will be measured
 
 
-def setting_of(manifest: Manifest, task: str) -> PlannedRun:
-    """Describe all that will run for a task to the planner; a compile's key holds it if memory decides the size."""
+def planned_run(manifest: Manifest, task: str) -> PlannedRun:
+    """Describe to the planner what will run for a task. If memory decides the size, it is part of a compile's key."""
     training, emulator, batch = manifest.training(task), manifest.emulator, manifest.stream.batch_size
     where, rank = training.activations.where, training.activations.rank
     share = None if where == "none" else AUTO_RANK if rank == "auto" else rank
@@ -34,7 +34,7 @@ def setting_of(manifest: Manifest, task: str) -> PlannedRun:
     return replace(
         trained,
         allocation=emulator.allocation,
-        is_cut=any(task.ratio is not None for task in manifest.tasks.values()),
+        is_sliced=any(task.ratio is not None for task in manifest.tasks.values()),
         compile_tokens=batch * longest,
         refine_tokens=0 if refinement is None else refinement.batch_size * longest,
         scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
@@ -42,14 +42,19 @@ def setting_of(manifest: Manifest, task: str) -> PlannedRun:
 
 
 def _planned_tasks(manifest: Manifest) -> list[str]:
-    """List the tasks that train on the common emulator; without any, all."""
+    """List the tasks that train on the common emulator; if there are none, all tasks."""
     return [name for name, task in manifest.tasks.items() if task.ratio is None] or list(manifest.tasks)
 
 
-def planned_settings(manifest: Manifest) -> list[dict[str, Any]]:
-    """List the different settings among the tasks, in a fixed order."""
-    settings = {setting_of(manifest, name) for name in _planned_tasks(manifest)}
-    return sorted((asdict(setting) for setting in settings), key=str)
+def runs_in_key(manifest: Manifest) -> list[dict[str, Any]]:
+    """List the distinct planned runs of the tasks, in a fixed order, as a compile's key holds them."""
+    runs = {planned_run(manifest, name) for name in _planned_tasks(manifest)}
+    return sorted((_in_key(run) for run in runs), key=str)
+
+
+def _in_key(run: PlannedRun) -> dict[str, Any]:
+    """Name a run's fields as stored keys do: `is_sliced` was `is_cut` when the first were made."""
+    return {"is_cut" if name == "is_sliced" else name: value for name, value in asdict(run).items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def emulator_size(manifest: Manifest, directory: Path) -> Size:
 
 
 def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:
-    """Return the size that the manifest gives, or that follows from its share of bytes or its memory."""
+    """Return the size that the manifest gives, or the size that its share of bytes or its memory implies."""
     dtype = emulator.factor_dtype
     if emulator.ratio is not None:
         return Size(emulator.ratio, dtype)
@@ -82,7 +87,7 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
     ratio = _common(found[chosen])
     if ratio is None:
         task = next(name for name, largest in found[chosen].items() if largest is None)
-        smallest = best_ratio(shapes, setting_of(manifest, task), emulator.memory, chosen)
+        smallest = best_ratio(shapes, planned_run(manifest, task), emulator.memory, chosen)
         if smallest.memory.peak <= USABLE_SHARE * emulator.memory:
             limit = limiting_pass(shapes, smallest, emulator.memory)
             raise InputError(
@@ -98,8 +103,8 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
 
 def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
     """Find the largest ratio with which each task can be trained."""
-    settings = {name: setting_of(manifest, name) for name in _planned_tasks(manifest)}
-    return {name: best_ratio(shapes, setting, memory_bytes, dtype).ratio for name, setting in settings.items()}
+    runs = {name: planned_run(manifest, name) for name in _planned_tasks(manifest)}
+    return {name: best_ratio(shapes, run, memory_bytes, dtype).ratio for name, run in runs.items()}
 
 
 def _common(ratios: Mapping[str, float | None]) -> float | None:

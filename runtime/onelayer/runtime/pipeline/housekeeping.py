@@ -1,4 +1,4 @@
-"""Housekeeping of the store: the list of artifacts, and pruning of those that no manifest reaches."""
+"""Lists the artifacts of the store, and prunes those that no manifest reaches."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from onelayer.runtime.store.store import ArtifactStore
 
 
 def reachable_keys(manifest: Manifest, store: ArtifactStore) -> set[str]:
-    """Return the keys of the artifacts that a manifest uses now, and of those it used last."""
+    """Return the keys of the artifacts that a manifest uses now or used last."""
     planned = {step.key for step in plan(manifest, store).steps if step.key is not None}
     return planned | RunRecord.of(manifest.path, store).keys()
 
@@ -26,7 +26,7 @@ SECONDS_PER_DAY = 86_400
 def prune_by_rules(
     older_than_days: float | None, max_total_bytes: int | None, keep: Sequence[str | Path], *, dry_run: bool = False
 ) -> Pruned:
-    """Prune the default store by the rules of the command: days, bytes, and manifests whose artifacts stay."""
+    """Prune the default store by the command's rules: days, bytes, and manifests whose artifacts stay."""
     if older_than_days is None and max_total_bytes is None and not keep:
         raise InputError("say what to remove: --older-than-days, --max-size or --keep MANIFEST")
     store = ArtifactStore()
@@ -46,7 +46,7 @@ def list_artifacts(store: ArtifactStore) -> list[dict[str, Any]]:
     for file in sorted((store.home / "runs").glob("*.json")):
         try:
             manifest = Path(read_json(file)["manifest"])
-        except (InputError, KeyError, TypeError):  # damaged records only explain
+        except (InputError, KeyError, TypeError):  # records only explain, so a damaged one is skipped
             continue
         for name, entry in RunRecord.of(manifest, store).entries.items():
             users.setdefault(entry.spec.key, []).append(f"{manifest.name}:{name}")

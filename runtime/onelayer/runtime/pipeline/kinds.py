@@ -1,4 +1,4 @@
-"""The kinds of steps: all that the pipeline, the store and the report need to know of each, in one record.
+"""The kinds of steps: one record with everything that the pipeline, the store and the report know about each.
 
 A new kind is one entry of `STEP_KINDS` and the step that names it; see `steps.py` and `task_steps.py` for the steps.
 """
@@ -29,16 +29,16 @@ def _scores(payload: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StepKind:
-    """One kind of step. What enters a key besides the version is in the `Step` itself.
+    """One kind of step. The `Step` itself holds everything else that enters a key.
 
-    In the store: `version` is raised by hand when the code starts to give another result for the same settings and
-    inputs. `digest` identifies a payload by what decides later steps (weights, configuration, tokenizer; no reports);
-    None counts every file. Interrupted work of a `resumable` kind is taken up. `slice_of` finds an artifact that the
-    result can be sliced from.
+    For the store: raise `version` by hand when the code gives a different result for the same settings and inputs.
+    `digest` identifies a payload by what decides later steps (weights, configuration, tokenizer; no reports); None
+    counts every file. Interrupted work of a `resumable` kind is resumed. `slice_of` finds an artifact that the result
+    can be sliced from.
 
-    For people: `predict` foresees the costs for the dry run. `folder` is the name of a result in the manifest's
-    `output`, after the task's. `loader` says how a result is loaded. An `intermediate` result counts only if no later
-    step takes it on. `figures` are what the report draws, `scores` the rows of its table.
+    For the user: `predict` computes the costs for the dry run. `folder` follows the task's name in the manifest's
+    `output`. `loader` is how a result is loaded. An `intermediate` result counts only if no later step uses it.
+    `figures` are what the report draws, `scores` the rows of its table.
     """
 
     version: int
@@ -54,7 +54,7 @@ class StepKind:
 
     @property
     def is_product(self) -> bool:
-        """Whether a result is what people came for."""
+        """Whether a result is a final product for the user."""
         return self.loader is not None and not self.intermediate
 
 
@@ -111,11 +111,11 @@ def step_costs(step: Step, costs: Costs) -> StepCosts:
 
 
 def sliceable_artifact(step: Step, spec: StepSpec, store: ArtifactStore) -> Artifact | None:
-    """Find an artifact that the result of a step can be sliced from instead of being computed."""
+    """Find an artifact to slice the result of a step from, instead of computing it."""
     find = STEP_KINDS[step.kind].slice_of
     return None if find is None else find(store, spec)
 
 
 def product_kinds() -> frozenset[str]:
-    """Name the kinds whose results are what people came for."""
+    """Name the kinds whose results are final products for the user."""
     return frozenset(name for name, kind in STEP_KINDS.items() if kind.is_product)

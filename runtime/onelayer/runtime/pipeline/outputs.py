@@ -1,4 +1,4 @@
-"""A finished run in; its results where the manifest wants them, and the report, out."""
+"""Publishes a finished run: its results in the manifest's `output`, and the report."""
 
 import os
 import shutil
@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_json
@@ -25,7 +23,7 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The steps of a run, the artifacts that are there by step, and the planner's peaks in bytes."""
+    """The steps of a run, the existing artifacts by step, and the planner's peaks in bytes."""
 
     manifest: Manifest
     store: ArtifactStore
@@ -35,23 +33,25 @@ class FinishedRun:
 
     @property
     def made_steps(self) -> list[Step]:
-        """The steps whose artifacts are there."""
+        """The steps whose artifacts exist."""
         return [step for step in self.steps if step.name in self.made]
 
     def payload(self, step: Step) -> Path:
-        """Return where the result of a step lies."""
+        """Return the path of a step's result."""
         return self.store.payload(self.made[step.name].key)
 
 
 def report_file(manifest: Manifest, store: ArtifactStore) -> Path:
-    """Return where a manifest's report lies: in its output folder, else with the store's records of runs."""
+    """Return the path of a manifest's report: in its output folder, else with the store's records of runs."""
     if manifest.output is not None:
         return Path(manifest.output) / REPORT
     return store.home / "runs" / sha256_json(str(manifest.path))[:32] / REPORT
 
 
 def publish_run(run: FinishedRun, document: Mapping[str, Any]) -> Path:
-    """Put results where they are wanted, write the report of the run, and say where it is; one run at a time."""
+    """Put results into the output folder, write the report of the run and return its path; one run at a time."""
+    from filelock import FileLock
+
     manifest, file = run.manifest, report_file(run.manifest, run.store)
     file.parent.mkdir(parents=True, exist_ok=True)
     budget = manifest.emulator.memory if manifest.emulator is not None else None
@@ -68,7 +68,7 @@ def _report_data(run: FinishedRun) -> ReportData:
 
 
 def _loadable(run: FinishedRun) -> list[Loadable]:
-    """List the results that people came for; if there are none, the intermediate ones."""
+    """List the final results; if there are none, the intermediate ones."""
     kinds = [(step, STEP_KINDS[step.kind]) for step in run.made_steps]
     loadable = [(step, kind) for step, kind in kinds if kind.loader is not None]
     chosen = [(step, kind) for step, kind in loadable if kind.is_product] or loadable
@@ -80,13 +80,13 @@ def _loadable(run: FinishedRun) -> list[Loadable]:
 
 
 def check_results(manifest: Manifest, steps: list[Step]) -> None:
-    """Raise `InputError` if something that no run put there stands in the manifest's `output`, before any step runs."""
+    """Raise `InputError`, before any step runs, if a file or folder in the manifest's `output` is in the way."""
     if manifest.output is not None:
         check_places([name for step in steps if (name := _result_name(manifest, step))], Path(manifest.output))
 
 
 def _results(run: FinishedRun) -> dict[str, tuple[str, Path]]:
-    """Map the folder of each result to its key and where it lies."""
+    """Map the folder of each result to its key and its path in the store."""
     return {
         name: (run.made[step.name].key, run.payload(step))
         for step in run.made_steps
@@ -95,7 +95,7 @@ def _results(run: FinishedRun) -> dict[str, tuple[str, Path]]:
 
 
 def _result_name(manifest: Manifest, step: Step) -> str | None:
-    """Name the folder of a step's result; None for a result that is only on the way to one."""
+    """Name the folder of a step's result; None for an intermediate result."""
     kind = STEP_KINDS[step.kind]
     if step.task is None or kind.folder is None or (kind.intermediate and manifest.emulator is not None):
         return None
@@ -108,18 +108,16 @@ MARK = ".onelayer.json"
 
 
 def check_places(names: Iterable[str], output: Path) -> None:
-    """Refuse, before any work, a folder in the way that was not put there by a run."""
+    """Refuse, before any work, a folder in the way that no run created."""
     for name in names:
         if (output / name).exists() and _mark_of(output / name) is None:
-            raise InputError(
-                f"{output / name}: holds something that no run put there; remove it or set another `output`"
-            )
+            raise InputError(f"{output / name}: was not created by a run; remove it or set another `output`")
 
 
 def link_outputs(payloads: Mapping[str, tuple[str, Path]], output: Path) -> list[Path]:
-    """Put each payload, given as (artifact key, folder), under its name in `output`; what is up to date stays.
+    """Put each payload, given as (artifact key, folder), under its name in `output`, unless it is up to date there.
 
-    Raises `InputError` for a folder in the way that was not put there by this.
+    Raises `InputError` for a folder in the way that this function did not create.
     """
     check_places(payloads, output)
     placed = []
@@ -161,7 +159,7 @@ def _fill(payload: Path, folder: Path) -> None:
 
 
 def _mark_of(folder: Path) -> str | None:
-    """Read the key of the artifact that was put in a folder; None if a run put none there."""
+    """Read the key of the artifact that a run put in a folder; None if there is none."""
     if not (folder / MARK).is_file():
         return None
     document = read_json(folder / MARK)

@@ -1,4 +1,4 @@
-"""A manifest and the store in; what must run and why out, without touching a weight."""
+"""Plans a manifest: which steps must run and why, without reading a weight."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -16,9 +16,9 @@ from onelayer.runtime.store.store import ArtifactStore
 
 
 class PlannedStep(StepCosts):
-    """One step of a plan. Key and path are None if an input is unknown before another step has run.
+    """One step of a plan. Key and path are None if an input stays unknown until another step has run.
 
-    Bytes and peaks are predictions for running it; a cached step costs nothing.
+    Bytes and peaks are predictions for running the step; a cached step costs nothing.
     """
 
     name: str
@@ -30,7 +30,7 @@ class PlannedStep(StepCosts):
 
 
 class Plan(Result):
-    """What a run would do."""
+    """The steps that a run would check or execute."""
 
     steps: list[PlannedStep]
 
@@ -44,7 +44,9 @@ def plan(manifest: Manifest, store: ArtifactStore | None = None, tasks: list[str
 def specify(
     step: Step, sources: Mapping[Source, str | None], known: Mapping[str, str]
 ) -> tuple[StepSpec, dict[str, str]]:
-    """Return what decides a step's result, and what its unknown inputs wait for (the key means nothing then).
+    """Return what decides a step's result, and what its unknown inputs wait for.
+
+    With unknown inputs the key is meaningless.
 
     `known` maps steps to the digests of their artifacts.
     """
@@ -66,7 +68,7 @@ def specify(
 
 
 class _Planner:
-    """The steps of one manifest, foreseen in their order: a step that is cached makes the keys after it known."""
+    """The steps of one manifest, planned in order: a cached step makes the keys after it known."""
 
     def __init__(self, manifest: Manifest, store: ArtifactStore, steps: list[Step]) -> None:
         self.steps = steps
@@ -77,7 +79,7 @@ class _Planner:
         self._known: dict[str, str] = {}  # step name to the digest of its artifact
 
     def foresee(self, step: Step) -> PlannedStep:
-        """Say what a run would do about a step."""
+        """Plan what a run would do with a step."""
         spec, waiting = specify(step, self._sources, self._known)
         artifact = self._store.find(spec.key) if not waiting else None
         damage = self._store.damage(artifact) if artifact is not None else None
@@ -89,7 +91,7 @@ class _Planner:
         if waiting:
             return self._planned(step, "to run", reason, None, costs)
         if (larger := sliceable_artifact(step, spec, self._store)) is not None:
-            reason += f"; cut from {describe_emulator(larger)} in the store"
+            reason += f"; sliced from {describe_emulator(larger)} in the store"
             costs = costs.model_copy(update={"read_bytes": larger.total_bytes, "peak_bytes": None})
         return self._planned(step, "to run", reason, spec, costs)
 

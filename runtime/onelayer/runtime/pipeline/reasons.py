@@ -1,10 +1,9 @@
-"""What a manifest's steps were made from last time, kept in the store, in; the difference to now, in words, out."""
+"""Explains why a step must run: how its inputs and settings differ from those of the last run, kept in the store."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import ValidationError
 
 from onelayer.compiler.errors import InputError
@@ -19,14 +18,14 @@ UNCHANGED = "made before from the same inputs and settings"
 
 
 class _Entry(Result):
-    """What one step was made from; `sources` are the paths of the digests in `spec.inputs`."""
+    """The origin of one step's result; `sources` are the paths of the digests in `spec.inputs`."""
 
     spec: StepSpec
     sources: dict[str, str]
 
 
 class RunRecord:
-    """The last finished state of each step of one manifest. Only explains: losing it never changes what runs."""
+    """The last finished state of each step of one manifest. It only explains: losing it never changes what runs."""
 
     def __init__(self, file: Path, manifest: Path, entries: dict[str, _Entry]) -> None:
         self._file = file
@@ -35,7 +34,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, manifest: Path, store: ArtifactStore) -> "RunRecord":
-        """Read the record of the manifest at a path; empty if there is none that can be read."""
+        """Read the record of the manifest at a path; empty if there is no readable one."""
         file = store.home / "runs" / f"{sha256_json(str(manifest))[:32]}.json"
         try:
             document = read_json(file)
@@ -58,12 +57,14 @@ class RunRecord:
         return {entry.spec.key for entry in self._entries.values()}
 
     def remember(self, step: Step, spec: StepSpec) -> None:
-        """Record that a step is up to date with `spec`, at once: the next step may be interrupted."""
+        """Record immediately that a step is up to date with `spec`: the next step may be interrupted."""
+        from filelock import FileLock
+
         sources = {role: source.text for role, source in step.sources.items()}
         self._entries[step.name] = _Entry(spec=spec, sources=sources)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         steps = {name: entry.model_dump(mode="json") for name, entry in self._entries.items()}
-        with FileLock(self._file.with_suffix(".lock")):  # two runs of one manifest write the same file
+        with FileLock(self._file.with_suffix(".lock")):  # two concurrent runs of one manifest write the same file
             write_json(self._file, {"manifest": str(self._manifest), "steps": steps})
 
 
@@ -75,7 +76,7 @@ def reason_to_run(step: Step, spec: StepSpec, record: RunRecord, waiting: Mappin
     changes = ["never ran"] if last is None else _changes(step, spec, last, waiting)
     if waiting:
         changes.append(f"after {', '.join(waiting.values())}")
-    return "; ".join(changes) or "its artifact is gone from the store"
+    return "; ".join(changes) or "its artifact is no longer in the store"
 
 
 def _changes(step: Step, spec: StepSpec, last: _Entry, waiting: Mapping[str, str]) -> list[str]:

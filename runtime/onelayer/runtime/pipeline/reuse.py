@@ -1,4 +1,4 @@
-"""A compile that must run in, a shorter way to its result out: a slice of a larger emulator in the store."""
+"""Finds a shortcut for a compile: a slice of a larger emulator in the store."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,18 +10,18 @@ from onelayer.runtime.store.store import ArtifactStore
 
 
 def size_field(fields: Mapping[str, Any]) -> str:
-    """Name the field that says how much of the original an emulator keeps."""
+    """Name the field that sets how much of the original an emulator keeps."""
     return "keep_bytes" if "keep_bytes" in fields else "ratio"
 
 
 def describe_emulator(emulator: Artifact) -> str:
-    """Describe an emulator of the store by its size, for a reason."""
+    """Describe an emulator of the store by its size, for use in a reason."""
     name = size_field(emulator.fields)
     return f"the emulator of {name} {emulator.fields[name]}"
 
 
 def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
-    """Find the smallest intact emulator in the store that that of `spec` is a slice of: same inputs, same settings."""
+    """Find the smallest intact emulator in the store, of equal inputs and settings, that `spec` can be sliced from."""
     name = size_field(spec.fields)
     size = spec.fields.get(name)
     if not isinstance(size, float) or not _is_a_prefix(spec.fields):
@@ -37,18 +37,18 @@ def larger_emulator(store: ArtifactStore, spec: StepSpec) -> Artifact | None:
 
 
 def _is_a_prefix(fields: Mapping[str, Any]) -> bool:
-    """Whether factors are prefixes of larger ones.
+    """Return whether factors are prefixes of those of larger emulators.
 
-    Quantized factors are rounded for their rank, and factors of a share of bytes may be quantized. Ranks by spectrum
-    are chosen for every size.
+    Quantized factors are rounded for their rank, and those of a share of bytes may be quantized. Ranks by spectrum are
+    chosen again for each size.
     """
     dtype = fields.get("factor_dtype")
     rounded = dtype in ("int8", "nf4") or (dtype is None and "keep_bytes" in fields)
     return not rounded and "rank_allocation" not in fields
 
 
-def cut(store: ArtifactStore, larger: Artifact, ratio: float, output: Path) -> Mapping[str, Any]:
-    """Slice the smaller emulator off the larger one, which is kept from being pruned while it is read."""
+def slice_larger(store: ArtifactStore, larger: Artifact, ratio: float, output: Path) -> Mapping[str, Any]:
+    """Slice the smaller emulator off the larger one, and protect the larger one from `prune` while reading it."""
     from onelayer.compiler import slice_emulator
 
     with ExitStack() as stack:

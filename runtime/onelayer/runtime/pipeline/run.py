@@ -1,4 +1,4 @@
-"""Manifest and store in, work done out: every step that is not up to date executes, the results are published."""
+"""Runs a manifest: executes every step that is not up to date, and publishes the results."""
 
 import os
 import traceback
@@ -18,15 +18,15 @@ from onelayer.runtime.pipeline.kinds import STEP_KINDS, sliceable_artifact, step
 from onelayer.runtime.pipeline.outputs import FinishedRun, check_results, publish_run
 from onelayer.runtime.pipeline.plan import specify
 from onelayer.runtime.pipeline.reasons import UNCHANGED, RunRecord, reason_to_run
-from onelayer.runtime.pipeline.reuse import cut, describe_emulator
-from onelayer.runtime.pipeline.step import Source, Step, model_directory, model_source, source_digests
+from onelayer.runtime.pipeline.reuse import describe_emulator, slice_larger
+from onelayer.runtime.pipeline.step import Source, Step, model_directory, model_source, source_digests, unchanged
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.store.record import Artifact, Notify, StepSpec, silent
 from onelayer.runtime.store.store import ArtifactStore
 
 
 class StepResult(Result):
-    """One step of a run; `reason` says why it ran, or what went wrong."""
+    """One step of a run; `reason` is why it ran, or what went wrong."""
 
     name: str
     kind: str
@@ -37,7 +37,7 @@ class StepResult(Result):
 
 
 class RunResult(Result):
-    """What a run did, per task the scores of the original and its adapters, and where the report lies."""
+    """The steps of a run, the scores of the original and its adapters by task, and the path of the report."""
 
     steps: list[StepResult]
     evaluations: dict[str, list[dict[str, Any]]]
@@ -45,7 +45,7 @@ class RunResult(Result):
 
     @property
     def failed(self) -> list[StepResult]:
-        """The steps that went wrong (not those skipped because of them)."""
+        """The steps that failed, without those skipped because of them."""
         return [step for step in self.steps if step.state == "failed"]
 
 
@@ -55,9 +55,9 @@ def run(
     tasks: list[str] | None = None,
     notify: Notify = silent,
 ) -> RunResult:
-    """Bring every step of a manifest up to date; one that fails stops those that need it, and no other.
+    """Bring every step of a manifest up to date. A failed step stops only those that need it.
 
-    What the user's files hold is read before the first step starts, so a mistake there raises `InputError` at once.
+    The user's files are read before the first step starts, so a mistake in them raises `InputError` immediately.
     """
     store = store or ArtifactStore()
     steps = steps_of(manifest, check_tasks(manifest, tasks))
@@ -78,7 +78,7 @@ def run(
 
 @dataclass
 class _Runner:
-    """One run. `made` are the artifacts that are there, by step; `in_use` keeps them from being pruned."""
+    """One run. `made` maps steps to their existing artifacts; `in_use` keeps these from being pruned."""
 
     store: ArtifactStore
     record: RunRecord
@@ -88,7 +88,7 @@ class _Runner:
     made: dict[str, Artifact] = field(default_factory=dict)
 
     def bring_up(self, step: Step, title: str) -> StepResult:
-        """Find or make the artifact of one step; a failure is a result too."""
+        """Find or make the artifact of one step; a failure is also returned as a result."""
         tell = partial(_tell, self.notify, title)
         blocked = [need for role, need in step.needs.items() if need not in self.made and role not in step.optional]
         if blocked:
@@ -112,7 +112,7 @@ class _Runner:
         return result
 
     def _ensure_step(self, step: Step, spec: StepSpec, tell: Notify) -> tuple[StepResult, Artifact]:
-        """Find or make one artifact whose inputs are all there."""
+        """Find or make one artifact whose inputs all exist."""
         store, kind = self.store, STEP_KINDS[step.kind]
         inputs = {role: store.payload(self.made[need].key) for role, need in step.needs.items() if need in self.made}
         found = store.find(spec.key)
@@ -121,10 +121,11 @@ class _Runner:
         def make(payload: Path) -> Mapping[str, Any]:
             larger = sliceable_artifact(step, spec, store)
             if larger is not None and step.ratio is not None:
-                tell(f"cut from {describe_emulator(larger)}, {reason}")
-                return cut(store, larger, step.ratio(), payload)
+                tell(f"sliced from {describe_emulator(larger)}, {reason}")
+                return slice_larger(store, larger, step.ratio(), payload)
             tell(f"runs, {reason}")
-            return step.execute(inputs, payload)
+            with unchanged(step, spec.inputs, inputs):
+                return step.execute(inputs, payload)
 
         begun_with = step.begun_with(inputs)
         artifact, ran = store.ensure(
@@ -153,7 +154,7 @@ def _outcome(
 
 
 def _download_models(steps: list[Step], notify: Notify) -> None:
-    """Fetch what a manifest names by Hub id, so that its digest is known."""
+    """Download what a manifest names by Hub id, so that its digest is known."""
     for source in {source for step in steps for source in step.sources.values() if source.is_model}:
         if not Path(source.text).is_absolute():
             notify(f"looking up {source.describe()} on the Hub")
@@ -161,7 +162,7 @@ def _download_models(steps: list[Step], notify: Notify) -> None:
 
 
 def _evaluations(steps: list[Step], made: Mapping[str, Artifact], store: ArtifactStore) -> dict[str, list[Any]]:
-    """Read the score rows of every task that was evaluated."""
+    """Read the score rows of every evaluated task."""
     return {
         step.task: scores(store.payload(made[step.name].key))
         for step in steps

@@ -1,10 +1,11 @@
-"""What a step is, and what it reads of the user's: models and data sets, with the digests of what they hold now.
+"""Defines a step and its sources: the user's models and data sets, with the digests of their present content.
 
-Nothing here downloads. Held: nothing; a step executes only when it is asked to.
+Nothing here downloads. Held: nothing; a step executes only on request.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,22 @@ from typing import Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
+from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.manifest.manifest import Manifest
 
-# Files next to the weights that decide which tokens a text becomes.
+# Files next to the weights that decide how a text is tokenized.
 _TOKENIZER_FILE = re.compile(
     r"(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|processor|preprocessor).*"
     r"|.*\.(model|tiktoken|jinja)"
 )
 
-# Executes a step: the payload folders of the steps it needs, and the folder to fill.
+# The function that executes a step, given the payload folders of the steps it needs and the folder to fill.
 Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something of the user's that a step reads: the model, or one data set."""
+    """An input from the user that a step reads: the model, or one data set."""
 
     text: str  # an absolute path or a Hub id
     is_model: bool = False
@@ -41,10 +43,10 @@ class Source:
 class Step:
     """One piece of work. `kind` names its record in `STEP_KINDS`.
 
-    `fields`, the digests of `sources` and those of the steps in `needs` enter its key. `needs` maps what an input is
-    for to the step it comes from; a step in `optional` may fail. `ratio` gives the ratio of the emulator that a compile
-    makes; it may read the original's headers. `passes` are settings that change no result, but how interrupted work is
-    taken up.
+    `fields`, the digests of `sources` and those of the steps in `needs` enter its key. `needs` maps the role of an
+    input to the step it comes from; a step in `optional` may fail. `ratio` returns the ratio of the emulator that a
+    compile makes, and may read the original's headers. `passes` are settings that change no result, only how
+    interrupted work resumes.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Step:
     passes: Mapping[str, Any] = field(default_factory=dict)
 
     def begun_with(self, inputs: Mapping[str, Path]) -> dict[str, Any]:
-        """List what work on this step depends on besides its key: where its inputs lie, and its passes."""
+        """List what work on this step depends on in addition to its key: the paths of its inputs, and its passes."""
         return {
             "sources": {role: source.text for role, source in self.sources.items()},
             "inputs": {role: str(path) for role, path in inputs.items()},
@@ -73,15 +75,15 @@ def model_source(manifest: Manifest) -> Source:
 
 
 def source_digests(steps: Iterable[Step]) -> dict[Source, str | None]:
-    """Digest everything of the user's that the steps read, each once."""
+    """Digest every source that the steps read, each once."""
     sources = dict.fromkeys(source for step in steps for source in step.sources.values())
     return {source: source_digest(source) for source in sources}
 
 
 def source_digest(source: Source) -> str | None:
-    """Digest what a source holds now; None for a Hub model that is not downloaded yet.
+    """Digest the present content of a source; None for a Hub model that is not downloaded yet.
 
-    A data set of the Hub counts by its name: a change of its content is not seen.
+    A data set on the Hub is identified by its name alone, so a change of its content goes unnoticed.
     """
     if source.is_model:
         directory = model_directory(source)
@@ -90,15 +92,48 @@ def source_digest(source: Source) -> str | None:
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        names = sorted(file.name for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-        return sha256_json({name: file_digest(path / name) for name in names})
+        return sha256_json({file.name: file_digest(file) for file in _data_files(path)})
     return sha256_json({"hub": source.text})
 
 
+@contextmanager
+def unchanged(step: Step, digests: Mapping[str, str], inputs: Mapping[str, Path]) -> Iterator[None]:
+    """Check that what a step reads is what its key was made of, before it runs and after it.
+
+    `digests` are those in the key, by role; `inputs` the folders of earlier results. Raises `InputError` naming what
+    changed.
+    """
+    stamps = FileStamps(file for source in step.sources.values() for file in _files_of(source))
+    stamps.add(file for folder in inputs.values() for file in folder.rglob("*") if file.is_file())
+    for role, source in step.sources.items():
+        if source_digest(source) != digests[role]:
+            raise InputError(f"{source.text}: changed since this run began; run the same command again")
+    yield
+    stamps.check()
+
+
+def _files_of(source: Source) -> list[Path]:
+    """List the files that the digest of a source is made of."""
+    path = model_directory(source) if source.is_model else Path(source.text)
+    if path is None or not path.exists():
+        return []
+    if source.is_model:
+        return [path / "config.json", *Checkpoint.open(path).files, *_tokenizer_files(path)]
+    return [path] if path.is_file() else _data_files(path)
+
+
+def _data_files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.iterdir() if file.is_file() and file.name[0] != ".")
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    found = (path for path in directory.rglob("*") if _TOKENIZER_FILE.fullmatch(path.name))
+    return [path for path in found if path.is_file()]
+
+
 def directory_digest(directory: Path) -> str:
-    """Digest all of a model directory that decides results: weights, config.json, tokenizer and chat templates."""
-    names = (path.relative_to(directory) for path in directory.rglob("*") if _TOKENIZER_FILE.fullmatch(path.name))
-    files = {name.as_posix(): file_digest(directory / name) for name in names if (directory / name).is_file()}
+    """Digest the files of a model directory that decide results: weights, config.json, tokenizer and chat templates."""
+    files = {path.relative_to(directory).as_posix(): file_digest(path) for path in _tokenizer_files(directory)}
     return sha256_json({"model": model_digest(directory), "tokenizer": files})
 
 

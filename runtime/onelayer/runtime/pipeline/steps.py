@@ -1,4 +1,4 @@
-"""A manifest in, its steps out: what each step runs, which settings can change its result, and which inputs it reads.
+"""Builds the steps of a manifest: what each runs, which settings can change its result, and which inputs it reads.
 
 Nothing here imports torch before a step executes.
 """
@@ -9,13 +9,13 @@ from typing import Any
 
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Refine
-from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, Size, emulator_size, planned_settings
+from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, Size, emulator_size, runs_in_key
 from onelayer.runtime.pipeline.step import Source, Step, model_source
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 
 
 def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
-    """List the steps for the given tasks, each after those it needs; the emulator is one step for all of them."""
+    """List the steps for the given tasks, each after those it needs. All tasks share one step for the emulator."""
     emulator = manifest.emulator
     steps = [] if emulator is None else [_compile_step(manifest, emulator)]
     ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
@@ -45,9 +45,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
             model.text,
             list(calibration.data),
             output,
-            ratio=chosen.ratio,
-            factor_dtype=chosen.factor_dtype,
-            rank_allocation=emulator.allocation,
+            **_form_keywords(emulator, chosen),
             samples=calibration.samples,
             max_length=calibration.max_length,
             batch_size=manifest.stream.batch_size,
@@ -59,9 +57,10 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
 
     fields = {
         **_size_fields(manifest, emulator),
-        # Left out if it is not set, so that results from before the field existed are found.
+        # Omitted if it is not set, so that results from before the field existed are found.
         **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
         **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
+        **({} if emulator.form == "factors" else {"form": emulator.form, "backward": emulator.backward is not False}),
         "samples": calibration.samples,
         "max_length": calibration.max_length,
         "seed": manifest.seed,
@@ -74,13 +73,20 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
     return Step("compile", "compile", execute, fields, sources, ratio=lambda: size().ratio, passes=passes)
 
 
+def _form_keywords(emulator: Emulator, size: Size) -> dict[str, Any]:
+    """Say how large the emulator is and what it is made of."""
+    if emulator.form == "coded":
+        return {"keep_bytes": emulator.share, "form": emulator.form, "backward": emulator.backward}
+    return {"ratio": size.ratio, "factor_dtype": size.factor_dtype, "rank_allocation": emulator.allocation}
+
+
 def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
-    """Return what decides the size: a ratio, a share of bytes, or a memory budget and all that the planner sees."""
+    """Return what decides the size: a ratio, a share of bytes, or a memory budget with all that the planner sees."""
     if emulator.ratio is not None:
         return {"ratio": emulator.ratio}
     if emulator.memory is None:
         return {"keep_bytes": emulator.share}
-    return {"memory": emulator.memory, "planned": {"version": PLANNER_VERSION, "tasks": planned_settings(manifest)}}
+    return {"memory": emulator.memory, "planned": {"version": PLANNER_VERSION, "tasks": runs_in_key(manifest)}}
 
 
 def _slice_step(ratio: float) -> Step:
@@ -95,7 +101,7 @@ def _slice_step(ratio: float) -> Step:
 
 
 def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
-    """Refine the common emulator, or its slice of `ratio`, on the data that it was compiled with."""
+    """Refine the common emulator, or its slice of `ratio`, on its calibration data."""
     model, calibration = model_source(manifest), emulator.calibration
     settings = refine.model_dump(mode="json")
 
@@ -128,5 +134,5 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
 
 def calibration_sources(emulator: Emulator) -> dict[str, Source]:
-    """Return the calibration data by the roles that they have in a step."""
+    """Map the roles in a step to the calibration data."""
     return {f"calibration {index}": Source(data) for index, data in enumerate(emulator.calibration.data, start=1)}

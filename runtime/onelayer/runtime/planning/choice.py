@@ -1,4 +1,4 @@
-"""Shapes and a memory budget in; factor dtype, keep-ratio and how activations are stored out, with what limits them."""
+"""Chooses factor dtype, ratio and activation storage for a memory budget, from shapes alone; names what limits them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,16 +12,16 @@ from onelayer.runtime.planning.pass_memory import pass_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, emulator_bytes, train_memory
 
-# The rest is for the device's own context and for memory lost between blocks of the allocator.
+# The rest is left for the device's own context and for fragmentation in the allocator.
 USABLE_SHARE = 0.95
-# Factors are looked at up to the largest ratio; beyond it only rounded weights that are kept whole.
+# Factors are considered up to the largest ratio. Above it only whole, rounded weights are.
 SMALLEST_RATIO, LARGEST_RATIO, STEPS, WHOLE = 0.01, 0.95, 1000, 1.0
-# A more exact way to store activations is taken if it leaves this share of the ratio that the thriftiest allows: what
-# is missing in the emulator costs more than what is missing in the backward pass (manifests/LOG.md).
+# A more exact way to store activations is chosen only if it leaves this share of the ratio that the most compact one
+# allows. An error in the emulator costs more than an error in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
 
 
-# What each pass holds most of.
+# The largest part of what each pass holds.
 LIMITS = {
     "compile": "the largest layer with its moments and solver, or its batch",
     "correct": "the factors of the largest linear, or the largest layer with what is scored",
@@ -31,7 +31,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A planned run, the largest ratio with which it fits (None: with none), and the bytes."""
+    """A planned run, the largest ratio that fits (None if none does), and the bytes."""
 
     planned: PlannedRun
     factor_dtype: FactorDtype
@@ -40,21 +40,21 @@ class Choice:
 
     @property
     def reached(self) -> float:
-        """The ratio, 0 where nothing fits."""
+        """The ratio, 0 if nothing fits."""
         return self.ratio or 0.0
 
 
 class Alternative(Result):
-    """What giving something up would allow: `ratio` is then the largest that fits."""
+    """Something to give up, and the largest `ratio` that then fits."""
 
     give_up: str
     ratio: float
 
 
 def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
-    """The largest ratio, in thousandths, with which training and the streamed passes stay within the budget.
+    """Find the largest ratio, in thousandths, that keeps training and the streamed passes within the budget.
 
-    It is 1 where all weights fit as they are, only rounded.
+    It is 1 if all weights fit whole, only rounded.
     """
     usable = int(budget_bytes * USABLE_SHARE)
     fixed = train_memory(shapes, 0, planned)
@@ -76,12 +76,12 @@ def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtyp
 
 
 def largest_ratio(planned: PlannedRun, dtype: FactorDtype) -> float:
-    """What is looked at: a whole emulator in the original's own dtype would be a copy of it."""
-    return LARGEST_RATIO if dtype == "bf16" or planned.is_cut else WHOLE
+    """Return the largest ratio to consider. A whole emulator in the original's own dtype would be a copy of it."""
+    return LARGEST_RATIO if dtype == "bf16" or planned.is_sliced else WHOLE
 
 
 def activation_choices(planned: PlannedRun) -> list[PlannedRun]:
-    """How activations can be stored, the most exact first."""
+    """List the ways to store activations, the most exact first."""
     shares = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
     compressed = [replace(planned, where="sublayer", rank=share) for share in shares]
     coarse = [replace(planned, where="layer", rank=share) for share in shares[2:]]
@@ -89,10 +89,10 @@ def activation_choices(planned: PlannedRun) -> list[PlannedRun]:
 
 
 def choose(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
-    """The most exact way to store activations that leaves nearly as large a ratio as any other.
+    """Choose the most exact way to store activations that leaves nearly as large a ratio as any other.
 
-    For int8 that keeps all no way is given that does not: what it leaves out would cost more than all rounding does
-    (manifests/LOG.md, int8 that keeps all).
+    If int8 can keep every weight whole, never choose a setting that drops some: the loss would exceed all rounding
+    error (manifests/LOG.md, int8 that keeps all).
     """
     choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in activation_choices(planned)]
     best = max(choice.reached for choice in choices)
@@ -103,20 +103,20 @@ def choose(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: F
 
 
 def choose_each(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int) -> dict[FactorDtype, Choice]:
-    """The choice for every factor dtype, those that round the least first."""
+    """Choose for every factor dtype, those that round the least first."""
     dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype)
     return {dtype: choose(shapes, planned, budget_bytes, dtype) for dtype in dtypes}
 
 
 def compile_dtype(dtype: FactorDtype) -> FactorDtype | None:
-    """Return the dtype that `compile` takes: None, the original's own, if a plan says `bf16`."""
+    """Return the dtype that `compile` takes. A plan's `bf16` becomes None, the original's own dtype."""
     return None if dtype == "bf16" else dtype
 
 
 def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
-    """What stands against a larger ratio, in a sentence."""
+    """Name what prevents a larger ratio, in one sentence."""
     if choice.reached == WHOLE:
-        return f"nothing: all weights fit as they are, rounded to {choice.factor_dtype}"
+        return f"nothing: all weights fit whole, rounded to {choice.factor_dtype}"
     end = largest_ratio(choice.planned, choice.factor_dtype)
     if choice.reached >= end:
         return "nothing: an emulator near the size of the original fits"
@@ -124,9 +124,10 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     if ratio > LARGEST_RATIO:
         ratio = end
     usable = int(budget_bytes * USABLE_SHARE)
-    for name, size in pass_bytes(shapes, ratio, choice.planned).items():
-        if size > usable:
-            return f"{name}: {LIMITS[name]}"
+    passes = pass_bytes(shapes, ratio, choice.planned)
+    largest_pass = max(passes, key=lambda name: passes[name])
+    if passes[largest_pass] > usable:
+        return f"{largest_pass}: {LIMITS[largest_pass]}"
     memory = choice.memory
     moments = {
         "the emulator's weights": memory.emulator,
@@ -140,7 +141,7 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
 
 
 def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
-    """What could be given up for a larger ratio, and what each would bring; the most useful first."""
+    """List what could be given up for a larger ratio and what each would gain, the most useful first."""
     planned, stored = choice.planned, choice.factor_dtype
     offers: list[tuple[str, PlannedRun, FactorDtype]] = []
     if planned.batch_size > 1:
@@ -157,7 +158,7 @@ def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list
 
 
 def median_rank(shapes: ModelShapes, ratio: float) -> int:
-    """The rank of the linear in the middle; linears that stay dense count with their full rank."""
+    """Return the median rank over the linears. Linears that stay dense count with their full rank."""
     return int(median(_ranks(shapes, ratio)))
 
 

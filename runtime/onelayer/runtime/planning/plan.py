@@ -1,22 +1,21 @@
-"""A model and a memory budget in; whether compile, train and correct fit, with which settings, and what it will cost.
+"""Plans for a memory budget: whether compile, train and correct fit, with which settings, and at what cost.
 
-From headers and config.json alone: no weight is loaded. Predictions are of bytes that tensors take; a test and
-`scripts/plan/measure.py` compare them with counts of what really lived.
+Reads headers and config.json only; no weight is loaded. Predictions count the bytes of tensors. A test and
+`scripts/plan/measure.py` compare them with counts of live tensors.
 """
 
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.ranks import Allocation, copies_on_disk, rank_for
+from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
 from onelayer.compiler.factors.stored_forms import INSTALL, FactorDtype, best_of
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.compiler.storage.files import read_json
+from onelayer.runtime.planning.anchor_costs import AnchorCost, anchor_costs
 from onelayer.runtime.planning.choice import (
     LARGEST_RATIO,
     SMALLEST_RATIO,
@@ -31,6 +30,7 @@ from onelayer.runtime.planning.choice import (
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.spectra import Spectra, left_out, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes
 from onelayer.runtime.training.settings import TrainSettings
@@ -41,7 +41,7 @@ POLISH_BATCH = PolishSettings.default("batch_size")
 
 
 class Predicted(Result):
-    """Peaks on the device, on the host, and bytes on the disk; `read_bytes` is one pass over the original."""
+    """Predicted device peak, host peak and disk size. `read_bytes` is one pass over the original."""
 
     compile_bytes: int
     refine_bytes: int
@@ -56,7 +56,7 @@ class Predicted(Result):
 
 
 class TrainParts(Result):
-    """What the peak of training is made of."""
+    """The parts of the training peak, in bytes."""
 
     emulator: int
     adapter: int
@@ -66,10 +66,10 @@ class TrainParts(Result):
 
 
 class FactorChoice(Result):
-    """One factor dtype: the largest ratio that fits, the middle linear's rank there, bytes, and the expected error.
+    """One factor dtype: the largest ratio that fits, the median linear's rank there, bytes, and the expected error.
 
-    `error` is what leaving out the directions beyond that rank costs, the root mean square over linears, where spectra
-    are known; what rounding costs comes on top. `error_is_bound`: the spectra are shorter than the rank, it is less.
+    `error` is the root mean square over linears of what truncation at that rank loses, if spectra are known; rounding
+    error comes on top. With `error_is_bound` the spectra are shorter than the rank and `error` is an upper bound.
     """
 
     factor_dtype: FactorDtype
@@ -82,7 +82,7 @@ class FactorChoice(Result):
 
 
 class PlanResult(Result):
-    """What fits in `memory_bytes`; `ratio` is None where nothing does. `bf16` stands for the original's own dtype."""
+    """What fits in `memory_bytes`; `ratio` is None if nothing does. `bf16` means the original's own dtype."""
 
     model: str
     memory_bytes: int
@@ -100,6 +100,7 @@ class PlanResult(Result):
     choices: list[FactorChoice]
     speed: Speed | None
     seconds: Seconds | None
+    anchored: list[AnchorCost]
     remarks: list[str]
 
 
@@ -117,12 +118,12 @@ def plan_run(
     timing: bool = True,
     revision: str | None = None,
 ) -> PlanResult:
-    """Plan for a device with `memory_bytes`; `model` may be a directory without weights, only with its config.json.
+    """Plan for a device with `memory_bytes`. `model` may be a directory with only a config.json and no weights.
 
-    `factor_dtype` fixes how factors are stored; None chooses that together with the ratio. `emulator` is one of this
-    model: its spectra say what each choice would lose. Durations are of `speed`, by default tried for a second on this
-    machine (never where `timing` is false or there are no weights to read). Raises `InputError` for what the caller can
-    mend.
+    `factor_dtype` fixes how factors are stored; None chooses it together with the ratio. `emulator` is an emulator of
+    this model: its spectra predict what each choice would lose. Durations follow from `speed`, by default measured for
+    a second on this machine (not if `timing` is false or there are no weights to read). Raises `InputError` for bad
+    input.
     """
     if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
@@ -133,7 +134,7 @@ def plan_run(
     best = choices[factor_dtype or _best(choices)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
-    spectra = None if emulator is None else _spectra(Path(emulator))
+    spectra = None if emulator is None else read_spectra(Path(emulator))
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -151,6 +152,7 @@ def plan_run(
         choices=[_factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
+        anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         remarks=_remarks(shapes, best, memory_bytes),
     )
 
@@ -163,12 +165,10 @@ def size_for(
     *,
     compile_tokens: int | None = None,
 ) -> tuple[float, FactorDtype | None]:
-    """Ratio and factor dtype of `compile --memory`: the best with which training fits too, as `plan_run` chooses them.
+    """Choose ratio and factor dtype for `compile --memory`: the best that training fits with too, as `plan_run` does.
 
-    `compile_tokens` are computed at once in the compile, by default one example of 512.
-
-    A dtype that is given is kept; None comes back where the original's own is the best. Raises `InputError` where no
-    ratio fits.
+    The compile computes `compile_tokens` at once, by default one example of 512. A given dtype is kept; None means that
+    the original's own is best. Raises `InputError` if no ratio fits.
     """
     shapes = read_shapes(resolve_model(model))
     planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
@@ -188,7 +188,7 @@ def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
 
 
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
-    """The bytes of one choice."""
+    """Predict the bytes of one choice."""
     ratio = choice.ratio or SMALLEST_RATIO
     planned = choice.planned
     emulator = emulator_bytes(shapes, ratio, choice.factor_dtype)
@@ -221,7 +221,7 @@ def _parts(choice: Choice) -> TrainParts:
     )
 
 
-def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: dict[str, Any] | None) -> FactorChoice:
+def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: Spectra | None) -> FactorChoice:
     row = FactorChoice(
         factor_dtype=choice.factor_dtype,
         ratio=choice.ratio,
@@ -231,34 +231,8 @@ def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: dict[str, Any] 
     )
     if spectra is None or choice.ratio is None:
         return row
-    error, is_bound = _error(shapes, choice.ratio, spectra)
+    error, is_bound = left_out(shapes, choice.ratio, spectra)
     return row.model_copy(update={"error": error, "error_is_bound": is_bound})
-
-
-def _spectra(emulator: Path) -> dict[str, Any]:
-    """Leading singular values and energy of each linear's output, by name, from `emulator.json`."""
-    document = read_json(emulator / "emulator.json")
-    if not isinstance(document, dict) or not isinstance(document.get("linears"), list):
-        raise InputError(f"{emulator / 'emulator.json'}: says nothing of linears; give an emulator directory")
-    return {row["name"]: row for row in document["linears"]}
-
-
-def _error(shapes: ModelShapes, ratio: float, spectra: dict[str, Any]) -> tuple[float | None, bool]:
-    """The root mean square over linears of what is left out at `ratio`, and whether it is only an upper bound."""
-    squares, is_bound = [], False
-    for block in shapes.blocks:
-        for linear in block.compressible:
-            # Headers and modules may differ in a prefix; blocks and linears are called the same.
-            ends = f"{block.name}.{linear.name}".split(".")[1:]
-            row = next((row for name, row in spectra.items() if name.split(".")[-len(ends) :] == ends), None)
-            rank = rank_for(ratio, linear.out_features, linear.in_features)
-            if row is None or rank is None or not row.get("output_energy"):
-                squares.append(0.0)
-                continue
-            values = row["singular_values"][:rank]
-            is_bound |= len(values) < rank
-            squares.append(max(0.0, 1 - sum(value * value for value in values) / row["output_energy"]))
-    return round((sum(squares) / len(squares)) ** 0.5, 4), is_bound
 
 
 def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
@@ -275,7 +249,7 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
 
 
 def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str]:
-    """Remarks that a reader needs in addition to the figures."""
+    """List the remarks that a reader needs in addition to the figures."""
     remarks = []
     whole = choice.memory.peak - choice.memory.emulator + shapes.parameters * shapes.value_bytes
     if whole <= memory_bytes:
@@ -288,9 +262,9 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
             "to transformers' experts interface they stay as they are"
         )
     if choice.ratio is not None and choice.ratio < 0.15:
-        remarks.append("below a ratio of 0.15 little of what is learnt reaches the original; polish the adapter")
+        remarks.append("below a ratio of 0.15 little of what is learned reaches the original; polish the adapter")
     if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         remarks.append(f"bitsandbytes is missing here: {INSTALL}")
     if choice.ratio == LARGEST_RATIO:
-        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is looked at")
+        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is considered")
     return remarks

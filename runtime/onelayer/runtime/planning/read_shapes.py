@@ -1,25 +1,24 @@
-"""Shapes of a model's weights, read from headers alone."""
+"""Reads the shapes of a model's weights from headers alone."""
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
-from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
+from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
 from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
 
 
 def read_shapes(directory: Path) -> ModelShapes:
-    """Shapes from headers where there are weights (torch stays out), else from the config.
+    """Read shapes from headers if there are weights (without torch), else from the config.
 
-    Raises `InputError` where the directory holds no model that can be streamed.
+    Raises `InputError` if the directory holds no model that can be streamed.
     """
     if any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES)):
         return shapes_from_headers(directory)
@@ -27,18 +26,17 @@ def read_shapes(directory: Path) -> ModelShapes:
 
 
 def _shapes_from_config(directory: Path) -> ModelShapes:
-    document = read_config_document(directory)
+    document = read_model_config(directory)
     import torch
 
     from onelayer.compiler.models import transformers_models
 
     config = transformers_models.read_config(directory)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    with torch.device("meta"):
-        model = transformers_models.model_class(config, directory)._from_config(config, dtype=dtype)
-    # Tied parameters are one object here, and come once.
+    model = transformers_models.empty_model(config, transformers_models.model_class(config, directory), dtype)
+    # Tied parameters are one object here, so they are listed once.
     table = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    # The class knows what the file may leave to its defaults.
+    # The class knows the defaults of fields that the file omits.
     named = {"hidden_size", "vocab_size", "num_experts_per_tok"}
     text = config.get_text_config()
     known = {name: getattr(text, name) for name in named if isinstance(getattr(text, name, None), int)}
@@ -48,23 +46,23 @@ def _shapes_from_config(directory: Path) -> ModelShapes:
 _BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
 _EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
-# How classes end that answer with labels or places instead of words.
+# Endings of class names whose models predict labels or positions instead of words.
 _WITHOUT_VOCABULARY = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
 
 def shapes_from_headers(directory: str | Path) -> ModelShapes:
-    """Shapes of a checkpoint. Raises `InputError` where it cannot be read or repeats no layers."""
+    """Read the shapes of a checkpoint. Raises `InputError` if it cannot be read or repeats no layers."""
     checkpoint = Checkpoint.open(directory)
     table = {name: info.shape for name, info in checkpoint.tensors.items()}
-    dtypes = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in DTYPE_BITS)
-    stored_bytes = DTYPE_BITS[dtypes.most_common(1)[0][0]] // 8
-    return shapes_of(str(directory), read_json(checkpoint.directory / "config.json"), table, stored_bytes, True)
+    stored = floating_bytes(checkpoint).most_common(1)
+    stored_bytes = DTYPE_BITS[stored[0][0]] // 8 if stored else 4
+    return shapes_of(str(directory), read_model_config(checkpoint.directory), table, stored_bytes, True)
 
 
 def shapes_of(
     name: str, config: Mapping[str, Any], table: Mapping[str, tuple[int, ...]], stored_bytes: int, has_weights: bool
 ) -> ModelShapes:
-    """Shapes from a config document and a table of tensor names; `stored_bytes` counts where it names no dtype."""
+    """Derive shapes from a config document and tensor names; `stored_bytes` applies if the config has no dtype."""
     if config.get("quantization_config"):
         raise InputError(f"{name}: field quantization_config: quantized weights; give the unquantized original")
     text = {**config, **(config.get("text_config") or {})}
@@ -88,13 +86,13 @@ def shapes_of(
         if block not in {kept.name for kept in blocks}
     )
     widths = Counter(linear.in_features for block in blocks for linear in block.linears)
-    hidden = next((int(text[key]) for key in _HIDDEN_NAMES if isinstance(text.get(key), int)), None)
-    per_token = next((int(text[key]) for key in EXPERTS_PER_TOKEN_NAMES if isinstance(text.get(key), int)), 1)
+    hidden = _first_whole(text, _HIDDEN_NAMES)
+    per_token = _first_whole(text, EXPERTS_PER_TOKEN_NAMES) or 1
     return ModelShapes(
         name=name,
         value_bytes=_value_bytes(text, stored_bytes),
         hidden=hidden or widths.most_common(1)[0][0],
-        vocabulary=int(text.get("vocab_size") or 0),
+        vocabulary=_first_whole(text, ("vocab_size",)) or 0,
         blocks=blocks,
         outside_parameters=loose,
         experts_per_token=per_token,
@@ -105,15 +103,21 @@ def shapes_of(
     )
 
 
+def _first_whole(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """Return the value of the first of some fields that holds a whole number above zero."""
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
 def _value_bytes(config: Mapping[str, Any], stored_bytes: int) -> int:
-    """Bytes per parameter as the model is computed: the config's dtype, else the checkpoint's."""
+    """Return bytes per parameter in the dtype of computation: the config's, else the checkpoint's."""
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
     named = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
     return named.get(dtype.removeprefix("torch."), stored_bytes)
 
 
 def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> BlockShape:
-    """One block's tensors by name below it, sorted into linears, experts and the rest."""
+    """Sort one block's tensors, named relative to it, into linears, experts and the rest."""
     twins: dict[tuple[str, str], list[str]] = {}
     for tensor in tensors:
         if expert := _EXPERT.match(tensor):
@@ -135,7 +139,7 @@ def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> BlockShape:
 def _listed_experts(
     twins: Mapping[tuple[str, str], list[str]], tensors: Mapping[str, tuple[int, ...]]
 ) -> ExpertShapes | None:
-    """Experts stored one by one, as `experts.5.up_proj.weight`."""
+    """Find experts stored one by one, as `experts.5.up_proj.weight`."""
     groups = [group for group in twins.values() if len(group) > 1 and len(tensors[group[0]]) == 2]
     if not groups:
         return None
@@ -146,20 +150,9 @@ def _listed_experts(
 
 
 def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> ExpertShapes | None:
-    """Experts stored as one (count, out, in) tensor."""
+    """Find experts stored as one (count, out, in) tensor."""
     stacks = {tensor: shape for tensor, shape in tensors.items() if len(shape) == 3}
     if not stacks:
         return None
     linears = tuple(LinearShape(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
     return ExpertShapes(max(shape[0] for shape in stacks.values()), linears)
-
-
-def read_config_document(directory: Path) -> dict[str, Any]:
-    """The config.json of a model directory. Raises `InputError` naming the file."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory}: has no config.json; give a transformers model directory")
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: is no mapping ({json.dumps(document)[:40]}); restore the file")
-    return document

@@ -1,8 +1,8 @@
 """A model's shapes in numbers, without torch: repeated blocks and their linears, from headers and config.json.
 
-In: tensor names with their shapes. Out: what a planner needs to count bytes. Nothing is known of architectures: a block
-is what lies below the first number in a name (`layers.7.`), and what lies below a second one with many twins is an
-expert of a mixture.
+In: tensor names with their shapes. Out: what a planner needs to count bytes. Knows no architecture: a block is
+everything below the first number in a name (`layers.7.`). Everything below a second number, repeated many times in
+equal shape, is an expert of a mixture.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from onelayer.compiler.models.unit_memory import SMALL_SHARE
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One weight matrix, by the name of its module below the block."""
+    """One weight matrix; its name is that of its module relative to the block."""
 
     name: str
     out_features: int
@@ -22,25 +22,25 @@ class LinearShape:
 
     @property
     def parameters(self) -> int:
-        """The parameters of the weight."""
+        """The number of parameters of the weight."""
         return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class ExpertShapes:
-    """The experts of one mixture: how many, and the matrices of one as the checkpoint has them."""
+    """The experts of one mixture: their number, and the matrices of one as the checkpoint stores them."""
 
     count: int
     linears: tuple[LinearShape, ...]
 
     @property
     def parameters(self) -> int:
-        """The parameters of all experts."""
+        """The number of parameters of all experts."""
         return self.count * sum(linear.parameters for linear in self.linears)
 
     @property
     def stacks(self) -> tuple[LinearShape, ...]:
-        """The matrices of one expert as transformers stacks them: a gate lies on top of its twin, in one matrix."""
+        """The matrices of one expert as transformers stacks them: a gate and its twin share one matrix."""
         shapes = [(linear.out_features, linear.in_features) for linear in self.linears]
         (rows, columns), count = Counter(shapes).most_common(1)[0]
         if len(shapes) != 3 or count != 2:
@@ -52,7 +52,7 @@ class ExpertShapes:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One repeated layer: its linears, its experts if it has any, and how many other parameters it has."""
+    """One repeated layer: its linears, its experts if any, and its number of other parameters."""
 
     name: str
     linears: tuple[LinearShape, ...]
@@ -61,20 +61,20 @@ class BlockShape:
 
     @property
     def parameters(self) -> int:
-        """All of the block's."""
+        """The number of parameters of the block."""
         dense = sum(linear.parameters for linear in self.linears) + self.other_parameters
         return dense + (self.experts.parameters if self.experts else 0)
 
     @property
     def compressible(self) -> tuple[LinearShape, ...]:
-        """The linears that are large enough to be worth factors."""
+        """The linears that are large enough to be worth factorizing."""
         total = sum(linear.parameters for linear in self.linears)
         return tuple(linear for linear in self.linears if linear.parameters >= SMALL_SHARE * total)
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """All blocks in order, and what lies outside them: `outside_parameters`, embeddings and head for the most part."""
+    """All blocks in order. `outside_parameters` counts the rest, mostly embeddings and head."""
 
     name: str
     value_bytes: int
@@ -88,18 +88,18 @@ class ModelShapes:
 
     @cached_property
     def kinds(self) -> tuple[tuple[BlockShape, int], ...]:
-        """One block of each make, and how many there are of it."""
+        """One block of each distinct shape, with its count."""
         counts = Counter((block.linears, block.experts, block.other_parameters) for block in self.blocks)
         return tuple((BlockShape(f"{count} alike", *make), count) for make, count in counts.items())
 
     @property
     def parameters(self) -> int:
-        """The parameters of the whole model."""
+        """The number of parameters of the whole model."""
         return self.outside_parameters + sum(block.parameters for block in self.blocks)
 
     @property
     def active_parameters(self) -> int:
-        """Those that take part in computing one token: of a mixture the experts that it is sent to."""
+        """The number of parameters that compute one token: in a mixture, only the experts that it is sent to."""
         idle = 0.0
         for block in self.blocks:
             if block.experts is not None:
@@ -108,5 +108,5 @@ class ModelShapes:
 
     @property
     def largest_block_bytes(self) -> int:
-        """Weights of the largest block as they are held."""
+        """The bytes of the largest block's weights in the dtype of computation."""
         return self.value_bytes * max(block.parameters for block in self.blocks)

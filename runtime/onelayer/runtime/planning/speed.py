@@ -1,4 +1,4 @@
-"""How fast this machine reads and multiplies, by a short trial, and how long passes over a model take then."""
+"""Measures how fast this machine reads and multiplies, and predicts how long passes over a model take."""
 
 import os
 import time
@@ -14,17 +14,17 @@ from onelayer.runtime.planning.train_memory import active_values
 READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
 SECONDS_DIGITS = 2  # durations are rough
 _SIDE = 2048
-# Per value of a symmetric matrix and side: what an eigenproblem costs in multiplications of the same rate, roughly.
+# Roughly what an eigenproblem of side s costs, divided by s**3, in operations at the measured rate.
 EIGEN_FLOPS = 30
-# Arithmetic per parameter and token: forward; gradients of the inputs; forward again where layers are recomputed.
+# Arithmetic per parameter and token: forward, gradients of the inputs, and forward again if layers are recomputed.
 FORWARD = BACKWARD = RECOMPUTE = 2
-# What refine takes by default: samples, and those of all steps of a layer together.
+# The defaults of refine: its samples, and the samples of all steps of a layer together.
 REFINE_SAMPLES = RefineSettings.default("samples")
 REFINE_TRAINED = RefineSettings.default("steps") * RefineSettings.default("step_samples")
 
 
 class Speed(Result):
-    """Bytes read per second, multiplications and additions per second, and where the multiplying was tried."""
+    """Bytes read per second, multiplications and additions per second, and the device they were measured on."""
 
     read_bytes_per_second: float
     flops_per_second: float
@@ -32,7 +32,7 @@ class Speed(Result):
 
 
 class Seconds(Result):
-    """Rough durations: passes over the whole model, one training step, one exact step with its two passes."""
+    """Rough durations of passes over the whole model, one training step, and one exact step with its two passes."""
 
     compile: float
     refine: float
@@ -43,7 +43,7 @@ class Seconds(Result):
 
 
 def try_speed(file: Path, dtype_bytes: int) -> Speed:
-    """Read a file and multiply matrices for less than a second each."""
+    """Measure reading a file and multiplying matrices, for less than a second each."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ def try_speed(file: Path, dtype_bytes: int) -> Speed:
 
 
 def _try_reading(file: Path) -> float:
-    """Bytes per second over the head of a file; where the system allows, it is first dropped from memory."""
+    """Measure bytes per second over the start of a file, after dropping it from the page cache if the system allows."""
     with open(file, "rb", buffering=0) as source:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -99,7 +99,7 @@ def seconds_at(
     recomputes: bool,
     polish_batch: int,
 ) -> Seconds:
-    """Durations at some speed. Reading and computing overlap within a pass, so the slower of the two counts."""
+    """Predict durations at a given speed. Reading and computing overlap within a pass, so the slower counts."""
     flops = speed.flops_per_second
     read = shapes.parameters * shapes.value_bytes / speed.read_bytes_per_second
     active = shapes.active_parameters
@@ -111,7 +111,8 @@ def seconds_at(
             moments += rows * 2 * side * side + experts.count * EIGEN_FLOPS * side**3
     train = FORWARD + BACKWARD + (RECOMPUTE if recomputes else 0)
     exact_tokens = polish_batch * max_length
-    # Its factors are judged twice, and trained: forward, and back to inputs and factors, each of which costs as much.
+    # Factors are evaluated twice and trained. A training step runs forward, back to inputs and back to factors, at
+    # equal cost.
     refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
         compile=round_significant(

@@ -1,7 +1,7 @@
-"""A block's linears in, the parts that training and compiling see of it out: sub-blocks, and what each keeps per token.
+"""Divides a block's linears into sub-blocks, and counts what each keeps per token in training and compiling.
 
-Letters: H the hidden width, I the inner width of a sub-block (heads times their width, or the width of an MLP), O what
-its linears make of its input, r the rank of the adapter. Torch-free.
+Letters: H is the hidden width, I the inner width of a sub-block (heads times their width, or the width of an MLP), O
+the summed output width of its readers, r the rank of the adapter. Torch-free.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MASTER_BYTES = 4  # adapters, norms and losses are computed in float32, whatever
 
 @dataclass(frozen=True)
 class SubBlock:
-    """Linears that read one normed input, and the one that leads back to the hidden width."""
+    """Linears that read one normed input, and the linear that leads back to the hidden width."""
 
     readers: tuple[LinearShape, ...]
     closing: LinearShape | None
@@ -21,28 +21,31 @@ class SubBlock:
 
     @property
     def inner(self) -> int:
-        """I: what the closing linear reads."""
+        """I: the input width of the closing linear."""
         return self.closing.in_features if self.closing else 0
 
     @property
     def opened(self) -> int:
-        """O: the summed outputs of the readers."""
+        """O: the summed output widths of the readers."""
         return sum(linear.out_features for linear in self.readers)
 
     @property
     def is_gated(self) -> bool:
-        """Two halves of the inner width, multiplied: an MLP with a gate, fused or not."""
+        """Whether two halves of the inner width are multiplied: an MLP with a gate, fused or not."""
         widths = [linear.out_features for linear in self.readers]
         return widths in ([self.inner, self.inner], [2 * self.inner])
 
     @property
     def is_plain(self) -> bool:
-        """One linear up, one down: an MLP without a gate."""
+        """Whether one linear leads up and one down: an MLP without a gate."""
         return [linear.out_features for linear in self.readers] == [self.inner]
 
     def saved_per_token(self, value_bytes: int, lora_rank: int, autocast: bool) -> int:
-        """Bytes that autograd keeps per token: the norm's input and output, what activation or attention needs, and
-        the inputs of the adapters, which under autocast are a copy for each linear."""
+        """Count the bytes that autograd keeps per token.
+
+        They are the norm's input and output, what activation or attention needs, and the inputs of the adapters (under
+        autocast one copy for each linear).
+        """
         linears = len(self.readers) + (self.closing is not None)
         low = linears * lora_rank * value_bytes
         if not autocast:
@@ -54,7 +57,7 @@ class SubBlock:
 
 
 def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:
-    """The sub-blocks of a block, by the module that their linears lie in."""
+    """Divide a block into sub-blocks by the module that contains their linears."""
     groups: dict[str, list[LinearShape]] = {}
     for linear in block.linears:
         groups.setdefault(linear.name.rpartition(".")[0], []).append(linear)
@@ -68,10 +71,10 @@ def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:
 
 
 def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:
-    """Return the summed width that a token's active experts open, and their inner width; zeros if there are none."""
+    """Return the summed reader width of a token's active experts, and their inner width; zeros without experts."""
     if block.experts is None:
         return 0, 0
-    # Stacks may lie either way; what opens is as wide as what closes, or twice as wide where it has a gate.
+    # Stacks may be transposed. The opening matrix is as wide as the closing one, or twice as wide with a gate.
     widths = [
         linear.in_features if linear.out_features == shapes.hidden else linear.out_features
         for linear in block.experts.stacks
@@ -80,6 +83,6 @@ def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:
 
 
 def lora_parameters(shapes: ModelShapes, lora_rank: int) -> int:
-    """Parameters of an adapter on every linear of the repeated layers; experts have none."""
+    """Count the parameters of an adapter on every linear of the repeated layers; experts get none."""
     linears = (linear for block in shapes.blocks for linear in block.linears)
     return sum(lora_rank * (linear.in_features + linear.out_features) for linear in linears)

@@ -1,6 +1,6 @@
-"""A finished run in, one self-contained HTML page out: nothing in it is fetched from anywhere, nothing in it runs.
+"""Writes a finished run as one self-contained HTML page: it fetches nothing and runs no script.
 
-Readable from a phone's width up: charts scale, wide tables scroll in their own box.
+It is readable from a phone's width up: charts scale, and wide tables scroll in their own box.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ def _summary(document: Mapping[str, Any], data: ReportData) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    """A table in a box of its own; the columns in `numbers` are aligned to the right."""
+    """Format a table in its own box; the columns in `numbers` are right-aligned."""
     style = ['class="number"' if column in numbers else "" for column in range(len(head))]
     cells = "".join(f"<th {style[column]}>{escape(name)}</th>" for column, name in enumerate(head))
     body = "".join(
@@ -112,9 +112,9 @@ def _scores(evaluations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _memory(data: ReportData, budget_bytes: int | None) -> str:
     rows = [(row.step, [1024 * (row.promised_gib or 0.0), 1024 * row.measured_gib]) for row in data.memory]
     limit = None if budget_bytes is None else budget_bytes / (1 << 20)
-    chart = bars(rows, ("predicted", "measured"), "device memory at its peak, MiB", limit)
+    chart = bars(rows, ("predicted", "measured"), "peak device memory, MiB", limit)
     note = "The budget is the manifest's <code>emulator.memory</code>." if limit is not None else "No budget was set."
-    return chart and f'{chart}<p class="note">{note} On a CPU, measured is the growth of the process.</p>'
+    return chart and f'{chart}<p class="note">{note} On a CPU the measured value is the growth of the process.</p>'
 
 
 def _errors(data: ReportData) -> str:
@@ -122,7 +122,7 @@ def _errors(data: ReportData) -> str:
     for row in sorted(data.errors, key=lambda row: row.layer):
         series.setdefault(row.kind, []).append((float(row.layer), row.error))
     chart = lines(series, "layer", "relative error of the output")
-    return chart and f'{chart}<p class="note">Of each linear of the emulator, over the calibration rows.</p>'
+    return chart and f'{chart}<p class="note">For each linear of the emulator, over the calibration rows.</p>'
 
 
 def _units(data: ReportData) -> str:
@@ -133,7 +133,7 @@ def _units(data: ReportData) -> str:
         for when, error in (("as compiled", row.before), ("refined", row.after)):
             series.setdefault(", ".join([*label, when]), []).append((float(row.layer), error))
     chart = lines(series, "layer", "relative error of the output")
-    note = "Of each layer of the emulator, for the original's inputs, over the rows that it was refined on."
+    note = "For each layer of the emulator, given the original's inputs, over the rows that it was refined on."
     return chart and f'{chart}<p class="note">{note}</p>'
 
 
@@ -148,7 +148,7 @@ _LOAD = {
 
 
 def _commands(manifest: Path, data: ReportData) -> str:
-    parts = [f"<p>Make it again:</p><pre>onelayer run {escape(str(manifest))}</pre>"]
+    parts = [f"<p>Reproduce it:</p><pre>onelayer run {escape(str(manifest))}</pre>"]
     for row in data.loadable:
         code = _LOAD[row.loader].format(path=escape(row.path))
         parts.append(f"<p>Load <code>{escape(row.step)}</code>:</p><pre>{code}</pre>")

@@ -1,4 +1,4 @@
-"""What a run left in the store in, the figures that its report shows out."""
+"""Collects the figures of a run's report from what the run left in the store."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from onelayer.runtime.store.store import ArtifactStore
 
 
 class MemoryRow(Result):
-    """Device memory of one step in GiB: what was promised before it ran, what was measured."""
+    """Device memory of one step in GiB: what was promised before it ran, and what was measured."""
 
     step: str
     promised_gib: float | None
@@ -22,7 +22,7 @@ class MemoryRow(Result):
 
 
 class LinearError(Result):
-    """One linear of the emulator: the number of its layer, what it is called there, its rank and its relative error."""
+    """One linear of the emulator: its layer's number, its name within the layer, its rank and its relative error."""
 
     layer: int
     kind: str
@@ -31,8 +31,7 @@ class LinearError(Result):
 
 
 class UnitErrors(Result):
-    """One layer of an emulator that the step `step` refined: its number, what it is called beside that, and the
-    relative error of its output before and after."""
+    """One layer refined by `step`: its number, the rest of its name, and its output's error before and after."""
 
     step: str
     layer: int
@@ -42,7 +41,7 @@ class UnitErrors(Result):
 
 
 class StepFacts(Result):
-    """One step that is there: its artifact in short."""
+    """The facts about one step's artifact."""
 
     name: str
     kind: str
@@ -55,14 +54,14 @@ class StepFacts(Result):
 
 
 class StepFigures(Result):
-    """What the report draws of one step."""
+    """The figures that the report draws for one step."""
 
     errors: tuple[LinearError, ...] = ()
     units: tuple[UnitErrors, ...] = ()
     curve: tuple[tuple[float, float], ...] = ()
 
 
-# How a result is loaded.
+# How to load a result.
 Loader = Literal["adapter", "model"]
 
 
@@ -75,7 +74,10 @@ class Loadable(Result):
 
 
 class ReportData(Result):
-    """Everything that a report shows besides the run's own result; `errors` of linears only if no layer is refined."""
+    """Everything that a report shows in addition to the run's own result.
+
+    `errors` of linears are there only if no layer is refined.
+    """
 
     steps: list[StepFacts]
     memory: list[MemoryRow]
@@ -114,7 +116,10 @@ def _facts(name: str, artifact: Artifact, payload: Path) -> StepFacts:
 
 
 def _memory(name: str, artifact: Artifact, foreseen: Mapping[str, int | None]) -> MemoryRow | None:
-    """The streamed passes promise by themselves, in their report; the others by the planner."""
+    """Pair promised with measured memory.
+
+    Streamed passes promise in their own report; the planner promises for the others.
+    """
     if artifact.peak_device_bytes is None:
         return None
     promised = artifact.promised_bytes or foreseen.get(name)
@@ -164,7 +169,7 @@ def polish_figures(step: str, payload: Path) -> StepFigures:
 
 
 def _document(file: Path) -> dict[str, Any]:
-    """A JSON mapping, empty where the file is not there: not every step writes each."""
+    """Read a JSON mapping, empty if the file is missing: not every step writes each file."""
     try:
         document = read_json(file)
     except InputError:

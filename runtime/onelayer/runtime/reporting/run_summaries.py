@@ -8,7 +8,7 @@ from onelayer.runtime.sizes import size
 
 
 def plan_summary(document: Mapping[str, Any]) -> str:
-    """What fits, what it costs, what limits it and what to give up."""
+    """Format what fits, what it costs, what limits it and what could be given up."""
     memory, predicted = document["memory_bytes"], document["predicted"]
     settings = f"batches of {document['batch_size']} x {document['max_length']} tokens"
     if document["fits"]:
@@ -45,7 +45,14 @@ def plan_summary(document: Mapping[str, Any]) -> str:
             f"at {size(int(speed['read_bytes_per_second']))}/s from disk and "
             f"{speed['flops_per_second'] / 1e12:.3g} TFLOP/s on {speed['device']}"
         )
+    anchored = [(row["every"], *_anchor_cells(row)) for row in document["anchored"]]
+    lines += ["", table([("anchor every", "seconds a step", "read a step", "offsets", "peak"), *anchored])]
     return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+def _anchor_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
+    sizes = (size(row[name]) for name in ("read_bytes_per_step", "offset_bytes", "peak_bytes"))
+    return row["seconds_per_step"], *sizes
 
 
 _PASSES = ("compile", "refine", "train", "correct")
@@ -68,7 +75,7 @@ def _choices(document: Mapping[str, Any]) -> str:
 
 
 def plan_steps_summary(document: Mapping[str, Any]) -> str:
-    """The steps with their states, predicted bytes and peaks, and reasons."""
+    """Format the steps with their states, predicted bytes and peaks, and reasons."""
     head = ("step", "state", "reads", "writes", "device peak", "why")
     rows = [
         (row["name"], row["state"], *(_size(row[f"{name}_bytes"]) for name in ("read", "write", "peak")), row["reason"])
@@ -84,7 +91,7 @@ def _size(size_bytes: int | None) -> str | None:
 
 
 def run_summary(document: Mapping[str, Any], products: Collection[str]) -> str:
-    """List the steps with their reasons, the scores of every task, and where results of the kinds `products` lie."""
+    """Format the steps with their reasons, the scores of every task, and the paths of results (kinds `products`)."""
     steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
     parts = [table(steps)]
     for task, rows in document["evaluations"].items():

@@ -1,4 +1,4 @@
-"""Turns result documents into plain text: short aligned tables that fit a terminal and read well in a log."""
+"""Formats result documents as plain text: short aligned tables that fit a terminal and read well in a log."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ WORST_LINEARS = 5
 
 
 def inspect_summary(document: Mapping[str, Any]) -> str:
-    """What a directory is; of an emulator also the rank and error of every linear and stack of experts.
+    """Describe a directory; for an emulator also the rank and error of every linear and stack of experts.
 
-    A refined one tells the errors of its layers in place of its linears'.
+    For a refined emulator the errors of its layers replace those of its linears.
     """
     if document["kind"] != "emulator":
         return summary(document)
@@ -29,7 +29,7 @@ def inspect_summary(document: Mapping[str, Any]) -> str:
 
 
 def compile_summary(document: Mapping[str, Any]) -> str:
-    """The sizes, the linears and stacks of experts that lost most, what stayed dense of experts, and what it cost."""
+    """Format the sizes, the linears and expert stacks with the largest errors, the experts left dense, and the cost."""
     before, after = document["parameters_before"], document["parameters_after"]
     dtype = document["factor_dtype"] or "the original's dtype"
     head = (
@@ -47,22 +47,24 @@ def compile_summary(document: Mapping[str, Any]) -> str:
         matrices = f"{experts} expert matrices in {len(stacks)} stacks"
         remarks.append(f"{matrices}, {fallbacks} of them completed by a fallback")
     if dense:
-        remarks.append(f"{dense:,} parameters of experts out of reach of transformers' experts interface stay dense")
+        remarks.append(
+            f"{dense:,} expert parameters stay dense: their class does not support transformers' experts interface"
+        )
     return "\n".join([head, *([table(rows)] if worst else []), *remarks, report_line(document["report"])])
 
 
 def refine_summary(document: Mapping[str, Any]) -> str:
-    """The layers that are furthest from the original's, before and after, and what it cost."""
+    """Format the layers furthest from the original's, before and after, and the cost."""
     units = sorted(document["units"], key=lambda unit: unit["after"], reverse=True)
     rows = [("largest errors of layers", "before", "after")]
     rows += [(unit["name"], unit["before"], unit["after"]) for unit in units[:WORST_LINEARS]]
     better = sum(unit["after"] < unit["before"] for unit in units)
-    head = f"{document['output']}: {better} of {len(units)} layers came closer to the original's"
+    head = f"{document['output']}: {better} of {len(units)} layers are closer to the original's"
     return "\n".join([head, table(rows), report_line(document["report"])])
 
 
 def correct_summary(document: Mapping[str, Any]) -> str:
-    """Where the adapter is, how much was corrected, and what it cost."""
+    """Format the adapter's path, how much was corrected, and the cost."""
     limit = "none" if document["limit"] is None else document["limit"]
     how = f"limit {limit}, {document['solver']} solver, scale {document['scale']}"
     parts = [f"{document['output']}: {len(document['linears'])} linears corrected, {how}"]
@@ -77,7 +79,7 @@ def correct_summary(document: Mapping[str, Any]) -> str:
 
 
 def evaluate_summary(document: Mapping[str, Any]) -> str:
-    """One row per model scored."""
+    """Format one row per scored model."""
     rows = [(row["adapter"] or "original", row) for row in document["results"]]
     parts = [scores(rows), report_line(document["report"])]
     if against := document["against"]:
@@ -86,7 +88,7 @@ def evaluate_summary(document: Mapping[str, Any]) -> str:
 
 
 def artifacts(document: Sequence[Mapping[str, Any]]) -> str:
-    """One row per artifact, with those who used it last, and the total."""
+    """Format one row per artifact, with its last users, and the total."""
     rows = [
         (row["key"][:12], row["kind"], size(row["total_bytes"]), age(row["age_seconds"]), ", ".join(row["used_by"]))
         for row in document
@@ -100,13 +102,13 @@ def artifacts(document: Sequence[Mapping[str, Any]]) -> str:
 
 
 def faults(document: Sequence[Mapping[str, Any]]) -> str:
-    """One line per damaged file."""
+    """Format one line per damaged file."""
     lines = [f"{row['key'][:12]} ({row['kind']}): {row['file']} {row['problem']}" for row in document]
     return "\n".join(lines) or "every file is as it was written"
 
 
 def pruned(document: Mapping[str, Any]) -> str:
-    """What went, what stayed because it is in use, and the bytes."""
+    """Format what was removed, what stayed because it is in use, and the freed bytes."""
     verb = "would be removed" if document["dry_run"] else "removed"
     lines = [f"{len(document['removed'])} artifacts {verb}, {size(document['freed_bytes'])}"]
     lines += [f"{key[:12]} is in use and stays" for key in document["in_use"]]
@@ -114,7 +116,7 @@ def pruned(document: Mapping[str, Any]) -> str:
 
 
 def polish_summary(document: Mapping[str, Any]) -> str:
-    """One row per step, which adapter was taken, and what it cost."""
+    """Format one row per step, which adapter was chosen, and the cost."""
     held_out = {item["step"]: item["loss"] for item in document["held_out"]}
     rows: list[tuple[object, ...]] = [("step", "batch loss", "held-out loss", "gradient norm", "seconds", "read")]
     for number, step in enumerate(document["steps"]):

@@ -1,4 +1,4 @@
-"""Numbers in, small SVG charts out, as text: lines and bars with axes, labels and a legend. No library, no network."""
+"""Draws small SVG charts as text: lines and bars with axes, labels and a legend. No library, no network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Rows = Sequence[tuple[str, Sequence[float]]]
 
 
 def lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """One line per series over common axes, with a legend below; y starts at zero where the values come near it."""
+    """Draw one line per series over common axes, with a legend below; y starts at zero if the values come near it."""
     series = {name: points for name, points in series.items() if points}
     if not series:
         return ""
@@ -37,7 +37,7 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
 def bars(
     rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str, limit: float | None = None
 ) -> str:
-    """Groups of horizontal bars, one per name in each row; `limit` is drawn as a line across."""
+    """Draw groups of horizontal bars, one bar per name in each row, and `limit` as a vertical line."""
     if not rows:
         return ""
     largest = max([limit or 0.0, *(value for _, values in rows for value in values)]) or 1.0
@@ -62,18 +62,18 @@ def bars(
 
 
 class _Scale:
-    """From values to places in the drawing."""
+    """The mapping from values to pixels."""
 
     def __init__(self, x_low: float, x_high: float, y_low: float, y_high: float) -> None:
         self.x_low, self.x_span = x_low, (x_high - x_low) or 1.0
         self.y_low, self.y_span = y_low, (y_high - y_low) or abs(y_high) or 1.0
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Return pixels from the left."""
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x_low) / self.x_span
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Return pixels from the top."""
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.y_low) / self.y_span
 
 

@@ -1,4 +1,4 @@
-"""Plain-text tables and values for the terminal."""
+"""Formats plain-text tables and values for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from onelayer.runtime.sizes import size
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows of cells as aligned columns."""
+    """Format rows of cells as aligned columns."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(
@@ -30,7 +30,7 @@ def _value(name: str, value: object) -> object:
 
 
 def summary(document: Mapping[str, Any]) -> str:
-    """Every plain value of a document under its name, one level of nesting unfolded, lists counted."""
+    """Format every plain value of a document with its name, one level of nesting unfolded, lists counted."""
     rows: list[tuple[str, object]] = []
     for name, value in document.items():
         if isinstance(value, Mapping):
@@ -48,7 +48,7 @@ def _is_short(values: list[Any]) -> bool:
 
 
 def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """One row of figures per model, by name."""
+    """Format one row of figures per model, by name."""
     head = ("", "loss", "perplexity", "token accuracy", "tokens")
     body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
     if not any(row.get("questions") for _, row in rows):
@@ -58,7 +58,7 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def report_line(report: Mapping[str, Any]) -> str:
-    """The memory contract in one line: what was measured and what was promised."""
+    """Format the memory contract in one line: what was measured and what was promised."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
     return (
         f"device peak {size(report['peak_device_bytes'])} "
@@ -68,7 +68,7 @@ def report_line(report: Mapping[str, Any]) -> str:
 
 
 def age(seconds: float) -> str:
-    """A duration in the largest unit of which there are two."""
+    """Format a duration in the largest unit that it holds at least twice."""
     for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

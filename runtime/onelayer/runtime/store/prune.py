@@ -1,4 +1,4 @@
-"""A store in, a smaller one out: artifacts are removed by age, by size, or if no given manifest reaches them."""
+"""Removes artifacts of a store by age, by size, or because no given manifest reaches them."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ class Pruned(Result):
 
 
 class _Entry(Result):
-    """One folder of the store: a finished artifact, or what an interrupted run left of one."""
+    """One folder of the store: a finished artifact, or the remains of an interrupted one."""
 
     path: Path
     key: str
@@ -35,10 +35,10 @@ def prune(
     keep: set[str] | None = None,
     dry_run: bool = False,
 ) -> Pruned:
-    """Remove what any of the given rules names; an artifact that a run makes or uses right now always stays.
+    """Remove every artifact that one of the given rules matches. One that a run makes or uses right now always stays.
 
     `older_than_seconds` counts from the last use. `max_total_bytes` removes the least recently used first until the
-    store fits. `keep` is the set of keys outside which everything goes.
+    store fits. `keep` is a set of keys; every other artifact is removed.
     """
     entries = sorted(_entries(store), key=lambda entry: entry.last_use)
     chosen: dict[Path, _Entry] = {}

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from onelayer.compiler.results import Result
@@ -22,8 +21,8 @@ class Artifact(Result):
     """The content of `artifact.json`: one finished step.
 
     `digest` identifies what the payload computes and is what later steps build their keys from; `files` maps every
-    payload file to its SHA-256. Times and peaks are of the run that made it;
-    `promised_bytes` is the peak that a streamed pass promised for itself, its largest unit and its workspace.
+    payload file to its SHA-256. Times and peaks are those of the run that made it. `promised_bytes` is the peak that a
+    streamed pass promised: its largest unit plus its workspace.
     """
 
     format_version: int = 1
@@ -44,7 +43,7 @@ class Artifact(Result):
 
 
 class StepSpec(Result):
-    """All that decides a step's result; the key is its hash. `inputs` maps what an input is for to its digest."""
+    """Everything that decides a step's result; the key is its hash. `inputs` maps each input's role to its digest."""
 
     kind: str
     step_version: int
@@ -67,7 +66,9 @@ class Fault(Result):
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries a result may depend on: recorded, never part of a key."""
+    """Return the versions of the libraries a result may depend on; they are recorded and never part of a key."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,6 +1,6 @@
-"""The content-addressed store: the key of a step in, its finished artifact out, each made once and complete or absent.
+"""The content-addressed store of finished steps: each artifact is made once, and is either complete or absent.
 
-`<home>/artifacts/<key>/` holds `payload/` and, written last, `artifact.json`; the folder appears by one rename.
+`<home>/artifacts/<key>/` holds `payload/` and `artifact.json`, which is written last. The folder appears by one rename.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from onelayer.compiler.storage.work_directory import WorkKind, begin
 from onelayer.runtime.store.locks import ArtifactLocks
 from onelayer.runtime.store.record import METADATA, Artifact, Fault, Notify, StepSpec, library_versions, silent
 
-# Next to an unfinished payload: what it was begun with besides its key, above all the libraries' versions.
+# Next to an unfinished payload: what it was begun with in addition to its key, mainly the versions of libraries.
 BEGUN_WITH = "begun.json"
 ATTEMPT = WorkKind("partial", finished="*", record=BEGUN_WITH, refused=None)
-# Next to a payload that is complete and not yet described: what making it returned, and how long that took.
+# Next to a payload that is complete but not yet described: what making it returned, and how long that took.
 MADE = "made.json"
 
 
@@ -38,7 +38,7 @@ class ArtifactStore:
         return self.root / key / "payload"
 
     def find(self, key: str) -> Artifact | None:
-        """Return the finished artifact of a key, if there is one, without a look at its files."""
+        """Return the finished artifact of a key, if there is one, without checking its files."""
         if not (self.root / key / METADATA).is_file():
             return None
         return self._read(key)
@@ -78,12 +78,12 @@ class ArtifactStore:
         begun_with: Mapping[str, Any] | None = None,
         notify: Notify = silent,
     ) -> tuple[Artifact, bool]:
-        """Return the artifact of `spec`, and whether it had to be made: `make(folder)` makes and fills a folder.
+        """Return the artifact of `spec`, and whether it had to be made: `make(folder)` creates and fills a folder.
 
-        Of several callers with the same spec one makes it and the others wait. With `resumable`, what an interrupted
-        attempt left next to that folder stays for the next attempt, if both began with the same libraries and the
-        same `begun_with`: facts that change no result, but how a step goes on. `digest` identifies a payload with
-        files that differ from run to run (reports); by default all files count.
+        If several callers have the same spec, one makes it and the others wait. With `resumable`, the remains of an
+        interrupted attempt stay next to that folder for the next attempt, if both began with the same libraries and the
+        same `begun_with`. Those are facts that change no result, only how a step resumes. `digest` identifies a payload
+        with files that differ from run to run (reports); by default all files count.
         """
         with self._locks.making(spec.key, notify):
             found = self.find(spec.key)
@@ -108,11 +108,11 @@ class ArtifactStore:
         make: Callable[[Path], Mapping[str, Any]],
         digest: Callable[[Path], str] | None,
     ) -> Artifact:
-        """Run `make` aside, describe what it left, and publish it under its key."""
+        """Run `make` in a temporary folder, describe the result, and publish it under its key."""
         payload = partial / "payload"
         document, seconds = _made(partial, payload, make)
         files = {file: file_digest(payload / file) for file in _files(payload)}
-        assert files, f"step {spec.kind} left no file"
+        assert files, f"step {spec.kind} wrote no file"
         costs = document.get("report") or document
         artifact = Artifact(
             key=spec.key,
@@ -143,7 +143,7 @@ class ArtifactStore:
             yield self.payload(key)
 
     def claim(self, key: str) -> contextlib.AbstractContextManager[bool]:
-        """Yield whether an artifact is free to remove: nobody makes it or uses it, and nobody can until the end."""
+        """Yield whether an artifact is free to remove: no run makes or uses it, and none can start until the end."""
         return self._locks.claim(key)
 
     def artifacts(self) -> list[Artifact]:
@@ -157,15 +157,15 @@ class ArtifactStore:
 
 
 def remove_artifact(folder: Path) -> None:
-    """Remove a folder of the store, metadata first: half removed, it is no artifact any more."""
+    """Remove a folder of the store, metadata first, so that a half-removed one no longer counts as an artifact."""
     (folder / METADATA).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def _made(partial: Path, payload: Path, make: Callable[[Path], Mapping[str, Any]]) -> tuple[Mapping[str, Any], float]:
-    """Return what making the payload returned, and its seconds; an earlier attempt may have made it already.
+    """Return what making the payload returned, and its seconds. An earlier attempt may have made it already.
 
-    A payload without such a record was left by a failing step; the next attempt must find its place free.
+    A payload without such a record was left by a failing step, and is removed before the next attempt.
     """
     if not (partial / MADE).is_file():
         if payload.exists():

@@ -1,4 +1,4 @@
-"""A trained PEFT model in, its adapter directory out: PEFT's own files, made to name the original, and provenance."""
+"""Saves a trained PEFT model as an adapter directory: PEFT's own files, naming the original, plus provenance."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ def write_adapter_directory(
     """Save the adapter into an existing directory.
 
     PEFT records the path of the loaded base, which is the emulator's path on this machine. The modules have the
-    original's names, so the adapter must name the original. Sets are sorted, so that equal runs write equal bytes.
+    original's names, so the adapter must name the original. Sets are sorted so that equal runs write equal bytes.
     PEFT sorts patterns too and takes the first that matches, so each module gets a pattern of its own.
     """
     adapted.save_pretrained(str(directory))
@@ -65,7 +65,7 @@ def _patterns(adapted: "PeftModel") -> dict[str, dict[str, float]]:
 
 
 def _was_conv1d(adapted: "PeftModel") -> bool:
-    """Return whether every adapted linear is a `Conv1D` in the original, which `fan_in_fan_out` tells PEFT."""
+    """Return whether every adapted linear is a `Conv1D` in the original, which PEFT reads from `fan_in_fan_out`."""
     bases = [getattr(module, "base_layer", None) for module in adapted.modules()]
     linears = [base for base in bases if isinstance(base, CompressedLinear)]
     return bool(linears) and all(base.was_conv1d for base in linears)

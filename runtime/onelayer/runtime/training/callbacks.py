@@ -1,28 +1,35 @@
-"""Callbacks of the trainers: a progress bar and complete checkpoints; and the losses in the trainers' log.
+"""Callbacks of the trainers (progress bar, complete checkpoints), and the losses in the trainers' log.
 
-Imports transformers and torch; import it where training starts.
+It imports transformers and torch, so import it only when training starts.
 """
 
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from onelayer.compiler.storage.files import sync, write_text
-from onelayer.runtime.training.checkpoints import COMPLETE_FILE
+from onelayer.compiler.machine.console import open_bar
+from onelayer.compiler.machine.meter import GIB
+from onelayer.compiler.storage.files import sync
+from onelayer.runtime.training.checkpoints import mark_complete
 
 
 class Progress(TrainerCallback):
-    """A bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
+    """Progress over steps with the loss on stderr. Trainer's own bar prints to stdout.
+
+    Streams between steps show in the same bar.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, at the first step of a resumed run."""
-        self._bar: Any = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
-        )
+        """Open the bar, at the present step if the run is resumed."""
+        self._bar = open_bar(state.max_steps, "train", "step", state.global_step)
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """Show that a stream of the original has run `count` of its units."""
+        parts = (f"anchoring, {unit}", note, f"peak {peak_bytes / GIB:.2f} GiB")
+        self._bar.set_postfix_str(", ".join(part for part in parts if part))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""
@@ -53,7 +60,7 @@ class MarkComplete(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():
             sync(path)
-        write_text(checkpoint / COMPLETE_FILE, f"{state.global_step}\n")
+        mark_complete(checkpoint)
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
@@ -62,7 +69,7 @@ def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:
 
 
 def mean_loss(history: list[dict[str, float]]) -> float:
-    """Compute the mean training loss over all steps, also those before a resume, from Trainer's log.
+    """Compute the mean training loss over all steps, including those before a resume, from Trainer's log.
 
     Each entry holds the mean since the previous entry.
     """

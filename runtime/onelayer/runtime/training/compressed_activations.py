@@ -1,4 +1,4 @@
-"""Compressed activations in a training run: the rank, chosen or remembered, and figures of the first batch."""
+"""Compresses activations in a training run: the rank, chosen or remembered, and figures from the first batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ RANK_FILE = "activation_rank.json"
 
 
 class TrainActivations:
-    """Compression installed on a trainer's model. A measured rank is kept in `work`, so a resumed run uses it too."""
+    """The compression on a trainer's model. A measured rank is kept in `work`, so a resumed run uses it too."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, work: Path) -> None:
         assert settings.activations != "none"
@@ -40,7 +40,7 @@ class TrainActivations:
         return self._choosing or self._reporting
 
     def measure_first_batch(self, loss: Loss) -> None:
-        """Choose the rank and compare gradients by the loss of the first batch, as far as requested."""
+        """Choose the rank and compare gradients with the loss of the first batch, if requested."""
         if self._choosing:
             write_json(self._file, {"rank": choose_rank(self._compression, self._parameters, loss)})
         if self._reporting:
@@ -49,7 +49,7 @@ class TrainActivations:
 
     @contextmanager
     def counted(self) -> Iterator[Figures]:
-        """Count inside `with` what compression keeps; this becomes the report if no other was requested."""
+        """Count what compression keeps inside the `with` block; the count is the report if no other was requested."""
         with self._compression.measure(with_errors=False) as figures:
             yield figures
         if self.measured is None:

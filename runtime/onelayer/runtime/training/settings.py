@@ -1,13 +1,14 @@
-"""Training settings in, checked arguments for PEFT's LoraConfig and TRL's SFTConfig out; torch-free.
+"""Turns training settings into checked arguments for PEFT's LoraConfig and TRL's SFTConfig; torch-free.
 
-The few common settings have names of their own (`TrainSettings`); everything else that SFTConfig and LoraConfig know
-can be passed under its own name in `args` and `lora`, and is checked here before any weight is read.
+The few common settings have their own names (`TrainSettings`). Every other field of SFTConfig and LoraConfig can be
+passed under its own name in `args` and `lora`, and is checked here before any weight is read.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,22 +21,33 @@ from pydantic import (
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.settings import BatchSize, Lengths, Option, Seeded
-from onelayer.runtime.faults import faults_of, written
+from onelayer.compiler.factors.stored_forms import EXACT_BITS
+from onelayer.compiler.faults import faults_of, written
+from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
+ANCHOR_BITS = (1, 2, 4, EXACT_BITS)
+BITS_RULE = "be 1, 2, 4 or 32"
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
 
+
+def _known_bits(bits: int) -> int:
+    if bits not in ANCHOR_BITS:
+        raise ValueError(f"must {BITS_RULE}")
+    return bits
+
+
 Where = Literal["none", "layer", "sublayer"]
-# A number of rows (strict, so that 1.0 is not taken for one row), a share of the hidden size, or by measurement.
+# A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
+AnchorBits = Annotated[int, AfterValidator(_known_bits)]
 LoraRank = Annotated[PositiveInt, Field(description="Rank of the adapter.")]
 LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by alpha / rank.")]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(Lengths, Seeded):
-    """What can be set of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
+    """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
     lora_rank: LoraRank = 8
     lora_alpha: LoraAlpha = 8
@@ -53,26 +65,37 @@ class TrainSettings(Lengths, Seeded):
     activations: Annotated[
         Where,
         Field(
-            description="Compress what is stored for backward: inputs of layers, or outputs of norms; the rest is "
-            "recomputed."
+            description="Compress what is stored for the backward pass: inputs of layers, or outputs of norms; "
+            "the rest is recomputed."
         ),
         Option(metavar="none|layer|sublayer"),
     ] = "none"
     activation_rank: Annotated[
         ActivationRank,
         Field(
-            description="Rank of stored factors, or its share of the hidden size; auto measures. What they leave: 2 "
-            "bits a value."
+            description="Rank of stored factors, or its share of the hidden size; auto measures it. Their residual "
+            "takes 2 bits per value."
         ),
         Option(metavar="K|SHARE|auto", reader="rank_or_auto"),
     ] = 0.125
     activation_report: Annotated[
         bool,
-        Field(description="Measure errors and the gradient's cosine on the first batch."),
+        Field(description="Measure the errors and the cosine of the gradient on the first batch."),
         Option(flags="--activation-report"),
     ] = False
+    anchor_every: Annotated[
+        PositiveInt | None,
+        Field(
+            description="Stream --model over the rows of the next K steps, and give each layer what it lacks of the "
+            "original's answer."
+        ),
+        Option(metavar="K"),
+    ] = None
+    anchor_bits: Annotated[
+        AnchorBits, Field(description="Bits per value of what is given: 1, 2, 4, or 32 for float32."), Must(BITS_RULE)
+    ] = 2
     resume: Annotated[
-        bool, Field(description="Go on from the last checkpoint in --output."), Option(flags="--resume")
+        bool, Field(description="Continue from the last checkpoint of --output."), Option(flags="--resume")
     ] = False
     lora: Annotated[dict[str, Any] | None, Field(description="Further fields of PEFT's LoraConfig.")] = None
     args: Annotated[dict[str, Any] | None, Field(description="Further fields of TRL's SFTConfig.")] = None
@@ -80,7 +103,7 @@ class TrainSettings(Lengths, Seeded):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
-            raise InputError("max_steps and epochs both say when to stop; give one of them")
+            raise InputError("max_steps and epochs both set when to stop; give one of them")
         if self.activation_report and self.activations == "none":
             raise InputError("activation_report: nothing is compressed; set activations to layer or sublayer")
         return self
@@ -114,12 +137,14 @@ class TrainKeywords(TypedDict, total=False):
     activations: str
     activation_rank: int | float | str
     activation_report: bool
+    anchor_every: int | None
+    anchor_bits: int
     resume: bool
     lora: dict[str, Any] | None
     args: dict[str, Any] | None
 
 
-# Our names, and the names that SFTConfig and LoraConfig have for the same.
+# Our names, and the equivalent names in SFTConfig and LoraConfig.
 TRAINER_NAMES = {
     "learning_rate": "learning_rate",
     "max_steps": "max_steps",
@@ -130,7 +155,7 @@ TRAINER_NAMES = {
 LORA_NAMES = {"lora_rank": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
 LORA_SHORT = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 
-# Defaults that differ from SFTConfig's. Losses are logged at every step, so that a resumed run can report their mean.
+# Defaults that differ from SFTConfig's. Losses are logged at every step so that a resumed run can report their mean.
 TRAINER_DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": False,
     "logging_nan_inf_filter": False,
@@ -140,15 +165,17 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
 }
 
-# Names that transformers 5.23 deprecates, and whose value it ignores where the new name has one.
+# Names that transformers 5.23 deprecates. It ignores their value if the new name has one.
 RENAMED_ARGS = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 
-# SFTConfig arguments that would be ignored here, or undo what is promised, and what to do instead.
+# SFTConfig arguments that would be ignored here or would break a promise, and what to do instead.
 REFUSED_ARGS = {
-    **dict.fromkeys(("output_dir", "resume_from_checkpoint", "seed", "max_length"), "train_lora has its own parameter"),
+    **dict.fromkeys(
+        ("output_dir", "resume_from_checkpoint", "seed", "max_length"), "train_lora has its own parameter for it"
+    ),
     **dict.fromkeys(
         ("assistant_only_loss", "chat_template_path", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"),
         "onelayer labels the data itself; change the data",
@@ -159,15 +186,15 @@ REFUSED_ARGS = {
     ),
     **dict.fromkeys(("eval_strategy", "do_eval", "load_best_model_at_end"), "score with `onelayer evaluate` instead"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the finished adapter yourself"),
-    "model_init_kwargs": "the emulator is loaded as it is",
+    "model_init_kwargs": "the emulator is loaded unchanged",
     "trust_remote_code": "remote code is never run",
 }
 
 
 class LoraFields(BaseModel):
-    """LoraConfig's fields under which the adapter stays W + s B A, which is what correction can be solved for."""
+    """The fields of LoraConfig that keep the adapter W + s B A, the form that the correction is solved for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: LoraRank
     lora_alpha: LoraAlpha
@@ -187,9 +214,9 @@ class LoraFields(BaseModel):
 
 
 def lora_fields(settings: TrainSettings, compressed: Mapping[str, int]) -> LoraFields:
-    """The fields of the LoraConfig. `compressed` holds the modules that have no weight, by name.
+    """Return the fields of the LoraConfig. `compressed` names the modules that have no weight.
 
-    Raises `InputError` for variants that are not plain LoRA, and for fields that no LoraConfig has.
+    Raises `InputError` for variants that are not plain LoRA, and for fields that LoraConfig does not have.
     """
     given = {LORA_SHORT.get(name, name): value for name, value in (settings.lora or {}).items()}
     for name, value in given.items():
@@ -214,7 +241,7 @@ def lora_fields(settings: TrainSettings, compressed: Mapping[str, int]) -> LoraF
 
 
 def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
-    """The arguments of the SFTConfig but its folder. Numbers written as text, as YAML reads 1e-4, become numbers."""
+    """Return the arguments of the SFTConfig except its folder. Numbers in text form (YAML's 1e-4) become numbers."""
     given = dict(settings.args or {})
     for name in given:
         if name in REFUSED_ARGS:
@@ -234,7 +261,7 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _once(settings: TrainSettings, given: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Our settings under their foreign names. One set in both places, differently, is refused."""
+    """Return our settings under their foreign names. Refuse one that is set differently in both places."""
     for ours, theirs in names.items():
         value, default = getattr(settings, ours), TrainSettings.default(ours)
         if theirs in given and value not in (default, given[theirs]):
@@ -243,7 +270,7 @@ def _once(settings: TrainSettings, given: Mapping[str, Any], names: Mapping[str,
 
 
 def _checked(model: type[BaseModel], values: Mapping[str, Any], where: str) -> Any:
-    """Validate, or raise an `InputError` naming the first fault as `where.field`."""
+    """Validate values, or raise an `InputError` naming the first fault as `where.field`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

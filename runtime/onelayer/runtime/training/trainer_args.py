@@ -1,4 +1,4 @@
-"""What `args:` of a manifest may hold: names and types of the installed SFTConfig, read from its source.
+"""Reads the valid names and types for a manifest's `args:` from the source of the installed SFTConfig.
 
 Importing SFTConfig would import torch, and a manifest is checked without it.
 """
@@ -19,7 +19,7 @@ _CLASSES = (
 )
 _SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 
-# SFTConfig arguments that say what to log, show or save on the way: changing one never trains again.
+# SFTConfig arguments for logging, display and saving during a training: changing one never trains again.
 NON_SEMANTIC_ARGS = frozenset(
     {
         "dataloader_num_workers",
@@ -52,9 +52,10 @@ NON_SEMANTIC_ARGS = frozenset(
 
 @cache
 def trainer_args_model() -> type[BaseModel] | None:
-    """A model with one optional field per SFTConfig argument; None where the training extra is not installed.
+    """Build a model with one optional field per SFTConfig argument; None if the training extra is not installed.
 
-    Scalars are typed, so `1e-4` (a string to YAML) becomes a float and `max_steps: many` is refused; the rest passes.
+    Scalars are typed, so `1e-4` (a string in YAML) becomes a float and `max_steps: many` is refused. Other types pass
+    unchecked.
     """
     fields: dict[str, Any] = {}
     for distribution, file, class_name in _CLASSES:
@@ -68,7 +69,7 @@ def trainer_args_model() -> type[BaseModel] | None:
 
 
 def _annotations(file: Path, class_name: str) -> list[tuple[str, str]]:
-    """Names and annotations of the fields that a class body declares."""
+    """List names and annotations of the fields that a class body declares."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
     assert bodies, f"{file} no longer defines {class_name}"
@@ -80,7 +81,7 @@ def _annotations(file: Path, class_name: str) -> list[tuple[str, str]]:
 
 
 def _type(annotation: str) -> Any:
-    """The scalar type that an annotation names, None allowed too; anything richer is left to SFTConfig."""
+    """Return the scalar type that an annotation names, or None; anything richer is left to SFTConfig."""
     kinds = set(annotation.split(" | ")) - {"None"}
     scalar = _SCALARS.get(kinds.pop()) if len(kinds) == 1 else None
     return Any if scalar is None else scalar | None

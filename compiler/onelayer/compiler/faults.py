@@ -1,4 +1,4 @@
-"""pydantic's errors in plain words, each with its place in the document."""
+"""Translates pydantic's errors into plain words, each with its place in the document."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -8,7 +8,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 Location = tuple[int | str, ...]
-Fault = tuple[Location, str]  # where in the document, and what is wrong there
+Fault = tuple[Location, str]  # the place in the document, and what is wrong
+
+
+def first_detail(error: ValidationError) -> ErrorDetails:
+    """Return pydantic's first finding."""
+    return error.errors(include_url=False)[0]
+
+
+def message_of(detail: ErrorDetails) -> str:
+    """Return the message of a finding as the end of a sentence: `input should be a valid integer`."""
+    message = detail["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
 
 
 def faults_of(error: ValidationError, model: type[BaseModel], document: Any) -> list[Fault]:
@@ -37,11 +48,10 @@ def _in_words(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return "required, add it"
     if detail["type"] == "extra_forbidden":
         return unknown_name(str(detail["loc"][-1]), _field_names(model, detail["loc"][:-1]), "field")
-    message = detail["msg"].removeprefix("Value error, ")
-    value = detail["input"]
+    message, value = message_of(detail), detail["input"]
     if detail["type"] == "value_error" or (isinstance(value, Mapping | Sequence) and not isinstance(value, str)):
-        return message[0].lower() + message[1:]
-    return f"{message[0].lower()}{message[1:]}, not {'null' if value is None else repr(value)}"
+        return message
+    return f"{message}, not {'null' if value is None else repr(value)}"
 
 
 def unknown_name(name: str, valid: Sequence[str], what: str) -> str:
