@@ -70,7 +70,11 @@ def test_data_that_change_in_a_run_never_enter_under_the_old_key(
     project: Project, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     file = project.folder / "sql.jsonl"
-    before, real = file.read_text(), {"compile": project.fakes.compile_emulator, "train": project.fakes.train_lora}
+    before = file.read_text()
+    real: dict[str, Callable[..., Any]] = {
+        "compile": project.fakes.compile_emulator,
+        "train": project.fakes.train_lora,
+    }
 
     def changing(step: str) -> Callable[..., Any]:
         def execute(*arguments: Any, **settings: Any) -> Any:
