@@ -27,11 +27,11 @@ from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.polish.command import PolishResult
-from onelayer.compiler.polish.token_loss import TokenLoss
 from onelayer.compiler.polish.trained_adapter import FreshAdapter, attach_trainable
 from onelayer.compiler.results import Report
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.stream import Stream
+from onelayer.compiler.streaming.token_loss import TokenLoss
 from scripts.bench.compile import make_model
 from scripts.bench.memory import Benchmark
 
@@ -86,7 +86,8 @@ def compare(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         model, data = make_model(folder, arguments.width, arguments.layers, arguments.samples, arguments.tokens)
         FreshAdapter(8, 8, "all-linear", 0).write(folder / "adapter", model)
-        streamed, _ = attach_trainable(model, Adapter.open(folder / "adapter"), CPU)
+        adapted, _ = attach_trainable(model, Adapter.open(folder / "adapter"), CPU)
+        streamed = adapted.streamed
         bare = StreamedModel(model)
         tokens = read_tokens(data, load_tokenizer(model), arguments.tokens)
         batches = make_batches(tokens, streamed.config, 1)

@@ -28,7 +28,8 @@ PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 LIGHT = {
     "compiler": (
         "adapters/config adapters/keys adapters/reader correct/candidates data/readers data/rows data/tokens documents "
-        "errors factors/ranks factors/stored_forms faults inspect machine/console machine/meter models/unit_memory "
+        "codes/forms errors factors/ranks factors/stored_forms "
+        "faults inspect machine/console machine/meter models/unit_memory "
         "results settings storage/* */settings"
     ),
     "runtime": (

@@ -16,6 +16,7 @@ FLOORS = {
         {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
+        {"codes"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},
@@ -24,8 +25,8 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes"},
-        {"modules", "activations", "store"},
-        {"training", "reporting"},
+        {"modules", "activations", "anchors", "store"},
+        {"training", "reporting", "generation"},
         {"planning"},
         {"manifest"},
         {"pipeline"},

@@ -1,6 +1,5 @@
 """A path in, a description out: of an emulator, an adapter, an artifact or a checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import directory_bytes, read_json
+from onelayer.compiler.storage.model_config import read_model_config
 
 
 def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
 
 def _checkpoint(directory: Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open(directory)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_model_config(directory)
     dtypes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.size_bytes

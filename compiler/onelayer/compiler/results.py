@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 class Result(BaseModel):
     """The result of a command; `model_dump(mode="json")` is its `--json` document."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
 
 
 class Report(Result):

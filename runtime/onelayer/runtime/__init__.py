@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from onelayer.runtime.modules.import_hook import register_loader
 
 if TYPE_CHECKING:
+    __version__: str
     from onelayer.runtime.activations.compression import ActivationCompression as ActivationCompression
     from onelayer.runtime.activations.compression import compress_activations as compress_activations
+    from onelayer.runtime.generation.command import GenerateResult as GenerateResult
+    from onelayer.runtime.generation.command import generate_text as generate_text
     from onelayer.runtime.modules.low_rank_linear import LowRankLinear as LowRankLinear
     from onelayer.runtime.modules.low_rank_linear import load_emulator as load_emulator
     from onelayer.runtime.planning.plan import PlanResult as PlanResult
@@ -20,10 +23,12 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "ActivationCompression": "activations.compression",
+    "GenerateResult": "generation.command",
     "LowRankLinear": "modules.low_rank_linear",
     "PlanResult": "planning.plan",
     "TrainResult": "training.train",
     "compress_activations": "activations.compression",
+    "generate_text": "generation.command",
     "load_emulator": "modules.low_rank_linear",
     "plan_run": "planning.plan",
     "train_lora": "training.train",
@@ -33,7 +38,19 @@ __all__ = sorted(_HOME_OF)
 register_loader()
 
 
+def _version() -> str:
+    """Return the installed version, or what says that this is a folder that was never installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onelayer")
+    except PackageNotFoundError:
+        return "0+not.installed"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -2,16 +2,20 @@
 
 import re
 
+# A bare number below this is a number of GiB whose unit was forgotten.
+_BARE_FLOOR_BYTES = 1 << 20
 _BYTES_PER_UNIT = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_BYTES_PER_UNIT |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_BYTES_PER_UNIT |= {f"{prefix}{end}": 1 << 10 * power for power, prefix in enumerate("KMGT", 1) for end in ("", "IB")}
 
 
 def parse_size(text: str) -> int:
-    """Parse a size like 24GiB, 500MB or 1000 into bytes; raises `ValueError` with the remedy."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?", text.strip(), re.IGNORECASE)
+    """Parse a size like 24GiB, 24G (the same), 500MB or 17179869184 into bytes; raises `ValueError` with the remedy."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b|[kmgtb])?", text.strip(), re.IGNORECASE)
     unit = (match[2] or "B").upper() if match else ""
     if match is None or unit not in _BYTES_PER_UNIT:
-        raise ValueError(f"{text!r} is not a size; write 24GiB, 500MB or a number of bytes")
+        raise ValueError(f"{text!r} is not a size; write 24GiB, 24G, 500MB or a number of bytes")
+    if match[2] is None and 0 < float(match[1]) < _BARE_FLOOR_BYTES:
+        raise ValueError(f"{text!r} is a number of bytes; write {text.strip()}GiB, or {text.strip()}B if you mean it")
     return int(float(match[1]) * _BYTES_PER_UNIT[unit])
 
 

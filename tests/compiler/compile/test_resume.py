@@ -85,7 +85,7 @@ def test_finished_units_are_not_done_again(
     from onelayer.compiler.compile import job
 
     done: list[str] = []
-    real = job.Compilation._factors
+    real = job.Compilation.compressed
 
     def counted(self: Any, linears: dict[str, Any], hooks: Any) -> Any:
         done.append(next(iter(linears)))
@@ -93,7 +93,7 @@ def test_finished_units_are_not_done_again(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, linears, hooks)
 
-    monkeypatch.setattr(job.Compilation, "_factors", counted)
+    monkeypatch.setattr(job.Compilation, "compressed", counted)
     with pytest.raises(OSError, match="No space left"):
         compile_to(source, tmp_path / "out", rank_allocation=allocation)
     assert not (tmp_path / "out").exists()
@@ -135,7 +135,7 @@ def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from onelayer.compiler.compile import job
 
     count = 0
-    real = job.Compilation._factors
+    real = job.Compilation.compressed
 
     def some(self: Any, linears: Any, hooks: Any) -> Any:
         nonlocal count
@@ -145,7 +145,7 @@ def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return real(self, linears, hooks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.Compilation, "_factors", some)
+        patch.setattr(job.Compilation, "compressed", some)
         with pytest.raises(KeyboardInterrupt):
             compile_to(source, output)
     return output.with_name(f".{output.name}.compile")

@@ -18,8 +18,8 @@ from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.tokens import load_tokenizer, tokenize
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
-from onelayer.compiler.evaluate.token_scores import Divergence, TokenScores
 from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.streaming.token_scores import Divergence, TokenScores
 from onelayer.runtime import load_emulator
 
 QUESTIONS: list[dict[str, Any]] = [

@@ -19,7 +19,7 @@ from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
-from onelayer.compiler.evaluate.token_scores import TokenScores
+from onelayer.compiler.streaming.token_scores import TokenScores
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "the quick brown fox jumps over the lazy dog"}, {"text": "what is the sum of two"}],

@@ -20,8 +20,8 @@ from onelayer.runtime.cli.main import main
 OPTIONS = {
     "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
     "compile": (
-        "MODEL --batch-size --calibration --device --factor-dtype --host-memory --json --keep-bytes --max-length "
-        "--memory --output --rank-allocation --ratio --resume --samples --seed --solver"
+        "MODEL --backward --batch-size --calibration --device --factor-dtype --form --host-memory --json --keep-bytes "
+        "--max-length --memory --output --rank-allocation --ratio --resume --samples --seed --solver"
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
@@ -29,9 +29,9 @@ OPTIONS = {
         "--output --resume --samples --seed --step-samples --steps"
     ),
     "train": (
-        "EMULATOR --activation-rank --activation-report --activations --batch-size --data --epochs "
-        "--gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --output --resume --seed --target-modules"
+        "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
+        "--epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
+        "--max-length --max-steps --model --output --resume --seed --target-modules"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
     "polish": (
@@ -41,6 +41,7 @@ OPTIONS = {
     ),
     "merge": "ADAPTER... --json --model --output --weight",
     "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",
+    "generate": "MODEL --adapter --chat --json --max-new-tokens --prompt --revision --seed --temperature",
     "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",
     "artifacts list": "--json",
@@ -57,6 +58,7 @@ FUNCTIONS = {
     "polish": "polish_adapter",
     "merge": "merge_adapter",
     "evaluate": "evaluate_model",
+    "generate": "generate_text",
 }
 
 
@@ -116,7 +118,7 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_defaults_are_those_of_the_python_function(name: str) -> None:
-    module: Any = onelayer.runtime if name in ("plan", "train") else onelayer.compiler
+    module: Any = onelayer.runtime if name in ("plan", "train", "generate") else onelayer.compiler
     parameters = inspect.signature(getattr(module, FUNCTIONS[name])).parameters
     command = dict(commands(typer.main.get_command(app)))[name]
     # `--adapter` repeated is `adapters`; `compile --memory` only chooses the ratio.

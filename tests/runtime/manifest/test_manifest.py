@@ -58,7 +58,7 @@ def test_paths_are_relative_to_the_manifest(folder: Path, monkeypatch: pytest.Mo
     manifest = load(folder, GOOD)
     assert manifest.model.path == str(folder / "model")
     assert emulator_of(manifest).calibration.data == (str(folder / "mix.jsonl"),)
-    assert manifest.tasks["sql"].train == str(folder / "sql.jsonl")
+    assert manifest.tasks["sql"].train == (str(folder / "sql.jsonl"),)
     assert manifest.path == folder / "m.yaml"
 
 
@@ -178,7 +178,7 @@ def test_limit_auto_needs_held_out_data_for_every_task(folder: Path) -> None:
     with_data = GOOD.replace("{train: sql.jsonl,", "{train: sql.jsonl, validation: mix.jsonl,")
     manifest = load(folder, with_data + "correct: {limit: auto}")
     assert manifest.correct.limit == "auto"
-    assert manifest.tasks["sql"].validation == str(folder / "mix.jsonl")
+    assert manifest.tasks["sql"].validation == (str(folder / "mix.jsonl"),)
     assert "correct.limit: write a number" in complaint(folder, GOOD + "correct: {limit: most}")
 
 
@@ -258,3 +258,16 @@ def test_loading_a_manifest_imports_no_torch(folder: Path) -> None:
         check=True,
     )
     assert result.stdout.strip() == "set()"
+
+
+def test_anchors_are_every_so_many_steps_or_none(folder: Path) -> None:
+    assert load(folder, GOOD).training("sql").anchor is None
+    anchored = GOOD.replace("train: {lora", "train: {anchor: {every: 10}, lora")
+    found = load(folder, anchored).training("sql").anchor
+    assert found is not None
+    assert (found.every, found.bits) == (10, 2)
+    assert load(folder, anchored.replace("{every: 10}", "none")).training("sql").anchor is None
+    assert "train.anchor.bits" in complaint(folder, anchored.replace("every: 10", "every: 10, bits: 3"))
+    assert "train.anchor.every" in complaint(folder, anchored.replace("every: 10", "every: 0"))
+    lone = anchored.replace("emulator: {calibration: {data: mix.jsonl}}", "")
+    assert "train.anchor: there is no emulator" in complaint(folder, lone)

@@ -255,8 +255,8 @@ def edited(emulator: Path, output: Path, **fields: Any) -> Path:
 
 
 def test_unknown_format_version_is_refused(folders: Folders, tmp_path: Path) -> None:
-    later = edited(folders("llama")[2], tmp_path / "later", format_version=3)
-    with pytest.raises(InputError, match=r"format_version is 3, this onelayer reads 2"):
+    later = edited(folders("llama")[2], tmp_path / "later", format_version=4)
+    with pytest.raises(InputError, match=r"format_version is 4, this onelayer reads 3"):
         transformers.AutoModelForCausalLM.from_pretrained(later)
 
 
@@ -291,5 +291,5 @@ def test_a_missing_shard_is_refused(folders: Folders, tmp_path: Path) -> None:
 def test_load_emulator_refuses_other_folders(folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not an emulator"):
         load_emulator(folders("llama")[1])
-    with pytest.raises(InputError, match=r"config\.json: no such file"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         load_emulator(tmp_path)

@@ -57,3 +57,20 @@ def test_a_plan_names_the_keys_that_a_run_makes(project: Project) -> None:
     run(project.manifest, project.store)
     foreseen = {step.name: (step.state, step.key) for step in plan(project.manifest, project.store).steps}
     assert foreseen == {name: ("cached", key) for name, key in KEYS.items()}
+
+
+def test_anchors_make_another_key_of_training_on_an_emulator_alone(project: Project) -> None:
+    project.edit("train: {lora", "train: {anchor: none, lora")
+    assert {step.name: step.key for step in run(project.manifest, project.store).steps} == KEYS
+    project.edit("anchor: none", "anchor: {every: 10}")
+    first = {step.name: step.key for step in run(project.manifest, project.store).steps}
+    assert [name for name in KEYS if first[name] != KEYS[name] and name.endswith(("train", "direct"))] == [
+        "sql.train",
+        "support.train",
+    ]
+    project.edit("every: 10", "every: 10, bits: 1")
+    second = {step.name: step.key for step in run(project.manifest, project.store).steps}
+    assert second["sql.train"] not in (first["sql.train"], KEYS["sql.train"])
+    settings = project.fakes.arguments["train sql"]
+    assert (settings["anchor_every"], settings["anchor_bits"]) == (10, 1)
+    assert Path(settings["model"]).name == "model"

@@ -19,6 +19,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import best_of
 from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.runtime.planning.anchor_costs import anchor_costs
 from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, WHOLE, best_ratio, choose_each, limiting_pass
 from onelayer.runtime.planning.plan import plan_run, size_for
 from onelayer.runtime.planning.read_shapes import read_shapes, shapes_from_headers
@@ -246,7 +247,7 @@ def test_spectra_predict_the_error_of_each_choice(tmp_path: Path) -> None:
     assert error is not None
     assert 0 <= error < 1
     (emulator / "emulator.json").write_text("{}")
-    with pytest.raises(InputError, match="lists no linears"):
+    with pytest.raises(InputError, match="field linears"):
         plan_run(folder, GIB, emulator=emulator, timing=False)
 
 
@@ -264,3 +265,19 @@ def test_predicted_peaks_are_within_a_tenth_of_measured_ones(case: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert {row["step"] for row in json.loads(result.stdout)} == {"compile", "train", "correct"}
+
+
+def test_anchors_cost_a_reading_of_the_original_every_k_steps() -> None:
+    shapes = decoder(256, 512, 6, 1000)
+    planned = PlannedRun(2, 64, 8)
+    memory = train_memory(shapes, emulator_bytes(shapes, 0.25), planned)
+    model = shapes.parameters * shapes.value_bytes
+    slow_disk = Speed(read_bytes_per_second=model / 100, flops_per_second=1e15, device="cpu")
+    costs = {cost.every: cost for cost in anchor_costs(shapes, 0.25, planned, memory, slow_disk)}
+    assert [cost.read_bytes_per_step for cost in costs.values()] == [model // every for every in costs]
+    assert costs[10].seconds_per_step == pytest.approx(10, rel=0.05)
+    rows, scales = 128 * shapes.hidden // 4, 2 * (128 + shapes.hidden)
+    assert costs[10].offset_bytes == 10 * len(shapes.blocks) * (rows + scales)
+    assert len({cost.peak_bytes for cost in costs.values()}) == 1
+    assert costs[1].peak_bytes > memory.emulator + memory.adapter + shapes.largest_block_bytes
+    assert all(cost.seconds_per_step is None for cost in anchor_costs(shapes, 0.25, planned, memory, None))

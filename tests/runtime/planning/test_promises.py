@@ -11,17 +11,33 @@ from helpers.classifiers import save_classifier
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
-from onelayer.compiler.models.unit_memory import RESERVE_BYTES, CorrectedShape, correction_bytes
+from onelayer.compiler.correct.candidates import CANDIDATES
+from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.evaluate.samples import Samples
+from onelayer.compiler.evaluate.scoring import parked_bytes
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.unit_memory import (
+    EXPERT_ROWS,
+    RESERVE_BYTES,
+    CompiledShape,
+    CorrectedShape,
+    correction_bytes,
+    moment_bytes,
+    solving_bytes,
+    trial_bytes,
+)
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.runtime.planning.pass_memory import (
     chosen_correct_bytes,
     compile_bytes,
+    compiled_shape,
     correct_bytes,
     evaluate_bytes,
     polish_bytes,
     refine_bytes,
 )
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
-from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.shapes import BlockShape, ModelShapes
 
 RATIO, LORA_RANK, LENGTH = 0.5, 4, 16
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -75,11 +91,46 @@ def promised(result: Any) -> int:
     return int(report.largest_unit_bytes + report.workspace_bytes)
 
 
+def compile_terms(shapes: ModelShapes, block: BlockShape) -> int:
+    """What the pass promises for a block, from the planner's shapes: moments are not shared, no batch is freed yet."""
+    linears = [compiled_shape(linear, RATIO, shapes.value_bytes) for linear in block.compressible]
+    moments = moment_bytes(linear.narrow for linear in linears)
+    batch = 8 * LENGTH * sum(linear.out_features + linear.in_features for linear in linears)
+    if block.experts is None:
+        return moments + solving_bytes(linears) + batch
+    experts = [compiled_shape(stack, RATIO, shapes.value_bytes) for stack in block.experts.stacks]
+    stored = [block.experts.count * expert.stored_bytes for expert in experts]
+    rows = 2 * 8 * EXPERT_ROWS * sum(expert.out_features + expert.in_features for expert in experts)
+    solver = max(expert.solver_bytes for expert in experts)
+    in_experts = 2 * moment_bytes(expert.narrow for expert in experts) + solver + rows + sum(stored) + max(stored)
+    return max(moments + solving_bytes(linears) + batch, in_experts)
+
+
 def test_compile(setup: Setup) -> None:
-    """The pass's bound is coarser: separate moments for every linear, the unit that is read ahead, and a reserve."""
-    planned = compile_bytes(setup.shapes, RATIO, LENGTH)
-    assert planned <= promised(setup.compiled)
-    assert promised(setup.compiled) - RESERVE_BYTES <= 4 * planned
+    """The same terms; the pass adds moments that linears may share, the unit that is read ahead, and a reserve."""
+    shapes, report = setup.shapes, setup.compiled.report
+    terms = max(block.parameters * shapes.value_bytes + compile_terms(shapes, block) for block, _ in shapes.kinds)
+    assert report.workspace_bytes == terms + RESERVE_BYTES
+    assert compile_bytes(shapes, RATIO, LENGTH) <= promised(setup.compiled)
+
+
+def test_a_compile_counts_rounding_and_both_forms() -> None:
+    """By hand: the solver of a wide linear, and the rounding of its factors and of its whole weight."""
+    plain = CompiledShape(64, 256, 32, 2)
+    assert plain.solver_bytes == 8 * 64 * 256 + 8 * 4 * 64 * 64 + (16 + 2) * 32 * 64
+    assert plain.stored_bytes == 2 * 32 * (64 + 256)
+    rounded = CompiledShape(64, 256, 32, 2, "nf4", keeps_whole=True)
+    values = 32 * (64 + 256)
+    assert rounded.solver_bytes == 4 * values + 4 * 8 * 64 * 256
+    assert rounded.stored_bytes == (values + 64 * 256) // 64 * 34
+    assert solving_bytes([plain, rounded]) == rounded.solver_bytes + plain.stored_bytes + rounded.stored_bytes
+
+
+def test_trials_count_the_factors_of_a_unit_on_a_host() -> None:
+    """By hand: the fullest unit's factors are on the host; the widest linear's are copied."""
+    units = [[10, 20], [25], []]
+    assert trial_bytes(2, 100, units, on_gpu=True) == 8 * 6 * 100 + 8 * 25
+    assert trial_bytes(2, 100, units, on_gpu=False) == 8 * 6 * 100 + 8 * 25 + 4 * 30
 
 
 def test_refine(setup: Setup, tmp_path: Path) -> None:
@@ -109,7 +160,7 @@ def test_correct(setup: Setup, tmp_path: Path) -> None:
 
 
 def test_correct_chosen_by_text(setup: Setup, tmp_path: Path) -> None:
-    """Both use the same formulas; on a host the pass also counts waiting batches."""
+    """The same formulas; on a host the pass also counts the batches that wait, each once for every candidate."""
     result = correct_adapter(
         setup.adapter,
         emulator=setup.emulator,
@@ -120,9 +171,16 @@ def test_correct_chosen_by_text(setup: Setup, tmp_path: Path) -> None:
         max_length=LENGTH,
         device="cpu",
     )
-    planned = chosen_correct_bytes(setup.shapes, RATIO, LORA_RANK, LENGTH)
+    planned = chosen_correct_bytes(setup.shapes, RATIO, LORA_RANK, LENGTH, on_gpu=False)
     assert promised(result) <= planned + 8 * MIB
-    assert setup.fewer or planned <= promised(result)
+    if setup.fewer:
+        return
+    scored = evaluate_model(setup.model, setup.data, max_length=LENGTH, device="cpu")
+    streamed = StreamedModel(setup.model)
+    batches = Samples.read(setup.data, load_tokenizer(setup.model), LENGTH).batches(streamed.config, 1)
+    waiting = parked_bytes(streamed, batches, len(CANDIDATES), SpillPool())
+    tried = planned - evaluate_bytes(setup.shapes, LENGTH)
+    assert promised(result) - promised(scored) == tried + waiting
 
 
 def test_evaluate(setup: Setup) -> None:

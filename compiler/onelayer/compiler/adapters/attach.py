@@ -1,20 +1,24 @@
-"""Target modules by the user's names in, those that plain LoRA can adapt out."""
+"""Adapters in, an adapted empty model out; target modules by the user's names in, those that LoRA can adapt out."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from onelayer.compiler.adapters.fit import check_fit
+from onelayer.compiler.adapters.keys import KEY_PREFIX, LoraModule
 from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.adapters.replacements import Replacements, replacements_of
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 
 
@@ -37,32 +41,58 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
     )
 
 
-def attach(adapters: Mapping[str, str | Path]) -> Callable[[PreTrainedModel], None]:
-    """Lets PEFT wrap the empty model in every adapter, by name; their own small weights are real, on the host.
+@dataclass(frozen=True)
+class Adapted:
+    """The streamed original with adapters by name: their factors are attached, `replacements` wait for their units."""
 
-    The factors are then read from the files again: for some architectures PEFT renames keys that it wrote itself, warns
-    that they are missing, and goes on with random ones.
+    streamed: StreamedModel
+    replacements: Mapping[str, Replacements]
+
+
+def adapted_model(directory: Path, adapters: Mapping[str, Adapter]) -> Adapted:
+    """Open a model with adapters attached. Raises `InputError` naming the first key that has no place in it.
+
+    PEFT makes the layers of the factors, by the modules that the files name; the factors and their scaling are set from
+    the files. PEFT's own loading is not used: for some architectures it renames keys that it wrote itself, warns that
+    they are missing, and goes on with random factors.
     """
+    if not adapters:
+        return Adapted(StreamedModel(directory), {})
+    bare = StreamedModel(directory)
+    for adapter in adapters.values():
+        check_fit(adapter, bare)
+    replacements = {name: replacements_of(adapter, bare) for name, adapter in adapters.items()}
 
     def prepare(model: PreTrainedModel) -> None:
-        wrapped: Any = None
-        with warnings.catch_warnings():
-            # Both are PEFT's own: the keys it renamed, and a name of transformers that it should not use any more.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            for name, path in adapters.items():
-                if wrapped is None:
-                    # A task would give every adapter a head of its own, those too that have none in their files.
-                    config = LoraConfig.from_pretrained(str(path))
-                    config.task_type = None
-                    wrapped = PeftModel.from_pretrained(model, path, name, config=config, low_cpu_mem_usage=True)
-                else:
-                    wrapped.load_adapter(path, adapter_name=name, low_cpu_mem_usage=True)
-        for name, path in adapters.items():
-            _fill(model, Adapter.open(path), name)
+        for name, adapter in adapters.items():
+            _attach(model, adapter, name)
         model.eval()
 
-    return prepare
+    replaced = {parameter for each in replacements.values() for parameter in each}
+    return Adapted(StreamedModel(directory, prepare, replaced), replacements)
+
+
+def _attach(model: PreTrainedModel, source: Adapter, adapter: str) -> None:
+    if not source.modules:
+        return
+    config = LoraConfig(target_modules=list(source.modules), fan_in_fan_out=source.config.fan_in_fan_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on ties, Conv1D and targets; the given keys decide alone
+        keys = {module.key_a.removeprefix(KEY_PREFIX): torch.empty(0) for module in source.modules.values()}
+        inject_adapter_in_model(config, model, adapter, low_cpu_mem_usage=True, state_dict=keys)
+    for name, module in source.modules.items():
+        layer: Any = model.get_submodule(name)
+        a, b = (source.read(key).float() for key in (module.key_a, module.key_b))
+        _set_factors(layer, module, adapter, a, b)
+
+
+def _set_factors(layer: Any, module: LoraModule, adapter: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Set factors in a layer that PEFT made with others; float32, as PEFT holds trained factors."""
+    if module.embedding:
+        layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter] = nn.Parameter(a), nn.Parameter(b)
+    else:
+        layer.lora_A[adapter].weight, layer.lora_B[adapter].weight = nn.Parameter(a), nn.Parameter(b)
+    layer.scaling[adapter] = module.scaling
 
 
 def factor_names(module: str, embedding: bool, adapter: str) -> tuple[str, str]:
@@ -72,15 +102,6 @@ def factor_names(module: str, embedding: bool, adapter: str) -> tuple[str, str]:
     return f"{module}.lora_A.{adapter}.weight", f"{module}.lora_B.{adapter}.weight"
 
 
-def _fill(model: PreTrainedModel, source: Adapter, adapter: str) -> None:
-    for name, module in source.modules.items():
-        names = factor_names(name, module.embedding, adapter)
-        for parameter, key in zip(names, (module.key_a, module.key_b), strict=True):
-            found = model.get_parameter(parameter)
-            tensor = source.read(key)
-            found.data = tensor.to(torch.float32 if found.is_meta else found.dtype)
-
-
 def tuner_layers(unit: Unit) -> list[Any]:
     """List the modules of a unit that PEFT has wrapped."""
-    return [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return [part for part in unit.module.modules() if isinstance(part, BaseTunerLayer)]

@@ -43,7 +43,7 @@ PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 INERT_FIELDS = {
     *("auto_mapping", "peft_version", "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform"),
     *("layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("velora_config", "use_qalora", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("velora_config", "use_qalora", "qalora_group_size", "runtime_config"),
 }
 Rank = Annotated[int, Field(gt=0)]
 
@@ -51,7 +51,7 @@ Rank = Annotated[int, Field(gt=0)]
 class AdapterConfig(BaseModel):
     """The fields that say what a plain LoRA computes; the rest is checked by name and dropped."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="ignore", strict=True)
 
     peft_type: Literal["LORA"]
     r: Rank
@@ -62,6 +62,7 @@ class AdapterConfig(BaseModel):
     init_lora_weights: bool | str | None = True
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False

@@ -3,7 +3,7 @@
 Letters: r rank, in / out features of the adapted module.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,11 +38,15 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """Keys of the file by what they are: (module, kind) for LoRA, module for rows, parameter for dense."""
+    """Keys of the file by what they are: (module, kind) for LoRA, module for rows, parameter for dense.
+
+    `copies` are the parameters of `dense` that belong to a copy of their module, so that what is tied to it stays.
+    """
 
     lora: dict[tuple[str, str], str] = field(default_factory=dict)
     rows: dict[str, str] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
+    copies: set[str] = field(default_factory=set)
 
 
 def sort_keys(file: Path, tensors: dict[str, TensorInfo], config: AdapterConfig) -> SortedKeys:
@@ -57,31 +61,47 @@ def sort_keys(file: Path, tensors: dict[str, TensorInfo], config: AdapterConfig)
             result.lora[name.removesuffix(kind), kind] = key
         elif name.endswith(TOKEN_ROWS):
             result.rows[name.removesuffix(TOKEN_ROWS)] = key
-        elif name.endswith((VELORA, f"{VELORA}.weight")):
+        elif name.endswith((VELORA, f"{VELORA}.weight")) or _is_repeated(key, tensors):
             continue
         elif name.endswith((".lr_up", ".lr_down")):
             raise InputError(
                 f"{file}: key {key!r} holds the factors of an emulator, which the original does not have; "
                 "train without this module in modules_to_save"
             )
-        elif _explained(name, config):
-            result.dense[name.replace(".base_layer.", ".")] = key
+        elif _is_of_base(name, config) or _is_of_copy(name, config):
+            parameter = name.replace(".base_layer.", ".")
+            result.dense[parameter] = key
+            if _is_of_copy(name, config) and not (config.ensure_weight_tying and _is_embedding(name)):
+                result.copies.add(parameter)
         else:
             raise InputError(f"{file}: key {key!r} is not understood; train plain LoRA, or remove the key")
     return result
 
 
-def _explained(name: str, config: AdapterConfig) -> bool:
-    """Whether the configuration says why a whole parameter is in the file."""
+def _is_repeated(key: str, tensors: Container[str]) -> bool:
+    """Whether a key is a bias that PEFT, with bias="all", saved again next to the copy of its module."""
+    parts = key.split(".")
+    return parts[-2:-1] in (["original_module"], ["modules_to_save"]) and ".".join([*parts[:-2], parts[-1]]) in tensors
+
+
+def _is_of_base(name: str, config: AdapterConfig) -> bool:
+    """Whether the file holds a parameter of the base model itself, which PEFT trained or saved in place."""
     path, _, leaf = name.rpartition(".")
-    if leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and path.endswith(".base_layer"))):
-        return True
-    module = path.removesuffix(".base_layer")
-    if leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_LAYERS:
-        return True
-    if path.endswith(".base_layer"):
+    if leaf == "bias":
+        return config.bias == "all" or (config.bias == "lora_only" and path.endswith(".base_layer"))
+    return _is_embedding(name)
+
+
+def _is_embedding(name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and path.removesuffix(".base_layer").rpartition(".")[2] in EMBEDDING_LAYERS
+
+
+def _is_of_copy(name: str, config: AdapterConfig) -> bool:
+    """Whether the file holds a parameter of a copy that PEFT made of a module, as `modules_to_save` says."""
+    parts = name.split(".")[:-1]
+    if parts[-1:] == ["base_layer"]:
         return False
-    parts = path.split(".")
     owners = [".".join(parts[: count + 1]) for count in range(len(parts))]
     return any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save or [])
 

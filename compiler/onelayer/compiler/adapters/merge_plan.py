@@ -7,6 +7,7 @@ import torch
 
 from onelayer.compiler.adapters.fit import check_fit, is_transposed
 from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.adapters.replacements import Replacement, replacements_of
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
@@ -22,15 +23,14 @@ class Part:
 
 @dataclass
 class Change:
-    """The change of one stored tensor, in this order: replaced by `dense`, `lora` added, single `rows` replaced.
+    """The change of one stored tensor: `replaced` whole or by rows, then `lora` added.
 
-    `lora` are parts and their module's name; `dense` and `rows` name the adapter that they come from.
+    `lora` are parts and their module's name.
     """
 
     transposed: bool = False
     lora: list[tuple[Part, str]] = field(default_factory=list)
-    dense: tuple[Adapter, str] | None = None
-    rows: tuple[Adapter, str, list[int]] | None = None
+    replaced: Replacement | None = None
 
     def product(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `lora` adds as one product left @ right in float32, laid out as the tensor is stored."""
@@ -58,7 +58,7 @@ def plan_changes(parts: Sequence[Part], streamed: StreamedModel) -> dict[str, Ch
         for key, change in own.items():
             before = changes.setdefault(key, change)
             if before is not change:
-                if before.dense or before.rows or change.dense or change.rows:
+                if before.replaced or change.replaced:
                     raise InputError(
                         f"{part.source.directory}: {key} is changed by {touched_by[key].directory} too, and one of "
                         "them replaces it; merge one of them alone"
@@ -72,16 +72,21 @@ def _plan_one(part: Part, streamed: StreamedModel) -> dict[str, Change]:
     source = part.source
     modules = check_fit(source, streamed)
     changes: dict[str, Change] = {}
-    for parameter, key in source.dense.items():
-        changes.setdefault(_own_tensor(source, streamed, parameter), Change()).dense = (source, key)
+    replaced = replacements_of(source, streamed)
+    for parameter, replacement in replaced.items():
+        key = _stored_tensor(source, streamed, parameter)
+        for other in _sharing(streamed, parameter):
+            if other not in replaced or not replacement.equals(replaced[other]):
+                raise _shared(source, parameter, other)
+        changes.setdefault(key, Change()).replaced = replacement
     for name, module in modules.items():
-        change = changes.setdefault(_own_tensor(source, streamed, f"{name}.weight"), Change())
+        parameter = f"{name}.weight"
+        key = _stored_tensor(source, streamed, parameter)
+        if sharing := _sharing(streamed, parameter):
+            raise _shared(source, parameter, sharing[0])
+        change = changes.setdefault(key, Change())
         change.lora.append((part, name))
         change.transposed = is_transposed(module)
-    for name, (key, rows) in source.token_rows.items():
-        # PEFT replaces the rows in every matrix tied to this one, so here a shared tensor is what is wanted.
-        for parameter in (f"{name}.weight", *_sharing(streamed, f"{name}.weight")):
-            changes.setdefault(_stored_tensor(source, streamed, parameter), Change()).rows = (source, key, rows)
     return changes
 
 
@@ -92,15 +97,11 @@ def _sharing(streamed: StreamedModel, parameter: str) -> list[str]:
     return [name for name, stored in others if keys & set(stored) or streamed.weights.bare_parameters[name] is tensor]
 
 
-def _own_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:
-    """Return the key of the stored tensor that is `parameter` and nothing else."""
-    key = _stored_tensor(source, streamed, parameter)
-    if sharing := _sharing(streamed, parameter):
-        raise InputError(
-            f"{source.directory}: {parameter} shares its weight with {sharing[0]}, which a merge would change too; "
-            "load the adapter with PEFT instead of merging it"
-        )
-    return key
+def _shared(source: Adapter, parameter: str, other: str) -> InputError:
+    return InputError(
+        f"{source.directory}: {parameter} shares its weight with {other}, which a merge would change too; "
+        "load the adapter with PEFT instead of merging it"
+    )
 
 
 def _stored_tensor(source: Adapter, streamed: StreamedModel, parameter: str) -> str:

@@ -99,9 +99,8 @@ def _write_shard(
 def _changed_entry(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
     dtype = FLOAT_DTYPES[info.dtype]
     if not info.shape:
-        assert change.dense is not None, "a scalar is only ever replaced"
-        source, key = change.dense
-        return tensor_entry(info.name, source.read(key).to(dtype))
+        assert change.replaced is not None, "a scalar is only ever replaced"
+        return tensor_entry(info.name, change.replaced.source.read(change.replaced.key).to(dtype))
 
     def chunks() -> Iterator[bytes | memoryview]:
         for chunk in _changed_rows(checkpoint, info, change):
@@ -118,14 +117,15 @@ def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> I
 
     def work(start: int) -> torch.Tensor:
         stop = min(start + step, rows)
-        source, key = change.dense or (checkpoint, info.name)
-        chunk = source.read_rows(key, start, stop)
-        merged = chunk.to(dtype) if product is None else _added(chunk, product, start, dtype)
-        if change.rows is not None:
-            replaced, key, numbers = change.rows
-            inside = [position for position, row in enumerate(numbers) if start <= row < stop]
-            merged[[numbers[position] - start for position in inside]] = replaced.read(key)[inside].to(dtype)
-        return merged
+        new = change.replaced
+        if new is not None and new.rows is None:
+            chunk = new.source.read_rows(new.key, start, stop)
+        else:
+            chunk = checkpoint.read_rows(info.name, start, stop)
+        if new is not None and new.rows is not None:
+            inside = [position for position, row in enumerate(new.rows) if start <= row < stop]
+            chunk[[new.rows[position] - start for position in inside]] = new.source.read(new.key)[inside].to(chunk)
+        return chunk.to(dtype) if product is None else _added(chunk, product, start, dtype)
 
     return read_ahead((partial(work, start) for start in range(0, rows, step)), CHUNKS_AT_ONCE, CHUNKS_AT_ONCE)
 

@@ -29,6 +29,7 @@ class Adapter:
     """A plain LoRA adapter: adapted modules by their name in the model, and whatever else it replaces.
 
     `dense`: parameters replaced whole (modules_to_save, biases, saved embeddings), parameter name to key in the file.
+    `copies`: the parameters of `dense` that are a copy of their module's; what the model ties to it stays.
     `token_rows`: single rows replaced in an embedding or head, module name to (key, row numbers).
     `stamps` are those of its files from before they were read.
     """
@@ -38,6 +39,7 @@ class Adapter:
     tensors: dict[str, TensorInfo]
     modules: dict[str, LoraModule]
     dense: dict[str, str] = field(default_factory=dict)
+    copies: frozenset[str] = frozenset()
     token_rows: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
     stamps: FileStamps = field(default_factory=FileStamps, repr=False, compare=False)
@@ -57,7 +59,8 @@ class Adapter:
         rows = {name: (key, row_numbers(file, config, name, tensors[key])) for name, key in sorted_keys.rows.items()}
         if not (modules or rows or sorted_keys.dense):
             raise InputError(f"{file}: holds no adapter weights; train the adapter, or give another directory")
-        return cls(directory, config, tensors, modules, sorted_keys.dense, rows, read_provenance(directory), stamps)
+        copies, provenance = frozenset(sorted_keys.copies), read_provenance(directory)
+        return cls(directory, config, tensors, modules, sorted_keys.dense, copies, rows, provenance, stamps)
 
     def read(self, key: str) -> "torch.Tensor":
         """Read one tensor of the file, in its stored dtype, to the host."""

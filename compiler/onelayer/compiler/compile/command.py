@@ -13,14 +13,24 @@ from typing import Any, Unpack
 import torch
 import transformers
 
+from onelayer.compiler.compile.calibration import calibration_tokens
+from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks
 from onelayer.compiler.compile.resume import WorkDirectory
-from onelayer.compiler.compile.selection import Ranks, choose_ranks, choose_stacks, compile_workspace, emulator_bytes
+from onelayer.compiler.compile.selection import (
+    Ranks,
+    choose_codes,
+    choose_ranks,
+    choose_stacks,
+    coded_workspace,
+    compile_workspace,
+    emulator_bytes,
+)
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings, ResolvedSettings
 from onelayer.compiler.compile.writer import EmulatorWriter
 from onelayer.compiler.data.batches import make_batches, tokens_digest
-from onelayer.compiler.data.labeled_rows import DataSource, read_tokens
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.slice import slice_to_ranks
 from onelayer.compiler.factors.quantize import check_library
@@ -51,6 +61,8 @@ def compile_emulator(
     with `ratio`, and the best dtype for a share of bytes (`best_factor_dtype`). `rank_allocation` is "uniform", as in
     the paper and the default with `ratio`, or "spectrum", the default with a share of bytes: the same bytes are spent
     where the spectra ask for them. The experts of a mixture always have uniform ranks.
+    `form` "coded" replaces a linear by codes with a thin low-rank part instead, for a share of bytes alone; with
+    `backward`, the default then, a pass back over the calibration data weighs errors by what the loss feels.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`.
     Parked states beyond `host_memory_bytes` go to disk. An interrupted compile goes on where it stopped. Raises
     `InputError` for what the caller can fix; `output` exists only once the whole emulator does.
@@ -63,9 +75,11 @@ def compile_emulator(
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
     ranks = choose_ranks(streamed, widest_ratio(resolved.ratio, resolved.rank_allocation), quantized=is_quantized)
+    if (width := resolved.code_width) is not None:
+        ranks = choose_codes(streamed, ranks, resolved.kept_share, width)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
     copies = copies_on_disk(resolved.rank_allocation, quantized=is_quantized)
-    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype))
+    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, width))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": asked.revision, "digest": model_digest(streamed.checkpoint.directory)}
@@ -84,7 +98,7 @@ def _compile(
     """Stream the original, write its emulator unit by unit, publish it whole."""
     device, spill_pool = pick_device(settings.device), SpillPool(settings.host_memory_bytes)
     tokenizer = load_tokenizer(streamed.checkpoint.directory)
-    tokens = read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed)
+    tokens, settings = calibration_tokens(streamed, calibration, tokenizer, settings)
     batches = make_batches(tokens, streamed.config, settings.batch_size)
     facts = _facts(settings, tokens, device)
     with (
@@ -93,10 +107,15 @@ def _compile(
         Meter(device) as meter,
     ):
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)
-        job = Compilation(streamed, ranks, stacks, writer, device, settings, stop, spill_pool)
+        kind = Compilation if settings.form == "factors" else CodedCompilation
+        job = kind(streamed, ranks, stacks, writer, device, settings, stop, spill_pool)
         job.stream(batches, meter)
         writer.write_rest()
-        workspace = compile_workspace(streamed, ranks, stacks, max(math.prod(batch.shape) for batch in batches))
+        at_once = max(math.prod(batch.shape) for batch in batches)
+        keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
+        workspace = compile_workspace(streamed, ranks, stacks, at_once, settings.factor_dtype, keeps_whole)
+        if settings.form == "coded":
+            workspace = coded_workspace(streamed, ranks, at_once, meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = compile_result(writer, settings, output, report)
         figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})

@@ -89,7 +89,7 @@ class Compilation:
             yield None
             return
         self._watched.add(unit.name)
-        hooks = MomentHooks(linears, self.device, self.product_dtype)
+        hooks = self.hooks(linears)
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             hooks.next_batch()
@@ -100,11 +100,15 @@ class Compilation:
         self._write(unit, linears, hooks, experts)
         self.stop.check()
 
+    def hooks(self, linears: dict[str, torch.nn.Module]) -> MomentHooks:
+        """Return the hooks that gather what the factors of a unit need."""
+        return MomentHooks(linears, self.device, self.product_dtype)
+
     def _write(
         self, unit: Unit, linears: dict[str, torch.nn.Module], hooks: MomentHooks, experts: Sequence[ExpertCalls]
     ) -> None:
         """Compress the weights of a resident unit, write its shard and show its largest error."""
-        stored = dict(self._factors(linears, hooks))
+        stored = dict(self.compressed(linears, hooks))
         stacks = {name: item for calls in experts if calls.reason is None for name, item in self._stacks(calls)}
         dense = {name: hooks.reason(name) for name in linears if name not in stored}
         for calls in experts:
@@ -115,7 +119,8 @@ class Compilation:
             figures = [*(item.figures for item in stored.values()), *(item.figures for item in stacks.values())]
             self._meter.note = f"error at most {max(item.error for item in figures):.3f}"
 
-    def _factors(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, StoredLinear]]:
+    def compressed(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, StoredLinear]]:
+        """Yield what replaces the weight of each linear that has moments."""
         for name, linear in linears.items():
             moments = hooks.moments.get(name)
             if moments is None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from onelayer.compiler.codes.forms import OUTPUT_BLOCK
+from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.models.linears import weight_shape
 
@@ -21,7 +23,7 @@ CHECKED_ROWS = 16
 class _Site:
     """One input tensor that several linears read: their shared Gram, and which of them have read the present tensor."""
 
-    gram: Gram
+    gram: Gram | BlockGram
     members: set[str]
     tensors: int = 0
     current: torch.Tensor | None = None
@@ -45,13 +47,17 @@ class _Site:
 class MomentHooks:
     """Gathers the moments of the linears of one unit while the unit runs for its batches.
 
-    `linears` by name. A linear that is never called, or does not behave like one, gets none: see `reason`.
+    `linears` by name. A linear that is never called, or does not behave like one, gets none: see `reason`. With
+    `sides`, `inputs` and `outputs` are gathered in blocks instead of `moments`: of what a linear reads and, if the
+    loss's gradients come back, of those at its outputs.
     """
 
     linears: dict[str, nn.Module]
     device: torch.device
     product_dtype: torch.dtype = torch.float64
+    sides: bool = False
     moments: dict[str, Moments] = field(default_factory=dict)
+    outputs: dict[str, BlockGram] = field(default_factory=dict)
     _sites: dict[str, _Site] = field(default_factory=dict)
     _refused: set[str] = field(default_factory=set)
 
@@ -74,6 +80,11 @@ class MomentHooks:
             self._part_absent(site)
             site.current, site.readers = None, set()
 
+    @property
+    def inputs(self) -> dict[str, BlockGram]:
+        """The moments of the inputs of each linear that was called; several linears may share one."""
+        return {name: site.gram for name, site in self._sites.items() if isinstance(site.gram, BlockGram)}
+
     def reason(self, name: str) -> str:
         """Return why a linear has no moments."""
         if name in self._refused:
@@ -82,24 +93,37 @@ class MomentHooks:
 
     def _hook(self, name: str, linear: nn.Module) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if name in self._refused:
-                return
-            if name not in self.moments:
-                if not acts_as_linear(linear, x, output):
-                    self._refused.add(name)
-                    return
-                self._settle(name, x)
-            shared = self._sites.get(name)
-            if shared is not None and not shared.is_current(x):
-                self._part_absent(shared)
-            # The linear may have been parted just now; its present site is the one that its input belongs to.
-            if name in self._sites:
-                self._sites[name].read(name, x)
-                return
-            self.moments[name].add(x, output if module.bias is None else output - module.bias)
+            with torch.no_grad():
+                self._read(name, linear, args[0] if args else next(iter(kwargs.values())), output)
+            if self.sides and name in self._sites and torch.is_grad_enabled():
+                self._await_gradient(name, output)
 
         return hook
+
+    def _read(self, name: str, linear: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Take the input of one call, or its output if that is the narrow side."""
+        if name in self._refused:
+            return
+        if name not in self.moments and name not in self._sites:
+            if not acts_as_linear(linear, x, output):
+                self._refused.add(name)
+                return
+            self._settle(name, x)
+        shared = self._sites.get(name)
+        if shared is not None and not shared.is_current(x):
+            self._part_absent(shared)
+        # The linear may have been parted just now; its present site is the one that its input belongs to.
+        if name in self._sites:
+            self._sites[name].read(name, x)
+            return
+        bias = linear.bias
+        self.moments[name].add(x, output - bias if isinstance(bias, torch.Tensor) else output)
+
+    def _await_gradient(self, name: str, output: torch.Tensor) -> None:
+        """Add the gradient at an output when it comes back; outputs in the first unit begin the graph."""
+        if name not in self.outputs:
+            self.outputs[name] = BlockGram(output.shape[-1], self.device, OUTPUT_BLOCK)
+        output.requires_grad_().register_hook(self.outputs[name].add)
 
     def _settle(self, name: str, x: torch.Tensor) -> None:
         """Choose at the first call the cheapest moment, which is never wider than min(in, out).
@@ -112,6 +136,8 @@ class MomentHooks:
         if shared is not None:
             shared.members.add(name)
             self._place(name, shared)
+        elif self.sides:
+            self._place(name, _Site(BlockGram(in_features, self.device), {name}))
         elif out_features >= in_features:
             self._place(name, _Site(Gram(in_features, self.device, self.product_dtype), {name}))
         else:
@@ -119,7 +145,9 @@ class MomentHooks:
             self.moments[name] = Moments.empty(shape, False, self.device, self.product_dtype)
 
     def _place(self, name: str, site: _Site) -> None:
-        self._sites[name], self.moments[name] = site, Moments(site.gram, of_input=True)
+        self._sites[name] = site
+        if isinstance(site.gram, Gram):
+            self.moments[name] = Moments(site.gram, of_input=True)
 
     def _part_absent(self, site: _Site) -> None:
         """End the sharing for members that have not read the site's last tensor; each continues from what it read."""
@@ -127,12 +155,10 @@ class MomentHooks:
             return
         if not site.is_current(site.current):
             raise RuntimeError(f"{min(site.members)}: its input was changed in place between linears that share it")
-        last = Gram(len(site.gram.total_FF), self.device, self.product_dtype)
-        last.add(site.current)
         for name in site.members - site.readers:
-            gram = site.gram.without(last)
+            gram = site.gram.without(site.current)
             out_features, in_features = weight_shape(self.linears[name])
-            if out_features >= in_features:
+            if isinstance(gram, BlockGram) or out_features >= in_features:
                 self._place(name, _Site(gram, {name}, site.tensors - 1))
             else:
                 del self._sites[name]

@@ -1,25 +1,43 @@
 """What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
 
+import math
 from collections.abc import Collection, Mapping
 
+from onelayer.compiler.codes.forms import (
+    OUTPUT_BLOCK,
+    RESIDUAL_DTYPE,
+    CodeWidth,
+    coded_bytes,
+    group_size,
+    residual_ranks,
+)
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
+from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, FactorDtype, kept_values, linear_bytes
 from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
-from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, weight_shape
+from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, unit_width, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import EXPERT_ROWS, RESERVE_BYTES, SMALL_SHARE
+from onelayer.compiler.models.unit_memory import (
+    EXPERT_ROWS,
+    RESERVE_BYTES,
+    SLICE_BYTES,
+    SMALL_SHARE,
+    CompiledShape,
+    graph_bytes,
+    moment_bytes,
+    solving_bytes,
+)
 
 Ranks = Mapping[str, int | None]
 
 
 def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
-    """The rank of every linear of the repeated layers that is worth compressing, by runtime module name.
+    """Choose the rank of every linear of the repeated layers that is worth compressing, by runtime module name.
 
     One whose factors would not be smaller is left out, or if `quantized` has the rank None: it is quantized whole. One
     whose weight is shared with another layer stays as it is: factors of either would not serve both. Raises
-    `InputError` where there is none.
+    `InputError` if there is none.
     """
     ranks: dict[str, int | None] = {}
     tied = transformers_models.tied_names(streamed.model)
@@ -39,8 +57,25 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False)
     return ranks
 
 
+def choose_codes(
+    streamed: StreamedModel, names: Collection[str], share: float, width: CodeWidth
+) -> dict[str, int | None]:
+    """The rank of each named linear's residual factors, so that all together take `share` of their size at 16 bits.
+
+    None stands for a linear whose codes would be no smaller than its quantized weight: it is quantized whole.
+    """
+    shapes = {name: weight_shape(streamed.model.get_submodule(name)) for name in names}
+    whole = {name: linear_bytes(*shape, None, RESIDUAL_DTYPE, 0) for name, shape in shapes.items()}
+    coded = {name: shape for name, shape in shapes.items() if coded_bytes(*shape, width, 0) < whole[name]}
+    over = sum(
+        whole[name] - int(REFERENCE_BYTES * share * math.prod(shapes[name])) for name in shapes.keys() - coded.keys()
+    )
+    ranks = residual_ranks(coded, share, width, over)
+    return {name: ranks.get(name) for name in names}
+
+
 def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
-    """The rank of every stack of experts in the repeated layers that is worth compressing, by its runtime name.
+    """Choose the rank of every stack of experts in the repeated layers worth compressing, by its runtime name.
 
     One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantized whole.
     """
@@ -56,21 +91,27 @@ def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False
 
 
 def saved_parameters(streamed: StreamedModel, ranks: Ranks, stacks: Ranks) -> int:
-    """How many weights fewer an emulator of these ranks holds."""
+    """Count the weights that an emulator of these ranks saves."""
     saved = 0
     for name, (count, out_features, in_features) in stack_shapes(streamed).items():
         if (rank := stacks.get(name)) is not None:
-            saved += count * (out_features * in_features - rank * (out_features + in_features))
+            saved += count * (out_features * in_features - kept_values(out_features, in_features, rank))
     for unit in streamed.units:
         for name, module in unit_linears(unit):
             if (rank := ranks.get(name)) is not None:
                 out_features, in_features = weight_shape(module)
-                saved += out_features * in_features - rank * (out_features + in_features)
+                saved += out_features * in_features - kept_values(out_features, in_features, rank)
     return saved
 
 
-def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, factor_dtype: FactorDtype | None) -> int:
-    """Bytes of the weights of an emulator of these ranks."""
+def emulator_bytes(
+    streamed: StreamedModel,
+    ranks: Ranks,
+    stacks: Ranks,
+    factor_dtype: FactorDtype | None,
+    width: CodeWidth | None = None,
+) -> int:
+    """Bytes of the weights of an emulator of these ranks; of the residual factors of codes of `width`, if given."""
     dtype_bytes = streamed.dtype.itemsize
     total = stored_parameters(streamed) * dtype_bytes
     for name, (count, out_features, in_features) in stack_shapes(streamed).items():
@@ -81,58 +122,98 @@ def emulator_bytes(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, factor_
         for name, module in unit_linears(unit):
             if name in ranks:
                 shape = weight_shape(module)
-                total += (
-                    linear_bytes(*shape, ranks[name], factor_dtype, dtype_bytes) - dtype_bytes * shape[0] * shape[1]
-                )
+                kept = linear_bytes(*shape, ranks[name], factor_dtype, dtype_bytes)
+                if width is not None and (rank := ranks[name]) is not None:
+                    kept = coded_bytes(*shape, width, rank)
+                total += kept - dtype_bytes * shape[0] * shape[1]
     return total
 
 
 def stored_parameters(streamed: StreamedModel, blocks_only: bool = False) -> int:
-    """Parameters of the model, tied ones once; of its repeated layers alone if asked."""
+    """Count the parameters of the model, tied ones once; with `blocks_only` those of its repeated layers."""
     names = [name for unit in streamed.units if unit.is_block or not blocks_only for name in unit.parameters]
     names += () if blocks_only else streamed.parameters_outside_units
     return sum(streamed.weights.bare_parameters[name].numel() for name in names if name not in streamed.weights.aliases)
 
 
 def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> int:
-    """Parameters of the repeated layers that lie in stacks of matrices, `but` those named: experts, not linears."""
+    """Count the parameters of the repeated layers in stacks of matrices (experts), except the stacks in `but`."""
     names = [name for unit in streamed.units if unit.is_block for name in unit.parameters if name not in but]
     tensors = [streamed.weights.bare_parameters[name] for name in names if name not in streamed.weights.aliases]
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
-def compile_workspace(streamed: StreamedModel, ranks: Ranks, stacks: Ranks, batch_tokens: int) -> int:
+def coded_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
+    """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
+
+    Moments of both sides of the unit in float64, the factors of both for one linear, its weight in float32 six times as
+    it is coded and its residual solved, the graph of one micro-batch, slices of the head and their gradients and, on a
+    host that is the device too, the unit that is read ahead; a reserve.
+    """
+    worst = 0
+    for unit in streamed.units:
+        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
+        sides = [
+            8 * (in_features * group_size(in_features) + out_features * OUTPUT_BLOCK)
+            for out_features, in_features in shapes
+        ]
+        values = max((out_features * in_features for out_features, in_features in shapes), default=0)
+        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        worst = max(worst, sum(sides) + 4 * max(sides, default=0) + 24 * values + graph + unit.weight_bytes)
+    return worst + 4 * SLICE_BYTES + RESERVE_BYTES
+
+
+def compile_workspace(
+    streamed: StreamedModel,
+    ranks: Ranks,
+    stacks: Ranks,
+    batch_tokens: int,
+    factor_dtype: FactorDtype | None,
+    keeps_whole: bool,
+) -> int:
     """Predict what a compile holds in addition to the largest unit, from shapes alone.
 
-    Moments of the unit and the solver's copies of the widest linear, both in float64, the inputs and outputs of the
-    unit's linears for one micro-batch and, on a host that is the device too, the unit that is read ahead; a reserve.
-    Of experts the moments of one at a time, and the factors of all.
+    The moments of the unit, each linear's by itself; the solver of the widest linear and all that is stored; the inputs
+    and outputs of the unit's linears for one micro-batch; on a host that is the device too, the unit that is read
+    ahead; a reserve. Of experts the moments of one at a time, and what is stored of all. With `keeps_whole` a linear
+    that is quantized is stored as factors and whole.
     """
     worst = 0
     for unit in streamed.units:
         experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
-        worst = max([worst, *(_expert_workspace(found, stacks, batch_tokens) + unit.weight_bytes for found in experts)])
-        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
-        moments = sum(8 * min(shape) ** 2 for shape in shapes)
-        solver = max((8 * (4 * min(shape) ** 2 + 4 * shape[0] * shape[1]) for shape in shapes), default=0)
-        batch = batch_tokens * sum(out_features + in_features for out_features, in_features in shapes) * 8
-        worst = max(worst, moments + solver + batch + unit.weight_bytes)
+        in_experts = [
+            _expert_workspace(found, stacks, batch_tokens, streamed.dtype.itemsize, factor_dtype) for found in experts
+        ]
+        linears = [
+            CompiledShape(*weight_shape(module), ranks[name], streamed.dtype.itemsize, factor_dtype, keeps_whole)
+            for name, module in unit_linears(unit)
+            if name in ranks
+        ]
+        moments = moment_bytes(linear.narrow for linear in linears)
+        batch = 8 * batch_tokens * sum(linear.out_features + linear.in_features for linear in linears)
+        in_linears = moments + solving_bytes(linears) + batch
+        worst = max(worst, unit.weight_bytes + max([in_linears, *in_experts]))
     return worst + RESERVE_BYTES
 
 
-def _expert_workspace(found: ExpertStacks, ranks: Ranks, batch_tokens: int) -> int:
+def _expert_workspace(
+    found: ExpertStacks, ranks: Ranks, batch_tokens: int, value_bytes: int, factor_dtype: FactorDtype | None
+) -> int:
     """Predict what one module of experts takes: its routed rows of a batch, or one expert while it is solved.
 
-    Moments come twice, those of the rows that an expert was sent and those of all tokens.
+    Moments come twice, those of the rows that an expert was sent and those of all tokens. What is stored of all experts
+    comes once more for the larger stack, which is put together from its parts.
     """
-    shapes = {leaf: found.shape(leaf) for leaf in found.leaves}
-    sides = sum(out_features + in_features for _, out_features, in_features in shapes.values())
-    moments = 2 * sum(8 * min(shape[1:]) ** 2 for shape in shapes.values())
-    solver = max(8 * (4 * min(shape[1:]) ** 2 + 4 * shape[1] * shape[2]) for shape in shapes.values())
-    factors = sum(
-        4 * count * (ranks.get(found.path(leaf)) or 0) * (out_features + in_features)
-        for leaf, (count, out_features, in_features) in shapes.items()
-    )
-    rows = EXPERT_ROWS * sides * (8 + 8)
+    experts, stored = [], []
+    for leaf in found.leaves:
+        count, out_features, in_features = found.shape(leaf)
+        if found.path(leaf) in ranks:
+            expert = CompiledShape(out_features, in_features, ranks[found.path(leaf)], value_bytes, factor_dtype)
+            experts.append(expert)
+            stored.append(count * expert.stored_bytes)
+    shapes = [found.shape(leaf)[1:] for leaf in found.leaves]
+    moments = 2 * moment_bytes(min(shape) for shape in shapes)
+    solver = max(expert.solver_bytes for expert in experts)
+    rows = EXPERT_ROWS * sum(map(sum, shapes)) * (8 + 8)
     batch = batch_tokens * expert_width(found) * 8
-    return max(moments + solver + rows + factors, batch)
+    return max(moments + solver + rows + sum(stored) + max(stored), batch)

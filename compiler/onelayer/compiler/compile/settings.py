@@ -1,14 +1,23 @@
 """The settings of a compile."""
 
-from typing import Annotated, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import Field, model_validator
 
+from onelayer.compiler.codes.forms import CODE_WIDTHS, LEAST_RESIDUAL_BITS, RESIDUAL_DTYPE, CodeWidth, code_width
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, Solver
-from onelayer.compiler.factors.stored_forms import DEFAULT_KEEP_BYTES, FactorDtype, within_bytes
+from onelayer.compiler.factors.stored_forms import (
+    DEFAULT_KEEP_BYTES,
+    REFERENCE_BYTES,
+    FactorDtype,
+    bytes_per_value,
+    keep_ratio,
+    within_bytes,
+)
 from onelayer.compiler.settings import Batched, Lengths, Must, Option, Resumable, Revised, Samples, Seeded, Settings
 
+Form = Literal["factors", "coded"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 _RATIO_RULE = "lie between 0 and 1, for example 0.25"
 
@@ -45,6 +54,16 @@ class EmulatorSize(Settings):
         Option(default="uniform with --ratio, else spectrum"),
     ] = None
 
+    form: Annotated[
+        Form,
+        Field(description="What replaces a linear: low-rank factors, or codes with a thin low-rank part."),
+    ] = "factors"
+    backward: Annotated[
+        bool | None,
+        Field(description="Weigh errors by what the loss feels: a pass back over the calibration data; for codes."),
+        Option(flags="--backward/--no-backward", default="on with --form coded"),
+    ] = None
+
     @property
     def share(self) -> float:
         """The kept share of bytes, if no ratio says how much is kept."""
@@ -69,17 +88,44 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
             raise InputError("--ratio and --keep-bytes say the same in two ways; give one of them")
         if self.ratio == 1 and self.factor_dtype is None:
             raise InputError(f"--ratio {self.ratio}: must {_RATIO_RULE}")
+        if self.form == "factors" and self.backward:
+            raise InputError("--backward: only codes are weighted by gradients; give --form coded, or leave it out")
         return self
 
     def resolved(self, value_bytes: int, *, is_bfloat16: bool) -> "ResolvedSettings":
         """Fill in what the original decides. "bf16" for a bfloat16 original means the original's own dtype."""
         ratio, factor_dtype = self.ratio, self.factor_dtype
+        if self.form == "coded":
+            return self._resolved_codes()
         if ratio is None:
             ratio, factor_dtype = within_bytes(self.share, factor_dtype, value_bytes)
         if factor_dtype == "bf16" and is_bfloat16:
             factor_dtype = None
         chosen = {"ratio": ratio, "keep_bytes": None, "factor_dtype": factor_dtype, "rank_allocation": self.allocation}
         return ResolvedSettings.of({**dict(self), **chosen})
+
+    def _resolved_codes(self) -> "ResolvedSettings":
+        """Fill in what follows from codes: their size is a share of bytes, and their low-rank part has one dtype."""
+        if self.ratio is not None:
+            raise InputError("--ratio: codes have no ratio of parameters; give --keep-bytes, or --form factors")
+        if self.factor_dtype not in (None, RESIDUAL_DTYPE) or self.rank_allocation not in (None, "uniform"):
+            raise InputError(
+                f"--form coded: stores its factors in {RESIDUAL_DTYPE}, with uniform ranks; leave --factor-dtype and "
+                "--rank-allocation out"
+            )
+        if code_width(self.share) is None:
+            least = (8 / CODE_WIDTHS[-1] + LEAST_RESIDUAL_BITS) / (8 * REFERENCE_BYTES)
+            raise InputError(f"--form coded: needs --keep-bytes {least:.3f} or more; give --form factors for less")
+        return ResolvedSettings.of(
+            {
+                **dict(self),
+                "ratio": keep_ratio(self.share, RESIDUAL_DTYPE, REFERENCE_BYTES),
+                "keep_bytes": None,
+                "factor_dtype": RESIDUAL_DTYPE,
+                "rank_allocation": "uniform",
+                "backward": self.backward is not False,
+            }
+        )
 
 
 class ResolvedSettings(CompileSettings):
@@ -90,6 +136,22 @@ class ResolvedSettings(CompileSettings):
 
     ratio: Annotated[Ratio, Must(_RATIO_RULE)]
     rank_allocation: Allocation
+
+    @property
+    def kept_share(self) -> float:
+        """The share of each linear's bytes at 16 bits that a ratio of quantized values takes."""
+        assert self.factor_dtype is not None
+        return self.ratio * bytes_per_value(self.factor_dtype) / REFERENCE_BYTES
+
+    @property
+    def code_width(self) -> CodeWidth | None:
+        """The code width of all coded linears; None without codes."""
+        return code_width(self.kept_share) if self.form == "coded" else None
+
+    def recorded(self, *without: str) -> dict[str, Any]:
+        """Leave out what only codes have, if there are none: older records stay valid."""
+        coded = () if self.form == "coded" else ("form", "backward")
+        return super().recorded(*without, *coded)
 
 
 class CompileKeywords(TypedDict, total=False):
@@ -103,6 +165,8 @@ class CompileKeywords(TypedDict, total=False):
     batch_size: int
     solver: Solver
     rank_allocation: Allocation | None
+    form: Form
+    backward: bool | None
     device: str | None
     host_memory_bytes: int | None
     seed: int

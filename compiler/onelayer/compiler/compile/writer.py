@@ -4,7 +4,6 @@ In: resident units and the factors of their linears. Out: an ordinary transforme
 reads it). Held: one unit at a time; matrices that stay on disk are copied in slices.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
 from onelayer.compiler.emulators.directory import (
+    CODES_VERSION,
     FORMAT_VERSION,
     INDEX_FILE,
     SHIM_FILE,
@@ -31,6 +31,7 @@ from onelayer.compiler.models.units import Unit
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.companions import copy_companions
 from onelayer.compiler.storage.files import write_json, write_text
+from onelayer.compiler.storage.model_config import read_model_config, write_model_config
 from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 from onelayer.compiler.storage.safetensors_writer import Entry, tensor_entry, write_index, write_safetensors
 
@@ -134,7 +135,7 @@ class EmulatorWriter:
         write_index(self.directory / INDEX_FILE, shard_of, total_bytes)
         copy_companions(self.streamed.checkpoint.directory, self.directory)
         write_text(self.directory / SHIM_FILE, SHIM_TEXT)
-        write_json(self.directory / "config.json", self._config(base))
+        write_model_config(self.directory, self._config(base))
         digest = model_digest(self.directory)
         linears = [item.model_dump(mode="json") for item in self.linears.values()]
         stacks = [item.model_dump(mode="json") for item in self.stacks.values()]
@@ -146,11 +147,12 @@ class EmulatorWriter:
 
     @property
     def _version(self) -> int:
+        if any(figures.form == "coded" for figures in self.linears.values()):
+            return CODES_VERSION
         return STACKS_VERSION if self.stacks else FORMAT_VERSION
 
     def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        source = self.streamed.checkpoint.directory / "config.json"
-        document: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+        document = read_model_config(self.streamed.checkpoint.directory)
         dtype = str(self.streamed.dtype).removeprefix("torch.")
         document["dtype"] = dtype
         document["auto_map"] = auto_map(self.streamed.config)
@@ -164,12 +166,16 @@ class EmulatorWriter:
             name: {"shape": figures.shape, "rank": figures.rank if figures.form == "factors" else None}
             for name, figures in self.stacks.items()
         }
+        codes = {name: figures.code_width for name, figures in linears.items() if figures.form == "coded"}
         document["quantization_config"] = {
             "quant_method": "onelayer",
             "format_version": self._version,
-            "ranks": {name: figures.rank for name, figures in linears.items() if figures.form == "factors"},
+            "ranks": {
+                name: figures.rank for name, figures in linears.items() if figures.form != "dense" and figures.rank
+            },
             "factor_dtype": self.factor_dtype or dtype,
             **(packed if self.factor_dtype is not None else {}),
+            **({"codes": codes} if codes else {}),
             **({"stacks": stacks} if stacks else {}),
             "base_model": base["model"],
             "base_revision": base["revision"],

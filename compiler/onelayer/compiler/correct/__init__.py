@@ -1,1 +1,1 @@
-"""The correct pass: an adapter that was trained on an emulator is fitted to the original."""
+"""The correct pass: fits an adapter that was trained on an emulator to the original."""

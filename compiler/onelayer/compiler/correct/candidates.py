@@ -1,4 +1,4 @@
-"""The corrections that are tried where held-out data choose, and what trying them takes. Torch-free."""
+"""The corrections that are tried if held-out data choose among them. Torch-free."""
 
 from typing import Literal
 
@@ -10,8 +10,8 @@ LIMITS: tuple[tuple[Solver, float | None], ...] = (
     ("span", 0.0), ("span", 1.0), ("span", 3.0), ("span", 10.0), ("span", None),
     ("oblique", 1.0), ("oblique", 3.0), ("oblique", None),
 )  # fmt: skip
-# An emulator has less energy than its original, and what it gets wrong the adapter may have learnt to outdo: so the
-# adapter can come out too small or too large. Tried with no correction and with the one that is chosen most often.
+# An emulator has less energy than its original, and the adapter may have learned to outdo the emulator's errors. So the
+# adapter can be too small or too large. Scales are tried without a correction and with the one chosen most often.
 SCALES, SCALED = (0.65, 0.8, 0.9, 1.1, 1.2), (("span", 0.0), ("oblique", 1.0))
 CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
     *((*limit, 1.0) for limit in LIMITS),
@@ -19,19 +19,10 @@ CANDIDATES: tuple[tuple[Solver, float | None, float], ...] = (
 )
 
 
-def trial_bytes(sides: int, widest_factors_bytes: int) -> int:
-    """Bound what the trials hold in addition to the stream that scores them, in bytes.
-
-    `sides`: inputs and outputs of all adapted linears, each times the adapter's rank. Every adapted linear has p, b and
-    two errors; one unit at a time has the candidates, and one linear its factors.
-    """
-    return 8 * (4 + len(CANDIDATES)) * sides + 2 * widest_factors_bytes
-
-
 class CorrectionSettings(Result):
-    """What decides a correction; limit 0 leaves the adapter as trained, None is no limit.
+    """The choices that determine a correction: limit 0 leaves the adapter as trained, None means no limit.
 
-    What the adapter adds to the original is multiplied by `scale`.
+    `scale` multiplies what the adapter adds to the original.
     """
 
     solver: Solver
@@ -40,6 +31,6 @@ class CorrectionSettings(Result):
 
 
 class Candidate(CorrectionSettings):
-    """One that was tried, and its held-out loss."""
+    """Settings that were tried, and their held-out loss."""
 
     loss: float

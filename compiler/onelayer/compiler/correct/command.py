@@ -1,7 +1,7 @@
-"""An adapter trained on an emulator in, the adapter for the original out (EMLoC, arXiv 2506.12015, stage 3).
+"""Correct: turns an adapter trained on an emulator into one for the original (EMLoC, arXiv 2506.12015, stage 3).
 
-One linear at a time: its weight from the original's checkpoint, its factors from the emulator's files, and nothing
-else; the original is read once. The adapter given is left as it is.
+It handles one linear at a time and reads only its weight from the original's checkpoint and its factors from the
+emulator's files. The original is read once. The given adapter is not changed.
 """
 
 from collections.abc import Iterable
@@ -34,9 +34,11 @@ from onelayer.compiler.storage.files import atomic_directory, check_output
 
 
 class CorrectedLinear(Result):
-    """One module: the mean of |D| / |B'| over its directions before the clamp (None: B' is zero), how many it caught.
+    """Figures of one corrected module.
 
-    `rank` counts the directions of A; `compressed` is false where the emulator kept the module, so nothing changed.
+    `ratio_mean` is the mean of |D| / |B'| over its directions before the clamp; None if B' is zero. `clamped` counts
+    the directions that were clamped, `rank` the directions of A. `compressed` is false if the emulator kept the
+    module's weight, so that nothing changed.
     """
 
     name: str
@@ -47,9 +49,9 @@ class CorrectedLinear(Result):
 
 
 class CorrectResult(Result):
-    """What `correct_adapter` did, with which limit, solver and scale; `candidates` says what they were chosen from.
+    """The result of `correct_adapter`: the limit, solver and scale it used, and the `candidates` it chose from.
 
-    `provenance_checked` tells whether the adapter named the emulator it came from.
+    `provenance_checked` says whether the adapter named the emulator that it was trained on.
     """
 
     output: str
@@ -74,10 +76,10 @@ def correct_adapter(
 ) -> CorrectResult:
     """Write to `output` the adapter that does to the original `model` what `adapter` did to `emulator`.
 
-    `limit` bounds the correction of each direction relative to the adapter; None sets no bound; "auto" chooses limit,
-    solver and scale by the loss on the held-out `data`, which is read for nothing else, as are the arguments after it.
-    By default that is done where there are `data`, and 3 is taken, the paper's limit, where there are none. Raises
-    `InputError` where the three do not belong together or the adapter is already corrected.
+    `limit` bounds the correction of each direction relative to the adapter; None sets no bound. "auto" chooses limit,
+    solver and scale by the loss on the held-out `data`; `data` and the other settings serve only this choice. The
+    default is "auto" with `data`, and 3, the paper's limit, without. Raises `InputError` if adapter, emulator and model
+    do not belong together or the adapter is already corrected.
     """
     asked = CorrectSettings.of(settings)
     limit = chosen_limit(asked.limit, data is not None)
@@ -129,13 +131,13 @@ def _check_limit(limit: float | str | None, data: DataSource | None) -> None:
 
 
 def _chosen(limit: float | str | None) -> CorrectionSettings:
-    """The paper's correction."""
+    """Return the settings of the paper's correction with this limit."""
     assert not isinstance(limit, str)
     return CorrectionSettings(solver="span", limit=limit, scale=1.0)
 
 
 def _check_pairs(adapter: Adapter, emulator: Emulator, model: Path) -> bool:
-    """Refuse what does not belong together, by digest; true where the adapter says what it was trained on."""
+    """Refuse inputs that do not belong together, by digest; return whether the adapter records its emulator."""
     if adapter.provenance is not None and adapter.provenance.get("corrected"):
         raise InputError(f"{adapter.directory}: is already corrected; use it as it is")
     if not adapter.modules:
@@ -167,7 +169,7 @@ def _solve(
     gaps: dict[str, Gap],
     meter: Meter,
 ) -> dict[str, Correction]:
-    """The corrections of every compressed module; weights whose gaps are not known yet are read, once, and dropped."""
+    """Compute the correction of every compressed module; read a weight only if its gap is not known yet, and once."""
     solved = {name: gap.limited(chosen.limit).scaled(chosen.scale) for name, gap in gaps.items()}
     names = [name for name in adapter.modules if name in emulator.facts.compressed and name not in gaps]
     for name, gap in measure_gaps(streamed, emulator, adapter, names, meter):
@@ -196,7 +198,7 @@ def _factors(adapter: Adapter, name: str, solved: Correction | None, scale: floa
 
 
 def _base(emulator: Emulator, model: str | Path, streamed: StreamedModel, modules: Iterable[nn.Module]) -> Base:
-    """The original as a loader can find it: the Hub id that the emulator names, else the path given here."""
+    """Describe the original so that a loader finds it: by the emulator's Hub id, else by the path given here."""
     recorded = emulator.facts.base_model
     is_hub_id = recorded.count("/") <= 1 and not Path(recorded).exists() and not Path(recorded).is_absolute()
     kind = type(streamed.model)

@@ -1,7 +1,7 @@
 """The correction of one linear: its weight, the emulator's factors and the adapter in, corrected factors out; pure.
 
-EMLoC (arXiv 2506.12015, stage 3), with the scaling that the published code leaves out. What is as small as the adapter
-is computed in float64, products with the weight in float32 (in float64 where the weight is).
+This is EMLoC (arXiv 2506.12015, stage 3) with the scaling that the published code leaves out. Matrices as small as the
+adapter are computed in float64, products with the weight in float32 (in float64 if the weight is).
 
 Letters: r rank of the adapter, k rank of the emulator, in / out features of the linear.
 """
@@ -15,7 +15,7 @@ import torch
 from onelayer.compiler.machine.threads import single_threaded
 from onelayer.compiler.models.unit_memory import BLOCK_BYTES
 
-# Directions of A weaker than this share of the strongest are none: their basis vectors are arbitrary.
+# Directions of A weaker than this share of the strongest are ignored: their basis vectors are arbitrary.
 RELATIVE_CUTOFF = 1e-6
 # Added to the inputs' energy in every direction, as a share of its mean: few samples leave some directions unseen.
 RIDGE = 1e-3
@@ -23,7 +23,10 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Correction:
-    """The numbers of one linear: A' (r, in) with orthonormal rows, B_c (out, r); per direction its ratio and clamp."""
+    """The corrected factors of one linear: A' (r, in) with orthonormal rows and B_c (out, r).
+
+    `ratios` has a ratio for each direction, |D| / |B'|; `clamped` counts the directions that exceeded the limit.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -31,16 +34,16 @@ class Correction:
     clamped: int
 
     def scaled(self, scale: float) -> "Correction":
-        """What it does, `scale` times."""
+        """Return the correction with its effect multiplied by `scale`."""
         return self if scale == 1 else replace(self, b=scale * self.b)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """What every correction of one linear is made from, whatever its limit.
+    """The parts from which every correction of one linear is made, whatever its limit.
 
-    p (in, r') orthonormal and b (out, r'), the adapter as it was trained: b p^T; error (out, r') = (W - E) p, what the
-    emulator gets wrong in the adapter's directions.
+    p (in, r') is orthonormal; with b (out, r') it gives the adapter as trained: b p^T. error (out, r') = (W - E) p is
+    what the emulator gets wrong in the adapter's directions.
     """
 
     p: torch.Tensor
@@ -48,10 +51,10 @@ class Gap:
     error: torch.Tensor
 
     def limited(self, limit: float | None) -> Correction:
-        """A' = p^T and B_c = b - error, each direction of the error scaled down to `limit` times the adapter's own.
+        """Compute A' = p^T and B_c = b - error, with each direction of the error scaled down to respect `limit`.
 
-        `limit` bounds mean|error_i| / mean|b_i| of every direction i (lambda of the paper): 0 leaves the adapter as it
-        is, None leaves the error as it is.
+        `limit` bounds mean|error_i| / mean|b_i| of every direction i (lambda of the paper). 0 leaves the adapter
+        unchanged, None leaves the error unchanged.
         """
         size, reference = self.error.abs().mean(0), self.b.abs().mean(0)
         # min(1, limit / ratio). Without a limit the bound is infinite (undefined where b is zero): nothing exceeds it.
@@ -62,9 +65,9 @@ class Gap:
 
 
 def split_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """P (in, r') with orthonormal columns and B' (out, r') such that B' P^T = scaling * b @ a, in float64.
+    """Compute P (in, r') with orthonormal columns and B' (out, r') such that B' P^T = scaling * b @ a, in float64.
 
-    From the thin SVD A^T = P S R^T: B' = scaling * B R S. Only directions that A has are kept, so r' <= r.
+    They follow from the thin SVD A^T = P S R^T: B' = scaling * B R S. Only directions that A has are kept, so r' <= r.
     """
     p, s, r_t = torch.linalg.svd(a.double().T, full_matrices=False)
     kept = s > RELATIVE_CUTOFF * s.amax()
@@ -80,11 +83,11 @@ def measure_gap(
     scaling: float,
     transposed: bool = False,
 ) -> Gap:
-    """The gap of one linear, computed on the device of its weight.
+    """Compute the gap of one linear on the device of its weight.
 
-    weight: consecutive rows of the original's, (out, in), or (in, out) where `transposed`; up (out, k) and down
-    (k, in), the emulator's, or its whole weight (out, in) and None; a (r, in), b (out, r), scaling: the adapter as
-    trained.
+    `weight` yields consecutive rows of the original's weight (out, in), or (in, out) if `transposed`. `up` (out, k) and
+    `down` (k, in) are the emulator's factors, or its whole weight (out, in) and None. `a` (r, in), `b` (out, r) and
+    `scaling` are the adapter as trained.
     """
     with single_threaded():
         p, b_split = split_product(a, b, scaling)
@@ -101,10 +104,10 @@ def oblique_gap(
     seen: torch.Tensor,
     transposed: bool,
 ) -> Gap:
-    """The gap whose full correction is best on average over inputs x, not only for those in the span of p.
+    """Compute the gap whose full correction is best on average over inputs x, not only for those in the span of p.
 
-    seen (in, r'): E[x x^T] p up to a factor. error = argmin_K E |(W - E) x - K p^T x|^2 = (W - E) seen (p^T seen)^-1.
-    Where nothing was seen, or what was seen is not finite, `span` itself.
+    seen (in, r') is E[x x^T] p up to a factor. error = argmin_K E |(W - E) x - K p^T x|^2 = (W - E) seen (p^T seen)^-1.
+    If nothing was seen, or `seen` is not finite, this returns `span` itself.
     """
     inner = span.p.T @ seen
     energy = float(inner.trace()) / max(1, len(inner))
@@ -119,12 +122,12 @@ def oblique_gap(
 
 
 def _emulated(up: torch.Tensor, down: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
-    """E p (out, r), where and as wide as p is; E = up down, or `up` alone."""
+    """Compute E p (out, r) on the device and in the dtype of p; E is up down, or `up` alone."""
     return up.to(p) @ (p if down is None else down.to(p) @ p)
 
 
 def project(weight: Iterable[torch.Tensor], p: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-    """W p (out, r) from consecutive rows of W (out, in), or of W^T (in, out) where `transposed`.
+    """Compute W p (out, r) from consecutive rows of W (out, in), or of W^T (in, out) if `transposed`.
 
     The product is formed as p^T W^T: thin times wide is several times faster than wide times thin.
     """

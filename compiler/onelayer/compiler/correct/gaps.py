@@ -1,7 +1,8 @@
-"""The correction's reading: weights and factors from disk in, the gap of every compressed linear out, one by one.
+"""Reads the weights and factors for a correction from disk; yields the gap of every compressed linear, one by one.
 
-A few linears are worked on at once, each in a thread of its own that reads some rows and multiplies them in turn: while
-one reads another computes, so the pass takes as long as reading does, or as its products do on all cores.
+A few linears are processed at once, each in its own thread, which alternates between reading rows and multiplying them.
+While one thread reads, another computes. So the pass takes as long as reading takes, or as its products take on all
+cores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from onelayer.compiler.machine.threads import read_ahead
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import CHUNK_BYTES, LINEARS_AT_ONCE, CorrectedShape, correction_bytes
 
-# Weights that transformers' rules put together are made one at a time: its code is not meant for several threads.
+# Weights that transformers' conversion rules assemble are made one at a time: that code is not made for threads.
 _CONVERTING = Lock()
 
 Read = Callable[[], torch.Tensor]
@@ -31,7 +32,7 @@ Read = Callable[[], torch.Tensor]
 def measure_gaps(
     streamed: StreamedModel, emulator: Emulator, adapter: Adapter, names: Sequence[str], meter: Meter
 ) -> Iterator[tuple[str, Gap]]:
-    """The gaps of the linears `names`, all of them compressed, in the order in which their weights lie on the disk."""
+    """Yield the gaps of the compressed linears `names`, in the order in which their weights lie on disk."""
 
     def location(name: str) -> tuple[Path, int]:
         info = streamed.checkpoint.tensors[streamed.weights.checkpoint_keys[f"{name}.weight"][0]]
@@ -59,7 +60,7 @@ def linear_gap(
     factors: tuple[torch.Tensor, torch.Tensor | None],
     transposed: bool,
 ) -> Gap:
-    """The gap of one linear of `adapter`. Raises `InputError` by name where a value is not finite."""
+    """Compute the gap of one linear of `adapter`. Raises `InputError` with its name if a value is not finite."""
     gap = measure_gap(rows, *factors, *adapter.factors(name), adapter.modules[name].scaling, transposed)
     if not gap.error.isfinite().all():
         raise InputError(f"{name}: weight or emulator holds values that are not finite; check the original's files")
@@ -67,7 +68,7 @@ def linear_gap(
 
 
 def _weight_reads(streamed: StreamedModel, name: str) -> list[Read]:
-    """Reads of consecutive rows of one weight; of the whole where the checkpoint holds it in another form."""
+    """List reads of consecutive rows of one weight; one read of all rows if it is stored in another form."""
     parameter = f"{name}.weight"
     empty = streamed.weights.bare_parameters[parameter]
     if parameter not in streamed.weights.stored_unchanged:
@@ -89,7 +90,7 @@ def _converted(streamed: StreamedModel, parameter: str) -> torch.Tensor:
 
 
 def correct_workspace(streamed: StreamedModel, emulator: Emulator, adapter: Adapter) -> int:
-    """Predict what a correction holds, from shapes alone (`correction_bytes`)."""
+    """Predict the bytes that a correction holds, from shapes alone (`correction_bytes`)."""
 
     def shape(name: str) -> CorrectedShape:
         module, weight = adapter.modules[name], streamed.weights.bare_parameters[f"{name}.weight"]

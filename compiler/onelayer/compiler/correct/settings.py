@@ -12,7 +12,7 @@ PAPER_LIMIT = 3.0
 
 
 def _checked_limit(value: Any) -> Any:
-    """Refuse other words than the two that are known, and numbers that are no limit."""
+    """Refuse words other than the two known ones, and numbers that cannot be a limit."""
     if isinstance(value, str) and value not in ("auto", "default"):
         raise InputError(f"--limit {value}: must be a number, none, auto or default")
     if isinstance(value, float | int) and not 0 <= value < math.inf:
@@ -21,21 +21,21 @@ def _checked_limit(value: Any) -> Any:
 
 
 class CorrectSettings(Lengths, Batched, Machine):
-    """What can be set of a correction; all but `limit` is for reading held-out data."""
+    """All settings of a correction; all except `limit` serve only to read held-out data."""
 
     limit: Annotated[
         float | Literal["auto", "default"] | None,
         BeforeValidator(_checked_limit),
         Field(
-            description="How far a correction may exceed the adapter; auto chooses that, the solver and a scale by the "
-            "loss on --data."
+            description="How large a correction may be relative to the adapter; auto chooses this limit, the solver "
+            "and a scale by the loss on --data."
         ),
         Option(metavar="NUMBER|none|auto|default", reader="limit", default=f"auto with --data, else {PAPER_LIMIT:g}"),
     ] = "default"
 
 
 def chosen_limit(limit: float | Literal["auto", "default"] | None, has_data: bool) -> float | Literal["auto"] | None:
-    """Choose what "default" means: "auto" if there are held-out data, else the paper's limit."""
+    """Replace "default" by "auto" if there are held-out data, else by the paper's limit."""
     if limit == "default":
         return "auto" if has_data else PAPER_LIMIT
     return limit

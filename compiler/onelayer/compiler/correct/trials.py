@@ -1,8 +1,8 @@
-"""Limit, solver and scale of the correction, chosen on held-out data: every candidate scored in one stream.
+"""Chooses limit, solver and scale of the correction on held-out data; every candidate is scored in one stream.
 
-While a unit of the original is held, all batches run through it as it is, which shows what its linears read; then the
-corrections are computed from its own weights, and every batch runs with each. So the pass reads what one evaluation
-reads, and the emulator's factors; nothing about the inputs is stored.
+While a unit of the original is resident, all batches run through it unchanged, which shows what its linears read. Then
+the corrections are computed from the unit's weights, and every batch runs with each correction. So the pass reads only
+what one evaluation reads, and the emulator's factors. Nothing about the inputs is stored.
 
 Letters: N rows (tokens), in features, r rank of the adapter.
 """
@@ -18,10 +18,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from onelayer.compiler.adapters.attach import tuner_layers
+from onelayer.compiler.adapters.attach import Adapted, tuner_layers
 from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver, trial_bytes
+from onelayer.compiler.adapters.replacements import replaced_bytes, replaced_values
+from onelayer.compiler.correct.candidates import CANDIDATES, Candidate, Solver
 from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
 from onelayer.compiler.data.batches import tokens_digest
@@ -33,11 +34,13 @@ from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import Scoring, scoring_workspace
 from onelayer.compiler.evaluate.variants import Run, open_scored
 from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.unit_memory import trial_bytes
 from onelayer.compiler.models.units import Unit, named_parts
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
-NAME = "trained"  # of the one adapter that PEFT attaches
+NAME = "trained"  # the name under which PEFT attaches the adapter
 
 Weights = tuple[torch.Tensor, torch.Tensor]
 UpDown = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole weight and None
@@ -45,7 +48,7 @@ UpDown = tuple[torch.Tensor, torch.Tensor | None]  # up and down; or a whole wei
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The data that a limit is chosen on, and how it is run; hidden states beyond `host_memory_bytes` wait on disk."""
+    """The data on which a limit is chosen, and how to run it; hidden states beyond `host_memory_bytes` go to disk."""
 
     data: DataSource
     max_length: int
@@ -56,9 +59,9 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the stream found: the best candidate, the gaps by which to solve it, and what it cost.
+    """The outcome of the trials: the best candidate, the gaps needed to solve it, and what the stream cost.
 
-    `gaps` are those of the linears that the data reached. `validation` says what the losses were measured on.
+    `gaps` holds the linears that the data reached. `validation` identifies the data of the losses.
     """
 
     best: Candidate
@@ -70,21 +73,22 @@ class Choice:
 
 
 def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out: HeldOut, meter: Meter) -> Choice:
-    """Score the corrections of `adapter` on the original. Raises `InputError` on unusable data."""
+    """Score all candidate corrections of `adapter` on the original. Raises `InputError` on unusable data."""
     if min(held_out.max_length, held_out.batch_size) < 1:
         raise InputError("max_length and batch_size must be at least 1")
-    streamed, classes = open_scored(model, {NAME: adapter.directory})
+    adapted, classes = open_scored(model, {NAME: adapter})
+    streamed = adapted.streamed
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
-    trials, scoring = _Trials(adapter, emulator, variants), Scoring(batches, variants, spill_pool)
+    trials, scoring = _Trials(adapter, adapted, emulator, variants), Scoring(batches, variants, spill_pool)
     stream = Stream(
         streamed,
         held_out.device,
         meter,
         on_unit=trials.on_unit,
         spill_pool=spill_pool,
-        # In every unit all batches as they are come before any with a correction.
+        # In every unit, all batches run without a correction before any runs with one.
         priority=lambda index: (index % variants, index),
         description="correct",
     )
@@ -94,35 +98,51 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         Candidate(solver=solver, limit=limit, scale=scale, loss=loss)
         for (solver, limit, scale), loss in zip(CANDIDATES, losses, strict=True)
     ]
-    best = min(candidates, key=lambda candidate: candidate.loss)  # of equals the first, the most cautious
-    factors = (4 * rank * sum(emulator.shape(name)) for name, rank in emulator.facts.compressed.items())
-    sides = sum(item.rank * (item.in_features + item.out_features) for item in adapter.modules.values())
-    tried = trial_bytes(sides, max(factors, default=0))
+    best = min(candidates, key=lambda candidate: candidate.loss)  # a tie goes to the first, the most cautious
+    tried = _trial_workspace(streamed, adapter, emulator, held_out.device.type == "cuda")
     workspace = scoring_workspace(streamed, batches, variants, held_out.device, spill_pool)
     return Choice(
         best=best,
         candidates=candidates,
         gaps=trials.gaps[best.solver],
         validation={"digest": tokens_digest(samples.tokens), "samples": len(samples.tokens)},
-        workspace_bytes=workspace + tried,
+        workspace_bytes=workspace + tried + replaced_bytes(streamed, adapted.replacements),
         bytes_read=streamed.checkpoint.bytes_read,
     )
 
 
+def _trial_workspace(streamed: StreamedModel, adapter: Adapter, emulator: Emulator, on_gpu: bool) -> int:
+    """Predict what the trials hold, from shapes alone (`trial_bytes`)."""
+    sides = sum(item.rank * (item.in_features + item.out_features) for item in adapter.modules.values())
+    factors = [[emulator.kept_values(name) for name in _tried(unit, emulator)] for unit in streamed.units]
+    return trial_bytes(len(CANDIDATES), sides, factors, on_gpu)
+
+
+def _adapted(unit: Unit) -> dict[str, LoraLayer]:
+    """Map the names of the adapted linears of a unit to PEFT's layers."""
+    return {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
+
+
+def _tried(unit: Unit, emulator: Emulator) -> list[str]:
+    """List the adapted linears of a unit that the emulator compresses, so that they are corrected."""
+    return [name for name in _adapted(unit) if name in emulator.facts.compressed]
+
+
 @dataclass
 class _Trials:
-    """Watches a unit while it runs as it is, computes its corrections, and runs it with each."""
+    """The trials in one unit: observe it while it runs unchanged, compute its corrections, run it with each."""
 
     adapter: Adapter
+    adapted: Adapted
     emulator: Emulator
     variants: int
     gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
 
     @contextmanager
     def on_unit(self, unit: Unit) -> Iterator[Run]:
-        """Stream index i is variant i % variants: 0 the original, then the candidates. All is put back on exit."""
-        layers: dict[str, Any] = {name: part for name, part in named_parts(unit) if isinstance(part, LoraLayer)}
-        compressed = {name: layer for name, layer in layers.items() if name in self.emulator.facts.compressed}
+        """Run stream index i as variant i % variants: 0 is the original, then the candidates. Restore all on exit."""
+        layers: dict[str, Any] = _adapted(unit)
+        compressed = {name: layers[name] for name in _tried(unit, self.emulator)}
         switches = tuner_layers(unit)
         adapted = compressed.values()
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
@@ -131,7 +151,7 @@ class _Trials:
         watch = _Watch()
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
-            if name not in self.gaps["span"]:  # a unit may be held again
+            if name not in self.gaps["span"]:  # a unit may become resident again
                 rows, transposed = iter([linear.weight.detach()]), is_transposed(linear)
                 self.gaps["span"][name] = linear_gap(self.adapter, name, rows, factors[name], transposed)
             watch.attach(name, linear, self.gaps["span"][name].p)
@@ -139,6 +159,7 @@ class _Trials:
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             variant = index % self.variants
+            put_values(NAME if variant > 0 else None)
             for part in switches:
                 part.enable_adapters(variant > 0)
             if variant == 0:
@@ -147,12 +168,13 @@ class _Trials:
                 watch.detach()
                 weights.update(self._solve(compressed, factors, watch))
             _set({layer: solved[variant - 1] for layer, solved in weights.items()})
-            for layer, scaling in scalings.items():  # the weights that were solved hold their scale already
+            for layer, scaling in scalings.items():  # solved weights already contain their scale
                 layer.scaling[NAME] = 1.0 if layer in before else CANDIDATES[variant - 1][2] * scaling
             return unit.forward(*args, **kwargs)
 
         try:
-            yield run
+            with replaced_values(self.adapted.streamed, unit, self.adapted.replacements) as put_values:
+                yield run
         finally:
             watch.detach()
             _set(before)
@@ -162,7 +184,7 @@ class _Trials:
     def _solve(
         self, compressed: Mapping[str, Any], factors: Mapping[str, UpDown], watch: "_Watch"
     ) -> Iterator[tuple[Any, list[Weights]]]:
-        """A' and B_c of every candidate, in float32, where the weights are."""
+        """Yield A' and B_c of every candidate by layer, in float32, on the device of the weights."""
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
             rows, span = [linear.weight.detach()], self.gaps["span"][name]
@@ -176,7 +198,7 @@ class _Trials:
 
 
 class _Watch:
-    """Sums x x^T p (in, r) over the inputs that linears read, in float64; rows that are not finite are left out."""
+    """A sum of x x^T p (in, r) over the inputs that linears read, in float64, without rows that are not finite."""
 
     def __init__(self) -> None:
         self.seen: dict[str, torch.Tensor] = {}

@@ -37,15 +37,31 @@ def tokens_digest(tokens: Iterable[Tokens]) -> str:
     return sha256_json([[item.input_ids, item.labels if item.label is None else item.label] for item in tokens])
 
 
+def check_token_ids(rows: Iterable[Sequence[int]], config: PreTrainedConfig) -> None:
+    """Raise `InputError` if a row has a token that the model has no embedding for: its tokenizer is another model's."""
+    text = config.get_text_config()
+    known = getattr(text, "vocab_size", None)
+    if not isinstance(known, int):
+        return
+    known += getattr(text, "additional_vocab_size", 0)
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= known:
+        raise InputError(
+            f"{config.name_or_path}: the tokenizer makes token {largest} and config.json, field vocab_size, knows "
+            f"{known}; put the tokenizer of this model there"
+        )
+
+
 def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
     """Make batches of at most `batch_size` samples of one shape; longest first, so that a lack of memory shows early.
 
-    Raises `InputError` if the model cannot tell where the texts of a batch end.
+    Raises `InputError` if the model cannot tell where the texts of a batch end, or does not know a token.
     """
     # Some configurations lack this field: composed models have it in a nested one, others not at all.
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     if batch_size > 1 and pad is None and any(item.label is not None for item in tokens):
         raise InputError("config.json: field pad_token_id is not set, so a classifier takes one text at a time; set it")
+    check_token_ids((item.input_ids for item in tokens), config)
     split = [_inputs(item, config) for item in tokens]
     shapes = sorted(range(len(split)), key=lambda i: tuple(-len(ids) for ids in split[i][0].values()))
     batches = []

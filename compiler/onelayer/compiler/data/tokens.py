@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.rows import Example, Message
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.time_limit import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+TEMPLATE_SECONDS = 10.0  # a thousand times what a template takes for a long conversation
 Span = tuple[int, int]  # characters [start, end) of a text
 
 
@@ -54,10 +56,11 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     remedy = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
+        empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
         raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
-    # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if empty:
         raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")
     return tokenizer
 
@@ -181,7 +184,13 @@ def _template_faults(example: Example, tokenizer: "PreTrainedTokenizerBase") -> 
     from jinja2 import TemplateError
 
     try:
-        yield
+        with time_limit(TEMPLATE_SECONDS):
+            yield
+    except TimeLimitError:
+        raise InputError(
+            f"{example.source}: the chat template of {_name(tokenizer)} takes more than {TEMPLATE_SECONDS:.0f} s for "
+            "these messages; give a model with another template"
+        ) from None
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"{example.source}: the chat template of {_name(tokenizer)} refuses the messages "

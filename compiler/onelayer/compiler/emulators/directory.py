@@ -86,6 +86,8 @@ def copy_beside_weights(source: Path, target: Path) -> None:
 FORMAT_VERSION = 1
 # The version of an emulator with compressed experts: a reader that does not know them would load random weights there.
 STACKS_VERSION = 2
+# With codes.
+CODES_VERSION = 3
 INDEX_FILE = "emulator.safetensors.index.json"
 _CARD = """---
 base_model: {model}

@@ -4,9 +4,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from onelayer.compiler.codes.forms import CODEBOOK_ROWS, ENTRY_BYTES, CodeWidth, code_row_bytes
 from onelayer.compiler.factors.stored_forms import FactorDtype, known_factor_dtype, row_bytes
 
-UP, DOWN, DENSE = ".lr_up", ".lr_down", ".lr_dense"
+UP, DOWN, DENSE, CODES, CODEBOOK = ".lr_up", ".lr_down", ".lr_dense", ".lr_codes", ".lr_codebook"
+ENDINGS = (UP, DOWN, DENSE, CODES, CODEBOOK)
 
 
 def stack_tensor(stack: str, ending: str) -> str:
@@ -44,18 +46,21 @@ class EmulatorFacts(BaseModel):
 
     If the factors are quantized, `shapes` holds (out, in) of every compressed module, modules in `quantized_dense` keep
     their whole weight, and all are used in `unpacked_dtype`. `stacks` are the compressed stacks of experts by the name
-    of the parameter. An emulator with stacks has format version 2, which readers that do not know stacks refuse.
+    of the parameter. `codes` are the code widths of modules whose weight is coded; those of them that are in `ranks`
+    have residual factors too. An emulator with stacks has format version 2, one with codes 3; older readers refuse
+    them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     quant_method: Literal["onelayer"]
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     ranks: dict[str, int]
     factor_dtype: str | None = None
     unpacked_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     shapes: dict[str, tuple[int, int]] = {}
     quantized_dense: tuple[str, ...] = ()
+    codes: dict[str, CodeWidth] = {}
     stacks: dict[str, StackFacts] = {}
     base_model: str
     base_revision: str | None = None
@@ -64,9 +69,11 @@ class EmulatorFacts(BaseModel):
 
     @model_validator(mode="after")
     def _quantized_has_shapes(self) -> Self:
-        named = {*self.ranks, *self.quantized_dense}
+        named = {*self.ranks, *self.quantized_dense, *self.codes}
         if self.quantized_dtype is not None and (self.unpacked_dtype is None or not named <= self.shapes.keys()):
             raise ValueError(f"{self.factor_dtype} factors need unpacked_dtype and the shapes of all modules")
+        if self.codes and self.quantized_dtype is None:
+            raise ValueError("codes need a known factor_dtype")
         if self.quantized_dtype is None and any(stack.rank is None for stack in self.stacks.values()):
             raise ValueError("a stack without a rank is quantized, in no known factor_dtype")
         return self
@@ -78,8 +85,31 @@ class EmulatorFacts(BaseModel):
 
     @property
     def compressed(self) -> dict[str, int]:
-        """The rank of every module without the original's weight; a quantized weight has its full rank."""
-        return {**self.ranks, **{name: min(self.shapes[name]) for name in self.quantized_dense}}
+        """The rank of every module without the original's weight; a quantized or coded weight has its full rank."""
+        whole = (*self.quantized_dense, *self.codes)
+        return {**self.ranks, **{name: min(self.shapes[name]) for name in whole}}
+
+    def linear_sizes(self, module: str) -> dict[str, tuple[int | None, int | None]]:
+        """Return the shapes of the tensors that replace a linear's weight, by the ending of their names.
+
+        Plain factors do not tell the sides of the weight, which are None.
+        """
+        rank, factor_dtype = self.ranks.get(module), self.quantized_dtype
+        if factor_dtype is None:
+            return {UP: (None, rank), DOWN: (rank, None)}
+        out_features, in_features = self.shapes[module]
+        if module in self.quantized_dense:
+            return {DENSE: (out_features, row_bytes(in_features, factor_dtype))}
+        sizes: dict[str, tuple[int | None, int | None]] = {}
+        if rank is not None:
+            sizes = {
+                UP: (rank, row_bytes(out_features, factor_dtype)),
+                DOWN: (rank, row_bytes(in_features, factor_dtype)),
+            }
+        if (width := self.codes.get(module)) is not None:
+            sizes[CODES] = (out_features, code_row_bytes(in_features, width))
+            sizes[CODEBOOK] = (CODEBOOK_ROWS, ENTRY_BYTES * width)
+        return sizes
 
 
 def stack_sizes(facts: StackFacts, factor_dtype: FactorDtype | None) -> dict[str, tuple[int, int, int]]:

@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, stack_tensor
+from onelayer.compiler.codes.forms import CodeWidth
+from onelayer.compiler.emulators.facts import ENDINGS, stack_tensor
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.quantized_factors import QuantizedDense, QuantizedFactors
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
@@ -22,7 +23,9 @@ class LinearSummary(Result):
 
     `error` is that of the factors as stored, `unquantised_error` that of the same factors before they were quantized
     (None if they are not), `optimal_error` the least possible at this rank, which the `fast` solver does not know.
-    `form` "dense" is a whole weight, quantized, with its full rank.
+    `form` "dense" is a whole weight, quantized, with its full rank. "coded" is codes of `code_width` with residual
+    factors of `rank`; `gradient_error` weighs the error by the loss's gradients at the output too (None without a pass
+    back).
     """
 
     name: str
@@ -30,7 +33,9 @@ class LinearSummary(Result):
     error: float
     optimal_error: float | None
     unquantised_error: float | None = None
-    form: Literal["factors", "dense"] = "factors"
+    form: Literal["factors", "dense", "coded"] = "factors"
+    code_width: CodeWidth | None = None
+    gradient_error: float | None = None
 
 
 class LinearFigures(LinearSummary):
@@ -93,6 +98,25 @@ class LinearFigures(LinearSummary):
             fallback=None,
             dense_error=round_significant(dense_error, FIGURE_DIGITS),
         )
+
+    @classmethod
+    def of_codes(
+        cls,
+        name: str,
+        shape: torch.Size,
+        width: CodeWidth | None,
+        rank: int | None,
+        energy: float,
+        error: float,
+        gradient_error: float | None,
+    ) -> "LinearFigures":
+        """Collect the figures of a coded weight (out, in), or of one quantized whole if there is no width."""
+        figures = cls.of_dense(name, shape, energy, error)
+        rounded = None if gradient_error is None else round_significant(gradient_error, FIGURE_DIGITS)
+        if width is None:
+            return figures.model_copy(update={"gradient_error": rounded})
+        coded = {"form": "coded", "rank": rank, "code_width": width, "dense_error": None, "gradient_error": rounded}
+        return figures.model_copy(update={**coded, "optimal_error": None, "unquantised_error": None})
 
     def as_dense(self, shape: tuple[int, int]) -> "LinearFigures":
         """Return the figures of the whole weight, which was tried too and replaces the factors."""
@@ -183,7 +207,7 @@ def kept_bytes_share(
     stacks: Mapping[str, tuple[int, int, int]],
 ) -> float:
     """Bytes of what replaces linears (out, in) and stacks (E, out, in), as a share of their size at 16 bits."""
-    replacing = {stack_tensor(name, ending) for name in stacks for ending in (UP, DOWN, DENSE)}
-    kept = sum(size for name, size in tensor_bytes.items() if name.endswith((UP, DOWN, DENSE)) or name in replacing)
+    replacing = {stack_tensor(name, ending) for name in stacks for ending in ENDINGS}
+    kept = sum(size for name, size in tensor_bytes.items() if name.endswith(ENDINGS) or name in replacing)
     weights = sum(math.prod(shape) for shape in (*linears.values(), *stacks.values()))
     return round_significant(kept / (REFERENCE_BYTES * weights), FIGURE_DIGITS) if weights else 1.0

@@ -6,15 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onelayer.compiler.documents import checked_document
-from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, EmulatorFacts, stack_sizes, stack_tensor
+from onelayer.compiler.emulators.facts import (
+    CODEBOOK,
+    CODES,
+    DENSE,
+    DOWN,
+    UP,
+    EmulatorFacts,
+    stack_sizes,
+    stack_tensor,
+)
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import row_bytes
+from onelayer.compiler.factors.stored_forms import kept_values
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
     import torch
+
+    from onelayer.compiler.codes.encode import Coded
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,10 @@ class Emulator:
         directory = Path(path)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give the directory of an emulator")
-        config_file = directory / "config.json"
+        config_file = directory / CONFIG_FILE
         stamps = FileStamps([config_file])
-        document = read_json(config_file)
-        section = document.get("quantization_config") if isinstance(document, dict) else None
-        if not isinstance(section, dict) or section.get("quant_method") != "onelayer":
+        section = read_model_config(directory).get("quantization_config")
+        if section is None or section.get("quant_method") != "onelayer":
             raise InputError(f"{directory}: is not an emulator (config.json, quantization_config); give a compiled one")
         remedy = "compile the emulator again"
         facts = checked_document(EmulatorFacts, section, config_file, remedy, section="quantization_config")
@@ -64,14 +74,46 @@ class Emulator:
             return self.facts.shapes[module]
         return self.checkpoint.tensors[module + UP].shape[0], self.checkpoint.tensors[module + DOWN].shape[1]
 
+    def kept_values(self, module: str) -> int:
+        """Count the values of a module's factors, or of its whole weight if it has no factors or is coded."""
+        rank = None if module in self.facts.codes else self.facts.ranks.get(module)
+        return kept_values(*self.shape(module), rank)
+
     def factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Read up (out, k) and down (k, in) of a module as training used them, or its weight (out, in) and None."""
         read = self.checkpoint.read
         if self.facts.quantized_dtype is None:
             return read(module + UP), read(module + DOWN)
-        if module in self.facts.quantized_dense:
-            return self._dequantized({DENSE: read(module + DENSE)}, self.facts.shapes[module])
-        return self._dequantized({end: read(module + end) for end in (UP, DOWN)}, self.facts.shapes[module])
+        if module in self.facts.codes:
+            return self._decoded(module), None
+        held = {ending: read(module + ending) for ending in self.facts.linear_sizes(module)}
+        return self._dequantized(held, self.facts.shapes[module])
+
+    def coded(self, module: str) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
+        """Read the codes of a coded module, and its residual factors up (out, k) and down (k, in) if it has any."""
+        from onelayer.compiler.codes.encode import unpacked
+
+        held = {ending: self.checkpoint.read(module + ending) for ending in self.facts.linear_sizes(module)}
+        shape = self.facts.shapes[module]
+        codes = unpacked(held[CODES], held[CODEBOOK], shape[1])
+        if UP not in held:
+            return codes, None
+        up, down = self._dequantized(held, shape)
+        assert down is not None
+        return codes, (up, down)
+
+    def _decoded(self, module: str) -> "torch.Tensor":
+        """Compute the weight (out, in) of a coded module, residual factors included."""
+        import torch
+
+        from onelayer.compiler.codes.encode import decode
+
+        codes, residual = self.coded(module)
+        dtype = getattr(torch, str(self.facts.unpacked_dtype))
+        weight = decode(codes, self.facts.shapes[module][1], dtype)
+        if residual is None:
+            return weight
+        return (weight.float() + residual[0].float() @ residual[1].float()).to(dtype)
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
         """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""
@@ -126,23 +168,15 @@ def _check_tensors(directory: Path, facts: EmulatorFacts, checkpoint: Checkpoint
     """Refuse files that do not match the configuration."""
     factor_dtype = facts.quantized_dtype
     for module in facts.compressed:
-        wanted: dict[str, tuple[int | None, int | None]]
         rank = facts.ranks.get(module)
-        if factor_dtype is None:
-            wanted = {UP: (None, rank), DOWN: (rank, None)}
-        else:
-            out_features, in_features = facts.shapes[module]
-            wanted = {
-                UP: (rank, row_bytes(out_features, factor_dtype)),
-                DOWN: (rank, row_bytes(in_features, factor_dtype)),
-            }
-            if module in facts.quantized_dense:
-                wanted = {DENSE: (out_features, row_bytes(in_features, factor_dtype))}
+        wanted = facts.linear_sizes(module)
         for ending, sizes in wanted.items():
             tensor = checkpoint.tensors.get(module + ending)
             shape = () if tensor is None else tensor.shape
             if len(shape) != 2 or any(size not in (None, real) for size, real in zip(sizes, shape, strict=True)):
-                what = f"factors of rank {rank} (config.json, ranks)" if rank is not None else "its quantized weight"
+                what = (
+                    f"factors of rank {rank} (config.json, ranks)" if ending in (UP, DOWN) else "its quantized weight"
+                )
                 raise InputError(f"{directory}: module {module!r} lacks {what}; restore it")
     for stack, stack_facts in facts.stacks.items():
         for ending, stack_shape in stack_sizes(stack_facts, factor_dtype).items():

@@ -32,6 +32,7 @@ from onelayer.compiler.results import Report, Result, round_significant
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import atomic_directory, check_output, read_json, write_json
+from onelayer.compiler.storage.model_config import read_model_config, write_model_config
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry
 
 FIGURES_FILE = "emulator.json"
@@ -85,6 +86,8 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
     check_output(Path(output), emulator)
     source = Emulator.open(emulator)
+    if source.facts.codes:
+        raise InputError(f"{source.directory}: holds codes, which cannot be sliced; compile a smaller emulator")
     figures, _ = _read_figures(source)
     if ratio > (stored := figures.settings.ratio):
         raise InputError(f"--ratio {ratio}: {source.directory} keeps only {stored}; compile a larger emulator")
@@ -258,7 +261,7 @@ def _prefix(source: Emulator, name: str, item: LinearFigures, rows_first: bool) 
 
 
 def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures]) -> None:
-    document: dict[str, Any] = read_json(target / "config.json")
+    document = read_model_config(target)
     section = document["quantization_config"]
     linears = [item for item in sliced if not isinstance(item, StackFigures)]
     section["ranks"] = {item.name: item.rank for item in linears if item.form == "factors"}
@@ -267,4 +270,4 @@ def _write_config(target: Path, source: Emulator, sliced: Sequence[LinearFigures
     for item in sliced:
         if isinstance(item, StackFigures) and item.form == "factors":
             section["stacks"][item.name]["rank"] = item.rank
-    write_json(target / "config.json", document)
+    write_model_config(target, document)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from onelayer.compiler.adapters.fit import check_fit, check_made_for
+from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.adapters.replacements import replaced_bytes
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
@@ -91,9 +92,9 @@ def evaluate_model(
     chosen = EvaluateSettings.of(settings)
     device = pick_device(chosen.device)
     directory = resolve_model(model, chosen.revision)
-    _check_adapters(adapters, directory)
-    named = {f"adapter{number}": path for number, path in enumerate(adapters)}
-    streamed, classes = open_scored(directory, named)
+    named = {f"adapter{number}": _open_adapter(path, directory) for number, path in enumerate(adapters)}
+    adapted, classes = open_scored(directory, named)
+    streamed = adapted.streamed
     emulator = None if against is None else _open_emulator(against, directory, streamed)
     samples = Samples.read(data, load_tokenizer(directory), chosen.max_length, classes)
     batches = samples.batches(streamed.config, chosen.batch_size)
@@ -103,7 +104,7 @@ def evaluate_model(
     spill_pool = SpillPool(chosen.host_memory_bytes)
     job = Scoring(batches, len(variants), spill_pool, None if emulator is None else len(variants) - 1)
     with Meter(device) as meter:
-        on_unit = switch_variants(variants, device)
+        on_unit = switch_variants(adapted, variants, device)
         stream = Stream(streamed, device, meter, on_unit=on_unit, spill_pool=spill_pool, description="evaluate")
         stream.run(job.inputs(), job.take)
         sums = job.finish(device)
@@ -111,6 +112,7 @@ def evaluate_model(
         if emulator is not None:
             emulator.checkpoint.check_unchanged()
         workspace = scoring_workspace(streamed, batches, len(variants), device, spill_pool)
+        workspace += replaced_bytes(streamed, adapted.replacements)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)
@@ -124,16 +126,12 @@ def evaluate_model(
     return EvaluateResult(results=scores, against=compared, report=report)
 
 
-def _check_adapters(adapters: Sequence[str | Path], model: Path) -> None:
-    """Refuse by name what is no plain LoRA of this original: PEFT would tell it at length, or not at all."""
-    opened = [Adapter.open(path) for path in adapters]
-    if not opened:
-        return
-    streamed = StreamedModel(model)
-    for adapter in opened:
-        if adapter.recorded_digest("base") is not None:  # reads all weights where they were never hashed before
-            check_made_for(adapter, model, model_digest(model))
-        check_fit(adapter, streamed)
+def _open_adapter(path: str | Path, model: Path) -> Adapter:
+    """Open an adapter; refuse by name what is no plain LoRA or was made for another original."""
+    adapter = Adapter.open(path)
+    if adapter.recorded_digest("base") is not None:  # reads all weights where they were never hashed before
+        check_made_for(adapter, model, model_digest(model))
+    return adapter
 
 
 def score_of(adapter: str | None, sums: SampleScores, samples: Samples) -> Score:

@@ -1,6 +1,6 @@
 """Runs one resident unit of the original as several models: alone, with an adapter, or as its emulator."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from onelayer.compiler.adapters.attach import attach, tuner_layers
+from onelayer.compiler.adapters.attach import Adapted, adapted_model, tuner_layers
+from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.adapters.replacements import replaced_values
 from onelayer.compiler.data.classes import Classes, predicted_classes
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
 from onelayer.compiler.models.linears import is_linear
-from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Forward, Unit, named_parts, replaced_forwards
 
 Run = Callable[[int, Any, Any], Any]
@@ -33,7 +33,7 @@ class Variant:
     emulator: Emulator | None = None
 
 
-def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
+def switch_variants(adapted: Adapted, variants: Sequence[Variant], device: torch.device) -> Callable[[Unit], Any]:
     """Run each unit as the variant of the current batch: stream index i is variant i % n."""
 
     @contextmanager
@@ -44,21 +44,19 @@ def switch_variants(variants: Sequence[Variant], device: torch.device) -> Callab
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
             variant = variants[index % len(variants)]
+            put_values(variant.adapter)
             for layer in layers:
-                is_tuner = isinstance(
-                    layer, BaseTunerLayer
-                )  # other layers know only adapters that replace their module
-                used = variant.adapter is not None and (is_tuner or variant.adapter in layer._adapters)
-                layer.enable_adapters(used)
-                if used:
-                    layer.set_adapter([variant.adapter] if is_tuner else variant.adapter)
+                layer.enable_adapters(variant.adapter is not None)
+                if variant.adapter is not None:
+                    layer.set_adapter([variant.adapter])
             forwards = replaced[variant.emulator.directory] if variant.emulator is not None else {}
             if not forwards:
                 return unit.forward(*args, **kwargs)
             with replaced_forwards(unit, forwards) as forward:
                 return forward(*args, **kwargs)
 
-        yield run
+        with replaced_values(adapted.streamed, unit, adapted.replacements) as put_values:
+            yield run
 
     return on_unit
 
@@ -104,10 +102,11 @@ def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> 
     return forward
 
 
-def open_scored(directory: Path, adapters: dict[str, str | Path]) -> tuple[StreamedModel, Classes | None]:
+def open_scored(directory: Path, adapters: Mapping[str, Adapter]) -> tuple[Adapted, Classes | None]:
     """Open the original with adapters attached by name, and its classes if it is a classifier.
 
-    Raises `InputError` if it predicts neither tokens nor classes.
+    Raises `InputError` if it predicts neither tokens nor classes, or an adapter does not fit.
     """
-    streamed = StreamedModel(directory, attach(adapters))
-    return streamed, predicted_classes(type(streamed.model), streamed.config, directory)
+    adapted = adapted_model(directory, adapters)
+    streamed = adapted.streamed
+    return adapted, predicted_classes(type(streamed.model), streamed.config, directory)

@@ -64,8 +64,10 @@ class Gram:
         self.total_FF += product_FF
         return keep_N
 
-    def without(self, part: "Gram") -> "Gram":
-        """Return this Gram without the rows of `part`."""
+    def without(self, x: torch.Tensor) -> "Gram":
+        """Return this Gram without the rows of `x` (..., F)."""
+        part = Gram(len(self.total_FF), self.total_FF.device, self.product_dtype)
+        part.add(x)
         rest = copy.copy(self)
         rest.total_FF = self.total_FF - part.total_FF
         rest.rows, rest.dropped_rows = self.rows - part.rows, self.dropped_rows - part.dropped_rows

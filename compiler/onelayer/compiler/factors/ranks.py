@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from onelayer.compiler.factors.stored_forms import FactorDtype, row_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Allocation = Literal["uniform", "spectrum"]
 Solver = Literal["exact", "fast"]
@@ -117,6 +118,8 @@ def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
     """
     if all(item.dense_error is None for item in spectra.values()):
         return set()
+    import numpy as np
+
     choices = {name: _choices(item) for name, item in spectra.items()}
     chosen: set[str] = set()
     low, high = -60.0, 10.0  # powers of two; errors lie between 0 and 1 and prices are at least 1
@@ -134,6 +137,8 @@ def _whole(spectra: Mapping[str, Spectrum], budget: int) -> set[str]:
 
 def _choices(item: Spectrum) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
     """Compute price and squared relative error of a linear at every rank, then of the whole weight if it was tried."""
+    import numpy as np
+
     values = np.asarray(item.singular_values, dtype=np.float64)
     prices = item.price * np.arange(1, len(values) + 1)
     if item.prefix_errors is None:

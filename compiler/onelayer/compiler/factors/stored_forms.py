@@ -37,12 +37,17 @@ def bytes_per_value(factor_dtype: FactorDtype) -> float:
     return row_bytes(BLOCK, factor_dtype) / BLOCK
 
 
+def kept_values(out_features: int, in_features: int, rank: int | None) -> int:
+    """Count the values of a linear's factors, or of its whole weight if `rank` is None."""
+    return out_features * in_features if rank is None else rank * (out_features + in_features)
+
+
 def linear_bytes(
     out_features: int, in_features: int, rank: int | None, factor_dtype: FactorDtype | None, dtype_bytes: int
 ) -> int:
     """Bytes of a linear of an emulator: of its factors, or of its whole weight if `rank` is None."""
     if factor_dtype is None:
-        return dtype_bytes * (out_features * in_features if rank is None else rank * (out_features + in_features))
+        return dtype_bytes * kept_values(out_features, in_features, rank)
     if rank is None:
         return out_features * row_bytes(in_features, factor_dtype)
     return rank * (row_bytes(out_features, factor_dtype) + row_bytes(in_features, factor_dtype))
@@ -101,6 +106,8 @@ def checked_factor_dtype(name: str | None) -> FactorDtype | None:
 # (manifests/LOG.md).
 RESIDUAL_BITS = 2
 RESIDUAL_CHOICES = (0, 1, 2, 4)  # numbers that divide a byte
+# Offsets of anchored training with this many bits a value are float32, not coded.
+EXACT_BITS = 32
 
 
 def residual_bytes(rows: int, features: int, bits: int) -> int:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -25,12 +26,55 @@ def capped(option: str, wanted: int, available: int) -> int:
     return min(wanted, available)
 
 
+# How often a pass says how far it is if stderr is no terminal.
+LINE_SECONDS = 30.0
+
+
+class ProgressLines:
+    """The interface of a bar for stderr that is no terminal: a plain line every `LINE_SECONDS`, none for short work."""
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int = 0) -> None:
+        self.total, self.n, self._description, self._unit = total, initial, desc, unit
+        self._first, self._note = initial, ""
+        self._started = self._printed = time.monotonic()
+
+    def update(self, count: int) -> None:
+        """Note that `count` more units are done. Their line is printed when their note is known."""
+        self.n += count
+
+    def set_description(self, text: str, refresh: bool = False) -> None:
+        """Name the work that follows."""
+        self._description = text
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
+        """Take the note on the last unit, and print a line if it is time for one."""
+        now = time.monotonic()
+        if now - self._printed < LINE_SECONDS:
+            return
+        self._printed = now
+        elapsed = now - self._started
+        left = (self.total - self.n) * elapsed / max(1, self.n - self._first)
+        times = f"{tqdm.format_interval(elapsed)} elapsed, about {tqdm.format_interval(left)} left"
+        line = f"onelayer: {self._description}: {self.n} of {self.total} {self._unit}s, {text}, {times}"
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Print nothing: the result follows."""
+
+
+def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
+    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False)
+    return ProgressLines(total, description, unit, initial)
+
+
 class Progress:
-    """A bar over units on stderr with an ETA, the current unit and the peak; silent if stderr is no terminal."""
+    """Progress over units on stderr, with an ETA, the current unit and the peak."""
 
     def __init__(self, total: int, description: str) -> None:
         self.base = 0  # the count that earlier passes of the same work reached
-        self._bar: Any = tqdm(total=total, desc=description, unit="unit", disable=None, leave=False)
+        self._bar = open_bar(total, description, "unit")
 
     def __enter__(self) -> "Progress":
         return self

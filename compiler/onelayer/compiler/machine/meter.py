@@ -9,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import psutil
-
 from onelayer.compiler.results import Report
 
 if TYPE_CHECKING:
@@ -27,6 +25,8 @@ def anonymous_bytes() -> int:
     if _STATM.exists():
         _, resident, shared, *_ = _STATM.read_text().split()
         return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 

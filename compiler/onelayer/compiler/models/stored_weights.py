@@ -11,12 +11,17 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from onelayer.compiler.models import transformers_models
+from onelayer.compiler.models.construction import modules_limit
+from onelayer.compiler.models.conversion import Conversion
 from onelayer.compiler.models.units import owner_of, set_tensor
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
 
 class StoredWeights:
-    """The parameters and buffers that a checkpoint makes, by runtime name."""
+    """The parameters and buffers that a checkpoint makes, by runtime name.
+
+    `limit` is the number of modules that its model class may have.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype
@@ -24,10 +29,16 @@ class StoredWeights:
         self.checkpoint = checkpoint
         self.dtype = dtype
         # Loading rules use the names of the bare model, so an untouched twin receives what is loaded.
-        self._twin = transformers_models.build_skeleton(config, cls, dtype)
+        self.limit = modules_limit(len(checkpoint.tensors))
+        self._twin = transformers_models.build_skeleton(config, cls, dtype, limit=self.limit)
         # Empty (meta) parameters and buffers, which give the shape and dtype of each runtime name.
         self.bare_parameters: dict[str, torch.Tensor] = dict(self._twin.state_dict(keep_vars=True))
+        self._conversion = Conversion(self._twin, dtype)
         self._plan = transformers_models.plan_loading(self._twin, checkpoint)
+        self._made_from: dict[str, list[str]] = {}
+        for name, keys in self._plan.checkpoint_keys.items():
+            for key in keys:
+                self._made_from.setdefault(key, []).append(name)
         self.computed = transformers_models.computed_parameters(self._twin, self._plan, checkpoint.directory)
 
     @cached_property
@@ -46,6 +57,10 @@ class StoredWeights:
         """Runtime names that are one stored tensor, at most renamed; no operation makes them."""
         return self._plan.stored_unchanged
 
+    def tied_with(self, name: str) -> frozenset[str]:
+        """Return the other runtime names that are the same parameter in the model."""
+        return transformers_models.tied_with(self._twin, name)
+
     def is_one_tensor(self, name: str) -> bool:
         """Whether a parameter, or the partner it is tied to, is one stored tensor."""
         return self._plan.alias.get(name, name) in self._plan.stored_unchanged
@@ -59,7 +74,7 @@ class StoredWeights:
         """Make parameters by runtime name from their checkpoint tensors, on the host, in the compute dtype."""
         names = tuple(names)
         try:
-            transformers_models.convert(self._twin, stored, self.dtype)
+            self._conversion.convert(stored)
             parameters = {}
             for name in names:
                 owner, leaf = owner_of(self._twin, self._plan.alias.get(name, name))
@@ -84,7 +99,5 @@ class StoredWeights:
         return {name: tensors.pop(name).to(device) for name in tuple(tensors)}
 
     def _empty_twin(self, stored: Iterable[str]) -> None:
-        loaded = set(stored)
-        for name, keys in self._plan.checkpoint_keys.items():
-            if not loaded.isdisjoint(keys):
-                set_tensor(*owner_of(self._twin, name), self.bare_parameters[name])
+        for name in {name for key in stored for name in self._made_from[key]}:
+            set_tensor(*owner_of(self._twin, name), self.bare_parameters[name])

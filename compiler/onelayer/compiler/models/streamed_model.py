@@ -4,7 +4,7 @@ In: a model directory. Out: the real model class on the meta device, its units i
 unit at a time. Held: headers and module objects; weights only inside `resident`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
 from onelayer.compiler.models.stored_weights import StoredWeights
@@ -36,17 +37,24 @@ class StreamedModel:
     the matrices that stay on disk and are read by rows.
     """
 
-    def __init__(self, directory: str | Path, prepare: Callable[[PreTrainedModel], None] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        prepare: Callable[[PreTrainedModel], None] | None = None,
+        replaced: Collection[str] = (),
+    ) -> None:
         """Open `directory`; `prepare` may wrap modules of the empty model (adapters) before it is split into units.
 
-        Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming what and why.
+        `replaced` are the runtime names of parameters that get other values while their unit is resident, so each of
+        them is held in a unit. Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming
+        what and why.
         """
         self.checkpoint = Checkpoint.open(directory)
         self.config = transformers_models.read_config(self.checkpoint.directory)
         cls = transformers_models.model_class(self.config, self.checkpoint.directory)
         self.dtype = transformers_models.compute_dtype(self.config, self.checkpoint)
         weights = self.weights = StoredWeights(self.checkpoint, self.config, cls, self.dtype)
-        self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed)
+        self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
         if prepare is not None:
             self._wrap(prepare)
         bare_names = {name: bare_name(name) for name in self.model.state_dict()}
@@ -54,18 +62,20 @@ class StreamedModel:
             bare: owner_of(self.model, name) for name, bare in bare_names.items() if bare in weights.bare_parameters
         }
         self._absent: dict[str, torch.Tensor] = {
-            name: AbsentWeight.like(empty, name, lambda name: weights.load([name])[name])
+            name: AbsentWeight.like(empty, name, self._refuse if name in replaced else self._load_one)
             for name, empty in weights.bare_parameters.items()
             if empty.is_meta
         }
         for name in self._owners.keys() & self._absent.keys() - weights.computed:
             set_tensor(*self._owners[name], self._absent[name])
-        self.head = self._find_head()
-        # An adapter may need the whole of what it wraps, so only untouched matrices stay on disk.
-        wrapped = {bare for name, bare in bare_names.items() if bare != name}
-        owners = {name: self._owners[name] for name in self._owners.keys() - wrapped if weights.is_one_tensor(name)}
+        self.head = self._find_head(replaced)
+        # An adapter may need the whole of what it wraps or replaces, so only untouched matrices stay on disk.
+        touched = {bare for name, bare in bare_names.items() if bare != name}.union(replaced)
+        owners = {name: self._owners[name] for name in self._owners.keys() - touched if weights.is_one_tensor(name)}
         self.lazy = names_read_by_rows(owners, self.head)
         self.units, self.parameters_outside_units = self._split()
+        for name in sorted(set(replaced).intersection(self.parameters_outside_units)):
+            self._refuse(name)
 
     def _wrap(self, prepare: Callable[[PreTrainedModel], None]) -> None:
         """Let `prepare` see parameters on the host, without storage, so that it puts its own parameters there too."""
@@ -77,10 +87,20 @@ class StreamedModel:
         for module, leaf, tensor in empty:
             set_tensor(module, leaf, tensor)
 
-    def _find_head(self) -> nn.Module | None:
-        """The module that turns hidden states into logits, where it is a plain linear of its own."""
+    def _load_one(self, name: str) -> torch.Tensor:
+        return self.weights.load([name])[name]
+
+    def _refuse(self, name: str) -> torch.Tensor:
+        raise InputError(
+            f"{self.checkpoint.directory}: {name} is read by the code between layers, so an adapter that replaces it "
+            "cannot be streamed; merge the adapter, and use the merged model"
+        )
+
+    def _find_head(self, replaced: Collection[str]) -> nn.Module | None:
+        """The module that turns hidden states into logits, where it is a plain linear whose values stay."""
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        return head if type(head) is nn.Linear else None
+        stays = all(owner is not head for owner, _ in (self._owners[name] for name in replaced))
+        return head if type(head) is nn.Linear and stays else None
 
     def _split(self) -> tuple[tuple[Unit, ...], tuple[str, ...]]:
         stored: dict[nn.Module, dict[str, int]] = {}
@@ -123,6 +143,10 @@ class StreamedModel:
                 set_tensor(*self._owners[name], self._without(name) if lazy is None else lazy)
             for name, buffer in buffers.items():
                 set_tensor(*owner_of(unit.module, name), buffer)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Put other values in the place of a parameter of the unit that is resident; they go with the unit."""
+        set_tensor(*self._owners[name], tensor)
 
     def matrix(self, name: str, device: torch.device) -> DiskMatrix:
         """Return a stand-in for a lazy parameter that reads its rows from disk."""

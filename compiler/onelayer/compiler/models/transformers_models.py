@@ -1,16 +1,14 @@
-"""The one place where the streaming side touches transformers' semi-private surface.
+"""The place where the streaming side touches transformers' semi-private surface.
 
 In: a model directory. Out: the real model class without weights, and its own rules for turning checkpoint tensors into
-parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`,
-`convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `initialize_weights`, `_no_split_modules`,
-`_keys_to_ignore_on_load_missing`, `_get_dtype_plan`, `all_tied_weights_keys`, `named_non_persistent_buffers`.
+parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`, `initialize_weights`,
+`_no_split_modules`, `_keys_to_ignore_on_load_missing`, `all_tied_weights_keys`, `named_non_persistent_buffers`;
+`conversion.py` has what it takes to convert tensors.
 `tests/compiler/models/test_transformers_models.py` shows which one broke.
 """
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,46 +20,57 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    convert_and_load_state_dict_in_model,
     rename_source_key,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.construction import MODULES_WITHOUT_WEIGHTS, building, check_tables
 from onelayer.compiler.models.units import has_forward, owner_of
-from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.storage.checkpoint import Checkpoint, floating_bytes
+from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
-# The floating dtypes of weights by their safetensors names.
+GENERATION_FILE = "generation_config.json"
+# The floating dtypes of weights by their safetensors names, as in `FLOAT_NAMES`.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """Read the model's config and switch caches off. Refuse by name what cannot be streamed."""
-    path = directory / "config.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore the file") from None
+    path = directory / CONFIG_FILE
+    document = read_model_config(directory)
     parts = [document, *(part for part in document.values() if isinstance(part, dict))]
     settings = [part["quantization_config"] for part in parts if part.get("quantization_config")]
-    method = settings[0].get("quant_method", "quantized") if settings else None
+    first = settings[0] if settings else None
+    method = first.get("quant_method", "quantized") if isinstance(first, dict) else first
     if method == "onelayer":
         raise InputError(f"{directory}: is an emulator; give the original model it was compiled from")
     if method is not None:
         raise InputError(f"{path}: field quantization_config: {method!r} weights; give the unquantized original")
-    try:
-        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        known = document.get("model_type")
-        reason = f"model_type {known!r} is unknown to transformers {transformers.__version__}"
-        if known in transformers.CONFIG_MAPPING:
-            reason = str(error)
-        raise InputError(f"{path}: {reason}; upgrade transformers or give another model") from None
+    config = load_config(directory)
     for part in _sub_configs(config):
         if getattr(part, "use_cache", None):
             part.use_cache = False  # a key-value cache would grow with depth and serves no streamed pass
+    return config
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """Read the model's config as transformers does. Raises `InputError` naming the file and what is wrong with it."""
+    known = read_model_config(directory).get("model_type")
+    try:
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # its checks, and whatever its classes do with values that they do not check
+        reason = f"model_type {known!r} is unknown to transformers {transformers.__version__}"
+        remedy = "upgrade transformers or give another model"
+        if isinstance(known, str) and known in transformers.CONFIG_MAPPING:
+            reason, remedy = f"{type(error).__name__}: {error}", "restore the file"
+        raise InputError(f"{directory / CONFIG_FILE}: {reason}; {remedy}") from None
+    if (directory / GENERATION_FILE).is_file():  # nothing streamed needs it, but what is made would not load with it
+        try:
+            transformers.GenerationConfig.from_pretrained(directory)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{directory / GENERATION_FILE}: {reason}; restore or remove the file") from None
     return config
 
 
@@ -79,29 +88,57 @@ def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedMod
     cls = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise InputError(
-            f"{directory / 'config.json'}: field architectures: {names!r} is not one class of transformers "
+            f"{directory / CONFIG_FILE}: field architectures: {names!r} is not one class of transformers "
             f"{transformers.__version__}; custom code is not run, give a model of a stock architecture"
         )
     return cls
 
 
 def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype that `from_pretrained` would use: the config's, else that of the first floating tensor."""
+    """Return the config's dtype, else the floating dtype of most of the stored bytes.
+
+    A single tensor says nothing: models in bfloat16 often store norms or routers in float32.
+    """
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    stored = (FLOAT_DTYPES[info.dtype] for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES)
-    return next(stored, torch.float32)
+    stored = floating_bytes(checkpoint)
+    return FLOAT_DTYPES[max(stored, key=lambda dtype: stored[dtype])] if stored else torch.float32
+
+
+def _config_file(config: PreTrainedConfig) -> Path:
+    return Path(config.name_or_path or "") / CONFIG_FILE
+
+
+def empty_model(
+    config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype, limit: int = MODULES_WITHOUT_WEIGHTS
+) -> PreTrainedModel:
+    """Build the real model on the meta device, without values. Raises `InputError` if its config makes none."""
+    config_file = _config_file(config)
+    with building(config_file, limit), torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    check_tables(model, config_file)
+    return model
 
 
 def build_skeleton(
-    config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype, computed: Collection[str] = ()
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    dtype: torch.dtype,
+    computed: Collection[str] = (),
+    limit: int = MODULES_WITHOUT_WEIGHTS,
 ) -> PreTrainedModel:
-    """Build the real model on the meta device, in evaluation mode.
+    """Build the real model on the meta device, in evaluation mode, of at most `limit` modules.
 
     Buffers that no checkpoint holds are real, on the host, and so are the parameters named in `computed`.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    model = empty_model(config, cls, dtype, limit)
+    with building(_config_file(config), limit):
+        _fill_in(model, computed)
+    return model
+
+
+def _fill_in(model: PreTrainedModel, computed: Collection[str]) -> None:
+    """Make the buffers of an empty model real, and the parameters named in `computed`; switch it to evaluation."""
     for name, parameter in list(model.named_parameters()):
         if name in computed:
             owner, leaf = owner_of(model, name)
@@ -115,7 +152,6 @@ def build_skeleton(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.initialize_weights()
     model.eval()
-    return model
 
 
 def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
@@ -157,10 +193,15 @@ class LoadPlan:
     alias: dict[str, str]
 
 
+def conversion_rules(model: PreTrainedModel) -> list[WeightConverter | WeightRenaming]:
+    """Return transformers' rules from checkpoint tensors to the parameters of a model."""
+    return cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model))
+
+
 def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
     """Map every parameter and persistent buffer to its checkpoint keys, by transformers' own rules."""
     expected = model.state_dict()
-    rules = get_model_conversion_mapping(model)
+    rules = conversion_rules(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -207,6 +248,13 @@ def tied_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(model.all_tied_weights_keys) | frozenset(model.all_tied_weights_keys.values())
 
 
+def tied_with(model: PreTrainedModel, name: str) -> frozenset[str]:
+    """Return the other runtime names that the model ties to a name; they are all one parameter."""
+    ties = model.all_tied_weights_keys
+    source = ties.get(name, name)
+    return frozenset({source, *(target for target, tied in ties.items() if tied == source)}) - {name}
+
+
 def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
     """List the parameters that neither the checkpoint nor a tie provides."""
     known = plan.checkpoint_keys.keys() | plan.alias.keys()
@@ -227,35 +275,3 @@ def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path)
             f"{wanting[0]!r} first; give a checkpoint of this class"
         )
     return computed
-
-
-def convert(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Set the parameters of `model` that the given checkpoint tensors make, converted, on the host.
-
-    Raises `InputError` naming the first tensor whose shape or conversion does not fit.
-    """
-    settings = LoadStateDictConfig(
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        device_map={"": "cpu"},
-        # The rules collect state, so each call needs a fresh list.
-        weight_mapping=cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model)),
-    )
-    with _quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
-    for name, stored, wanted in info.mismatched_keys:
-        raise InputError(f"tensor {name}: shape {tuple(stored)} does not fit the config's {tuple(wanted)}")
-    for name, reason in info.conversion_errors.items():
-        raise InputError(f"tensor {name}: cannot be converted ({reason.strip().splitlines()[-1]})")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' own bar, which would count tensors inside our units."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

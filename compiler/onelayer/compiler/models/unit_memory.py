@@ -4,8 +4,10 @@ Everything is in bytes unless a name says otherwise. A unit's `width` is how man
 for one token, experts as in `routed_width`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
 RESERVE_BYTES = 64 << 20
@@ -14,6 +16,8 @@ SLICE_BYTES = 64 << 20
 # Per trained value in float32: itself, its gradient, what it was, Adam's two moments, and its rounded form; that once
 # more in the model's dtype, if it is another.
 TRAINED_VALUE_BYTES = 26
+# An exact step holds an adapter this many times: its values, their gradients, Adam's two moments and the best so far.
+ADAPTER_COPIES = 5
 # Per value of the widest linear: what a factor becomes on the way to its stored form and back.
 ROUNDING_BYTES = 16
 # A linear that holds less than this share of its block's linear weights stays dense: a router or a gate saves nothing
@@ -62,6 +66,15 @@ def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapt
     return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
 
 
+def anchoring_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
+    """Bound what finding the offsets of `tokens` at once holds in addition to the emulator and the unit that computes.
+
+    Activations of one batch in the widest unit, of the original and of the emulator. On a host, holes in its heap as in
+    `graph_bytes` and the unit that is read ahead too. Waiting batches and offsets are not in it: they lie on the host.
+    """
+    return RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
+
+
 def scoring_bytes(unit_bytes: int, width: int, tokens: int) -> int:
     """Bound what scoring `tokens` at once holds in addition to the unit that computes.
 
@@ -69,6 +82,90 @@ def scoring_bytes(unit_bytes: int, width: int, tokens: int) -> int:
     unit. Waiting batches are not in it: they lie on the host.
     """
     return 3 * SLICE_BYTES + unit_bytes + 4 * tokens * width
+
+
+def moment_bytes(sides: Iterable[int]) -> int:
+    """Count square moments in float64, one for each of `sides`, which are numbers of features."""
+    return sum(8 * side * side for side in sides)
+
+
+@dataclass(frozen=True)
+class CompiledShape:
+    """A linear that a compile stores: its sides, its rank (None: as a whole weight), and the form that is stored.
+
+    `value_bytes` is the size of the model's dtype. Without a `factor_dtype` factors keep that dtype. With `keeps_whole`
+    a quantized linear is stored in both forms until its rank is chosen.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int | None
+    value_bytes: int
+    factor_dtype: FactorDtype | None = None
+    keeps_whole: bool = False
+
+    @property
+    def narrow(self) -> int:
+        """The narrow side, which is as wide as the linear's moment."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def solver_bytes(self) -> int:
+        """Bound what compressing it holds in addition to its weight and moment."""
+        if self.rank is None:  # what rounding a whole weight loses is judged in float64: three matrices
+            return 3 * 8 * self.out_features * self.in_features
+        if self.factor_dtype is None:
+            return self._solver_bytes(self.value_bytes)
+        return max(self._solver_bytes(4), self._rounding_bytes)
+
+    def _solver_bytes(self, factor_value_bytes: int) -> int:
+        """Bound the solver.
+
+        In float64 these are the weight, its product with a square root of the moment, and the eigenproblem of the
+        narrow side with its workspace. If the moment is the input's, they are instead the residual of the factors and
+        two products of it. The basis exists twice, and so does the stored factor made from it.
+        """
+        rows, columns, narrow = self.out_features, self.in_features, self.narrow
+        product = 8 * rows * columns if rows > columns else 0
+        solve = product + 8 * 4 * narrow * narrow
+        judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
+        return 8 * rows * columns + max(solve, judge) + (2 * 8 + factor_value_bytes) * (self.rank or 0) * rows
+
+    @property
+    def _rounding_bytes(self) -> int:
+        """Bound the quantization of its factors, in float64, next to the factors themselves in float32.
+
+        It takes two matrices as large as the weight, and each factor three times. If the whole weight is quantized
+        too, that takes four matrices.
+        """
+        matrix = 8 * self.out_features * self.in_features
+        factors = (self.rank or 0) * (self.out_features + self.in_features)
+        return 4 * factors + max(2 * matrix + 3 * 8 * factors, 4 * matrix if self.keeps_whole else 0)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Count what is stored of it."""
+        shape = (self.out_features, self.in_features)
+        forms = {self.rank, None} if self.keeps_whole else {self.rank}
+        return sum(linear_bytes(*shape, rank, self.factor_dtype, self.value_bytes) for rank in forms)
+
+
+def solving_bytes(linears: Sequence[CompiledShape]) -> int:
+    """Bound what compressing the linears of a unit holds at its end: the largest solver, and all that is stored."""
+    solver = max((linear.solver_bytes for linear in linears), default=0)
+    return solver + sum(linear.stored_bytes for linear in linears)
+
+
+def trial_bytes(candidates: int, sides: int, unit_factors: Sequence[Sequence[int]], on_gpu: bool) -> int:
+    """Bound what the trials of a correction hold in addition to the stream that scores them.
+
+    `sides`: inputs and outputs of all adapted linears, each times the adapter's rank. Every adapted linear has p, b and
+    two errors; one unit at a time has the candidates. `unit_factors`: by unit, how many values the emulator's factors
+    of each linear have. All of a unit's are read to the host; those of one linear are copied to float32, twice.
+    """
+    read = 0 if on_gpu else 4 * max(map(sum, unit_factors), default=0)
+    copied = 2 * 4 * max((max(values, default=0) for values in unit_factors), default=0)
+    return 8 * (4 + candidates) * sides + read + copied
 
 
 @dataclass(frozen=True)

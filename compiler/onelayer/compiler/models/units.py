@@ -65,7 +65,7 @@ def replaced_forwards(unit: Unit, forwards: Mapping[nn.Module, Forward]) -> Iter
 
 def bare_name(name: str) -> str:
     """Return the name in the unadapted model of a parameter or module that PEFT may have wrapped."""
-    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", name)
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -121,7 +121,7 @@ def split_into_units(
 
     def is_unit(module: nn.Module) -> bool:
         # PEFT's wrappers decide whose weight is used, so they belong into the unit.
-        wraps = any(getattr(module, name, None) is not None for name in ("base_layer", "original_module"))
+        wraps = getattr(module, "base_layer", None) is not None
         runs = any(name not in lazy for name in stored.get(module, ())) and module is not head and has_forward(module)
         return module in blocks or wraps or (runs and blocks.isdisjoint(module.modules()))
 

@@ -3,22 +3,25 @@
 In: a checkpoint, an adapter (or none), training data. Out: an adapter of the original, in the form of `correct`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
+from onelayer.compiler.adapters.attach import Adapted
+from onelayer.compiler.adapters.replacements import replaced_bytes, replaced_values
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import widest
+from onelayer.compiler.models.units import Unit
 from onelayer.compiler.polish.job import PolishJob, polish_workspace
 from onelayer.compiler.polish.resume import POLISH_WORK, PolishState
 from onelayer.compiler.polish.settings import PolishKeywords, PolishSettings
 from onelayer.compiler.polish.task import PolishTask
-from onelayer.compiler.polish.trained_adapter import FreshAdapter
+from onelayer.compiler.polish.trained_adapter import NAME, FreshAdapter
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.files import check_output
@@ -95,14 +98,16 @@ def polish_adapter(
     task = PolishTask.read(model, start, data, eval_data, asked, device)
     begun = work_directory(Path(output), POLISH_WORK, task.identity, asked.resume)
     with StopRequest() as stop, begun as work, Meter(device) as meter:
-        opened, streamed, state = task.open(work)
+        opened, adapted, state = task.open(work)
+        streamed = adapted.streamed
         state.restore(work)
-        stream = GradientStream(streamed, device, meter, on_unit=_stopping(stop), spill_pool=spill_pool)
+        stream = GradientStream(streamed, device, meter, on_unit=_on_unit(adapted, stop), spill_pool=spill_pool)
         held_out = task.held_out_batches(streamed.config)
         job = PolishJob(stream, state, task.rows, held_out, asked, lambda: task.save(state, work))
         failure = job.run()
         task.publish(Path(output), opened, streamed, state, failure)
         workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)
+        workspace += replaced_bytes(streamed, adapted.replacements)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     if failure is not None:
         raise RuntimeError(f"{failure}; {output} holds the adapter of the {len(state.steps)} steps before it")
@@ -123,15 +128,17 @@ def _start(adapter: str | Path | None, settings: PolishSettings) -> str | Path |
     return FreshAdapter(rank, rank if alpha is None else alpha, targets or "all-linear", settings.seed)
 
 
-@contextmanager
-def _watching(stop: StopRequest) -> Iterator[None]:
-    yield
-    stop.check()
+def _on_unit(adapted: Adapted, stop: StopRequest) -> Callable[[Unit], Any]:
+    """Put what the adapter replaces in every unit, and let a stop take effect after it; the step in it is lost."""
 
+    @contextmanager
+    def on_unit(unit: Unit) -> Iterator[None]:
+        with replaced_values(adapted.streamed, unit, adapted.replacements) as put_values:
+            put_values(NAME)
+            yield
+        stop.check()
 
-def _stopping(stop: StopRequest) -> Any:
-    """Lets a stop take effect at the next unit; the step in progress is lost."""
-    return lambda unit: _watching(stop)
+    return on_unit
 
 
 def _result(output: Path, state: PolishState, job: PolishJob, report: Report) -> PolishResult:

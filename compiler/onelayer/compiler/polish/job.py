@@ -20,8 +20,8 @@ from onelayer.compiler.models.unit_memory import step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
-from onelayer.compiler.polish.token_loss import TokenLoss
 from onelayer.compiler.streaming.gradient_stream import GradientStream
+from onelayer.compiler.streaming.token_loss import TokenLoss
 
 if TYPE_CHECKING:
     from onelayer.compiler.models.streamed_model import StreamedModel

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onelayer.compiler.models.unit_memory import ADAPTER_COPIES
 from onelayer.compiler.storage.safetensors_format import read_header
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
 from onelayer.compiler.storage.work_directory import WorkKind
@@ -41,7 +42,9 @@ class PolishState:
     @property
     def bytes(self) -> int:
         """Memory of the parameters, their gradients, the optimizer's two moments and the best copy."""
-        return 5 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters.values())
+        return ADAPTER_COPIES * sum(
+            parameter.numel() * parameter.element_size() for parameter in self.parameters.values()
+        )
 
     @property
     def history(self) -> dict[str, Any]:

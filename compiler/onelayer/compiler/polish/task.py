@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from onelayer.compiler.adapters.attach import Adapted
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest, adapter_stamps
 from onelayer.compiler.adapters.writer import Base
@@ -97,7 +98,7 @@ class PolishTask:
             "max_gradient_norm": limit if math.isfinite(limit) else None,  # JSON has no infinity
         }
 
-    def open(self, work: Path) -> tuple[Adapter, StreamedModel, PolishState]:
+    def open(self, work: Path) -> tuple[Adapter, Adapted, PolishState]:
         """The adapter to begin with, the empty original with it attached, and the state before the first step.
 
         A fresh adapter is made once, in the work directory. Raises `InputError` where the two do not belong together.
@@ -108,9 +109,9 @@ class PolishTask:
                 self.start.write(partial, self.directory)
         adapter = Adapter.open(path)
         self._check(adapter)
-        streamed, trained = attach_trainable(self.directory, adapter, self.device)
+        adapted, trained = attach_trainable(self.directory, adapter, self.device)
         optimizer = torch.optim.AdamW(list(trained.values()), lr=self.settings.learning_rate, weight_decay=0.0)
-        return adapter, streamed, PolishState(trained, optimizer)
+        return adapter, adapted, PolishState(trained, optimizer)
 
     def _check(self, adapter: Adapter) -> None:
         check_made_for(adapter, self.directory, self.base["digest"])

@@ -12,8 +12,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from onelayer.compiler.adapters.attach import attach, factor_names, linear_targets
-from onelayer.compiler.adapters.fit import check_fit
+from onelayer.compiler.adapters.attach import Adapted, adapted_model, factor_names, linear_targets
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base, write_adapter
 from onelayer.compiler.data.classes import is_classifier
@@ -60,13 +59,13 @@ class FreshAdapter:
         StreamedModel(model, prepare)
 
 
-def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tuple[StreamedModel, Parameters]:
+def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tuple[Adapted, Parameters]:
     """The original with `adapter` attached, and A and B of every adapted module: float32, on `device`.
 
-    What the adapter replaces besides is attached too and stays as it is. Raises `InputError` where it does not fit.
+    What the adapter replaces besides is held with it and stays as it is. Raises `InputError` where it does not fit.
     """
-    check_fit(adapter, StreamedModel(model))
-    streamed = StreamedModel(model, attach({NAME: adapter.directory}))
+    adapted = adapted_model(model, {NAME: adapter})
+    streamed = adapted.streamed
     for parameter in streamed.model.parameters():
         if type(parameter) is torch.nn.Parameter:  # stand-ins for weights that are elsewhere never were
             parameter.requires_grad_(False)
@@ -77,7 +76,7 @@ def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tup
             parameter.data = parameter.data.to(device, torch.float32)
             parameter.requires_grad_(True)
             trained[key] = parameter
-    return streamed, trained
+    return adapted, trained
 
 
 def factors_of(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -1,1 +1,1 @@
-"""The refine pass: an emulator's factors are trained against the original, unit by unit."""
+"""The refine pass: trains an emulator's factors against the original, unit by unit."""

@@ -1,7 +1,8 @@
-"""The refine pass: the factors of an emulator are trained, unit by unit, against the original as it streams by.
+"""The refine pass: trains the factors of an emulator, unit by unit, against the original as it streams by.
 
-In: an emulator, its original, calibration data. Out: an emulator of the same ranks and bytes whose units give what the
-original's give. Held on the device: one unit of the original, its factors with their optimizer, the graph of one batch.
+In: an emulator, its original, calibration data. Out: an emulator of the same ranks and bytes whose units reproduce the
+original's outputs. Held on the device: one unit of the original, its factors with their optimizer, the graph of one
+batch.
 """
 
 import math
@@ -34,7 +35,7 @@ from onelayer.compiler.streaming.spill import SpillPool
 
 
 class RefineResult(Result):
-    """What refine made: every unit's relative output error on the calibration data before and after."""
+    """The result of a refinement: every unit's relative output error on the calibration data before and after."""
 
     output: str
     steps: int
@@ -51,13 +52,13 @@ def refine_emulator(
     output: str | Path,
     **settings: Unpack[RefineKeywords],
 ) -> RefineResult:
-    """Write the emulator whose factors were trained, a unit at a time, to give what the units of `model` give.
+    """Train an emulator's factors, a unit at a time, to reproduce the outputs of `model`; write the result.
 
-    Ranks, dtype and bytes stay the same. Each unit is trained by `steps` steps, each on `step_samples` of the `samples`
-    examples or all there are, `batch_size` at once, with the original's own inputs; `learning_rate` is relative to the
-    size of each factor. Factors are in no order afterwards, so the result cannot be sliced. Experts of mixtures stay as
-    they are. An interrupted run goes on after its last finished unit. Raises `InputError` for what the caller can
-    fix.
+    Ranks, dtype and bytes stay the same. Each unit is trained for `steps` steps on the original's own inputs. A step
+    uses `step_samples` of the `samples` examples, or all if there are fewer, and computes `batch_size` at once.
+    `learning_rate` is relative to the size of each factor. Training leaves the factors in no order, so the result
+    cannot be sliced. Experts of mixtures are left unchanged. An interrupted run continues after its last finished unit.
+    Raises `InputError` for bad input.
     """
     chosen, output = RefineSettings.of(settings), Path(output)
     check_output(output, emulator, model)

@@ -1,7 +1,7 @@
-"""One unit's factors in, the same trained to give the original unit's outputs for the original's inputs; no I/O.
+"""Trains one unit's factors to reproduce the original unit's outputs for the original's inputs; no I/O.
 
-Block reconstruction, as BRECQ does it for rounding (arXiv 2102.05426, section 3): the factorization is the best for
-each linear alone, this is a better one for what the linears of a unit do together, at the same bytes.
+This is block reconstruction, which BRECQ uses for rounding (arXiv 2102.05426, section 3). The factorization is optimal
+for each linear alone; training finds a better one for the linears of a unit together, at the same bytes.
 """
 
 import math
@@ -14,69 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
-from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
-from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, replaced_forwards
 from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.trained_linears import TrainedLinear
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, differentiable, rerun
-
-
-class TrainedLinear:
-    """What stands for one linear's weight. `masters` by ending: up (k, out) and down (k, in), or the whole (out, in).
-
-    Products use the masters as `round` last found them in the form in which they are stored, and leave gradients
-    there; `hand_gradients` gives them to the masters as if nothing had been rounded (straight-through estimator,
-    arXiv 1308.3432).
-    """
-
-    def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        first, second = emulator.factors(name)
-        found = {DENSE: first} if second is None else {UP: first.T, DOWN: second}
-        self.factor_dtype, self.dtype = emulator.facts.quantized_dtype, dtype
-        self.masters = {ending: factor.to(device, torch.float32).contiguous() for ending, factor in found.items()}
-        self.rounded: dict[str, torch.Tensor] = {}
-        self.round()
-
-    def round(self) -> None:
-        """Take the masters over as they are now."""
-        factor_dtype, dtype = self.factor_dtype, self.dtype
-        for ending, master in self.masters.items():
-            found = (
-                master.to(dtype)
-                if factor_dtype is None
-                else dequantize_matrix(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
-            )
-            self.rounded[ending] = found.float().detach().requires_grad_()
-
-    def hand_gradients(self) -> None:
-        """The gradients of what products used since the last `round` become those of the masters."""
-        for ending, master in self.masters.items():
-            master.grad = self.rounded[ending].grad
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """(N, in) -> (N, out), as the emulator computes it."""
-        used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
-        y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors as an emulator holds them, by the ending of their names."""
-        if self.factor_dtype is not None:
-            return {ending: quantize_matrix(master, self.factor_dtype) for ending, master in self.masters.items()}
-        return {
-            ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
-            for ending, master in self.masters.items()
-        }
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the original unit for some samples: what went in, and the tensors that came out, on the host.
+    """One call of the original unit for some samples: its inputs and its output tensors, on the host.
 
-    `finite` masks the rows of each target, (rows,), that are finite as a whole; None where all are.
+    `finite` has a mask (rows,) for each target, true for rows that are entirely finite; None if all rows are.
     """
 
     samples: int
@@ -87,40 +37,40 @@ class Call:
 
     @classmethod
     def of(cls, samples: int, kept: UnitInputs, outputs: Any) -> "Call":
-        """Keep the outputs together with what is kept of the inputs."""
+        """Keep the outputs together with the kept inputs."""
         targets = [output.detach() for output in differentiable(outputs)]
         finite = [finite_rows(target) for target in targets]
         return cls(samples, kept, targets, [target._version for target in targets], finite)
 
     @property
     def rows(self) -> int:
-        """The rows of all targets."""
+        """The number of rows of all targets."""
         return sum(map(row_count, self.targets))
 
     @property
     def dropped_rows(self) -> int:
-        """Those that are not finite."""
+        """The number of rows that are not finite."""
         return sum(int((~mask).sum()) for mask in self.finite if mask is not None)
 
     @property
     def weight(self) -> float:
-        """Its samples, counted by the share of their rows that are finite."""
+        """The number of samples, multiplied by the share of rows that are finite."""
         return self.samples * (1 - self.dropped_rows / max(1, self.rows))
 
     def check_unchanged(self) -> None:
-        """Raise `RuntimeError` where the model's code changed an input or an output in place after the call."""
+        """Raise `RuntimeError` if the model's code changed an input or an output in place after the call."""
         self.kept.check_unchanged()
         if self.versions != [target._version for target in self.targets]:
-            raise RuntimeError("an output was changed in place after the unit had given it, so it cannot be learned")
+            raise RuntimeError("an output was changed in place after the unit returned it, so it cannot be learned")
 
 
 def refine_unit(
-    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: RefineSettings, meter: Meter
+    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], settings: RefineSettings, meter: Meter
 ) -> tuple[float, float]:
-    """Train the factors of one unit, which is resident; `linears` by their module's path below it.
+    """Train the factors of one resident unit; `linears` are keyed by their module's path below the unit.
 
-    Returns the unit's relative output error over all calls before and after; where it would not be less, the factors
-    are what they were. Raises `RuntimeError` where the outputs are not finite before.
+    Returns the unit's relative output error over all calls before and after. If training does not lower it, the
+    factors are restored. Raises `RuntimeError` if the outputs are not finite before training.
     """
     masters = [master for linear in linears.values() for master in linear.masters.values()]
     begun = [master.clone() for master in masters]
@@ -133,7 +83,7 @@ def refine_unit(
         before = _error(unit, calls, device)
         if not math.isfinite(before):
             raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
-        _train(unit, linears, calls, pace, meter)
+        _train(unit, linears, calls, settings, meter)
         after = _error(unit, calls, device)
     if after < before:
         return before, after
@@ -143,22 +93,22 @@ def refine_unit(
 
 
 def _train(
-    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], pace: RefineSettings, meter: Meter
+    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], settings: RefineSettings, meter: Meter
 ) -> None:
-    """Adam with a rate that falls to zero in a straight line; calls in an order of the unit's own."""
+    """Run Adam with a learning rate that falls linearly to zero; every unit shuffles its calls with its own seed."""
     masters = [master for linear in linears.values() for master in linear.masters.values()]
-    rates = [pace.learning_rate * float(master.square().mean().sqrt()) for master in masters]
+    rates = [settings.learning_rate * float(master.square().mean().sqrt()) for master in masters]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, foreach=False)  # one factor after the other: no copies of all of them
-    for step, chosen in zip(range(pace.steps), _shuffled(calls, pace, unit.position), strict=False):
+    optimizer = torch.optim.Adam(groups, foreach=False)  # one factor at a time; foreach would copy all of them
+    for step, chosen in zip(range(settings.steps), _shuffled(calls, settings, unit.position), strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - step / pace.steps)
+            group["lr"] = rate * (1 - step / settings.steps)
         total = sum(call.weight for call in chosen)
         used = [factor for linear in linears.values() for factor in linear.rounded.values()]
         for call in chosen:
             with torch.enable_grad(), _guarded(unit, linears if call.dropped_rows else ()):
                 distance, _ = _distance(unit, call, masters[0].device)
-                # Without a graph where none of the linears had a part in the call.
+                # There is no graph if none of the linears took part in the call.
                 if distance.requires_grad:
                     torch.autograd.backward(distance * (call.weight / total), inputs=used)
             meter.sample()
@@ -169,21 +119,24 @@ def _train(
             linear.round()
 
 
-def _shuffled(calls: Sequence[Call], pace: RefineSettings, position: int) -> Iterator[list[Call]]:
-    """The calls of one step after the other: all in turn, in another order every time."""
-    generator = torch.Generator().manual_seed(pace.seed * 1_000_003 + position)
+def _shuffled(calls: Sequence[Call], settings: RefineSettings, position: int) -> Iterator[list[Call]]:
+    """Yield the calls of each step; every round goes through all calls, in a new order."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + position)
     chosen, weight = list[Call](), 0.0
     while True:
         for index in torch.randperm(len(calls), generator=generator).tolist():
             chosen.append(calls[index])
             weight += calls[index].weight
-            if weight >= pace.step_samples:
+            if weight >= settings.step_samples:
                 yield chosen
                 chosen, weight = [], 0.0
 
 
 def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The squared distance of the unit's outputs from the original's, relative to each one's size, and their number."""
+    """Sum the outputs' squared distances from the original's, relative to each output's size; return also their number.
+
+    An output without finite rows is not counted.
+    """
     outputs, _ = rerun(unit, call.kept, device)
     total, counted = torch.zeros((), device=device), 0
     for output, target, finite in zip(outputs, call.targets, call.finite, strict=True):
@@ -200,7 +153,7 @@ def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def _error(unit: Unit, calls: Sequence[Call], device: torch.device) -> float:
-    """||outputs - the original's|| / ||the original's||, root mean square over samples and outputs."""
+    """Compute ||outputs - the original's|| / ||the original's||, root mean square over samples and outputs."""
     total, count = 0.0, 0.0
     for call in calls:
         distance, outputs = _distance(unit, call, device)
@@ -218,9 +171,9 @@ def _factors_in_place(unit: Unit, linears: Mapping[str, TrainedLinear]) -> Abstr
 
 @contextmanager
 def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
-    """Give the linears at `paths` zeros in place of rows and gradients that are not finite.
+    """Replace rows and gradients that are not finite by zeros in the linears at `paths`.
 
-    A product's gradient sums over rows: one that is not finite would spoil it, although nothing is asked of its output.
+    A product's gradient sums over rows. One row that is not finite would spoil it, even if its output does not count.
     """
 
     def finite(rows: torch.Tensor) -> torch.Tensor:
@@ -229,7 +182,7 @@ def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return finite(args[0]), *args[1:]
 
-    def behind(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if output.requires_grad:
             output.register_hook(finite)
 
@@ -237,5 +190,5 @@ def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
         for path in paths:
             module = unit.module.get_submodule(path)
             handles.enter_context(module.register_forward_pre_hook(before))
-            handles.enter_context(module.register_forward_hook(behind))
+            handles.enter_context(module.register_forward_hook(after))
         yield

@@ -1,7 +1,7 @@
-"""What survives a killed refinement: a file for each finished unit, in the end a whole emulator of them.
+"""What survives a killed refinement: one file for each finished unit. At the end they become a whole emulator.
 
-A unit's file holds its factors as they will be stored and, in its header, what they gained; it exists only when it is
-complete, so a kill costs at most one unit.
+A unit's file holds its factors in the form in which they will be stored; its header holds the errors before and after.
+The file exists only when it is complete, so a kill costs at most one unit.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,8 @@ REFINE_WORK = WorkKind("refine", finished=UNIT_PATTERN)
 class RefinedUnit(Result):
     """The relative error ||outputs - the original's|| / ||the original's|| of a unit, before and after.
 
-    Both are for the original's inputs. `dropped_rows` of the original's outputs were not finite and are left out.
+    Both are measured on the original's inputs. `dropped_rows` counts rows of the original's outputs that were not
+    finite; they are left out.
     """
 
     name: str
@@ -43,17 +44,17 @@ class RefinedUnit(Result):
 
 
 class RefineWork:
-    """The finished part of the refinement of `source`, by the position of each unit."""
+    """The finished units of the refinement of `emulator`, by position."""
 
-    def __init__(self, path: Path, source: Emulator, original: Checkpoint) -> None:
-        self.path, self.source, self.original = path, source, original
+    def __init__(self, path: Path, emulator: Emulator, original: Checkpoint) -> None:
+        self.path, self.emulator, self.original = path, emulator, original
         self._finished: dict[int, tuple[RefinedUnit, dict[str, TensorInfo]]] = {}
         for file in sorted(path.glob(UNIT_PATTERN)):
             try:
                 table, metadata = read_header(file)
                 figures = RefinedUnit.model_validate_json(metadata["figures"])
             except (InputError, KeyError, ValidationError):
-                continue  # it is made again
+                continue  # the unit is trained again
             self._finished[int(file.stem.removeprefix("unit-"))] = figures, table
 
     @property
@@ -79,31 +80,31 @@ class RefineWork:
     def publish(self, output: Path, record: Mapping[str, Any], meter: Meter) -> None:
         """Write the emulator with the finished units' factors in place of its own, under a new digest.
 
-        Its records say how far the units are from the original; the errors of the linears no longer hold and go.
+        Its record has the errors of the units. The errors of single linears no longer hold and are removed.
         """
-        source = self.source
+        emulator = self.emulator
         refined = {name: info for _, table in self._finished.values() for name, info in table.items()}
         by_file = {
             file: [
                 copy_entry(name, refined.get(name, info))
-                for name, info in source.checkpoint.tensors.items()
+                for name, info in emulator.checkpoint.tensors.items()
                 if info.file == file
             ]
-            for file in source.checkpoint.files
+            for file in emulator.checkpoint.files
         }
         with atomic_directory(output) as partial:
-            copy_beside_weights(source.directory, partial)
-            write_shards(partial, source, by_file, meter, "write")
-            document = read_json(source.directory / FIGURES_FILE)
+            copy_beside_weights(emulator.directory, partial)
+            write_shards(partial, emulator, by_file, meter, "write")
+            document = read_json(emulator.directory / FIGURES_FILE)
             document["linears"] = [
                 {field: value for field, value in row.items() if field not in ERROR_FIELDS}
                 for row in document["linears"]
             ]
-            refined_facts = {"digest": model_digest(partial), "refined": {"emulator": source.digest, **record}}
+            refined_facts = {"digest": model_digest(partial), "refined": {"emulator": emulator.digest, **record}}
             write_json(partial / FIGURES_FILE, {**document, **refined_facts})
             write_text(partial / "README.md", card(document["base"]["model"], refined=True))
             self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        self.source.checkpoint.check_unchanged()
+        self.emulator.checkpoint.check_unchanged()
         self.original.check_unchanged()

@@ -8,20 +8,20 @@ from onelayer.compiler.settings import Batched, Lengths, Must, Resumable, Sample
 
 
 class FactorTraining(Batched):
-    """How factors are trained: `steps` for each unit; the learning rate is relative to a factor's size."""
+    """The settings of factor training: `steps` for each unit, and a learning rate relative to a factor's size."""
 
     samples: Samples = 256
     steps: Annotated[PositiveInt, Field(description="Training steps for each layer.")] = 100
     step_samples: Annotated[PositiveInt, Field(description="Calibration examples per step.")] = 8
     learning_rate: Annotated[
         PositiveFloat,
-        Field(description="First learning rate, as a share of a factor's size."),
+        Field(description="Initial learning rate, as a share of a factor's size."),
         Must("be above 0, for example 0.01"),
     ] = 0.01
 
 
 class RefineSettings(FactorTraining, Lengths, Seeded, Resumable):
-    """What can be set of a refinement."""
+    """All settings of a refinement."""
 
 
 class RefineKeywords(TypedDict, total=False):

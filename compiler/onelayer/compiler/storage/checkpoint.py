@@ -5,14 +5,12 @@ weight is read, and an index cannot name a file outside its directory. Only safe
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.companions import companions
@@ -22,11 +20,15 @@ from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
 SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
 INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+# Shards that are open at a time.
+OPEN_FILES = 64
+FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 
@@ -71,11 +73,12 @@ class Checkpoint:
         return cls(directory, files, tensors, metadata, index_file, stamps)
 
     @cached_property
-    def _handles(self) -> dict[Path, Any]:
+    def _handle(self) -> Callable[[Path], Any]:
+        """Open a shard, or return it as it was opened: a process may hold 1,024 files, a model have 1,800 shards."""
         from safetensors import safe_open
 
         # Positional reads, not a file mapping: mapped pages count as ours on some systems and fail on others.
-        return {file: safe_open(file, framework="pt", backend="pread") for file in self.files}
+        return lru_cache(OPEN_FILES)(lambda file: safe_open(file, framework="pt", backend="pread"))
 
     @property
     def bytes_read(self) -> int:
@@ -94,7 +97,7 @@ class Checkpoint:
         """Read one tensor, in its own dtype, to the host."""
         info = self.tensors[name]
         self._count(info.size_bytes)
-        tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        tensor: torch.Tensor = self._handle(info.file).get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
@@ -109,7 +112,7 @@ class Checkpoint:
         self._count(row_bytes * (stop - start))
         dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
         if info.dtype not in dtypes:
-            rows: torch.Tensor = self._handles[info.file].get_slice(name)[start:stop]
+            rows: torch.Tensor = self._handle(info.file).get_slice(name)[start:stop]
             return rows
         # The library reads the whole tensor for any part of it.
         buffer = torch.empty(row_bytes * (stop - start), dtype=torch.uint8)
@@ -124,6 +127,7 @@ class Checkpoint:
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
         """Read the given rows of a matrix (n, width), in its own dtype, to the host; nothing else is read."""
+        import numpy as np
         import torch
 
         info = self.tensors[name]
@@ -132,6 +136,15 @@ class Checkpoint:
         self._count(row_bytes * len(rows))
         dtype = self.read_rows(name, 0, 0).dtype
         return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
+
+
+def floating_bytes(checkpoint: Checkpoint) -> Counter[str]:
+    """Count the stored bytes of each floating dtype, by its safetensors name."""
+    stored: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_NAMES:
+            stored[info.dtype] += info.size_bytes
+    return stored
 
 
 def _find_files(directory: Path) -> tuple[Path | None, dict[str, Path]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import read_json, write_json
+from onelayer.compiler.storage.model_config import marked
 
 _KNOWN = (
     # The model and how it generates.
@@ -96,9 +97,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in check_companions(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        document = read_json(path) if fnmatchcase(path.name, _WITH_CODE) else None
+        document = read_json(path, finite=False) if fnmatchcase(path.name, _WITH_CODE) else None
         if isinstance(document, dict) and "auto_map" in document:
-            write_json(copy, {name: value for name, value in document.items() if name != "auto_map"})
+            write_json(copy, marked({name: value for name, value in document.items() if name != "auto_map"}))
         else:
             shutil.copyfile(path, copy)
 

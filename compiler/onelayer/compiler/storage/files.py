@@ -5,7 +5,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from onelayer.compiler.errors import InputError
@@ -13,6 +15,8 @@ from onelayer.compiler.machine.meter import GIB
 
 # Reads, copies and hashes go through buffers of this size, so none of them grows with the file.
 BUFFER_BYTES = 4 << 20
+# The index of a million tensors has 100 MB; nothing that is read whole is larger.
+DOCUMENT_LIMIT_BYTES = 256 << 20
 
 
 def onelayer_home() -> Path:
@@ -44,16 +48,35 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; an `InputError` names the file, the line and the column of the fault."""
-    if path.exists() and not path.is_file():  # reading a pipe would wait forever
-        raise InputError(f"{path}: is not a regular file; restore the file")
+def read_json(path: Path, finite: bool = True) -> Any:
+    """Parse a JSON file; an `InputError` names the file, the line and the column of the fault.
+
+    Numbers that are not finite are no JSON; `finite=False` takes them all the same.
+    """
+    remedy = "restore the file"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # reading a pipe would wait forever
+            raise InputError(f"{path}: is not a regular file; {remedy}")
+        if status.st_size > DOCUMENT_LIMIT_BYTES:
+            limit_mib = DOCUMENT_LIMIT_BYTES >> 20
+            raise InputError(f"{path}: {status.st_size} bytes, a document has at most {limit_mib} MiB; {remedy}")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); restore the file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deep nesting
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a number")
+    return value
 
 
 # The longest ending that is added to an output's name while it is made: a work directory's lock, a process number.

@@ -20,6 +20,9 @@ DTYPE_BITS = {
 }  # fmt: skip
 # The format's own cap on a header; a larger one is an attack or not a safetensors file.
 HEADER_LIMIT_BYTES = 100_000_000
+# Sizes and offsets of the format have 64 bits; a tensor has as many dimensions as torch allows.
+SIZE_DIGITS = 20
+DIMENSIONS_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); restore the file") from None
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, parse_int=_whole)
     except (ValueError, RecursionError):
         raise InputError(f"{file}: header is not valid JSON; download the file again") from None
     if not isinstance(header, dict):
@@ -68,6 +71,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return table, metadata
 
 
+def _whole(text: str) -> int:
+    """Parse a whole number of a header: sizes of a thousand digits multiply for minutes and fit no file."""
+    if len(text) > SIZE_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
 def _checked(name: str, row: Any, file: Path, data_start: int, size_bytes: int) -> TensorInfo:
     """One row of a header as a `TensorInfo`, or an `InputError` naming the tensor."""
     remedy = "download the file again"
@@ -79,6 +89,8 @@ def _checked(name: str, row: Any, file: Path, data_start: int, size_bytes: int) 
     for part, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
             raise InputError(f"{file}: tensor {name!r} has a malformed {part}; {remedy}")
+    if len(shape) > DIMENSIONS_LIMIT:
+        raise InputError(f"{file}: tensor {name!r} has {len(shape)} dimensions; {remedy}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{file}: tensor {name!r} has malformed data_offsets; {remedy}")
     if data_start + offsets[1] > size_bytes:

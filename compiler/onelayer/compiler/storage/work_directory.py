@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import check_output, publish_directory, read_json, write_json
 
@@ -53,6 +51,8 @@ def work_directory(output: Path, kind: WorkKind, identity: Mapping[str, Any], re
     It is removed at the end; after an error it stays if anything in it is finished. Raises `InputError` if `output`
     cannot be written, another process holds the lock, or the kind of work refuses what is there.
     """
+    from filelock import FileLock, Timeout
+
     check_output(output)
     path = kind.path(output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,12 +55,14 @@ class GradientStream(Stream):
     Batches from number `trained` on are only scored: they leave no records and run in evaluation mode. `seed` fixes
     dropout and other noise: each call of a unit has its own seed, so that a rerun gives the same result. With `rank` (a
     number, or a share of the features), unit inputs are kept as factors of that rank plus a residual of two bits a
-    value. Gradients are then approximate; the forward pass stays exact.
+    value. Gradients are then approximate; the forward pass stays exact. Without `dropout`, trained batches run in
+    evaluation mode too. On the way back, `on_unit` may yield a callable that runs the unit for one call.
     """
 
     trained: int = 0
     seed: int = 0
     rank: int | float | None = None
+    dropout: bool = True
     bar: Progress | None = None
     _records: list[tuple[Unit, list[Record]]] = field(default_factory=list)
     _known: dict[int, WeakTensorKeyDictionary] = field(default_factory=dict)
@@ -99,28 +101,29 @@ class GradientStream(Stream):
                 unit, records = self._records.pop()
                 with self._loader.hold(unit):
                     self._loader.read_ahead(self._records[-1][0] if self._records else None)
-                    with nullcontext() if self.on_unit is None else self.on_unit(unit):
-                        self._reverse_unit(unit, records)
+                    with nullcontext() if self.on_unit is None else self.on_unit(unit) as run:
+                        self._reverse_unit(unit, records, run)
                 return_free_memory()
                 bar.reached(2 * len(self.streamed.units) - unit.position, unit.name, self.meter.sample())
         self.forget()
 
-    def _reverse_unit(self, unit: Unit, records: list[Record]) -> None:
+    def _reverse_unit(self, unit: Unit, records: list[Record], run: Callable[..., Any] | None) -> None:
         while records:
             record = records.pop()
             if any(slot is not None for slot in record.slots):
                 with (
                     self._name_failure(record.index, unit),
                     self._random(record.seed),
-                    training(self.streamed.model, True),
+                    training(self.streamed.model, self.dropout),
                 ):
-                    self._reverse_call(unit, record)
+                    self._reverse_call(unit, record, run)
             self.meter.sample()
 
-    def _reverse_call(self, unit: Unit, record: Record) -> None:
+    def _reverse_call(self, unit: Unit, record: Record, run: Callable[..., Any] | None) -> None:
         record.kept.check_unchanged()
+        forward = None if run is None else lambda *args, **kwargs: run(record.index, args, kwargs)
         with torch.enable_grad():
-            outputs, leaves = rerun(unit, record.kept, self.device)
+            outputs, leaves = rerun(unit, record.kept, self.device, forward)
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)
@@ -146,7 +149,7 @@ class GradientStream(Stream):
         with self._random(seed):
             here = move(inputs, self.device)
             outputs = move(call_with_containers(partial(run, visit.index), *here), HOST)
-        if visit.grad_enabled and (kept.wants_gradients or _is_trained(visit.unit)):
+        if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
             outputs, slots = cut_graph(outputs)
             if not self._records or self._records[-1][0] is not visit.unit:
                 self._records.append((visit.unit, []))
@@ -158,6 +161,10 @@ class GradientStream(Stream):
         rank = self.rank if isinstance(self.rank, int) else max(1, round(self.rank * tensor.shape[-1]))
         return compress(tensor, rank, torch.Generator().manual_seed(seed))
 
+    def wants_gradients(self, unit: Unit) -> bool:
+        """Whether a unit needs gradients of its own; the way back ends at the first one that does."""
+        return any(parameter.requires_grad for parameter in unit.module.parameters())
+
     def records_gradients(self, index: int) -> bool:
         """Whether autograd records the code between units: for the batches that are trained on."""
         return index < self.trained
@@ -167,7 +174,7 @@ class GradientStream(Stream):
         """Set training mode for a trained batch, and random numbers of its own."""
         is_trained = index < self.trained
         numbers = self._random(self._next_seed(index)) if is_trained else nullcontext()
-        with training(self.streamed.model, is_trained), numbers:
+        with training(self.streamed.model, is_trained and self.dropout), numbers:
             yield
 
     def loading(self) -> Any:
@@ -192,10 +199,6 @@ class GradientStream(Stream):
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             yield
-
-
-def _is_trained(unit: Unit) -> bool:
-    return any(parameter.requires_grad for parameter in unit.module.parameters())
 
 
 @contextmanager

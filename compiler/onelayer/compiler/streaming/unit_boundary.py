@@ -164,10 +164,16 @@ class UnitInputs:
             torch.autograd.backward(edges, gradients, retain_graph=True)
 
 
-def rerun(unit: Unit, kept: UnitInputs, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Run a resident unit again; return its differentiable outputs and the leaves for `send_gradients`."""
+def rerun(
+    unit: Unit, kept: UnitInputs, device: torch.device, forward: Callable[..., Any] | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Run a resident unit again, by `forward` if given; return its differentiable outputs and the leaves.
+
+    `send_gradients` takes the leaves.
+    """
     (arguments, contents), leaves = kept.rebuild(device)
-    outputs = call_with_containers(lambda args, kwargs: unit.forward(*args, **kwargs), arguments, contents)
+    run = forward or unit.forward
+    outputs = call_with_containers(lambda args, kwargs: run(*args, **kwargs), arguments, contents)
     return differentiable(outputs), leaves
 
 

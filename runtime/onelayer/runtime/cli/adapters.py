@@ -28,9 +28,10 @@ Start = Annotated[
     ),
 ]
 EvalData = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        metavar="DATA", help="Held-out data: its loss is shown, and the adapter that is best on it is written."
+        metavar="DATA",
+        help="Held-out data: its loss is shown, and the best adapter is written; may be repeated.",
     ),
 ]
 
@@ -59,7 +60,7 @@ def polish(
     from onelayer.compiler import polish_adapter
 
     print_result(
-        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data, **settings),
+        lambda: polish_adapter(adapter, model=model, data=data, output=output, eval_data=eval_data or None, **settings),
         summaries.polish_summary,
         as_json,
     )
@@ -88,7 +89,7 @@ def correct(
     from onelayer.compiler import correct_adapter
 
     print_result(
-        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data, **settings),
+        lambda: correct_adapter(adapter, emulator=emulator, model=model, output=output, data=data or None, **settings),
         summaries.correct_summary,
         as_json,
     )
@@ -115,12 +116,13 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
-@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"))
+@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"), after={"model": "activation_report"})
 def train(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],
     data: Data,
     output: Output,
     *,
+    model: Annotated[str | None, typer.Option(help="The original, for --anchor-every: directory or Hub id.")] = None,
     as_json: Json = False,
     **settings: Unpack[TrainKeywords],
 ) -> None:
@@ -133,11 +135,12 @@ def train(
     Example:
       onelayer train emulator --data train.jsonl --max-steps 500 --output adapter
       onelayer train emulator --data train.jsonl --activations sublayer --activation-rank auto --output adapter
+      onelayer train emulator --model ./llama-8b --anchor-every 10 --data train.jsonl --output adapter
     """
     from onelayer.runtime import train_lora
 
     print_result(
-        lambda: train_lora(emulator, data, output, **settings),
+        lambda: train_lora(emulator, data, output, model=model, **settings),
         summary,
         as_json,
     )

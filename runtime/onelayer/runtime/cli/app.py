@@ -1,22 +1,21 @@
 """The `onelayer` command, assembled from its commands; each calls the Python API once.
 
-No command decides anything itself, and only those that compute import torch.
+The commands decide nothing. What they call is imported when they run, so that help and dry runs are quick.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
 from onelayer.runtime.cli.adapters import correct, merge, polish, train
 from onelayer.runtime.cli.emulators import compile_, refine, slice_
-from onelayer.runtime.cli.models import evaluate, inspect, plan
+from onelayer.runtime.cli.models import evaluate, generate, inspect, plan
 from onelayer.runtime.cli.runs import app as artifacts_app
 from onelayer.runtime.cli.runs import run
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune a transformer that does not fit your GPU: compile an emulator, train LoRA on it, correct the LoRA.",
 )
 app.add_typer(artifacts_app, name="artifacts")
@@ -24,10 +23,9 @@ app.add_typer(artifacts_app, name="artifacts")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            typer.echo(f"onelayer {version('onelayer')}")
-        except PackageNotFoundError:
-            typer.echo("onelayer, run from a folder without being installed")
+        from importlib.metadata import version
+
+        typer.echo(f"onelayer {version('onelayer')}")
         raise typer.Exit
 
 
@@ -49,5 +47,6 @@ app.command()(correct)
 app.command()(polish)
 app.command()(merge)
 app.command()(evaluate)
+app.command()(generate)
 app.command()(inspect)
 app.command()(run)

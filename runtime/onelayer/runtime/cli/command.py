@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from onelayer.compiler.errors import one_line
+
 
 def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json: bool) -> Any:
     """Do the work and print its result. Output of libraries goes to stderr: stdout is for the result alone."""
@@ -20,4 +22,4 @@ def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json
 
 def print_error(text: str) -> None:
     """Print one line on stderr."""
-    typer.echo(f"onelayer: error: {' '.join(text.split())}", err=True)
+    typer.echo(f"onelayer: error: {one_line(text)}", err=True)

@@ -47,7 +47,9 @@ def compile_(
         from onelayer.runtime.planning.plan import size_for
 
         if settings["ratio"] is not None or settings["keep_bytes"] is not None:
-            raise InputError("--memory: it chooses the ratio; leave --ratio and --keep-bytes out")
+            raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
+        if settings["form"] == "coded":
+            raise InputError("--memory: chooses the size of factors; give --keep-bytes with --form coded")
         allocation = settings["rank_allocation"] or "spectrum"
         tokens = settings["batch_size"] * settings["max_length"]
         dtype = settings["factor_dtype"]

@@ -2,8 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 
 import typer
 from typer.exceptions import TyperException
@@ -33,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _invoke(arguments: list[str]) -> int:
     """Run one command. Every failure ends in one line on stderr and an exit code."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        _treat_termination_as_interrupt()
         code = typer.main.get_command(app).main(args=arguments, prog_name="onelayer", standalone_mode=False)
     except TyperException as error:
         context = getattr(error, "ctx", None)  # the subcommand with the mistake
@@ -46,10 +51,23 @@ def _invoke(arguments: list[str]) -> int:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"{text} (set ONELAYER_DEBUG=1 for the traceback)", 1)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
     if code == 130:  # typer turns Ctrl-C into this
         advice = RESUME.get(arguments[0], "nothing half-written is kept, run the same command again")
         typer.echo(f"onelayer: interrupted; {advice}", err=True)
     return code if isinstance(code, int) else 0
+
+
+def _treat_termination_as_interrupt() -> None:
+    """Let SIGTERM, which schedulers and containers send, unwind the command and say how to continue, like Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _fail(text: str, code: int) -> int:

@@ -18,6 +18,7 @@ from onelayer.runtime.cli.options import (
     Plot,
     settings_options,
 )
+from onelayer.runtime.generation.settings import GenerateKeywords, GenerateSettings
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.run_summaries import plan_summary
 from onelayer.runtime.training.settings import PlannedTraining
@@ -63,6 +64,35 @@ def evaluate(
             **settings,
         ),
         summaries.evaluate_summary,
+        as_json,
+    )
+
+
+@settings_options(GenerateKeywords, GenerateSettings)
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model directory, merged model, emulator directory or Hub id.")
+    ],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer or to continue.")],
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to try on MODEL.")] = None,
+    *,
+    as_json: Json = False,
+    **settings: Unpack[GenerateKeywords],
+) -> None:
+    """Write text with MODEL, and with an adapter, to try the result of a training.
+
+    The model is loaded as a whole, over all devices and the host's memory.
+
+    \b
+    Example:
+      onelayer generate ./llama-8b --adapter corrected --prompt "Name three cities."
+      onelayer generate emulator --adapter adapter --prompt "Name three cities." --temperature 0.7
+    """
+    from onelayer.runtime import generate_text
+
+    print_result(
+        lambda: generate_text(model, prompt, adapter, **settings),
+        lambda document: str(document["text"]),
         as_json,
     )
 

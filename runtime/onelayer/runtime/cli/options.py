@@ -63,10 +63,11 @@ def parse_bytes(text: str | int) -> int:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must be empty or not exist yet.")]
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
         metavar="DATA",
-        help="A .jsonl, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and label.",
+        help="A .jsonl, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and label; may be "
+        "repeated.",
     ),
 ]
 Calibration = Annotated[
@@ -79,8 +80,8 @@ Plot = Annotated[
 ]
 Adapters = Annotated[list[Path] | None, typer.Option(metavar="DIR", help="Adapter to score too; may be repeated.")]
 HeldOut = Annotated[
-    str | None,
-    typer.Option(metavar="DATA", help="Held-out data to choose the correction by: a file, a directory or a Hub id."),
+    list[str] | None,
+    typer.Option(metavar="DATA", help="Held-out data to choose the correction by; may be repeated."),
 ]
 Weights = Annotated[
     list[float] | None,

@@ -7,9 +7,7 @@ import typer
 
 from onelayer.runtime.cli.command import print_error, print_result
 from onelayer.runtime.cli.options import Json, MaxSize
-from onelayer.runtime.pipeline.housekeeping import list_artifacts, prune_by_rules
 from onelayer.runtime.reporting import run_summaries, summaries
-from onelayer.runtime.store.store import ArtifactStore
 
 
 def run(
@@ -28,14 +26,16 @@ def run(
           onelayer run manifests/demo.yaml --task sql
     """
     from onelayer.runtime.manifest.manifest import load_manifest
-    from onelayer.runtime.pipeline.kinds import product_kinds
-    from onelayer.runtime.pipeline.plan import plan
-    from onelayer.runtime.pipeline.run import run
 
     loaded = load_manifest(manifest)
     if dry_run:
+        from onelayer.runtime.pipeline.plan import plan
+
         print_result(lambda: plan(loaded, tasks=task), run_summaries.plan_steps_summary, as_json)
         return
+    from onelayer.runtime.pipeline.kinds import product_kinds
+    from onelayer.runtime.pipeline.run import run
+
     result = print_result(
         lambda: run(loaded, tasks=task, notify=lambda text: typer.echo(text, err=True)),
         lambda document: run_summaries.run_summary(document, product_kinds()),
@@ -53,12 +53,17 @@ app = typer.Typer(rich_markup_mode=None, help="List, verify and prune what `onel
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List every finished artifact with its size, its age and the manifests that used it last, oldest first."""
+    from onelayer.runtime.pipeline.housekeeping import list_artifacts
+    from onelayer.runtime.store.store import ArtifactStore
+
     print_result(lambda: list_artifacts(ArtifactStore()), summaries.artifacts, as_json)
 
 
 @app.command("verify")
 def verify(as_json: Json = False) -> None:
     """List every file that changed since it was written."""
+    from onelayer.runtime.store.store import ArtifactStore
+
     store = ArtifactStore()
     faults = print_result(
         lambda: [fault.model_dump(mode="json") for fault in store.verify()], summaries.faults, as_json
@@ -93,6 +98,8 @@ def prune(
       onelayer artifacts prune --keep manifests/demo.yaml --dry-run
       onelayer artifacts prune --older-than-days 30 --max-size 200GiB
     """
+    from onelayer.runtime.pipeline.housekeeping import prune_by_rules
+
     print_result(
         lambda: prune_by_rules(older_than_days, max_size, keep or [], dry_run=dry_run), summaries.pruned, as_json
     )

@@ -58,7 +58,11 @@ class Manifest(Seeded, Section):
         merged = {**self.train.args, **task.args}
         args = {name: value for name, value in merged.items() if value is not None}
         return Training(
-            lora=lora, activations=activations, args=args, max_length=task.max_length or self.train.max_length
+            lora=lora,
+            activations=activations,
+            anchor=self.train.anchor,
+            args=args,
+            max_length=task.max_length or self.train.max_length,
         )
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
@@ -86,7 +90,8 @@ def load_manifest(path: str | Path) -> Manifest:
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
-        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _impossible_ratios(manifest)
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest)
+        faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest._path = path.resolve()
@@ -111,6 +116,13 @@ def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
     ]
 
 
+def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
+    """A fault if the original is trained itself, which needs no anchors."""
+    if manifest.train.anchor is None or manifest.emulator is not None:
+        return []
+    return [(("train", "anchor"), "there is no emulator, add one or leave the anchor out")]
+
+
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:
     """Find ratios that are given twice, or that no slice of the emulator can have."""
     emulator = manifest.emulator
@@ -128,6 +140,24 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
         elif (stored := _known_ratio(emulator)) is not None and task.ratio >= stored:
             faults.append((where, f"must be below {stored:.4g}, the ratio of the emulator that it is sliced from"))
     return faults
+
+
+def _impossible_codes(manifest: Manifest) -> list[Fault]:
+    """Find what does not go with an emulator of codes."""
+    emulator = manifest.emulator
+    if emulator is None or emulator.form != "coded":
+        faulty = emulator is not None and emulator.backward
+        return [(("emulator", "backward"), "only codes are weighted by gradients, set form: coded")] if faulty else []
+    faults: list[Fault] = [
+        (("emulator", name), "the size of codes is a share of bytes, give keep_bytes")
+        for name in ("ratio", "memory")
+        if getattr(emulator, name) is not None
+    ]
+    return faults + [
+        (("tasks", name, "ratio"), "an emulator of codes cannot be sliced, leave it out")
+        for name, task in manifest.tasks.items()
+        if task.ratio is not None
+    ]
 
 
 def _known_ratio(emulator: Emulator) -> float | None:

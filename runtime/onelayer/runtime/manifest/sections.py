@@ -17,9 +17,8 @@ from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
 from onelayer.runtime.manifest.values import (
-    DataSource,
+    DataSources,
     Size,
-    as_list,
     checked_limit,
     checked_modules,
     model_source,
@@ -27,6 +26,7 @@ from onelayer.runtime.manifest.values import (
 )
 from onelayer.runtime.training.settings import (
     ActivationRank,
+    AnchorBits,
     Dropout,
     LoraAlpha,
     LoraFields,
@@ -63,7 +63,7 @@ class Model(Section):
 class Calibration(Sampling, Section):
     """The compiler's calibration data: how many examples, each cut at how many tokens."""
 
-    data: Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
+    data: DataSources
 
 
 class Refine(FactorTraining, Section):
@@ -127,11 +127,22 @@ class Activations(Section):
     rank: ActivationRank = TrainSettings.default("activation_rank")
 
 
+class Anchor(Section):
+    """How each layer of the emulator is given what it lacks of the original's answer, on the rows trained on next.
+
+    The original streams by every `every` optimizer steps; `bits` are those of each value that is given.
+    """
+
+    every: PositiveInt
+    bits: AnchorBits = TrainSettings.default("anchor_bits")
+
+
 class Training(Lengths, Section):
-    """How an adapter is trained; `args` are SFTConfig's own arguments."""
+    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors."""
 
     lora: Lora = Lora()
     activations: Activations = Activations()
+    anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
     args: dict[str, Any] = Field(default={})
 
 
@@ -161,9 +172,9 @@ class Stream(OnDevice, Batched, Section):
 class Task(Section):
     """One adapter: its data, and its differences from the `train` defaults. `ratio` asks for a smaller emulator."""
 
-    train: DataSource
-    validation: DataSource | None = None
-    test: DataSource | None = None
+    train: DataSources
+    validation: DataSources | None = None
+    test: DataSources | None = None
     lora: Lora | None = None
     activations: Activations | None = None
     args: dict[str, Any] = Field(default={})

@@ -14,9 +14,23 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 def _local(text: str, info: ValidationInfo) -> str | None:
     """Return the absolute path of something that exists relative to the manifest's folder, else None."""
+    try:
+        path = _base(info) / Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        return None
+
+
+def _base(info: ValidationInfo) -> Path:
     base: Path = (info.context or {}).get("folder", Path.cwd())
-    path = base / Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else None
+    return base
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path
+        return False
 
 
 def _data_source(text: str, info: ValidationInfo) -> str:
@@ -25,7 +39,7 @@ def _data_source(text: str, info: ValidationInfo) -> str:
         if not Path(local).is_dir() and Path(local).suffix not in SUFFIXES:
             raise ValueError(f"{text}: unknown kind of data, use a {KINDS} file or a directory of them")
         return local
-    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not Path(text).exists():
+    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such file in the manifest's folder, paths are relative to the manifest")
 
@@ -35,7 +49,7 @@ def model_source(text: str, info: ValidationInfo) -> str:
     local = _local(text, info)
     if local is not None:
         return local
-    if _HUB_ID.fullmatch(text) and not Path(text).exists():
+    if _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such directory in the manifest's folder, and not a Hub id like org/name")
 
@@ -66,16 +80,19 @@ def checked_modules(value: Any) -> Any:
 
 def size_in_bytes(value: Any) -> Any:
     """Convert a size like 24GiB to bytes; a whole number is bytes already."""
-    return value if isinstance(value, int) else parse_size(str(value))
+    return parse_size(str(value))
 
 
 def new_folder(text: str, info: ValidationInfo) -> str:
     """Return the absolute path of a folder, which need not exist, relative to the manifest's folder."""
-    base: Path = (info.context or {}).get("folder", Path.cwd())
-    return str((base / Path(text).expanduser()).resolve())
+    try:
+        return str((_base(info) / Path(text).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{text}: is not a path ({error}), write another one") from None
 
 
 Size = Annotated[int, BeforeValidator(size_in_bytes), Field(gt=0)]
 Folder = Annotated[str, AfterValidator(new_folder)]
 DataSource = Annotated[str, AfterValidator(_data_source)]
+DataSources = Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

@@ -10,6 +10,9 @@ import yaml
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.faults import Fault, Location
 
+# A manifest of a thousand tasks has 100 KB and ten thousand values.
+LIMIT_BYTES = 1 << 20
+LIMIT_NODES = 100_000
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
 
@@ -26,9 +29,15 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> tuple[Any, list[Fault]]:
     """Return the document of a YAML file and a fault per duplicate key. Raises `InputError` if it is not valid YAML."""
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        document = yaml.load(text, Loader=_Loader)
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
+            raise InputError(f"{path}: is not a file; give a manifest file")
+        if path.exists() and path.stat().st_size > LIMIT_BYTES:
+            raise InputError(f"{path}: larger than {LIMIT_BYTES >> 20} MiB; give a manifest file")
+        node, document = _parsed(path.read_text(encoding="utf-8"))
+        faults = _duplicates(node, (), set())
+        return _expanded(document, (), faults), faults
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a manifest file") from None
     except UnicodeDecodeError as error:
@@ -37,8 +46,34 @@ def read_yaml(path: Path) -> tuple[Any, list[Fault]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    faults = _duplicates(node, (), set())
-    return _expanded(document, (), faults), faults
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply for a manifest; see manifests/README.md") from None
+    except (ValueError, LookupError) as error:  # of PyYAML's own conversions: the 99th of a month, ten thousand digits
+        raise InputError(f"{path}: not valid YAML ({error}); put the value in quotes") from None
+
+
+def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
+    """Parse a YAML text into its nodes and its document. Raises `ValueError` if aliases make too much of it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if (count := _expanded_nodes(node, {})) > LIMIT_NODES:
+            raise ValueError(f"its aliases make {count} values, more than the {LIMIT_NODES} of any manifest")
+        return node, loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Count the values below a node as if each alias were written out; an alias of itself counts once."""
+    if id(node) not in counted:
+        counted[id(node)] = 1
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if isinstance(node, yaml.CollectionNode):
+            counted[id(node)] += sum(_expanded_nodes(part, counted) for part in parts)
+    return counted[id(node)]
 
 
 def _expanded(value: Any, where: Location, faults: list[Fault], above: tuple[int, ...] = ()) -> Any:
@@ -66,7 +101,11 @@ def _expanded(value: Any, where: Location, faults: list[Fault], above: tuple[int
 
     expanded = _VARIABLE.sub(replace, value)
     # `${RATIO}` alone takes the type of its value: a number if it parses as one.
-    return yaml.safe_load(expanded) if _VARIABLE.fullmatch(value) and expanded else expanded
+    try:
+        return yaml.safe_load(expanded) if _VARIABLE.fullmatch(value) and expanded else expanded
+    except (yaml.YAMLError, ValueError, LookupError):
+        faults.append((where, f"the value of {value} cannot be read as YAML, put it in quotes"))
+        return expanded
 
 
 def _duplicates(node: yaml.Node | None, where: Location, seen: set[int]) -> list[Fault]:

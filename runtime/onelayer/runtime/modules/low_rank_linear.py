@@ -86,17 +86,15 @@ def load_emulator(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     This checks the files, then does the same as `from_pretrained(path, **kwargs)` of that class after
     `import onelayer.runtime`. Raises `InputError` if `path` is not an emulator.
     """
-    from transformers import AutoConfig
-
-    from onelayer.compiler.models.transformers_models import model_class
+    from onelayer.compiler.models.transformers_models import load_config, model_class
     from onelayer.compiler.storage.checkpoint import Checkpoint
-    from onelayer.compiler.storage.files import read_json
+    from onelayer.compiler.storage.model_config import read_model_config
 
     directory = Path(path)
-    document = read_json(directory / "config.json")
-    if (document.get("quantization_config") or {}).get("quant_method") != "onelayer":
+    section = read_model_config(directory).get("quantization_config") or {}
+    if section.get("quant_method") != "onelayer":
         raise InputError(f"{directory}: is not an emulator; make one with `onelayer compile`")
     Checkpoint.open(directory)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config = load_config(directory)
     model: PreTrainedModel = model_class(config, directory).from_pretrained(directory, **kwargs)
     return model

@@ -3,7 +3,7 @@
 Shapes: N tokens, `in` and `out` the features of the replaced linear, k its rank, R the bytes of a quantized row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,31 +25,23 @@ class Quantization:
     unpacked_dtype: torch.dtype
 
 
-class QuantizedLinear(CompressedLinear):
-    """A linear of an emulator with quantized factors, or with its whole weight quantized if `rank` is None.
-
-    `lr_up` (k, R of out) holds the rows of up^T, `lr_down` is (k, R of in); `lr_dense` is (out, R of in). All are
-    uint8, which casts of the model do not change. Only the input gets a gradient.
-    """
+class PackedLinear(CompressedLinear):
+    """A linear of an emulator that is held as bytes: uint8 matrices, which casts of the model do not change."""
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        rank: int | None,
+        sizes: Mapping[str, tuple[int, int]],
         quantization: Quantization,
-        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        was_conv1d: bool = False,
+        **common: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype, was_conv1d)
-        self.rank, self.quantization = rank, quantization
+        """Allocate a tensor for each of `sizes`, (rows, bytes) by name; `common` are the keywords of the base class."""
+        super().__init__(device=device, dtype=dtype, **common)
+        self.quantization, self.factors = quantization, tuple(sizes)
         self._compute_dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.factors = ("lr_dense",) if rank is None else ("lr_up", "lr_down")
-        for name in self.factors:
-            rows, width = (out_features if rank is None else rank), self._width(name)
-            empty = torch.empty(rows, row_bytes(width, quantization.factor_dtype), device=device, dtype=torch.uint8)
+        for name, size in sizes.items():
+            empty = torch.empty(*size, device=device, dtype=torch.uint8)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     @property
@@ -58,18 +50,37 @@ class QuantizedLinear(CompressedLinear):
         shape = (self.out_features, self.in_features)
         return GuardWeight.like(self.get_parameter(self.factors[0]), shape, self._compute_dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
         """Apply moves and casts; a cast leaves the bytes unchanged and sets the dtype of the products."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.get_parameter(self.factors[0]).device
         self._compute_dtype = fn(torch.empty((), dtype=self._compute_dtype, device=device)).dtype
         return self
 
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        """Cast an input as autocast asks."""
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class QuantizedLinear(PackedLinear):
+    """A linear of an emulator with quantized factors, or with its whole weight quantized if `rank` is None.
+
+    `lr_up` (k, R of out) holds the rows of up^T, `lr_down` is (k, R of in); `lr_dense` is (out, R of in). Only the
+    input gets a gradient.
+    """
+
+    def __init__(self, rank: int | None, quantization: Quantization, **common: Any) -> None:
+        sides = {"lr_up": common["out_features"], "lr_down": common["in_features"]}
+        rows = {"lr_dense": common["out_features"]} if rank is None else dict.fromkeys(sides, rank)
+        widths = {"lr_dense": common["in_features"], **sides}
+        sizes = {name: (count, row_bytes(widths[name], quantization.factor_dtype)) for name, count in rows.items()}
+        super().__init__(sizes, quantization, **common)
+        self.rank = rank
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (N, in) to (N, out), through k."""
-        x = input
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.cast(input)
         if self.rank is None:
             y = self._product(x, "lr_dense", rows_are_outputs=True)
         else:
@@ -77,10 +88,8 @@ class QuantizedLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _product(self, x: torch.Tensor, name: str, rows_are_outputs: bool) -> torch.Tensor:
-        return quantized_product(x, getattr(self, name), self._width(name), self.quantization, rows_are_outputs)
-
-    def _width(self, name: str) -> int:
-        return self.out_features if name == "lr_up" else self.in_features
+        width = self.out_features if name == "lr_up" else self.in_features
+        return quantized_product(x, self.get_parameter(name), width, self.quantization, rows_are_outputs)
 
     def extra_repr(self) -> str:
         """Sizes, as `print(model)` shows them."""

@@ -23,10 +23,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from onelayer.compiler.codes.forms import CodeWidth
 from onelayer.compiler.emulators.facts import StackFacts, WeightsFile
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_factor_dtype
+from onelayer.runtime.modules.coded_linear import CodedLinear
 from onelayer.runtime.modules.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear, LowRankLinear
 from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 
 METHOD = "onelayer"
-FORMAT_VERSIONS = (1, 2)  # 2: with stacks of experts
+FORMAT_VERSIONS = (1, 2, 3)  # 2: with stacks of experts, 3: with codes
 
 
 @register_quantization_config(METHOD)
@@ -74,7 +76,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.weights_file = weights_file
         self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
         self.quantized_dense = list(quantized_dense)
-        self.stacks = dict(stacks or {})
+        self.codes, self.stacks = dict(provenance.pop("codes", {})), dict(stacks or {})
         vars(self).update(provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         fields: dict[str, Any] = super().to_dict()
         optional = ["weights_file", "factor_dtype", "unpacked_dtype"]
         optional += ["quantized_dense"] if self.quantization is None else []
-        optional += [] if self.stacks else ["stacks"]
+        optional += ["codes", "stacks"]
         return {name: value for name, value in fields.items() if name not in optional or value}
 
     @property
@@ -96,8 +98,8 @@ class EmulatorConfig(QuantizationConfigMixin):
 
     @property
     def modules(self) -> dict[str, int | None]:
-        """The rank of every compressed module; None for a weight that is quantized whole."""
-        return {**self.ranks, **dict.fromkeys(self.quantized_dense)}
+        """The rank of every compressed module; None for a weight that is quantized whole, or coded without factors."""
+        return {**dict.fromkeys(self.codes), **self.ranks, **dict.fromkeys(self.quantized_dense)}
 
 
 @register_quantizer(METHOD)
@@ -121,7 +123,7 @@ class EmulatorQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         settings = self.quantization_config
-        replaced = replace_linears(model, settings.modules, settings.quantization)
+        replaced = replace_linears(model, settings.modules, settings.quantization, settings.codes)
         experts = replace_stacks(model, settings.stacks, settings.quantization)
         factors = [name for module in replaced for name in module.factors]
         _check_folder(model, checkpoint_files or [])
@@ -149,10 +151,14 @@ class EmulatorQuantizer(HfQuantizer):
 
 
 def replace_linears(
-    model: "PreTrainedModel", ranks: Mapping[str, int | None], quantization: Quantization | None
+    model: "PreTrainedModel",
+    ranks: Mapping[str, int | None],
+    quantization: Quantization | None,
+    codes: Mapping[str, CodeWidth],
 ) -> list[CompressedLinear]:
     """Replace every named linear of an empty model by a `CompressedLinear`; return the new modules.
 
+    Those in `codes` are coded, in the code width that it names.
     A folder can be loaded as a different class than it was written from, with or without the head. So names are looked
     up with and without the base model's prefix, and a head's linear that this class lacks is skipped.
     """
@@ -162,7 +168,7 @@ def replace_linears(
         path = _find_module(model, name, modules)
         if path is not None:
             parent, _, leaf = path.rpartition(".")
-            replaced.append(_compressed(path, modules[path], rank, quantization))
+            replaced.append(_compressed(path, modules[path], rank, quantization, codes.get(name)))
             setattr(modules[parent], leaf, replaced[-1])
     return replaced
 
@@ -196,7 +202,13 @@ def _find_module(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.M
     return match
 
 
-def _compressed(name: str, module: nn.Module, rank: int | None, quantization: Quantization | None) -> CompressedLinear:
+def _compressed(
+    name: str,
+    module: nn.Module,
+    rank: int | None,
+    quantization: Quantization | None,
+    width: CodeWidth | None,
+) -> CompressedLinear:
     """Build the empty replacement of a linear, or of GPT-2's `Conv1D`, whose weight is (in, out), on its device."""
     if not isinstance(module, nn.Linear | Conv1D):
         raise InputError(f"config.json: quantization_config.ranks names {name}, which is a {type(module).__name__}")
@@ -211,7 +223,9 @@ def _compressed(name: str, module: nn.Module, rank: int | None, quantization: Qu
         "was_conv1d": isinstance(module, Conv1D),
     }
     compressed: CompressedLinear
-    if quantization is not None:
+    if quantization is not None and width is not None:
+        compressed = CodedLinear(width, rank, quantization, **common)
+    elif quantization is not None:
         compressed = QuantizedLinear(rank=rank, quantization=quantization, **common)
     elif rank is not None:
         compressed = LowRankLinear(rank=rank, **common)

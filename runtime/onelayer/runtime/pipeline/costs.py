@@ -14,6 +14,7 @@ from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
 from onelayer.runtime.pipeline.emulator_size import Size, planned_run, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
+from onelayer.runtime.planning.anchor_costs import renewal_bytes
 from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -135,8 +136,25 @@ def refine_costs(basis: CostBasis) -> StepCosts:
 def train_costs(basis: CostBasis) -> StepCosts:
     """Predict a training, on the emulator if the step needs one, else on the original."""
     trained_on = basis.emulator_bytes(basis.ratio) if "emulator" in basis.step.needs else basis.model_bytes
-    peak = train_memory(basis.shapes, trained_on, basis.planned).peak
-    return StepCosts(read_bytes=trained_on, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+    memory = train_memory(basis.shapes, trained_on, basis.planned)
+    read: int | None = trained_on
+    peak = memory.peak
+    if "anchor" in basis.step.fields:
+        read = _anchored_read(basis, trained_on)
+        peak = max(peak, renewal_bytes(basis.shapes, memory, basis.planned))
+    return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
+
+
+def _anchored_read(basis: CostBasis, trained_on: int) -> int | None:
+    """Add one reading of the original for every renewal; None if the number of steps depends on the data.
+
+    Renewals where an epoch begins are not foreseen.
+    """
+    training = basis.manifest.training(basis.task)
+    steps: int | None = training.args.get("max_steps")
+    if training.anchor is None or steps is None:
+        return None
+    return trained_on + -(-steps // training.anchor.every) * basis.model_bytes
 
 
 def correct_costs(basis: CostBasis) -> StepCosts:

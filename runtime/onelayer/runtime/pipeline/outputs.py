@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.files import read_json, write_json
@@ -59,6 +57,8 @@ def report_file(manifest: Manifest, store: ArtifactStore) -> Path:
 
 def publish_run(run: FinishedRun, document: Mapping[str, Any]) -> Path:
     """Put results into the output folder, write the report of the run and return its path; one run at a time."""
+    from filelock import FileLock
+
     manifest, file = run.manifest, report_file(run.manifest, run.store)
     file.parent.mkdir(parents=True, exist_ok=True)
     budget = manifest.emulator.memory if manifest.emulator is not None else None

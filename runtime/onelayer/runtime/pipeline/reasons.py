@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import ValidationError
 
 from onelayer.compiler.errors import InputError
@@ -59,6 +58,8 @@ class RunRecord:
 
     def remember(self, step: Step, spec: StepSpec) -> None:
         """Record immediately that a step is up to date with `spec`: the next step may be interrupted."""
+        from filelock import FileLock
+
         sources = {role: source.text for role, source in step.sources.items()}
         self._entries[step.name] = _Entry(spec=spec, sources=sources)
         self._file.parent.mkdir(parents=True, exist_ok=True)

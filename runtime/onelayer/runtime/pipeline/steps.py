@@ -45,9 +45,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
             model.text,
             list(calibration.data),
             output,
-            ratio=chosen.ratio,
-            factor_dtype=chosen.factor_dtype,
-            rank_allocation=emulator.allocation,
+            **_form_keywords(emulator, chosen),
             samples=calibration.samples,
             max_length=calibration.max_length,
             batch_size=manifest.stream.batch_size,
@@ -62,6 +60,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         # Omitted if it is not set, so that results from before the field existed are found.
         **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
         **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
+        **({} if emulator.form == "factors" else {"form": emulator.form, "backward": emulator.backward is not False}),
         "samples": calibration.samples,
         "max_length": calibration.max_length,
         "seed": manifest.seed,
@@ -72,6 +71,13 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
     sources = {"model": model, **calibration_sources(emulator)}
     passes = manifest.stream.model_dump(mode="json")
     return Step("compile", "compile", execute, fields, sources, ratio=lambda: size().ratio, passes=passes)
+
+
+def _form_keywords(emulator: Emulator, size: Size) -> dict[str, Any]:
+    """Say how large the emulator is and what it is made of."""
+    if emulator.form == "coded":
+        return {"keep_bytes": emulator.share, "form": emulator.form, "backward": emulator.backward}
+    return {"ratio": size.ratio, "factor_dtype": size.factor_dtype, "rank_allocation": emulator.allocation}
 
 
 def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:

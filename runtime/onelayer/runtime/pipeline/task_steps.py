@@ -18,9 +18,9 @@ from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
 def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
     """Fit the adapter of a task to the original."""
     held_out: dict[str, Any] = {}
-    limit = manifest.limit(task)
-    if limit == "auto":
-        held_out = {"data": manifest.tasks[task].validation, **manifest.stream.model_dump()}
+    limit, validation = manifest.limit(task), manifest.tasks[task].validation
+    if limit == "auto" and validation is not None:
+        held_out = {"data": _given(validation), **manifest.stream.model_dump()}
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import correct_adapter
@@ -41,14 +41,14 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
     sources = {"model": model}
     if limit == "auto":
         fields["max_length"] = held_out["max_length"] = manifest.training(task).max_length
-        sources["validation data"] = Source(held_out["data"])
+        sources |= _data_sources("validation data", validation)
     return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
 
 
 def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish) -> Step:
     """Train a few exact steps on the original, starting from the corrected adapter."""
     validation, max_length = manifest.tasks[task].validation, manifest.training(task).max_length
-    data, settings = Source(manifest.tasks[task].train), polishing.model_dump(mode="json")
+    data, settings = manifest.tasks[task].train, polishing.model_dump(mode="json")
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import polish_adapter
@@ -57,19 +57,17 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
         result = polish_adapter(
             inputs["adapter"],
             model=resolve_model(model.text, model.revision),
-            data=data.text,
+            data=_given(data),
             output=output,
             max_length=max_length,
-            eval_data=validation,
+            eval_data=None if validation is None else _given(validation),
             device=manifest.stream.device,
             seed=manifest.seed,
             **settings,
         )
         return result.model_dump(mode="json")
 
-    sources = {"model": model, "train data": data}
-    if validation is not None:
-        sources["validation data"] = Source(validation)
+    sources = {"model": model, **_data_sources("train data", data), **_data_sources("validation data", validation)}
     fields = {**settings, "max_length": max_length, "seed": manifest.seed}
     needs = {"adapter": fitting_step(manifest, task)}
     passes = {"device": manifest.stream.device}
@@ -101,7 +99,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
 
         result = evaluate_model(
             resolve_model(model.text, model.revision),
-            test,
+            _given(test),
             adapters=list(inputs.values()),
             max_length=max_length,
             batch_size=manifest.stream.batch_size,
@@ -124,7 +122,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
         "evaluate",
         execute,
         {"max_length": max_length},
-        {"model": model, "test data": Source(test)},
+        {"model": model, **_data_sources("test data", test)},
         needs=needs,
         optional=frozenset({"direct"}),
         task=task,
@@ -155,14 +153,20 @@ def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
 def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     """Train on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
     training = manifest.training(task)
-    model, data = model_source(manifest), Source(manifest.tasks[task].train)
+    model, data = model_source(manifest), manifest.tasks[task].train
+    sources = _data_sources("train data", data)
+    anchored = training.anchor is not None and not direct
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler.storage.checkpoint import resolve_model
         from onelayer.runtime import train_lora
 
-        base = resolve_model(model.text, model.revision) if direct else inputs["emulator"]
-        result = train_lora(base, data.text, output, **train_arguments(training), seed=manifest.seed, resume=True)
+        original = resolve_model(model.text, model.revision) if direct or anchored else None
+        base = original if direct else inputs["emulator"]
+        assert base is not None
+        anchors = {**anchor_arguments(training), "model": original} if anchored else {}
+        settings = {**train_arguments(training), **anchors, "seed": manifest.seed, "resume": True}
+        result = train_lora(base, _given(data), output, **settings)
         return result.model_dump(mode="json")
 
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
@@ -173,9 +177,22 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     activations = {"activations": training.activations.model_dump(mode="json")} if compressed else {}
     fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
     if direct:
-        return Step(f"{task}.direct", "train", execute, fields, {"model": model, "train data": data}, task=task)
+        return Step(f"{task}.direct", "train", execute, fields, {"model": model, **sources}, task=task)
+    if anchored:  # left out otherwise, like activations
+        fields["anchor"] = anchor_arguments(training)
+        sources["model"] = model
     needs = {"emulator": emulator_step(manifest, task)}
-    return Step(f"{task}.train", "train", execute, fields, {"train data": data}, needs=needs, task=task)
+    return Step(f"{task}.train", "train", execute, fields, sources, needs=needs, task=task)
+
+
+def _given(data: tuple[str, ...]) -> str | list[str]:
+    """Return data as a function takes and records it: one source alone, several as a list."""
+    return data[0] if len(data) == 1 else list(data)
+
+
+def _data_sources(role: str, data: tuple[str, ...] | None) -> dict[str, Source]:
+    """Return data by their roles in a step. The first has the role of a single one, which keeps keys of old results."""
+    return {role if number == 1 else f"{role} {number}": Source(text) for number, text in enumerate(data or (), 1)}
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:
@@ -205,6 +222,11 @@ def train_arguments(training: Training) -> dict[str, Any]:
         "lora": _further_lora_fields(training.lora),
         "args": dict(training.args),
     }
+
+
+def anchor_arguments(training: Training) -> dict[str, Any]:
+    """Turn the anchors of a training section into keyword arguments of `train_lora`."""
+    return {} if training.anchor is None else {f"anchor_{name}": value for name, value in training.anchor}
 
 
 def _further_lora_fields(lora: Lora) -> dict[str, Any]:

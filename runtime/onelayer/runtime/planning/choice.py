@@ -124,9 +124,10 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     if ratio > LARGEST_RATIO:
         ratio = end
     usable = int(budget_bytes * USABLE_SHARE)
-    for name, size in pass_bytes(shapes, ratio, choice.planned).items():
-        if size > usable:
-            return f"{name}: {LIMITS[name]}"
+    passes = pass_bytes(shapes, ratio, choice.planned)
+    largest_pass = max(passes, key=lambda name: passes[name])
+    if passes[largest_pass] > usable:
+        return f"{largest_pass}: {LIMITS[largest_pass]}"
     memory = choice.memory
     moments = {
         "the emulator's weights": memory.emulator,

@@ -1,19 +1,26 @@
 """Predicts the device peak of every pass over the original, from shapes alone. Torch-free."""
 
-from onelayer.compiler.correct.candidates import trial_bytes
+from onelayer.compiler.correct.candidates import CANDIDATES
 from onelayer.compiler.factors.ranks import Allocation, rank_for
+from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.models.unit_memory import (
+    ADAPTER_COPIES,
     EXPERT_ROWS,
+    CompiledShape,
     CorrectedShape,
+    anchoring_bytes,
     correction_bytes,
+    moment_bytes,
     routed_width,
     scoring_bytes,
+    solving_bytes,
     step_bytes,
     training_bytes,
+    trial_bytes,
 )
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
-from onelayer.runtime.planning.sub_blocks import expert_parts, lora_parameters, sub_blocks
-from onelayer.runtime.planning.train_memory import FACTOR_BYTES, PlannedRun, expert_factor_bytes, kept_values
+from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
+from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_bytes, values_at
 
 # With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
 # (manifests/LOG.md), so the planner allows 1.5 times.
@@ -30,7 +37,8 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
     refined = planned.max_length if planned.refine_tokens is None else planned.refine_tokens
     corrected = correct_bytes(shapes, ratio, planned.lora_rank)
     if planned.scored_tokens:
-        corrected = max(corrected, chosen_correct_bytes(shapes, ratio, planned.lora_rank, planned.scored_tokens))
+        chosen = chosen_correct_bytes(shapes, ratio, planned.lora_rank, planned.scored_tokens, planned.on_gpu)
+        corrected = max(corrected, chosen)
     return {
         "compile": compile_bytes(shapes, planned.widest(ratio), compiled),
         "refine": refine_bytes(shapes, ratio, refined, planned.allocation, planned.on_gpu) if refined else 0,
@@ -52,16 +60,12 @@ def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:
     return correction_bytes([shape(linear) for block in shapes.blocks for linear in block.compressible])
 
 
-def chosen_correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int, batch_tokens: int) -> int:
+def chosen_correct_bytes(
+    shapes: ModelShapes, ratio: float, lora_rank: int, batch_tokens: int, on_gpu: bool = True
+) -> int:
     """Bound a correction chosen by held-out text: an evaluation plus the adapter weights of every candidate."""
-    ranks = [
-        (rank, linear)
-        for block, _ in shapes.kinds
-        for linear in block.compressible
-        if (rank := rank_for(ratio, linear.out_features, linear.in_features))
-    ]
-    factors = max((4 * rank * (linear.out_features + linear.in_features) for rank, linear in ranks), default=0)
-    tried = trial_bytes(lora_parameters(shapes, lora_rank), factors)
+    factors = [[values_at(linear, ratio) for linear in block.compressible] for block, _ in shapes.kinds]
+    tried = trial_bytes(len(CANDIDATES), lora_parameters(shapes, lora_rank), factors, on_gpu)
     return evaluate_bytes(shapes, batch_tokens) + tried
 
 
@@ -69,6 +73,13 @@ def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
+
+
+def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
+    """Bound what finding offsets holds in addition to the emulator: a block of the original, and its workspace."""
+    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
+    block = shapes.largest_block_bytes
+    return block + anchoring_bytes(block, widest, shapes.value_bytes, batch_tokens, on_gpu)
 
 
 def refine_bytes(
@@ -82,7 +93,7 @@ def refine_bytes(
     margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
     costs = []
     for block, _ in shapes.kinds:
-        values = [min(linear.parameters, int(margin * kept_values(linear, ratio))) for linear in block.compressible]
+        values = [min(linear.parameters, int(margin * values_at(linear, ratio))) for linear in block.compressible]
         training = training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
         costs.append(block.parameters * shapes.value_bytes + training)
     return max(costs)
@@ -91,7 +102,7 @@ def refine_bytes(
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
     """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
-    adapter = 5 * 4 * lora_parameters(shapes, lora_rank)
+    adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
     return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
 
@@ -116,55 +127,39 @@ def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
 
 def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int) -> int:
     parts = sub_blocks(block, shapes.hidden)
-    moments = solver = factors = widest = 0
+    moments = widest = 0
     for part in parts:
         shared = any(linear.out_features >= linear.in_features for linear in part.readers)
         sides = [part.hidden] if shared else [min(linear.out_features, linear.in_features) for linear in part.readers]
         sides += [min(part.closing.out_features, part.closing.in_features)] if part.closing else []
-        moments += sum(8 * side * side for side in sides)
+        moments += moment_bytes(sides)
         widest = max([widest, *sides])
-    for linear in block.compressible:
-        rank = rank_for(ratio, linear.out_features, linear.in_features)
-        if rank is None:  # the rounding error of a whole weight is measured in float64: three matrices
-            solver = max(solver, 3 * 8 * linear.parameters)
-            factors += int(linear.parameters * FACTOR_BYTES["int8"])
-        else:
-            solver = max(solver, _solver_bytes(linear, rank, shapes.value_bytes))
-            factors += rank * (linear.out_features + linear.in_features) * shapes.value_bytes
+    linears = [compiled_shape(linear, ratio, shapes.value_bytes) for linear in block.compressible]
     width = max(part.opened + part.inner + 3 * part.hidden for part in parts) if parts else 4 * shapes.hidden
-    batch = batch_tokens * (width * shapes.value_bytes + 8 * max(part.inner for part in parts)) + 8 * widest * widest
+    batch = batch_tokens * (width * shapes.value_bytes + 8 * max(part.inner for part in parts)) + moment_bytes([widest])
     opened, inner = expert_parts(shapes, block)
     routed = batch_tokens * (opened + inner + 2 * shapes.experts_per_token * shapes.hidden) * shapes.value_bytes
-    fullest = max(solver + factors, batch, routed if inner else 0, factors + _expert_bytes(shapes, block, ratio))
+    in_experts = sum(linear.stored_bytes for linear in linears) + _expert_bytes(shapes, block, ratio)
+    fullest = max(solving_bytes(linears), batch, routed if inner else 0, in_experts)
     return block.parameters * shapes.value_bytes + moments + fullest
+
+
+def compiled_shape(linear: LinearShape, ratio: float, value_bytes: int) -> CompiledShape:
+    """Return a linear as a compile sees it; one whose factors would not be smaller is counted as rounded to int8."""
+    rank = rank_for(ratio, linear.out_features, linear.in_features)
+    factor_dtype: FactorDtype | None = "int8" if rank is None else None
+    return CompiledShape(linear.out_features, linear.in_features, rank, value_bytes, factor_dtype)
 
 
 def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
     """Count what one expert holds while it is solved: moments of its rows and of all tokens, some rows, the solver."""
     if block.experts is None:
         return 0
-    stacks = block.experts.stacks
-    moments = 2 * sum(8 * min(stack.out_features, stack.in_features) ** 2 for stack in stacks)
-    width = sum(stack.out_features + stack.in_features for stack in stacks)
-    narrow = max(min(stack.out_features, stack.in_features) for stack in stacks)
-    rows = EXPERT_ROWS * (width * shapes.value_bytes + 8 * narrow)
-    ranks = [(stack, rank_for(ratio, stack.out_features, stack.in_features)) for stack in stacks]
-    return moments + max([rows, *(_solver_bytes(stack, rank, shapes.value_bytes) for stack, rank in ranks if rank)])
-
-
-def _solver_bytes(linear: LinearShape, rank: int, value_bytes: int) -> int:
-    """Count the solver's bytes in addition to weight and moment.
-
-    In float64 these are the weight, its product with a square root of the moment, and the eigenproblem of the narrow
-    side with its workspace. If the moment is the input's, they are instead the residual of the factors and two products
-    of it. The basis exists twice, and so does the stored factor made from it.
-    """
-    rows, columns = linear.out_features, linear.in_features
-    narrow = min(rows, columns)
-    product = 8 * rows * columns if rows > columns else 0
-    solve = product + 8 * 4 * narrow * narrow
-    judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
-    return 8 * rows * columns + max(solve, judge) + (2 * 8 + value_bytes) * rank * rows
+    experts = [compiled_shape(stack, ratio, shapes.value_bytes) for stack in block.experts.stacks]
+    moments = 2 * moment_bytes(expert.narrow for expert in experts)
+    width = sum(expert.out_features + expert.in_features for expert in experts)
+    rows = EXPERT_ROWS * (width * shapes.value_bytes + 8 * max(expert.narrow for expert in experts))
+    return moments + max([rows, *(expert.solver_bytes for expert in experts if expert.rank is not None)])
 
 
 def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:

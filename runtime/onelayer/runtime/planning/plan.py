@@ -7,16 +7,15 @@ Reads headers and config.json only; no weight is loaded. Predictions count the b
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.ranks import Allocation, copies_on_disk, rank_for
+from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
 from onelayer.compiler.factors.stored_forms import INSTALL, FactorDtype, best_of
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.compiler.storage.files import read_json
+from onelayer.runtime.planning.anchor_costs import AnchorCost, anchor_costs
 from onelayer.runtime.planning.choice import (
     LARGEST_RATIO,
     SMALLEST_RATIO,
@@ -31,6 +30,7 @@ from onelayer.runtime.planning.choice import (
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.spectra import Spectra, left_out, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes
 from onelayer.runtime.training.settings import TrainSettings
@@ -100,6 +100,7 @@ class PlanResult(Result):
     choices: list[FactorChoice]
     speed: Speed | None
     seconds: Seconds | None
+    anchored: list[AnchorCost]
     remarks: list[str]
 
 
@@ -133,7 +134,7 @@ def plan_run(
     best = choices[factor_dtype or _best(choices)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
-    spectra = None if emulator is None else _spectra(Path(emulator))
+    spectra = None if emulator is None else read_spectra(Path(emulator))
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -151,6 +152,7 @@ def plan_run(
         choices=[_factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
+        anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         remarks=_remarks(shapes, best, memory_bytes),
     )
 
@@ -219,7 +221,7 @@ def _parts(choice: Choice) -> TrainParts:
     )
 
 
-def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: dict[str, Any] | None) -> FactorChoice:
+def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: Spectra | None) -> FactorChoice:
     row = FactorChoice(
         factor_dtype=choice.factor_dtype,
         ratio=choice.ratio,
@@ -229,34 +231,8 @@ def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: dict[str, Any] 
     )
     if spectra is None or choice.ratio is None:
         return row
-    error, is_bound = _error(shapes, choice.ratio, spectra)
+    error, is_bound = left_out(shapes, choice.ratio, spectra)
     return row.model_copy(update={"error": error, "error_is_bound": is_bound})
-
-
-def _spectra(emulator: Path) -> dict[str, Any]:
-    """Read the leading singular values and the energy of each linear's output, by name, from `emulator.json`."""
-    document = read_json(emulator / "emulator.json")
-    if not isinstance(document, dict) or not isinstance(document.get("linears"), list):
-        raise InputError(f"{emulator / 'emulator.json'}: lists no linears; give an emulator directory")
-    return {row["name"]: row for row in document["linears"]}
-
-
-def _error(shapes: ModelShapes, ratio: float, spectra: dict[str, Any]) -> tuple[float | None, bool]:
-    """Compute the root mean square over linears of what `ratio` leaves out, and whether it is only an upper bound."""
-    squares, is_bound = [], False
-    for block in shapes.blocks:
-        for linear in block.compressible:
-            # Names in headers and in modules may differ by a prefix; those of blocks and linears are equal.
-            ends = f"{block.name}.{linear.name}".split(".")[1:]
-            row = next((row for name, row in spectra.items() if name.split(".")[-len(ends) :] == ends), None)
-            rank = rank_for(ratio, linear.out_features, linear.in_features)
-            if row is None or rank is None or not row.get("output_energy"):
-                squares.append(0.0)
-                continue
-            values = row["singular_values"][:rank]
-            is_bound |= len(values) < rank
-            squares.append(max(0.0, 1 - sum(value * value for value in values) / row["output_energy"]))
-    return round((sum(squares) / len(squares)) ** 0.5, 4), is_bound
 
 
 def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:

@@ -1,17 +1,16 @@
 """Reads the shapes of a model's weights from headers alone."""
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
-from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
+from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
 from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
 
@@ -27,15 +26,14 @@ def read_shapes(directory: Path) -> ModelShapes:
 
 
 def _shapes_from_config(directory: Path) -> ModelShapes:
-    document = read_config_document(directory)
+    document = read_model_config(directory)
     import torch
 
     from onelayer.compiler.models import transformers_models
 
     config = transformers_models.read_config(directory)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    with torch.device("meta"):
-        model = transformers_models.model_class(config, directory)._from_config(config, dtype=dtype)
+    model = transformers_models.empty_model(config, transformers_models.model_class(config, directory), dtype)
     # Tied parameters are one object here, so they are listed once.
     table = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     # The class knows the defaults of fields that the file omits.
@@ -56,9 +54,9 @@ def shapes_from_headers(directory: str | Path) -> ModelShapes:
     """Read the shapes of a checkpoint. Raises `InputError` if it cannot be read or repeats no layers."""
     checkpoint = Checkpoint.open(directory)
     table = {name: info.shape for name, info in checkpoint.tensors.items()}
-    dtypes = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in DTYPE_BITS)
-    stored_bytes = DTYPE_BITS[dtypes.most_common(1)[0][0]] // 8
-    return shapes_of(str(directory), read_json(checkpoint.directory / "config.json"), table, stored_bytes, True)
+    stored = floating_bytes(checkpoint).most_common(1)
+    stored_bytes = DTYPE_BITS[stored[0][0]] // 8 if stored else 4
+    return shapes_of(str(directory), read_model_config(checkpoint.directory), table, stored_bytes, True)
 
 
 def shapes_of(
@@ -88,13 +86,13 @@ def shapes_of(
         if block not in {kept.name for kept in blocks}
     )
     widths = Counter(linear.in_features for block in blocks for linear in block.linears)
-    hidden = next((int(text[key]) for key in _HIDDEN_NAMES if isinstance(text.get(key), int)), None)
-    per_token = next((int(text[key]) for key in EXPERTS_PER_TOKEN_NAMES if isinstance(text.get(key), int)), 1)
+    hidden = _first_whole(text, _HIDDEN_NAMES)
+    per_token = _first_whole(text, EXPERTS_PER_TOKEN_NAMES) or 1
     return ModelShapes(
         name=name,
         value_bytes=_value_bytes(text, stored_bytes),
         hidden=hidden or widths.most_common(1)[0][0],
-        vocabulary=int(text.get("vocab_size") or 0),
+        vocabulary=_first_whole(text, ("vocab_size",)) or 0,
         blocks=blocks,
         outside_parameters=loose,
         experts_per_token=per_token,
@@ -103,6 +101,12 @@ def shapes_of(
             str(kind).endswith(_WITHOUT_VOCABULARY) for kind in config.get("architectures") or ()
         ),
     )
+
+
+def _first_whole(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    """Return the value of the first of some fields that holds a whole number above zero."""
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def _value_bytes(config: Mapping[str, Any], stored_bytes: int) -> int:
@@ -152,14 +156,3 @@ def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> ExpertShapes | N
         return None
     linears = tuple(LinearShape(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
     return ExpertShapes(max(shape[0] for shape in stacks.values()), linears)
-
-
-def read_config_document(directory: Path) -> dict[str, Any]:
-    """Read the config.json of a model directory. Raises `InputError` naming the file."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory}: has no config.json; give a transformers model directory")
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: is not a mapping ({json.dumps(document)[:40]}); restore the file")
-    return document

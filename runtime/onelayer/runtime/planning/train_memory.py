@@ -15,6 +15,7 @@ from onelayer.compiler.factors.stored_forms import (
     bytes_per_value,
     factored_bytes,
     is_factored,
+    kept_values,
 )
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -77,7 +78,7 @@ def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16
         for stack in block.experts.stacks
     ]
     whole = sum(count * linear.parameters for linear, count in linears)
-    kept = sum(count * kept_values(linear, ratio) for linear, count in linears)
+    kept = sum(count * values_at(linear, ratio) for linear, count in linears)
     return int((shapes.parameters - whole) * shapes.value_bytes + kept * per_value)
 
 
@@ -89,22 +90,22 @@ def active_values(shapes: ModelShapes, ratio: float) -> int:
         if block.experts is not None:
             active = min(shapes.experts_per_token, block.experts.count)
             linears += [(stack, active) for stack in block.experts.stacks]
-        spared += count * sum(times * (linear.parameters - kept_values(linear, ratio)) for linear, times in linears)
+        spared += count * sum(times * (linear.parameters - values_at(linear, ratio)) for linear, times in linears)
     return shapes.active_parameters - spared
 
 
 def expert_factor_bytes(shapes: ModelShapes, ratio: float) -> int:
     """Predict the bytes of the largest block's expert factors, which are gathered on the host."""
     return shapes.value_bytes * max(
-        block.experts.count * sum(kept_values(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
+        block.experts.count * sum(values_at(stack, ratio) for stack in block.experts.stacks) if block.experts else 0
         for block, _ in shapes.kinds
     )
 
 
-def kept_values(linear: LinearShape, ratio: float) -> int:
+def values_at(linear: LinearShape, ratio: float) -> int:
     """Count the values of a linear's factors, or of its weight if that is smaller."""
     rank = rank_for(ratio, linear.out_features, linear.in_features)
-    return linear.parameters if rank is None else rank * (linear.out_features + linear.in_features)
+    return kept_values(linear.out_features, linear.in_features, rank)
 
 
 @dataclass(frozen=True)

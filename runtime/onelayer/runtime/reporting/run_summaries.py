@@ -45,7 +45,14 @@ def plan_summary(document: Mapping[str, Any]) -> str:
             f"at {size(int(speed['read_bytes_per_second']))}/s from disk and "
             f"{speed['flops_per_second'] / 1e12:.3g} TFLOP/s on {speed['device']}"
         )
+    anchored = [(row["every"], *_anchor_cells(row)) for row in document["anchored"]]
+    lines += ["", table([("anchor every", "seconds a step", "read a step", "offsets", "peak"), *anchored])]
     return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+def _anchor_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
+    sizes = (size(row[name]) for name in ("read_bytes_per_step", "offset_bytes", "peak_bytes"))
+    return row["seconds_per_step"], *sizes
 
 
 _PASSES = ("compile", "refine", "train", "correct")

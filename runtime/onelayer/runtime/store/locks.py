@@ -5,10 +5,12 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from onelayer.runtime.store.record import METADATA, Notify, silent
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 class ArtifactLocks:
@@ -22,7 +24,7 @@ class ArtifactLocks:
     def making(self, key: str, notify: Notify = silent) -> Iterator[None]:
         """Hold the right to make or remove an artifact. If another run has it, print a notice and wait."""
         self._locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._locks / f"{key}.lock")
+        lock = _lock(self._locks / f"{key}.lock")
         if not _acquired(lock):
             notify(f"another run is working on {key[:12]}, waiting for it")
             lock.acquire()
@@ -39,7 +41,7 @@ class ArtifactLocks:
             if not file.exists():
                 raise RuntimeError(f"{file.parent} was removed by another process; run the command again")
             os.utime(file)  # `prune --older-than-days` counts from the last use
-            mark = FileLock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
+            mark = _lock(self._locks / f"{key}.{uuid.uuid4().hex}.use")
             mark.acquire()
         try:
             yield
@@ -51,7 +53,7 @@ class ArtifactLocks:
     def claim(self, key: str) -> Iterator[bool]:
         """Yield whether an artifact is free to remove: no run makes or uses it. Never waits."""
         self._locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._locks / f"{key}.lock")
+        lock = _lock(self._locks / f"{key}.lock")
         if not _acquired(lock):
             yield False
             return
@@ -61,8 +63,17 @@ class ArtifactLocks:
             lock.release()
 
 
-def _acquired(lock: FileLock) -> bool:
+def _lock(file: Path) -> "FileLock":
+    """Create the lock of a file without acquiring it."""
+    from filelock import FileLock
+
+    return FileLock(file)
+
+
+def _acquired(lock: "FileLock") -> bool:
     """Acquire a lock if it is free, without waiting."""
+    from filelock import Timeout
+
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -72,7 +83,7 @@ def _acquired(lock: FileLock) -> bool:
 
 def _abandoned(mark: Path) -> bool:
     """Return whether a process that died left a use mark, and remove such a mark."""
-    lock = FileLock(mark)
+    lock = _lock(mark)
     if not _acquired(lock):
         return False
     lock.release()

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from onelayer.compiler.results import Result
@@ -68,6 +67,8 @@ class Fault(Result):
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries a result may depend on; they are recorded and never part of a key."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -6,23 +6,30 @@ It imports transformers and torch, so import it only when training starts.
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from onelayer.compiler.machine.console import open_bar
+from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync
 from onelayer.runtime.training.checkpoints import mark_complete
 
 
 class Progress(TrainerCallback):
-    """A progress bar over steps with the loss, on stderr if that is a terminal. Trainer's own bar prints to stdout."""
+    """Progress over steps with the loss on stderr. Trainer's own bar prints to stdout.
+
+    Streams between steps show in the same bar.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, at the present step if the run is resumed."""
-        self._bar: Any = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=None, leave=False
-        )
+        self._bar = open_bar(state.max_steps, "train", "step", state.global_step)
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """Show that a stream of the original has run `count` of its units."""
+        parts = (f"anchoring, {unit}", note, f"peak {peak_bytes / GIB:.2f} GiB")
+        self._bar.set_postfix_str(", ".join(part for part in parts if part))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""

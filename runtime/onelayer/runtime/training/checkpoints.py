@@ -5,6 +5,9 @@ The trainer writes checkpoints to `.NAME.training` next to the output. Torch-fre
 
 from pathlib import Path
 
+from pydantic import BaseModel, PositiveInt
+
+from onelayer.compiler.documents import checked_document
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.digests import sha256_file
@@ -23,6 +26,41 @@ TRAINING_WORK = WorkKind(
     refused="{record}: the interrupted training was begun with other {fields}; give the same, or remove the directory",
     unasked="{path}: holds an interrupted training; continue it with --resume, or remove the directory",
 )
+
+
+class _Logged(BaseModel):
+    step: PositiveInt
+    loss: float | None = None
+
+
+class _State(BaseModel):
+    """The fields of a trainer's state that decide how a training continues."""
+
+    global_step: int
+    max_steps: int
+    epoch: float | None = None
+    log_history: list[_Logged]
+
+
+def check_state(checkpoint: Path) -> None:
+    """Raise `InputError` if the trainer's state in a checkpoint is damaged: the trainer would fail over it, or go on.
+
+    A run without that checkpoint starts from the one before.
+    """
+    from transformers import TrainerState
+
+    file, remedy = checkpoint / "trainer_state.json", f"remove {checkpoint.name} to continue from the one before it"
+    state = checked_document(_State, read_json(file, finite=False), file, remedy)
+    try:
+        TrainerState.load_from_json(str(file))
+    except Exception as error:  # it takes the fields as they come
+        raise InputError(f"{file}: no state of a trainer ({error}); {remedy}") from None
+    if state.global_step != _step(checkpoint):
+        raise InputError(f"{file}: field global_step: is {state.global_step}; {remedy}")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 # What was measured on the first batch of all; a resumed run begins with another batch, which would measure otherwise.
@@ -50,7 +88,7 @@ def mark_complete(checkpoint: Path) -> None:
 def newest_checkpoint(work: Path) -> Path | None:
     """Return the checkpoint to continue from, or None; one that is damaged is passed over."""
     marked = [file.parent for file in work.glob(COMPLETE_CHECKPOINTS)]
-    newest_first = sorted(marked, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    newest_first = sorted(marked, key=_step, reverse=True)
     return next((path for path in newest_first if _is_whole(path)), None)
 
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, predicted_classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import labeled_rows
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
+from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,17 +63,15 @@ class TrainData:
 
 def read_model(directory: Path, name: str) -> TrainModel:
     """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    from onelayer.compiler.models.transformers_models import model_class
+    from onelayer.compiler.models.transformers_models import load_config, model_class
 
     stamps = Checkpoint.open(directory).stamps
-    document = read_json(directory / "config.json")
-    method = (document.get("quantization_config") or {}).get("quant_method")
+    method = (read_model_config(directory).get("quantization_config") or {}).get("quant_method")
     digest = model_digest(directory)
     ranks: Mapping[str, int] = {}
     base = {"model": name, "revision": _snapshot_revision(directory), "digest": digest}
@@ -81,7 +81,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
         base = {"model": facts.base_model, "revision": facts.base_revision, "digest": facts.base_digest}
     elif method is not None:
         raise InputError(f"{directory}/config.json: quantization_config: {method!r} weights; give an emulator")
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    config = load_config(directory)
     loaded_class = model_class(config, directory)
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
@@ -94,12 +94,38 @@ def read_model(directory: Path, name: str) -> TrainModel:
     return TrainModel(directory, ranks, digest, base, config, loaded_class, tokenizer, classes, stamps)
 
 
+def anchor_source(settings: TrainSettings, model: TrainModel, original: str | Path | None) -> Path | None:
+    """Return the directory of the original that anchors the model; None if training is not anchored.
+
+    Raises `InputError` if `original` is missing, superfluous, or not what the emulator was compiled from.
+    """
+    if settings.anchor_every is None:
+        if original is not None:
+            raise InputError(
+                f"--model {original}: only anchored training reads it; give --anchor-every too, or neither"
+            )
+        return None
+    if original is None:
+        raise InputError(f"--anchor-every {settings.anchor_every}: needs the original; give --model")
+    if not model.ranks:
+        raise InputError(f"{model.directory}: is no emulator, so nothing can be anchored; leave --anchor-every out")
+    if settings.lora is not None and settings.lora.get("bias", "none") != "none":
+        raise InputError("lora.bias: biases that are trained cannot be anchored; leave it or --anchor-every out")
+    directory = resolve_model(original)
+    Emulator.open(model.directory).check_original(directory)
+    if load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
+        raise InputError(
+            f"{model.directory}: its tokenizer has other tokens than that of {directory}; copy the original's files"
+        )
+    return directory
+
+
 def _snapshot_revision(directory: Path) -> str | None:
     """Return the commit of a model from the Hub's cache, which names its snapshots by commit."""
     return directory.name if directory.parent.name == "snapshots" else None
 
 
-def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData:
+def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled, skipped = labeled_rows(
@@ -107,6 +133,7 @@ def tokenized(data: str | Path, model: TrainModel, max_length: int) -> TrainData
         lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
         max_length,
     )
+    check_token_ids((tokens.input_ids for _, tokens in labeled), model.config)
     digest = hashlib.sha256()
     rows = []
     for example, tokens in labeled:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,15 +21,26 @@ from pydantic import (
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.stored_forms import EXACT_BITS
 from onelayer.compiler.faults import faults_of, written
-from onelayer.compiler.settings import BatchSize, Lengths, Option, Seeded
+from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
+ANCHOR_BITS = (1, 2, 4, EXACT_BITS)
+BITS_RULE = "be 1, 2, 4 or 32"
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
+
+
+def _known_bits(bits: int) -> int:
+    if bits not in ANCHOR_BITS:
+        raise ValueError(f"must {BITS_RULE}")
+    return bits
+
 
 Where = Literal["none", "layer", "sublayer"]
 # A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
+AnchorBits = Annotated[int, AfterValidator(_known_bits)]
 LoraRank = Annotated[PositiveInt, Field(description="Rank of the adapter.")]
 LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by alpha / rank.")]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -71,6 +83,17 @@ class TrainSettings(Lengths, Seeded):
         Field(description="Measure the errors and the cosine of the gradient on the first batch."),
         Option(flags="--activation-report"),
     ] = False
+    anchor_every: Annotated[
+        PositiveInt | None,
+        Field(
+            description="Stream --model over the rows of the next K steps, and give each layer what it lacks of the "
+            "original's answer."
+        ),
+        Option(metavar="K"),
+    ] = None
+    anchor_bits: Annotated[
+        AnchorBits, Field(description="Bits per value of what is given: 1, 2, 4, or 32 for float32."), Must(BITS_RULE)
+    ] = 2
     resume: Annotated[
         bool, Field(description="Continue from the last checkpoint of --output."), Option(flags="--resume")
     ] = False
@@ -114,6 +137,8 @@ class TrainKeywords(TypedDict, total=False):
     activations: str
     activation_rank: int | float | str
     activation_report: bool
+    anchor_every: int | None
+    anchor_bits: int
     resume: bool
     lora: dict[str, Any] | None
     args: dict[str, Any] | None
@@ -169,7 +194,7 @@ REFUSED_ARGS = {
 class LoraFields(BaseModel):
     """The fields of LoraConfig that keep the adapter W + s B A, the form that the correction is solved for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: LoraRank
     lora_alpha: LoraAlpha

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
+from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
@@ -20,8 +21,9 @@ from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.runtime.activations.report import ActivationReport
-from onelayer.runtime.training.checkpoints import TRAINING_WORK, newest_checkpoint, read_first_batch
-from onelayer.runtime.training.inputs import TrainData, TrainModel, read_model, tokenized
+from onelayer.runtime.anchors.report import AnchorReport
+from onelayer.runtime.training.checkpoints import TRAINING_WORK, check_state, newest_checkpoint, read_first_batch
+from onelayer.runtime.training.inputs import TrainData, TrainModel, anchor_source, read_model, tokenized
 from onelayer.runtime.training.settings import (
     INSTALL,
     LoraFields,
@@ -39,7 +41,8 @@ class TrainResult(Result):
     `saved_activation_bytes`: what autograd keeps for one batch's backward pass, without parameters.
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
     `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were compressed,
-    if they were. `losses`: step and mean training loss since the previous entry.
+    if they were. `anchors`: what anchoring cost, if the model was anchored. `losses`: step and mean training loss since
+    the previous entry.
     """
 
     output: str
@@ -51,14 +54,17 @@ class TrainResult(Result):
     seconds: float
     skipped_examples: int
     activations: ActivationReport | None = None
+    anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
 
 
 @settings_keywords(TrainSettings, TrainKeywords)
 def train_lora(
     emulator: str | Path,
-    data: str | Path,
+    data: DataSource,
     output: str | Path,
+    *,
+    model: str | Path | None = None,
     **settings: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Train a LoRA adapter on `emulator` and write it, with its provenance, to the directory `output`.
@@ -69,21 +75,29 @@ def train_lora(
     the experts and routers of mixtures, which are not linear modules. `activations` ("none", "layer", "sublayer") are
     compressed to factors of `activation_rank` plus two bits per value for their residual. The rank is a number, a share
     of the hidden size, or "auto", the smallest that keeps the first batch's gradient. `activation_report` measures that
-    gradient. Raises `InputError` for unusable input.
+    gradient. With `anchor_every`, the original `model` streams over the rows of the next so many steps, and each layer
+    of the emulator is given what it lacks of the original's answer, in `anchor_bits` bits a value. Raises `InputError`
+    for unusable input.
     """
     started = time.perf_counter()
-    return _train_checked(TrainSettings.of(settings), emulator, data, Path(output), started)
+    return _train_checked(TrainSettings.of(settings), emulator, data, Path(output), model, started)
 
 
 def _train_checked(
-    settings: TrainSettings, emulator: str | Path, data: str | Path, output: Path, started: float
+    settings: TrainSettings,
+    emulator: str | Path,
+    data: DataSource,
+    output: Path,
+    original: str | Path | None,
+    started: float,
 ) -> TrainResult:
-    """Find model and data, record the choices of the run, and train in the work directory next to `output`."""
-    check_output(output, emulator)
+    """Find models and data, record the choices of the run, and train in the work directory next to `output`."""
+    check_output(output, emulator, original)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)
     directory = resolve_model(emulator)
     model = read_model(directory, name=str(emulator))
+    anchor = anchor_source(settings, model, original)
     fields = lora_fields(settings, model.ranks)
     arguments = trainer_arguments(settings)
     examples = tokenized(data, model, settings.max_length)
@@ -93,21 +107,29 @@ def _train_checked(
         "corrected": False,
         "trained_on": {"path": str(directory), "digest": model.digest},
         "base": model.base,
-        "data": {"path": str(data), "digest": examples.digest, "examples": len(examples.rows)},
+        "data": {**_places(data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments),
     }
-    run = _Run(settings, model, examples, fields, arguments, record)
+    run = _Run(settings, model, examples, fields, arguments, record, anchor)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
         return run.train(work, output, started)
+
+
+def _places(data: DataSource) -> dict[str, Any]:
+    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
 def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
     """List the choices that can change the adapter. A run can resume only if all of them are equal."""
     compressed = settings.activations != "none"
+    anchored = settings.anchor_every is not None  # left out otherwise, so that older interrupted runs can go on
     return {
         "lora": fields.model_dump(mode="json"),
         "args": {name: value for name, value in arguments.items() if name not in NON_SEMANTIC_ARGS},
         "activations": {"where": settings.activations, "rank": settings.activation_rank} if compressed else None,
+        **({"anchor": {"every": settings.anchor_every, "bits": settings.anchor_bits}} if anchored else {}),
     }
 
 
@@ -121,12 +143,14 @@ class _Run:
     fields: LoraFields
     arguments: dict[str, Any]
     record: dict[str, Any]
+    anchor: Path | None
 
     def train(self, work: Path, output: Path, started: float) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
         import torch
 
         from onelayer.runtime.training.adapter_directory import write_adapter_directory
+        from onelayer.runtime.training.anchored import anchor
         from onelayer.runtime.training.callbacks import logged_losses, mean_loss
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
@@ -137,7 +161,10 @@ class _Run:
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
+            anchoring = None if self.anchor is None else anchor(trainer, self.model, self.anchor, self.settings, meter)
             trainer.first_batch, checkpoint = read_first_batch(work), newest_checkpoint(work)
+            if checkpoint is not None:
+                check_state(checkpoint)
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             peak_device_bytes = meter.sample()
@@ -154,6 +181,7 @@ class _Run:
             "seconds": round(time.perf_counter() - started, 3),
             "skipped_examples": self.examples.skipped,
             "activations": first_batch.model_dump(mode="json")["activations"],
+            "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
         }
         with atomic_directory(output) as partial:
             write_adapter_directory(partial, adapted, self.model, {**self.record, "training": figures})

@@ -34,6 +34,7 @@ from onelayer.compiler.adapters.attach import linear_targets
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.activations.figures import SavedBytes
+from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress
 from onelayer.runtime.training.checkpoints import FIRST_BATCH_FILE, FirstBatch
 from onelayer.runtime.training.compressed_activations import TrainActivations
@@ -100,11 +101,11 @@ class _GuardedTrainer(Trainer):
         return loss
 
 
-class LoraTrainer(_GuardedTrainer, SFTTrainer):
+class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
     """The trainer for models that predict tokens."""
 
 
-class ClassTrainer(_GuardedTrainer):
+class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
@@ -124,6 +125,8 @@ def make_trainer(
         raise InputError(f"training cannot start: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.bar = Progress()
+    trainer.add_callback(trainer.bar)
     return trainer
 
 
@@ -139,7 +142,7 @@ def _token_trainer(
         train_dataset=Dataset.from_list(examples.rows),
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
-        callbacks=[Progress(), MarkComplete()],
+        callbacks=[MarkComplete()],
     )
 
 
@@ -176,7 +179,7 @@ def _class_trainer(
         data_collator=DataCollatorWithPadding(model.tokenizer),
         compute_loss_func=_class_loss,
         processing_class=model.tokenizer,
-        callbacks=[Progress(), MarkComplete()],
+        callbacks=[MarkComplete()],
     )
 
 

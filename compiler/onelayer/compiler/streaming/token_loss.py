@@ -12,9 +12,9 @@ import torch
 
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
-from onelayer.compiler.evaluate.token_scores import TokenScores
 from onelayer.compiler.models.lazy_tensors import DeferredLogits
 from onelayer.compiler.models.unit_memory import SLICE_BYTES
+from onelayer.compiler.streaming.token_scores import TokenScores
 
 
 @dataclass

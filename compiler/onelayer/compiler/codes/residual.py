@@ -1,0 +1,130 @@
+"""What codes leave of a weight, and moments of both sides, in; the best thin factors, quantized, out. Pure.
+
+R = W - scale * C[codes] (out x in). Wanted: the rank-k `up down` that minimizes ||G^1/2 (R - up down) H^1/2||_F, where
+H are the second moments of the inputs and G those of the loss's gradients at the outputs: to first order, this is the
+error of what flows back as well as of what flows forward. With U the leading left singular vectors of G^1/2 R H^1/2, it
+is up = G^-1/2 U, down = U^T G^1/2 R, so H is never inverted. Without G, the error of the outputs alone counts. Shape
+letters: O outputs, I inputs, k rank, B blocks of b.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.codes.moments import times_blocks
+from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
+from onelayer.compiler.factors.subspace import block_width, leading_eigenvectors
+
+# Added to both moments' diagonals, as a share of their mean.
+DAMPING = {"input": 1e-6, "output": 1e-2}
+# Pulls `up` towards its earlier value, as a share of the mean energy of the directions of `down`.
+RIDGE = 1e-4
+TOLERANCE, WORTHWHILE_SHARE = 1e-3, 0.6
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both moments as blocks (B, b, b): H = S S^T, and the symmetric roots G^1/2 and G^-1/2 if G is known."""
+
+    H: torch.Tensor
+    S: torch.Tensor
+    G: torch.Tensor | None
+    root: torch.Tensor | None
+    inverse_root: torch.Tensor | None
+
+    @classmethod
+    def of_inputs(cls, inputs: torch.Tensor) -> "Sides":
+        """Factor the moments of the inputs."""
+        H = _damped(inputs, DAMPING["input"])
+        S, failed = torch.linalg.cholesky_ex(H)
+        if failed.any():
+            values, vectors = torch.linalg.eigh(H)
+            S = vectors * values.clamp_min(0.0).sqrt()[:, None]
+        return cls(H.float(), S.float(), None, None, None)
+
+    def with_outputs(self, outputs: torch.Tensor | None, out_features: int) -> "Sides":
+        """Factor the moments of the gradients at the outputs too, unless there are none."""
+        if outputs is None or not outputs.diagonal(dim1=1, dim2=2).sum() > 0:
+            return self
+        G = _damped(outputs, DAMPING["output"], out_features)
+        values, vectors = torch.linalg.eigh(G)
+        roots = values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        root = (vectors * roots[:, None]) @ vectors.transpose(1, 2)
+        inverse = (vectors / roots[:, None]) @ vectors.transpose(1, 2)
+        return Sides(self.H, self.S, G.float(), root.float(), inverse.float())
+
+    def on_left(self, blocks: torch.Tensor | None, M: torch.Tensor) -> torch.Tensor:
+        """Multiply M (O, n) from the left by symmetric blocks of the output side; M itself if G is not known."""
+        return M if blocks is None else times_blocks(M.T, blocks).T
+
+    def energy(self, M: torch.Tensor) -> tuple[float, float]:
+        """Compute ||M S||_F^2 and ||G^1/2 M S||_F^2 of a matrix (O, I)."""
+        MS = times_blocks(M, self.S)
+        forward = float(MS.square().sum(dtype=torch.float64))
+        both = float(self.on_left(self.root, MS).square().sum(dtype=torch.float64))
+        return forward, both
+
+
+def residual_factors(
+    R: torch.Tensor, sides: Sides, rank: int, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute quantized factors of R (O, I) as stored: up^T (k, bytes of a row of O) and down (k, bytes of a row of I).
+
+    Each side is solved again for the rounding of the other, as for any quantized factors; the model uses them in
+    `dtype`.
+    """
+    U = _leading(R, sides, rank, seed)
+    up_quantized = quantize_matrix(sides.on_left(sides.inverse_root, U).T, RESIDUAL_DTYPE)
+    up = _used(up_quantized, len(R), dtype)
+    G_up = sides.on_left(sides.G, up)
+    down_quantized = quantize_matrix(torch.linalg.solve(_regular(up.T @ G_up), G_up.T @ R), RESIDUAL_DTYPE)
+    down = _used(down_quantized, R.shape[1], dtype).T
+    H_down = times_blocks(down, sides.H)
+    inner = H_down @ down.T
+    ridge = RIDGE * inner.diagonal().mean() + torch.finfo(inner.dtype).tiny
+    seen = inner + ridge * torch.eye(rank, device=R.device)
+    solved = torch.linalg.solve(seen, H_down @ R.T + ridge * up.T)
+    return quantize_matrix(solved, RESIDUAL_DTYPE), down_quantized
+
+
+def _used(quantized: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the transposed matrix (width, k) as the model uses it, in float32."""
+    return dequantize_matrix(quantized, width, RESIDUAL_DTYPE, dtype).to(torch.float32).T
+
+
+def _leading(R: torch.Tensor, sides: Sides, rank: int, seed: int) -> torch.Tensor:
+    """Compute the leading left singular vectors (O, k) of G^1/2 R S by the narrow side; missing ones are zero."""
+    M = times_blocks(sides.on_left(sides.root, R), sides.S)
+    tall = M.shape[0] > M.shape[1]
+    C = M.T @ M if tall else M @ M.T
+    energy = float(C.trace())
+    pairs = None
+    if energy > 0 and block_width(rank) < WORTHWHILE_SHARE * len(C):
+        pairs = leading_eigenvectors(C, energy, rank, TOLERANCE, 1.0, seed)
+    if pairs is None:
+        values, vectors = torch.linalg.eigh(C.to(torch.float64))
+        pairs = vectors.flip(1)[:, :rank].float(), values.flip(0)[:rank].float()
+    basis, energies = pairs
+    if tall:
+        seen = energies > torch.finfo(torch.float32).eps * energies[:1].clamp_min(torch.finfo(torch.float32).tiny)
+        basis = torch.where(seen, (M @ basis) / energies.clamp_min(torch.finfo(torch.float32).tiny).sqrt(), 0.0)
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    return torch.where(largest < 0, -basis, basis)
+
+
+def _damped(blocks: torch.Tensor, share: float, features: int | None = None) -> torch.Tensor:
+    """Normalize blocks (B, b, b) to a mean diagonal of 1 and add `share` to it; zeros become the identity.
+
+    `features` are the real ones, where the last block is padded.
+    """
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    mean = diagonal.sum() / (diagonal.numel() if features is None else features)
+    normalized = blocks / mean if mean > 0 else torch.zeros_like(blocks)
+    least = share if mean > 0 else 1.0
+    return normalized + least * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+
+
+def _regular(gram: torch.Tensor) -> torch.Tensor:
+    """Set zeros on the diagonal to one; the solution of such columns, which stand for missing directions, is zero."""
+    return gram + (gram.diagonal() == 0).to(gram).diag()

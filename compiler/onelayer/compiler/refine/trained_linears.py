@@ -1,0 +1,111 @@
+"""The trainable replacements of the linears of a unit: masters in float32, used as they will be stored."""
+
+import torch
+
+from onelayer.compiler.codes.encode import Coded
+from onelayer.compiler.codes.product import coded_product
+from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
+
+
+class TrainedLinear:
+    """The trainable replacement of one linear's weight.
+
+    `masters` are float32, by ending: up (k, out) and down (k, in), or the whole weight (out, in). Products use the
+    masters as `round` last rounded them to their stored form, and gradients arrive at the rounded values.
+    `hand_gradients` passes these gradients to the masters as if nothing had been rounded (straight-through estimator,
+    arXiv 1308.3432).
+    """
+
+    def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.factor_dtype, self.dtype = emulator.facts.quantized_dtype, dtype
+        self.masters = {
+            ending: master.to(device, torch.float32).contiguous()
+            for ending, master in self.read(emulator, name).items()
+        }
+        self.rounded: dict[str, torch.Tensor] = {}
+        self.round()
+
+    def read(self, emulator: Emulator, name: str) -> dict[str, torch.Tensor]:
+        """Read the masters from an emulator."""
+        first, second = emulator.factors(name)
+        return {DENSE: first} if second is None else {UP: first.T, DOWN: second}
+
+    def round(self) -> None:
+        """Round the present masters to the form in which they are stored."""
+        for ending, master in self.masters.items():
+            self.rounded[ending] = self.as_stored(ending, master).float().detach().requires_grad_()
+
+    def as_stored(self, ending: str, master: torch.Tensor) -> torch.Tensor:
+        """Round a master to what is stored of it."""
+        factor_dtype, dtype = self.factor_dtype, self.dtype
+        if factor_dtype is None:
+            return master.to(dtype)
+        return dequantize_matrix(quantize_matrix(master, factor_dtype), master.shape[1], factor_dtype, dtype)
+
+    def hand_gradients(self) -> None:
+        """Give the gradients of the rounded masters, gathered since the last `round`, to the masters."""
+        for ending, master in self.masters.items():
+            master.grad = self.rounded[ending].grad
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply as the emulator does, (N, in) -> (N, out)."""
+        used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
+        y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the tensors as an emulator stores them, by the ending of their names."""
+        if self.factor_dtype is not None:
+            return {ending: quantize_matrix(master, self.factor_dtype) for ending, master in self.masters.items()}
+        return {
+            ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
+            for ending, master in self.masters.items()
+        }
+
+
+# The scales are stored in the rows of codes, but are trained by themselves.
+SCALES = ".scales"
+
+
+class TrainedCodes(TrainedLinear):
+    """A coded weight: codebook (256, d), scales (out, groups) and residual factors are trained, the codes stay."""
+
+    def read(self, emulator: Emulator, name: str) -> dict[str, torch.Tensor]:
+        """Read the masters from an emulator."""
+        coded, residual = emulator.coded(name)
+        self.codes, self.in_features = coded.codes, emulator.facts.shapes[name][1]
+        masters = {CODEBOOK: coded.codebook, SCALES: coded.scales}
+        return masters if residual is None else {**masters, UP: residual[0].T, DOWN: residual[1]}
+
+    def as_stored(self, ending: str, master: torch.Tensor) -> torch.Tensor:
+        """Round a master to what is stored of it."""
+        if ending in (CODEBOOK, SCALES):
+            return master.to(torch.bfloat16).to(self.dtype)
+        return super().as_stored(ending, master)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply as the emulator does, (N, in) -> (N, out)."""
+        used = self.rounded
+        codes = self.codes.to(x.device, torch.int32)
+        y = coded_product(x, codes, used[CODEBOOK], used[SCALES], self.in_features)
+        if UP in used:
+            y = y + (x @ used[DOWN].to(x.dtype).T) @ used[UP].to(x.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the tensors as an emulator stores them, by the ending of their names."""
+        masters = {ending: master.cpu() for ending, master in self.masters.items()}
+        packed = Coded(self.codes, masters[SCALES].to(torch.bfloat16), masters[CODEBOOK].to(torch.bfloat16)).packed()
+        assert self.factor_dtype is not None
+        factors = {
+            ending: quantize_matrix(masters[ending], self.factor_dtype) for ending in (UP, DOWN) if ending in masters
+        }
+        return {CODES: packed[0], CODEBOOK: packed[1], **factors}
+
+
+def trained_linear(emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> TrainedLinear:
+    """Return the trainable replacement of a linear, in the form that it has in the emulator."""
+    kind = TrainedCodes if name in emulator.facts.codes else TrainedLinear
+    return kind(emulator, name, dtype, device)

@@ -1,0 +1,135 @@
+"""The anchors of one training run: offsets for the batches that come next, renewed by streaming the original over them.
+
+In: a PEFT model of an emulator that is being trained, and its original. Out: for each batch, in order, a context in
+which the emulator answers with the adapter what the original answered with it at the last renewal.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from onelayer.compiler.emulators.facts import EmulatorFacts
+from onelayer.compiler.factors.offsets import CodedOffset
+from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.linears import widest
+from onelayer.compiler.models.unit_memory import anchoring_bytes
+from onelayer.compiler.streaming.spill import SpillPool
+from onelayer.compiler.streaming.stream import Batch
+from onelayer.runtime.anchors.hooks import AnchorHooks
+from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units, emulated_modules
+from onelayer.runtime.anchors.report import AnchorReport
+from onelayer.runtime.anchors.stream import HOST, OffsetStream, Shown
+
+
+class Anchors:
+    """Offsets of `bits` bits a value for the units of `adapted`, a PEFT model of the emulator that `facts` describe.
+
+    `precision()` is the context in which training computes. Raises `InputError` if the units of the original in
+    `directory` do not correspond to those of the emulator.
+    """
+
+    def __init__(
+        self,
+        adapted: PeftModel,
+        facts: EmulatorFacts,
+        directory: Path,
+        bits: int,
+        meter: Meter,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.bits, self.adapted, self.meter, self.precision = bits, adapted, meter, precision
+        self.original = AdaptedOriginal(directory, adapted)
+        units = compressed_units(self.original.streamed, facts)
+        self._modules = emulated_modules(adapted, units)
+        self._hooks = AnchorHooks(self._modules)
+        self._spill_pool = SpillPool()
+        self._waiting: deque[dict[str, CodedOffset]] = deque()
+        self._renewals, self._seconds, self._offset_bytes, self._longest = 0, 0.0, 0, 0
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether every offset has been used, so that the next step begins with a renewal."""
+        return not self._waiting
+
+    def renew(self, batches: Sequence[Mapping[str, Any]], bar: Shown | None = None) -> None:
+        """Find the offsets of `batches`, in the order in which they will be trained on, with the adapter as it is."""
+        started = time.perf_counter()
+        self.original.share_adapter()
+        stream = OffsetStream(
+            self.original.streamed,
+            self.adapted.device,
+            self.meter,
+            spill_pool=self._spill_pool,
+            emulated=self._modules,
+            bits=self.bits,
+            precision=self.precision,
+            bar=bar,
+        )
+        inputs = [model_inputs(batch, self.adapted) for batch in batches]
+        with evaluating(self.adapted):
+            self._waiting.extend(stream.find(inputs))
+        self._renewals += 1
+        self._offset_bytes = max(
+            self._offset_bytes, sum(offset.stored_bytes for found in self._waiting for offset in found.values())
+        )
+        self._longest = max(self._longest, *(_tokens(batch) for batch in inputs))
+        self._seconds += time.perf_counter() - started
+
+    def next_batch(self) -> AbstractContextManager[None]:
+        """Return the context in which the model is anchored for the next batch."""
+        return self._hooks.anchored(self._waiting.popleft())
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self._hooks.remove()
+
+    def report(self, every: int) -> AnchorReport:
+        """Return the figures so far, with the number of steps between renewals."""
+        streamed = self.original.streamed
+        unit_bytes, on_gpu = streamed.largest_unit_bytes, self.meter.on_gpu
+        workspace = anchoring_bytes(unit_bytes, widest(streamed), streamed.dtype.itemsize, self._longest, on_gpu)
+        return AnchorReport(
+            every=every,
+            bits=self.bits,
+            renewals=self._renewals,
+            seconds=round(self._seconds, 3),
+            bytes_read=streamed.checkpoint.bytes_read,
+            offset_bytes=self._offset_bytes,
+            spilled_bytes=self._spill_pool.spilled_bytes,
+            largest_unit_bytes=unit_bytes,
+            workspace_bytes=workspace,
+        )
+
+
+def model_inputs(batch: Mapping[str, Any], adapted: PeftModel) -> Batch:
+    """Return what the model is called with for a collated batch, on the host, without what only the loss needs."""
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    labels = inputs.pop("labels", None)
+    base: Any = adapted.get_base_model()
+    if base.config.is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
+    moved: Batch = move(inputs, HOST)
+    return moved
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off inside `with`, and with it the recomputation of layers."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _tokens(batch: Batch) -> int:
+    """Count the tokens of a batch, padding included; an encoder-decoder's on the longer side."""
+    return max(tensor.numel() for tensor in batch.values() if tensor.ndim == 2)

@@ -1,0 +1,1 @@
+"""Text from a model that fits in memory, to try what was trained."""

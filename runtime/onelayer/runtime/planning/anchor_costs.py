@@ -1,0 +1,59 @@
+"""Predicts what anchored training costs by the steps between renewals: bytes read, seconds, waiting offsets, peak."""
+
+from onelayer.compiler.factors.stored_forms import residual_bytes
+from onelayer.compiler.results import Result, round_significant
+from onelayer.runtime.planning.pass_memory import anchor_bytes
+from onelayer.runtime.planning.shapes import ModelShapes
+from onelayer.runtime.planning.speed import FORWARD, SECONDS_DIGITS, Speed
+from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, active_values
+from onelayer.runtime.training.settings import TrainSettings
+
+SHOWN_STEPS = (1, 3, 10, 40)
+BITS = TrainSettings.default("anchor_bits")
+
+
+class AnchorCost(Result):
+    """The cost of a renewal every `every` steps of one batch each, in addition to training without anchors.
+
+    `offset_bytes` wait on the host, or beyond its budget in files. `peak_bytes` is the device peak of a renewal, the
+    emulator included. `seconds_per_step` is None if no speed is known.
+    """
+
+    every: int
+    read_bytes_per_step: int
+    seconds_per_step: float | None
+    offset_bytes: int
+    peak_bytes: int
+
+
+def anchor_costs(
+    shapes: ModelShapes, ratio: float, planned: PlannedRun, memory: TrainMemory, speed: Speed | None
+) -> list[AnchorCost]:
+    """Predict the costs of some numbers of steps between renewals."""
+    model = shapes.parameters * shapes.value_bytes
+    waiting = len(shapes.blocks) * residual_bytes(planned.tokens, shapes.hidden, BITS)
+
+    def seconds(every: int) -> float | None:
+        """Reading and computing of the original overlap; the emulator's units run on the same rows."""
+        if speed is None:
+            return None
+        original = FORWARD * shapes.active_parameters * planned.tokens / speed.flops_per_second
+        emulator = FORWARD * active_values(shapes, ratio) * planned.tokens / speed.flops_per_second
+        read = model / speed.read_bytes_per_second / every
+        return round_significant(max(read, original) + emulator, SECONDS_DIGITS)
+
+    return [
+        AnchorCost(
+            every=every,
+            read_bytes_per_step=model // every,
+            seconds_per_step=seconds(every),
+            offset_bytes=every * waiting,
+            peak_bytes=renewal_bytes(shapes, memory, planned),
+        )
+        for every in SHOWN_STEPS
+    ]
+
+
+def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
+    """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
+    return memory.emulator + memory.adapter + anchor_bytes(shapes, planned.tokens, planned.on_gpu)

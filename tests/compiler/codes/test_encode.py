@@ -1,0 +1,98 @@
+"""Codes: each is the nearest at its turn, feedback helps, and what is packed is what is read."""
+
+import pytest
+import torch
+
+from onelayer.compiler.codes.codebook import normal_codebook
+from onelayer.compiler.codes.encode import decode, encode, nearest, unpacked
+from onelayer.compiler.codes.forms import CODE_WIDTHS, CodeWidth, code_row_bytes, code_width, codebook_bytes, group_size
+from onelayer.compiler.codes.moments import BlockGram, times_blocks
+from onelayer.compiler.codes.residual import Sides, residual_factors
+from onelayer.compiler.factors.quantize import dequantize_matrix
+
+
+def correlated(rows: int, features: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(features, features, generator=generator) / features**0.5 + torch.eye(features)
+    x: torch.Tensor = torch.randn(rows, features, generator=generator) @ mixing
+    return x
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    found = BlockGram(x.shape[1], x.device)
+    found.add(x)
+    return found.blocks
+
+
+@pytest.mark.parametrize("width", CODE_WIDTHS)
+def test_codes_take_the_bytes_that_are_stated_and_read_back(width: CodeWidth) -> None:
+    W = torch.randn(24, 50, generator=torch.Generator().manual_seed(1))
+    coded = encode(W, gram(correlated(200, 50)), width)
+    rows, codebook = coded.packed()
+    assert rows.shape == (24, code_row_bytes(50, width))
+    assert codebook.numel() == codebook_bytes(width)
+    again = unpacked(rows, codebook, 50)
+    assert torch.equal(decode(again, 50, torch.float32), decode(coded, 50, torch.float32))
+
+
+def test_without_correlation_every_code_is_the_nearest() -> None:
+    W = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
+    coded = encode(W, torch.eye(32, dtype=torch.float64)[None], 4)
+    points = (W / coded.scales.float()).reshape(-1, 4)
+    distances = torch.cdist(points.double(), normal_codebook(4).double())
+    assert torch.equal(distances.argmin(dim=1), coded.codes.reshape(-1).long())
+
+
+def test_feedback_is_better_than_rounding_each_by_itself() -> None:
+    x = correlated(400, 64)
+    for seed in range(3):
+        W = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+        coded = encode(W, gram(x), 4)
+        alone = nearest((W / coded.scales.float()).reshape(-1, 4), normal_codebook(4))
+        rounded = normal_codebook(4)[alone].reshape(32, 64) * coded.scales.float()
+        with_feedback = (x @ (W - decode(coded, 64, torch.float32)).T).square().sum()
+        assert with_feedback < 0.95 * (x @ (W - rounded).T).square().sum()
+
+
+def test_a_row_of_zeros_stays_near_zero() -> None:
+    W = torch.zeros(2, 16)
+    assert decode(encode(W, gram(correlated(50, 16)), 4), 16, torch.float32).abs().max() < 1e-30
+
+
+def test_long_rows_are_split_into_groups_of_whole_codes() -> None:
+    assert group_size(4096) == 4096
+    for features in (4097, 8192, 14336, 28672):
+        size = group_size(features)
+        assert size <= 4096
+        assert all(size % width == 0 for width in CODE_WIDTHS)
+
+
+def test_the_finest_codes_that_leave_room_are_chosen() -> None:
+    shares = {0.25: 3, 0.2: 3, 0.145: 4, 0.12: 5, 0.1: 6, 0.08: 8, 0.07: None}
+    assert {share: code_width(share) for share in shares} == shares
+
+
+def test_residual_factors_are_near_the_optimum_under_both_sides() -> None:
+    x, g = correlated(500, 48, 3), correlated(500, 40, 4)
+    R = torch.randn(40, 48, generator=torch.Generator().manual_seed(5))
+    sides = Sides.of_inputs(gram(x)).with_outputs(gram(g), 40)
+    assert sides.root is not None
+    up, down = residual_factors(R, sides, 6, torch.float32, 0)
+    kept = dequantize_matrix(up, 40, "nf4", torch.float32).T @ dequantize_matrix(down, 48, "nf4", torch.float32)
+    singular = torch.linalg.svdvals(times_blocks(sides.on_left(sides.root, R), sides.S))
+    optimum = float(singular[6:].square().sum())
+    assert optimum <= sides.energy(R - kept)[1] < 1.1 * optimum
+    plain = residual_factors(R, Sides.of_inputs(gram(x)), 6, torch.float32, 0)
+    other = dequantize_matrix(plain[0], 40, "nf4", torch.float32).T @ dequantize_matrix(
+        plain[1], 48, "nf4", torch.float32
+    )
+    assert sides.energy(R - kept)[1] < sides.energy(R - other)[1]
+
+
+def test_rows_that_are_not_finite_are_left_out() -> None:
+    x = correlated(60, 16)
+    broken = torch.cat([x, torch.full((1, 16), torch.nan)])
+    found = BlockGram(16, x.device)
+    found.add(broken)
+    assert (found.rows, found.dropped_rows) == (61, 1)
+    torch.testing.assert_close(found.blocks, gram(x))

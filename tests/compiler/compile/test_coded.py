@@ -1,0 +1,203 @@
+"""Coded emulators: what is stored is what the figures say, loads by stock means, and costs the bytes asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import onelayer.runtime  # noqa: F401  # registers the loader of emulators
+from helpers.tiny_models import VOCAB, save_tiny, seeded, tiny_tokenizer
+from onelayer.compiler.codes.encode import decode, unpacked
+from onelayer.compiler.compile.command import compile_emulator
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
+from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.emulators.slice import slice_emulator
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.factors.quantize import dequantize_matrix
+
+TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
+KEEP_BYTES = 0.25
+
+
+def build() -> Any:
+    """A Llama whose linears are wide enough for a codebook to pay."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("source")
+    seeded(build).save_pretrained(directory / "model")
+    tiny_tokenizer(directory / "model")
+    (directory / "mix.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 4))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def emulator(source: Path) -> Path:
+    return coded(source, source / "emulator")
+
+
+def coded(source: Path, output: Path, **settings: Any) -> Path:
+    settings = {"keep_bytes": KEEP_BYTES, "form": "coded", "max_length": 24, "device": "cpu", **settings}
+    compile_emulator(source / "model", source / "mix.jsonl", output, **settings)
+    return output
+
+
+def moments(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Dense second moments of inputs, and of the loss's gradients at outputs, from autograd on the resident model."""
+    model = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32).eval()
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+
+    def watch(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).double()
+        inputs[name] = inputs.get(name, 0) + x.T @ x
+
+        def back(gradient: torch.Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1]).double()
+            outputs[name] = outputs.get(name, 0) + g.T @ g
+
+        y.register_hook(back)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_hook(lambda m, args, out, name=name: watch(name, args[0], out))
+    tokens = read_tokens(source / "mix.jsonl", load_tokenizer(source / "model"), 24)
+    for batch in make_batches(tokens, model.config, 1):
+        logits = model(**batch.inputs).logits
+        torch.nn.functional.cross_entropy(logits[0], batch.targets[0], reduction="sum").backward()
+    return inputs, outputs
+
+
+def test_figures_are_those_of_what_is_stored(source: Path, emulator: Path) -> None:
+    opened, (H, G) = Emulator.open(emulator), moments(source)
+    original: Any = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+    rows = {row["name"]: row for row in json.loads((emulator / "emulator.json").read_text())["linears"]}
+    assert len(rows) == 14
+    assert {row["form"] for row in rows.values()} == {"coded"}
+    assert all(row["rank"] > 0 and row["code_width"] == 3 for row in rows.values())
+    for name, row in rows.items():
+        W = original.get_submodule(name).weight.detach().double()
+        E = W - opened.factors(name)[0].double()
+        forward = (((E @ H[name]) * E).sum() / ((W @ H[name]) * W).sum()) ** 0.5
+        assert row["error"] == pytest.approx(float(forward), 1e-3)
+        blocks = torch.block_diag(*(G[name][at : at + 64, at : at + 64] for at in range(0, len(W), 64)))
+        blocks += 1e-2 * blocks.diagonal().mean() * torch.eye(len(W))
+        both = (((blocks @ E @ H[name]) * E).sum() / ((blocks @ W @ H[name]) * W).sum()) ** 0.5
+        assert row["gradient_error"] == pytest.approx(float(both), 1e-3)
+
+
+def test_codes_with_factors_are_nearer_than_codes_alone(source: Path, emulator: Path) -> None:
+    opened, (H, _) = Emulator.open(emulator), moments(source)
+    original: Any = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+    for name in opened.facts.codes:
+        W = original.get_submodule(name).weight.detach().double()
+        read, width = opened.checkpoint.read, W.shape[1]
+        codes = decode(unpacked(read(name + ".lr_codes"), read(name + ".lr_codebook"), width), width, torch.float32)
+        alone, together = W - codes.double(), W - opened.factors(name)[0].double()
+        assert ((together @ H[name]) * together).sum() < ((alone @ H[name]) * alone).sum()
+
+
+def test_an_emulator_takes_the_bytes_asked_for_and_loads_by_stock_means(source: Path, emulator: Path) -> None:
+    document = json.loads((emulator / "emulator.json").read_text())
+    assert 0.97 * KEEP_BYTES <= document["kept_bytes_share"] <= KEEP_BYTES
+    assert document["format_version"] == 3
+    model: Any = LlamaForCausalLM.from_pretrained(emulator)
+    opened = Emulator.open(emulator)
+    x = torch.randn(5, 128)
+    for name in list(opened.facts.codes)[:4]:
+        linear: Any = model.get_submodule(name)
+        torch.testing.assert_close(linear(x), x @ opened.factors(name)[0].T, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(source / "again")
+    again = LlamaForCausalLM.from_pretrained(source / "again")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_gradients_of_a_coded_linear_are_those_of_its_weight(emulator: Path) -> None:
+    model: Any = LlamaForCausalLM.from_pretrained(emulator)
+    opened = Emulator.open(emulator)
+    name = "model.layers.0.mlp.down_proj"
+    x = torch.randn(3, 192, requires_grad=True)
+    linear: Any = model.get_submodule(name)
+    linear(x).square().sum().backward()
+    W = opened.factors(name)[0]
+    wanted = torch.autograd.grad((x @ W.T).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_compile_gives_the_same_bytes(source: Path, emulator: Path, tmp_path: Path) -> None:
+    coded(source, tmp_path / "again")
+    assert Emulator.open(tmp_path / "again").digest == Emulator.open(emulator).digest
+
+
+def test_backward_weighs_by_gradients(source: Path, emulator: Path, tmp_path: Path) -> None:
+    forward = coded(source, tmp_path / "forward", backward=False)
+    rows = [json.loads((path / "emulator.json").read_text())["linears"] for path in (emulator, forward)]
+    assert all(row["gradient_error"] is None for row in rows[1])
+    assert sum(row["error"] for row in rows[1]) < sum(row["error"] for row in rows[0])
+
+
+def test_a_model_without_a_loss_is_weighted_by_inputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4
+    )
+    seeded(lambda: BertModel(config)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    coded(tmp_path, tmp_path / "emulator")
+    assert "there is no loss" in capfd.readouterr().err
+    assert json.loads((tmp_path / "emulator" / "emulator.json").read_text())["settings"]["backward"] is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_bytes": None, "ratio": 0.25}, "--ratio: codes have no ratio"),
+        ({"factor_dtype": "int8"}, "--form coded: stores its factors in nf4"),
+        ({"rank_allocation": "spectrum"}, "--form coded: stores its factors in nf4"),
+        ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.078 or more"),
+        ({"form": "factors", "backward": True}, "--backward: only codes"),
+    ],
+)
+def test_settings_that_do_not_go_together(source: Path, tmp_path: Path, settings: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        coded(source, tmp_path / "emulator", **settings)
+    assert not (tmp_path / "emulator").exists()
+
+
+def test_a_coded_emulator_cannot_be_sliced(emulator: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds codes, which cannot be sliced"):
+        slice_emulator(emulator, 0.1, tmp_path / "slice")
+
+
+def test_narrow_linears_are_quantized_whole(tmp_path: Path, source: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    (tmp_path / "mix.jsonl").write_bytes((source / "mix.jsonl").read_bytes())
+    coded(tmp_path, tmp_path / "emulator")
+    opened = Emulator.open(tmp_path / "emulator")
+    assert not opened.facts.codes
+    assert opened.facts.quantized_dense
+    name = opened.facts.quantized_dense[0]
+    stored = opened.checkpoint.read(name + ".lr_dense")
+    shape = opened.facts.shapes[name]
+    assert torch.equal(opened.factors(name)[0], dequantize_matrix(stored, shape[1], "nf4", torch.float32))
