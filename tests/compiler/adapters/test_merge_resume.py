@@ -70,6 +70,26 @@ def test_a_stopped_merge_goes_on_where_it_was_and_ends_the_same(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "original", "out", "wanted"]
 
 
+@pytest.mark.parametrize("damage", ["a bit", "the record"])
+def test_a_finished_shard_that_was_damaged_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    save_tiny("llama", tmp_path / "original", torch.bfloat16, shards=4)
+    random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=4, target_modules="all-linear")
+    merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "wanted")
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        with pytest.raises(StoppedError):
+            merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
+    shard = min((tmp_path / ".out.merge").glob("*.safetensors"))
+    if damage == "a bit":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    else:
+        (shard.parent / f".{shard.name}.json").write_text("{")
+    merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
 def test_work_on_something_else_is_never_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "original", shards=4)
     for name in ("one", "two"):

@@ -163,10 +163,14 @@ def test_other_settings_are_refused_by_name_and_no_resume_starts_anew(
     assert not work.exists()
 
 
-def test_a_damaged_shard_is_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "a bit"])
+def test_a_damaged_shard_is_done_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     work = interrupted(source, tmp_path / "out", monkeypatch)
     shard = sorted(work.glob("payload/*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-7])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-7] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
     compile_to(source, tmp_path / "out")
     compile_to(source, tmp_path / "calm")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")

@@ -1,10 +1,14 @@
 """The cost of a failure, an interrupt, a concurrent run or a damaged store, with stand-ins for the steps."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import onelayer.compiler
+import onelayer.runtime
 from helpers.fake_steps import FakeSteps, Project
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.pipeline.housekeeping import reachable_keys
@@ -59,6 +63,37 @@ def test_an_interrupt_keeps_what_is_finished(project: Project) -> None:
     assert project.fakes.taken() == ALL[:5]
     project.fakes.fail.clear()
     assert project.run() == ALL[4:]
+
+
+@pytest.mark.parametrize("moment", ["before its step", "while its step runs", "and is restored"])
+def test_data_that_change_in_a_run_never_enter_under_the_old_key(
+    project: Project, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    file = project.folder / "sql.jsonl"
+    before = file.read_text()
+    real: dict[str, Callable[..., Any]] = {
+        "compile": project.fakes.compile_emulator,
+        "train": project.fakes.train_lora,
+    }
+
+    def changing(step: str) -> Callable[..., Any]:
+        def execute(*arguments: Any, **settings: Any) -> Any:
+            file.write_text('{"text": "something else"}\n')
+            result = real[step](*arguments, **settings)
+            if moment == "and is restored":
+                file.write_text(before)
+            return result
+
+        return execute
+
+    if moment == "before its step":
+        monkeypatch.setitem(onelayer.compiler.__dict__, "compile_emulator", changing("compile"))
+    else:
+        monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", changing("train"))
+    result = run(project.manifest, project.store, ["sql"])
+    assert states(result)["sql.train"] == "failed"
+    assert "sql.jsonl: changed " in result.failed[0].reason
+    assert {artifact.kind for artifact in project.store.artifacts()} == {"compile"}
 
 
 def test_a_broken_model_is_refused_before_anything_runs(project: Project) -> None:

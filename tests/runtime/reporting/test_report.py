@@ -1,7 +1,10 @@
 """The report of a run, and the results linked into the output folder."""
 
+import errno
 import json
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from onelayer.runtime.pipeline.run import RunResult, run
 from onelayer.runtime.reporting.html_report import write_report
 from onelayer.runtime.reporting.run_figures import LinearError, MemoryRow, ReportData
 from onelayer.runtime.reporting.svg_charts import bars, lines
+from onelayer.runtime.store.prune import prune
 from onelayer.runtime.store.store import ArtifactStore
 
 VOID = {"meta", "line", "rect", "circle", "polyline"}
@@ -156,6 +160,39 @@ def test_results_are_linked_into_the_output_folder(tmp_path: Path, monkeypatch: 
     run(load_manifest(path), store)
     assert json.loads((adapter / ".onelayer.json").read_text())["key"] != first
     assert store.verify() == []
+
+
+def test_the_report_keeps_what_other_runs_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one task, and a pruned store, take nothing from the page or from the results."""
+    path, _, store = project(tmp_path, monkeypatch, "output: results\n")
+    whole = page_of(run(load_manifest(path), store))
+    assert "support.correct" in whole.text
+    prune(store, keep=set())
+    page = page_of(run(load_manifest(path), store, ["sql"]))
+    for words in ("support.correct", "support.train", "in an earlier run", "sql.evaluate"):
+        assert words in page.text
+    for name in ("sql-corrected", "support-corrected"):
+        folder = tmp_path / "results" / name
+        assert f"from_pretrained('{folder}')" in page.text, "the report loads what pruning leaves"
+        assert (folder / "adapter_model.safetensors").read_bytes()
+    assert str(store.root) not in page.text
+    path.write_text(path.read_text().replace("  support: {train: support.jsonl}\n", ""))
+    assert "support.train" not in page_of(run(load_manifest(path), store)).text
+
+
+def test_results_on_another_file_system_survive_a_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = tmp_path / "payload"
+    payload.mkdir()
+    (payload / "large.bin").write_bytes(b"x" * LINKED_BYTES)
+
+    def other_device(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", other_device)
+    (tmp_path / "out").mkdir()
+    (folder,) = link_outputs({"task": ("key", payload)}, tmp_path / "out")
+    shutil.rmtree(payload)
+    assert (folder / "large.bin").read_bytes() == b"x" * LINKED_BYTES
 
 
 def test_a_foreign_folder_in_the_way_is_refused_before_anything_runs(

@@ -15,6 +15,7 @@ import pytest
 
 from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
+from onelayer.runtime.reporting import summaries
 from onelayer.runtime.store.prune import prune
 from onelayer.runtime.store.record import StepSpec
 from onelayer.runtime.store.store import ArtifactStore
@@ -204,6 +205,20 @@ def test_prune_by_age_counts_from_the_last_use(store: ArtifactStore) -> None:
     assert (pruned.removed, pruned.in_use) == ([old.key], [])
     assert pruned.freed_bytes > 1000
     assert [artifact.key for artifact in store.artifacts()] == [used.key]
+
+
+def test_a_dry_run_lists_what_would_go(store: ArtifactStore) -> None:
+    old = store.ensure(spec(r=1), fill)[0]
+    age(store, old.key, days=10)
+    partial = store.root / f".{spec(r=3).key}.partial"
+    partial.mkdir()
+    pruned = prune(store, keep=set(), dry_run=True)
+    assert {(row.key, row.kind) for row in pruned.artifacts} == {(old.key, "train"), (spec(r=3).key, None)}
+    text = summaries.pruned(pruned.model_dump(mode="json"))
+    assert f"{old.key[:12]} train, " in text
+    assert "last used 10 days ago" in text
+    assert f"{spec(r=3).key[:12]} unfinished" in text
+    assert store.find(old.key) is not None
 
 
 def test_prune_by_size_takes_the_least_recently_used(store: ArtifactStore) -> None:

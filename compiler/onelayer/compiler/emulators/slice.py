@@ -84,6 +84,7 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
     """
     if not 0 < ratio < 1:
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
+    check_output(Path(output), emulator)
     source = Emulator.open(emulator)
     if source.facts.codes:
         raise InputError(f"{source.directory}: holds codes, which cannot be sliced; compile a smaller emulator")

@@ -9,10 +9,11 @@ Used of transformers' semi-private surface, only in this file: the hooks `update
 `HfQuantizer`, and the config attribute `transformers_weights`.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import safe_open
@@ -23,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onelayer.compiler.codes.forms import CodeWidth
-from onelayer.compiler.emulators.facts import StackFacts
+from onelayer.compiler.emulators.facts import StackFacts, WeightsFile
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_factor_dtype
@@ -63,6 +64,11 @@ class EmulatorConfig(QuantizationConfigMixin):
             raise InputError(
                 f"config.json: quantization_config.format_version is {format_version!r}, this onelayer reads "
                 f"{FORMAT_VERSIONS[-1]}; compile the emulator again, or install the onelayer that wrote it"
+            )
+        if weights_file not in (None, *get_args(WeightsFile)):
+            raise InputError(
+                f"config.json: quantization_config.weights_file names {str(weights_file)[:80]!r}, which no emulator's "
+                "weights are called; compile the emulator again"
             )
         self.quant_method = quant_method  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.format_version = format_version
@@ -120,6 +126,7 @@ class EmulatorQuantizer(HfQuantizer):
         replaced = replace_linears(model, settings.modules, settings.quantization, settings.codes)
         experts = replace_stacks(model, settings.stacks, settings.quantization)
         factors = [name for module in replaced for name in module.factors]
+        _check_folder(model, checkpoint_files or [])
         _check_factors(checkpoint_files or [], [*factors, *(name for item in experts for name in item.tensors)])
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
@@ -229,14 +236,18 @@ def _compressed(
     return compressed
 
 
-def _check_factors(checkpoint_files: list[str], factors: list[str]) -> None:
-    """Refuse files outside the folder, and fewer tensors than `factors`, the names of what the modules need.
-
-    transformers would leave missing factors uninitialized.
-    """
-    folders = {Path(file).parent for file in checkpoint_files}
-    if len(folders) > 1:
+def _check_folder(model: "PreTrainedModel", checkpoint_files: list[str]) -> None:
+    """Refuse files outside the model's folder, which an index can name."""
+    folders = {Path(os.path.normpath(Path(file).absolute())).parent for file in checkpoint_files}
+    given = model.name_or_path or ""
+    own = Path(os.path.normpath(Path(given).absolute()))
+    outside = Path(given).is_dir() and given != "" and not all(folder.is_relative_to(own) for folder in folders)
+    if outside or len(folders) > 1:
         raise InputError(f"{sorted(folders)[0]}: the index names files outside the folder; compile the emulator again")
+
+
+def _check_factors(checkpoint_files: list[str], factors: list[str]) -> None:
+    """Refuse fewer tensors than `factors`, the names of what the modules need: transformers would leave them empty."""
     names = [name for file in checkpoint_files for name in _tensor_names(file)]
     for factor, needed in Counter(factors).items():
         stored = sum(name.endswith(f".{factor}") for name in names)

@@ -14,22 +14,29 @@ from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.pipeline.kinds import STEP_KINDS
 from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.reporting.html_report import write_report
-from onelayer.runtime.reporting.run_figures import Loadable, ReportData, collect
+from onelayer.runtime.reporting.run_figures import Loadable
+from onelayer.runtime.reporting.run_record import ReportedStep, ReportRecord, reported_step, update_record
 from onelayer.runtime.store.record import Artifact
 from onelayer.runtime.store.store import ArtifactStore
 
 REPORT = "report.html"
+# Next to the report: what it shows of every step, so that a run of some steps keeps the others.
+RECORD = ".report.json"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The steps of a run, the existing artifacts by step, and the planner's peaks in bytes."""
+    """The steps of a run, the existing artifacts by step, and the planner's peaks in bytes.
+
+    `order` names the steps of the whole manifest.
+    """
 
     manifest: Manifest
     store: ArtifactStore
     steps: list[Step]
     made: Mapping[str, Artifact]
     foreseen: Mapping[str, int | None]
+    order: list[str]
 
     @property
     def made_steps(self) -> list[Step]:
@@ -58,25 +65,30 @@ def publish_run(run: FinishedRun, document: Mapping[str, Any]) -> Path:
     with FileLock(file.parent / ".onelayer.lock"):
         if manifest.output is not None:
             link_outputs(_results(run), Path(manifest.output))
-        write_report(file, manifest.path, document, _report_data(run), budget)
+        record = update_record(file.with_name(RECORD), _reported(run, document), run.order, list(manifest.tasks))
+        write_report(file, manifest.path, record.document, record.data, budget)
     return file
 
 
-def _report_data(run: FinishedRun) -> ReportData:
-    figures = [STEP_KINDS[step.kind].figures(step.name, run.payload(step)) for step in run.made_steps]
-    return collect(run.store, run.made, run.foreseen, figures, _loadable(run))
+def _reported(run: FinishedRun, document: Mapping[str, Any]) -> ReportRecord:
+    """Gather what the report shows of the steps of this run."""
+    rows = {row["name"]: row for row in document["steps"]}
+    steps = {name: ReportedStep(row=row) for name, row in rows.items()}
+    for step in run.made_steps:
+        figures = STEP_KINDS[step.kind].figures(step.name, run.payload(step))
+        facts = (run.made[step.name], run.payload(step), run.foreseen.get(step.name), figures, _loadable(run, step))
+        steps[step.name] = reported_step(rows[step.name], *facts)
+    return ReportRecord(steps=steps, evaluations=document["evaluations"])
 
 
-def _loadable(run: FinishedRun) -> list[Loadable]:
-    """List the final results; if there are none, the intermediate ones."""
-    kinds = [(step, STEP_KINDS[step.kind]) for step in run.made_steps]
-    loadable = [(step, kind) for step, kind in kinds if kind.loader is not None]
-    chosen = [(step, kind) for step, kind in loadable if kind.is_product] or loadable
-    return [
-        Loadable(step=step.name, path=str(run.payload(step)), loader=kind.loader)
-        for step, kind in chosen
-        if kind.loader is not None
-    ]
+def _loadable(run: FinishedRun, step: Step) -> Loadable | None:
+    """Return where a result is loaded from: the manifest's `output`, which no pruning touches, or the store."""
+    kind, name = STEP_KINDS[step.kind], _result_name(run.manifest, step)
+    if kind.loader is None:
+        return None
+    kept = run.manifest.output is not None and name is not None
+    path = Path(str(run.manifest.output)) / str(name) if kept else run.payload(step)
+    return Loadable(step=step.name, path=str(path), loader=kind.loader, is_product=kind.is_product)
 
 
 def check_results(manifest: Manifest, steps: list[Step]) -> None:

@@ -71,7 +71,8 @@ def run(
         ]
         done = RunResult(steps=results, evaluations=_evaluations(steps, runner.made, store))
         foreseen = {step.name: step_costs(step, costs).peak_bytes for step in steps}
-        finished = FinishedRun(manifest, store, steps, runner.made, foreseen)
+        order = [step.name for step in steps_of(manifest, check_tasks(manifest, None))]
+        finished = FinishedRun(manifest, store, steps, runner.made, foreseen, order)
         report = publish_run(finished, done.model_dump(mode="json"))
         return done.model_copy(update={"report": str(report)})
 

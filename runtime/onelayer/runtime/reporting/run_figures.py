@@ -1,16 +1,12 @@
 """Collects the figures of a run's report from what the run left in the store."""
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.files import read_json
-from onelayer.runtime.store.record import Artifact
-from onelayer.runtime.store.store import ArtifactStore
 
 
 class MemoryRow(Result):
@@ -71,6 +67,7 @@ class Loadable(Result):
     step: str
     path: str
     loader: Loader
+    is_product: bool = True
 
 
 class ReportData(Result):
@@ -86,48 +83,6 @@ class ReportData(Result):
     curves: dict[str, list[tuple[float, float]]]
     versions: dict[str, str]
     loadable: tuple[Loadable, ...] = ()
-
-
-def collect(
-    store: ArtifactStore,
-    made: Mapping[str, Artifact],
-    foreseen: Mapping[str, int | None],
-    figures: Sequence[StepFigures],
-    loadable: Sequence[Loadable],
-) -> ReportData:
-    """Gather the facts of every step of a run; `foreseen` are the planner's peaks in bytes, by step."""
-    units = [row for step in figures for row in step.units]
-    return ReportData(
-        steps=[_facts(name, artifact, store.payload(artifact.key)) for name, artifact in made.items()],
-        memory=[row for name, artifact in made.items() if (row := _memory(name, artifact, foreseen))],
-        errors=[] if units else [row for step in figures for row in step.errors],
-        units=units,
-        curves={name: list(step.curve) for name, step in zip(made, figures, strict=True) if step.curve},
-        versions=next((artifact.versions for artifact in made.values()), {}),
-        loadable=tuple(loadable),
-    )
-
-
-def _facts(name: str, artifact: Artifact, payload: Path) -> StepFacts:
-    shared = {
-        field: getattr(artifact, field) for field in ("kind", "key", "digest", "seconds", "total_bytes", "created")
-    }
-    return StepFacts(name=name, path=str(payload), **shared)
-
-
-def _memory(name: str, artifact: Artifact, foreseen: Mapping[str, int | None]) -> MemoryRow | None:
-    """Pair promised with measured memory.
-
-    Streamed passes promise in their own report; the planner promises for the others.
-    """
-    if artifact.peak_device_bytes is None:
-        return None
-    promised = artifact.promised_bytes or foreseen.get(name)
-    return MemoryRow(
-        step=name,
-        promised_gib=None if promised is None else promised / GIB,
-        measured_gib=artifact.peak_device_bytes / GIB,
-    )
 
 
 def no_figures(step: str, payload: Path) -> StepFigures:

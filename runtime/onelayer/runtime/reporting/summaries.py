@@ -111,6 +111,11 @@ def pruned(document: Mapping[str, Any]) -> str:
     """Format what was removed, what stayed because it is in use, and the freed bytes."""
     verb = "would be removed" if document["dry_run"] else "removed"
     lines = [f"{len(document['removed'])} artifacts {verb}, {size(document['freed_bytes'])}"]
+    lines += [
+        f"{row['key'][:12]} {row['kind'] or 'unfinished'}, {size(row['size_bytes'])}, last used "
+        f"{age(row['unused_seconds'])} ago"
+        for row in document["artifacts"]
+    ]
     lines += [f"{key[:12]} is in use and stays" for key in document["in_use"]]
     return "\n".join(lines)
 

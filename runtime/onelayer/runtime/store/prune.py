@@ -3,10 +3,20 @@
 import time
 from pathlib import Path
 
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.files import directory_bytes
 from onelayer.runtime.store.record import METADATA
 from onelayer.runtime.store.store import ArtifactStore, remove_artifact
+
+
+class PrunedArtifact(Result):
+    """One artifact that was removed or would be: `kind` is None for an unfinished one; seconds since its last use."""
+
+    key: str
+    kind: str | None
+    size_bytes: int
+    unused_seconds: float
 
 
 class Pruned(Result):
@@ -16,6 +26,7 @@ class Pruned(Result):
     in_use: list[str]
     freed_bytes: int
     dry_run: bool
+    artifacts: list[PrunedArtifact]
 
 
 class _Entry(Result):
@@ -54,12 +65,14 @@ def prune(
                 chosen[entry.path] = entry
                 total_bytes -= entry.size_bytes
     removed: list[_Entry] = []
+    listed: list[PrunedArtifact] = []
     in_use: list[str] = []
     for entry in chosen.values():
         with store.claim(entry.key) as free:
             if not free:
                 in_use.append(entry.key)
                 continue
+            listed.append(_listed(store, entry, now))
             if not dry_run:
                 remove_artifact(entry.path)
             removed.append(entry)
@@ -68,7 +81,18 @@ def prune(
         in_use=in_use,
         freed_bytes=sum(entry.size_bytes for entry in removed),
         dry_run=dry_run,
+        artifacts=listed,
     )
+
+
+def _listed(store: ArtifactStore, entry: _Entry, now: float) -> PrunedArtifact:
+    try:
+        artifact = None if entry.path.name.startswith(".") else store.find(entry.key)
+    except InputError:  # its record is damaged
+        artifact = None
+    kind = None if artifact is None else artifact.kind
+    unused_seconds = max(0.0, now - entry.last_use)
+    return PrunedArtifact(key=entry.key, kind=kind, size_bytes=entry.size_bytes, unused_seconds=unused_seconds)
 
 
 def _entries(store: ArtifactStore) -> list[_Entry]:
