@@ -166,8 +166,8 @@ def _fill(payload: Path, folder: Path) -> None:
             continue
         try:
             os.link(source, target)
-        except OSError:  # another disk, or a file system without hard links
-            target.symlink_to(source.resolve())
+        except OSError:  # another disk, or a file system without hard links; a link would not survive a prune
+            shutil.copy2(source, target)
 
 
 def _mark_of(folder: Path) -> str | None:
