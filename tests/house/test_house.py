@@ -33,7 +33,7 @@ LIGHT = {
         "results settings storage/* */settings"
     ),
     "runtime": (
-        "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* "
+        "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* version "
         "training/trainer_args */settings"
     ),
 }

@@ -24,7 +24,7 @@ FLOORS = {
         {"inspect"},
     ),
     "runtime": (
-        {"sizes"},
+        {"sizes", "version"},
         {"modules", "activations", "anchors", "store"},
         {"training", "reporting", "generation"},
         {"planning"},

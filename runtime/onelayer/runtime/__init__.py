@@ -38,19 +38,9 @@ __all__ = sorted(_HOME_OF)
 register_loader()
 
 
-def _version() -> str:
-    """Return the installed version, or what says that this is a folder that was never installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("onelayer")
-    except PackageNotFoundError:
-        return "0+not.installed"
-
-
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        return str(import_module(f"{__name__}.version").installed_version())
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

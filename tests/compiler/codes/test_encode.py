@@ -6,9 +6,9 @@ import torch
 from onelayer.compiler.codes.codebook import normal_codebook
 from onelayer.compiler.codes.encode import decode, encode, nearest, unpacked
 from onelayer.compiler.codes.forms import CODE_WIDTHS, CodeWidth, code_row_bytes, code_width, codebook_bytes, group_size
-from onelayer.compiler.codes.moments import BlockGram, times_blocks
-from onelayer.compiler.codes.residual import Sides, residual_factors
-from onelayer.compiler.factors.quantize import dequantize_matrix
+from onelayer.compiler.codes.moments import BlockGram, blocks_times, times_blocks
+from onelayer.compiler.codes.product import coded_product
+from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 
 
 def correlated(rows: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -77,15 +77,12 @@ def test_residual_factors_are_near_the_optimum_under_both_sides() -> None:
     R = torch.randn(40, 48, generator=torch.Generator().manual_seed(5))
     sides = Sides.of_inputs(gram(x)).with_outputs(gram(g), 40)
     assert sides.root is not None
-    up, down = residual_factors(R, sides, 6, torch.float32, 0)
-    kept = dequantize_matrix(up, 40, "nf4", torch.float32).T @ dequantize_matrix(down, 48, "nf4", torch.float32)
-    singular = torch.linalg.svdvals(times_blocks(sides.on_left(sides.root, R), sides.S))
+    kept = product_of(*residual_factors(R, sides, 6, torch.float32, 0), (40, 48), torch.float32)
+    singular = torch.linalg.svdvals(times_blocks(blocks_times(sides.root, R), sides.S))
     optimum = float(singular[6:].square().sum())
     assert optimum <= sides.energy(R - kept)[1] < 1.1 * optimum
     plain = residual_factors(R, Sides.of_inputs(gram(x)), 6, torch.float32, 0)
-    other = dequantize_matrix(plain[0], 40, "nf4", torch.float32).T @ dequantize_matrix(
-        plain[1], 48, "nf4", torch.float32
-    )
+    other = product_of(*plain, (40, 48), torch.float32)
     assert sides.energy(R - kept)[1] < sides.energy(R - other)[1]
 
 
@@ -96,3 +93,16 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     found.add(broken)
     assert (found.rows, found.dropped_rows) == (61, 1)
     torch.testing.assert_close(found.blocks, gram(x))
+
+
+def test_gradients_of_a_product_are_those_of_the_decoded_weight() -> None:
+    W = torch.randn(24, 50, generator=torch.Generator().manual_seed(6))
+    coded = encode(W, gram(correlated(200, 50)), 3)
+    wanted = [part.float().requires_grad_() for part in (correlated(7, 50, 8), coded.codebook, coded.scales)]
+    found = [part.detach().clone().requires_grad_() for part in wanted]
+    values = wanted[1][coded.codes.long()].reshape(24, -1)[:, :50] * wanted[2]
+    (wanted[0] @ values.T).square().sum().backward()
+    x, codebook, scales = found
+    coded_product(x, coded.codes, codebook, scales, 50).square().sum().backward()
+    for part, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(part.grad, exact.grad, rtol=1e-4, atol=1e-3)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.tiny_models import VOCAB, save_tiny, seeded, tiny_tokenizer
 from onelayer.compiler.codes.encode import decode, unpacked
+from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
@@ -19,6 +20,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import dequantize_matrix
+from onelayer.compiler.refine.command import refine_emulator
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
 KEEP_BYTES = 0.25
@@ -176,6 +178,7 @@ def test_a_model_without_a_loss_is_weighted_by_inputs(tmp_path: Path, capfd: pyt
         ({"factor_dtype": "int8"}, "--form coded: stores its factors in nf4"),
         ({"rank_allocation": "spectrum"}, "--form coded: stores its factors in nf4"),
         ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.078 or more"),
+        ({"keep_bytes": 0.3}, "every weight fits whole in nf4"),
         ({"form": "factors", "backward": True}, "--backward: only codes"),
     ],
 )
@@ -201,3 +204,37 @@ def test_narrow_linears_are_quantized_whole(tmp_path: Path, source: Path) -> Non
     stored = opened.checkpoint.read(name + ".lr_dense")
     shape = opened.facts.shapes[name]
     assert torch.equal(opened.factors(name)[0], dequantize_matrix(stored, shape[1], "nf4", torch.float32))
+
+
+def test_a_stopped_compile_goes_on_to_the_same_bytes(
+    source: Path, emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, coded_units = CodedCompilation.compressed, list[str]()
+
+    def dying(self: Any, linears: Any, hooks: Any) -> Any:
+        if coded_units:
+            raise KeyboardInterrupt
+        coded_units.append(min(linears))
+        return real(self, linears, hooks)
+
+    monkeypatch.setattr(CodedCompilation, "compressed", dying)
+    with pytest.raises(KeyboardInterrupt):
+        coded(source, tmp_path / "again")
+    assert ".layers.1." in coded_units[0], "units are written on the way back"
+    monkeypatch.undo()
+    coded(source, tmp_path / "again")
+    assert Emulator.open(tmp_path / "again").digest == Emulator.open(emulator).digest
+
+
+def test_refinement_trains_codebooks_scales_and_factors(source: Path, emulator: Path, tmp_path: Path) -> None:
+    result = refine_emulator(
+        emulator, model=source / "model", calibration=source / "mix.jsonl", output=tmp_path / "refined", steps=20
+    )
+    assert all(unit.after < unit.before for unit in result.units)
+    before, after = Emulator.open(emulator).checkpoint, Emulator.open(tmp_path / "refined").checkpoint
+    name = "model.layers.0.mlp.down_proj"
+    for ending in (".lr_codebook", ".lr_up", ".lr_down"):
+        assert not torch.equal(before.read(name + ending), after.read(name + ending))
+    codes = [item.read(name + ".lr_codes")[:, :64] for item in (before, after)]
+    assert torch.equal(*codes), "192 inputs in threes are 64 codes, which stay; the scale after them is trained"
+    LlamaForCausalLM.from_pretrained(tmp_path / "refined")

@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth
 
@@ -16,8 +15,10 @@ def normal_codebook(width: CodeWidth) -> torch.Tensor:
     """Return the codebook (256, width) in float32, rounded to bfloat16, for values of mean 0 and variance 1.
 
     Weights in units of their row's root mean square are close to normal. A codebook fitted to each linear gained
-    nothing before refinement (manifests/LOG.md, codes).
+    nothing before refinement (manifests/LOG.md, codes with a low-rank part).
     """
+    from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]  # half a second that only codes need
+
     generator = np.random.default_rng(SEED)
     samples = generator.standard_normal((SAMPLES, width))
     centers, _ = kmeans2(samples, CODEBOOK_ROWS, iter=ROUNDS, minit="points", seed=generator)

@@ -17,7 +17,7 @@ from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 DAMPING = 1e-2
 # Errors within this many columns are handed on one by one, beyond it all at once, so that large products do the work.
 LAZY_COLUMNS = 128
-# A padded column behind the last input costs nothing: its entry in the feedback is this large.
+# A padded column after the last input costs nothing: its entry in the feedback is this large.
 FREE = 1e6
 
 
@@ -44,12 +44,12 @@ def unpacked(rows: torch.Tensor, codebook: torch.Tensor, in_features: int) -> Co
 
 def decode(coded: Coded, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """Compute the weight (O, I) that codes stand for, in `dtype`."""
-    return decode_with(coded.codes.int(), coded.codebook.to(dtype), coded.scales.to(dtype), in_features)
+    return decode_with(coded.codes, coded.codebook.to(dtype), coded.scales.to(dtype), in_features)
 
 
 def decode_with(codes: torch.Tensor, codebook: torch.Tensor, scales: torch.Tensor, in_features: int) -> torch.Tensor:
     """Compute scale * C[codes] (O, I); differentiable in the codebook and the scales."""
-    values = torch.nn.functional.embedding(codes, codebook).reshape(len(codes), -1)[:, :in_features]
+    values = torch.nn.functional.embedding(codes.int(), codebook).reshape(len(codes), -1)[:, :in_features]
     if scales.shape[1] == 1:
         return values * scales
     return values * scales.repeat_interleave(group_size(in_features), dim=1)[:, :in_features]

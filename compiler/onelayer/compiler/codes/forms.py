@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, SCALE_BYTES, FactorDtype, row_bytes
 
-CodeWidth = Literal[2, 3, 4, 5, 6, 8]
+# Codes of 2 neighbors would be as large as a whole weight in nf4.
+CodeWidth = Literal[3, 4, 5, 6, 8]
 CODE_WIDTHS: tuple[CodeWidth, ...] = get_args(CodeWidth)
 # One byte chooses one of these rows of a codebook, whose entries are bfloat16.
 CODEBOOK_ROWS, ENTRY_BYTES = 256, 2
@@ -20,7 +21,8 @@ LONGEST_GROUP, GROUP_STEP = 4096, 120
 OUTPUT_BLOCK = 64
 # The factors of a residual are stored in this dtype.
 RESIDUAL_DTYPE: FactorDtype = "nf4"
-# Codes take as many bits as leave this many bits a value for the low-rank part (manifests/LOG.md, codes).
+# Codes take as many bits as leave this many bits a value for the low-rank part. Without it twice as much is lost
+# (manifests/LOG.md, codes with a low-rank part); other shares have not been compared at equal bytes.
 LEAST_RESIDUAL_BITS = 0.25
 
 

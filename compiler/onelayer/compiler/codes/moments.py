@@ -1,7 +1,7 @@
 """Second moments on both sides of a linear, in blocks along the diagonal, so that neither grows with the square.
 
 Input side: H = X^T X in blocks of `group_size` features. Output side: G, of the gradients of the loss at the outputs,
-in blocks of 64, which nearly equals the whole (manifests/LOG.md, codes). Shape letters: N rows (tokens), F features.
+in blocks of 64. Shape letters: N rows (tokens), F features.
 """
 
 import copy
@@ -61,3 +61,8 @@ def times_blocks(M: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Multiply M (rows, F) by the block-diagonal matrix of `blocks` (B, b, b)."""
     product = in_blocks(M, blocks.shape[-1]) @ blocks
     return product.transpose(0, 1).reshape(len(M), -1)[:, : M.shape[1]]
+
+
+def blocks_times(blocks: torch.Tensor | None, M: torch.Tensor) -> torch.Tensor:
+    """Multiply symmetric `blocks` (B, b, b) by M (F, columns); None stands for the identity."""
+    return M if blocks is None else times_blocks(M.T, blocks).T

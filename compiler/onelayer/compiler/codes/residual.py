@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
-from onelayer.compiler.codes.moments import times_blocks
+from onelayer.compiler.codes.moments import blocks_times, times_blocks
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.subspace import block_width, leading_eigenvectors
 
@@ -54,15 +54,11 @@ class Sides:
         inverse = (vectors / roots[:, None]) @ vectors.transpose(1, 2)
         return Sides(self.H, self.S, G.float(), root.float(), inverse.float())
 
-    def on_left(self, blocks: torch.Tensor | None, M: torch.Tensor) -> torch.Tensor:
-        """Multiply M (O, n) from the left by symmetric blocks of the output side; M itself if G is not known."""
-        return M if blocks is None else times_blocks(M.T, blocks).T
-
     def energy(self, M: torch.Tensor) -> tuple[float, float]:
         """Compute ||M S||_F^2 and ||G^1/2 M S||_F^2 of a matrix (O, I)."""
         MS = times_blocks(M, self.S)
         forward = float(MS.square().sum(dtype=torch.float64))
-        both = float(self.on_left(self.root, MS).square().sum(dtype=torch.float64))
+        both = float(blocks_times(self.root, MS).square().sum(dtype=torch.float64))
         return forward, both
 
 
@@ -75,9 +71,9 @@ def residual_factors(
     `dtype`.
     """
     U = _leading(R, sides, rank, seed)
-    up_quantized = quantize_matrix(sides.on_left(sides.inverse_root, U).T, RESIDUAL_DTYPE)
+    up_quantized = quantize_matrix(blocks_times(sides.inverse_root, U).T, RESIDUAL_DTYPE)
     up = _used(up_quantized, len(R), dtype)
-    G_up = sides.on_left(sides.G, up)
+    G_up = blocks_times(sides.G, up)
     down_quantized = quantize_matrix(torch.linalg.solve(_regular(up.T @ G_up), G_up.T @ R), RESIDUAL_DTYPE)
     down = _used(down_quantized, R.shape[1], dtype).T
     H_down = times_blocks(down, sides.H)
@@ -88,6 +84,11 @@ def residual_factors(
     return quantize_matrix(solved, RESIDUAL_DTYPE), down_quantized
 
 
+def product_of(up: torch.Tensor, down: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Multiply stored factors of a residual (O, I), in float32, as the model uses them in `dtype`."""
+    return _used(up, shape[0], dtype) @ _used(down, shape[1], dtype).T
+
+
 def _used(quantized: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the transposed matrix (width, k) as the model uses it, in float32."""
     return dequantize_matrix(quantized, width, RESIDUAL_DTYPE, dtype).to(torch.float32).T
@@ -95,7 +96,7 @@ def _used(quantized: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tens
 
 def _leading(R: torch.Tensor, sides: Sides, rank: int, seed: int) -> torch.Tensor:
     """Compute the leading left singular vectors (O, k) of G^1/2 R S by the narrow side; missing ones are zero."""
-    M = times_blocks(sides.on_left(sides.root, R), sides.S)
+    M = times_blocks(blocks_times(sides.root, R), sides.S)
     tall = M.shape[0] > M.shape[1]
     C = M.T @ M if tall else M @ M.T
     energy = float(C.trace())

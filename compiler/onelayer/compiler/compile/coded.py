@@ -7,13 +7,14 @@ the gradients of the loss; units are watched and written on the way back.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from onelayer.compiler.codes.encode import Coded, decode, encode
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.codes.moments import BlockGram
-from onelayer.compiler.codes.residual import Sides, residual_factors
+from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.compile.writer import StoredLinear
@@ -23,7 +24,9 @@ from onelayer.compiler.emulators.figures import LinearFigures
 from onelayer.compiler.factors.moments import check_rows
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.models.linears import weight_of
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.token_loss import TokenLoss
@@ -44,6 +47,7 @@ class CodedCompilation(Compilation):
             return
         self._meter = meter
         loss = TokenLoss(batches, len(batches), self.device)
+        units = len(self.streamed.units)
         stream = _CalibrationStream(
             self.streamed,
             self.device,
@@ -54,9 +58,10 @@ class CodedCompilation(Compilation):
             seed=self.settings.seed,
             dropout=False,
             on_unit=self._stopping,
+            first_wanted=min(wanted),
         )
-        stream.first_wanted = min(wanted)
-        with stream:
+        with Progress(2 * units, "compile") as bar, stream:
+            stream.bar = bar
             stream.run([batch.inputs for batch in batches], loss.take)
             if not loss.finish():
                 raise RuntimeError("the loss on the calibration data is not finite; check the checkpoint and the data")
@@ -75,8 +80,7 @@ class CodedCompilation(Compilation):
             if moments is None:
                 continue
             check_rows(name, moments.dropped_rows, moments.rows)
-            weight = linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
-            assert isinstance(weight, torch.Tensor)
+            weight = weight_of(linear)
             if id(moments) not in factored:
                 factored[id(moments)] = Sides.of_inputs(moments.blocks)
             outputs = hooks.outputs.get(name)
@@ -105,12 +109,14 @@ class CodedCompilation(Compilation):
         self.stop.check()
 
 
+@dataclass
 class _CalibrationStream(GradientStream):
     """A stream whose gradients begin at the first unit that is to be written."""
 
     first_wanted: int = 0
 
     def wants_gradients(self, unit: Unit) -> bool:
+        """Whether moments are wanted of a unit or of one before it."""
         return unit.is_block and unit.position >= self.first_wanted
 
 
@@ -130,10 +136,5 @@ def _coded(
     if rank:
         up, down = residual_factors(W - kept, sides, rank, dtype, seed)
         stored |= {UP: up, DOWN: down}
-        sizes = {"up": len(W), "down": W.shape[1]}
-        used = [
-            dequantize_matrix(part, sizes[side], RESIDUAL_DTYPE, dtype).to(torch.float32)
-            for side, part in (("up", up), ("down", down))
-        ]
-        kept = kept + used[0].T @ used[1]
+        kept = kept + product_of(up, down, (len(W), W.shape[1]), dtype)
     return stored, kept

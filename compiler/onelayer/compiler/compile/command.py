@@ -82,7 +82,7 @@ def compile_emulator(
     check_library(resolved.factor_dtype)
     ranks = choose_ranks(streamed, widest_ratio(resolved.ratio, resolved.rank_allocation), quantized=is_quantized)
     if (width := resolved.code_width) is not None:
-        ranks = choose_codes(streamed, ranks, resolved.kept_share, width)
+        ranks = choose_codes(streamed, ranks, resolved.share, width)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
     copies = copies_on_disk(resolved.rank_allocation, quantized=is_quantized)
     check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, width))
@@ -140,6 +140,6 @@ def _facts(settings: ResolvedSettings, tokens: Sequence[Tokens], device: torch.d
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens), "tokens": counted},
-        "settings": {**settings.recorded("keep_bytes"), "device": device.type},
+        "settings": {**settings.recorded(), "device": device.type},
         "versions": {**versions, "transformers": transformers.__version__},
     }

@@ -23,7 +23,7 @@ from onelayer.compiler.factors.quantized_factors import output_energy, quantize_
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.experts import stacks_below
-from onelayer.compiler.models.linears import unit_linears
+from onelayer.compiler.models.linears import unit_linears, weight_of
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.spill import SpillPool
@@ -126,8 +126,7 @@ class Compilation:
             if moments is None:
                 continue
             check_rows(name, moments.gram.dropped_rows, moments.gram.rows)
-            weight = linear.weight if isinstance(linear, torch.nn.Linear) else linear.weight.T
-            assert isinstance(weight, torch.Tensor)
+            weight = weight_of(linear)
             with_dense = self.settings.rank_allocation == "spectrum"
             yield name, self._compress(name, weight, moments, self.ranks[name], None, with_dense)
             return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves

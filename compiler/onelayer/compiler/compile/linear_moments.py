@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from onelayer.compiler.codes.forms import OUTPUT_BLOCK
 from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.factors.moments import Gram, Moments
-from onelayer.compiler.models.linears import weight_shape
+from onelayer.compiler.models.linears import weight_of, weight_shape
 
 # The number of rows on which a subclass of a linear is compared with a linear.
 CHECKED_ROWS = 16
@@ -168,9 +168,7 @@ class MomentHooks:
 
 def of_output(gram: Gram, linear: nn.Module) -> Moments:
     """Return the moment of a linear's outputs without bias, from that of its inputs: W G W^T."""
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    weight_OI = (weight.T if isinstance(linear, Conv1D) else weight).to(gram.total_FF)
+    weight_OI = weight_of(linear).to(gram.total_FF)
     outputs = copy.copy(gram)
     outputs.total_FF = weight_OI @ gram.total_FF @ weight_OI.T
     return Moments(outputs, of_input=False, input_energy=gram.total_FF.diagonal().clone())
@@ -186,8 +184,8 @@ def acts_as_linear(linear: nn.Module, x: torch.Tensor, output: Any) -> bool:
     x_NI, y_NO = x.reshape(-1, in_features), output.reshape(-1, out_features)
     finite = torch.isfinite(x_NI).all(dim=-1) & torch.isfinite(y_NO).all(dim=-1)
     x_NI, y_NO = x_NI[finite][:CHECKED_ROWS], y_NO[finite][:CHECKED_ROWS]
-    assert isinstance(linear.weight, torch.Tensor)
-    weight_OI = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-    wanted_NO = nn.functional.linear(x_NI, weight_OI, linear.bias if isinstance(linear.bias, torch.Tensor) else None)
+    wanted_NO = nn.functional.linear(
+        x_NI, weight_of(linear), linear.bias if isinstance(linear.bias, torch.Tensor) else None
+    )
     tolerance = 1e-3 + 2 * torch.finfo(wanted_NO.dtype).eps
     return bool((y_NO.float() - wanted_NO.float()).norm() <= tolerance * wanted_NO.float().norm())

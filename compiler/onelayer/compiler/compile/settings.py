@@ -11,7 +11,6 @@ from onelayer.compiler.factors.stored_forms import (
     DEFAULT_KEEP_BYTES,
     REFERENCE_BYTES,
     FactorDtype,
-    bytes_per_value,
     keep_ratio,
     within_bytes,
 )
@@ -116,11 +115,16 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
         if code_width(self.share) is None:
             least = (8 / CODE_WIDTHS[-1] + LEAST_RESIDUAL_BITS) / (8 * REFERENCE_BYTES)
             raise InputError(f"--form coded: needs --keep-bytes {least:.3f} or more; give --form factors for less")
+        if (ratio := keep_ratio(self.share, RESIDUAL_DTYPE, REFERENCE_BYTES)) == 1:
+            raise InputError(
+                f"--form coded: with --keep-bytes {self.share:g} every weight fits whole in {RESIDUAL_DTYPE}; give "
+                "less, or --form factors"
+            )
         return ResolvedSettings.of(
             {
                 **dict(self),
-                "ratio": keep_ratio(self.share, RESIDUAL_DTYPE, REFERENCE_BYTES),
-                "keep_bytes": None,
+                "ratio": ratio,
+                "keep_bytes": self.share,
                 "factor_dtype": RESIDUAL_DTYPE,
                 "rank_allocation": "uniform",
                 "backward": self.backward is not False,
@@ -131,26 +135,26 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
 class ResolvedSettings(CompileSettings):
     """The settings of a compile whose original is known.
 
-    `ratio` is the kept share of each linear's values. With a `factor_dtype` it may be 1: all are kept, quantized.
+    `ratio` is the kept share of each linear's values. With a `factor_dtype` it may be 1: all are kept, quantized. With
+    codes it is that of experts, which are factors, and `keep_bytes` is the share of bytes that the linears take.
     """
 
     ratio: Annotated[Ratio, Must(_RATIO_RULE)]
     rank_allocation: Allocation
 
-    @property
-    def kept_share(self) -> float:
-        """The share of each linear's bytes at 16 bits that a ratio of quantized values takes."""
-        assert self.factor_dtype is not None
-        return self.ratio * bytes_per_value(self.factor_dtype) / REFERENCE_BYTES
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        """Replace the check of what was asked for: here both sizes are known."""
+        return self
 
     @property
     def code_width(self) -> CodeWidth | None:
         """The code width of all coded linears; None without codes."""
-        return code_width(self.kept_share) if self.form == "coded" else None
+        return code_width(self.share) if self.form == "coded" else None
 
     def recorded(self, *without: str) -> dict[str, Any]:
         """Leave out what only codes have, if there are none: older records stay valid."""
-        coded = () if self.form == "coded" else ("form", "backward")
+        coded = () if self.form == "coded" else ("form", "backward", "keep_bytes")
         return super().recorded(*without, *coded)
 
 

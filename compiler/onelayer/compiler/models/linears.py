@@ -60,3 +60,9 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
     assert isinstance(linear.weight, torch.Tensor)
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """Return the weight (out, in) of a linear; `Conv1D` stores its weight transposed."""
+    assert isinstance(linear.weight, torch.Tensor)
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight

@@ -88,8 +88,7 @@ class TrainedCodes(TrainedLinear):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply as the emulator does, (N, in) -> (N, out)."""
         used = self.rounded
-        codes = self.codes.to(x.device, torch.int32)
-        y = coded_product(x, codes, used[CODEBOOK], used[SCALES], self.in_features)
+        y = coded_product(x, self.codes.to(x.device), used[CODEBOOK], used[SCALES], self.in_features)
         if UP in used:
             y = y + (x @ used[DOWN].to(x.dtype).T) @ used[UP].to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)

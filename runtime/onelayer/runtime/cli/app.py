@@ -12,6 +12,7 @@ from onelayer.runtime.cli.emulators import compile_, refine, slice_
 from onelayer.runtime.cli.models import evaluate, generate, inspect, plan
 from onelayer.runtime.cli.runs import app as artifacts_app
 from onelayer.runtime.cli.runs import run
+from onelayer.runtime.version import installed_version
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -23,9 +24,7 @@ app.add_typer(artifacts_app, name="artifacts")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"onelayer {version('onelayer')}")
+        typer.echo(f"onelayer {installed_version()}")
         raise typer.Exit
 
 

@@ -6,11 +6,10 @@ Shapes: N tokens, `in` and `out` the features of the replaced linear, k the rank
 from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 
-from onelayer.compiler.codes.encode import decode, unpacked
+from onelayer.compiler.codes.encode import unpacked
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, ENTRY_BYTES, CodeWidth, code_row_bytes
+from onelayer.compiler.codes.product import coded_product
 from onelayer.compiler.factors.stored_forms import row_bytes
 from onelayer.runtime.modules.quantized_linear import PackedLinear, Quantization, quantized_product
 
@@ -38,8 +37,9 @@ class CodedLinear(PackedLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (N, in) to (N, out)."""
         x = self.cast(input)
-        dtype = self.quantization.unpacked_dtype
-        y: torch.Tensor = _CodedProduct.apply(x, self.lr_codes, self.lr_codebook, self.in_features, dtype)  # type: ignore[no-untyped-call]
+        rows, codebook = self.get_parameter("lr_codes"), self.get_parameter("lr_codebook")
+        dtype, coded = self.quantization.unpacked_dtype, unpacked(rows, codebook, self.in_features)
+        y = coded_product(x, coded.codes, coded.codebook.to(dtype), coded.scales.to(dtype), self.in_features)
         if self.rank is not None:
             small = quantized_product(x, self.get_parameter("lr_down"), self.in_features, self.quantization, True)
             y = y + quantized_product(small, self.get_parameter("lr_up"), self.out_features, self.quantization, False)
@@ -49,25 +49,3 @@ class CodedLinear(PackedLinear):
         """Sizes, as `print(model)` shows them."""
         sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank or 0}, bias={self.bias is not None}"
         return f"{sizes}, codes of {self.width}"
-
-
-class _CodedProduct(torch.autograd.Function):
-    """x W^T for a coded W (out, in). Backward unpacks W again, so only its bytes are kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, codes: nn.Parameter, codebook: nn.Parameter, in_features: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        # An attribute, not a saved tensor: hooks on saved tensors may compress or count activations.
-        ctx.stored = codes, codebook, in_features, dtype
-        return x @ _weight(codes, codebook, in_features, dtype).to(x.dtype).T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad_y @ _weight(*ctx.stored).to(grad_y.dtype), None, None, None, None
-
-
-def _weight(codes: torch.Tensor, codebook: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return W (out, in) in the dtype that the correction uses."""
-    return decode(unpacked(codes, codebook, in_features), in_features, dtype)
