@@ -78,7 +78,7 @@ def test_functions_stay_small() -> None:
 
 
 def test_tests_mirror_the_house() -> None:
-    """Tests of a wing are in a folder of its name; each file has a subject, and no test imports another."""
+    """The tests of a wing are in a folder of its name; each file has a subject, and no test imports another."""
     for house in PACKAGES:
         wings = {path.name for path in PACKAGES[house].iterdir() if path.is_dir()}
         folders = {path.name for path in (ROOT / "tests" / house).iterdir() if path.name != "__pycache__"}
