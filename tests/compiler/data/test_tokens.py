@@ -119,7 +119,6 @@ def test_a_tokenizer_without_offsets(pieces: int) -> None:
 
 def test_chat_faults() -> None:
     tokenizer = tiny_tokenizer(generation_tags=False)
-    good = tokenizer.chat_template
     example = Example("d.jsonl:4", messages=MESSAGES)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match=r"d\.jsonl:4: messages need a chat template"):
@@ -127,12 +126,6 @@ def test_chat_faults() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match=r"d\.jsonl:4: .*roles must alternate"):
         tokenize(example, tokenizer, 512)
-    tokenizer.chat_template = good.replace("eos_token", "(eos_token if loop.last else '')")
-    with pytest.raises(InputError, match=r"d\.jsonl:4: .*writes message 1 in another way"):
-        tokenize(example, tokenizer, 512)
-    tokenizer.chat_template = good.replace("'assistant: ' }}{% endif %}", "'assistant: <think>' }}{% endif %}")
-    with pytest.raises(InputError, match="in another way"):
-        tokenize(Example("d.jsonl:4", prompt=[USER], completion=[ASSISTANT]), tokenizer, 512)
 
 
 def test_load_tokenizer(tmp_path: Path) -> None:
