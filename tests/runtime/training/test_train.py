@@ -210,7 +210,7 @@ def test_epochs_and_examples_without_a_label(train: Train, place: Path) -> None:
     rows = [*ROWS["pairs"], long]
     (place / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = train(data="long", max_steps=None, epochs=2, batch_size=4, max_length=24)
-    assert (result.steps, result.skipped_examples) == (4, 1)
+    assert (result.steps, result.skipped_examples, result.cut_examples) == (4, 1, 1)
 
 
 def test_lora_settings_reach_peft(train: Train, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from onelayer.runtime.cli.options import (
     Json,
     Output,
     Weights,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.reporting import summaries
@@ -36,6 +37,7 @@ EvalData = Annotated[
 ]
 
 
+@reads_data
 @settings_options(PolishKeywords, PolishSettings, omit=("revision",), after={"eval_data": "max_length"})
 def polish(
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
@@ -66,6 +68,7 @@ def polish(
     )
 
 
+@reads_data
 @settings_options(CorrectKeywords, CorrectSettings, omit=("max_length", "batch_size", "device", "host_memory_bytes"))
 def correct(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter trained on the emulator.")],
@@ -116,6 +119,7 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
+@reads_data
 @settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"), after={"model": "activation_report"})
 def train(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],

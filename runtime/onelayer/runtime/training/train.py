@@ -17,6 +17,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
 from onelayer.compiler.settings import settings_keywords
+from onelayer.compiler.sources.data_set import data_sets
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -40,9 +41,9 @@ class TrainResult(Result):
 
     `saved_activation_bytes`: what autograd keeps for one batch's backward pass, without parameters.
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were compressed,
-    if they were. `anchors`: what anchoring cost, if the model was anchored. `losses`: step and mean training loss since
-    the previous entry.
+    `skipped_examples`: those without a labeled token within the length limit; `cut_examples`: those longer than it.
+    `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
+    `losses`: step and mean training loss since the previous entry.
     """
 
     output: str
@@ -53,6 +54,7 @@ class TrainResult(Result):
     peak_device_bytes: int
     seconds: float
     skipped_examples: int
+    cut_examples: int = 0
     activations: ActivationReport | None = None
     anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
@@ -117,7 +119,7 @@ def _train_checked(
 
 def _places(data: DataSource) -> dict[str, Any]:
     """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
-    sources = [data] if isinstance(data, str | Path) else list(data)
+    sources = data_sets(data)
     return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
@@ -180,6 +182,7 @@ class _Run:
             "peak_device_bytes": peak_device_bytes,
             "seconds": round(time.perf_counter() - started, 3),
             "skipped_examples": self.examples.skipped,
+            "cut_examples": self.examples.cut,
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
         }
