@@ -1,4 +1,4 @@
-"""Reading data: every form and container is accepted, every fault is named by file, line and field."""
+"""Reading data: every form and container is accepted, and every fault names its file, line and field."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Tokens and labels: what is labeled is checked by decoding it, the ids by the tokenizer's own call."""
+"""Tokens and labels: labels are checked by decoding them, ids by the tokenizer's own call."""
 
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_a_conversation_as_prompt_and_completion_labels_the_completion() -> None
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_tokenizer_without_offsets(pieces: int) -> None:
-    """Slow tokenizers: ByT5's bytes need no vocabulary file, and the same marks must come out."""
+    """Slow tokenizers give the same marks; ByT5's bytes need no vocabulary file."""
     from transformers import ByT5Tokenizer
 
     tokenizer: Any = ByT5Tokenizer()
