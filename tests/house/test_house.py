@@ -31,7 +31,7 @@ LIGHT = {
         "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/packed errors "
         "factors/ranks factors/stored_forms "
         "faults inspect machine/console machine/meter models/unit_memory "
-        "results settings storage/* */settings"
+        "results settings sources/* storage/* */settings"
     ),
     "runtime": (
         "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* version "
