@@ -96,10 +96,11 @@ class Progress:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a stop at the next unit boundary; a second signal stops at once."""
+    """Turns SIGINT and SIGTERM into a stop at the next boundary of the work's `unit`; a second signal stops at once."""
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, unit: str = "unit") -> None:
+        self.is_asked = False
+        self._unit = unit
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -113,12 +114,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self.is_asked:
             raise KeyboardInterrupt
-        self._asked = True
-        os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+        self.is_asked = True
+        os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
 
     def check(self) -> None:
         """Raise `KeyboardInterrupt` if a stop was requested."""
-        if self._asked:
+        if self.is_asked:
             raise KeyboardInterrupt
