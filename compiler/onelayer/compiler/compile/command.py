@@ -122,6 +122,7 @@ def _compile(
         workspace = compile_workspace(streamed, ranks, stacks, at_once, settings.factor_dtype, keeps_whole)
         if settings.form == "coded":
             workspace = coded_workspace(streamed, ranks, at_once, meter.on_gpu)
+        workspace += streamed.unpacking_bytes(meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = compile_result(writer, settings, output, report)
         figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})

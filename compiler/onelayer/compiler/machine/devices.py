@@ -1,5 +1,6 @@
 """The device that a pass computes on, and moving tensors to it."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,3 +24,10 @@ def pick_device(name: str | None) -> torch.device:
 def move(values: Any, device: torch.device) -> Any:
     """Move the tensors of a tree of values to `device`."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)
+
+
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """Restore the random generators of the host and of `device`, whatever its kind, on exit."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -101,7 +101,7 @@ def seconds_at(
 ) -> Seconds:
     """Predict durations at a given speed. Reading and computing overlap within a pass, so the slower counts."""
     flops = speed.flops_per_second
-    read = shapes.parameters * shapes.value_bytes / speed.read_bytes_per_second
+    read = shapes.stored_bytes / speed.read_bytes_per_second
     active = shapes.active_parameters
     sides = [min(linear.out_features, linear.in_features) for block in shapes.blocks for linear in block.compressible]
     moments = samples * max_length * 2 * sum(side * side for side in sides) + EIGEN_FLOPS * sum(s**3 for s in sides)

@@ -169,17 +169,17 @@ class _Run:
 
     def train(self, work: Path, output: Path, started: float) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
-        import torch
-
+        from onelayer.compiler.machine.devices import pick_device
         from onelayer.runtime.training.adapter_directory import write_adapter_directory
         from onelayer.runtime.training.anchored import anchor
         from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
-        cuda = torch.cuda.is_available() and not self.arguments.get("use_cpu")
-        with _global_random_state(), Meter(torch.device("cuda" if cuda else "cpu")) as meter:
-            trainer = make_trainer(self.model, self.examples, self.held_out, self.fields, self.arguments, work, cuda)
+        device = pick_device("cpu" if self.arguments.get("use_cpu") else None)
+        with _global_random_state(), Meter(device) as meter:
+            gpu = meter.on_gpu
+            trainer = make_trainer(self.model, self.examples, self.held_out, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)

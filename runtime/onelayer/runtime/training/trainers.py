@@ -167,12 +167,12 @@ def make_trainer(
     fields: LoraFields,
     arguments: dict[str, Any],
     work: Path,
-    cuda: bool,
+    on_gpu: bool,
 ) -> LoraTrainer | ClassTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
-    precision = {"bf16": cuda and dtype == torch.bfloat16, "fp16": cuda and dtype == torch.float16}
-    own = {"output_dir": str(work), "use_cpu": not cuda, **precision}
+    precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
+    own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
     if held_out is not None:
         batch_size = arguments["per_device_train_batch_size"]
         strategy = "no" if arguments.get("eval_steps") is None else "steps"
