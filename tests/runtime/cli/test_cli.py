@@ -31,8 +31,9 @@ OPTIONS = {
     ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
-        "--columns --config --data --epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --model --output --resume --seed --split --target-modules"
+        "--columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
+        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --model --output --report-to --resume "
+        "--save-steps --seed --split --target-modules --warmup"
     ),
     "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (
@@ -169,6 +170,14 @@ def test_columns_and_split_apply_to_all_data(monkeypatch: pytest.MonkeyPatch) ->
     call(*arguments.split())
     details = "split dev, config en, columns text=body"
     assert [str(source) for source in [*given["data"], *given["eval_data"]]] == [f"{n} ({details})" for n in "abc"]
+
+
+def test_a_figure_that_is_no_number_is_never_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(onelayer.compiler.__dict__, "evaluate_model", lambda *_, **settings: {"loss": float("nan")})
+    assert call("evaluate", "m", "--data", "d", "--json") == 1
+    assert "not JSON compliant" in error_line(capsys)
 
 
 def test_an_input_error_is_one_line_and_exit_2(
