@@ -200,7 +200,7 @@ def test_linears_that_are_too_small_for_codes(tmp_path: Path, source: Path) -> N
     save_tiny("llama", tmp_path / "model")
     tiny_tokenizer(tmp_path / "model")
     (tmp_path / "mix.jsonl").write_bytes((source / "mix.jsonl").read_bytes())
-    with pytest.raises(InputError, match="too small for codes within --keep-bytes 0.25; give --form factors"):
+    with pytest.raises(InputError, match=r"too small for codes within --keep-bytes 0\.25; give --form factors"):
         coded(tmp_path, tmp_path / "emulator")
     coded(tmp_path, tmp_path / "emulator", form="auto")
     assert not Emulator.open(tmp_path / "emulator").facts.codes

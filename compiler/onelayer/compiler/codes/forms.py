@@ -31,8 +31,8 @@ RESIDUAL_DTYPE: FactorDtype = "nf4"
 # Codes take as many bits as leave this many bits a value for the low-rank part. Without it twice as much is lost
 # (manifests/LOG.md, codes with a low-rank part); other shares have not been compared at equal bytes.
 LEAST_RESIDUAL_BITS = 0.25
-# The least share of the bytes at 16 bits that codes need, and the share from which whole weights in the residual's dtype
-# fit. In between, codes lose less than factors at every size measured (manifests/LOG.md, the recipe of codes).
+# The least share of the bytes at 16 bits that codes need, and the share from which weights fit whole in the residual's
+# dtype. In between, codes lose less than factors at every size measured (manifests/LOG.md, the recipe of codes).
 LEAST_SHARE = (8 / CODE_WIDTHS[-1] + LEAST_RESIDUAL_BITS) / (8 * REFERENCE_BYTES)
 WHOLE_SHARE = bytes_per_value(RESIDUAL_DTYPE) / REFERENCE_BYTES
 
