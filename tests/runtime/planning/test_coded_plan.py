@@ -116,9 +116,20 @@ def test_training_and_refinement_count_a_decoded_weight() -> None:
 
 def test_the_plan_tells_the_time_of_the_way_back(tmp_path: Path) -> None:
     speed = Speed(read_bytes_per_second=1e9, flops_per_second=1e13, device="typed in")
-    common = {"samples": 64, "max_length": 512, "batch_size": 8, "recomputes": True, "polish_batch": 64}
-    ratio = 0.145 / WHOLE_SHARE
-    plain, coded = (seconds_at(speed, LARGE["8B"], ratio=ratio, coded=kind, **common) for kind in (False, True))
+    plain, coded = (
+        seconds_at(
+            speed,
+            LARGE["8B"],
+            ratio=0.145 / WHOLE_SHARE,
+            samples=64,
+            max_length=512,
+            batch_size=8,
+            recomputes=True,
+            polish_batch=64,
+            coded=kind,
+        )
+        for kind in (False, True)
+    )
     assert plain.compile_backward is None
     back = max(2 * LARGE["8B"].parameters / 1e9, 4 * LARGE["8B"].parameters * 64 * 512 / 1e13)
     assert coded.compile_backward == pytest.approx(back, rel=0.05)
@@ -176,12 +187,12 @@ def test_a_manifest_chooses_the_form(tmp_path: Path, emulator: str, task: str, c
 
 
 def test_memory_in_a_manifest_chooses_codes(tmp_path: Path) -> None:
-    loaded = manifest(tmp_path, ", memory: 16GiB")
-    found = size(loaded, LARGE["32B"])
+    loaded = manifest(tmp_path, ", memory: 12GiB")
+    found = size(loaded, LARGE["14B"])
     assert found.coded
     assert found.compile_settings("spectrum") == {"keep_bytes": share_of(found.ratio)}
-    assert not size(manifest(tmp_path, ", memory: 16GiB, form: factors"), LARGE["32B"]).coded
-    assert size(manifest(tmp_path, ", memory: 16GiB, form: coded"), LARGE["8B"]).coded
+    assert not size(manifest(tmp_path, ", memory: 12GiB, form: factors"), LARGE["14B"]).coded
+    assert size(manifest(tmp_path, ", memory: 14GiB, form: coded"), LARGE["8B"]).coded
     with pytest.raises(InputError, match=r"emulator\.ratio: the size of codes"):
         manifest(tmp_path, ", ratio: 0.2, form: coded")
     with pytest.raises(InputError, match=r"emulator\.backward: only codes"):
