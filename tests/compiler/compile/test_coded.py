@@ -1,4 +1,4 @@
-"""Coded emulators: what is stored is what the figures say, loads by stock means, and costs the bytes asked for."""
+"""Coded emulators: the stored bytes match the figures and the requested size, and stock transformers loads them."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ KEEP_BYTES = 0.25
 
 
 def build() -> Any:
-    """A Llama whose linears are wide enough for a codebook to pay."""
+    """Save a Llama whose linears are wide enough for a codebook to pay."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=128,
@@ -65,7 +65,7 @@ def coded(source: Path, output: Path, **settings: Any) -> Path:
 
 
 def moments(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Dense second moments of inputs, and of the loss's gradients at outputs, from autograd on the resident model."""
+    """Compute dense second moments of inputs and of output gradients, by autograd on the resident model."""
     model = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32).eval()
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Emulators with quantized factors: what compile reports of them, what a budget chooses, and that they train."""
+"""Emulators with quantized factors: what compile reports, what a budget chooses, and that they can be trained."""
 
 import json
 import sys

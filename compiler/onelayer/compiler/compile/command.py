@@ -146,6 +146,7 @@ def _compile(
         if settings.form == "coded":
             workspace = coded_workspace(streamed, ranks, at_once, meter.on_gpu)
             workspace += spill_pool.budget_bytes if keeps else 0
+        workspace += streamed.unpacking_bytes(meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = compile_result(writer, settings, output, report)
         figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Progress
-from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.devices import forked_random, move
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
@@ -202,8 +202,7 @@ class GradientStream(Stream):
     @contextmanager
     def _random(self, seed: int) -> Iterator[None]:
         """Draw random numbers from a seed; restore the caller's generators on exit."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with forked_random(self.device):
             torch.manual_seed(seed)
             yield
 

@@ -65,8 +65,8 @@ class CostBasis:
 
     @property
     def model_bytes(self) -> int:
-        """The size of the original."""
-        return self.shapes.parameters * self.shapes.value_bytes
+        """The size of the original on disk."""
+        return self.shapes.stored_bytes
 
     @property
     def adapter_bytes(self) -> int:
@@ -176,7 +176,7 @@ def polish_costs(basis: CostBasis) -> StepCosts:
 
 def merge_costs(basis: CostBasis) -> StepCosts:
     """Predict a merge, which runs on the host."""
-    return StepCosts(read_bytes=basis.model_bytes + basis.adapter_bytes, write_bytes=basis.model_bytes)
+    return StepCosts(read_bytes=basis.model_bytes + basis.adapter_bytes, write_bytes=basis.shapes.unpacked_bytes)
 
 
 def evaluate_costs(basis: CostBasis) -> StepCosts:

@@ -31,7 +31,7 @@ def anchor_costs(
     shapes: ModelShapes, ratio: float, planned: PlannedRun, memory: TrainMemory, speed: Speed | None
 ) -> list[AnchorCost]:
     """Predict the costs of some numbers of steps between renewals."""
-    model = shapes.parameters * shapes.value_bytes
+    model = shapes.stored_bytes
     waiting = len(shapes.blocks) * residual_bytes(planned.tokens, shapes.hidden, BITS)
 
     def seconds(every: int) -> float | None:

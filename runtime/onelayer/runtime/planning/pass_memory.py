@@ -198,9 +198,10 @@ def _expert_bytes(shapes: ModelShapes, block: BlockShape, ratio: float) -> int:
 def host_bytes(shapes: ModelShapes, samples: int, max_length: int, ratio: float) -> int:
     """Predict the host memory of a compile.
 
-    It is the process, the next block read ahead and converted, the waiting hidden states, a second copy of those that a
-    block's experts read, and their factors twice.
+    It is the process, the next block read ahead and converted, what unpacking holds, the waiting hidden states, a
+    second copy of those that a block's experts read, and their factors twice.
     """
     copies = 3 if any(block.experts is not None for block in shapes.blocks) else 2
     states = samples * max_length * shapes.hidden * copies * max(shapes.value_bytes, 2)
-    return PROCESS_BYTES + 2 * shapes.largest_block_bytes + states + 2 * expert_factor_bytes(shapes, ratio)
+    weights = 2 * shapes.largest_block_bytes + shapes.unpacking_bytes
+    return PROCESS_BYTES + weights + states + 2 * expert_factor_bytes(shapes, ratio)

@@ -232,7 +232,7 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     ratio = choice.ratio or SMALLEST_RATIO
     planned = choice.planned
     emulator = emulator_bytes(shapes, ratio, choice.stored)
-    model = shapes.parameters * shapes.value_bytes
+    model = shapes.stored_bytes
     copies = copies_on_disk("uniform" if planned.coded else planned.allocation, choice.factor_dtype != "bf16")
     compiled = max(emulator, copies * emulator_bytes(shapes, planned.widest(ratio), choice.stored))
     passes = pass_bytes(shapes, ratio, planned)
@@ -294,7 +294,7 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
 def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str]:
     """List the remarks that a reader needs in addition to the figures."""
     remarks = []
-    whole = choice.memory.peak - choice.memory.emulator + shapes.parameters * shapes.value_bytes
+    whole = choice.memory.peak - choice.memory.emulator + shapes.unpacked_bytes
     if whole <= memory_bytes:
         remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
     stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)

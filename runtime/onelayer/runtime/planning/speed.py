@@ -97,7 +97,7 @@ def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float
     """Predict what codes add to a compile: the search for codes with feedback, and the pass back over the samples."""
     linears = [linear for block in shapes.blocks for linear in block.compressible]
     search = sum(linear.parameters * (2 * CODEBOOK_ROWS + group_size(linear.in_features)) for linear in linears)
-    read = shapes.parameters * shapes.value_bytes / speed.read_bytes_per_second
+    read = shapes.stored_bytes / speed.read_bytes_per_second
     back = (RECOMPUTE + BACKWARD) * shapes.active_parameters * tokens
     return search / speed.flops_per_second, max(read, back / speed.flops_per_second)
 
@@ -116,7 +116,7 @@ def seconds_at(
 ) -> Seconds:
     """Predict durations at a given speed. Reading and computing overlap within a pass, so the slower counts."""
     flops = speed.flops_per_second
-    read = shapes.parameters * shapes.value_bytes / speed.read_bytes_per_second
+    read = shapes.stored_bytes / speed.read_bytes_per_second
     active = shapes.active_parameters
     sides = [min(linear.out_features, linear.in_features) for block in shapes.blocks for linear in block.compressible]
     moments = samples * max_length * 2 * sum(side * side for side in sides) + EIGEN_FLOPS * sum(s**3 for s in sides)

@@ -110,12 +110,12 @@ class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
 
 
 def make_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, cuda: bool
+    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, on_gpu: bool
 ) -> LoraTrainer | ClassTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
-    precision = {"bf16": cuda and dtype == torch.bfloat16, "fp16": cuda and dtype == torch.float16}
-    own = {"output_dir": str(work), "use_cpu": not cuda, **precision}
+    precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
+    own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
     make = _token_trainer if model.classes is None else _class_trainer
     try:
         trainer = make(model, examples, fields, {**own, **arguments})
