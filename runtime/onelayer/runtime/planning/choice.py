@@ -49,6 +49,16 @@ class Choice:
         return RESIDUAL_DTYPE if self.stored == "coded" else self.stored
 
     @property
+    def form(self) -> str:
+        """The form of the linears as a compile names it."""
+        return "coded" if self.stored == "coded" else "factors"
+
+    @property
+    def keep_bytes(self) -> float | None:
+        """The share of the bytes at 16 bits that codes take; None without codes, or if nothing fits."""
+        return round(share_of(self.ratio), 5) if self.stored == "coded" and self.ratio is not None else None
+
+    @property
     def size(self) -> "Size":
         """The size for a compile; a plan's `bf16` is the original's own dtype there."""
         assert self.ratio is not None

@@ -29,13 +29,11 @@ from onelayer.runtime.planning.choice import (
     best_stored,
     choose_each,
     limiting_pass,
-    median_rank,
 )
-from onelayer.runtime.planning.coded import share_of
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.spectra import Spectra, left_out, read_spectra
+from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
 from onelayer.runtime.training.settings import TrainSettings
@@ -68,27 +66,6 @@ class TrainParts(Result):
     saved_activations: int
     loss: int
     one_layer_backward: int
-
-
-class FactorChoice(Result):
-    """One way to store linears: the largest ratio that fits, the median linear's rank there, bytes, expected error.
-
-    `form` is `coded` or `factors`. Codes have a ratio too, that of factors in `factor_dtype` of equal bytes, and
-    `keep_bytes`, their share of the bytes at 16 bits; their rank is that of what they leave out.
-
-    `error` is the root mean square over linears of what truncation at that rank loses, if spectra are known; rounding
-    error comes on top. With `error_is_bound` the spectra are shorter than the rank and `error` is an upper bound.
-    """
-
-    form: str
-    factor_dtype: FactorDtype
-    ratio: float | None
-    keep_bytes: float | None
-    rank: int | None
-    emulator_bytes: int
-    train_bytes: int
-    error: float | None = None
-    error_is_bound: bool = False
 
 
 class PlanResult(Result):
@@ -158,9 +135,9 @@ def plan_run(
         max_length=max_length,
         batch_size=batch_size,
         fits=best.ratio is not None,
-        form=_form(best),
+        form=best.form,
         ratio=best.ratio,
-        keep_bytes=_keep_bytes(best),
+        keep_bytes=best.keep_bytes,
         factor_dtype=best.factor_dtype,
         activations=best.planned.where,
         activation_rank=best.planned.rank,
@@ -168,7 +145,7 @@ def plan_run(
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
-        choices=[_factor_choice(shapes, choice, spectra) for choice in choices.values()],
+        choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
@@ -218,15 +195,6 @@ def _best(choices: Mapping[Stored, Choice], factor_dtype: FactorDtype | None, fo
     return best_stored({stored: choices[stored].ratio for stored in allowed})
 
 
-def _form(choice: Choice) -> str:
-    return "coded" if choice.stored == "coded" else "factors"
-
-
-def _keep_bytes(choice: Choice) -> float | None:
-    coded = choice.stored == "coded" and choice.ratio is not None
-    return round(share_of(choice.reached), 5) if coded else None
-
-
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     """Predict the bytes of one choice."""
     ratio = choice.ratio or SMALLEST_RATIO
@@ -259,22 +227,6 @@ def _parts(choice: Choice) -> TrainParts:
         loss=memory.loss,
         one_layer_backward=memory.recompute,
     )
-
-
-def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: Spectra | None) -> FactorChoice:
-    row = FactorChoice(
-        form=_form(choice),
-        factor_dtype=choice.factor_dtype,
-        ratio=choice.ratio,
-        keep_bytes=_keep_bytes(choice),
-        rank=None if choice.ratio is None else median_rank(shapes, choice),
-        emulator_bytes=choice.memory.emulator,
-        train_bytes=choice.memory.peak,
-    )
-    if spectra is None or choice.ratio is None or choice.stored == "coded":
-        return row
-    error, is_bound = left_out(shapes, choice.ratio, spectra)
-    return row.model_copy(update={"error": error, "error_is_bound": is_bound})
 
 
 def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
