@@ -117,18 +117,8 @@ def test_training_and_refinement_count_a_decoded_weight() -> None:
 def test_the_plan_tells_the_time_of_the_way_back(tmp_path: Path) -> None:
     speed = Speed(read_bytes_per_second=1e9, flops_per_second=1e13, device="typed in")
     plain, coded = (
-        seconds_at(
-            speed,
-            LARGE["8B"],
-            ratio=0.145 / WHOLE_SHARE,
-            samples=64,
-            max_length=512,
-            batch_size=8,
-            recomputes=True,
-            polish_batch=64,
-            coded=kind,
-        )
-        for kind in (False, True)
+        seconds_at(speed, LARGE["8B"], planned, ratio=0.145 / WHOLE_SHARE, samples=64, polish_batch=64)
+        for planned in (PlannedRun(8, 512, where="sublayer"), PlannedRun(8, 512, where="sublayer", coded=True))
     )
     assert plain.compile_backward is None
     back = max(2 * LARGE["8B"].parameters / 1e9, 4 * LARGE["8B"].parameters * 64 * 512 / 1e13)

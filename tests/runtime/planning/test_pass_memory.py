@@ -141,9 +141,8 @@ def test_an_exact_step_counts_each_expert_that_a_token_is_sent_to() -> None:
 
 def seconds(shapes: ModelShapes, ratio: float) -> float:
     speed = Speed(read_bytes_per_second=1e9, flops_per_second=1e13, device="typed in")
-    return seconds_at(
-        speed, shapes, ratio=ratio, samples=64, max_length=512, batch_size=8, recomputes=True, polish_batch=64
-    ).train_step
+    planned = PlannedRun(batch_size=8, max_length=512, where="sublayer", rank=0.125)
+    return seconds_at(speed, shapes, planned, ratio=ratio, samples=64, polish_batch=64).train_step
 
 
 def test_a_training_step_computes_values_not_bytes() -> None:

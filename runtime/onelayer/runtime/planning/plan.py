@@ -233,13 +233,10 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
     return seconds_at(
         speed,
         shapes,
+        choice.planned,
         ratio=choice.ratio or SMALLEST_RATIO,
         samples=SAMPLES,
-        max_length=choice.planned.max_length,
-        batch_size=choice.planned.batch_size,
-        recomputes=choice.planned.where != "none",
         polish_batch=POLISH_BATCH,
-        coded=choice.stored == "coded",
     )
 
 

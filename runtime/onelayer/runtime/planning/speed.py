@@ -10,7 +10,7 @@ from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import active_values
+from onelayer.runtime.planning.train_memory import PlannedRun, active_values
 
 READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
 SECONDS_DIGITS = 2  # durations are rough
@@ -103,18 +103,10 @@ def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float
 
 
 def seconds_at(
-    speed: Speed,
-    shapes: ModelShapes,
-    *,
-    ratio: float,
-    samples: int,
-    max_length: int,
-    batch_size: int,
-    recomputes: bool,
-    polish_batch: int,
-    coded: bool = False,
+    speed: Speed, shapes: ModelShapes, planned: PlannedRun, *, ratio: float, samples: int, polish_batch: int
 ) -> Seconds:
     """Predict durations at a given speed. Reading and computing overlap within a pass, so the slower counts."""
+    max_length, coded = planned.max_length, planned.coded
     flops = speed.flops_per_second
     read = shapes.stored_bytes / speed.read_bytes_per_second
     active = shapes.active_parameters
@@ -125,7 +117,7 @@ def seconds_at(
             rows = samples * max_length * shapes.experts_per_token
             moments += rows * 2 * side * side + experts.count * EIGEN_FLOPS * side**3
     backward = coded_seconds(speed, shapes, samples * max_length) if coded else (0.0, 0.0)
-    train = FORWARD + BACKWARD + (RECOMPUTE if recomputes else 0)
+    train = FORWARD + BACKWARD + (RECOMPUTE if planned.where != "none" else 0)
     exact_tokens = polish_batch * max_length
     # Factors are evaluated twice and trained. A training step runs forward, back to inputs and back to factors, at
     # equal cost.
@@ -141,7 +133,7 @@ def seconds_at(
             SECONDS_DIGITS,
         ),
         train_step=round_significant(
-            train * active_values(shapes, ratio, coded) * batch_size * max_length / flops, SECONDS_DIGITS
+            train * active_values(shapes, ratio, coded) * planned.tokens / flops, SECONDS_DIGITS
         ),
         correct=round_significant(read, SECONDS_DIGITS),
         evaluate_1000_tokens=round_significant(max(read, FORWARD * active * 1000 / flops), SECONDS_DIGITS),
