@@ -161,25 +161,6 @@ def test_mistakes_are_one_line_and_exit_2(
     assert part in error_line(capsys)
 
 
-def test_columns_and_split_apply_to_all_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setitem(onelayer.compiler.__dict__, "polish_adapter", lambda *_, **settings: given.update(settings))
-    arguments = (
-        "polish --model m --data a --data b --eval-data c --output o --columns text=body --split dev --config en"
-    )
-    call(*arguments.split())
-    details = "split dev, config en, columns text=body"
-    assert [str(source) for source in [*given["data"], *given["eval_data"]]] == [f"{n} ({details})" for n in "abc"]
-
-
-def test_a_figure_that_is_no_number_is_never_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(onelayer.compiler.__dict__, "evaluate_model", lambda *_, **settings: {"loss": float("nan")})
-    assert call("evaluate", "m", "--data", "d", "--json") == 1
-    assert "not JSON compliant" in error_line(capsys)
-
-
 def test_an_input_error_is_one_line_and_exit_2(
     fakes: FakeSteps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,24 +205,6 @@ def test_hub_ids_pass_but_a_near_miss_of_a_path_does_not(folder: Path) -> None:
     assert "no such file" in complaint(folder, GOOD.replace("data: mix.jsonl", "data: org/set.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("data", "fault"),
-    [
-        ("{path: sql.csv, colums: {text: x}}", "colums: unknown field, nearest is `columns`"),
-        ("{path: sql.csv, columns: {txt: x}}", "txt: unknown column, nearest is `text`"),
-        ("{path: sql.csv, columns: {text: answr}}", "has 'question', 'answer', and no 'answr'"),
-        ("sql.csv", "has 'question', 'answer', but needs 'text'"),
-        ("{path: sql.csv, split: dev}", "a split is for Hub data sets and directories"),
-        ("[{split: dev}]", "write a path, or a mapping with `path`"),
-    ],
-)
-def test_the_first_rows_are_checked_before_anything_runs(folder: Path, data: str, fault: str) -> None:
-    (folder / "sql.csv").write_text("question,answer\nx,y\n")
-    text = complaint(folder, f"version: 1\nmodel: {{path: model}}\ntasks: {{sql: {{train: {data}}}}}\n")
-    assert "tasks.sql.train" in text
-    assert fault in text
-
-
 def test_an_unknown_task_is_named_with_the_nearest(folder: Path) -> None:
     manifest = load(folder, GOOD)
     assert check_tasks(manifest, ["support"]) == ["support"]

@@ -40,6 +40,14 @@ class TrainModel:
     classes: Classes | None
     stamps: FileStamps
 
+    def empty(self) -> "PreTrainedModel":
+        """Build the model without weights, with the modules of the original."""
+        import torch
+
+        from onelayer.compiler.models.transformers_models import empty_model
+
+        return empty_model(self.config, self.model_class, torch.float32)
+
     def load(self) -> "PreTrainedModel":
         """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators

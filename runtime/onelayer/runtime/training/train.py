@@ -120,10 +120,13 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     if settings.eval_steps is not None and sources.eval_data is None:
         raise InputError(f"--eval-steps {settings.eval_steps}: there is nothing to score; give --eval-data too")
     arguments = trainer_arguments(settings)
+    from onelayer.compiler.adapters.attach import linear_targets
+
     directory = resolve_model(sources.emulator)
     model = read_model(directory, name=str(sources.emulator))
     anchor = anchor_source(settings, model, sources.original)
     fields = lora_fields(settings, model.ranks)
+    linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
     examples = tokenized(sources.data, model, settings.max_length)
     held_out = None if sources.eval_data is None else tokenized(sources.eval_data, model, settings.max_length)
     record = {
