@@ -7,6 +7,7 @@ Reads headers and config.json only; no weight is loaded. Predictions count the b
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
@@ -17,7 +18,13 @@ from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, Facto
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.runtime.planning.anchor_costs import AnchorCost, anchor_costs
+from onelayer.runtime.planning.anchor_costs import (
+    AnchorChoice,
+    AnchorCost,
+    anchor_costs,
+    anchor_seconds,
+    choose_every,
+)
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
     LARGEST_RATIO,
@@ -93,6 +100,7 @@ class PlanResult(Result):
     speed: Speed | None
     seconds: Seconds | None
     anchored: list[AnchorCost]
+    anchor_choice: AnchorChoice | None
     remarks: list[str]
 
 
@@ -107,6 +115,8 @@ def plan_run(
     form: Form = "auto",
     on_gpu: bool = True,
     emulator: str | Path | None = None,
+    max_steps: int | None = None,
+    hours: float | None = None,
     speed: Speed | None = None,
     timing: bool = True,
     revision: str | None = None,
@@ -114,13 +124,15 @@ def plan_run(
     """Plan for a device with `memory_bytes`. `model` may be a directory with only a config.json and no weights.
 
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
-    them together with the ratio. `emulator` is an emulator of
-    this model: its spectra predict what each choice would lose. Durations follow from `speed`, by default measured for
-    a second on this machine (not if `timing` is false or there are no weights to read). Raises `InputError` for bad
-    input.
+    them together with the ratio. `emulator` is an emulator of this model: its spectra predict what each choice would
+    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. Durations follow from `speed`, by
+    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
+    `InputError` for bad input.
     """
     if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
+    if (max_steps is None) != (hours is None) or (hours is not None and hours <= 0):
+        raise InputError("--hours: chooses the anchors of a training of --max-steps; give both, above zero")
     directory = resolve_model(model, revision)
     shapes = read_shapes(directory)
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
@@ -129,6 +141,12 @@ def plan_run(
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else read_spectra(Path(emulator))
+    seconds = None if speed is None else _seconds(shapes, best, speed)
+    ratio = best.ratio or SMALLEST_RATIO
+    choice = None
+    if max_steps is not None and hours is not None and speed is not None and seconds is not None:
+        per_step = partial(anchor_seconds, shapes, ratio, best.planned, speed)
+        choice = choose_every(seconds.train_step, per_step, max_steps, 3600 * hours)
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -147,8 +165,9 @@ def plan_run(
         give_up=alternatives(shapes, best, memory_bytes),
         choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
-        seconds=None if speed is None else _seconds(shapes, best, speed),
-        anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
+        seconds=seconds,
+        anchored=anchor_costs(shapes, ratio, best.planned, best.memory, speed),
+        anchor_choice=choice,
         remarks=_remarks(shapes, best, memory_bytes),
     )
 
