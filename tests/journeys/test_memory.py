@@ -80,10 +80,10 @@ def test_codes_stay_within_the_prediction_whatever_the_depth(tmp_path: Path, own
     """What waits for the way back lies in files: more layers, and more samples, hold no more."""
     settings = {"ratio": None, "keep_bytes": 0.2, "form": "coded", "host_memory_bytes": None, "max_length": 256}
     reports = []
-    for layers in (1, 3):
+    for layers in (2, 4):
         root = tmp_path / f"of {layers}"
         root.mkdir()
-        shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+        shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
         prepare(root, causal("Llama", num_hidden_layers=layers, **shape), [{"text": WORDS * 60}] * 64)
         reports.append(measured(compiled, root, own_store, **settings))
     kept_bytes = 64 * 256 * 256 * 4

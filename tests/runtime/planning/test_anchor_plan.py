@@ -24,7 +24,7 @@ def planned(folder: Path, steps: int | None, hours: float | None) -> PlanResult:
     return plan_run(folder, 2 * GIB, max_steps=steps, hours=hours, speed=SLOW_DISK)
 
 
-def test_renewals_are_as_frequent_as_the_time_allows_but_not_more_than_helps() -> None:
+def test_renewals_are_as_frequent_as_time_allows_and_as_helps() -> None:
     def reading(every: int) -> float:
         return 60 / every
 
@@ -55,3 +55,5 @@ def test_a_plan_chooses_within_the_hours(tmp_path: Path) -> None:
     for steps, hours in ((500, None), (None, 2.0), (500, 0.0)):
         with pytest.raises(InputError, match="--hours: chooses the anchors"):
             planned(tmp_path, steps, hours)
+    with pytest.raises(InputError, match="--hours: needs weights"):
+        plan_run(tmp_path, 2 * GIB, max_steps=5, hours=1.0)

@@ -133,8 +133,6 @@ def plan_run(
     """
     if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
-    if (max_steps is None) != (hours is None) or (hours is not None and hours <= 0):
-        raise InputError("--hours: chooses the anchors of a training of --max-steps; give both, above zero")
     directory = resolve_model(model, revision)
     shapes = read_shapes(directory)
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
@@ -143,12 +141,6 @@ def plan_run(
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else read_spectra(Path(emulator))
-    seconds = None if speed is None else _seconds(shapes, best, speed)
-    ratio = best.ratio or SMALLEST_RATIO
-    choice = None
-    if max_steps is not None and hours is not None and speed is not None and seconds is not None:
-        per_step = partial(anchor_seconds, shapes, ratio, best.planned, speed)
-        choice = choose_every(seconds.train_step, per_step, max_steps, 3600 * hours)
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -167,9 +159,9 @@ def plan_run(
         give_up=alternatives(shapes, best, memory_bytes),
         choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
-        seconds=seconds,
-        anchored=anchor_costs(shapes, ratio, best.planned, best.memory, speed),
-        anchor_choice=choice,
+        seconds=None if speed is None else _seconds(shapes, best, speed),
+        anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
+        anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
         remarks=_remarks(shapes, best, memory_bytes),
     )
 
@@ -237,6 +229,20 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
         model_bytes=model,
         largest_layer_bytes=shapes.largest_block_bytes,
     )
+
+
+def _anchor_choice(
+    shapes: ModelShapes, choice: Choice, speed: Speed | None, max_steps: int | None, hours: float | None
+) -> AnchorChoice | None:
+    """Choose how often anchors are renewed in a training of so many steps; None if no time is given."""
+    if max_steps is None and hours is None:
+        return None
+    if max_steps is None or hours is None or min(max_steps, hours) <= 0:
+        raise InputError("--hours: chooses the anchors of a training of --max-steps; give both, above zero")
+    if speed is None:
+        raise InputError("--hours: needs weights to measure the speed of this machine with; give a model with some")
+    per_step = partial(anchor_seconds, shapes, choice.ratio or SMALLEST_RATIO, choice.planned, speed)
+    return choose_every(_seconds(shapes, choice, speed).train_step, per_step, max_steps, 3600 * hours)
 
 
 def _parts(choice: Choice) -> TrainParts:
