@@ -65,6 +65,11 @@ class StoredWeights:
         """Whether a parameter, or the partner it is tied to, is one stored tensor."""
         return self._plan.alias.get(name, name) in self._plan.stored_unchanged
 
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Count the bytes of the checkpoint tensors of some runtime names."""
+        keys = {key for name in names for key in self.checkpoint_keys[name]}
+        return sum(self.checkpoint.tensors[key].size_bytes for key in keys)
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read the checkpoint tensors of some runtime names, as stored, to the host."""
         wanted = dict.fromkeys(key for name in names for key in self.checkpoint_keys[name])

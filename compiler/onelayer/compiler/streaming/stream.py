@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
+from torch.utils._pytree import tree_leaves
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
@@ -22,11 +23,11 @@ from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.units import Unit
+from onelayer.compiler.models.units import Unit, hidden_forwards
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.unit_loader import UnitLoader
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Stream:
 
     `on_unit(unit)` is a context manager that is entered when the unit's weights are held and left when all batches have
     run. It yields a callable that runs the unit for one batch instead of the plain call, or None. Batches parked at the
-    same unit run in the order of `priority(index)`, lowest first.
+    same unit run in the order of `priority(index)`, lowest first. `call` is what batches run through: the model, unless
+    given.
     """
 
     streamed: StreamedModel
@@ -62,9 +64,10 @@ class Stream:
     stop_after: int | None = None
     priority: Callable[[int], Any] = int
     description: str = "stream"
+    call: Callable[..., Any] | None = None
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
-        """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
+        """Run `call(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
 
         With `stop_after`, the pass ends when every unit up to that position has run and every batch is past it; batches
         that were stopped deliver no outputs. Raises `BatchError` from the first failure; no batch is left hanging.
@@ -116,9 +119,10 @@ class Stream:
         token of the batch is a position. Models that count positions from 2 have two fewer positions than rows.
         """
         try:
-            return self.streamed.model(**batch)
+            return (self.call or self.streamed.model)(**batch)
         except OutsideTableError as error:
-            ids = [tensor for tensor in batch.values() if tensor.dim() == 2 and not tensor.is_floating_point()]
+            tensors = [leaf for leaf in tree_leaves(dict(batch)) if isinstance(leaf, torch.Tensor)]
+            ids = [tensor for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()]
             length = max((tensor.shape[1] for tensor in ids), default=0)
             limit = min(error.rows, error.rows - error.index + length - 1)
             if limit < 2 or any(error.index == int(tensor.max()) for tensor in ids):
@@ -190,16 +194,8 @@ class Stream:
 
             return forward
 
-        stubbed = []
-        try:
-            for unit in self.streamed.units:
-                # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-                unit.module.forward = stub(unit)
-                stubbed.append(unit.module)
+        with hidden_forwards({unit.module: stub(unit) for unit in self.streamed.units}):
             yield
-        finally:
-            for module in stubbed:
-                del module.forward
 
     @contextmanager
     def _name_failure(self, index: int, unit: Unit | None) -> Iterator[None]:

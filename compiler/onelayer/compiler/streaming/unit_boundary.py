@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed, ExactTensor
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.units import Unit
 
 Slots = list[torch.Tensor | None]
