@@ -148,6 +148,10 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 set_tensor(*owner_of(unit.module, name), buffer)
 
+    def stored_owners(self) -> set[tuple[nn.Module, str]]:
+        """Return module and attribute of everything that is the checkpoint's, and not an adapter's."""
+        return set(self._owners.values())
+
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Put other values in the place of a parameter of the unit that is resident; they go with the unit."""
         set_tensor(*self._owners[name], tensor)

@@ -22,6 +22,7 @@ from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import return_free_memory
+from onelayer.compiler.models.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import (
@@ -46,6 +47,7 @@ class Record:
     seed: int
     kept: UnitInputs
     slots: Slots
+    asked: Recorded | None
 
 
 @dataclass
@@ -125,7 +127,7 @@ class GradientStream(Stream):
         record.kept.check_unchanged()
         forward = None if run is None else lambda *args, **kwargs: run(record.index, args, kwargs)
         with torch.enable_grad():
-            outputs, leaves = rerun(unit, record.kept, self.device, forward)
+            outputs, leaves = rerun(unit, record.kept, self.device, forward, record.asked)
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)
@@ -148,15 +150,16 @@ class GradientStream(Stream):
         inputs = with_contents((visit.args, visit.kwargs))
         kept = UnitInputs.of(inputs, self._known[visit.index], shrink)
         self.spill_pool.hold(kept.tensors)
-        with self._random(seed):
+        with self._random(seed), recording(visit.asked) as recorded:
             here = move(inputs, self.device)
-            outputs = move(call_with_containers(partial(run, visit.index), *here), HOST)
+            outputs = move((call_with_containers(partial(run, visit.index), *here), recorded), HOST)
         if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
             outputs, slots = cut_graph(outputs)
             if not self._records or self._records[-1][0] is not visit.unit:
                 self._records.append((visit.unit, []))
-            self._records[-1][1].append(Record(visit.index, seed, kept, slots))
-        return fill_containers(inputs[0], outputs)
+            self._records[-1][1].append(Record(visit.index, seed, kept, slots, visit.asked))
+        hand_over(outputs[1], visit.asked)
+        return fill_containers(inputs[0], outputs[0])
 
     def _shrunk(self, seed: int, tensor: torch.Tensor) -> Compressed:
         assert self.rank is not None

@@ -22,6 +22,7 @@ from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
+from onelayer.compiler.models.recorded_outputs import Recorded, asked_outputs, hand_over, recording
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, hidden_forwards
 from onelayer.compiler.streaming.spill import SpillPool
@@ -32,12 +33,16 @@ Batch = Mapping[str, Any]
 
 @dataclass
 class ParkedBatch:
-    """One batch parked at one unit: the arguments of the call, and whether the calling code records gradients."""
+    """One batch parked at one unit: the arguments of the call, and whether the calling code records gradients.
+
+    `asked` is what the model was asked to return from inside its units.
+    """
 
     unit: Unit
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grad_enabled: bool
+    asked: Recorded | None = None
     index: int = -1
     resume: greenlet | None = None
 
@@ -164,7 +169,10 @@ class Stream:
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the resident unit for one parked batch; return its output on the host."""
         args, kwargs = move((visit.args, visit.kwargs), self.device)
-        return move(run(visit.index, args, kwargs), torch.device("cpu"))
+        with recording(visit.asked) as recorded:
+            output, recorded = move((run(visit.index, args, kwargs), recorded), torch.device("cpu"))
+        hand_over(recorded, visit.asked)
+        return output
 
     def records_gradients(self, index: int) -> bool:
         """Whether autograd records the code between units for a batch."""
@@ -190,7 +198,7 @@ class Stream:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 scheduler = getcurrent().parent
                 assert scheduler is not None, f"{unit.name} was called outside the stream"
-                return scheduler.switch(ParkedBatch(unit, args, kwargs, torch.is_grad_enabled()))
+                return scheduler.switch(ParkedBatch(unit, args, kwargs, torch.is_grad_enabled(), asked_outputs()))
 
             return forward
 
