@@ -60,7 +60,7 @@ def content_of(folder: Path, name: str) -> str:
 
 
 class FakeSteps:
-    """Stands in for the step functions; `calls` lists what ran, `fail` names training data that cannot be used."""
+    """The replacements of the step functions; `calls` lists what ran, `fail` names unusable training data."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -79,7 +79,7 @@ class FakeSteps:
         monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", self.train_lora)
 
     def taken(self) -> list[str]:
-        """The calls since the last time this was asked."""
+        """Return the calls since the last time."""
         calls, self.calls = self.calls, []
         return calls
 
@@ -138,7 +138,7 @@ class FakeSteps:
 
 
 def write_project(folder: Path) -> Path:
-    """A manifest with the files it names; returns its path."""
+    """Write a manifest and the files it names; return its path."""
     write_model(folder / "model", "the original")
     for name in ("mix", "sql", "support", "test"):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n{{"text": "second line"}}\n')

@@ -16,7 +16,7 @@ FLOORS = {
         {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
-        {"codes"},
+        {"codes", "dequantize"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},

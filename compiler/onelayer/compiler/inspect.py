@@ -5,6 +5,7 @@ from typing import Any
 
 from onelayer.compiler.adapters.config import read_config
 from onelayer.compiler.adapters.reader import adapter_digest, read_provenance
+from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
@@ -58,6 +59,7 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
         "digest": model_digest(directory),
         "architectures": config.get("architectures"),
         "model_type": config.get("model_type"),
+        "quantization": None if (settings := quantization_settings(config)) is None else quantization_method(settings),
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
         "bytes_by_dtype": dtypes,

@@ -1,4 +1,4 @@
-"""Streamed scores against the resident model with PEFT's own adapters, for every form of data."""
+"""Streamed scores compared with the resident model with PEFT's own adapters, for every form of data."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> dict[str, Path]:
 
 
 def resident_score(model: Any, directory: Path, data: Path, max_length: int = 512) -> tuple[float, float, int]:
-    """Loss, accuracy and count by the definition, from whole logits of the resident model."""
+    """Compute loss, accuracy and count by their definitions, from full logits of the resident model."""
     losses, correct, count = 0.0, 0, 0
     for batch in make_batches(read_tokens(data, load_tokenizer(directory), max_length), model.config, 1):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Exact steps against those of the resident model; held-out choice, settings, and the file that leaves."""
+"""Exact steps compared with those of the resident model; held-out choice, settings, and the written file."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ from onelayer.runtime.cli.main import main
 
 # Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
-    "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
+    "plan": "MODEL --batch-size --emulator --factor-dtype --form --json --lora-rank --max-length --memory",
     "compile": (
         "MODEL --backward --batch-size --calibration --device --factor-dtype --form --host-memory --json --keep-bytes "
         "--max-length --memory --output --rank-allocation --ratio --resume --samples --seed --solver"
@@ -30,8 +30,9 @@ OPTIONS = {
     ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
-        "--epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --model --output --resume --seed --target-modules"
+        "--dropout --epochs --eval-data --eval-steps --gradient-accumulation --json --learning-rate --lora-alpha "
+        "--lora-rank --max-length --max-steps --model --output --report-to --resume --save-steps --seed "
+        "--target-modules --warmup"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
     "polish": (

@@ -36,10 +36,13 @@ CHUNKS_AT_ONCE = SHARDS_AT_ONCE = 2
 def merge_workspace(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
     """Count what every shard holds at once of the largest changed tensor.
 
-    That is its chunks as read, as changed and waiting to be written, and a block of each in float32.
+    That is its chunks as read, as changed and waiting to be written, and a block of each in float32. A packed weight is
+    held whole while it is unpacked.
     """
     largest = max(checkpoint.tensors[key].size_bytes for key in changes)
-    return SHARDS_AT_ONCE * ((3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES)
+    chunks = (3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES
+    packed = [info.size_bytes for name, info in checkpoint.tensors.items() if not checkpoint.reads_rows(name)]
+    return SHARDS_AT_ONCE * (chunks + max(packed, default=0) + checkpoint.unpacking_bytes)
 
 
 def write_shards(
@@ -85,10 +88,7 @@ def _write_shard(
     target: Path, file: Path, checkpoint: Checkpoint, changes: dict[str, Change], inputs: Sequence[FileStamps]
 ) -> Path:
     inside = [info for info in checkpoint.tensors.values() if info.file == file]
-    entries = [
-        _changed_entry(checkpoint, info, changes[info.name]) if info.name in changes else copy_entry(info.name, info)
-        for info in inside
-    ]
+    entries = [_entry(checkpoint, info, changes.get(info.name)) for info in inside]
     digest = write_safetensors(target / file.name, entries, checkpoint.metadata[file])
     for stamps in inputs:
         stamps.check()
@@ -96,14 +96,18 @@ def _write_shard(
     return file
 
 
-def _changed_entry(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> Entry:
+def _entry(checkpoint: Checkpoint, info: TensorInfo, change: Change | None) -> Entry:
+    """The entry of one tensor: copied as stored, unpacked if it is packed, or changed."""
+    if change is None and checkpoint.reads_rows(info.name):
+        return copy_entry(info.name, info)
     dtype = FLOAT_DTYPES[info.dtype]
-    if not info.shape:
+    if change is not None and not info.shape:
         assert change.replaced is not None, "a scalar is only ever replaced"
         return tensor_entry(info.name, change.replaced.source.read(change.replaced.key).to(dtype))
 
     def chunks() -> Iterator[bytes | memoryview]:
-        for chunk in _changed_rows(checkpoint, info, change):
+        rows = [checkpoint.read(info.name)] if change is None else _changed_rows(checkpoint, info, change)
+        for chunk in rows:
             yield from tensor_entry(info.name, chunk).chunks()
 
     return Entry(info.name, info.dtype, info.shape, chunks)
@@ -114,6 +118,7 @@ def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> I
     dtype, rows = FLOAT_DTYPES[info.dtype], info.shape[0]
     product = change.product() if change.lora else None
     step = max(1, CHUNK_BYTES // (dtype.itemsize * prod(info.shape[1:])))
+    whole = None if checkpoint.reads_rows(info.name) else checkpoint.read(info.name)
 
     def work(start: int) -> torch.Tensor:
         stop = min(start + step, rows)
@@ -121,7 +126,7 @@ def _changed_rows(checkpoint: Checkpoint, info: TensorInfo, change: Change) -> I
         if new is not None and new.rows is None:
             chunk = new.source.read_rows(new.key, start, stop)
         else:
-            chunk = checkpoint.read_rows(info.name, start, stop)
+            chunk = checkpoint.read_rows(info.name, start, stop) if whole is None else whole[start:stop]
         if new is not None and new.rows is not None:
             inside = [position for position, row in enumerate(new.rows) if start <= row < stop]
             chunk[[new.rows[position] - start for position in inside]] = new.source.read(new.key)[inside].to(chunk)

@@ -30,7 +30,8 @@ LoraFactors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
 class Base:
     """The original model that an adapter is for: its name and revision, its class, and how its linears lie.
 
-    With `fan_in_fan_out` PEFT knows that the adapted weights are stored (in, out), as GPT-2's Conv1D does.
+    `quantization` is the method by which its weights are quantized. With `fan_in_fan_out` PEFT knows that the adapted
+    weights are stored (in, out), as GPT-2's Conv1D does.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Base:
     class_name: str
     class_module: str
     fan_in_fan_out: bool
+    quantization: str | None = None
 
 
 def write_adapter(
@@ -125,13 +127,15 @@ def model_card(base: Base, provenance: dict[str, Any]) -> str:
         state = "trained on an emulator of it and not yet corrected for it (`onelayer correct` does that)"
     if provenance.get("polished"):
         state = "trained with exact steps on it, streamed layer by layer,"
+    packed = base.quantization
+    fits = f" Its weights are quantized ({packed}), and the adapter fits them as they are unpacked." if packed else ""
     return f"""---
 {data.to_yaml()}
 ---
 
 # LoRA adapter for {base.model}
 
-A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}` records how it was made.
+A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}` records how it was made.{fits}
 
 ```python
 from peft import PeftModel

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from onelayer.compiler.dequantize.checkpoint import unpacked
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
@@ -26,6 +27,8 @@ from onelayer.compiler.models.units import (
     tensor_bytes,
 )
 from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.storage.model_config import read_model_config
+from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 
 
 class StreamedModel:
@@ -49,10 +52,13 @@ class StreamedModel:
         them is held in a unit. Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming
         what and why.
         """
-        self.checkpoint = Checkpoint.open(directory)
-        self.config = transformers_models.read_config(self.checkpoint.directory)
-        cls = transformers_models.model_class(self.config, self.checkpoint.directory)
-        self.dtype = transformers_models.compute_dtype(self.config, self.checkpoint)
+        stored = Checkpoint.open(directory)
+        self.config = transformers_models.read_config(stored.directory)
+        cls = transformers_models.model_class(self.config, stored.directory)
+        self.dtype = transformers_models.compute_dtype(self.config, stored)
+        self.checkpoint = unpacked(
+            stored, read_model_config(stored.directory), TORCH_NAMES[str(self.dtype).removeprefix("torch.")]
+        )
         weights = self.weights = StoredWeights(self.checkpoint, self.config, cls, self.dtype)
         self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
         if prepare is not None:
@@ -77,7 +83,7 @@ class StreamedModel:
         self.head = self._find_head(replaced)
         # An adapter may need the whole of what it wraps or replaces, so only untouched matrices stay on disk.
         touched = {bare for name, bare in bare_names.items() if bare != name}.union(replaced)
-        alone = [name for name in self._owners.keys() - touched if self.weights.is_one_tensor(name)]
+        alone = [name for name in self._owners.keys() - touched if self.weights.reads_rows(name)]
         self.lazy = names_read_by_rows({name: self._owners[name] for name in alone}, self.head)
         self.units, self.parameters_outside_units = self._split()
 
@@ -117,6 +123,10 @@ class StreamedModel:
     def largest_unit_bytes(self) -> int:
         """Weights of the largest unit, as they are held when it runs."""
         return max(unit.weight_bytes for unit in self.units)
+
+    def unpacking_bytes(self, on_gpu: bool) -> int:
+        """Count what unpacking a weight holds in addition to the unit. It is on the host, so nothing on a card."""
+        return 0 if on_gpu else self.checkpoint.unpacking_bytes
 
     def tensors_of(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The tensors of a unit that is resident now, by runtime name; stand-ins for those that are lazy."""

@@ -85,6 +85,20 @@ class Checkpoint:
         """Bytes of weight read through this object so far."""
         return self._counts["bytes"]
 
+    @property
+    def quantization(self) -> str | None:
+        """The method by which weights are quantized; None for plain weights."""
+        return None
+
+    @property
+    def unpacking_bytes(self) -> int:
+        """Bytes that reading one tensor takes in addition to the tensor."""
+        return 0
+
+    def reads_rows(self, name: str) -> bool:
+        """Whether rows of a tensor can be read without the rest of it."""
+        return True
+
     def check_unchanged(self) -> None:
         """Raise `InputError` if any file changed since it was opened; call it before what was read is published."""
         self.stamps.check()

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.devices import forked_random, move, random_state
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.models.units import Unit
@@ -138,6 +138,13 @@ class GradientStream(Stream):
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
             record.kept.send_gradients(leaves)
+            self._hold_gradients(record.index)
+
+    def _hold_gradients(self, index: int) -> None:
+        """Let the pool hold the gradients of a batch that wait for the unit before."""
+        for record in self._records[-1][1] if self._records else ():
+            if record.index == index:
+                self.spill_pool.hold(record.slots)
 
     # ---- what the forward pass overrides ---------------------------------------------------------------------------
 
@@ -200,13 +207,11 @@ class GradientStream(Stream):
     @contextmanager
     def _random(self, seed: int) -> Iterator[None]:
         """Draw random numbers from a seed; restore the caller's generators on exit."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with forked_random(self.device):
             torch.manual_seed(seed)
-            before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+            before = random_state(self.device)
             yield
-            after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-            self.is_random |= not all(map(torch.equal, before, after))
+            self.is_random |= not all(map(torch.equal, before, random_state(self.device)))
 
 
 @contextmanager
