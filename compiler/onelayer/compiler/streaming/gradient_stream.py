@@ -22,8 +22,8 @@ from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import forked_random, move, random_state
 from onelayer.compiler.machine.meter import return_free_memory
-from onelayer.compiler.models.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import (
     Slots,

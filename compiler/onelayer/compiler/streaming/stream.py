@@ -22,9 +22,9 @@ from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
-from onelayer.compiler.models.recorded_outputs import Recorded, asked_outputs, hand_over, recording
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, hidden_forwards
+from onelayer.compiler.streaming.recorded_outputs import Recorded, asked_outputs, hand_over, recording
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.unit_loader import UnitLoader
 

@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed, ExactTensor
 from onelayer.compiler.models.deferred_logits import DeferredLogits
-from onelayer.compiler.models.recorded_outputs import Recorded, recording
 from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.recorded_outputs import Recorded, recording
 
 Slots = list[torch.Tensor | None]
 
