@@ -20,6 +20,7 @@ Stored = dict[str, torch.Tensor]
 
 
 def save(path: Path, form: str) -> None:
+    settings: dict[str, Any]
     if form == "fp8":
         packers.save_quantized(path, "llama", packers.fp8_settings(24, 20), packers.fp8_block(24, 20))
     elif form == "gptq":
