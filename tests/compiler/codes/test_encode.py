@@ -7,7 +7,7 @@ import torch
 
 from onelayer.compiler.codes import forms, product
 from onelayer.compiler.codes.codebook import normal_codebook
-from onelayer.compiler.codes.encode import decode, encode, nearest, unpacked
+from onelayer.compiler.codes.encode import decode, decode_with, encode, nearest, unpacked
 from onelayer.compiler.codes.forms import CODE_WIDTHS, CodeWidth, code_row_bytes, code_width, codebook_bytes, group_size
 from onelayer.compiler.codes.moments import BlockGram, blocks_times, times_blocks
 from onelayer.compiler.codes.product import coded_product
@@ -124,10 +124,9 @@ def test_a_product_decodes_some_values_at_a_time(
     assert coded.scales.shape[1] == (1 if longest_group > 50 else 4)
     monkeypatch.setattr(forms, "DECODED_VALUES", at_once)
     decoded: list[int] = []
-    own = product.decode_with
 
     def counted(*arguments: Any) -> torch.Tensor:
-        found = own(*arguments)
+        found = decode_with(*arguments)
         decoded.append(found.numel())
         return found
 
