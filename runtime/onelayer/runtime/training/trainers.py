@@ -3,10 +3,6 @@
 It imports trl, transformers and torch, so import it only when training starts.
 """
 
-import copy
-import math
-import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -22,13 +18,10 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -36,17 +29,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from onelayer.compiler.adapters.attach import linear_targets
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.files import write_json
-from onelayer.runtime.activations.figures import SavedBytes
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
-from onelayer.runtime.training.checkpoints import FIRST_BATCH_FILE, FirstBatch
-from onelayer.runtime.training.compressed_activations import TrainActivations
+from onelayer.runtime.training.guarded import GuardedTrainer
 from onelayer.runtime.training.inputs import TrainData, TrainModel
 from onelayer.runtime.training.settings import LoraFields
-
-# What TRL's trainers count in `compute_loss`, for their log.
-TRL_COUNTS = ("_metrics", "_total_train_tokens")
 
 
 @dataclass
@@ -68,75 +55,7 @@ class HeldOutSums:
         return float(total / tokens)
 
 
-class _GuardedTrainer(Trainer):
-    """A Trainer that stops before a step with a non-finite loss, and measures its first forward pass."""
-
-    first_batch: FirstBatch | None = None
-    activations: TrainActivations | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Start like TRL's trainer, but hide a warning about PEFT's use of a deprecated name, which no user can fix."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            super().__init__(*args, **kwargs)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; the first call of all in training also counts what is saved for its backward pass."""
-        if self.first_batch is not None or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        compressed = nullcontext(None) if self.activations is None else self.activations.counted()
-        with SavedBytes(model) as saved, compressed as figures:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        measured = self.activations.measured if self.activations is not None else None
-        self.first_batch = FirstBatch(saved_activation_bytes=saved.total(figures), activations=measured)
-        if self.args.should_save:
-            assert self.args.output_dir is not None
-            write_json(Path(self.args.output_dir) / FIRST_BATCH_FILE, self.first_batch.model_dump(mode="json"))
-        return loss
-
-    def take_up_finished(self, checkpoint: Path) -> bool:
-        """Take state and adapter from a checkpoint of the last step; false for one that has steps left.
-
-        Trainer itself would fail there, or take one step too many.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step < state.max_steps:
-            return False
-        self.state = state
-        adapted: Any = self.accelerator.unwrap_model(self.model)
-        adapted.load_adapter(str(checkpoint), adapted.active_adapter, is_trainable=True)
-        return True
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward of one batch; raise before the optimizer can use a non-finite loss."""
-        if self.activations is not None and self.first_batch is None and self.activations.wants_first_batch:
-            self.activations.measure_first_batch(lambda: self._plain_loss(model, inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not math.isfinite(float(loss)):
-            step = self.state.global_step + 1
-            raise FloatingPointError(
-                f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
-            )
-        return loss
-
-    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the loss of a batch as training does, with the head in slices, but without metrics and DDP."""
-        bare = self.accelerator.unwrap_model(model).train()
-        kept = {name: copy.deepcopy(getattr(self, name)) for name in TRL_COUNTS if hasattr(self, name)}
-        with self.compute_loss_context_manager():
-            loss: Any = super().compute_loss(bare, dict(self._prepare_inputs(inputs)))
-        vars(self).update(kept)
-        assert isinstance(loss, torch.Tensor)
-        return loss
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the held-out rows. The random numbers of the training stay as they are."""
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            scores: dict[str, float] = super().evaluate(*args, **kwargs)
-        return scores
-
-
-class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
+class LoraTrainer(AnchoredTrainer, GuardedTrainer, SFTTrainer):
     """The trainer for models that predict tokens."""
 
     _held_out = HeldOutSums()
@@ -156,7 +75,7 @@ class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
         return scored
 
 
-class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
+class ClassTrainer(AnchoredTrainer, GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
