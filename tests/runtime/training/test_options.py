@@ -107,7 +107,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_from_it(
     monkeypatch.setattr(LoraTrainer, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_lora(place / "half", place / "text.jsonl", tmp_path / "out", **settings)
-    assert "stopped after step 2 of 4, which is saved" in capsys.readouterr().err
+    assert "stopped after step 2 of 4; checkpoint-2 is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train_lora(place / "half", place / "text.jsonl", tmp_path / "out", **settings, resume=True)
     assert steps == [0, 1, 2, 3]

@@ -11,12 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 
 
 def notice(text: str) -> None:
     """Print a notice to stderr, above any progress bar: something was not done exactly as requested."""
-    tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
+    if processes().is_first:
+        tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
 
 
 def capped(option: str, wanted: int, available: int) -> int:
@@ -63,7 +65,9 @@ class ProgressLines:
 
 
 def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
-    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal."""
+    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal. Only process 0 shows one."""
+    if not processes().is_first:
+        return tqdm(disable=True)
     if sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False)
     return ProgressLines(total, description, unit, initial)
@@ -99,7 +103,7 @@ class StopRequest:
     """Turns SIGINT and SIGTERM into a stop at the next boundary of the work's `unit`; a second signal stops at once."""
 
     def __init__(self, unit: str = "unit") -> None:
-        self.is_asked = False
+        self._asked = False
         self._unit = unit
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
@@ -114,12 +118,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_asked:
+        if self._asked:
             raise KeyboardInterrupt
-        self.is_asked = True
-        os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
+        self._asked = True
+        if processes().is_first:
+            os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
+
+    def is_asked(self) -> bool:
+        """Return whether a stop was requested of any process; every process calls this at the same places."""
+        return processes().any(self._asked)
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a stop was requested."""
-        if self.is_asked:
+        """Raise `KeyboardInterrupt` if a stop was requested of any process."""
+        if self.is_asked():
             raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import StopRequest, notice
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
 from onelayer.compiler.settings import settings_keywords
@@ -176,7 +177,7 @@ class _Run:
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
-        device = pick_device("cpu" if self.arguments.get("use_cpu") else None)
+        team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
         with _global_random_state(), Meter(device) as meter:
             gpu = meter.on_gpu
             trainer = make_trainer(self.model, self.examples, self.held_out, self.fields, self.arguments, work, gpu)
@@ -184,11 +185,9 @@ class _Run:
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
             anchoring = None if self.anchor is None else anchor(trainer, self.model, self.anchor, self.settings, meter)
-            trainer.first_batch, checkpoint = read_first_batch(work), newest_checkpoint(work)
-            if checkpoint is not None:
-                check_state(checkpoint)
+            trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: _checked_newest(work))
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
-                _train_until_stopped(trainer, checkpoint)
+                _train_until_stopped(trainer, work, checkpoint)
             peak_device_bytes = meter.sample()
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
         first_batch = trainer.first_batch
@@ -206,22 +205,37 @@ class _Run:
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
             "held_out": [score.model_dump() for score in held_out_scores(trainer.state.log_history)],
         }
-        with atomic_directory(output) as partial:
-            write_adapter_directory(partial, adapted, self.model, {**self.record, "training": figures})
-            _take_logs(work, partial)
-        return TrainResult.model_validate({"output": str(output), **figures})
+        # Parameters that are spread over processes are put together by all of them.
+        state = None if team.is_alone else trainer.accelerator.get_state_dict(trainer.model)
+
+        def publish() -> TrainResult:
+            with atomic_directory(output) as partial:
+                record = {**self.record, "training": figures}
+                write_adapter_directory(partial, adapted, self.model, record, state)
+                _take_logs(work, partial)
+            return TrainResult.model_validate({"output": str(output), **figures})
+
+        return team.by_first(publish)
 
 
-def _train_until_stopped(trainer: "LoraTrainer | ClassTrainer", checkpoint: Path | None) -> None:
+def _checked_newest(work: Path) -> Path | None:
+    """Return the checkpoint to continue from, or None. Raises `InputError` if its state is damaged."""
+    checkpoint = newest_checkpoint(work)
+    if checkpoint is not None:
+        check_state(checkpoint)
+    return checkpoint
+
+
+def _train_until_stopped(trainer: "LoraTrainer | ClassTrainer", work: Path, checkpoint: Path | None) -> None:
     """Train to the end. Ctrl-C saves a checkpoint after the present step and raises `KeyboardInterrupt`."""
     from onelayer.runtime.training.callbacks import SaveAndStop
 
     with StopRequest("step") as stop:
         trainer.add_callback(SaveAndStop(stop))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = trainer.state
-        if state.global_step < state.max_steps:
-            notice(f"stopped after step {state.global_step} of {state.max_steps}, which is saved")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        step, last, saved = trainer.state.global_step, trainer.state.max_steps, newest_checkpoint(work)
+        if step < last:
+            notice(f"stopped after step {step} of {last}; {saved.name if saved else 'no checkpoint'} is saved")
             stop.check()
 
 
