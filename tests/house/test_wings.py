@@ -25,7 +25,7 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "version"},
-        {"modules", "activations", "anchors", "store"},
+        {"modules", "activations", "anchors", "preferences", "store"},
         {"training", "reporting", "generation"},
         {"planning"},
         {"manifest"},

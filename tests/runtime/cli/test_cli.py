@@ -31,7 +31,7 @@ OPTIONS = {
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
         "--dropout --epochs --eval-data --eval-steps --gradient-accumulation --json --learning-rate --lora-alpha "
-        "--lora-rank --max-length --max-steps --model --output --report-to --resume --save-steps --seed "
+        "--lora-rank --max-length --max-steps --method --model --output --report-to --resume --save-steps --seed "
         "--target-modules --warmup"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",

@@ -4,7 +4,7 @@ A preference is a prompt with a chosen and a rejected answer (DPO, arXiv 2305.18
 desirable or not (KTO, arXiv 2402.01306). Prompt and answers are told apart as in every other row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
@@ -34,10 +34,9 @@ class Preference:
     answers: tuple[list[int], ...]
     desirable: bool | None = None
 
-    @property
-    def rows(self) -> list[Tokens]:
-        """The prompt with each of its answers, which are labeled."""
-        return [answered(self.prompt_ids, answer) for answer in self.answers]
+    def rows(self, *others: list[int]) -> list[Tokens]:
+        """Return the prompt with each of its answers, and with `others`; answers are labeled."""
+        return [answered(self.prompt_ids, answer) for answer in (*self.answers, *others)]
 
 
 def answered(prompt_ids: list[int], answer: list[int]) -> Tokens:
@@ -74,26 +73,21 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
 
 
-def mismatched(preferences: Sequence[Preference], batch_size: int) -> list[Tokens]:
-    """Return every prompt with the answer of the row before it in its batch, by which KTO estimates a divergence.
+def mismatched_answers(preferences: Sequence[Preference], batch_size: int) -> list[list[int]]:
+    """Return for every row the answer of the row before it in its batch, by which KTO estimates a divergence.
 
-    Batches are the `batch_size` rows in order, as the trainer takes them.
+    Batches are the `batch_size` rows in order, as the trainer takes them; the first row gets the answer of the last.
     """
-    rows = []
+    found = []
     for start in range(0, len(preferences), batch_size):
         batch = preferences[start : start + batch_size]
-        rows += [answered(item.prompt_ids, batch[index - 1].answers[0]) for index, item in enumerate(batch)]
-    return rows
+        found += [batch[index - 1].answers[0] for index in range(len(batch))]
+    return found
 
 
 def row_key(row: Tokens) -> str:
     """Return the digest of one row, under which its log-probability is stored."""
     return tokens_digest([row])
-
-
-def distinct(rows: Iterable[Tokens]) -> dict[str, Tokens]:
-    """Map the rows by their digests, each once."""
-    return {row_key(row): row for row in rows}
 
 
 def read_preferences(

@@ -15,9 +15,9 @@ from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.preferences import (
     PreferenceMethod,
-    distinct,
-    mismatched,
+    mismatched_answers,
     read_preferences,
+    row_key,
 )
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.documents import checked_document
@@ -80,25 +80,25 @@ def reference_scores(
     *,
     method: PreferenceMethod,
     train_batch_size: int,
+    eval_data: DataSource | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> ReferenceResult:
-    """Score every answer of `data` under `model` and write the log-probabilities to the directory `output`.
+    """Score all answers of `data` and `eval_data` under `model`, and write the log-probabilities to a directory.
 
-    KTO also needs every prompt with the answer of the row before it in its batch of `train_batch_size` rows. Several
-    data sets are batched one by one, as training and held-out data are. Raises `InputError` for unusable input.
+    KTO also needs every prompt with the answer of the row before it in its batch of `train_batch_size` rows. Raises
+    `InputError` for unusable input.
     """
     chosen = EvaluateSettings.of(settings)
     output = Path(output)
     check_output(output, model)
     directory = resolve_model(model, chosen.revision)
     tokenizer = load_tokenizer(directory)
-    sources = [data] if isinstance(data, str | Path) else data
     rows: dict[str, Tokens] = {}
-    for source in sources:
+    for source in [data] if eval_data is None else [data, eval_data]:
         preferences, _ = read_preferences(source, method, tokenizer, chosen.max_length)
-        rows |= distinct(row for item in preferences for row in item.rows)
-        if method == "kto":
-            rows |= distinct(mismatched(preferences, train_batch_size))
+        others = mismatched_answers(preferences, train_batch_size) if method == "kto" else None
+        for number, item in enumerate(preferences):
+            rows |= {row_key(row): row for row in item.rows(*([] if others is None else [others[number]]))}
     reference, report = score_rows(directory, rows, chosen)
     with atomic_directory(output) as partial:
         write_json(partial / REFERENCE_FILE, reference.model_dump(mode="json"))

@@ -51,10 +51,12 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Format one row of figures per model, by name."""
     head = ("", "loss", "perplexity", "token accuracy", "tokens")
     body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
-    if not any(row.get("questions") for _, row in rows):
-        return table([head, *body])
-    answers = [("choice accuracy", "questions"), *((row["choice_accuracy"], row["questions"]) for _, row in rows)]
-    return table([(*left, *right) for left, right in zip([head, *body], answers, strict=True)])
+    lines: list[tuple[Any, ...]] = [head, *body]
+    for share, count in (("choice_accuracy", "questions"), ("preference_accuracy", "preferences")):
+        if any(row.get(count) for _, row in rows):
+            answers = [(share.replace("_", " "), count), *((row.get(share), row.get(count)) for _, row in rows)]
+            lines = [(*left, *right) for left, right in zip(lines, answers, strict=True)]
+    return table(lines)
 
 
 def report_line(report: Mapping[str, Any]) -> str:

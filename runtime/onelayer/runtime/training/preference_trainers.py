@@ -33,7 +33,7 @@ class KtoTrainer(_PreparedRows, AnchoredTrainer, GuardedTrainer, KTOTrainer):
 
 
 CONFIGS = {"dpo": DPOConfig, "kto": KTOConfig}
-TRAINERS = {"dpo": DpoTrainer, "kto": KtoTrainer}
+TRAINERS: dict[str, Any] = {"dpo": DpoTrainer, "kto": KtoTrainer}
 
 
 def preference_trainer(method: str, arguments: dict[str, Any], **parts: Any) -> DpoTrainer | KtoTrainer:

@@ -27,13 +27,16 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.data.preferences import PreferenceMethod
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
 from onelayer.runtime.training.guarded import GuardedTrainer
 from onelayer.runtime.training.inputs import TrainData, TrainModel
+from onelayer.runtime.training.preference_trainers import DpoTrainer, KtoTrainer, preference_trainer
 from onelayer.runtime.training.settings import LoraFields
+from onelayer.runtime.training.trainer_args import Method
 
 
 @dataclass
@@ -79,26 +82,35 @@ class ClassTrainer(AnchoredTrainer, GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
+OurTrainer = LoraTrainer | ClassTrainer | DpoTrainer | KtoTrainer
+Rows = tuple[TrainData, TrainData | None]  # to train on, and held out
+
+
 def make_trainer(
+    method: Method,
     model: TrainModel,
-    examples: TrainData,
-    held_out: TrainData | None,
+    rows: Rows,
     fields: LoraFields,
     arguments: dict[str, Any],
     work: Path,
     on_gpu: bool,
-) -> LoraTrainer | ClassTrainer:
+) -> OurTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
     precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
     own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
-    if held_out is not None:
+    if rows[1] is not None:
         batch_size = arguments["per_device_train_batch_size"]
         strategy = "no" if arguments.get("eval_steps") is None else "steps"
         own |= {"eval_strategy": strategy, "per_device_eval_batch_size": batch_size, "prediction_loss_only": True}
-    make = _token_trainer if model.classes is None else _class_trainer
+    arguments = {**own, **arguments}
     try:
-        trainer = make(model, examples, held_out, fields, {**own, **arguments})
+        if method != "sft":
+            trainer: OurTrainer = _preference_trainer(method, model, rows, fields, arguments)
+        elif model.classes is None:
+            trainer = _token_trainer(model, rows, fields, arguments)
+        else:
+            trainer = _class_trainer(model, rows, fields, arguments)
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # arguments and target modules that the libraries refuse
@@ -107,35 +119,47 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.bar = Progress()
     trainer.add_callback(trainer.bar)
-    if held_out is not None:
+    if rows[1] is not None:
         trainer.add_callback(ScoreAtEnd())
     return trainer
 
 
-def _rows(data: TrainData | None) -> Dataset | None:
-    return None if data is None else Dataset.from_list(data.rows)
+def _data_sets(rows: Rows) -> dict[str, Dataset | None]:
+    """Return the data sets of a trainer, by the names of its parameters."""
+    train, held_out = (None if data is None else Dataset.from_list(data.rows) for data in rows)
+    return {"train_dataset": train, "eval_dataset": held_out}
 
 
-def _token_trainer(
-    model: TrainModel, examples: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
-) -> LoraTrainer:
+def _token_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> LoraTrainer:
     # Rows are ready for the collator, unless TRL packs them.
     config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
     loaded = model.load()
     return LoraTrainer(
         model=loaded,
         args=config,
-        train_dataset=_rows(examples),
-        eval_dataset=_rows(held_out),
+        **_data_sets(rows),
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
         callbacks=[MarkComplete()],
     )
 
 
-def _class_trainer(
-    model: TrainModel, examples: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
-) -> ClassTrainer:
+def _preference_trainer(
+    method: PreferenceMethod, model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]
+) -> DpoTrainer | KtoTrainer:
+    loaded = model.load()
+    return preference_trainer(
+        method,
+        arguments,
+        model=loaded,
+        **_data_sets(rows),
+        processing_class=model.tokenizer,
+        peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
+        callbacks=[MarkComplete()],
+    )
+
+
+def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
     """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
     del arguments["max_length"]  # rows are already truncated
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
@@ -162,8 +186,7 @@ def _class_trainer(
     return ClassTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        train_dataset=_rows(examples),
-        eval_dataset=_rows(held_out),
+        **_data_sets(rows),
         data_collator=DataCollatorWithPadding(model.tokenizer),
         compute_loss_func=_class_loss,
         processing_class=model.tokenizer,
