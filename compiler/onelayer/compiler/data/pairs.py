@@ -24,4 +24,6 @@ def with_prompt(row: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         return row
     alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*both, strict=False)))
     shared = min(alike, *(len(answer) - 1 for answer in both))
+    if shared == 0:
+        return row
     return {**row, "prompt": both[0][:shared], "chosen": both[0][shared:], "rejected": both[1][shared:]}
