@@ -16,7 +16,7 @@ FLOORS = {
         {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
-        {"codes", "dequantize"},
+        {"codes", "dequantize", "sources"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},

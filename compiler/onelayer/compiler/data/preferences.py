@@ -10,11 +10,11 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from onelayer.compiler.data.batches import tokens_digest
-from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import DataSource, names_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +28,15 @@ FORMS: dict[PreferenceMethod, str] = {
 
 @dataclass(frozen=True)
 class Preference:
-    """Token ids of a prompt and its answers: the chosen and the rejected one, or one that is desirable or not."""
+    """Token ids of a prompt and its answers: the chosen and the rejected one, or one that is desirable or not.
+
+    `cut` says whether an answer was longer than the limit.
+    """
 
     prompt_ids: list[int]
     answers: tuple[list[int], ...]
     desirable: bool | None = None
+    cut: bool = False
 
     def rows(self, *others: list[int]) -> list[Tokens]:
         """Return the prompt with each of its answers, and with `others`; answers are labeled."""
@@ -63,9 +67,12 @@ def preferences_of(
     answers = tuple(row.input_ids[shared:] for row in rows)
     prompt_ids = rows[0].input_ids[:shared]
     if method == "dpo":
-        return [Preference(prompt_ids, answers)]
+        return [Preference(prompt_ids, answers, cut=any(row.cut for row in rows))]
     labels = (True, False) if is_pair else (bool(example.desirable),)
-    return [Preference(prompt_ids, (answer,), label) for answer, label in zip(answers, labels, strict=True)]
+    return [
+        Preference(prompt_ids, (answer,), label, row.cut)
+        for answer, label, row in zip(answers, labels, rows, strict=True)
+    ]
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
@@ -101,5 +108,5 @@ def read_preferences(
     found = [preferences_of(example, method, tokenizer, max_length) for example in examples]
     kept = [item for items in found for item in items]
     if not kept:
-        raise InputError(f"{data}: no example has an answer within --max-length {max_length}; raise it")
+        raise InputError(f"{names_of(data)}: no example has an answer within --max-length {max_length}; raise it")
     return kept, sum(not items for items in found)

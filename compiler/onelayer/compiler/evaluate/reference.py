@@ -12,7 +12,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from onelayer.compiler.data.batches import make_batches
-from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.preferences import (
     PreferenceMethod,
     mismatched_answers,
@@ -29,6 +28,7 @@ from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
+from onelayer.compiler.sources.data_set import DataSource
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output, read_json, write_json
 from onelayer.compiler.streaming.spill import SpillPool

@@ -11,6 +11,7 @@ from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import Tokens, tokenize
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import names_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Samples:
                 return [tokenize_for(classes, example, tokenizer, max_length)]
             return _choices(example, tokenizer, max_length)
 
-        rows, _ = labeled_rows(data, tokenize_row, max_length)
-        samples = cls([tokens for _, tokens in rows], [], [], [])
-        for _, group in groupby(rows, key=lambda row: id(row[0])):
+        labeled = labeled_rows(data, tokenize_row, max_length)
+        labeled.tell()
+        samples = cls(labeled.tokens, [], [], [])
+        for _, group in groupby(labeled.rows, key=lambda row: id(row[0])):
             same = [example for example, _ in group]
             example, first, count = same[0], len(samples.counted), len(same)
             if example.is_preference:
@@ -73,7 +75,7 @@ class Samples:
                 samples.counted.extend(number == example.answer for number in range(count))
                 samples.questions.append(Question(range(first, first + count), example.answer))
         if not any(samples.counted):
-            raise InputError(f"{data}: no answer is desirable, so there is no loss to measure; add some that are")
+            raise InputError(f"{names_of(data)}: no answer is desirable, so there is no loss; add some that are")
         return samples
 
     def batches(self, config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:

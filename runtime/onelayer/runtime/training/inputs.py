@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.preferences import read_preferences
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
@@ -42,6 +43,14 @@ class TrainModel:
     classes: Classes | None
     stamps: FileStamps
 
+    def empty(self) -> "PreTrainedModel":
+        """Build the model without weights, with the modules of the original."""
+        import torch
+
+        from onelayer.compiler.models.transformers_models import empty_model
+
+        return empty_model(self.config, self.model_class, torch.float32)
+
     def load(self) -> "PreTrainedModel":
         """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
@@ -53,7 +62,7 @@ class TrainModel:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the number of rows without a label.
+    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, or is the single class of the text.
     """
@@ -61,6 +70,7 @@ class TrainData:
     rows: list[dict[str, Any]]
     digest: str
     skipped: int
+    cut: int
 
 
 def read_model(directory: Path, name: str) -> TrainModel:
@@ -141,10 +151,12 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     longest = max(len(tokens.input_ids) for item in preferences for tokens in item.rows())
     if limit is not None and longest > limit:
         raise InputError(
-            f"{data}: {longest} tokens, and {model.directory} has positions for {limit}; set max_length to {limit} or "
-            "less"
+            f"{names_of(data)}: {longest} tokens, and {model.directory} has positions for {limit}; set max_length to "
+            f"{limit} or less"
         )
-    return TrainData(rows, sha256_json([rows, settings.method]), skipped)
+    cut = sum(item.cut for item in preferences)
+    tell_cut(settings.max_length, len(preferences) + skipped, cut, skipped)
+    return TrainData(rows, sha256_json([rows, settings.method]), skipped, cut)
 
 
 def _snapshot_revision(directory: Path) -> str | None:
@@ -155,15 +167,15 @@ def _snapshot_revision(directory: Path) -> str | None:
 def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    labeled, skipped = labeled_rows(
+    labeled = labeled_rows(
         data,
         lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
         max_length,
     )
-    check_token_ids((tokens.input_ids for _, tokens in labeled), model.config)
+    check_token_ids((tokens.input_ids for tokens in labeled.tokens), model.config)
     digest = hashlib.sha256()
     rows = []
-    for example, tokens in labeled:
+    for example, tokens in labeled.rows:
         if limit is not None and len(tokens.input_ids) > limit:
             raise InputError(
                 f"{example.source}: {len(tokens.input_ids)} tokens, and {model.directory} has positions for {limit}; "
@@ -173,4 +185,5 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             digest.update(array("q", [len(ids), *ids]).tobytes())
         labels = tokens.labels if tokens.label is None else tokens.label
         rows.append({"input_ids": tokens.input_ids, "labels": labels})
-    return TrainData(rows, digest.hexdigest(), skipped)
+    labeled.tell()
+    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)

@@ -19,6 +19,7 @@ from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
+from onelayer.compiler.sources.data_set import data_sets
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -57,10 +58,10 @@ class TrainResult(Result):
 
     `saved_activation_bytes`: what autograd keeps for one batch's backward pass, without parameters.
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were compressed,
-    if they were. `anchors`: what anchoring cost, if the model was anchored. `losses`: step and mean training loss since
-    the previous entry. `held_out`: the scores on held-out rows, if there were any. `reference`: what the pass
-    over the original cost that scored the answers of preferences.
+    `skipped_examples`: those without a labeled token within the length limit; `cut_examples`: those longer than it.
+    `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
+    `losses`: step and mean training loss since the previous entry. `held_out`: the scores on held-out rows, if there
+    were any. `reference`: what the pass over the original cost that scored the answers of preferences.
     """
 
     output: str
@@ -71,6 +72,7 @@ class TrainResult(Result):
     peak_device_bytes: int
     seconds: float
     skipped_examples: int
+    cut_examples: int = 0
     activations: ActivationReport | None = None
     anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
@@ -138,6 +140,8 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     if settings.eval_steps is not None and sources.eval_data is None:
         raise InputError(f"--eval-steps {settings.eval_steps}: there is nothing to score; give --eval-data too")
     arguments = trainer_arguments(settings)
+    from onelayer.compiler.adapters.attach import linear_targets
+
     directory = resolve_model(sources.emulator)
     model = read_model(directory, name=str(sources.emulator))
     reference = None
@@ -145,6 +149,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
         reference = given_reference(Path(sources.reference), model.base["digest"])
     original = original_source(settings, model, sources.original, reference is not None)
     fields = lora_fields(settings, model.ranks)
+    linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
     examples, held_out = sources.rows(model, settings, arguments["per_device_train_batch_size"])
     record = {
         "format_version": 1,
@@ -163,7 +168,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
 
 def _places(data: DataSource) -> dict[str, Any]:
     """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
-    sources = [data] if isinstance(data, str | Path) else list(data)
+    sources = data_sets(data)
     return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
@@ -248,6 +253,7 @@ class _Run:
             "peak_device_bytes": peak_device_bytes,
             "seconds": round(time.perf_counter() - started, 3),
             "skipped_examples": self.examples.skipped,
+            "cut_examples": self.examples.cut,
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
             "reference": None if reference is None else reference.model_dump(mode="json"),
