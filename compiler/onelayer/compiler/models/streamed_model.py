@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from onelayer.compiler.dequantize.checkpoint import unpacked
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
+from onelayer.compiler.models.original import Original
 from onelayer.compiler.models.stored_weights import StoredWeights
 from onelayer.compiler.models.units import (
     Unit,
@@ -26,9 +26,6 @@ from onelayer.compiler.models.units import (
     split_into_units,
     tensor_bytes,
 )
-from onelayer.compiler.storage.checkpoint import Checkpoint
-from onelayer.compiler.storage.model_config import read_model_config
-from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 
 
 class StreamedModel:
@@ -52,13 +49,9 @@ class StreamedModel:
         them is held in a unit. Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming
         what and why.
         """
-        stored = Checkpoint.open(directory)
-        self.config = transformers_models.read_config(stored.directory)
-        cls = transformers_models.model_class(self.config, stored.directory)
-        self.dtype = transformers_models.compute_dtype(self.config, stored)
-        self.checkpoint = unpacked(
-            stored, read_model_config(stored.directory), TORCH_NAMES[str(self.dtype).removeprefix("torch.")]
-        )
+        original = Original.open(directory)
+        self.config, self.dtype, self.checkpoint = original.config, original.dtype, original.checkpoint
+        cls = original.model_class
         weights = self.weights = StoredWeights(self.checkpoint, self.config, cls, self.dtype)
         self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
         if prepare is not None:

@@ -15,6 +15,7 @@ from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.sources.files import data_files
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
+from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.manifest.manifest import Manifest
 
@@ -155,8 +156,9 @@ def directory_digest(directory: Path) -> str:
 
 def model_directory(source: Source) -> Path | None:
     """Return the model's directory if it is on this machine; never downloads."""
-    if Path(source.text).is_absolute():
-        return Path(source.text)
+    path = Path(source.text)
+    if path.is_absolute():
+        return gguf_directory(path) if is_gguf(path) else path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
