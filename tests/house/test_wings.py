@@ -25,7 +25,7 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "version"},
-        {"modules", "activations", "anchors", "preferences", "store"},
+        {"modules", "activations", "anchors", "preferences", "streamed", "store"},
         {"training", "reporting", "generation"},
         {"planning"},
         {"manifest"},

@@ -16,7 +16,7 @@ from helpers.tiny_models import CORPUS
 from onelayer.compiler import evaluate_model, inspect_path, merge_adapter
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.gguf_format import read_gguf_header

@@ -152,6 +152,7 @@ def test_defaults_are_those_of_the_python_function(name: str) -> None:
         ("artifacts prune --max-size 3q", "24GiB"),
         ("run nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("inspect nowhere", "nowhere: no such directory"),
+        (f"inspect {__file__}", "test_cli.py: is a file, not a directory; give an emulator"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

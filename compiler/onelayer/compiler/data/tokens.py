@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from onelayer.compiler.data.chat import Chat
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.turns import Span, Turns
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.files import check_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -50,14 +53,15 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     directory = Path(model_directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; name a model's directory")
+    check_directory(directory, "name a model's directory")
     remedy = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
         empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
+        if not any(fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in TOKENIZER_FILES):
+            raise InputError(f"{directory}: holds no tokenizer; {remedy}") from None
         raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
     if empty:
         raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")

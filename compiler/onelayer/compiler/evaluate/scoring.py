@@ -14,7 +14,7 @@ import torch
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
