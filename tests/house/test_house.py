@@ -32,7 +32,7 @@ LIGHT = {
         "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/integers "
         "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
-        "faults inspect machine/console machine/distributed machine/meter models/unit_memory "
+        "faults inspect machine/console machine/distributed machine/hardware machine/meter models/unit_memory "
         "results settings sources/* storage/* */settings"
     ),
     "runtime": (

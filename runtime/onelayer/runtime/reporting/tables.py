@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onelayer.runtime.sizes import size
+from onelayer.runtime.sizes import broken_promise, size
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -60,10 +60,11 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def report_line(report: Mapping[str, Any]) -> str:
-    """Format the memory contract in one line: what was measured and what was promised."""
+    """Format the memory contract in one line: what was measured and what was promised; a broken promise in another."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
+    broken = broken_promise(report["peak_device_bytes"], promised)
     return (
-        f"device peak {size(report['peak_device_bytes'])} "
+        (f"{broken}\n" if broken else "") + f"device peak {size(report['peak_device_bytes'])} "
         f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
         f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, {report['seconds']:.1f} s"
     )
