@@ -133,13 +133,21 @@ def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Toke
     if example.messages is None:
         assert isinstance(example.prompt, list)
         assert isinstance(example.completion, list)
-        messages = [*example.prompt, *example.completion]
-        chat = Chat(example.source, messages, tokenizer, example.tools).checked()
-        return _spanned(chat, [(Turns(chat).start(len(example.prompt)), len(chat.text))])
-    chat = Chat(example.source, example.messages, tokenizer, example.tools).checked()
-    answers = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-    learned = [index for index in answers if example.messages[index].get("weight") != 0]
-    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template(tools=example.tools))
+        chat = Chat(example.source, [*example.prompt, *example.completion], tokenizer, example.tools)
+        with chat.limited():
+            chat = chat.checked()
+            return _spanned(chat, [(Turns(chat).start(len(example.prompt)), len(chat.text))])
+    chat = Chat(example.source, example.messages, tokenizer, example.tools)
+    with chat.limited():
+        return _turn_tokens(chat.checked())
+
+
+def _turn_tokens(chat: Chat) -> Tokens:
+    """Label the assistant's turns of a conversation, those of weight 0 excepted."""
+    tokenizer = chat.tokenizer
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    learned = [index for index in answers if chat.messages[index].get("weight") != 0]
+    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template(tools=chat.tools))
     if marked and learned == answers:
         return _marked(chat)
     turns = Turns(chat)

@@ -9,7 +9,6 @@ from pathlib import Path
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import widest_ratio
 from onelayer.compiler.machine.hardware import shows_gpu
-from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
