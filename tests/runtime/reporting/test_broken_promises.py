@@ -7,6 +7,7 @@ import pytest
 
 from helpers.fake_steps import FakeSteps, Project
 from onelayer.runtime.pipeline import costs
+from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.pipeline.step import model_directory, model_source
 from onelayer.runtime.pipeline.steps import steps_of
@@ -59,7 +60,7 @@ def test_a_training_is_predicted_for_the_machine_it_runs_on(
         manifest = project.manifest
         steps = {step.name: step for step in steps_of(manifest, ["sql"])}
         known = costs.Costs(manifest, model_directory(model_source(manifest)))
-        return costs.step_costs(steps["sql.train"], known).peak_bytes
+        return step_costs(steps["sql.train"], known).peak_bytes
 
     monkeypatch.setattr(costs, "shows_gpu", lambda: True)
     on_gpu = predicted()

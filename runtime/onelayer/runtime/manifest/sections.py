@@ -16,6 +16,7 @@ from onelayer.compiler.correct.settings import CorrectSettings
 from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY, AnchorBits
 from onelayer.runtime.manifest.values import (
     DataSources,
     Size,
@@ -25,9 +26,7 @@ from onelayer.runtime.manifest.values import (
     none_word,
 )
 from onelayer.runtime.training.settings import (
-    ANCHOR_EVERY,
     ActivationRank,
-    AnchorBits,
     Dropout,
     LoraAlpha,
     LoraFields,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,9 +21,9 @@ from pydantic import (
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import EXACT_BITS
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
+from onelayer.runtime.anchors.settings import BITS_RULE, AnchorBits
 from onelayer.runtime.training.trainer_args import (
     LEARNING_RATES,
     RENAMED_ARGS,
@@ -35,29 +34,14 @@ from onelayer.runtime.training.trainer_args import (
     trainer_args_model,
 )
 
-ANCHOR_BITS = (1, 2, 4, EXACT_BITS)
-BITS_RULE = "be 1, 2, 4 or 32"
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
-
-
-def _known_bits(bits: int) -> int:
-    if bits not in ANCHOR_BITS:
-        raise ValueError(f"must {BITS_RULE}")
-    return bits
-
 
 Where = Literal["none", "layer", "sublayer"]
 # A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
-AnchorBits = Annotated[int, AfterValidator(_known_bits)]
 LoraRank = Annotated[PositiveInt, Field(description="Rank of the adapter.")]
 LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by alpha / rank.")]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
-
-
-# Steps between renewals of anchors, if nobody says otherwise: renewing twice as often, or half as often, changed the
-# result by no more than the noise (manifests/LOG.md).
-ANCHOR_EVERY = 10
 
 
 class TrainSettings(Lengths, Seeded):
