@@ -184,7 +184,7 @@ def test_resuming_equals_not_stopping(
     ("settings", "message"),
     [
         ({"model": None}, "--anchor-every 2: needs the original; give --model"),
-        ({"anchor_every": None}, "only anchored training reads it"),
+        ({"anchor_every": None}, "only anchored training, and preferences on an emulator, read it"),
         ({"emulator": "original"}, "is no emulator, so nothing can be anchored"),
         ({"model": "half"}, "give the original it was compiled from"),
         ({"lora": {"bias": "all"}}, "lora.bias: biases that are trained cannot be anchored"),
