@@ -10,5 +10,5 @@ _FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("llama",
 def fork_server() -> ForkServerContext:
     """Return the context of all tests that start children: one server serves the first caller's list of imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PASSES, *_FAMILIES])
+    context.set_forkserver_preload([*_PASSES, *_FAMILIES, "onelayer.runtime.training.trainers"])
     return context

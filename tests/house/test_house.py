@@ -30,7 +30,7 @@ LIGHT = {
         "adapters/config adapters/keys adapters/reader correct/candidates data/readers data/rows data/tokens documents "
         "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/packed errors "
         "factors/ranks factors/stored_forms "
-        "faults inspect machine/console machine/meter models/unit_memory "
+        "faults inspect machine/console machine/distributed machine/meter models/unit_memory "
         "results settings storage/* */settings"
     ),
     "runtime": (

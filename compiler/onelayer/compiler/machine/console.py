@@ -11,12 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 
 
 def notice(text: str) -> None:
     """Print a notice to stderr, above any progress bar: something was not done exactly as requested."""
-    tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
+    if processes().is_first:
+        tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
 
 
 def capped(option: str, wanted: int, available: int) -> int:
@@ -63,7 +65,9 @@ class ProgressLines:
 
 
 def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
-    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal."""
+    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal. Only process 0 shows one."""
+    if not processes().is_first:
+        return tqdm(disable=True)
     if sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False)
     return ProgressLines(total, description, unit, initial)
@@ -116,9 +120,10 @@ class StopRequest:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+        if processes().is_first:
+            os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a stop was requested."""
-        if self._asked:
+        """Raise `KeyboardInterrupt` if a stop was requested of any process."""
+        if processes().any(self._asked):
             raise KeyboardInterrupt

@@ -7,14 +7,19 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import local_rank, processes
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the named device; without a name the first GPU, else the CPU. Raises `InputError` if not available."""
+    """Return the named device; without a name a GPU, else the CPU. Raises `InputError` if not available.
+
+    Of several processes each takes the GPU of its own number.
+    """
+    own = "cuda" if processes().is_alone else f"cuda:{local_rank()}"
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = own if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(own if name == "cuda" else name)
         torch.empty(1, device=device).item()  # `meta` holds no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]}); use cpu or cuda") from None

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from onelayer.compiler.machine.console import open_bar
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync
 from onelayer.runtime.training.checkpoints import mark_complete
@@ -53,9 +54,13 @@ class MarkComplete(TrainerCallback):
     """A callback that marks each checkpoint after all of its files are on the disk."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Flush and mark the new checkpoint."""
+        """Flush and mark the new checkpoint, into which every process has written."""
         if args.save_only_model:  # a run cannot resume without the optimizer's state
             return
+        processes().wait()
+        processes().by_first(lambda: self._mark(args, state))
+
+    def _mark(self, args: TrainingArguments, state: TrainerState) -> None:
         assert args.output_dir is not None
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
 from onelayer.compiler.settings import settings_keywords
@@ -154,16 +155,14 @@ class _Run:
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
-        device = pick_device("cpu" if self.arguments.get("use_cpu") else None)
+        team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
         with _global_random_state(), Meter(device) as meter:
             trainer = make_trainer(self.model, self.examples, self.fields, self.arguments, work, meter.on_gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
             anchoring = None if self.anchor is None else anchor(trainer, self.model, self.anchor, self.settings, meter)
-            trainer.first_batch, checkpoint = read_first_batch(work), newest_checkpoint(work)
-            if checkpoint is not None:
-                check_state(checkpoint)
+            trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: _checked_newest(work))
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             peak_device_bytes = meter.sample()
@@ -182,9 +181,24 @@ class _Run:
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
         }
-        with atomic_directory(output) as partial:
-            write_adapter_directory(partial, adapted, self.model, {**self.record, "training": figures})
-        return TrainResult.model_validate({"output": str(output), **figures})
+        # Parameters that are spread over processes are put together by all of them.
+        state = None if team.is_alone else trainer.accelerator.get_state_dict(trainer.model)
+
+        def publish() -> TrainResult:
+            with atomic_directory(output) as partial:
+                record = {**self.record, "training": figures}
+                write_adapter_directory(partial, adapted, self.model, record, state)
+            return TrainResult.model_validate({"output": str(output), **figures})
+
+        return team.by_first(publish)
+
+
+def _checked_newest(work: Path) -> Path | None:
+    """Return the checkpoint to continue from, or None. Raises `InputError` if its state is damaged."""
+    checkpoint = newest_checkpoint(work)
+    if checkpoint is not None:
+        check_state(checkpoint)
+    return checkpoint
 
 
 @contextmanager
