@@ -13,7 +13,7 @@ from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.data.batches import TokenBatch, make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.runtime.training.inputs import read_model
-from scripts.quality.gradient_cosine import LORA_RANK, adapted, compared, gradients
+from scripts.quality.gradient_cosine import adapted, compared, gradients
 
 TEXT = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"
 
@@ -62,4 +62,3 @@ def test_it_is_the_cosine_of_dense_gradients(root: Path) -> None:
     assert found["plain"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-3)
     assert found["plain"] < found["anchored"] < 1
     assert found["anchored_loss"] == pytest.approx(loss, abs=1e-4)
-    assert lora.peft_config["default"].r == LORA_RANK
