@@ -28,7 +28,8 @@ PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 LIGHT = {
     "compiler": (
         "adapters/config adapters/keys adapters/reader correct/candidates data/readers data/rows data/tokens documents "
-        "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/packed errors "
+        "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/integers "
+        "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
         "faults inspect machine/console machine/distributed machine/meter models/unit_memory "
         "results settings storage/* */settings"

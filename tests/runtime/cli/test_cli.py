@@ -30,8 +30,9 @@ OPTIONS = {
     ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
-        "--epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --model --output --resume --seed --target-modules"
+        "--dropout --epochs --eval-data --eval-steps --gradient-accumulation --json --learning-rate --lora-alpha "
+        "--lora-rank --max-length --max-steps --model --output --report-to --resume --save-steps --seed "
+        "--target-modules --warmup"
     ),
     "correct": "ADAPTER --data --emulator --json --limit --model --output",
     "polish": (

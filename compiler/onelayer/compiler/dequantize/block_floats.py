@@ -78,6 +78,39 @@ class BlockFp8(PackedFormat):
         return numerics.scale_blocks(tensors[VALUES], grid, block, shape, dtype)
 
 
+class RowFp8(PackedFormat):
+    """FP8 of fbgemm: a scale for each output."""
+
+    endings: ClassVar[Mapping[str, str]] = {".weight": VALUES, ".weight_scale": "scale", ".input_scale_ub": "bound"}
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Take no settings: the format has none that concern weights."""
+
+    @property
+    def value_bits(self) -> float:
+        """Bits on disk for each value."""
+        return 8
+
+    def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
+        """Return the shape of the values."""
+        values = parts[VALUES]
+        require(values.dtype in FP8_NAMES, f"is stored as {values.dtype}, not in 8-bit floats")
+        require("scale" in parts, "has no scale")
+        scales = parts["scale"].shape
+        fits = len(values.shape) == 2 and scales in ((values.shape[0], 1), values.shape[:1])
+        require(fits, f"has {values.shape}, its scales {scales}")
+        return values.shape
+
+    def unpack(
+        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
+    ) -> "torch.Tensor":
+        """Return values times scales, in float32 and then rounded to `dtype`."""
+        from onelayer.compiler.dequantize import numerics
+
+        scales = numerics.scale_values(tensors["scale"]).reshape(-1, 1)
+        return numerics.scale_blocks(tensors[VALUES], scales, (1, shape[1]), shape, dtype)
+
+
 class Mxfp4(PackedFormat):
     """MXFP4 of gpt-oss: stacks of experts (E, out, blocks, 16) of two 4-bit floats in a byte, a power of 2 for 32."""
 
@@ -109,12 +142,6 @@ class Mxfp4(PackedFormat):
         self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
     ) -> "torch.Tensor":
         """Unpack one expert after the other."""
-        import torch
-
         from onelayer.compiler.dequantize import numerics
 
-        unpacked = torch.empty(shape, dtype=dtype)
-        for expert, blocks, scales in zip(unpacked, tensors[VALUES], tensors["scale"], strict=True):
-            values = numerics.fp4_pairs(blocks) * numerics.scale_values(scales)[..., None]
-            expert.copy_(values.flatten(1).T)
-        return unpacked
+        return numerics.unpack_experts(tensors[VALUES], tensors["scale"], dtype)

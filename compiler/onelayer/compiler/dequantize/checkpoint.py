@@ -81,6 +81,7 @@ def unpacked(stored: Checkpoint, document: Mapping[str, Any], dtype: str) -> Che
     if settings is None:
         return stored
     form = format_of(settings, stored.directory / CONFIG_FILE)
+    form.describe(stored.metadata.values())
     table = unpacked_table(stored.tensors, form, dtype)
     shared = (stored.metadata, stored.index_file, stored.stamps)
     return UnpackedCheckpoint(

@@ -4,7 +4,7 @@ In: tensor names and shapes of a checkpoint, and the format they are packed in. 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 Parts = Mapping[str, TensorInfo]
 # The part that holds the packed values; a weight without it is not packed.
 VALUES = "values"
+# Values are widened to float32 by slices of about this size; some are held at once.
+SLICE_BYTES = 8 << 20
+SLICES_AT_ONCE = 4
+DESCRIPTION_LIMIT_BYTES = 1 << 16
 REMEDY = "download the file again"
+
+
+class UnsupportedError(ValueError):
+    """A variant of a format that cannot be unpacked; the message follows the format's name."""
 
 
 class PackedFormat(ABC):
@@ -34,11 +42,17 @@ class PackedFormat(ABC):
     # Working memory of an unpacking, in bytes for each value of the weight. Most formats unpack slice by slice.
     scratch_value_bytes: ClassVar[int] = 0
     packs_only_experts: ClassVar[bool] = False
+    # The package that unpacks, where it is not this one.
+    library: ClassVar[str | None] = None
 
     @property
     @abstractmethod
     def value_bits(self) -> float:
         """Bits on disk for each value, with its share of the scales."""
+
+    def describe(self, metadata: Iterable[Mapping[str, str]]) -> None:
+        """Take what the headers of all files say besides names and shapes."""
+        self.described = {name: text for part in metadata for name, text in part.items()}
 
     @abstractmethod
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
@@ -71,7 +85,9 @@ class PackedTensor(TensorInfo):
     @property
     def unpacking_bytes(self) -> int:
         """Bytes that unpacking holds in addition to the result."""
-        return self.stored_bytes + self.format.scratch_value_bytes * prod(self.shape)
+        values = prod(self.shape)
+        slices = SLICES_AT_ONCE * min(SLICE_BYTES, 4 * values)
+        return self.stored_bytes + self.format.scratch_value_bytes * values + slices
 
 
 def unpacked_table(tensors: Mapping[str, TensorInfo], form: PackedFormat, dtype: str) -> dict[str, TensorInfo]:
@@ -96,6 +112,14 @@ def require(condition: bool, reason: str) -> None:
     """Raise `ValueError` with `reason` unless the condition holds."""
     if not condition:
         raise ValueError(reason)
+
+
+def small_bytes(info: TensorInfo) -> bytes:
+    """Read the bytes of a small tensor, which describes another. Raises `ValueError` if it is not small."""
+    require(info.size_bytes <= DESCRIPTION_LIMIT_BYTES, f"is described by {info.size_bytes} bytes")
+    with open(info.file, "rb") as file:
+        file.seek(info.start)
+        return file.read(info.size_bytes)
 
 
 def _packed(name: str, parts: Parts, form: PackedFormat, dtype: str) -> PackedTensor:

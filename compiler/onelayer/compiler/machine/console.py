@@ -100,10 +100,11 @@ class Progress:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a stop at the next unit boundary; a second signal stops at once."""
+    """Turns SIGINT and SIGTERM into a stop at the next boundary of the work's `unit`; a second signal stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "unit") -> None:
         self._asked = False
+        self._unit = unit
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -121,9 +122,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = True
         if processes().is_first:
-            os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+            os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
+
+    def is_asked(self) -> bool:
+        """Return whether a stop was requested of any process; every process calls this at the same places."""
+        return processes().any(self._asked)
 
     def check(self) -> None:
         """Raise `KeyboardInterrupt` if a stop was requested of any process."""
-        if processes().any(self._asked):
+        if self.is_asked():
             raise KeyboardInterrupt

@@ -23,8 +23,7 @@ from onelayer.runtime.manifest.sections import (
 )
 from onelayer.runtime.manifest.values import Folder, TaskName
 from onelayer.runtime.manifest.yaml_file import read_yaml
-from onelayer.runtime.training.settings import REFUSED_ARGS
-from onelayer.runtime.training.trainer_args import trainer_args_model
+from onelayer.runtime.training.trainer_args import REFUSED_ARGS, reporter_fault, trainer_args_model
 
 
 class Manifest(Seeded, Section):
@@ -90,7 +89,7 @@ def load_manifest(path: str | Path) -> Manifest:
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
-        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest)
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
         faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
@@ -113,6 +112,15 @@ def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
         (("tasks", name, "validation"), "is missing, `correct.limit: auto` chooses by the loss on held-out data")
         for name, task in manifest.tasks.items()
         if manifest.correct.limit == "auto" and task.validation is None
+    ]
+
+
+def _nothing_to_score(manifest: Manifest) -> list[Fault]:
+    """Find tasks without the data that `eval_steps` asks to score."""
+    return [
+        (("tasks", name, "validation"), "is missing, `eval_steps` scores held-out data while training")
+        for name, task in manifest.tasks.items()
+        if manifest.training(name).args.get("eval_steps") is not None and task.validation is None
     ]
 
 
@@ -216,6 +224,8 @@ def check_args(block: dict[str, Any], where: Location) -> list[Fault]:
     args_model = trainer_args_model()
     if args_model is None:  # without the training extra no name can be checked; the train step names what to install
         return faults
+    if (fault := reporter_fault(block.get("report_to"))) is not None:
+        faults.append(((*where, "report_to"), fault))
     allowed = {name: value for name, value in block.items() if name not in _RESERVED_ARGS}
     try:
         block.update(args_model.model_validate(allowed).model_dump(exclude_unset=True))

@@ -156,6 +156,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     model, data = model_source(manifest), manifest.tasks[task].train
     sources = _data_sources("train data", data)
     anchored = training.anchor is not None and not direct
+    scored = manifest.tasks[task].validation if training.args.get("eval_steps") is not None else None
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler.storage.checkpoint import resolve_model
@@ -165,7 +166,8 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         base = original if direct else inputs["emulator"]
         assert base is not None
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}
-        settings = {**train_arguments(training), **anchors, "seed": manifest.seed, "resume": True}
+        held_out = {} if scored is None else {"eval_data": _given(scored)}
+        settings = {**train_arguments(training), **anchors, **held_out, "seed": manifest.seed, "resume": True}
         result = train_lora(base, _given(data), output, **settings)
         return result.model_dump(mode="json")
 
