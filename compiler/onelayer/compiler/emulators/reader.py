@@ -113,7 +113,7 @@ class Emulator:
         weight = decode(codes, self.facts.shapes[module][1], dtype)
         if residual is None:
             return weight
-        return (weight.float() + residual[0].float() @ residual[1].float()).to(dtype)
+        return weight.float().addmm_(residual[0].float(), residual[1].float()).to(dtype)
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
         """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""

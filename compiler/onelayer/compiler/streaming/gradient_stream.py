@@ -134,6 +134,13 @@ class GradientStream(Stream):
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
             record.kept.send_gradients(leaves)
+            self._hold_gradients(record.index)
+
+    def _hold_gradients(self, index: int) -> None:
+        """Let the pool hold the gradients of a batch that wait for the unit before."""
+        for record in self._records[-1][1] if self._records else ():
+            if record.index == index:
+                self.spill_pool.hold(record.slots)
 
     # ---- what the forward pass overrides ---------------------------------------------------------------------------
 

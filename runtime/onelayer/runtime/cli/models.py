@@ -5,7 +5,7 @@ from typing import Annotated, TypedDict, Unpack
 
 import typer
 
-from onelayer.compiler.compile.settings import CompileSettings
+from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.runtime.cli.command import print_result
@@ -31,6 +31,7 @@ class PlanKeywords(TypedDict, total=False):
     batch_size: int
     lora_rank: int
     factor_dtype: FactorDtype | None
+    form: Form
 
 
 @settings_options(EvaluateKeywords, EvaluateSettings, omit=("revision", "host_memory_bytes"))

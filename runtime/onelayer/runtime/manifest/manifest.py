@@ -46,6 +46,22 @@ class Manifest(Seeded, Section):
         """The file this was read from."""
         return self._path
 
+    @property
+    def may_be_coded(self) -> bool:
+        """Whether the emulator may consist of codes: nothing asks for factors, and no task for a slice."""
+        emulator = self.emulator
+        if emulator is None or any(task.ratio is not None for task in self.tasks.values()):
+            return False
+        return emulator.form == "coded" or (
+            emulator.form == "auto"
+            and (emulator.ratio, emulator.factor_dtype, emulator.rank_allocation) == (None, None, None)
+        )
+
+    @property
+    def prefers_codes(self) -> bool:
+        """Whether an emulator of a share of bytes becomes codes if the linears are wide enough."""
+        return self.may_be_coded and self.emulator is not None and self.emulator.prefers_codes
+
     def training(self, task_name: str) -> Training:
         """Return a task's training: its sections merged key by key over the defaults, with its own `max_length`.
 
@@ -151,16 +167,17 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
 
 
 def _impossible_codes(manifest: Manifest) -> list[Fault]:
-    """Find what does not go with an emulator of codes."""
+    """Find what does not go with an emulator of codes, or only with one."""
     emulator = manifest.emulator
-    if emulator is None or emulator.form != "coded":
-        faulty = emulator is not None and emulator.backward
-        return [(("emulator", "backward"), "only codes are weighted by gradients, set form: coded")] if faulty else []
-    faults: list[Fault] = [
-        (("emulator", name), "the size of codes is a share of bytes, give keep_bytes")
-        for name in ("ratio", "memory")
-        if getattr(emulator, name) is not None
-    ]
+    if emulator is None:
+        return []
+    faults: list[Fault] = []
+    if emulator.backward and not (manifest.prefers_codes or (emulator.memory is not None and manifest.may_be_coded)):
+        faults.append((("emulator", "backward"), "only codes are weighted by gradients, set form: coded"))
+    if emulator.form != "coded":
+        return faults
+    if emulator.ratio is not None:
+        faults.append((("emulator", "ratio"), "the size of codes is a share of bytes, give keep_bytes"))
     return faults + [
         (("tasks", name, "ratio"), "an emulator of codes cannot be sliced, leave it out")
         for name, task in manifest.tasks.items()
