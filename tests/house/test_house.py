@@ -32,7 +32,7 @@ LIGHT = {
         "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
         "faults inspect machine/console machine/distributed machine/meter models/unit_memory "
-        "results settings storage/* */settings"
+        "results settings sources/* storage/* */settings"
     ),
     "runtime": (
         "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* version "

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from helpers import quantized_models as packers
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.stream import Stream
 

@@ -31,6 +31,8 @@ class Classes:
         """Return the class of one row. Raises `InputError` if the model has no such class."""
         label = example.label
         number = self.numbers.get(label) if isinstance(label, str) else label
+        if number is None and str(label).isdecimal():  # tables have no numbers
+            number = int(str(label))
         if number is None or not 0 <= number < self.count:
             raise InputError(
                 f"{example.source}: field 'label' is {label!r}; write a number from 0 to {self.count - 1}, or a name "

@@ -10,8 +10,6 @@ from onelayer.compiler.errors import InputError
 
 Message = dict[str, Any]
 
-# What the fields of a row may be called, those of foreign forms included.
-FIELDS = ("text", "label", "prompt", "completion", "choices", "answer", "messages", "tools")
 FORMS = "'text', 'text' with 'label', 'prompt' with 'completion', 'prompt' with 'choices' and 'answer', or 'messages'"
 # Columns that change what the model sees, and that nothing here renders: without them the text would be another one.
 REFUSED_FIELDS = ("images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
@@ -81,7 +79,7 @@ def example_from_row(row: object, source: str) -> Example:
     if "text" in present:
         return Example(source, text=_string(present["text"], source, "text"), label=_label(present, source))
     if "messages" in present:
-        messages = _messages(present["messages"], source, "messages")
+        messages = _messages(_parsed(present["messages"]), source, "messages")
         if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
             raise InputError(f"{source}: field 'messages' has no assistant turn to learn from; add one, or use 'text'")
         return Example(source, messages=messages, tools=_tools(present, source))
@@ -136,7 +134,7 @@ def _pair(present: Mapping[str, Any], source: str) -> Example:
 
 def _question(present: Mapping[str, Any], source: str) -> Example:
     """Check a row with `prompt`, `choices` and `answer`: the number of the right choice from 0, or its text."""
-    choices = present["choices"]
+    choices = _parsed(present["choices"])
     if not isinstance(choices, list) or len(choices) < 2:
         raise InputError(f"{source}: field 'choices' must be a list of two texts or more, not {_kind(choices)}")
     texts = tuple(_string(choice, source, f"choices[{index}]") for index, choice in enumerate(choices))
@@ -144,6 +142,8 @@ def _question(present: Mapping[str, Any], source: str) -> Example:
         raise InputError(f"{source}: field 'choices' holds a text twice; remove one")
     answer = present.get("answer")
     number = texts.index(answer) if isinstance(answer, str) and answer in texts else answer
+    if isinstance(number, str) and number.isdecimal():  # tables have no numbers
+        number = int(number)
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(texts):
         raise InputError(
             f"{source}: field 'answer' is {answer!r}; write the number of the right choice, counted from 0, or its text"

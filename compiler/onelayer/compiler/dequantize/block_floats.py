@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, Parts, require
+from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, PackedTensor, Parts, require
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +66,14 @@ class BlockFp8(PackedFormat):
         )
         return rows // scales[-2], columns // scales[-1]
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Return values times scales, in float32 and then rounded to `dtype`."""
         from onelayer.compiler.dequantize import numerics
 
         scales = numerics.scale_values(tensors["scale"])
-        block = self._block(shape, tuple(scales.shape))
+        block = self._block(info.shape, tuple(scales.shape))
         grid = scales.reshape(1, 1) if scales.numel() == 1 else scales
-        return numerics.scale_blocks(tensors[VALUES], grid, block, shape, dtype)
+        return numerics.scale_blocks(tensors[VALUES], grid, block, info.shape, dtype)
 
 
 class RowFp8(PackedFormat):
@@ -101,14 +99,12 @@ class RowFp8(PackedFormat):
         require(fits, f"has {values.shape}, its scales {scales}")
         return values.shape
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Return values times scales, in float32 and then rounded to `dtype`."""
         from onelayer.compiler.dequantize import numerics
 
         scales = numerics.scale_values(tensors["scale"]).reshape(-1, 1)
-        return numerics.scale_blocks(tensors[VALUES], scales, (1, shape[1]), shape, dtype)
+        return numerics.scale_blocks(tensors[VALUES], scales, (1, info.shape[1]), info.shape, dtype)
 
 
 class Mxfp4(PackedFormat):
@@ -138,9 +134,7 @@ class Mxfp4(PackedFormat):
         )
         return (blocks[0], MXFP4_BLOCK * blocks[2], blocks[1])
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Unpack one expert after the other."""
         from onelayer.compiler.dequantize import numerics
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, Parts, UnsupportedError, require
+from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, PackedTensor, Parts, UnsupportedError, require
 
 if TYPE_CHECKING:
     import torch
@@ -64,15 +64,13 @@ class Gptq(PackedFormat):
         require(groups is not None or inputs % scales[0] == 0, f"has {inputs} inputs in {scales[0]} groups")
         return (outputs, inputs)
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Return (values - zeros) * scales, transposed."""
         import torch
 
         from onelayer.compiler.dequantize import numerics
 
-        inputs, words = shape[1], tensors[VALUES]
+        inputs, words = info.shape[1], tensors[VALUES]
         bits = WORD_BITS * words.shape[0] // inputs
         zeros = numerics.unpack_words(tensors["zeros"], bits, 1) + self.zero_offset
         groups = tensors.get("groups")
@@ -116,16 +114,14 @@ class Awq(PackedFormat):
         require(fits, f"has qweight {words}, qzeros {zeros} and scales {scales}")
         return (scales[1], words[0])
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Return (values - zeros) * scales, transposed."""
         import torch
 
         from onelayer.compiler.dequantize import numerics
 
         zeros = numerics.unpack_words(tensors["zeros"], self.bits, 1, self.order)
-        groups = torch.arange(shape[1]) // (shape[1] // len(zeros))
+        groups = torch.arange(info.shape[1]) // (info.shape[1] // len(zeros))
 
         def values(start: int, stop: int) -> torch.Tensor:
             return numerics.unpack_words(tensors[VALUES][start:stop], self.bits, 1, self.order)

@@ -13,7 +13,15 @@ from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, Parts, UnsupportedError, require, small_bytes
+from onelayer.compiler.dequantize.packed import (
+    VALUES,
+    PackedFormat,
+    PackedTensor,
+    Parts,
+    UnsupportedError,
+    require,
+    small_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +75,7 @@ class BitsAndBytes(PackedFormat):
         require(len(shape) == 2 and prod(shape) in (values_stored, values_stored - 1), f"has {shape}, not as stored")
         return shape
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Unpack by the library, or as LLM.int8() defines it: the scale is each row's largest absolute value."""
         import torch
 
@@ -79,7 +85,7 @@ class BitsAndBytes(PackedFormat):
 
         packed = {part: tensor for part, tensor in tensors.items() if part != VALUES}
         state = QuantState.from_dict(packed, device=torch.device("cpu"))
-        return dequantize_4bit(tensors[VALUES], state).reshape(shape).to(dtype)
+        return dequantize_4bit(tensors[VALUES], state).reshape(info.shape).to(dtype)
 
     scratch_value_bytes: ClassVar[int] = 8
 
@@ -158,19 +164,17 @@ class CompressedTensors(PackedFormat):
                 return scheme
         return next((scheme for scheme in schemes if any("re:" not in target for target in scheme.targets)), schemes[0])
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Unpack by the library."""
-        scheme = self._scheme(name.removesuffix(".weight"))
+        scheme = self._scheme(info.name.removesuffix(".weight"))
         form = scheme.format or self._config.format
         compressors: Any = import_module("compressed_tensors.compressors")
         compressor = compressors.BaseCompressor.get_value_from_registry(getattr(form, "value", form))
-        packed = tensors[VALUES].shape != shape
+        packed = tensors[VALUES].shape != info.shape
         state = {**tensors, "weight_packed" if packed else "weight": tensors[VALUES]}
         del state[VALUES]
         weight: torch.Tensor = compressor.decompress(state, scheme)["weight"]
-        require(tuple(weight.shape) == shape, f"unpacks to {tuple(weight.shape)}, not {shape}")
+        require(tuple(weight.shape) == info.shape, f"unpacks to {tuple(weight.shape)}, not {info.shape}")
         return weight.to(dtype)
 
 
@@ -209,15 +213,13 @@ class TorchAo(PackedFormat):
         require(kind in self.classes, f"is a torchao {str(kind)[:40]}, which cannot be unpacked")
         return parts[VALUES].shape
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Unpack by the library."""
         support: Any = import_module("torchao.prototype.safetensors.safetensors_support")
-        stem = name.removesuffix("weight")
+        stem = info.name.removesuffix("weight")
         parts = {"qdata" if part == VALUES else part: tensor for part, tensor in tensors.items()}
         stored = {f"{stem}_weight_{part}": tensor for part, tensor in parts.items()}
-        described = {"tensor_names": json.dumps([name]), name: self.described[name]}
-        weight: torch.Tensor = support.unflatten_tensor_state_dict(stored, described)[0][name].dequantize()
-        require(tuple(weight.shape) == shape, f"unpacks to {tuple(weight.shape)}, not {shape}")
+        described = {"tensor_names": json.dumps([info.name]), info.name: self.described[info.name]}
+        weight: torch.Tensor = support.unflatten_tensor_state_dict(stored, described)[0][info.name].dequantize()
+        require(tuple(weight.shape) == info.shape, f"unpacks to {tuple(weight.shape)}, not {info.shape}")
         return weight.to(dtype)

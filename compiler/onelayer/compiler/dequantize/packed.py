@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Parts = Mapping[str, TensorInfo]
 # The part that holds the packed values; a weight without it is not packed.
 VALUES = "values"
+# Of a GGUF weight: in float32, as unpacked and as arranged.
+GGUF_SCRATCH_VALUE_BYTES = 8
 # Values are widened to float32 by slices of about this size; some are held at once.
 SLICE_BYTES = 8 << 20
 SLICES_AT_ONCE = 4
@@ -30,8 +32,25 @@ class UnsupportedError(ValueError):
     """A variant of a format that cannot be unpacked; the message follows the format's name."""
 
 
-class PackedFormat(ABC):
-    """One way to pack a weight.
+class Unpacker(ABC):
+    """Makes a weight of the tensors that it is stored in."""
+
+    # Working memory of an unpacking, in bytes for each value of the weight. Most formats unpack slice by slice.
+    scratch_value_bytes: ClassVar[int] = 0
+
+    @abstractmethod
+    def unpack(
+        self, info: "PackedTensor", tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype"
+    ) -> "torch.Tensor":
+        """Return a weight from the tensors of its parts, on the host, in `dtype`."""
+
+    def unpack_rows(self, part: TensorInfo, rows: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+        """Return some rows of a weight from those rows of its only part; for weights that are read by rows."""
+        raise NotImplementedError
+
+
+class PackedFormat(Unpacker):
+    """One way to pack weights, known by the endings of names.
 
     `endings` gives the part that a tensor is, by the ending of its name. What precedes the ending is the stem that the
     parts of a weight share; `plain_ending` makes it the name of the unpacked weight.
@@ -39,8 +58,6 @@ class PackedFormat(ABC):
 
     endings: ClassVar[Mapping[str, str]]
     plain_ending: ClassVar[str] = ".weight"
-    # Working memory of an unpacking, in bytes for each value of the weight. Most formats unpack slice by slice.
-    scratch_value_bytes: ClassVar[int] = 0
     packs_only_experts: ClassVar[bool] = False
     # The package that unpacks, where it is not this one.
     library: ClassVar[str | None] = None
@@ -58,19 +75,17 @@ class PackedFormat(ABC):
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
         """Return the shape of the unpacked weight `name`. Raises `ValueError` with a reason if its parts disagree."""
 
-    @abstractmethod
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
-        """Return the weight `name` of `shape` from the tensors of its parts, on the host, in `dtype`."""
-
 
 @dataclass(frozen=True)
 class PackedTensor(TensorInfo):
-    """A weight that is stored in `parts`. Its place in the file is that of its values, its dtype the unpacked one."""
+    """A weight that is stored in `parts`. Its place in the file is that of its values, its dtype the unpacked one.
 
-    format: PackedFormat = field(kw_only=True)
+    With `by_rows` a row of it is a row of its only part.
+    """
+
+    unpacker: Unpacker = field(kw_only=True)
     parts: Parts = field(kw_only=True)
+    by_rows: bool = field(kw_only=True, default=False)
 
     @property
     def size_bytes(self) -> int:
@@ -85,9 +100,12 @@ class PackedTensor(TensorInfo):
     @property
     def unpacking_bytes(self) -> int:
         """Bytes that unpacking holds in addition to the result."""
-        values = prod(self.shape)
-        slices = SLICES_AT_ONCE * min(SLICE_BYTES, 4 * values)
-        return self.stored_bytes + self.format.scratch_value_bytes * values + slices
+        return unpacking_bytes(self.stored_bytes, prod(self.shape), self.unpacker.scratch_value_bytes)
+
+
+def unpacking_bytes(stored_bytes: int, values: int, scratch_value_bytes: int) -> int:
+    """Bound what unpacking a weight holds in addition to the weight: what is stored, and its working memory."""
+    return stored_bytes + scratch_value_bytes * values + SLICES_AT_ONCE * min(SLICE_BYTES, 4 * values)
 
 
 def unpacked_table(tensors: Mapping[str, TensorInfo], form: PackedFormat, dtype: str) -> dict[str, TensorInfo]:
@@ -128,7 +146,7 @@ def _packed(name: str, parts: Parts, form: PackedFormat, dtype: str) -> PackedTe
         shape = form.shape(name, parts)
     except (ValueError, IndexError) as error:
         raise InputError(f"{values.file}: weight {name!r}: {error or 'its parts disagree'}; {REMEDY}") from None
-    return PackedTensor(name, values.file, dtype, shape, values.start, values.end, format=form, parts=parts)
+    return PackedTensor(name, values.file, dtype, shape, values.start, values.end, unpacker=form, parts=parts)
 
 
 def _groups(tensors: Mapping[str, TensorInfo], endings: Mapping[str, str]) -> dict[str, dict[str, TensorInfo]]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -71,6 +71,13 @@ def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     if sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False)
     return ProgressLines(total, description, unit, initial)
+
+
+class Shown(Protocol):
+    """Shows how far a stream is."""
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """Show that `count` units are done; units that no batch visits are skipped."""
 
 
 class Progress:

@@ -83,8 +83,9 @@ def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedMod
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        given = ", ".join(map(str, names)) or "nothing"
         raise InputError(
-            f"{directory / CONFIG_FILE}: field architectures: {names!r} is not one class of transformers "
+            f"{directory / CONFIG_FILE}: field architectures: {given} is not one class of transformers "
             f"{transformers.__version__}; custom code is not run, give a model of a stock architecture"
         )
     return cls

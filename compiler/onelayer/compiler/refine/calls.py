@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.factors.moments import finite_rows, row_count
+from onelayer.compiler.streaming.recorded_outputs import Recorded
 from onelayer.compiler.streaming.unit_boundary import Slots, UnitInputs, differentiable
 
 
@@ -14,7 +15,8 @@ class Call:
     """One call of the original unit for some samples: its inputs and its output tensors, on the host.
 
     `finite` has a mask (rows,) for each target, true for rows that are entirely finite; None if all rows are.
-    `gradients` are those of the loss at the outputs; empty if they are not known, or not finite.
+    `gradients` are those of the loss at the outputs; empty if they are not known, or not finite. `asked` is what the
+    unit has to record inside, which counts as outputs.
     """
 
     samples: int
@@ -23,16 +25,24 @@ class Call:
     versions: list[int]
     finite: list[torch.Tensor | None]
     gradients: Slots
+    asked: Recorded | None = None
 
     @classmethod
-    def of(cls, samples: int, kept: UnitInputs, outputs: Any, gradients: Slots | None = None) -> "Call":
+    def of(
+        cls,
+        samples: int,
+        kept: UnitInputs,
+        outputs: Any,
+        gradients: Slots | None = None,
+        asked: Recorded | None = None,
+    ) -> "Call":
         """Keep the outputs together with the kept inputs."""
         targets = [output.detach() for output in differentiable(outputs)]
         finite = [finite_rows(target) for target in targets]
         known = [gradient for gradient in gradients or () if gradient is not None]
         usable = bool(known) and all(bool(torch.isfinite(gradient).all()) for gradient in known)
         kept_gradients = list(gradients or ()) if usable and finite == [None] * len(finite) else []
-        return cls(samples, kept, targets, [target._version for target in targets], finite, kept_gradients)
+        return cls(samples, kept, targets, [target._version for target in targets], finite, kept_gradients, asked)
 
     @property
     def rows(self) -> int:

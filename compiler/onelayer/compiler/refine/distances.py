@@ -36,7 +36,7 @@ class Distances:
         An output without finite rows is not counted. `guarded`: keep rows that are not finite out of gradients.
         """
         with self._replaced(), _guarded(self.unit, self.linears if guarded and call.dropped_rows else ()):
-            outputs, _ = rerun(self.unit, call.kept, self.device)
+            outputs, _ = rerun(self.unit, call.kept, self.device, asked=call.asked)
         return self._between(call, outputs)
 
     def of_both(self, call: Call) -> tuple[torch.Tensor, int, torch.Tensor]:
@@ -77,7 +77,7 @@ class Distances:
         with ExitStack() as handles, torch.enable_grad():
             for path in self.linears:
                 handles.enter_context(self.unit.module.get_submodule(path).register_forward_hook(after))
-            outputs, leaves = rerun(self.unit, call.kept, self.device)
+            outputs, leaves = rerun(self.unit, call.kept, self.device, asked=call.asked)
             points = [*(leaf for leaf in leaves if leaf.requires_grad), *read]
             pairs = [
                 (output, _unit_size(gradient).to(output.device, output.dtype))

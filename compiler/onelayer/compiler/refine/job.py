@@ -174,7 +174,8 @@ class GradientRefinePass(GradientStream):
         """Keep a call of a unit that is to be trained: its inputs, its outputs and their gradients."""
         if self._taken is not None:
             targets = [move(output.detach(), HOST) for output in outputs]
-            call = Call.of(self.batches[record.index].shape[0], record.kept, targets, record.slots)
+            samples = self.batches[record.index].shape[0]
+            call = Call.of(samples, record.kept, targets, record.slots, record.asked)
             self.spill_pool.hold((call.targets, call.gradients))
             self._taken.append(call)
 

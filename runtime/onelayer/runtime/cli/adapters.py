@@ -14,6 +14,7 @@ from onelayer.runtime.cli.options import (
     Json,
     Output,
     Weights,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.reporting import summaries
@@ -41,6 +42,7 @@ ScoredData = Annotated[
 ]
 
 
+@reads_data
 @settings_options(PolishKeywords, PolishSettings, omit=("revision",), after={"eval_data": "max_length"})
 def polish(
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
@@ -71,6 +73,7 @@ def polish(
     )
 
 
+@reads_data
 @settings_options(CorrectKeywords, CorrectSettings, omit=("max_length", "batch_size", "device", "host_memory_bytes"))
 def correct(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter trained on the emulator.")],
@@ -121,6 +124,7 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
+@reads_data
 @settings_options(
     TrainKeywords, TrainSettings, omit=("lora", "args"), after={"eval_data": "dropout", "model": "activation_report"}
 )

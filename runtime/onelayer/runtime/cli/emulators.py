@@ -15,12 +15,14 @@ from onelayer.runtime.cli.options import (
     Json,
     Output,
     Ratio,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.tables import summary
 
 
+@reads_data
 @settings_options(CompileKeywords, CompileSettings, omit=("revision",), after={"memory_bytes": "keep_bytes"})
 def compile_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],
@@ -59,6 +61,7 @@ def compile_(
     )
 
 
+@reads_data
 @settings_options(RefineKeywords, RefineSettings)
 def refine(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator directory.")],

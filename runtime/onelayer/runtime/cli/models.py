@@ -16,6 +16,7 @@ from onelayer.runtime.cli.options import (
     Json,
     Memory,
     Plot,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.generation.settings import GenerateKeywords, GenerateSettings
@@ -34,6 +35,7 @@ class PlanKeywords(TypedDict, total=False):
     form: Form
 
 
+@reads_data
 @settings_options(EvaluateKeywords, EvaluateSettings, omit=("revision", "host_memory_bytes"))
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],

@@ -145,4 +145,4 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
 def calibration_sources(emulator: Emulator) -> dict[str, Source]:
     """Map the roles in a step to the calibration data."""
-    return {f"calibration {index}": Source(data) for index, data in enumerate(emulator.calibration.data, start=1)}
+    return {f"calibration {index}": Source.of(data) for index, data in enumerate(emulator.calibration.data, start=1)}

@@ -40,6 +40,8 @@ from onelayer.runtime.training.settings import TrainSettings
 
 SAMPLES = CompileSettings.default("samples")
 MAX_LENGTH, BATCH_SIZE, LORA_RANK = (TrainSettings.default(name) for name in ("max_length", "batch_size", "lora_rank"))
+# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
+PAYS_BELOW = 0.8
 POLISH_BATCH = PolishSettings.default("batch_size")
 
 
@@ -246,6 +248,13 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     whole = choice.memory.peak - choice.memory.emulator + shapes.unpacked_bytes
     if whole <= memory_bytes:
         remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
+    if choice.ratio is not None and shapes.packed_bytes is not None:
+        emulator = emulator_bytes(shapes, choice.ratio, choice.factor_dtype)
+        if emulator > PAYS_BELOW * shapes.packed_bytes:
+            remarks.append(
+                f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
+                "original takes itself; train on that packed (QLoRA), or plan with less memory"
+            )
     stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
     if stacked:
         share = stacked / shapes.parameters

@@ -20,6 +20,7 @@ from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Result
 from onelayer.compiler.settings import settings_keywords
+from onelayer.compiler.sources.data_set import data_sets
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -52,9 +53,10 @@ class TrainResult(Result):
 
     `saved_activation_bytes`: what autograd keeps for one batch's backward pass, without parameters.
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were compressed,
-    if they were. `anchors`: what anchoring cost, if the model was anchored. `losses`: step and mean training loss since
-    the previous entry. `held_out`: the scores on held-out rows, if there were any.
+    `skipped_examples`: those without a labeled token within the length limit; `cut_examples`: those longer than it.
+    `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
+    `losses`: step and mean training loss since the previous entry. `held_out`: the scores on held-out rows, if there
+    were any.
     """
 
     output: str
@@ -65,6 +67,7 @@ class TrainResult(Result):
     peak_device_bytes: int
     seconds: float
     skipped_examples: int
+    cut_examples: int = 0
     activations: ActivationReport | None = None
     anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
@@ -117,10 +120,13 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     if settings.eval_steps is not None and sources.eval_data is None:
         raise InputError(f"--eval-steps {settings.eval_steps}: there is nothing to score; give --eval-data too")
     arguments = trainer_arguments(settings)
+    from onelayer.compiler.adapters.attach import linear_targets
+
     directory = resolve_model(sources.emulator)
     model = read_model(directory, name=str(sources.emulator))
     anchor = anchor_source(settings, model, sources.original)
     fields = lora_fields(settings, model.ranks)
+    linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
     examples = tokenized(sources.data, model, settings.max_length)
     held_out = None if sources.eval_data is None else tokenized(sources.eval_data, model, settings.max_length)
     record = {
@@ -139,7 +145,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
 
 def _places(data: DataSource) -> dict[str, Any]:
     """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
-    sources = [data] if isinstance(data, str | Path) else list(data)
+    sources = data_sets(data)
     return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
@@ -201,6 +207,7 @@ class _Run:
             "peak_device_bytes": peak_device_bytes,
             "seconds": round(time.perf_counter() - started, 3),
             "skipped_examples": self.examples.skipped,
+            "cut_examples": self.examples.cut,
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
             "held_out": [score.model_dump() for score in held_out_scores(trainer.state.log_history)],
