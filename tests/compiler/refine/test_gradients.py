@@ -16,6 +16,7 @@ from onelayer.compiler.data.tokens import IGNORED, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.refine.command import RefineResult, refine_emulator
+from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.storage.checkpoint import model_digest
 
 TEXT = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"
@@ -121,9 +122,7 @@ def test_a_killed_run_resumes_and_writes_the_same_weights(
 ) -> None:
     refined(root, tmp_path / "undisturbed")
     trained: list[str] = []
-    from onelayer.compiler.refine import job
-
-    real = job.refine_unit
+    real = refine_unit
 
     def dying(unit: Any, *rest: Any) -> Any:
         trained.append(unit.name)
@@ -131,7 +130,7 @@ def test_a_killed_run_resumes_and_writes_the_same_weights(
             raise MemoryError("as if killed")
         return real(unit, *rest)
 
-    monkeypatch.setattr(job, "refine_unit", dying)
+    monkeypatch.setattr("onelayer.compiler.refine.job.refine_unit", dying)
     with pytest.raises(MemoryError):
         refined(root, tmp_path / "out")
     refined(root, tmp_path / "out")

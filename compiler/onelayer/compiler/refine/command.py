@@ -15,7 +15,7 @@ import transformers
 
 from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.machine.console import StopRequest, capped
@@ -72,37 +72,44 @@ def refine_emulator(
     streamed = StreamedModel(directory)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
-    device = pick_device(chosen.device)
     tokenizer = load_tokenizer(directory)
     tokens, backward = calibration_tokens(streamed, calibration, tokenizer, chosen, backward=chosen.backward)
-    # What waits for the way back grows with every unit; on a host that is the device itself it lies in files.
-    keeps = backward and device.type == "cpu" and chosen.host_memory_bytes is None
-    spill_pool = SpillPool(0 if keeps else chosen.host_memory_bytes)
     step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
     chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": backward})
-    batches = make_batches(tokens, streamed.config, chosen.batch_size)
+    return _refine(streamed, opened, tokens, output, chosen)
+
+
+def _refine(
+    streamed: StreamedModel, emulator: Emulator, tokens: list[Tokens], output: Path, settings: RefineSettings
+) -> RefineResult:
+    """Stream the original, train the emulator unit by unit, publish it whole."""
+    device = pick_device(settings.device)
+    # What waits for the way back grows with every unit; on a host that is the device itself it lies in files.
+    keeps = settings.backward and device.type == "cpu" and settings.host_memory_bytes is None
+    spill_pool = SpillPool(0 if keeps else settings.host_memory_bytes)
+    batches = make_batches(tokens, streamed.config, settings.batch_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts: dict[str, Any] = {
         "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens)},
-        "settings": {**chosen.recorded(), "device": device.type},
+        "settings": {**settings.recorded(), "device": device.type},
         "versions": {**versions, "transformers": transformers.__version__},
     }
-    identity = {"emulator": opened.digest, **facts}
+    identity = {"emulator": emulator.digest, **facts}
     with (
         StopRequest() as stop,
-        work_directory(output, REFINE_WORK, identity, chosen.resume) as path,
+        work_directory(output, REFINE_WORK, identity, settings.resume) as path,
         Meter(device) as meter,
     ):
-        work = RefineWork(path, opened, streamed.checkpoint)
-        training = UnitTraining(streamed, opened, work, chosen, meter, stop)
-        if backward:
+        work = RefineWork(path, emulator, streamed.checkpoint)
+        training = UnitTraining(streamed, emulator, work, settings, meter, stop)
+        if settings.backward:
             GradientRefinePass(training, batches, spill_pool).refine()
         else:
             RefinePass(training, spill_pool).refine(batches)
         at_once = max(math.prod(batch.shape) for batch in batches)
-        workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu, backward=backward)
+        workspace = refine_workspace(streamed, emulator, at_once, meter.on_gpu, backward=settings.backward)
         workspace += streamed.unpacking_bytes(meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        result = RefineResult(output=str(output), steps=chosen.steps, units=work.units, report=report)
+        result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
     return result
