@@ -78,6 +78,7 @@ class _ScoredByToken(Trainer):
         """Score one batch."""
         labels = inputs["labels"]
         scored = super().prediction_step(model, inputs, *args, **kwargs)
+        assert scored[0] is not None
         self._held_out.add(scored[0], labels[..., self._first_label :])
         return scored
 
