@@ -12,6 +12,7 @@ from helpers.tiny_models import VOCAB, seeded
 from onelayer.compiler.codes.forms import DECODED_VALUES, WHOLE_SHARE
 from onelayer.compiler.compile import selection
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
@@ -199,5 +200,5 @@ def test_a_dry_run_counts_codes(tmp_path: Path) -> None:
     assert compiled.read_bytes == 2 * 2 * shapes.parameters, "one pass forward, one back"
     assert compiled.peak_bytes == coded_compile_bytes(shapes, 512)
     assert compiled.write_bytes == emulator_bytes(shapes, 0.145 / WHOLE_SHARE, "coded")
-    planned = PlannedRun(1, 512, coded=True, allocation="uniform")
+    planned = PlannedRun(1, 512, coded=True, allocation="uniform", on_gpu=shows_gpu())
     assert trained.peak_bytes == train_memory(shapes, compiled.write_bytes, planned).peak
