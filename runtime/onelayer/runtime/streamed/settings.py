@@ -4,23 +4,24 @@ from typing import Annotated, TypedDict
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from onelayer.compiler.settings import Machine, Option, Revised
+from onelayer.compiler.settings import Machine, Option, Revised, Settings
 
 
-class Streaming(Machine):
+class Streaming(Settings):
     """How much of a batch is computed at once, and how much of the model stays in host memory."""
 
     micro_batch_size: Annotated[
-        PositiveInt | None, Field(description="Rows computed at once. Default: as many as fit the free memory.")
+        PositiveInt | None,
+        Field(description="Rows of a streamed model computed at once. Default: as many as fit the free memory."),
     ] = None
     cache_bytes: Annotated[
         NonNegativeInt,
-        Field(description="Host memory for the last layers, which are then read once and not twice a step."),
+        Field(description="Host memory for the last layers of a streamed model, which are then read only once."),
         Option(flags="--cache", metavar="SIZE", reader="bytes"),
     ] = 0
 
 
-class StreamedSettings(Streaming, Revised):
+class StreamedSettings(Streaming, Machine, Revised):
     """What can be set of a streamed model."""
 
 

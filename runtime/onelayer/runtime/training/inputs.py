@@ -16,6 +16,8 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.streamed.model import streamed_for_training
+from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class TrainModel:
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
     stamps: FileStamps
+    streaming: StreamedSettings | None = None
 
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
@@ -49,7 +52,14 @@ class TrainModel:
         return empty_model(self.config, self.model_class, torch.float32)
 
     def load(self) -> "PreTrainedModel":
-        """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
+        """Load the model with its weights onto the host, or open it for streaming if `streaming` says how.
+
+        Raises `InputError` if its files changed since `digest`.
+        """
+        if self.streaming is not None:
+            streamed = streamed_for_training(self.directory, **self.streaming.model_dump())
+            self.stamps.check()
+            return streamed
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)

@@ -25,6 +25,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import EXACT_BITS
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
+from onelayer.runtime.streamed.settings import Streaming
 from onelayer.runtime.training.trainer_args import (
     REFUSED_ARGS,
     RENAMED_ARGS,
@@ -45,6 +46,7 @@ def _known_bits(bits: int) -> int:
 
 
 Where = Literal["none", "layer", "sublayer"]
+Way = Literal["auto", "resident", "streamed"]
 # A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
 AnchorBits = Annotated[int, AfterValidator(_known_bits)]
@@ -53,7 +55,7 @@ LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by a
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(Lengths, Seeded):
+class TrainSettings(Lengths, Seeded, Streaming):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
     lora_rank: LoraRank = 8
@@ -117,6 +119,14 @@ class TrainSettings(Lengths, Seeded):
     anchor_bits: Annotated[
         AnchorBits, Field(description="Bits per value of what is given: 1, 2, 4, or 32 for float32."), Must(BITS_RULE)
     ] = 2
+    way: Annotated[
+        Way,
+        Field(
+            description="Hold the model in memory (resident), or read it layer by layer in every step (streamed). auto "
+            "streams what does not fit."
+        ),
+        Option(metavar="auto|resident|streamed"),
+    ] = "auto"
     resume: Annotated[
         bool, Field(description="Continue from the last checkpoint of --output."), Option(flags="--resume")
     ] = False
@@ -167,6 +177,9 @@ class TrainKeywords(TypedDict, total=False):
     activation_report: bool
     anchor_every: int | None
     anchor_bits: int
+    way: str
+    micro_batch_size: int | None
+    cache_bytes: int
     resume: bool
     lora: dict[str, Any] | None
     args: dict[str, Any] | None

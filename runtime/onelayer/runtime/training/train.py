@@ -18,7 +18,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import StopRequest, notice
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.results import Result
+from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.sources.data_set import data_sets
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -55,8 +55,8 @@ class TrainResult(Result):
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
     `skipped_examples`: those without a labeled token within the length limit; `cut_examples`: those longer than it.
     `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
-    `losses`: step and mean training loss since the previous entry. `held_out`: the scores on held-out rows, if there
-    were any.
+    `losses`: step and mean training loss since the previous entry. `streamed`: what reading the model in every step
+    cost, if it was streamed. `held_out`: the scores on held-out rows, if there were any.
     """
 
     output: str
@@ -71,6 +71,7 @@ class TrainResult(Result):
     activations: ActivationReport | None = None
     anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
+    streamed: Report | None = None
     held_out: tuple[HeldOutScore, ...] = ()
 
 
@@ -95,7 +96,8 @@ def train_lora(
     gradient. With `anchor_every`, the original `model` streams over the rows of the next so many steps, and each layer
     of the emulator is given what it lacks of the original's answer, in `anchor_bits` bits a value. `eval_data` are
     scored every `eval_steps` steps and after the last; they change nothing in the adapter. What a tool of `report_to`
-    writes into files is moved into `output`, below `runs`. Raises `InputError` for unusable input.
+    writes into files is moved into `output`, below `runs`. An original that does not fit the memory is streamed, layer
+    by layer, in every step (`way`). Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
     sources = _Sources(emulator, data, eval_data, model)
@@ -182,19 +184,24 @@ class _Run:
         from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
+        from onelayer.runtime.training.ways import held_by, longest_batch, show_streams, streaming_report
 
         team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
+        model = held_by(self.model, self.settings, longest_batch(self.examples, self.arguments), device)
         with _global_random_state(), Meter(device) as meter:
             gpu = meter.on_gpu
-            trainer = make_trainer(self.model, self.examples, self.held_out, self.fields, self.arguments, work, gpu)
+            trainer = make_trainer(model, self.examples, self.held_out, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
             anchoring = None if self.anchor is None else anchor(trainer, self.model, self.anchor, self.settings, meter)
+            if model.streaming is not None:
+                show_streams(trainer.accelerator.unwrap_model(trainer.model), trainer.bar)
             trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: _checked_newest(work))
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
                 _train_until_stopped(trainer, work, checkpoint)
             peak_device_bytes = meter.sample()
+            streamed = streaming_report(trainer.accelerator.unwrap_model(trainer.model))
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
         first_batch = trainer.first_batch
         assert first_batch is not None
@@ -210,6 +217,7 @@ class _Run:
             "cut_examples": self.examples.cut,
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
+            "streamed": None if streamed is None else streamed.model_dump(mode="json"),
             "held_out": [score.model_dump() for score in held_out_scores(trainer.state.log_history)],
         }
         # Parameters that are spread over processes are put together by all of them.
