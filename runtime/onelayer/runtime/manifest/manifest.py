@@ -76,6 +76,8 @@ class Manifest(Seeded, Section):
             lora=lora,
             activations=activations,
             anchor=self.train.anchor,
+            on=self.train.on,
+            way=self.train.way,
             args=args,
             max_length=task.max_length or self.train.max_length,
         )
@@ -106,9 +108,11 @@ def load_manifest(path: str | Path) -> Manifest:
         faults += faults_of(error, Manifest, document)
     else:
         faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
-        faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
+        faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_train_on(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
+    if manifest.train.on == "original":
+        manifest = manifest.model_copy(update={"emulator": None})
     manifest._path = path.resolve()
     return manifest
 
@@ -140,11 +144,16 @@ def _nothing_to_score(manifest: Manifest) -> list[Fault]:
     ]
 
 
-def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
-    """A fault if the original is trained itself, which needs no anchors."""
-    if manifest.train.anchor is None or manifest.emulator is not None:
-        return []
-    return [(("train", "anchor"), "there is no emulator, add one or leave the anchor out")]
+def _nothing_to_train_on(manifest: Manifest) -> list[Fault]:
+    """Find what needs an emulator where the original is trained itself: anchors, or the word."""
+    trained, faults = manifest.train, list[Fault]()
+    if manifest.emulator is None and trained.on == "emulator":
+        faults.append((("train", "on"), "there is no emulator, add one or set it to original"))
+    if trained.anchor is not None and manifest.emulator is None:
+        faults.append((("train", "anchor"), "there is no emulator, add one or leave the anchor out"))
+    elif trained.anchor is not None and trained.on == "original":
+        faults.append((("train", "anchor"), "nothing is trained on the emulator, leave the anchor out"))
+    return faults
 
 
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:

@@ -32,6 +32,7 @@ from onelayer.runtime.training.settings import (
     LoraFields,
     LoraRank,
     TrainSettings,
+    Way,
     Where,
 )
 
@@ -138,8 +139,14 @@ class Anchor(Section):
 
 
 class Training(Lengths, Section):
-    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors."""
+    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors.
 
+    `on` is what is trained on; if omitted, the emulator where there is one. With `original` an emulator is left unused.
+    `way` holds the original in memory or streams it; no result depends on it.
+    """
+
+    on: Literal["emulator", "original"] | None = None
+    way: Way = TrainSettings.default("way")
     lora: Lora = Lora()
     activations: Activations = Activations()
     anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None

@@ -152,7 +152,7 @@ def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
 
 
 def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
-    """Train on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
+    """Train on the emulator, or with `direct` on the original itself (the upper bound), streamed if it does not fit."""
     training = manifest.training(task)
     model, data = model_source(manifest), manifest.tasks[task].train
     sources = _data_sources("train data", data)
@@ -168,7 +168,8 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         assert base is not None
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}
         held_out = {} if scored is None else {"eval_data": _given(scored)}
-        settings = {**train_arguments(training), **anchors, **held_out, "seed": manifest.seed, "resume": True}
+        more = {**anchors, **held_out, **({"way": training.way} if direct else {})}
+        settings = {**train_arguments(training), **more, "seed": manifest.seed, "resume": True}
         result = train_lora(base, _given(data), output, **settings)
         return result.model_dump(mode="json")
 
