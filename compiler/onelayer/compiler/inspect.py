@@ -9,7 +9,7 @@ from onelayer.compiler.dequantize.formats import quantization_method, quantizati
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
-from onelayer.compiler.storage.files import directory_bytes, read_json
+from onelayer.compiler.storage.files import check_directory, directory_bytes, read_json
 from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.model_config import read_model_config
 
@@ -24,8 +24,7 @@ def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, 
 
         plot_emulator(path, plot)
     directory = gguf_directory(Path(path)) if is_gguf(Path(path)) else Path(path)
-    if not directory.is_dir():
-        raise InputError(f"{path}: no such directory; give an emulator, an adapter, an artifact or a model directory")
+    check_directory(directory, "give an emulator, an adapter, an artifact or a model directory")
     facts = {"path": str(directory), "bytes": directory_bytes(directory)}
     if (directory / "artifact.json").is_file():
         return {"kind": "artifact", **facts, **read_json(directory / "artifact.json")}

@@ -18,7 +18,10 @@ from onelayer.runtime.cli.main import main
 
 # Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
-    "plan": "MODEL --batch-size --emulator --factor-dtype --form --json --lora-rank --max-length --memory",
+    "plan": (
+        "MODEL --batch-size --emulator --factor-dtype --form --hours --json --lora-rank --max-length --max-steps "
+        "--memory"
+    ),
     "compile": (
         "MODEL --backward --batch-size --calibration --columns --config --device --factor-dtype --form --host-memory "
         "--json --keep-bytes --max-length --memory --output --rank-allocation --ratio --resume --samples --seed "
@@ -152,6 +155,7 @@ def test_defaults_are_those_of_the_python_function(name: str) -> None:
         ("artifacts prune --max-size 3q", "24GiB"),
         ("run nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("inspect nowhere", "nowhere: no such directory"),
+        (f"inspect {__file__}", "test_cli.py: is a file, not a directory; give an emulator"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

@@ -33,7 +33,7 @@ def test_the_original_is_trained_and_the_emulator_left_unused(project: Project) 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("train: {", "train: {on: original, anchor: {every: 3}, ", "train.anchor: nothing is trained on the emulator"),
+        ("train: {", "train: {on: original, anchor: {every: 3}, ", "train.anchor: train.on is original"),
         (
             "emulator: {calibration: {data: mix.jsonl}, ratio: 0.25}\ntrain: {",
             "train: {on: emulator, ",

@@ -90,7 +90,9 @@ def _json_lines(path: Path) -> Iterator[NumberedRow]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error}); write one object per line") from None
+            raise InputError(
+                f"{path}:{number}: not valid JSON ({error}); write one object per line, or a list into a .json file"
+            ) from None
         yield number, row
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.companions import companions
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.files import check_directory, read_json
 from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.gguf_format import SUFFIX, read_gguf_header
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
@@ -55,8 +55,7 @@ class Checkpoint:
     def open(cls, directory: str | Path) -> "Checkpoint":
         """Check every header below `directory`. Raises `InputError` naming the file and the remedy."""
         directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such directory; give a model directory with config.json")
+        check_directory(directory, "give a model directory with config.json")
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: has no config.json; give a transformers model directory")
         stamps = FileStamps([directory / "config.json", *companions(directory)])

@@ -11,6 +11,7 @@ from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
 from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.compiler.settings import Seeded
 from onelayer.runtime.manifest.sections import (
+    Anchor,
     Correct,
     Emulator,
     Model,
@@ -75,12 +76,18 @@ class Manifest(Seeded, Section):
         return Training(
             lora=lora,
             activations=activations,
-            anchor=self.train.anchor,
+            anchor=self._anchor(task),
             on=self.train.on,
             way=self.train.way,
             args=args,
             max_length=task.max_length or self.train.max_length,
         )
+
+    def _anchor(self, task: Task) -> Anchor | None:
+        """Return a task's anchors: its own settings over the common ones; none if either says so last."""
+        if "anchor" not in task.model_fields_set:
+            return self.train.anchor
+        return None if task.anchor is None else overridden(self.train.anchor or Anchor(), task.anchor)
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
         """Return the limit of a task's correction."""
@@ -146,14 +153,14 @@ def _nothing_to_score(manifest: Manifest) -> list[Fault]:
 
 def _nothing_to_train_on(manifest: Manifest) -> list[Fault]:
     """Find what needs an emulator where the original is trained itself: anchors, or the word."""
-    trained, faults = manifest.train, list[Fault]()
-    if manifest.emulator is None and trained.on == "emulator":
-        faults.append((("train", "on"), "there is no emulator, add one or set it to original"))
-    if trained.anchor is not None and manifest.emulator is None:
-        faults.append((("train", "anchor"), "there is no emulator, add one or leave the anchor out"))
-    elif trained.anchor is not None and trained.on == "original":
-        faults.append((("train", "anchor"), "nothing is trained on the emulator, leave the anchor out"))
-    return faults
+    if manifest.emulator is None and manifest.train.on == "emulator":
+        return [(("train", "on"), "there is no emulator, add one or set it to original")]
+    if manifest.emulator is not None and manifest.train.on != "original":
+        return []
+    places: list[tuple[Location, Anchor | None]] = [(("train", "anchor"), manifest.train.anchor)]
+    places += [(("tasks", name, "anchor"), task.anchor) for name, task in manifest.tasks.items()]
+    nothing = "there is no emulator, add one" if manifest.emulator is None else "train.on is original, change it"
+    return [(where, f"{nothing} or leave the anchor out") for where, anchor in places if anchor is not None]
 
 
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:

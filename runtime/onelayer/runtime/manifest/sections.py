@@ -24,7 +24,9 @@ from onelayer.runtime.manifest.values import (
     model_source,
     none_word,
 )
+from onelayer.runtime.streamed.settings import Way
 from onelayer.runtime.training.settings import (
+    ANCHOR_EVERY,
     ActivationRank,
     AnchorBits,
     Dropout,
@@ -32,7 +34,6 @@ from onelayer.runtime.training.settings import (
     LoraFields,
     LoraRank,
     TrainSettings,
-    Way,
     Where,
 )
 
@@ -134,7 +135,7 @@ class Anchor(Section):
     The original streams by every `every` optimizer steps; `bits` are those of each value that is given.
     """
 
-    every: PositiveInt
+    every: PositiveInt = ANCHOR_EVERY
     bits: AnchorBits = TrainSettings.default("anchor_bits")
 
 
@@ -185,6 +186,7 @@ class Task(Section):
     lora: Lora | None = None
     activations: Activations | None = None
     args: dict[str, Any] = Field(default={})
+    anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
     polish: Polish | None = None
     max_length: MaxLength | None = None
     ratio: SliceRatio = None

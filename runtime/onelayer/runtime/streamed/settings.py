@@ -1,10 +1,12 @@
 """The settings of a streamed model. Torch-free."""
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from onelayer.compiler.settings import Machine, Option, Revised, Settings
+
+Way = Literal["auto", "resident", "streamed"]
 
 
 class Streaming(Settings):
@@ -19,6 +21,19 @@ class Streaming(Settings):
         Field(description="Host memory for the last layers of a streamed model, which are then read only once."),
         Option(flags="--cache", metavar="SIZE", reader="bytes"),
     ] = 0
+
+
+class Holding(Streaming):
+    """How a model is held while it is trained."""
+
+    way: Annotated[
+        Way,
+        Field(
+            description="Hold the model in memory (resident), or read it layer by layer in every step (streamed). auto "
+            "streams what does not fit."
+        ),
+        Option(metavar="auto|resident|streamed"),
+    ] = "auto"
 
 
 class StreamedSettings(Streaming, Machine, Revised):

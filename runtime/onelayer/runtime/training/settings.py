@@ -25,7 +25,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import EXACT_BITS
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
-from onelayer.runtime.streamed.settings import Streaming
+from onelayer.runtime.streamed.settings import Holding
 from onelayer.runtime.training.trainer_args import (
     REFUSED_ARGS,
     RENAMED_ARGS,
@@ -46,7 +46,6 @@ def _known_bits(bits: int) -> int:
 
 
 Where = Literal["none", "layer", "sublayer"]
-Way = Literal["auto", "resident", "streamed"]
 # A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
 AnchorBits = Annotated[int, AfterValidator(_known_bits)]
@@ -55,7 +54,12 @@ LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by a
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(Lengths, Seeded, Streaming):
+# Steps between renewals of anchors, if nobody says otherwise: renewing twice as often, or half as often, changed the
+# result by no more than the noise (manifests/LOG.md).
+ANCHOR_EVERY = 10
+
+
+class TrainSettings(Lengths, Seeded, Holding):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
     lora_rank: LoraRank = 8
@@ -119,14 +123,6 @@ class TrainSettings(Lengths, Seeded, Streaming):
     anchor_bits: Annotated[
         AnchorBits, Field(description="Bits per value of what is given: 1, 2, 4, or 32 for float32."), Must(BITS_RULE)
     ] = 2
-    way: Annotated[
-        Way,
-        Field(
-            description="Hold the model in memory (resident), or read it layer by layer in every step (streamed). auto "
-            "streams what does not fit."
-        ),
-        Option(metavar="auto|resident|streamed"),
-    ] = "auto"
     resume: Annotated[
         bool, Field(description="Continue from the last checkpoint of --output."), Option(flags="--resume")
     ] = False
