@@ -34,9 +34,9 @@ OPTIONS = {
     ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
-        "--columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
-        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --model --output --report-to --resume "
-        "--save-steps --seed --split --target-modules --warmup"
+        "--cache --columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
+        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --micro-batch-size --model "
+        "--output --report-to --resume --save-steps --seed --split --target-modules --warmup --way"
     ),
     "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (

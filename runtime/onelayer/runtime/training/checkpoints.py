@@ -75,10 +75,15 @@ class FirstBatch(Result):
 
 
 class HeldOutScore(Result):
-    """The mean loss over held-out rows after a step, in nats per labeled token (of a classifier: per text)."""
+    """The mean loss over held-out rows after a step, in nats per labeled token (of a classifier: per text).
+
+    For preferences it is the method's loss. `preference_accuracy` is then the share of pairs whose chosen answer gained
+    more log-likelihood over the reference than the rejected one.
+    """
 
     step: int
     loss: float
+    preference_accuracy: float | None = None
 
 
 def read_first_batch(work: Path) -> FirstBatch | None:
@@ -97,6 +102,14 @@ def newest_checkpoint(work: Path) -> Path | None:
     marked = [file.parent for file in work.glob(COMPLETE_CHECKPOINTS)]
     newest_first = sorted(marked, key=_step, reverse=True)
     return next((path for path in newest_first if _is_whole(path)), None)
+
+
+def checked_newest(work: Path) -> Path | None:
+    """Return the checkpoint to continue from, or None. Raises `InputError` if its state is damaged."""
+    checkpoint = newest_checkpoint(work)
+    if checkpoint is not None:
+        check_state(checkpoint)
+    return checkpoint
 
 
 def _is_whole(checkpoint: Path) -> bool:

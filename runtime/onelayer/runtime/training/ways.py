@@ -15,9 +15,9 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.models.unit_memory import resident_bytes
-from onelayer.compiler.results import Report
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.runtime.sizes import size
+from onelayer.runtime.streamed.engine import StreamingEngine
 from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.callbacks import Progress
 from onelayer.runtime.training.inputs import TrainData, TrainModel
@@ -25,8 +25,8 @@ from onelayer.runtime.training.settings import TrainSettings
 
 
 def longest_batch(examples: TrainData, arguments: dict[str, Any]) -> int:
-    """Count the tokens of the largest batch of a training."""
-    longest = max(len(row["input_ids"]) for row in examples.rows)
+    """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
+    longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])
 
@@ -61,16 +61,19 @@ def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: tor
 
 
 def show_streams(adapted: Any, bar: Progress) -> None:
-    """Show the streams of an adapted model in the bar of its training."""
-    bar.streams = "streaming"
-    adapted.get_base_model().streaming.bar = bar
+    """Show the streams of an adapted model, if it is streamed, in the bar of its training."""
+    if (engine := _engine(adapted)) is not None:
+        bar.streams, engine.bar = "streaming", bar
 
 
-def streaming_report(adapted: Any) -> Report | None:
+def streaming_figures(adapted: Any) -> dict[str, Any] | None:
     """Return what streaming an adapted model cost; None if it was in memory."""
-    engine = getattr(adapted.get_base_model(), "streaming", None)
-    report: Report | None = None if engine is None else engine.report()
-    return report
+    engine = _engine(adapted)
+    return None if engine is None else engine.report().model_dump(mode="json")
+
+
+def _engine(adapted: Any) -> StreamingEngine | None:
+    return getattr(adapted.get_base_model(), "streaming", None)
 
 
 def _check(settings: TrainSettings) -> None:
