@@ -10,11 +10,11 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
-from onelayer.compiler.compile import calibration as compile_data
 from onelayer.compiler.compile import command as compiling
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.refine import command as refining
+from onelayer.compiler.streaming import calibration as compile_data
 from scripts.sweep.inputs import random_ids
 
 SAMPLES, LENGTH = 24, 16

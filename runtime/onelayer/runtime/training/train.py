@@ -30,6 +30,7 @@ from onelayer.runtime.preferences.rows import answers_of, with_reference
 from onelayer.runtime.training.checkpoints import (
     TRAINING_WORK,
     HeldOutScore,
+    checked_newest,
     read_first_batch,
 )
 from onelayer.runtime.training.inputs import (
