@@ -29,8 +29,8 @@ OPTIONS = {
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
-        "EMULATOR --batch-size --calibration --columns --config --device --host-memory --json --learning-rate "
-        "--max-length --model --output --resume --samples --seed --split --step-samples --steps"
+        "EMULATOR --backward --batch-size --calibration --columns --config --device --host-memory --json "
+        "--learning-rate --max-length --model --output --resume --samples --seed --split --step-samples --steps"
     ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "

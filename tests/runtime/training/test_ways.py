@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from onelayer.compiler.errors import InputError
 from onelayer.runtime import TrainResult
-from onelayer.runtime.training import ways
-from onelayer.runtime.training.inputs import TrainData
+from onelayer.runtime.streamed import ways
+from onelayer.runtime.training.inputs import TrainData, longest_batch
 
 Train = Callable[..., TrainResult]
 
@@ -62,8 +62,8 @@ def test_what_does_not_go_with_streaming_is_refused(
 def test_the_largest_batch_is_counted() -> None:
     rows = TrainData([{"input_ids": [1] * length} for length in (3, 7)], "", 0, 0)
     arguments = {"per_device_train_batch_size": 4, "max_length": 16}
-    assert ways.longest_batch(rows, arguments) == 28
-    assert ways.longest_batch(rows, {**arguments, "packing": True}) == 64
+    assert longest_batch(rows, arguments) == 28
+    assert longest_batch(rows, {**arguments, "packing": True}) == 64
 
 
 def test_free_memory_is_that_of_the_device() -> None:

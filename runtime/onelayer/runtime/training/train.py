@@ -36,6 +36,8 @@ from onelayer.runtime.training.checkpoints import (
 from onelayer.runtime.training.inputs import (
     TrainData,
     TrainModel,
+    held_by,
+    longest_batch,
     original_source,
     preference_data,
     read_model,
@@ -221,12 +223,12 @@ class _Run:
     def train(self, work: Path, output: Path, started: float, reference: Report | None) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
         from onelayer.compiler.machine.devices import pick_device
+        from onelayer.runtime.streamed.ways import show_streams, streaming_figures
         from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
         from onelayer.runtime.training.anchored import anchor
         from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss, train_until_stopped
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
-        from onelayer.runtime.training.ways import held_by, longest_batch, show_streams, streaming_figures
 
         team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
         model = held_by(self.model, self.settings, longest_batch(self.examples, self.arguments), device)
