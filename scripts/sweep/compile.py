@@ -14,7 +14,7 @@ from onelayer.compiler.compile import command as compiling
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.refine import command as refining
-from onelayer.compiler.streaming import calibration
+from onelayer.compiler.streaming import calibration as compile_data
 from scripts.sweep.inputs import random_ids
 
 SAMPLES, LENGTH = 24, 16
@@ -37,7 +37,7 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
         model.save_pretrained(original)
         with (
             mock.patch.object(compiling, "load_tokenizer", return_value=None),
-            mock.patch.object(calibration, "read_tokens", return_value=random_tokens()),
+            mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()),
         ):
             result = compiling.compile_emulator(original, "random", output, ratio=0.5, batch_size=4, device="cpu")
         record = json.loads((output / "emulator.json").read_text())
@@ -71,7 +71,7 @@ def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
         with contextlib.ExitStack() as stack:
             for module in (compiling, refining):
                 stack.enter_context(mock.patch.object(module, "load_tokenizer", return_value=None))
-            stack.enter_context(mock.patch.object(calibration, "read_tokens", return_value=random_tokens()))
+            stack.enter_context(mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()))
             compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device="cpu")
             units = refining.refine_emulator(
                 begun, model=original, calibration="random", output=output, steps=20, batch_size=4, device="cpu"
