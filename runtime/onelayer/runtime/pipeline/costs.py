@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import widest_ratio
+from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
@@ -60,8 +61,9 @@ class CostBasis:
 
     @property
     def planned(self) -> PlannedRun:
-        """The run that the step's task asks for, as the planner sees it."""
-        return replace(planned_run(self.manifest, self.task), coded=self.size.coded)
+        """The run that the step's task asks for, on a GPU if this machine shows one."""
+        on_gpu = shows_gpu() and not self.manifest.training(self.task).args.get("use_cpu")
+        return replace(planned_run(self.manifest, self.task), coded=self.size.coded, on_gpu=on_gpu)
 
     @property
     def model_bytes(self) -> int:
@@ -125,13 +127,16 @@ def slice_costs(basis: CostBasis) -> StepCosts:
 
 
 def refine_costs(basis: CostBasis) -> StepCosts:
-    """Predict a refinement: one pass over original and emulator."""
+    """Predict a refinement: one pass over original and emulator, two over the original if gradients are learned."""
     refinement = basis.emulator.refinement
     assert refinement is not None
     tokens = refinement.batch_size * basis.emulator.calibration.max_length
-    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation, coded=basis.size.coded)
+    backward, coded = refinement.backward, basis.size.coded
+    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation, coded=coded, backward=backward)
     written = basis.emulator_bytes(basis.ratio)
-    return StepCosts(read_bytes=basis.model_bytes + written, write_bytes=written, peak_bytes=peak)
+    return StepCosts(
+        read_bytes=(2 if backward else 1) * basis.model_bytes + written, write_bytes=written, peak_bytes=peak
+    )
 
 
 def train_costs(basis: CostBasis) -> StepCosts:
