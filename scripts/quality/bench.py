@@ -85,18 +85,19 @@ class Bench:
         if way in ("layer", "sublayer"):
             more = {"activations": way, "activation_rank": 0.125}
         elif anchored := re.fullmatch(r"anchor(\d+)", way):
-            more = {"model": self.model, "anchor_every": int(anchored[1])}
+            more = {"anchor_every": int(anchored[1])}
         elif way not in ("", "elastic"):
             raise ValueError(f"{kind}: +{way} is no way to train; use +layer, +sublayer, +elastic or +anchorK")
         with elastic(seed=seed) if way == "elastic" else nullcontext():
             return self._trained(f"{kind}-{size}", self.emulator(base, size), seed, **more)
 
-    def _trained(self, name: str, model: Path, seed: int, **more: Any) -> Path:
+    def _trained(self, name: str, start: Path, seed: int, **more: Any) -> Path:
         given = self.given
+        original = self.model if "anchor_every" in more else None
 
         def make(path: Path) -> dict[str, Any]:
             result = train_lora(
-                model, given.train, path, lora_rank=8, lora_alpha=16, max_steps=given.steps, seed=seed,
+                start, given.train, path, model=original, lora_rank=8, lora_alpha=16, max_steps=given.steps, seed=seed,
                 batch_size=given.batch_size, max_length=given.max_length, learning_rate=given.learning_rate,
                 lora={"modules_to_save": []}, **more,  # a classifier's head stays unchanged, as in exact steps
             )  # fmt: skip
