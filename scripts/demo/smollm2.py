@@ -49,7 +49,9 @@ def _answers(directory: Path, adapters: Mapping[str, Path]) -> str:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     question = read_json(directory / "question.json")
     tokenizer: Any = AutoTokenizer.from_pretrained(directory / "model")
     model: Any = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ from scripts.demo.pages import Function, write_pages
 
 def test_modules_are_in_one_part_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = [Function(f"module{n}", f"work{m}(x)", "Do something with x") for n in range(16) for m in range(3)]
-    functions.append(Function("shutil", "copyfile(src, dst)", "Copy data from src to dst"))
+    functions.append(Function("shutil", "move(src, dst)", "Move a file to another place"))
     monkeypatch.setattr(pages, "functions", lambda: iter(functions))
     write_pages(tmp_path)
     modules = {}
@@ -23,7 +23,7 @@ def test_modules_are_in_one_part_only(tmp_path: Path, monkeypatch: pytest.Monkey
         modules[part] = {row[0]["content"].split()[2].partition(".")[0] for row in rows}
     assert {part: len(names) for part, names in modules.items()} == {"train": 10, "validation": 2, "test": 4}
     assert len(set.union(*modules.values())) == 16
-    assert "shutil.copyfile(src, dst)" in json.loads((tmp_path / "question.json").read_text())[0]["content"]
+    assert "shutil.move(src, dst)" in json.loads((tmp_path / "question.json").read_text())[0]["content"]
 
 
 def test_functions_are_read_from_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
