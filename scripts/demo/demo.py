@@ -1,7 +1,8 @@
-"""Runs the whole method on a real model: prepare, run a manifest, print the results and what the model answers.
+"""Runs the whole method on one model: prepare, run a manifest, print the results as one table.
 
 Run it with `scripts/demo.sh` (or `python -m scripts.demo.demo`). Everything is kept under $ONELAYER_HOME, so a second
-run only reads. Where the package index lacks the model, or with --small, a small model is trained instead.
+run only reads. The model is a small one that is trained first, or with --real SmolLM2-135M-Instruct, which then also
+answers a question. Where the package index lacks that model, the small one is used.
 """
 
 import argparse
@@ -39,12 +40,12 @@ ANSWERING = {
 def main() -> int:
     """Run the demo; the exit code is 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="train a small model and use it in place of a real one")
+    parser.add_argument("--real", action="store_true", help="use SmolLM2-135M-Instruct; takes longer")
     started = time.perf_counter()
 
-    # 1. Take a real language model and a task from the package index and from Python's standard library, or else make a
-    #    small model and two kinds of text that it has not seen.
-    directory, name = _prepared(small=parser.parse_args().small)
+    # 1. Make a small language model, trained on source code, and two kinds of text that it has not seen; or take a real
+    #    model, and a task from the documentation of Python's standard library.
+    directory, name = _prepared(real=parser.parse_args().real)
 
     # 2. Run one manifest, as a user does: compile the emulator, then train, correct and score each task.
     manifest = load_manifest(shutil.copy(MANIFESTS / name, directory / name))
@@ -66,9 +67,9 @@ def main() -> int:
     return 0
 
 
-def _prepared(small: bool) -> tuple[Path, str]:
+def _prepared(real: bool) -> tuple[Path, str]:
     """Return the directory with model and data, and the name of its manifest."""
-    if not small:
+    if real:
         try:
             return smollm2_directory(), "demo-smollm2.yaml"
         except InputError as error:

