@@ -1,4 +1,4 @@
-"""Set-up of every test: no network, nothing written to the user's own store, serial small kernels."""
+"""Set-up of every test: no network, no writes to the user's store, serial small kernels."""
 
 import os
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ transformers.utils.logging.set_verbosity_error()
 
 @pytest.fixture(params=FACTOR_DTYPES, ids=str)
 def factor_dtype(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """The test runs with emulators of every factor dtype."""
+    """Run the test with emulators of every factor dtype."""
     with stored_as(request.param):
         yield request.param
 
 
 @pytest.fixture(autouse=True)
 def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of its own for every test."""
+    """Give every test its own store."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("ONELAYER_HOME", str(home))
     return home

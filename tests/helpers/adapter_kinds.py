@@ -1,4 +1,4 @@
-"""Adapters of every kind on small models of seven architectures; what PEFT's own model makes of each is the oracle."""
+"""Adapters of every kind on small models of seven architectures; PEFT's own model is the oracle."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ from onelayer.compiler.data.tokens import load_tokenizer
 
 @dataclass(frozen=True)
 class Shape:
-    """One architecture: how a model of it is made, and what its modules are called."""
+    """One architecture: how its model is made, and the names of its modules."""
 
     make: Callable[[], Any]
     targets: tuple[str, ...]
@@ -125,7 +125,7 @@ def _model_class(directory: Path) -> Any:
 
 
 def save_adapter(name: str, kind: str, root: Path) -> Path:
-    """Save an adapter of one kind, all of it random, to a folder of `root` if it is not there; returns the folder."""
+    """Save a random adapter of one kind to a folder of `root` unless it exists; return the folder."""
     fields, directory = kinds_of(name).get(kind, kinds_of(name)["plain"]), root / kind.replace(" ", "_")
     if directory.exists():
         return directory

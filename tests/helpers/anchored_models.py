@@ -1,4 +1,4 @@
-"""An original and its emulator with the same adapter, and a dense reference for the emulator while it is anchored."""
+"""An original and its emulator with the same adapter, and a dense reference for the anchored emulator."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -49,7 +49,7 @@ class Pair:
 
     @contextmanager
     def anchors(self, bits: int) -> Iterator[Anchors]:
-        """Anchors of the emulator, not yet renewed."""
+        """Make anchors of the emulator, not yet renewed."""
         facts = Emulator.open(self.root / "emulator").facts
         with Meter(torch.device("cpu")) as meter:
             anchors = Anchors(self.emulator, facts, self.root / "model", bits, meter, nullcontext)

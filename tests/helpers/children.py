@@ -1,4 +1,4 @@
-"""Children in processes of their own, which have imported what they compute with and computed nothing."""
+"""Child processes that have imported what they compute with and computed nothing."""
 
 import multiprocessing
 from multiprocessing.context import ForkServerContext
@@ -8,7 +8,7 @@ _FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("llama",
 
 
 def fork_server() -> ForkServerContext:
-    """The context of all tests that start children: one server serves the first caller's list, so there is one list."""
+    """Return the context of all tests that start children: one server serves the first caller's list of imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PASSES, *_FAMILIES])
+    context.set_forkserver_preload([*_PASSES, *_FAMILIES, "onelayer.runtime.training.trainers"])
     return context

@@ -19,7 +19,7 @@ TEXTS = (
 
 
 def save_classifier(family: str, directory: Path, **changes: Any) -> Any:
-    """Save a model of two layers and three named classes, with its tokenizer; returns it."""
+    """Save a model of two layers and three named classes, with its tokenizer; return the model."""
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
     if family == "llama":
         model = build("LlamaConfig", "LlamaForSequenceClassification", **{**DECODER, **labels, **changes})
@@ -35,13 +35,13 @@ def save_classifier(family: str, directory: Path, **changes: Any) -> Any:
 
 
 def write_labeled(path: Path, rows: Sequence[tuple[str, int | str]] = TEXTS) -> Path:
-    """Rows of `text` and `label` as a .jsonl file."""
+    """Write rows of `text` and `label` as a .jsonl file."""
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
     return path
 
 
 def row_losses(model: Any, directory: Path, rows: Sequence[tuple[str, int | str]] = TEXTS) -> tuple[Any, float]:
-    """The loss of every row by the resident model, one row at a time; and the accuracy."""
+    """Compute the resident model's loss of every row, one row at a time, and its accuracy."""
     tokenizer = tiny_tokenizer()
     losses, hits = [], 0
     for text, label in rows:

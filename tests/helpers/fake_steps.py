@@ -60,12 +60,13 @@ def content_of(folder: Path, name: str) -> str:
 
 
 class FakeSteps:
-    """Stands in for the step functions; `calls` lists what ran, `fail` names training data that cannot be used."""
+    """The replacements of the step functions; `calls` lists what ran, `fail` names unusable training data."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
         self.fail: dict[str, BaseException] = {}
         self.arguments: dict[str, dict[str, Any]] = {}
+        self.data: dict[str, Any] = {}
         for name in (
             "compile_emulator",
             "slice_emulator",
@@ -79,7 +80,7 @@ class FakeSteps:
         monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", self.train_lora)
 
     def taken(self) -> list[str]:
-        """The calls since the last time this was asked."""
+        """Return the calls since the last time."""
         calls, self.calls = self.calls, []
         return calls
 
@@ -104,14 +105,16 @@ class FakeSteps:
         write_model(output, f"{content_of(emulator, 'model.safetensors')} refined {settings['steps']}")
         return Document(report=REPORT)
 
-    def train_lora(self, emulator: Path, data: str, output: Path, **settings: Any) -> Document:
-        self.calls.append(f"train {Path(data).stem}" + (" direct" if Path(emulator).name == "model" else ""))
+    def train_lora(self, emulator: Path, data: Any, output: Path, **settings: Any) -> Document:
+        file = Path(getattr(data, "path", data))
+        self.calls.append(f"train {file.stem}" + (" direct" if Path(emulator).name == "model" else ""))
+        self.data[self.calls[-1]] = data
         self.arguments[self.calls[-1]] = settings
         if error := self.fail.get(self.calls[-1].removeprefix("train ")):
             raise error
         base = content_of(Path(emulator), "model.safetensors")
         write_adapter(
-            output, f"{base} {Path(data).read_text()} {settings['lora_rank']} {settings['args'].get('learning_rate')}"
+            output, f"{base} {file.read_text()} {settings['lora_rank']} {settings['args'].get('learning_rate')}"
         )
         return Document(peak_device_bytes=9)
 
@@ -138,7 +141,7 @@ class FakeSteps:
 
 
 def write_project(folder: Path) -> Path:
-    """A manifest with the files it names; returns its path."""
+    """Write a manifest and the files it names; return its path."""
     write_model(folder / "model", "the original")
     for name in ("mix", "sql", "support", "test"):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n{{"text": "second line"}}\n')

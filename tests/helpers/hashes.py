@@ -1,4 +1,4 @@
-"""An emulator's files by content."""
+"""Hashes of an emulator's files."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from onelayer.compiler.storage.digests import sha256_file
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Every file by content; `emulator.json` without what was measured."""
+    """Hash every file by content; `emulator.json` without measured figures."""
     found = {file.name: sha256_file(file) for file in directory.iterdir() if file.name != "emulator.json"}
     document = json.loads((directory / "emulator.json").read_text())
     del document["report"]

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts with transformers' experts interface, and what their experts read, for tests."""
+"""Tiny mixtures of experts with transformers' experts interface, and the rows that their experts read."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {"samples": 24, "max_length": 32, "device": "cpu"}
 
 
 def save_mixture(name: str, root: Path, change: Callable[[Any], None] = lambda model: None) -> Any:
-    """Save a mixture, after some `change`, with tokenizer and calibration text below `root`; returns the model."""
+    """Save a mixture, after some `change`, with tokenizer and calibration text below `root`; return the model."""
     model = seeded(MIXTURES[name])
     with torch.no_grad():
         change(model)
@@ -49,19 +49,19 @@ def save_mixture(name: str, root: Path, change: Callable[[Any], None] = lambda m
 
 
 def compiled(root: Path, name: str = "emulator", **changes: Any) -> Any:
-    """Compile what `save_mixture` left; returns the result."""
+    """Compile what `save_mixture` saved; return the result."""
     return compile_emulator(root / "model", root / "mix.jsonl", root / name, **{"ratio": 0.5, **SETTINGS, **changes})
 
 
 def modules_of_experts(model: Any) -> dict[str, Any]:
-    """Every module of experts, by name."""
+    """Find every module of experts, by name."""
     return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
 
 
 def what_experts_read(model: Any, root: Path) -> dict[str, list[torch.Tensor]]:
-    """Of every stack, by name, the rows (S, in) that each expert reads when the resident model sees the same samples.
+    """Collect, for every stack by name, the rows (S, in) that each expert of the resident model reads.
 
-    Worked out from the class's own parameters and gate, for all tokens that its router sends there.
+    Computed from the class's own parameters and gate, for all tokens that its router sends to the expert.
     """
     calls: dict[str, list[Any]] = {name: [] for name in modules_of_experts(model)}
     handles = [
@@ -86,7 +86,7 @@ def what_experts_read(model: Any, root: Path) -> dict[str, list[torch.Tensor]]:
 
 
 def inner(module: Any, expert: int, rows: torch.Tensor) -> torch.Tensor:
-    """What the second matrix of an expert reads where its first reads `rows`."""
+    """Compute what the second matrix of an expert reads when its first reads `rows`."""
     with torch.no_grad():
         opened = rows @ weight_of(module, "gate_up_proj", expert).T
         bias = getattr(module, "gate_up_proj_bias", None)
@@ -95,7 +95,7 @@ def inner(module: Any, expert: int, rows: torch.Tensor) -> torch.Tensor:
 
 
 def weight_of(module: Any, leaf: str, expert: int) -> torch.Tensor:
-    """(out, in) of one expert; the hidden width says which way the stack lies."""
+    """Return (out, in) of one expert; the hidden width says how the stack is oriented."""
     weight: torch.Tensor = getattr(module, leaf)[expert].detach()
     hidden = module.config.hidden_size
     lies_as_linear = weight.shape[1 if leaf == "gate_up_proj" else 0] == hidden
@@ -103,13 +103,13 @@ def weight_of(module: Any, leaf: str, expert: int) -> torch.Tensor:
 
 
 def best_error(weight: torch.Tensor, rows: torch.Tensor, rank: int) -> float:
-    """The least relative error that any factors of a rank can have on `rows`, by the outputs' own SVD."""
+    """Compute the least relative error that factors of a rank can have on `rows`, by the outputs' own SVD."""
     values = torch.linalg.svdvals(rows.double() @ weight.double().T)
     return float(values[rank:].norm() / values.norm())
 
 
 def error_of(product: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> float:
-    """The relative error of a stand-in for a weight (out, in) on `rows`."""
+    """Compute the relative error on `rows` of a replacement of a weight (out, in)."""
     wanted = rows.double() @ weight.double().T
     return float((rows.double() @ product.double().T - wanted).norm() / wanted.norm())
 
@@ -120,7 +120,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def stack_products(directory: Path) -> dict[str, torch.Tensor]:
-    """The (E, out, in) of the replacement of each stack."""
+    """Form the replacement (E, out, in) of each stack."""
     emulator = Emulator.open(directory)
     factor_dtype, dtype = emulator.facts.quantized_dtype, torch.float32
     found = {}
@@ -142,7 +142,7 @@ def stack_products(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def with_products(model: Any, directory: Path) -> Any:
-    """A copy of the original with all that an emulator has for weights, run by transformers' own experts functions."""
+    """Copy the original with an emulator's weights, run by transformers' own experts functions."""
     from helpers.reference_emulators import dense_reference
 
     reference = dense_reference(copy.deepcopy(model), directory)

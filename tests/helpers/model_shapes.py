@@ -1,4 +1,4 @@
-"""Shapes of models that are nowhere: typed in, for what the planner makes of them."""
+"""Shapes of models, written by hand for tests of the planner."""
 
 from onelayer.runtime.planning.read_shapes import shapes_of
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -9,7 +9,7 @@ Table = dict[str, tuple[int, ...]]
 def decoder(
     hidden: int, inner: int, layers: int, vocabulary: int, *, narrow: int | None = None, value_bytes: int = 2
 ) -> ModelShapes:
-    """A Llama; `narrow` are the features of its keys and values, by default as many as of its queries."""
+    """Return a Llama's shapes; `narrow` is the width of keys and values, by default that of the queries."""
     table: Table = {"embed.weight": (vocabulary, hidden), "head.weight": (vocabulary, hidden)}
     for number in range(layers):
         parts = dict.fromkeys(("attention.q", "attention.o"), (hidden, hidden))
@@ -22,7 +22,7 @@ def decoder(
 def mixture(
     hidden: int, inner: int, layers: int, vocabulary: int, *, experts: int, per_token: int, value_bytes: int = 2
 ) -> ModelShapes:
-    """Shapes of a model with only attention and `experts` in its layers; a token is sent to `per_token` of them."""
+    """Return the shapes of layers of attention and `experts`; a token is sent to `per_token` of them."""
     table: Table = {"embed.weight": (vocabulary, hidden)}
     for layer in range(layers):
         table |= {f"layers.{layer}.attention.{name}.weight": (hidden, hidden) for name in "qkvo"}

@@ -1,4 +1,4 @@
-"""Seeded mutations of documents and bytes: a right one and a generator in, one with a single fault or a few out."""
+"""Seeded mutations of documents and bytes: a valid one and a generator in, one with a few faults out."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ MARKS = (
 
 
 def mutated_document(document: Any, generator: random.Random) -> Any:
-    """A copy of a JSON-like document with one to three places changed."""
+    """Copy a JSON-like document with one to three places changed."""
     changed = [copy.deepcopy(document)]  # in a list, so that the whole can be replaced too
     for _ in range(generator.choice((1, 1, 1, 2, 3))):
         places = list(_places(changed))
@@ -50,7 +50,7 @@ def _change(owner: Any, key: Any, places: list[tuple[Any, Any]], generator: rand
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place of a document, as its container and its key there."""
+    """List every place of a document, as its container and its key."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield value, key
@@ -58,7 +58,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def mutated_bytes(data: bytes, generator: random.Random) -> bytes:
-    """A copy of some bytes with a byte changed, a piece cut out or doubled, or something put in."""
+    """Copy bytes with one changed, a piece cut out or doubled, or something inserted."""
     start = generator.randrange(len(data))
     stop = min(len(data), start + generator.choice((1, 2, 20, len(data))))
     return data[:start] + generator.choice((
@@ -70,7 +70,7 @@ def mutated_bytes(data: bytes, generator: random.Random) -> bytes:
 
 
 def mutated_json(document: Any, generator: random.Random) -> bytes:
-    """The JSON of a document, with a fault in its values or in its text."""
+    """Write a document as JSON with a fault in its values or in its text."""
     if generator.random() < 0.3:
         return mutated_bytes(json.dumps(document).encode(), generator)
     text = json.dumps(mutated_document(document, generator))  # NaN and Infinity bare, as Python writes them

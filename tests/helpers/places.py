@@ -1,4 +1,4 @@
-"""Where the repository lies."""
+"""The repository's root directory."""
 
 from pathlib import Path
 

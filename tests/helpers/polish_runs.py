@@ -1,4 +1,4 @@
-"""Polishes of a tiny model, the same steps with the whole model in memory, and the files that both leave."""
+"""Polishes of a tiny model, the same steps with the whole model in memory, and the files that both write."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ WORDS = CORPUS[0].split()
 
 
 def prepare(directory: Path, name: str = "llama", target_modules: str | list[str] = "all-linear") -> Path:
-    """A tiny model, training rows, held-out rows and an adapter in `directory`."""
+    """Make a tiny model, training rows, held-out rows and an adapter in `directory`."""
     save_tiny(name, directory / "model")
     write_rows(directory)
     original = load_original(directory / "model")
@@ -28,7 +28,7 @@ def prepare(directory: Path, name: str = "llama", target_modules: str | list[str
 
 
 def write_rows(directory: Path) -> None:
-    """Nine short rows to train on, and a longer one that is held out."""
+    """Write nine short rows for training and a longer one for validation."""
     rows = [
         {"prompt": " ".join(WORDS[i : i + 4]), "completion": " " + " ".join(WORDS[i + 4 : i + 9])} for i in range(9)
     ]
@@ -46,7 +46,7 @@ def polished(setup: Path, **fields: Any) -> PolishResult:
 
 
 def resident_steps(setup: Path, steps: int = 3, learning_rate: float = 1e-2) -> dict[str, torch.Tensor]:
-    """The same steps with PEFT, torch and the whole model in memory; B A of every module."""
+    """Take the same steps with PEFT, torch and the whole model in memory; return B A of every module."""
     model = load_adapter(load_original(setup / "model"), setup / "adapter").train()
     settings = PolishSettings(steps=steps, batch_size=5, learning_rate=learning_rate, max_length=64)
     rows = TrainRows.read(setup / "train.jsonl", load_tokenizer(setup / "model"), 64, 5, 0)
@@ -68,7 +68,7 @@ def resident_steps(setup: Path, steps: int = 3, learning_rate: float = 1e-2) -> 
 
 
 def products(model: Any) -> dict[str, torch.Tensor]:
-    """B A with its scaling, of every adapted module."""
+    """Compute the scaled B A of every adapted module."""
     return {
         name: module.get_delta_weight("default").detach()
         for name, module in model.named_modules()
@@ -77,11 +77,11 @@ def products(model: Any) -> dict[str, torch.Tensor]:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's file."""
+    """Read the tensors of an adapter's file."""
     return load_file(directory / "adapter_model.safetensors")
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two adapters are equal bit for bit."""
+    """Say whether two adapters are equal bit for bit."""
     a, b = weights(first), weights(second)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

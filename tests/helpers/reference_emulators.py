@@ -36,14 +36,14 @@ def stored_as(factor_dtype: FactorDtype | None) -> Iterator[None]:
 
 
 def products(directory: Path) -> dict[str, torch.Tensor]:
-    """What an emulator has for a weight (out, in), in full, by module."""
+    """Form an emulator's weights (out, in) in full, by module."""
     emulator = Emulator.open(directory)
     pairs = {name: emulator.factors(name) for name in emulator.facts.compressed}
     return {name: up if down is None else up @ down for name, (up, down) in pairs.items()}
 
 
 def dense_reference(model: Any, directory: Path) -> Any:
-    """`model`, in place, with what an emulator has for weights."""
+    """Change `model` in place to have an emulator's weights."""
     for name, product in products(directory).items():
         module = model.get_submodule(name)
         module.weight.data = (product.T if isinstance(module, Conv1D) else product).to(module.weight).contiguous()
@@ -51,19 +51,19 @@ def dense_reference(model: Any, directory: Path) -> Any:
 
 
 def rank_for(out_features: int, in_features: int, ratio: float) -> int:
-    """The rank that keeps `ratio` of a linear's parameters; 1.0 means full rank, an exact emulator."""
+    """Compute the rank that keeps `ratio` of a linear's parameters; 1.0 means full rank, an exact emulator."""
     full = min(out_features, in_features)
     return full if ratio >= 1.0 else max(1, int(ratio * in_features * out_features / (in_features + out_features)))
 
 
 def svd_factors(weight_oi: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lr_up` (out, k) and `lr_down` (k, in) of the best rank-k approximation in the plain Frobenius norm."""
+    """Compute `lr_up` (out, k) and `lr_down` (k, in) of the best rank-k approximation in the plain Frobenius norm."""
     up, singular, down = torch.linalg.svd(weight_oi.double(), full_matrices=False)
     return (up[:, :rank] * singular[:rank]).to(weight_oi.dtype), down[:rank].to(weight_oi.dtype)
 
 
 def compressible(model: Any, skip: tuple[str, ...] = ()) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear but the output head and those whose name holds a fragment of `skip`."""
+    """List every linear except the output head and those whose name contains a fragment of `skip`."""
     head = model.get_output_embeddings()
     return {
         name: module
@@ -117,7 +117,7 @@ def write_emulator(
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Two shards and their index, under names that transformers does not look for."""
+    """Write two shards and their index, under names that transformers does not look for."""
     names = sorted(tensors)
     parts = [names[: len(names) // 2], names[len(names) // 2 :]]
     weight_map = {}
@@ -148,7 +148,7 @@ def _write_config(
 
 
 def emulator_and_texts(root: Path, texts: Sequence[str]) -> Path:
-    """`original`, an emulator of it and `text.jsonl`, a row for each of `texts`, in `root`; returns `root`."""
+    """Make `original`, an emulator of it and `text.jsonl`, a row for each of `texts`, in `root`; return `root`."""
     model = save_tiny("llama", root / "original")
     write_emulator(model, root / "original", root / "emulator", ratio=0.5)
     (root / "text.jsonl").write_text("".join(json.dumps({"text": f"{text} " * 3}) + "\n" for text in texts))

@@ -1,4 +1,4 @@
-"""Tiny models with LoRA on every linear, a batch for each, and their gradients: what tests of compression compare."""
+"""Tiny models with LoRA on every linear, a batch for each, and their gradients, for tests of compression."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ def tiny_vit(**changes: Any) -> Any:
 
 
 def batch_for(model: Any, padded: bool = True) -> dict[str, torch.Tensor]:
-    """Two labeled rows of twelve tokens, the second with three of padding; or two images."""
+    """Make two labeled rows of twelve tokens, the second with three of padding; or two images."""
     generator = torch.Generator().manual_seed(3)
     if "pixel_values" in model.main_input_name:
         images = torch.randn(2, 3, 16, 16, generator=generator)
@@ -34,7 +34,7 @@ def batch_for(model: Any, padded: bool = True) -> dict[str, torch.Tensor]:
 
 
 def with_lora(model: Any, **settings: Any) -> Any:
-    """The model in training mode, LoRA on all linears but its head; factors are random, so both get gradients."""
+    """Put random LoRA on all but the head, so both factors get gradients; return the model in training mode."""
     heads = {model.get_output_embeddings(), getattr(model, "classifier", None)}
     linears = [
         name
@@ -49,12 +49,12 @@ def with_lora(model: Any, **settings: Any) -> Any:
 
 
 def adapted(name: str, **settings: Any) -> Any:
-    """One of `TINY`, or a ViT, with LoRA."""
+    """Build one of `TINY`, or a ViT, with LoRA."""
     return with_lora(tiny_vit() if name == "vit" else TINY[name](), **settings)
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> Gradients:
-    """Gradients of the trained parameters; dropout is seeded."""
+    """Compute gradients of the trained parameters; dropout is seeded."""
     model.zero_grad()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def gradients(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> Grad
 
 @contextmanager
 def checkpointing(model: Any) -> Iterator[None]:
-    """Transformers' own checkpointing of every layer, without its hook on the embeddings."""
+    """Switch on transformers' own checkpointing of every layer, without its hook on the embeddings."""
     base = model.get_base_model()
     function = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
@@ -76,7 +76,7 @@ def checkpointing(model: Any) -> Iterator[None]:
 
 
 def distance(left: Gradients, right: Gradients) -> float:
-    """Relative Frobenius distance of two gradients taken as vectors."""
+    """Compute the relative Frobenius distance of two gradients taken as vectors."""
     assert left.keys() == right.keys()
     difference = sum(float((left[name] - right[name]).double().square().sum()) for name in left)
     size = sum(float(tensor.double().square().sum()) for tensor in left.values())
@@ -84,5 +84,5 @@ def distance(left: Gradients, right: Gradients) -> float:
 
 
 def equal(left: Gradients, right: Gradients) -> bool:
-    """Bit for bit."""
+    """Say whether two gradients are equal bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

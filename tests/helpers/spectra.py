@@ -8,7 +8,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def spectral(tokens: int, features: int, power: float) -> torch.Tensor:
-    """A matrix of random directions whose singular values fall as a power of their number."""
+    """Make a matrix of random directions whose singular values fall as a power of their number."""
     noise = generator(1)
     left = torch.linalg.qr(torch.randn(tokens, features, generator=noise)).Q
     right = torch.linalg.qr(torch.randn(features, features, generator=noise)).Q

@@ -1,4 +1,4 @@
-"""Tiny random models and a tiny tokenizer: a name goes in, a seeded transformers model or directory comes out."""
+"""Tiny random models and a tiny tokenizer: a name in, a seeded transformers model or directory out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(directory: str | Path | None = None, generation_tags: bool = True) -> Any:
-    """A BPE tokenizer of at most 128 tokens (letters, digits, some merges); saved where `directory` is given."""
+    """Train a BPE tokenizer of at most 128 tokens (letters, digits, some merges); save it if `directory` is given."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -48,7 +48,7 @@ def tiny_tokenizer(directory: str | Path | None = None, generation_tags: bool = 
 
 
 def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
-    """Build a model from a private seed; norms and biases get noise too, their defaults 1 and 0 would hide mistakes."""
+    """Build a model from a private seed; norms and biases get noise too, since 1 and 0 would hide mistakes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
@@ -74,19 +74,19 @@ DECODER: dict[str, Any] = {
 
 
 def build(config_class: str, model_class: str, **fields: Any) -> Any:
-    """A seeded model of the named transformers classes; results are `Any`, as transformers is only partly typed."""
+    """Build a seeded model of the named transformers classes; results are `Any`: transformers is only partly typed."""
     config = getattr(transformers, config_class)(**fields)
     return seeded(lambda: getattr(transformers, model_class)(config))
 
 
 def causal(family: str, **changes: Any) -> Any:
-    """A tiny decoder of one family, e.g. `causal("Llama", num_hidden_layers=3)`."""
+    """Build a tiny decoder of one family, e.g. `causal("Llama", num_hidden_layers=3)`."""
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     return build(config_class, f"{family}ForCausalLM", **{**DECODER, **changes})
 
 
 def tiny_llama(**changes: Any) -> Any:
-    """The default model of most tests: two Llama layers, untied, float32."""
+    """Build the default model of most tests: two Llama layers, untied, float32."""
     return causal("Llama", **changes)
 
 
@@ -139,7 +139,7 @@ TINY: dict[str, Callable[[], Any]] = {
 
 
 def save_tiny(name: str, directory: str | Path, dtype: torch.dtype = torch.float32, shards: int | None = None) -> Any:
-    """Save one model of `TINY` with its tokenizer, in about `shards` files; returns the model, in `dtype`."""
+    """Save one model of `TINY` with its tokenizer, in about `shards` files; return the model, in `dtype`."""
     model = TINY[name]().to(dtype)
     model.config.dtype = dtype
     total_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

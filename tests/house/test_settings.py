@@ -29,18 +29,21 @@ PASSES: list[tuple[Any, type[Settings], type]] = [
     (onelayer.compiler.evaluate_model, EvaluateSettings, EvaluateKeywords),
     (onelayer.runtime.train_lora, TrainSettings, TrainKeywords),
 ]
-# Changes the source of one settings module during its import, then prints every default that should follow.
+# Changes the source of settings modules during their import, then prints every default that should follow.
 PROBE = """
 import importlib.util, inspect, json, sys
 from importlib.machinery import SourceFileLoader
 
-module, old, new = sys.argv[1:]
-spec = importlib.util.find_spec(module)
-source = SourceFileLoader(module, spec.origin).get_source(module)
-assert source.count(old) == 1, old
-changed = importlib.util.module_from_spec(spec)
-sys.modules[module] = changed
-exec(compile(source.replace(old, new), spec.origin, "exec"), changed.__dict__)
+changes = json.loads(sys.argv[1])
+for module in dict.fromkeys(module for module, _, _ in changes):
+    spec = importlib.util.find_spec(module)
+    source = SourceFileLoader(module, spec.origin).get_source(module)
+    for old, new in (change[1:] for change in changes if change[0] == module):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    changed = importlib.util.module_from_spec(spec)
+    sys.modules[module] = changed
+    exec(compile(source, spec.origin, "exec"), changed.__dict__)
 
 import typer.main
 import onelayer.compiler, onelayer.runtime
@@ -66,65 +69,70 @@ print(json.dumps(found, default=str))
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new", "places"),
-    [
-        (
-            "onelayer.compiler.compile.settings",
-            "samples: Samples = 64",
-            "samples: Samples = 77",
-            "compile_emulator.samples/compile samples/Calibration:samples/planned",
-        ),
-        (
-            "onelayer.compiler.settings",
-            "max_length: MaxLength = 512",
-            "max_length: MaxLength = 77",
-            "compile_emulator.max_length/train_lora.max_length/plan_run.max_length/evaluate_model.max_length/"
-            "compile max_length/polish max_length/plan max_length/Calibration:max_length/Training:max_length",
-        ),
-        (
-            "onelayer.compiler.refine.settings",
-            'description="Training steps for each layer.")] = 100',
-            'description="Training steps for each layer.")] = 77',
-            "refine_emulator.steps/refine steps/Refine:steps/refined tokens",
-        ),
-        (
-            "onelayer.compiler.refine.settings",
-            "samples: Samples = 256",
-            "samples: Samples = 77",
-            "refine_emulator.samples/refine samples/Refine:samples/refined",
-        ),
-        (
-            "onelayer.compiler.polish.settings",
-            'description="Examples per step.")] = 64',
-            'description="Examples per step.")] = 77',
-            "polish_adapter.batch_size/polish batch_size/Polish:batch_size/polished",
-        ),
-        (
-            "onelayer.runtime.training.settings",
-            "batch_size: BatchSize = 8",
-            "batch_size: BatchSize = 77",
-            "train_lora.batch_size/train batch_size/plan_run.batch_size/plan batch_size/trained",
-        ),
-        (
-            "onelayer.runtime.training.settings",
-            "lora_rank: LoraRank = 8",
-            "lora_rank: LoraRank = 77",
-            "train_lora.lora_rank/train lora_rank/plan_run.lora_rank/plan lora_rank/Lora:r/planned rank",
-        ),
-    ],
-)
-def test_a_changed_default_is_seen_everywhere(module: str, old: str, new: str, places: str) -> None:
+# Module, what declares the default, and the places that follow; each gets a value of its own. Others import the first.
+CHANGES = [
+    (
+        "onelayer.compiler.settings",
+        "max_length: MaxLength = 512",
+        "compile_emulator.max_length/train_lora.max_length/plan_run.max_length/evaluate_model.max_length/"
+        "compile max_length/polish max_length/plan max_length/Calibration:max_length/Training:max_length",
+    ),
+    (
+        "onelayer.compiler.compile.settings",
+        "samples: Samples = 64",
+        "compile_emulator.samples/compile samples/Calibration:samples/planned",
+    ),
+    (
+        "onelayer.compiler.refine.settings",
+        'description="Training steps for each layer.")] = 100',
+        "refine_emulator.steps/refine steps/Refine:steps/refined tokens",
+    ),
+    (
+        "onelayer.compiler.refine.settings",
+        "samples: Samples = 256",
+        "refine_emulator.samples/refine samples/Refine:samples/refined",
+    ),
+    (
+        "onelayer.compiler.polish.settings",
+        'description="Examples per step.")] = 64',
+        "polish_adapter.batch_size/polish batch_size/Polish:batch_size/polished",
+    ),
+    (
+        "onelayer.runtime.training.settings",
+        "batch_size: BatchSize = 8",
+        "train_lora.batch_size/train batch_size/plan_run.batch_size/plan batch_size/trained",
+    ),
+    (
+        "onelayer.runtime.training.settings",
+        "lora_rank: LoraRank = 8",
+        "train_lora.lora_rank/train lora_rank/plan_run.lora_rank/plan lora_rank/Lora:r/planned rank",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def changed_defaults() -> dict[str, Any]:
+    """Map every place to its default in a process whose settings modules declare 77, 78, ... for `CHANGES`."""
+    changes = [
+        (module, declared, f"{declared.rpartition(' ')[0]} {value}")
+        for value, (module, declared, _) in enumerate(CHANGES, 77)
+    ]
     paths = os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime")])
     output = subprocess.run(
-        [sys.executable, "-c", PROBE, module, old, new],
+        [sys.executable, "-c", PROBE, json.dumps(changes)],
         check=True,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": paths},
     ).stdout
-    defaults = json.loads(output)
-    assert {place: defaults[place] for place in places.split("/")} == dict.fromkeys(places.split("/"), 77)
+    defaults: dict[str, Any] = json.loads(output)
+    return defaults
+
+
+@pytest.mark.parametrize("number", range(len(CHANGES)), ids=[declared for _, declared, _ in CHANGES])
+def test_a_changed_default_is_seen_everywhere(changed_defaults: dict[str, Any], number: int) -> None:
+    places = CHANGES[number][2].split("/")
+    assert {place: changed_defaults[place] for place in places} == dict.fromkeys(places, 77 + number)
 
 
 @pytest.mark.parametrize(("function", "model", "keywords"), PASSES)

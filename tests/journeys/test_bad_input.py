@@ -13,7 +13,7 @@ from onelayer.runtime.cli.main import main
 
 
 class Project:
-    """A tiny model, its emulator, an adapter and data, all valid."""
+    """Make a tiny model, its emulator, an adapter and data, all valid."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

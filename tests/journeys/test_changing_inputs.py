@@ -1,4 +1,4 @@
-"""Inputs that change while a command works: nothing made from them is published, even where they are restored."""
+"""Inputs that change while a command works: nothing made from them is published, even if they are restored."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints as people find them: what is odd about them is read rightly, or refused before work."""
+"""Checkpoints as users find them: oddities are read correctly, or refused before work."""
 
 import json
 from collections.abc import Callable

@@ -36,7 +36,7 @@ def refined(root: Path, **settings: Any) -> Report:
 
 
 def polished(root: Path, **settings: Any) -> Report:
-    """A fresh adapter."""
+    """Make a fresh adapter."""
     given = {"model": root / "model", "data": root / "data.jsonl", "lora_rank": 8, "steps": 1, **settings}
     return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
 

@@ -103,7 +103,7 @@ def test_tokens_go_to_the_same_low_rank_experts_when_recomputed(
 
 
 def test_gradients_pass_through_low_rank_experts(tmp_path: Path) -> None:
-    """Compares with the same model with dense stacks, run by transformers' own functions."""
+    """Compare with the same model with dense stacks, run by transformers' own functions."""
     for name in ("gpt_oss", "deepseek_v3"):
         root = tmp_path / name
         root.mkdir()

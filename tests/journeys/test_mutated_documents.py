@@ -62,7 +62,7 @@ tasks:
 
 @dataclass(frozen=True)
 class Reader:
-    """A file, what is done with it, and how many mutations of it are tried."""
+    """A file, the reader of it, and how many mutations of it are tried."""
 
     file: Path
     read: Callable[[], object]
@@ -79,7 +79,7 @@ class Reader:
 
 
 def mutated_header(right: bytes, generator: random.Random) -> bytes:
-    """A safetensors file with a fault in its header, in the length of it, or at its end."""
+    """Write a safetensors file with a fault in its header, in the header's length, or at its end."""
     length = int.from_bytes(right[:8], "little")
     header, data = right[8 : 8 + length], right[8 + length :]
     kind = generator.choice(("header", "header", "header", "length", "data"))
@@ -112,7 +112,7 @@ def bounded(seconds: float, headroom_bytes: int) -> Iterator[None]:
 
 
 def fault_of(read: Callable[[], object]) -> str | None:
-    """What is wrong with how a file was refused; None where it was read, or refused as it should be."""
+    """Return what is wrong with the refusal of a file; None if it was read, or refused correctly."""
     try:
         with bounded(CASE_SECONDS, HEADROOM_BYTES):
             read()
@@ -126,7 +126,7 @@ def fault_of(read: Callable[[], object]) -> str | None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in three shards, its emulator, an adapter, data, a manifest and a store with one artifact."""
+    """Make a model in three shards, its emulator, an adapter, data, a manifest and a store with one artifact."""
     root = tmp_path_factory.mktemp("right")
     model = save_tiny("llama", root / "model", shards=3)
     (root / "mix.jsonl").write_text('{"prompt": "the quick", "completion": "brown fox"}\n')
@@ -181,7 +181,7 @@ def resumed_losses(checkpoint: Path) -> list[tuple[int, float]]:
 
 
 def readers(root: Path) -> dict[str, Reader]:
-    """Every reader by name; a reader of several files has a row for each."""
+    """List every reader by name; a reader of several files has a row for each."""
     store = store_with_one_artifact(root)
     record = next(store.root.glob("*/artifact.json"))
     (root / "work").mkdir()

@@ -1,4 +1,4 @@
-"""A pretrained encoder: factors reach the closed-form optimum on real weights and text, far below plain weight SVD."""
+"""A pretrained encoder: factors reach the closed-form optimum on real weights and text, well below plain SVD."""
 
 import json
 from pathlib import Path

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from onelayer.compiler.inspect import inspect_path as inspect_path
     from onelayer.compiler.polish.command import polish_adapter as polish_adapter
     from onelayer.compiler.refine.command import refine_emulator as refine_emulator
+    from onelayer.compiler.sources.data_set import data_set as data_set
 
 _HOME_OF = {
     "InputError": "errors",
     "compile_emulator": "compile.command",
     "correct_adapter": "correct.command",
+    "data_set": "sources.data_set",
     "evaluate_model": "evaluate.command",
     "inspect_path": "inspect",
     "merge_adapter": "adapters.merge",

@@ -21,14 +21,14 @@ ONE_SIDE_OF_A_TIE = {
 
 
 def every(step: int, start: int) -> list[tuple[str, str]]:
-    """Some of the cases, each kind with other architectures: what all passes share, the evaluation tests on all."""
+    """Choose some of the cases, each kind with other architectures: evaluation tests on all what the passes share."""
     numbered = [(name, kind, i + j) for i, name in enumerate(SHAPES) for j, kind in enumerate(kinds_of(name))]
     return [(name, kind) for name, kind, number in numbered if number % step == start]
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for each architecture with its model, an emulator of it and rows."""
+    """Make a folder for each architecture, with its model, an emulator of it and rows."""
     found = {}
     for name in SHAPES:
         found[name] = tmp_path_factory.mktemp(name)

@@ -1,4 +1,4 @@
-"""A merge that is stopped, killed, disturbed by another or broken by the disk: what stays behind and how it goes on."""
+"""A merge that is stopped, killed, disturbed by another or broken by the disk: what remains, and how it resumes."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ class StoppedError(Exception):
 
 
 def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make the next merges stop when that many shards are begun; returns the list that finished ones' names go to."""
+    """Make later merges stop once that many shards are begun; return a list that collects finished ones' names."""
     written: list[str] = []
     begun = itertools.count()
 
@@ -142,7 +142,7 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     random_adapter(load_original(tmp_path / "original"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
     with FileLock(tmp_path / ".out.merge.lock"), pytest.raises(InputError, match="another process is merging it"):
         merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
-    assert MERGE_WORK.record.startswith("."), "the record is no part of a model, even where it stays behind"
+    assert MERGE_WORK.record.startswith("."), "the record is not part of a model, even if it remains"
     merge_adapter(tmp_path / "adapter", model=tmp_path / "original", output=tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Codes: each is the nearest at its turn, feedback helps, and what is packed is what is read."""
+"""Codes: each is the nearest at its turn, feedback helps, and unpacking returns what was packed."""
 
 import pytest
 import torch

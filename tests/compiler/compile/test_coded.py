@@ -1,4 +1,4 @@
-"""Coded emulators: what is stored is what the figures say, loads by stock means, and costs the bytes asked for."""
+"""Coded emulators: the stored bytes match the figures and the requested size, and stock transformers loads them."""
 
 import json
 from pathlib import Path
@@ -11,15 +11,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.tiny_models import VOCAB, save_tiny, seeded, tiny_tokenizer
 from onelayer.compiler.codes.encode import decode, unpacked
+from onelayer.compiler.codes.forms import coded_bytes, coded_ranks, direction_bytes
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.command import compile_emulator
+from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.quantize import dequantize_matrix
+from onelayer.compiler.factors.stored_forms import linear_bytes
 from onelayer.compiler.refine.command import refine_emulator
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
@@ -27,7 +29,7 @@ KEEP_BYTES = 0.25
 
 
 def build() -> Any:
-    """A Llama whose linears are wide enough for a codebook to pay."""
+    """Save a Llama whose linears are wide enough for a codebook to pay."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=128,
@@ -63,7 +65,7 @@ def coded(source: Path, output: Path, **settings: Any) -> Path:
 
 
 def moments(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Dense second moments of inputs, and of the loss's gradients at outputs, from autograd on the resident model."""
+    """Compute dense second moments of inputs and of output gradients, by autograd on the resident model."""
     model = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32).eval()
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
@@ -180,6 +182,7 @@ def test_a_model_without_a_loss_is_weighted_by_inputs(tmp_path: Path, capfd: pyt
         ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.078 or more"),
         ({"keep_bytes": 0.3}, "every weight fits whole in nf4"),
         ({"form": "factors", "backward": True}, "--backward: only codes"),
+        ({"form": "auto", "keep_bytes": 0.3, "backward": True}, "--backward: only codes"),
     ],
 )
 def test_settings_that_do_not_go_together(source: Path, tmp_path: Path, settings: Any, message: str) -> None:
@@ -193,17 +196,52 @@ def test_a_coded_emulator_cannot_be_sliced(emulator: Path, tmp_path: Path) -> No
         slice_emulator(emulator, 0.1, tmp_path / "slice")
 
 
-def test_narrow_linears_are_quantized_whole(tmp_path: Path, source: Path) -> None:
+def test_linears_that_are_too_small_for_codes(tmp_path: Path, source: Path) -> None:
     save_tiny("llama", tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
     (tmp_path / "mix.jsonl").write_bytes((source / "mix.jsonl").read_bytes())
-    coded(tmp_path, tmp_path / "emulator")
-    opened = Emulator.open(tmp_path / "emulator")
-    assert not opened.facts.codes
-    assert opened.facts.quantized_dense
-    name = opened.facts.quantized_dense[0]
-    stored = opened.checkpoint.read(name + ".lr_dense")
-    shape = opened.facts.shapes[name]
-    assert torch.equal(opened.factors(name)[0], dequantize_matrix(stored, shape[1], "nf4", torch.float32))
+    with pytest.raises(InputError, match=r"too small for codes within --keep-bytes 0\.25; give --form factors"):
+        coded(tmp_path, tmp_path / "emulator")
+    coded(tmp_path, tmp_path / "emulator", form="auto")
+    assert not Emulator.open(tmp_path / "emulator").facts.codes
+
+
+def test_a_share_of_bytes_alone_chooses_codes(source: Path, emulator: Path, tmp_path: Path) -> None:
+    coded(source, tmp_path / "emulator", form="auto")
+    assert Emulator.open(tmp_path / "emulator").digest == Emulator.open(emulator).digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({}, "coded"),
+        ({"keep_bytes": 0.265}, "coded"),
+        ({"keep_bytes": 0.266}, "factors"),
+        ({"keep_bytes": 0.0782}, "coded"),
+        ({"keep_bytes": 0.078}, "factors"),
+        ({"ratio": 0.2}, "factors"),
+        ({"factor_dtype": "nf4"}, "factors"),
+        ({"rank_allocation": "uniform"}, "factors"),
+        ({"form": "factors"}, "factors"),
+    ],
+)
+def test_the_form_by_what_is_given(settings: Any, form: str) -> None:
+    resolved = CompileSettings.of(settings).resolved(2, is_bfloat16=True)
+    assert resolved.form == form
+    assert (resolved.code_width is not None) == (form == "coded")
+    assert {"form", "backward"} <= resolved.recorded().keys() or form == "factors"
+
+
+def test_ranks_of_residuals_spend_the_budget() -> None:
+    shapes = {"wide": (1536, 576), "small": (192, 576), "narrow": (8, 64)}
+    ranks = coded_ranks(shapes, 0.145, 4)
+    assert ranks is not None
+    assert ranks["narrow"] is None
+    stored = sum(coded_bytes(*shapes[name], 4, ranks[name] or 0) for name in ("wide", "small"))
+    stored += linear_bytes(8, 64, None, "nf4", 2)
+    budget = 2 * 0.145 * sum(rows * columns for rows, columns in shapes.values())
+    assert budget - direction_bytes(1536, 576) - direction_bytes(192, 576) < stored <= budget
+    assert coded_ranks({"small": (192, 576)}, 0.13, 4) is None, "codes and codebook leave no rank"
 
 
 def test_a_stopped_compile_goes_on_to_the_same_bytes(

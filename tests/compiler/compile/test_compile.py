@@ -1,4 +1,4 @@
-"""The compile pass: an emulator on disk that is what it says, for every architecture, or nothing at all."""
+"""The compile pass: an emulator on disk that matches its record, for every architecture, or nothing at all."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> Path:
 def linear_outputs(
     model: Any, names: list[str], batches: list[dict[str, torch.Tensor]]
 ) -> dict[str, list[torch.Tensor]]:
-    """Inputs and outputs (before the bias) of named linears, as the resident model computes them."""
+    """Collect inputs and outputs (before the bias) of named linears, as the resident model computes them."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     handles = []
     for name in names:

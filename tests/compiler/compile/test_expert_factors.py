@@ -1,4 +1,4 @@
-"""Experts as low-rank factors: what compile writes of them, against the closed form and the resident model."""
+"""Experts as low-rank factors: what compile writes, compared with the closed form and the resident model."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ from onelayer.runtime import load_emulator, train_lora
 
 @pytest.fixture(scope="module", params=MIXTURES)
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A mixture, resident, and where it lies beside its emulator of half the weights."""
+    """Make a mixture and its emulator of half the weights; return the resident model and the folder of both."""
     root = tmp_path_factory.mktemp(request.param)
     model = save_mixture(request.param, root)
     compiled(root)
@@ -195,7 +195,7 @@ def test_lora_on_experts_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def starved(model: Any) -> None:
-    """The router of the second layer never chooses expert 3, and expert 2 only where nothing else is left."""
+    """Make the second layer's router never choose expert 3, and choose expert 2 only if nothing else is left."""
     model.model.layers[1].mlp.router.bias[3] = -1e4
 
 

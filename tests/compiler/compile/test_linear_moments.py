@@ -1,4 +1,4 @@
-"""The hooks that gather moments: what is shared, what stops being shared, and what is no linear at all."""
+"""The hooks that gather moments: which moments are shared, which stop being shared, and what is not a linear."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """q, k, v of one input, k first and narrower than it reads; o of another; one linear nobody calls."""
+    """q, k and v read one input, k first and narrower than its input; o reads another; one linear is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ Call = tuple[torch.Tensor, *tuple[torch.Tensor | None, ...]]
 
 
 class Fickle(nn.Module):
-    """Two linears that read one tensor, or two, as each call says; `b` is narrower than its input, or is not."""
+    """Two linears that read one tensor, or two, as each call says; `b` is narrower than its input on request."""
 
     def __init__(self, out_features: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_sharing_through_a_change_in_place_stops_with_a_name() -> None:
 
 
 class Spelled(nn.Linear):
-    """Falcon's: the same product in other words."""
+    """Falcon's linear: the same product, written differently."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.T + self.bias
@@ -179,7 +179,7 @@ class Clipped(nn.Linear):
 
 
 class Paired(nn.Linear):
-    """A router's: scores and what they were made from."""
+    """A router's linear: it returns the scores and their input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = super().forward(x)

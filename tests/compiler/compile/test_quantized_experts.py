@@ -1,4 +1,4 @@
-"""Experts whose factors are quantized, whose ranks go by spectrum, or whose files are damaged."""
+"""Experts with quantized factors, with ranks chosen by spectrum, and with damaged files."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""A compile that is killed, interrupted or starved is taken up where it stopped and ends in the same bytes."""
+"""A compile that is killed, interrupted or out of disk space resumes where it stopped and ends in the same bytes."""
 
 import errno
 import json
@@ -131,7 +131,7 @@ def test_a_signal_stops_at_the_next_boundary(
 
 
 def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Leave the work of three units behind."""
+    """Stop a compile after three units."""
     from onelayer.compiler.compile import job
 
     count = 0

@@ -1,4 +1,4 @@
-"""The correction pass over tiny models: the dense formulas and PEFT are the oracle."""
+"""The correction pass over tiny models, compared with dense formulas and PEFT."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Setting:
-    """A tiny original, an emulator of it, and an adapter made for the emulator's module names."""
+    """Make a tiny original, an emulator of it, and an adapter for the emulator's module names."""
 
     def __init__(self, root: Path, family: str, ratio: float, skip: tuple[str, ...] = (), **lora: Any) -> None:
         self.root = root

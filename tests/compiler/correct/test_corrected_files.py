@@ -1,4 +1,4 @@
-"""What leaves the correction, as others read it: stock PEFT in a process of its own, vLLM's rules and llama.cpp's."""
+"""The written correction as others read it: stock PEFT in its own process, vLLM's rules and llama.cpp's."""
 
 import json
 import math
@@ -56,14 +56,14 @@ def corrected(root: Path, dtype: torch.dtype = torch.float32, limit: float | Non
 
 
 def unrounded(directory: Path) -> dict[str, torch.Tensor]:
-    """What an emulator has for a weight, the product of its factors formed in float64."""
+    """Return the weight that an emulator stands for: the product of its factors in float64."""
     emulator = Emulator.open(directory)
     pairs = {name: emulator.factors(name) for name in emulator.facts.compressed}
     return {name: up.double() if down is None else up.double() @ down.double() for name, (up, down) in pairs.items()}
 
 
 def dense_logits(root: Path, limit: float | None, computed_in: torch.dtype = torch.float32) -> torch.Tensor:
-    """The original with W + (B' - D) P^T for weights, everything formed in full, in float64 up to the weight."""
+    """Build the original with weights W + (B' - D) P^T, all products formed in full, in float64 up to the weight."""
     model = load_original(root / "original")
     emulator = unrounded(root / "emulator")
     trained = Adapter.open(root / "adapter")
@@ -122,7 +122,7 @@ def test_stock_peft_computes_the_dense_reference(
 
 
 def read_as_vllm_does(directory: Path) -> dict[str, torch.Tensor]:
-    """One alpha / r from the configuration for all; patterns unread; DoRA, biases and whole modules rejected."""
+    """Apply vLLM's rules: one alpha / r for all, patterns unread; DoRA, biases and whole modules rejected."""
     config = json.loads((directory / "adapter_config.json").read_text())
     assert not (config["use_dora"])
     assert not (config["modules_to_save"])
@@ -136,7 +136,7 @@ def read_as_vllm_does(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def read_as_llama_cpp_does(directory: Path) -> dict[str, torch.Tensor]:
-    """The configuration's alpha over the rank of the tensor at hand; nothing but A and B is known."""
+    """Scale by the configuration's alpha over the rank of the tensor; nothing but A and B is known."""
     alpha = json.loads((directory / "adapter_config.json").read_text())["lora_alpha"]
     tensors = load_file(directory / "adapter_model.safetensors")
     return {name: alpha / a.shape[0] * tensors[f"{key}.lora_B.weight"] @ a for name, key, a in _pairs(tensors)}

@@ -1,4 +1,4 @@
-"""The correction of one linear: every formula against its dense form."""
+"""The correction of one linear: every formula compared with its dense form."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Corrected adapters by the key rules of the servers that load them: vLLM, and llama.cpp's converter (Ollama's, too).
+"""Corrected adapters under the key rules of the servers that load them: vLLM and llama.cpp's converter, also Ollama's.
 
-The rules are written down here as those programs document them, since neither is installed.
+The rules are written here as those programs document them, since neither is installed.
 """
 
 import re
@@ -32,8 +32,10 @@ def corrected(name: str, root: Path, **config: Any) -> Path:
 
 
 def loads_in_vllm(directory: Path, model: nn.Module) -> bool:
-    """Of the config r, alpha and target modules count; biases, saved modules and DoRA are refused. A key names A or B
-    of a module, and the last part of its name, as of each target, is that of a linear or of an embedding."""
+    """Apply vLLM's rules: it reads r, alpha and the target modules, and refuses biases, saved modules and DoRA.
+
+    A key names A or B of a module. The last part of its name, like that of each target, names a linear or an embedding.
+    """
     config = read_json(directory / "adapter_config.json")
     known = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     refused = config["modules_to_save"] or config["use_dora"] or config["bias"] != "none"
@@ -47,8 +49,10 @@ def loads_in_vllm(directory: Path, model: nn.Module) -> bool:
 
 
 def converts_to_gguf(directory: Path, model: Path) -> bool:
-    """Every key is an A or B, without which it is the name of a stored weight; A and B come in pairs. Nothing but
-    alpha is read from the config, and each module is scaled by alpha over its own rank."""
+    """Apply llama.cpp's rules: every key is the name of a stored weight with A or B, and both are present.
+
+    Only alpha is read from the config. Each module is scaled by alpha over its own rank.
+    """
     config, tensors = read_json(directory / "adapter_config.json"), load_file(directory / "adapter_model.safetensors")
     pairs: dict[str, dict[str, int]] = {}
     for key, tensor in tensors.items():

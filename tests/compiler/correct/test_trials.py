@@ -1,4 +1,4 @@
-"""The limit chosen on held-out data: each loss is that of the adapter which the candidate would write."""
+"""The limit chosen on held-out data: each loss is the loss of the adapter that the candidate would write."""
 
 import json
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
 
 
 class Checkpointless:
-    """The tensors of a written adapter."""
+    """Read the tensors of a written adapter."""
 
     def __init__(self, directory: Path) -> None:
         from safetensors.torch import load_file
@@ -122,7 +122,7 @@ def test_it_reads_what_one_evaluation_reads_and_the_emulators_factors(dtype: tor
 def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wide enough for tensors that are worth filing: what every variant parks fits the prediction, or the budget."""
+    """What every variant parks fits the prediction, or the budget; tensors are wide enough to be worth filing."""
     setting = Setting(tmp_path, "llama", **LORA["llama"])
     setting.data.write_text("".join(json.dumps({"text": f"{text} " * 20}) + "\n" for text in TEXTS * 2))
     made: list[SpillPool] = []
@@ -173,7 +173,7 @@ def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, m
 
 
 def test_a_scale_holds_for_every_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that the emulator kept whole too: with no correction, the written adapter is the trained one, scaled."""
+    """Without correction, the written adapter is the trained one, scaled, also for linears kept whole."""
     setting = Setting(tmp_path, "qwen3_moe", r=3, lora_alpha=6, target_modules=["q_proj", "lm_head", "embed_tokens"])
     monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", (("span", 0.0, 1.2),))
     result = setting.correct("auto", limit="auto", data=setting.data)

@@ -1,4 +1,4 @@
-"""Reading data: every form and container is accepted, every fault is named by file, line and field."""
+"""Reading data: every form and container is accepted, and every fault names its file, line and field."""
 
 import json
 import sys
@@ -117,10 +117,22 @@ ROW_FAULTS: list[tuple[Any, tuple[str, ...]]] = [
     ({"messages": [{"content": "x"}]}, ("'messages[0].role'", "null")),
     ({"messages": [USER, {"role": "assistant"}]}, ("'messages[1].content'", "null")),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, ("'messages[1].content' is empty",)),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, ("'messages[0].content'", "a list")),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        ("'messages[0].content'", "'image'", "text only"),
+    ),
+    ({"messages": [{"role": "user", "content": ["a", "b"]}]}, ("'messages[0].content'", "a list", "join its parts")),
     ({"messages": [USER]}, ("no assistant turn",)),
-    ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, ("'messages[1].tool_calls' is not supported",)),
-    ({"messages": [USER, ASSISTANT], "tools": [{}]}, ("'tools' is not supported",)),
+    ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, ("no assistant turn",)),
+    ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, ("'messages[1].weight' is 0.5", "0 or 1")),
+    ({"messages": [{**USER, "role": "human"}, ASSISTANT]}, ("'messages[0].role' is 'human'", "'user'")),
+    ({"messages": [USER, {**ASSISTANT, "role": "Assistent"}]}, ("'messages[1].role' is 'Assistent'", "'assistant'")),
+    ({"prompt": [USER], "completion": [{**ASSISTANT, "weight": 0}]}, ("'completion'", "weight 0")),
+    ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, ("'messages[1].tool_calls[0]'", "'name'")),
+    ({"messages": [USER, {**ASSISTANT, "function_call": {}, "tools": [1]}]}, ("'messages[1].tools' is not supported",)),
+    ({"messages": [USER, ASSISTANT], "tools": [1]}, ("'tools' must be a list of JSON schemas",)),
+    ({"text": "x", "tools": [{}]}, ("'tools' needs 'messages'",)),
+    ({"text": "x", "images": ["a.png"]}, ("'images' is not supported", "text only")),
 ]
 
 
@@ -137,7 +149,9 @@ def test_file_faults(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     fault(tmp_path / "empty", "no examples", ".jsonl")
     (tmp_path / "d.json").write_text("[]")
-    fault(tmp_path / "d.json", "d.json", ".jsonl")
+    fault(tmp_path / "d.json", "d.json", "no examples")
+    (tmp_path / "d.yaml").write_text("[]")
+    fault(tmp_path / "d.yaml", "d.yaml", ".jsonl")
     (tmp_path / "l.txt").write_bytes(b"fine\n\nna\xefve\n")
     fault(tmp_path / "l.txt", "l.txt:3", "UTF-8")
     (tmp_path / "u.jsonl").write_text('{"text": "x"}', encoding="utf-16")

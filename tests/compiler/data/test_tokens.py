@@ -1,4 +1,4 @@
-"""Tokens and labels: what is labeled is checked by decoding it, the ids by the tokenizer's own call."""
+"""Tokens and labels: labels are checked by decoding them, ids by the tokenizer's own call."""
 
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_a_conversation_as_prompt_and_completion_labels_the_completion() -> None
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_tokenizer_without_offsets(pieces: int) -> None:
-    """Slow tokenizers: ByT5's bytes need no vocabulary file, and the same marks must come out."""
+    """Slow tokenizers give the same marks; ByT5's bytes need no vocabulary file."""
     from transformers import ByT5Tokenizer
 
     tokenizer: Any = ByT5Tokenizer()
@@ -119,7 +119,6 @@ def test_a_tokenizer_without_offsets(pieces: int) -> None:
 
 def test_chat_faults() -> None:
     tokenizer = tiny_tokenizer(generation_tags=False)
-    good = tokenizer.chat_template
     example = Example("d.jsonl:4", messages=MESSAGES)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match=r"d\.jsonl:4: messages need a chat template"):
@@ -127,12 +126,6 @@ def test_chat_faults() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match=r"d\.jsonl:4: .*roles must alternate"):
         tokenize(example, tokenizer, 512)
-    tokenizer.chat_template = good.replace("eos_token", "(eos_token if loop.last else '')")
-    with pytest.raises(InputError, match=r"d\.jsonl:4: .*writes message 1 in another way"):
-        tokenize(example, tokenizer, 512)
-    tokenizer.chat_template = good.replace("'assistant: ' }}{% endif %}", "'assistant: <think>' }}{% endif %}")
-    with pytest.raises(InputError, match="in another way"):
-        tokenize(Example("d.jsonl:4", prompt=[USER], completion=[ASSISTANT]), tokenizer, 512)
 
 
 def test_load_tokenizer(tmp_path: Path) -> None:
@@ -142,7 +135,7 @@ def test_load_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match=r"bare: no tokenizer .*tokenizer\.json"):
+    with pytest.raises(InputError, match=r"bare: holds no tokenizer; copy .*tokenizer\.json"):
         load_tokenizer(tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(InputError, match="no vocabulary"):

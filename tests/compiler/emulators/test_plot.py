@@ -1,4 +1,4 @@
-"""The picture of an emulator: drawn from its own figures, in the format that the file's name asks for."""
+"""The plot of an emulator: drawn from its own figures, in the format that the file's name asks for."""
 
 import json
 from pathlib import Path

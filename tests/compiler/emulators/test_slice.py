@@ -34,7 +34,7 @@ def compiled(root: Path, name: str, ratio: float) -> Path:
 
 @pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An original, its text, and the emulator that keeps 0.6 of it, in every factor dtype, which the name tells."""
+    """Make an original, its text, and emulators that keep 0.6 of it, one for every factor dtype, named by it."""
     directory = tmp_path_factory.mktemp(f"slice-{request.param}-")
     save_tiny("qwen2", directory / "original", shards=2)
     (directory / "text.txt").write_text("\n".join(TEXT[i:] + TEXT[:i] for i in range(40)))

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood, and an emulator against its original; whole logits are the oracle."""
+"""Multiple choice by log-likelihood, and an emulator compared with its original; full logits are the oracle."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def likelihoods(model: Any, directory: Path, data: Path) -> list[list[float]]:
-    """For each example the log-likelihood of each of its choices, one resident forward each."""
+    """Compute the log-likelihood of each choice of each example, one resident forward each."""
     tokenizer = load_tokenizer(directory)
     found = []
     for example in read_examples(data):

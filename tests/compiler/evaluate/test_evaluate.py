@@ -1,4 +1,4 @@
-"""Streamed scores against the resident model with PEFT's own adapters, for every form of data."""
+"""Streamed scores compared with the resident model with PEFT's own adapters, for every form of data."""
 
 import json
 import math
@@ -41,8 +41,17 @@ def data(tmp_path: Path) -> dict[str, Path]:
     return {form: tmp_path / f"{form}.jsonl" for form in ROWS}
 
 
+def test_a_score_that_is_not_finite_is_a_failure(tmp_path: Path, data: dict[str, Path]) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FloatingPointError, match=r"the loss is nan: outputs overflow"):
+        evaluate_model(tmp_path / "model", data["text"])
+
+
 def resident_score(model: Any, directory: Path, data: Path, max_length: int = 512) -> tuple[float, float, int]:
-    """Loss, accuracy and count by the definition, from whole logits of the resident model."""
+    """Compute loss, accuracy and count by their definitions, from full logits of the resident model."""
     losses, correct, count = 0.0, 0, 0
     for batch in make_batches(read_tokens(data, load_tokenizer(directory), max_length), model.config, 1):
         with torch.no_grad():

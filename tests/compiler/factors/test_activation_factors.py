@@ -1,4 +1,4 @@
-"""The decomposition on matrices with a known optimum: outliers, padding, short floats, what is not finite."""
+"""The decomposition of matrices with a known optimum: outliers, padding, short floats, values that are not finite."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Moments and factors against their closed forms and against the published route, in dense arithmetic."""
+"""Moments and factors compared with their closed forms and the published method, in dense arithmetic."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def correlated(rows: int, features: int, seed: int = 1) -> torch.Tensor:
 
 
 def moments_of(W: torch.Tensor, X: torch.Tensor) -> Moments:
-    """What the hooks would gather for y = W x."""
+    """Gather what the hooks would gather for y = W x."""
     out_features, in_features = W.shape
     if out_features >= in_features:
         gram = Gram(in_features, CPU)
@@ -36,7 +36,7 @@ def moments_of(W: torch.Tensor, X: torch.Tensor) -> Moments:
 
 
 def published(W: torch.Tensor, X: torch.Tensor, rank: int) -> torch.Tensor:
-    """SVD-LLM and EMLoC as published: whiten with S, SVD of W S, cut, un-whiten with the inverse of S."""
+    """Factorize as SVD-LLM and EMLoC publish it: whiten with S, SVD of W S, cut, un-whiten with the inverse of S."""
     values, vectors = torch.linalg.eigh(X.T @ X)
     S = vectors * values.clamp_min(1e-12).sqrt()
     U, s, Vt = torch.linalg.svd(W @ S, full_matrices=False)
@@ -218,7 +218,7 @@ def dense_optimum(W: torch.Tensor, X: torch.Tensor, rank: int) -> float:
 
 @pytest.fixture
 def full_solves(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes for which all directions were solved for."""
+    """Record the shapes whose directions were all solved for."""
     seen: list[torch.Size] = []
     solve = all_directions
 

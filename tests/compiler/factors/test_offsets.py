@@ -1,4 +1,4 @@
-"""Offsets as they are stored: what coding loses, and what it must not."""
+"""Stored offsets: what coding loses, and what it must not lose."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def noise() -> torch.Tensor:
 
 
 def loss(offset: torch.Tensor, bits: int) -> float:
-    """The share of the square that is lost."""
+    """Compute the share of the square that is lost."""
     rebuilt = code_offset(offset.clone(), bits).rebuild()
     return float((rebuilt - offset).square().sum() / offset.square().sum())
 

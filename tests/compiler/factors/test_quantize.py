@@ -1,4 +1,4 @@
-"""Packed factors: the bytes themselves, the errors that compile reports of them, and what a budget buys."""
+"""Packed factors: their bytes, the errors that compile reports, and what a budget buys."""
 
 import pytest
 import torch

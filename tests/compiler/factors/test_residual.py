@@ -1,4 +1,4 @@
-"""What factors leave, in a few bits: the errors that theory gives, any width, zeros, outliers, precisions, sizes."""
+"""Residuals of factors in a few bits: errors as in theory, any width, zeros, outliers, precisions, sizes."""
 
 import pytest
 import torch

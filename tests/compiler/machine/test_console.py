@@ -1,4 +1,4 @@
-"""What a person sees while a pass runs: one bar, with the unit, its error and the peak."""
+"""What a user sees while a pass runs: one bar, with the unit, its error and the peak."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from onelayer.compiler.machine.console import Progress
 
 
 class Bar:
-    """Takes tqdm's place and keeps what it is told."""
+    """A replacement of tqdm that keeps the lines it gets."""
 
     told: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""Reading ahead: order, bound, errors where the result would be, and nothing left running."""
+"""Reading ahead: order, bound, errors in place of results, and no thread left running."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Stand-ins inside a model's own code: what they serve equals the real tensor, what they cannot serve is refused."""
+"""Stand-ins inside a model's own code: supported operations equal the real tensor's, others are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from onelayer.compiler.models.lazy_tensors import AbsentWeight, DeferredLogits, DiskMatrix
+from onelayer.compiler.models.deferred_logits import DeferredLogits
+from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
 
@@ -26,7 +27,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskMatrix:
 
 
 def logits_of(head: DiskMatrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same logits twice: put off, and formed."""
+    """Compute the same logits twice: deferred, and formed."""
     hidden = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))
     return torch.nn.functional.linear(hidden, head), hidden @ head.read(0, TOKENS).T
 

@@ -1,4 +1,4 @@
-"""Says which piece of transformers' semi-private surface broke, when it moves."""
+"""Tests that name the piece of transformers' semi-private surface that broke."""
 
 import inspect
 import json

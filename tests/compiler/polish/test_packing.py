@@ -1,4 +1,4 @@
-"""Packed rows: which go together, the same gradients as alone, and models that do not keep them apart."""
+"""Packed rows: which are packed together, gradients equal to separate rows, and models that mix packed rows."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_every_row_is_in_one_pack_and_no_pack_is_too_long(lengths: list[int]) ->
     assert sorted(row.input_ids for pack in packs for row in pack) == sorted(row.input_ids for row in rows_of(lengths))
     sizes = [sum(len(row.input_ids) for row in pack) for pack in packs]
     assert all(1 <= size <= 10 for size in sizes)
-    # Nothing is left beside anything that it would have gone with.
+    # No row is left out of a pack that it would fit.
     assert all(a + b > 10 for i, a in enumerate(sizes) for b in sizes[:i])
 
 
@@ -49,7 +49,7 @@ def test_a_pack_begins_its_positions_anew_and_predicts_no_first_token() -> None:
 
 
 def polish_both(directory: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """The gradients of the first step, alone and packed."""
+    """Compute the gradients of the first step, separate and packed."""
     found: list[dict[str, torch.Tensor]] = []
 
     def watching(parameters: Any, norm: float) -> torch.Tensor:

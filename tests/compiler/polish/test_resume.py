@@ -1,4 +1,4 @@
-"""A polish that is stopped, killed, or loses its loss: what goes on, what is kept, what is refused."""
+"""A polish that is stopped or killed, or whose loss is not finite: what resumes, what is kept, what is refused."""
 
 import json
 import os

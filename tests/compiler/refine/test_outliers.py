@@ -1,4 +1,4 @@
-"""Refinement on data of which the original makes numbers that are not finite: as if those rows were not there."""
+"""Refinement on rows that give numbers that are not finite: it works as if those rows were absent."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {"samples": SAMPLES, "max_length": 20, "steps": 10, "
 
 
 def begun(root: Path) -> None:
-    """An original for which a digit is infinite, an emulator of it, and two data sets that it reads."""
+    """Make an original that maps a digit to infinity, an emulator of it, and two data sets."""
     model = causal("Qwen2")
     digit = tiny_tokenizer(root / "original").convert_tokens_to_ids(BAD.strip())
     with torch.no_grad():
@@ -61,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_sample_that_is_not_finite_is_as_if_it_were_not_there(root: Path, batch_size: int) -> None:
-    """Alone in its call it leaves every bit as without it; in a call with others, all but the order of sums."""
+    """A row that is alone in its call changes no bit; in a call with others, only the order of sums changes."""
     clean, found = (refined(root, data, batch_size) for data in ("clean", "bad"))
     for one, other in zip(clean.units, found.units, strict=True):
         assert one.dropped_rows == 0
@@ -88,12 +88,12 @@ def test_more_than_a_tenth_of_the_rows_is_no_outlier(root: Path, data: str) -> N
 def test_of_a_sample_only_the_rows_that_are_not_finite_are_left_out(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The errors told are those of all other rows of the emulators in memory."""
+    """The reported errors are those of all other rows of the emulators in memory."""
     real = Call.of
 
     def spoilt(samples: int, kept: UnitInputs, outputs: Any) -> Call:
-        """As if the original had overflown at the first position."""
-        spoilt_outputs = outputs[0].clone()  # beside what went into containers, nothing here
+        """Return outputs as if the original had overflowed at the first position."""
+        spoilt_outputs = outputs[0].clone()  # a copy: what went into containers is unchanged
         spoilt_outputs[:, 0, 3] = float("inf")
         return real(samples, kept, spoilt_outputs)
 
@@ -116,7 +116,7 @@ def test_of_a_sample_only_the_rows_that_are_not_finite_are_left_out(
 
 
 def first_layer(model: Any, batches: list[TokenBatch]) -> list[torch.Tensor]:
-    """What the first layer of a resident model gives for each batch."""
+    """Collect the outputs of a resident model's first layer, one for each batch."""
     outputs: list[torch.Tensor] = []
     handle = model.model.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad():

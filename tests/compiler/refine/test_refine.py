@@ -1,4 +1,4 @@
-"""Refinement: the same training as a resident model in plain torch, better units, same bytes, nothing lost."""
+"""Refinement: equal to a resident model's training in plain torch; units improve, bytes repeat, nothing is lost."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ STEPS = 30
 
 
 def begun(root: Path, name: str = "qwen2", kind: Any = None, ratio: float = 0.4) -> Path:
-    """An original, its text and an emulator of it."""
+    """Make an original, its text and an emulator of it."""
     save_tiny(name, root / "original")
     (root / "text.txt").write_text("\n".join(TEXT[i:] + TEXT[:i] for i in range(24)))
     compile_emulator(
@@ -55,7 +55,7 @@ def refined(root: Path, output: Path, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module", params=FACTOR_DTYPES, ids=str)
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In every factor dtype."""
+    """Make the folder in every factor dtype."""
     return begun(tmp_path_factory.mktemp(f"refine-{request.param}-"), kind=known_factor_dtype(str(request.param)))
 
 
@@ -78,7 +78,7 @@ class Factored(nn.Module):
 
 
 def watched(model: Any, batches: list[Any]) -> list[list[tuple[Any, Any, torch.Tensor]]]:
-    """Arguments and output of every call of every layer of a resident model."""
+    """Collect arguments and output of every call of every layer of a resident model."""
     calls: list[list[Any]] = [[] for _ in model.model.layers]
     handles = [
         layer.register_forward_hook(
@@ -128,7 +128,7 @@ def test_it_is_the_training_of_each_layer_of_a_resident_model(plain: Path, tmp_p
 def train(
     layer: Any, parameters: list[Any], calls: Any, sizes: list[int], rate: float, samples: int, generator: Any
 ) -> None:
-    """What the product is said to do, the short way."""
+    """Refine as the documentation says, in plain torch."""
     rates = [rate * float(parameter.detach().square().mean().sqrt()) for parameter in parameters]
     optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip(parameters, rates, strict=True)])
     waiting: list[int] = []
@@ -164,7 +164,7 @@ def test_units_come_closer_to_the_original_at_the_same_bytes(root: Path, tmp_pat
 
 
 def test_the_errors_told_are_those_of_the_emulator_in_memory(root: Path, tmp_path: Path) -> None:
-    """Of the first layer, whose inputs are the same in both."""
+    """The reported errors of the first layer, whose inputs are the same in both, equal those in memory."""
     told = refined(root, tmp_path / "refined").units[0]
     model: Any = load_original(root / "original")
     tokens = read_tokens(
@@ -182,7 +182,7 @@ def test_the_errors_told_are_those_of_the_emulator_in_memory(root: Path, tmp_pat
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Every file by content; `emulator.json` without what was measured."""
+    """Hash every file by content; `emulator.json` without measured figures."""
     found = {file.name: sha256_file(file) for file in directory.iterdir() if file.name != "emulator.json"}
     document = json.loads((directory / "emulator.json").read_text())
     del document["refined"]["report"]

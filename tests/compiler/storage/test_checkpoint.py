@@ -1,4 +1,4 @@
-"""Headers and indexes from outside: right is read, wrong is refused by name, nothing crashes or hangs."""
+"""Headers and indexes from outside: valid ones are read, others are refused by name, and nothing crashes or hangs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is copied beside weights: known regular files, and nothing that leads out of the model's directory."""
+"""What is copied with the weights: known regular files, and nothing that leads out of the model's directory."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None
 
 
 def test_an_adapter_in_the_models_directory_is_not_part_of_the_model(tmp_path: Path) -> None:
-    """transformers would load it onto the merged model, and refuse an emulator."""
+    """An adapter is not copied: transformers would load it onto the merged model, and refuse an emulator."""
     save_tiny("llama", tmp_path / "model")
     random_adapter(load_original(tmp_path / "model"), tmp_path / "model", r=2, target_modules=["q_proj"])
     random_adapter(load_original(tmp_path / "model"), tmp_path / "adapter", r=2, target_modules=["q_proj"])

@@ -1,4 +1,4 @@
-"""Where an output may appear: what could not be published is refused before any work."""
+"""Where an output may appear: a place that cannot be published to is refused before any work."""
 
 import os
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_permission_is_needed_where_the_output_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write everywhere, so the answer of the system is played."""
+    """An unwritable place is refused; root may write anywhere, so the system's answer is simulated."""
     (tmp_path / "shut/out").mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "shut")
     for output in (tmp_path / "shut/out", tmp_path / "shut/new"):

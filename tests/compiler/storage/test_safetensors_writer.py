@@ -1,4 +1,4 @@
-"""The safetensors writer: what it writes, safetensors reads back bit for bit; a broken write leaves nothing."""
+"""The safetensors writer: safetensors reads its files back bit for bit, and a broken write leaves nothing."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ DTYPES = [getattr(torch, name) for name in TORCH_NAMES]
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Every bit pattern of the dtype, NaNs with payload among them (a bool only knows 0 and 1)."""
+    """List every bit pattern of the dtype, including NaNs with payload (a bool has only 0 and 1)."""
     generator = torch.Generator().manual_seed(7)
     count = torch.empty(shape, dtype=dtype).numel() * dtype.itemsize
     raw = torch.randint(0, 2 if dtype is torch.bool else 256, (count,), dtype=torch.uint8, generator=generator)

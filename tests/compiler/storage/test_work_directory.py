@@ -1,4 +1,4 @@
-"""Work that was interrupted: taken up, refused or discarded, as its kind says."""
+"""Interrupted work: resumed, refused or discarded, depending on its kind."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def test_names_on_the_disk_stay_so_that_older_work_is_found(tmp_path: Path) -> N
 
 
 def leave(output: Path, kind: WorkKind, **identity: Any) -> None:
-    """Leave work with one finished file behind."""
+    """Leave work with one finished file."""
     with work_directory(output, kind, identity) as path:
         (path / "finished").touch()
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from onelayer.compiler.evaluate.command import evaluate_model
 
 
 def calls_for(layers: int, directory: Path) -> int:
-    """The function calls of an evaluation: a count, which a busy machine does not change as it changes a time."""
+    """Count the function calls of an evaluation; unlike a time, a busy machine does not change it."""
     causal("Llama", num_hidden_layers=layers).save_pretrained(directory)
     tiny_tokenizer(directory)
     (directory / "data.jsonl").write_text('{"text": "the quick brown fox"}\n')

@@ -1,4 +1,4 @@
-"""Streamed gradients against those of the resident model: exact, each unit read twice, nothing growing with depth."""
+"""Streamed gradients compared with the resident model's: exact, each unit read twice, no growth with depth."""
 
 import warnings
 from collections import Counter
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from helpers.resident_gradients import adapted
 from helpers.tiny_models import TINY, VOCAB, tiny_llama
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming import spill
@@ -28,7 +28,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def save_adapted(name: str, directory: Path, **settings: Any) -> Any:
-    """A tiny model and a random adapter for it, both saved; returns the two together, resident."""
+    """Save a tiny model and a random adapter for it; return the two together, resident."""
     resident = adapted(name, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,7 +62,7 @@ def batches_for(name: str) -> list[dict[str, torch.Tensor]]:
 
 
 def some_loss(index: int, output: Any) -> torch.Tensor:
-    """Uneven weights on every logit, so that every gradient counts."""
+    """Weight every logit differently, so that every gradient counts."""
     logits = output.logits
     logits = logits.materialize() if isinstance(logits, DeferredLogits) else logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(index))
@@ -137,7 +137,7 @@ def test_the_units_at_the_turns_are_read_once(tmp_path: Path) -> None:
             stream.reverse()
             found.append(streamed.checkpoint.bytes_read - before)
     norm_bytes = 32 * 4
-    # Forward all, back all but the last, which is the norm behind the blocks; then the first block waits for the next.
+    # Forward all, back all but the last, which is the norm after the blocks; then the first block waits for the next.
     whole = sum(unit.weight_bytes for unit in streamed.units)
     assert found == [
         2 * whole - norm_bytes + rows_bytes,
@@ -158,7 +158,7 @@ def test_dropout_is_the_same_when_a_unit_runs_again(tmp_path: Path) -> None:
 
 
 def test_dropout_gradients_are_those_of_the_numbers_drawn(tmp_path: Path) -> None:
-    """Against differences of the streamed loss itself, along the gradient."""
+    """The gradient equals differences of the streamed loss itself, along the gradient."""
     save_adapted("llama", tmp_path, lora_dropout=0.5)
     streamed, batches = open_streamed(tmp_path), batches_for("llama")[:1]
 
@@ -204,7 +204,7 @@ def test_spilled_inputs_give_the_same_gradients(tmp_path: Path, monkeypatch: pyt
 
 
 def test_shared_inputs_are_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotary angles and masks go into every layer; depth must not multiply them."""
+    """Rotary angles and masks are inputs of every layer; depth must not multiply them."""
     monkeypatch.setattr(spill, "SMALLEST_BYTES", 64)
     held = []
     for depth in (2, 4):

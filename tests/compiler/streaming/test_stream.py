@@ -1,4 +1,4 @@
-"""Lockstep against the resident model: bit for bit, every unit once, any architecture; and no hang on errors."""
+"""Lockstep compared with the resident model: bit for bit, every unit once, any architecture; no hang on errors."""
 
 import gc
 from collections import Counter
@@ -14,7 +14,8 @@ from helpers.tiny_models import TINY, build, causal, save_tiny, tiny_tokenizer
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits, DiskMatrix
+from onelayer.compiler.models.deferred_logits import DeferredLogits
+from onelayer.compiler.models.lazy_tensors import DiskMatrix
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.storage.checkpoint import Checkpoint
@@ -65,7 +66,7 @@ def test_streamed_equals_resident_and_loads_every_unit_once(name: str, shards: i
             for name, tensor in streamed.tensors_of(part).items()
             if not (tensor.is_meta or isinstance(tensor, DiskMatrix))
         ]
-        assert not held, f"{held} are resident beside {unit.name}"
+        assert not held, f"{held} are resident with {unit.name}"
         yield
 
     batches = batches_for(name)
@@ -271,7 +272,7 @@ def test_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
 
 
 def test_computed_weights_are_there_with_an_adapter_too(tmp_path: Path) -> None:
-    """Angles of positions are no part of a checkpoint; what wraps the empty model must leave them as they are."""
+    """Angles of positions are not in a checkpoint; wrapping the empty model must not change them."""
     shape = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
     tokens = {"vocab_size": 128, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}

@@ -1,4 +1,4 @@
-"""What is read ahead and never asked for must not stop the reading ahead of what is."""
+"""A unit that is read ahead but never requested must not stop the reading ahead of others."""
 
 import threading
 from collections.abc import Iterable

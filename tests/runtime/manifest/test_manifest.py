@@ -14,8 +14,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import Manifest, check_tasks, load_manifest, manifest_schema
 from onelayer.runtime.manifest.sections import Emulator
 from onelayer.runtime.pipeline.steps import steps_of
-from onelayer.runtime.training.settings import REFUSED_ARGS
-from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, trainer_args_model
+from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, REFUSED_ARGS, trainer_args_model
 
 GOOD = """
 version: 1
@@ -271,3 +270,15 @@ def test_anchors_are_every_so_many_steps_or_none(folder: Path) -> None:
     assert "train.anchor.every" in complaint(folder, anchored.replace("every: 10", "every: 0"))
     lone = anchored.replace("emulator: {calibration: {data: mix.jsonl}}", "")
     assert "train.anchor: there is no emulator" in complaint(folder, lone)
+
+
+def test_scores_and_reports_are_checked_before_work(folder: Path) -> None:
+    scored = GOOD.replace("max_steps: 500", "max_steps: 500, eval_steps: 10")
+    told = "tasks.sql.validation: is missing, `eval_steps` scores held-out data while training"
+    assert told in complaint(folder, scored)
+    load(
+        folder,
+        scored.replace("test: sql.jsonl", "validation: sql.jsonl").replace("merge", "validation: sql.jsonl, merge"),
+    )
+    reported = GOOD.replace("max_steps: 500", "max_steps: 500, report_to: [swanlab]")
+    assert "train.args.report_to: swanlab: needs a package that is not installed" in complaint(folder, reported)

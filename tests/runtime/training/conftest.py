@@ -1,4 +1,4 @@
-"""Fixtures that most tests of training share: an original, its emulators, data, and a quick `train_lora`."""
+"""Fixtures that most tests of training share: an original, its emulators, data, and a fast `train_lora`."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from onelayer.runtime import TrainResult, train_lora
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an original, an exact and a half-size emulator, and data in three forms."""
+    """Make a folder with an original, an exact and a half-size emulator, and data in three forms."""
     root: Path = tmp_path_factory.mktemp("train")
     model = save_tiny("llama", root / "original")
     write_emulator(model, root / "original", root / "exact", base_revision="abc")
@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(place: Path, tmp_path: Path) -> Callable[..., TrainResult]:
-    """`train_lora` on the half-size emulator, with few and quick defaults."""
+    """Return `train_lora` on the half-size emulator, with small and fast defaults."""
 
     def run(name: str = "adapter", emulator: str = "half", data: str = "text", **settings: Any) -> TrainResult:
         quick = {"max_steps": 2, "batch_size": 2, "lora_rank": 4, "target_modules": ["q_proj", "down_proj"], **settings}

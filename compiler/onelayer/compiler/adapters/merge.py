@@ -13,8 +13,9 @@ import torch
 
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.merge_plan import Part, plan_changes
-from onelayer.compiler.adapters.merge_shards import merge_workspace, remove_records, write_shards
+from onelayer.compiler.adapters.merge_shards import merge_workspace, remove_records, shards_of, write_shards
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, Adapter, adapter_digest
+from onelayer.compiler.dequantize.formats import without_quantization
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.meter import GIB, Meter
@@ -24,6 +25,7 @@ from onelayer.compiler.results import Report, Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.companions import check_companions, copy_companions
 from onelayer.compiler.storage.files import check_output, write_json
+from onelayer.compiler.storage.model_config import read_model_config, write_model_config
 from onelayer.compiler.storage.work_directory import WorkKind, publish_work, work_directory
 
 # A hidden record is no part of a model, should it ever stay.
@@ -33,7 +35,7 @@ MERGE_WORK = WorkKind(
 
 
 class MergeResult(Result):
-    """What `merge_adapter` did: how many tensors it changed and how many it copied as they were.
+    """What `merge_adapter` did: how many tensors it changed, and how many others it copied or unpacked.
 
     `corrected` is false if an adapter was trained on an emulator and never corrected, null if none needed to be.
     """
@@ -42,6 +44,7 @@ class MergeResult(Result):
     corrected: bool | None
     changed: int
     copied: int
+    unpacked: int
     report: Report
 
 
@@ -54,7 +57,8 @@ def merge_adapter(
 ) -> MergeResult:
     """Write to `output` the original `model` with `adapter`, or several, merged into it, rounded once to its dtype.
 
-    What each adapter adds is multiplied by its `weight`, 1 by default. Raises `InputError` if an adapter was made
+    Weights of a quantized original are written unpacked, in the dtype that its config.json names. What each adapter
+    adds is multiplied by its `weight`, 1 by default. Raises `InputError` if an adapter was made
     for another original, or any of its keys has no place to go.
     """
     output = Path(output)
@@ -76,12 +80,16 @@ def merge_adapter(
     record = _provenance(parts, model, base_digest, corrected)
     with Meter(torch.device("cpu")) as meter:
         checkpoint = streamed.checkpoint
+        if checkpoint.quantization is not None:
+            notice(f"{model}: {checkpoint.quantization} weights are unpacked, {output} holds plain {streamed.dtype}")
         changes = plan_changes(parts, streamed)
         with work_directory(output, MERGE_WORK, record) as work, single_threaded():
             _check_space(output, work, checkpoint)
             inputs = [checkpoint.stamps, *(part.source.stamps for part in parts)]
             write_shards(work, checkpoint, changes, inputs, meter)
             copy_companions(directory, work)
+            if checkpoint.quantization is not None:
+                _write_plain_config(work, streamed.dtype)
             write_json(work / PROVENANCE_FILE, record)
             for stamps in inputs:
                 stamps.check()
@@ -89,13 +97,21 @@ def merge_adapter(
             publish_work(work, MERGE_WORK, output)
         report = meter.report(streamed.largest_unit_bytes, merge_workspace(checkpoint, changes), checkpoint.bytes_read)
     needed = [state for state in corrected if state is not None]
+    unpacked = sum(checkpoint.is_packed(name) for name in checkpoint.tensors.keys() - changes.keys())
     return MergeResult(
         output=str(output),
         corrected=all(needed) if needed else None,
         changed=len(changes),
-        copied=len(checkpoint.tensors) - len(changes),
+        copied=len(checkpoint.tensors) - len(changes) - unpacked,
+        unpacked=unpacked,
         report=report,
     )
+
+
+def _write_plain_config(directory: Path, dtype: torch.dtype) -> None:
+    """Change a copied config.json to that of plain weights in `dtype`."""
+    document = without_quantization(read_model_config(directory))
+    write_model_config(directory, {**document, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def _parts(paths: Sequence[str | Path], weight: Sequence[float] | None) -> list[Part]:
@@ -115,8 +131,9 @@ def _corrected(source: Adapter, base_digest: str) -> bool | None:
 
 
 def _check_space(output: Path, work: Path, checkpoint: Checkpoint) -> None:
-    missing = [file for file in checkpoint.files if not (work / file.name).exists()]
-    needed, free = sum(file.stat().st_size for file in missing), shutil.disk_usage(work).free
+    missing = [tensors for shard, tensors in shards_of(checkpoint).items() if not (work / shard).exists()]
+    needed = sum(info.size_bytes for tensors in missing for info in tensors)
+    free = shutil.disk_usage(work).free
     if free < needed:
         raise InputError(
             f"{output}: needs {needed / GIB:.1f} GiB and has {free / GIB:.1f} GiB; make room or choose another --output"

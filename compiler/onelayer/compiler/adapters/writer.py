@@ -17,6 +17,7 @@ from onelayer.compiler.adapters.config import CONFIG_FILE
 from onelayer.compiler.adapters.keys import EMBEDDING_A, EMBEDDING_B, KEY_PREFIX, LORA_A, LORA_B
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from onelayer.compiler.storage.files import read_json, write_json, write_text
+from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_safetensors
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ LoraFactors = Mapping[str, "tuple[torch.Tensor, torch.Tensor]"]
 class Base:
     """The original model that an adapter is for: its name and revision, its class, and how its linears lie.
 
-    With `fan_in_fan_out` PEFT knows that the adapted weights are stored (in, out), as GPT-2's Conv1D does.
+    `quantization` is the method by which its weights are quantized. With `fan_in_fan_out` PEFT knows that the adapted
+    weights are stored (in, out), as GPT-2's Conv1D does.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Base:
     class_name: str
     class_module: str
     fan_in_fan_out: bool
+    quantization: str | None = None
 
 
 def write_adapter(
@@ -118,26 +121,30 @@ def model_card(base: Base, provenance: dict[str, Any]) -> str:
 
     tags = [f"base_model:adapter:{base.model}", "lora", "onelayer"]
     data = ModelCardData(base_model=base.model, library_name="peft", tags=tags)
-    revision = f", revision={base.revision!r}" if base.revision else ""
+    place, revision = base.model, f", revision={base.revision!r}" if base.revision else ""
+    if place.endswith(SUFFIX):  # a file, which transformers reads by its folder and name
+        place, revision = str(Path(place).parent), f", gguf_file={Path(place).name!r}"
     state = "trained on an emulator of it and corrected for it" if provenance.get("corrected") else "made for it"
     trained_on = provenance.get("trained_on")
     if trained_on and not provenance.get("corrected") and trained_on["digest"] != provenance["base"]["digest"]:
         state = "trained on an emulator of it and not yet corrected for it (`onelayer correct` does that)"
     if provenance.get("polished"):
         state = "trained with exact steps on it, streamed layer by layer,"
+    packed = base.quantization
+    fits = f" Its weights are quantized ({packed}), and the adapter fits them as they are unpacked." if packed else ""
     return f"""---
 {data.to_yaml()}
 ---
 
 # LoRA adapter for {base.model}
 
-A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}` records how it was made.
+A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}` records how it was made.{fits}
 
 ```python
 from peft import PeftModel
 from transformers import {base.class_name}
 
-model = {base.class_name}.from_pretrained({base.model!r}{revision})
+model = {base.class_name}.from_pretrained({place!r}{revision})
 model = PeftModel.from_pretrained(model, "path/to/this/directory")
 ```
 """

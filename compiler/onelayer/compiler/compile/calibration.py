@@ -41,11 +41,10 @@ def _with_labels(
     if classes is None:
         return read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed)
     length = settings.max_length
-    rows, _ = labeled_rows(
+    return labeled_rows(
         calibration,
         lambda example: [tokenize_for(classes, example, tokenizer, length)],
         length,
         settings.samples,
         settings.seed,
-    )
-    return [tokens for _, tokens in rows]
+    ).tokens

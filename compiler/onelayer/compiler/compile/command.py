@@ -34,6 +34,7 @@ from onelayer.compiler.data.classes import is_trainable
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.slice import slice_to_ranks
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.ranks import copies_on_disk, widest_ratio
 from onelayer.compiler.machine.console import StopRequest, notice
@@ -62,8 +63,9 @@ def compile_emulator(
     with `ratio`, and the best dtype for a share of bytes (`best_factor_dtype`). `rank_allocation` is "uniform", as in
     the paper and the default with `ratio`, or "spectrum", the default with a share of bytes: the same bytes are spent
     where the spectra ask for them. The experts of a mixture always have uniform ranks.
-    `form` "coded" replaces a linear by codes with a thin low-rank part instead, for a share of bytes alone; with
-    `backward`, the default then, a pass back over the calibration data weighs errors by what the loss feels.
+    `form` "coded" replaces a linear by codes with a thin low-rank part instead, for a share of bytes alone, and "auto"
+    chooses the better form for that share; with `backward`, the default with codes, a pass back over the calibration
+    data weighs errors by what the loss feels.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`.
     Parked states beyond `host_memory_bytes` go to disk. An interrupted compile goes on where it stopped. Raises
     `InputError` for what the caller can fix; `output` exists only once the whole emulator does.
@@ -77,19 +79,36 @@ def compile_emulator(
             "onelayer train will refuse its emulator; train with PEFT yourself, or polish the original"
         )
     check_companions(streamed.checkpoint.directory)
-    resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
+    resolved, ranks = _chosen(streamed, asked)
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
-    ranks = choose_ranks(streamed, widest_ratio(resolved.ratio, resolved.rank_allocation), quantized=is_quantized)
-    if (width := resolved.code_width) is not None:
-        ranks = choose_codes(streamed, ranks, resolved.share, width)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
     copies = copies_on_disk(resolved.rank_allocation, quantized=is_quantized)
-    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, width))
+    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, resolved.code_width))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": asked.revision, "digest": model_digest(streamed.checkpoint.directory)}
     return _compile(streamed, ranks, stacks, calibration, output, base, resolved)
+
+
+def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSettings, Ranks]:
+    """Resolve the settings for a model, and choose a rank for each of its linears.
+
+    Raises `InputError` if codes are asked for and its linears are too small for them.
+    """
+    resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
+    widest, is_quantized = widest_ratio(resolved.ratio, resolved.rank_allocation), resolved.factor_dtype is not None
+    ranks = choose_ranks(streamed, widest, quantized=is_quantized)
+    if (width := resolved.code_width) is None:
+        return resolved, ranks
+    if (coded := choose_codes(streamed, ranks, resolved.share, width)) is not None:
+        return resolved, coded
+    if asked.form == "coded":
+        raise InputError(
+            f"--form coded: the linears of {streamed.checkpoint.directory} are too small for codes within --keep-bytes "
+            f"{resolved.share:g}; give --form factors"
+        )
+    return _chosen(streamed, asked.model_copy(update={"form": "factors", "backward": None}))
 
 
 def _compile(
@@ -102,9 +121,13 @@ def _compile(
     settings: ResolvedSettings,
 ) -> CompileResult:
     """Stream the original, write its emulator unit by unit, publish it whole."""
-    device, spill_pool = pick_device(settings.device), SpillPool(settings.host_memory_bytes)
+    device = pick_device(settings.device)
     tokenizer = load_tokenizer(streamed.checkpoint.directory)
     tokens, settings = calibration_tokens(streamed, calibration, tokenizer, settings)
+    # On a card, what waits for the way back lies on the host. A host that is the device itself would hold more and more
+    # of it with every unit, so there it lies in files, unless memory is given for it.
+    keeps = settings.backward and device.type == "cpu"
+    spill_pool = SpillPool(0 if keeps and settings.host_memory_bytes is None else settings.host_memory_bytes)
     batches = make_batches(tokens, streamed.config, settings.batch_size)
     facts = _facts(settings, tokens, device)
     with (
@@ -122,6 +145,8 @@ def _compile(
         workspace = compile_workspace(streamed, ranks, stacks, at_once, settings.factor_dtype, keeps_whole)
         if settings.form == "coded":
             workspace = coded_workspace(streamed, ranks, at_once, meter.on_gpu)
+            workspace += spill_pool.budget_bytes if keeps else 0
+        workspace += streamed.unpacking_bytes(meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = compile_result(writer, settings, output, report)
         figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})

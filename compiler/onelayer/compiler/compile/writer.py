@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
+from onelayer.compiler.dequantize.formats import without_quantization
 from onelayer.compiler.emulators.directory import (
     CODES_VERSION,
     FORMAT_VERSION,
@@ -152,7 +153,7 @@ class EmulatorWriter:
         return STACKS_VERSION if self.stacks else FORMAT_VERSION
 
     def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        document = read_model_config(self.streamed.checkpoint.directory)
+        document = without_quantization(read_model_config(self.streamed.checkpoint.directory))
         dtype = str(self.streamed.dtype).removeprefix("torch.")
         document["dtype"] = dtype
         document["auto_map"] = auto_map(self.streamed.config)

@@ -210,6 +210,7 @@ def _base(emulator: Emulator, model: str | Path, streamed: StreamedModel, module
         class_name=kind.__name__,
         class_module=kind.__module__,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules),
+        quantization=streamed.checkpoint.quantization,
     )
 
 
@@ -246,4 +247,5 @@ def _report(
     if choice is not None:
         workspace = max(workspace, choice.workspace_bytes)
         bytes_read += choice.bytes_read
+    workspace += streamed.unpacking_bytes(meter.on_gpu)
     return meter.report(streamed.largest_unit_bytes, workspace, bytes_read)

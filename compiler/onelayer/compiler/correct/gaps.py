@@ -71,7 +71,7 @@ def _weight_reads(streamed: StreamedModel, name: str) -> list[Read]:
     """List reads of consecutive rows of one weight; one read of all rows if it is stored in another form."""
     parameter = f"{name}.weight"
     empty = streamed.weights.bare_parameters[parameter]
-    if parameter not in streamed.weights.stored_unchanged:
+    if not streamed.weights.reads_rows(parameter):
         return [partial(_converted, streamed, parameter)]
     (key,) = streamed.weights.checkpoint_keys[parameter]
     rows, width = empty.shape
@@ -100,7 +100,7 @@ def correct_workspace(streamed: StreamedModel, emulator: Emulator, adapter: Adap
             emulator.facts.compressed[name],
             module.rank,
             weight.numel() * weight.element_size(),
-            f"{name}.weight" in streamed.weights.stored_unchanged,
+            streamed.weights.reads_rows(f"{name}.weight"),
         )
 
     return correction_bytes([shape(name) for name in adapter.modules if name in emulator.facts.compressed])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
+from onelayer.compiler.data.tokens import IGNORED, Tokens, not_doubled, tokenize
 from onelayer.compiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Classes:
         """Return the class of one row. Raises `InputError` if the model has no such class."""
         label = example.label
         number = self.numbers.get(label) if isinstance(label, str) else label
+        if number is None and str(label).isdecimal():  # tables have no numbers
+            number = int(str(label))
         if number is None or not 0 <= number < self.count:
             raise InputError(
                 f"{example.source}: field 'label' is {label!r}; write a number from 0 to {self.count - 1}, or a name "
@@ -107,4 +109,6 @@ def tokenize_for(
         )
     number = classes.number_of(example)
     ids = list(tokenizer(example.text, truncation=True, max_length=max_length)["input_ids"])
-    return Tokens(ids, [IGNORED] * len(ids), label=number)
+    cut = len(ids) == max_length and len(tokenizer(example.text, verbose=False)["input_ids"]) > max_length
+    ids = ids[not_doubled(tokenizer, ids)]
+    return Tokens(ids, [IGNORED] * len(ids), label=number, cut=cut)

@@ -1,25 +1,26 @@
 """An example and a tokenizer in, token ids and labels out. Only this file decides what the loss counts."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onelayer.compiler.data.rows import Example, Message
+from onelayer.compiler.data.chat import Chat
+from onelayer.compiler.data.rows import Example
+from onelayer.compiler.data.turns import Span, Turns
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.machine.time_limit import TimeLimitError, time_limit
+from onelayer.compiler.storage.files import check_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-TEMPLATE_SECONDS = 10.0  # a thousand times what a template takes for a long conversation
-Span = tuple[int, int]  # characters [start, end) of a text
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Tokens:
     """Token ids and labels of equal length: a label is the id if the loss counts it, else -100. Not shifted.
 
     `positions` is each token's index in its own row, if several rows are packed into this one. `label` is the number
-    of the class of the whole text, if the model predicts classes.
+    of the class of the whole text, if the model predicts classes. `cut`: the row was longer than allowed.
     """
 
     input_ids: list[int]
     labels: list[int]
     positions: list[int] | None = None
     label: int | None = None
+    cut: bool = field(default=False, compare=False)
 
     @property
     def labeled(self) -> int:
@@ -51,14 +53,15 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     directory = Path(model_directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; name a model's directory")
+    check_directory(directory, "name a model's directory")
     remedy = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
         empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
+        if not any(fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in TOKENIZER_FILES):
+            raise InputError(f"{directory}: holds no tokenizer; {remedy}") from None
         raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
     if empty:
         raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")
@@ -83,7 +86,8 @@ def tokenize(
         tokens, append_eos = _chat_tokens(example, tokenizer), False
     if append_eos:
         tokens = _with_eos(tokens, tokenizer)
-    return Tokens(tokens.input_ids[:max_length], tokens.labels[:max_length])
+    ids = tokens.input_ids
+    return Tokens(ids[:max_length], tokens.labels[:max_length], cut=len(ids) > max_length)
 
 
 def _with_eos(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -109,15 +113,18 @@ def _pair_tokens(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBa
     if not tokenizer.is_fast:
         ids = [*prompt_ids, *_ids(tokenizer, completion, special=False), *closing]
         return _labeled_from(ids, len(prompt_ids))
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]  # the boundary is in a token
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)  # the boundary is in a token
+    offsets = encoded["offset_mapping"][not_doubled(tokenizer, encoded["input_ids"])]
     inside = [index for index, offset in enumerate(offsets) if _first_character(text, offset) >= len(prompt)]
     return _labeled_from(ids, inside[0] if inside else len(ids))
 
 
 def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Tokenize a conversation by the tokenizer's chat template; the assistant's turns are labeled."""
+    """Tokenize a conversation by the tokenizer's chat template; the assistant's turns are labeled.
+
+    A turn of `weight` 0 is not. Labels come from the template's own `{% generation %}` marks, if it has them. A
+    completion runs to the end of the text.
+    """
     if not tokenizer.chat_template:
         raise InputError(
             f"{example.source}: messages need a chat template and {_name(tokenizer)} has none; add "
@@ -126,76 +133,50 @@ def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Toke
     if example.messages is None:
         assert isinstance(example.prompt, list)
         assert isinstance(example.completion, list)
-        return _rendered(example, [*example.prompt, *example.completion], [len(example.prompt)], tokenizer)
-    if tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template()):
-        return _marked(example, example.messages, tokenizer)
-    turns = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-    return _rendered(example, example.messages, turns, tokenizer)
+        chat = Chat(example.source, [*example.prompt, *example.completion], tokenizer, example.tools)
+        with chat.limited():
+            chat = chat.checked()
+            return _spanned(chat, [(Turns(chat).start(len(example.prompt)), len(chat.text))])
+    chat = Chat(example.source, example.messages, tokenizer, example.tools)
+    with chat.limited():
+        return _turn_tokens(chat.checked())
 
 
-def _marked(example: Example, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+def _turn_tokens(chat: Chat) -> Tokens:
+    """Label the assistant's turns of a conversation, those of weight 0 excepted."""
+    tokenizer = chat.tokenizer
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    learned = [index for index in answers if chat.messages[index].get("weight") != 0]
+    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template(tools=chat.tools))
+    if marked and learned == answers:
+        return _marked(chat)
+    turns = Turns(chat)
+    tokens = _spanned(chat, [turns.span(turn) for turn in learned])
+    if not marked:
+        return tokens
+    pairs = zip(_marked(chat).labels, tokens.labels, strict=True)
+    return Tokens(tokens.input_ids, [label if own != IGNORED else IGNORED for own, label in pairs])
+
+
+def _marked(chat: Chat) -> Tokens:
     """Take the labels from the template's own `{% generation %}` marks."""
-    with _template_faults(example, tokenizer):
-        encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    with chat.faults():
+        encoded: Any = chat.tokenizer.apply_chat_template(
+            chat.prepared, return_dict=True, return_assistant_tokens_mask=True, **chat.arguments
+        )
     ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
     return Tokens(ids, [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)])
 
 
-def _rendered(
-    example: Example, messages: list[Message], turns: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
-) -> Tokens:
-    """Label the given turns, located by rendering the conversation up to each of them.
-
-    For a prompt and completion, the one given turn runs to the end. Each rendering must continue the previous one;
-    templates that rewrite earlier turns are refused.
-    """
-    whole = _render(example, messages, tokenizer)
-    spans: list[Span] = []
-    for turn in turns:
-        before = _render(example, messages[:turn], tokenizer, prompt=True)
-        after = whole if example.messages is None else _render(example, messages[: turn + 1], tokenizer)
-        if not (after.startswith(before) and whole.startswith(after)):
-            raise InputError(
-                f"{example.source}: the chat template of {_name(tokenizer)} writes message {turn} in another way "
-                "when others follow, so its tokens cannot be identified; put {% generation %} marks into the template, "
-                "or write 'prompt' and 'completion' as strings"
-            )
-        spans.append((len(before), len(after)))
-    if not tokenizer.is_fast:
-        return _piecewise(whole, spans, tokenizer)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+def _spanned(chat: Chat, spans: Sequence[Span]) -> Tokens:
+    """Label the tokens that begin in the given characters of a conversation's rendering."""
+    if not chat.tokenizer.is_fast:
+        return _piecewise(chat.text, spans, chat.tokenizer)
+    encoded = chat.tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    inside = [any(first <= _first_character(whole, offset) < last for first, last in spans) for offset in offsets]
+    places = [_first_character(chat.text, offset) for offset in offsets]
+    inside = [any(first <= place < last for first, last in spans) for place in places]
     return Tokens(ids, [token if labeled else IGNORED for token, labeled in zip(ids, inside, strict=True)])
-
-
-def _render(
-    example: Example, messages: list[Message], tokenizer: "PreTrainedTokenizerBase", prompt: bool = False
-) -> str:
-    with _template_faults(example, tokenizer):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    assert isinstance(text, str)
-    return text
-
-
-@contextmanager
-def _template_faults(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """Turn what a chat template raises (roles that must alternate, unknown keys) into an `InputError`."""
-    from jinja2 import TemplateError
-
-    try:
-        with time_limit(TEMPLATE_SECONDS):
-            yield
-    except TimeLimitError:
-        raise InputError(
-            f"{example.source}: the chat template of {_name(tokenizer)} takes more than {TEMPLATE_SECONDS:.0f} s for "
-            "these messages; give a model with another template"
-        ) from None
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{example.source}: the chat template of {_name(tokenizer)} refuses the messages "
-            f"({_first_line(error)}); change their roles, or write 'text'"
-        ) from None
 
 
 def _piecewise(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -226,7 +207,22 @@ def _labeled_from(ids: list[int], boundary: int) -> Tokens:
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, special: bool = True) -> list[int]:
     """Return the tokenizer's own ids of a text. `verbose=False`: `tokenize` truncates texts that are too long."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return ids[not_doubled(tokenizer, ids)] if special else ids
+
+
+def not_doubled(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> slice:
+    """Return which ids of a text to keep: it may hold the special tokens itself that the tokenizer puts around it."""
+    bare, framed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    places = (place for place in range(len(framed)) if framed[place : place + len(bare)] == bare)
+    if (start := next(places, None)) is None:
+        return slice(None)
+    opening, closing = framed[:start], framed[start + len(bare) :]
+    first, last = len(opening), len(ids) - len(closing)
+    return slice(
+        first if opening and list(ids[first : 2 * first]) == opening else 0,
+        last if closing and list(ids[last - len(closing) : last]) == closing else len(ids),
+    )
 
 
 def _name(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -32,16 +32,16 @@ from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
-# Of a larger one a float64 does not hold the exponential: such a perplexity is reported as the largest float.
+# The exponential of a larger loss overflows float64, so such a perplexity is reported as the largest float.
 LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 class Score(Result):
-    """Figures of one model: `adapter` is None for the original alone; `loss` in nats per labeled token.
+    """The figures of one model: `adapter` is None for the original alone; `loss` in nats per labeled token.
 
     `choice_accuracy` is the share of multiple-choice examples whose right choice has the highest log-likelihood; None
-    where there are no such examples. Of a sequence classifier `tokens` is the number of texts and `token_accuracy` the
-    share of them whose class has the highest logit.
+    if there are no such examples. For a sequence classifier `tokens` is the number of texts, and `token_accuracy` the
+    share of texts whose class has the highest logit.
     """
 
     adapter: str | None
@@ -54,8 +54,11 @@ class Score(Result):
 
 
 class Against(Result):
-    """How far an emulator's predictions are from the original's, over the labeled tokens: `kl_per_token` in nats from
-    the original's distribution to the emulator's, `top1_agreement` the share of tokens with the same best guess."""
+    """The distance of an emulator's predictions from the original's, over the labeled tokens.
+
+    `kl_per_token` is the divergence of the emulator's distribution from the original's, in nats. `top1_agreement` is
+    the share of tokens with the same best guess.
+    """
 
     emulator: str
     kl_per_token: float
@@ -66,7 +69,7 @@ class Against(Result):
 
 
 class EvaluateResult(Result):
-    """One score for the original, one for each adapter in the order given; `against` where an emulator was given."""
+    """One score for the original and one for each adapter, in the order given; `against` if an emulator was given."""
 
     results: list[Score]
     against: Against | None
@@ -84,10 +87,10 @@ def evaluate_model(
 ) -> EvaluateResult:
     """Score the original and each of `adapters` on the labeled tokens of `data`, reading the checkpoint once.
 
-    A `text` example is cut at `max_length` tokens, all but the first labeled; of `prompt`+`completion` and `messages`
-    the completion and the assistant turns are, of `prompt`+`choices` the right choice. A sequence classifier is scored
-    on `text`+`label`. `against` compares an emulator of the original with it, in the same pass. Hidden states beyond
-    `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can fix.
+    A `text` example is cut at `max_length` tokens, and all but the first are labeled. In `prompt`+`completion` the
+    completion is labeled, in `messages` the assistant's turns, and in `prompt`+`choices` the right choice. A sequence
+    classifier is scored on `text`+`label`. `against` compares an emulator with its original in the same pass. Hidden
+    states beyond `host_memory_bytes` wait on disk. Raises `InputError` for what the caller can fix.
     """
     chosen = EvaluateSettings.of(settings)
     device = pick_device(chosen.device)
@@ -113,6 +116,7 @@ def evaluate_model(
             emulator.checkpoint.check_unchanged()
         workspace = scoring_workspace(streamed, batches, len(variants), device, spill_pool)
         workspace += replaced_bytes(streamed, adapted.replacements)
+        workspace += streamed.unpacking_bytes(meter.on_gpu)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)
@@ -127,15 +131,15 @@ def evaluate_model(
 
 
 def _open_adapter(path: str | Path, model: Path) -> Adapter:
-    """Open an adapter; refuse by name what is no plain LoRA or was made for another original."""
+    """Open an adapter; refuse by name one that is not plain LoRA or was made for another original."""
     adapter = Adapter.open(path)
-    if adapter.recorded_digest("base") is not None:  # reads all weights where they were never hashed before
+    if adapter.recorded_digest("base") is not None:  # this reads all weights if they were never hashed
         check_made_for(adapter, model, model_digest(model))
     return adapter
 
 
 def score_of(adapter: str | None, sums: SampleScores, samples: Samples) -> Score:
-    """The figures of one model from the sums of every sample."""
+    """Compute the figures of one model from the sums of every sample."""
     tokens = int(total(sums.counts, samples.counted))
     loss = sums.loss(samples.counted)
     questions = len(samples.questions)
@@ -151,7 +155,7 @@ def score_of(adapter: str | None, sums: SampleScores, samples: Samples) -> Score
 
 
 def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Emulator:
-    """An emulator of this original. Raises `InputError` where it is of another, or not of linears alone."""
+    """Open an emulator of this original. Raises `InputError` if it belongs to another, or names what is no linear."""
     emulator = Emulator.open(path)
     emulator.check_original(model)
     linears = {name for unit in streamed.units for name, module in named_parts(unit) if is_linear(module)}
@@ -163,7 +167,7 @@ def _open_emulator(path: str | Path, model: Path, streamed: StreamedModel) -> Em
 
 
 def _factor_bytes(emulator: Emulator, streamed: StreamedModel) -> int:
-    """The factors of the unit that has most of them, and their inner activations, which are smaller than its own."""
+    """Count the factors of the unit that has most of them; their inner activations are smaller than the unit's own."""
     tensors = emulator.checkpoint.tensors.values()
     return max(
         (sum(info.size_bytes for info in tensors if info.name.startswith(f"{unit.name}.")) for unit in streamed.units),

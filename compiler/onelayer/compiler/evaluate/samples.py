@@ -43,9 +43,10 @@ class Samples:
                 return [tokenize_for(classes, example, tokenizer, max_length)]
             return _choices(example, tokenizer, max_length)
 
-        rows, _ = labeled_rows(data, tokenize_row, max_length)
-        samples = cls([tokens for _, tokens in rows], [], [])
-        for _, group in groupby(rows, key=lambda row: id(row[0])):
+        labeled = labeled_rows(data, tokenize_row, max_length)
+        labeled.tell()
+        samples = cls(labeled.tokens, [], [])
+        for _, group in groupby(labeled.rows, key=lambda row: id(row[0])):
             same = [example for example, _ in group]
             example, first, count = same[0], len(samples.counted), len(same)
             if example.answer is None or classes is not None:

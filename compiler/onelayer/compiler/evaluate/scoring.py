@@ -14,7 +14,7 @@ import torch
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Question
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
@@ -31,8 +31,17 @@ class SampleScores:
     counts: list[int]
 
     def loss(self, counted: Sequence[bool]) -> float:
-        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count."""
-        return total(self.losses, counted) / total(self.counts, counted)
+        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count.
+
+        Raises `FloatingPointError` if it is not finite: such a score says nothing, and JSON cannot hold it.
+        """
+        loss = total(self.losses, counted) / total(self.counts, counted)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss}: outputs overflow, by the model's weights or by an adapter; evaluate the model "
+                "without adapters to see which"
+            )
+        return loss
 
     def right_answers(self, questions: Sequence[Question]) -> int:
         """Count questions whose right choice has the highest log-likelihood; the first choice wins a tie."""

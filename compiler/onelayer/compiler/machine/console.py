@@ -7,16 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 
 
 def notice(text: str) -> None:
     """Print a notice to stderr, above any progress bar: something was not done exactly as requested."""
-    tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
+    if processes().is_first:
+        tqdm.write(f"onelayer: note: {text}", file=sys.stderr)
 
 
 def capped(option: str, wanted: int, available: int) -> int:
@@ -63,10 +65,19 @@ class ProgressLines:
 
 
 def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
-    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal."""
+    """Open a bar on stderr, or what prints lines in its place if stderr is no terminal. Only process 0 shows one."""
+    if not processes().is_first:
+        return tqdm(disable=True)
     if sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False)
     return ProgressLines(total, description, unit, initial)
+
+
+class Shown(Protocol):
+    """Shows how far a stream is."""
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """Show that `count` units are done; units that no batch visits are skipped."""
 
 
 class Progress:
@@ -96,10 +107,11 @@ class Progress:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a stop at the next unit boundary; a second signal stops at once."""
+    """Turns SIGINT and SIGTERM into a stop at the next boundary of the work's `unit`; a second signal stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "unit") -> None:
         self._asked = False
+        self._unit = unit
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -116,9 +128,14 @@ class StopRequest:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+        if processes().is_first:
+            os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
+
+    def is_asked(self) -> bool:
+        """Return whether a stop was requested of any process; every process calls this at the same places."""
+        return processes().any(self._asked)
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if a stop was requested."""
-        if self._asked:
+        """Raise `KeyboardInterrupt` if a stop was requested of any process."""
+        if self.is_asked():
             raise KeyboardInterrupt

@@ -1,19 +1,25 @@
 """The device that a pass computes on, and moving tensors to it."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import local_rank, processes
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the named device; without a name the first GPU, else the CPU. Raises `InputError` if not available."""
+    """Return the named device; without a name a GPU, else the CPU. Raises `InputError` if not available.
+
+    Of several processes each takes the GPU of its own number.
+    """
+    own = "cuda" if processes().is_alone else f"cuda:{local_rank()}"
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = own if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(own if name == "cuda" else name)
         torch.empty(1, device=device).item()  # `meta` holds no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]}); use cpu or cuda") from None
@@ -23,3 +29,16 @@ def pick_device(name: str | None) -> torch.device:
 def move(values: Any, device: torch.device) -> Any:
     """Move the tensors of a tree of values to `device`."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)
+
+
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """Restore the random generators of the host and of `device`, whatever its kind, on exit."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the random generators of the host and of `device`."""
+    host = [torch.get_rng_state()]
+    return host if device.type == "cpu" else [*host, torch.get_device_module(device).get_rng_state(device)]

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.results import Report
 
@@ -52,13 +52,18 @@ class Meter:
     @property
     def on_gpu(self) -> bool:
         """Whether the device's own allocator counts the memory; otherwise the host's memory is counted."""
-        return self.device.type == "cuda"
+        return self.device.type != "cpu"
+
+    @property
+    def _allocator(self) -> Any:
+        """The functions of the device's own allocator."""
+        import torch
+
+        return torch.get_device_module(self.device)
 
     def __enter__(self) -> "Meter":
         if self.on_gpu:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self.device)
+            self._allocator.reset_peak_memory_stats(self.device)
         self._watcher.start()
         return self
 
@@ -76,9 +81,7 @@ class Meter:
         """Measure the memory now; return the device peak so far in bytes."""
         self._peak_bytes = max(self._peak_bytes, anonymous_bytes())
         if self.on_gpu:
-            import torch
-
-            return int(torch.cuda.max_memory_allocated(self.device))
+            return int(self._allocator.max_memory_allocated(self.device))
         return self._peak_bytes - self._start_bytes
 
     def report(self, largest_unit_bytes: int, workspace_bytes: int, bytes_read: int) -> Report:

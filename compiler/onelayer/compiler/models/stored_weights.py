@@ -61,9 +61,15 @@ class StoredWeights:
         """Return the other runtime names that are the same parameter in the model."""
         return transformers_models.tied_with(self._twin, name)
 
-    def is_one_tensor(self, name: str) -> bool:
-        """Whether a parameter, or the partner it is tied to, is one stored tensor."""
-        return self._plan.alias.get(name, name) in self._plan.stored_unchanged
+    def reads_rows(self, name: str) -> bool:
+        """Whether rows of a parameter, or of the partner it is tied to, can be read without the rest of it."""
+        name = self._plan.alias.get(name, name)
+        return name in self._plan.stored_unchanged and self.checkpoint.reads_rows(self._plan.checkpoint_keys[name][0])
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Count the bytes of the checkpoint tensors of some runtime names."""
+        keys = {key for name in names for key in self.checkpoint_keys[name]}
+        return sum(self.checkpoint.tensors[key].size_bytes for key in keys)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read the checkpoint tensors of some runtime names, as stored, to the host."""

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from onelayer.compiler.dequantize.formats import FIELD, check_library, format_of, quantization_settings
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.construction import MODULES_WITHOUT_WEIGHTS, building, check_tables
 from onelayer.compiler.models.units import has_forward, owner_of
@@ -37,18 +38,13 @@ FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """Read the model's config and switch caches off. Refuse by name what cannot be streamed."""
-    path = directory / CONFIG_FILE
-    document = read_model_config(directory)
-    parts = [document, *(part for part in document.values() if isinstance(part, dict))]
-    settings = [part["quantization_config"] for part in parts if part.get("quantization_config")]
-    first = settings[0] if settings else None
-    method = first.get("quant_method", "quantized") if isinstance(first, dict) else first
-    if method == "onelayer":
-        raise InputError(f"{directory}: is an emulator; give the original model it was compiled from")
-    if method is not None:
-        raise InputError(f"{path}: field quantization_config: {method!r} weights; give the unquantized original")
+    settings = quantization_settings(read_model_config(directory))
+    if settings is not None:
+        check_library(format_of(settings, directory / CONFIG_FILE), directory / CONFIG_FILE)
     config = load_config(directory)
     for part in _sub_configs(config):
+        if getattr(part, FIELD, None) is not None:
+            delattr(part, FIELD)  # the weights are unpacked as they are read, so the model is a plain one
         if getattr(part, "use_cache", None):
             part.use_cache = False  # a key-value cache would grow with depth and serves no streamed pass
     return config
@@ -87,8 +83,9 @@ def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedMod
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        given = ", ".join(map(str, names)) or "nothing"
         raise InputError(
-            f"{directory / CONFIG_FILE}: field architectures: {names!r} is not one class of transformers "
+            f"{directory / CONFIG_FILE}: field architectures: {given} is not one class of transformers "
             f"{transformers.__version__}; custom code is not run, give a model of a stock architecture"
         )
     return cls
@@ -99,7 +96,7 @@ def compute_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dty
 
     A single tensor says nothing: models in bfloat16 often store norms or routers in float32.
     """
-    if isinstance(config.dtype, torch.dtype):
+    if isinstance(config.dtype, torch.dtype) and config.dtype in FLOAT_DTYPES.values():
         return config.dtype
     stored = floating_bytes(checkpoint)
     return FLOAT_DTYPES[max(stored, key=lambda dtype: stored[dtype])] if stored else torch.float32

@@ -108,6 +108,7 @@ def polish_adapter(
         task.publish(Path(output), opened, streamed, state, failure)
         workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)
         workspace += replaced_bytes(streamed, adapted.replacements)
+        workspace += streamed.unpacking_bytes(meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     if failure is not None:
         raise RuntimeError(f"{failure}; {output} holds the adapter of the {len(state.steps)} steps before it")

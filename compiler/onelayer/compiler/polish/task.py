@@ -136,8 +136,14 @@ class PolishTask:
     ) -> None:
         """Write the adapter, with its provenance and history, in one step."""
         kind = type(streamed.model)
-        fan_in_fan_out = adapter.config.fan_in_fan_out
-        base = Base(self.base["model"], self.base["revision"], kind.__name__, kind.__module__, fan_in_fan_out)
+        base = Base(
+            self.base["model"],
+            self.base["revision"],
+            kind.__name__,
+            kind.__module__,
+            adapter.config.fan_in_fan_out,
+            streamed.checkpoint.quantization,
+        )
         identity = self.identity
         record = {name: identity[name] for name in ("base", "data", "settings")} | state.history
         with atomic_directory(output) as partial:

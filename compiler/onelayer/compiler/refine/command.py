@@ -90,6 +90,7 @@ def refine_emulator(
         RefinePass(streamed, opened, work, chosen, meter, spill_pool).refine(batches, stop)
         at_once = max(math.prod(batch.shape) for batch in batches)
         workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu)
+        workspace += streamed.unpacking_bytes(meter.on_gpu)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
         result = RefineResult(output=str(output), steps=chosen.steps, units=work.units, report=report)
         work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)

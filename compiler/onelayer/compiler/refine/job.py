@@ -4,6 +4,7 @@ Held in addition to a unit: the inputs and outputs of its calls, on the host or 
 trained.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.linears import unit_linears, unit_width
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import RESERVE_BYTES, training_bytes
+from onelayer.compiler.models.unit_memory import RESERVE_BYTES, code_training_bytes, training_bytes
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.reconstruction import Call, refine_unit
 from onelayer.compiler.refine.resume import RefineWork
@@ -118,8 +119,8 @@ def refine_workspace(streamed: StreamedModel, emulator: Emulator, batch_tokens: 
     """Predict what a refinement holds in addition to the largest unit, from shapes alone.
 
     That is the unit's factors with their gradients and optimizer, copies of the widest factor while it is rounded, the
-    graph of one batch as in an exact step, and a reserve. If the host is also the device, the unit that is read ahead
-    counts too.
+    gradient of the widest coded weight, the graph of one batch as in an exact step, and a reserve. If the host is also
+    the device, the unit that is read ahead counts too.
     """
     worst = 0
     for unit in streamed.units:
@@ -127,6 +128,8 @@ def refine_workspace(streamed: StreamedModel, emulator: Emulator, batch_tokens: 
         values = [_trained_values(emulator, name) for name in names]
         width = unit_width(streamed, unit) if names else 0
         training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu)
+        coded = [math.prod(emulator.shape(name)) for name in names if name in emulator.facts.codes]
+        training += code_training_bytes(max(coded, default=0))
         worst = max(worst, training + unit.weight_bytes)
     return worst + RESERVE_BYTES
 

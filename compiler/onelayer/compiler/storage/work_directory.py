@@ -8,12 +8,13 @@ one rename, when it is complete.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.storage.files import check_output, publish_directory, read_json, write_json
 
 
@@ -48,9 +49,18 @@ class WorkKind:
 def work_directory(output: Path, kind: WorkKind, identity: Mapping[str, Any], resume: bool = True) -> Iterator[Path]:
     """Yield the locked directory in which `output` grows: taken up if it was begun with `identity`, or new.
 
-    It is removed at the end; after an error it stays if anything in it is finished. Raises `InputError` if `output`
-    cannot be written, another process holds the lock, or the kind of work refuses what is there.
+    It is removed at the end; after an error it stays if anything in it is finished. Of several processes of a run the
+    first holds it for all. Raises `InputError` if `output` cannot be written, another run holds the lock, or the kind
+    of work refuses what is there.
     """
+    team = processes()
+    with ExitStack() as held:
+        yield team.by_first(lambda: held.enter_context(_locked_directory(output, kind, identity, resume)))
+        team.wait()  # others may still write into it
+
+
+@contextmanager
+def _locked_directory(output: Path, kind: WorkKind, identity: Mapping[str, Any], resume: bool) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     check_output(output)

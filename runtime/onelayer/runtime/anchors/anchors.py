@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from onelayer.compiler.emulators.facts import EmulatorFacts
 from onelayer.compiler.factors.offsets import CodedOffset
+from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import widest
@@ -25,7 +26,7 @@ from onelayer.compiler.streaming.stream import Batch
 from onelayer.runtime.anchors.hooks import AnchorHooks
 from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units, emulated_modules
 from onelayer.runtime.anchors.report import AnchorReport
-from onelayer.runtime.anchors.stream import HOST, OffsetStream, Shown
+from onelayer.runtime.anchors.stream import HOST, OffsetStream
 
 
 class Anchors:
@@ -95,6 +96,7 @@ class Anchors:
         streamed = self.original.streamed
         unit_bytes, on_gpu = streamed.largest_unit_bytes, self.meter.on_gpu
         workspace = anchoring_bytes(unit_bytes, widest(streamed), streamed.dtype.itemsize, self._longest, on_gpu)
+        workspace += streamed.unpacking_bytes(on_gpu)
         return AnchorReport(
             every=every,
             bits=self.bits,
@@ -132,4 +134,4 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def _tokens(batch: Batch) -> int:
     """Count the tokens of a batch, padding included; an encoder-decoder's on the longer side."""
-    return max(tensor.numel() for tensor in batch.values() if tensor.ndim == 2)
+    return max(int(tensor.numel()) for tensor in batch.values() if tensor.ndim == 2)

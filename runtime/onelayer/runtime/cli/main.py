@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import end_processes, processes
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
@@ -24,6 +25,9 @@ RESUME = {
     "train": "run the same command again with --resume to continue from the last checkpoint",
 }
 
+
+# What several processes of one launcher do together.
+SHARED = ("compile", "correct", "evaluate", "polish", "refine", "train")
 
 # PEFT imports bitsandbytes if it is installed, which then warns about a kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -39,6 +43,7 @@ def _invoke(arguments: list[str]) -> int:
     before = signal.getsignal(signal.SIGTERM)
     try:
         _treat_termination_as_interrupt()
+        _check_launcher(arguments[0])
         code = typer.main.get_command(app).main(args=arguments, prog_name="onelayer", standalone_mode=False)
     except TyperException as error:
         context = getattr(error, "ctx", None)  # the subcommand with the mistake
@@ -56,8 +61,17 @@ def _invoke(arguments: list[str]) -> int:
             signal.signal(signal.SIGTERM, before)
     if code == 130:  # typer turns Ctrl-C into this
         advice = RESUME.get(arguments[0], "nothing half-written is kept, run the same command again")
-        typer.echo(f"onelayer: interrupted; {advice}", err=True)
+        if processes().is_first:
+            typer.echo(f"onelayer: interrupted; {advice}", err=True)
+        return 130
+    end_processes()
     return code if isinstance(code, int) else 0
+
+
+def _check_launcher(command: str) -> None:
+    """Refuse a command that several processes would do twice."""
+    if not processes().is_alone and command not in SHARED:
+        raise InputError(f"onelayer {command}: is the work of one process; start it without torchrun")
 
 
 def _treat_termination_as_interrupt() -> None:

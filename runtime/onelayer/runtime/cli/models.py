@@ -5,7 +5,7 @@ from typing import Annotated, TypedDict, Unpack
 
 import typer
 
-from onelayer.compiler.compile.settings import CompileSettings
+from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.runtime.cli.command import print_result
@@ -16,6 +16,7 @@ from onelayer.runtime.cli.options import (
     Json,
     Memory,
     Plot,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.generation.settings import GenerateKeywords, GenerateSettings
@@ -31,8 +32,10 @@ class PlanKeywords(TypedDict, total=False):
     batch_size: int
     lora_rank: int
     factor_dtype: FactorDtype | None
+    form: Form
 
 
+@reads_data
 @settings_options(EvaluateKeywords, EvaluateSettings, omit=("revision", "host_memory_bytes"))
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],

@@ -20,10 +20,10 @@ def run(
 
     Results are kept in $ONELAYER_HOME (default ~/.cache/onelayer) and never made twice; report.html shows them.
 
-        \b
-        Example:
-          onelayer run manifests/demo.yaml --dry-run
-          onelayer run manifests/demo.yaml --task sql
+    \b
+    Example:
+      onelayer run manifests/demo.yaml --dry-run
+      onelayer run manifests/demo.yaml --task sql
     """
     from onelayer.runtime.manifest.manifest import load_manifest
 

@@ -23,8 +23,7 @@ from onelayer.runtime.manifest.sections import (
 )
 from onelayer.runtime.manifest.values import Folder, TaskName
 from onelayer.runtime.manifest.yaml_file import read_yaml
-from onelayer.runtime.training.settings import REFUSED_ARGS
-from onelayer.runtime.training.trainer_args import trainer_args_model
+from onelayer.runtime.training.trainer_args import REFUSED_ARGS, reporter_fault, trainer_args_model
 
 
 class Manifest(Seeded, Section):
@@ -46,6 +45,22 @@ class Manifest(Seeded, Section):
     def path(self) -> Path:
         """The file this was read from."""
         return self._path
+
+    @property
+    def may_be_coded(self) -> bool:
+        """Whether the emulator may consist of codes: nothing asks for factors, and no task for a slice."""
+        emulator = self.emulator
+        if emulator is None or any(task.ratio is not None for task in self.tasks.values()):
+            return False
+        return emulator.form == "coded" or (
+            emulator.form == "auto"
+            and (emulator.ratio, emulator.factor_dtype, emulator.rank_allocation) == (None, None, None)
+        )
+
+    @property
+    def prefers_codes(self) -> bool:
+        """Whether an emulator of a share of bytes becomes codes if the linears are wide enough."""
+        return self.may_be_coded and self.emulator is not None and self.emulator.prefers_codes
 
     def training(self, task_name: str) -> Training:
         """Return a task's training: its sections merged key by key over the defaults, with its own `max_length`.
@@ -90,7 +105,7 @@ def load_manifest(path: str | Path) -> Manifest:
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
-        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest)
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
         faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
@@ -113,6 +128,15 @@ def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
         (("tasks", name, "validation"), "is missing, `correct.limit: auto` chooses by the loss on held-out data")
         for name, task in manifest.tasks.items()
         if manifest.correct.limit == "auto" and task.validation is None
+    ]
+
+
+def _nothing_to_score(manifest: Manifest) -> list[Fault]:
+    """Find tasks without the data that `eval_steps` asks to score."""
+    return [
+        (("tasks", name, "validation"), "is missing, `eval_steps` scores held-out data while training")
+        for name, task in manifest.tasks.items()
+        if manifest.training(name).args.get("eval_steps") is not None and task.validation is None
     ]
 
 
@@ -143,16 +167,17 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
 
 
 def _impossible_codes(manifest: Manifest) -> list[Fault]:
-    """Find what does not go with an emulator of codes."""
+    """Find what does not go with an emulator of codes, or only with one."""
     emulator = manifest.emulator
-    if emulator is None or emulator.form != "coded":
-        faulty = emulator is not None and emulator.backward
-        return [(("emulator", "backward"), "only codes are weighted by gradients, set form: coded")] if faulty else []
-    faults: list[Fault] = [
-        (("emulator", name), "the size of codes is a share of bytes, give keep_bytes")
-        for name in ("ratio", "memory")
-        if getattr(emulator, name) is not None
-    ]
+    if emulator is None:
+        return []
+    faults: list[Fault] = []
+    if emulator.backward and not (manifest.prefers_codes or (emulator.memory is not None and manifest.may_be_coded)):
+        faults.append((("emulator", "backward"), "only codes are weighted by gradients, set form: coded"))
+    if emulator.form != "coded":
+        return faults
+    if emulator.ratio is not None:
+        faults.append((("emulator", "ratio"), "the size of codes is a share of bytes, give keep_bytes"))
     return faults + [
         (("tasks", name, "ratio"), "an emulator of codes cannot be sliced, leave it out")
         for name, task in manifest.tasks.items()
@@ -216,6 +241,8 @@ def check_args(block: dict[str, Any], where: Location) -> list[Fault]:
     args_model = trainer_args_model()
     if args_model is None:  # without the training extra no name can be checked; the train step names what to install
         return faults
+    if (fault := reporter_fault(block.get("report_to"))) is not None:
+        faults.append(((*where, "report_to"), fault))
     allowed = {name: value for name, value in block.items() if name not in _RESERVED_ARGS}
     try:
         block.update(args_model.model_validate(allowed).model_dump(exclude_unset=True))

@@ -111,7 +111,7 @@ class Lora(Section):
     r: LoraRank = TrainSettings.default("lora_rank")
     alpha: LoraAlpha = TrainSettings.default("lora_alpha")
     target_modules: TargetModules = TrainSettings.default("target_modules")
-    dropout: Dropout = LoraFields.model_fields["lora_dropout"].default
+    dropout: Dropout = TrainSettings.default("dropout")
     use_rslora: bool = LoraFields.model_fields["use_rslora"].default
     rank_pattern: dict[str, PositiveInt] = LoraFields.model_fields["rank_pattern"].default
     alpha_pattern: dict[str, PositiveFloat] = LoraFields.model_fields["alpha_pattern"].default

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Lora, Polish, Training
@@ -156,6 +157,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     model, data = model_source(manifest), manifest.tasks[task].train
     sources = _data_sources("train data", data)
     anchored = training.anchor is not None and not direct
+    scored = manifest.tasks[task].validation if training.args.get("eval_steps") is not None else None
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler.storage.checkpoint import resolve_model
@@ -165,7 +167,8 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         base = original if direct else inputs["emulator"]
         assert base is not None
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}
-        settings = {**train_arguments(training), **anchors, "seed": manifest.seed, "resume": True}
+        held_out = {} if scored is None else {"eval_data": _given(scored)}
+        settings = {**train_arguments(training), **anchors, **held_out, "seed": manifest.seed, "resume": True}
         result = train_lora(base, _given(data), output, **settings)
         return result.model_dump(mode="json")
 
@@ -185,14 +188,15 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     return Step(f"{task}.train", "train", execute, fields, sources, needs=needs, task=task)
 
 
-def _given(data: tuple[str, ...]) -> str | list[str]:
+def _given(data: tuple[str | DataSet, ...]) -> str | DataSet | list[str | DataSet]:
     """Return data as a function takes and records it: one source alone, several as a list."""
     return data[0] if len(data) == 1 else list(data)
 
 
-def _data_sources(role: str, data: tuple[str, ...] | None) -> dict[str, Source]:
+def _data_sources(role: str, data: tuple[str | DataSet, ...] | None) -> dict[str, Source]:
     """Return data by their roles in a step. The first has the role of a single one, which keeps keys of old results."""
-    return {role if number == 1 else f"{role} {number}": Source(text) for number, text in enumerate(data or (), 1)}
+    sources = [Source.of(source) for source in data or ()]
+    return {role if number == 1 else f"{role} {number}": source for number, source in enumerate(sources, 1)}
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:

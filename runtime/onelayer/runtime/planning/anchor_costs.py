@@ -2,6 +2,7 @@
 
 from onelayer.compiler.factors.stored_forms import residual_bytes
 from onelayer.compiler.results import Result, round_significant
+from onelayer.runtime.planning.coded import largest_decoding_bytes
 from onelayer.runtime.planning.pass_memory import anchor_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import FORWARD, SECONDS_DIGITS, Speed
@@ -30,7 +31,7 @@ def anchor_costs(
     shapes: ModelShapes, ratio: float, planned: PlannedRun, memory: TrainMemory, speed: Speed | None
 ) -> list[AnchorCost]:
     """Predict the costs of some numbers of steps between renewals."""
-    model = shapes.parameters * shapes.value_bytes
+    model = shapes.stored_bytes
     waiting = len(shapes.blocks) * residual_bytes(planned.tokens, shapes.hidden, BITS)
 
     def seconds(every: int) -> float | None:
@@ -38,7 +39,7 @@ def anchor_costs(
         if speed is None:
             return None
         original = FORWARD * shapes.active_parameters * planned.tokens / speed.flops_per_second
-        emulator = FORWARD * active_values(shapes, ratio) * planned.tokens / speed.flops_per_second
+        emulator = FORWARD * active_values(shapes, ratio, planned.coded) * planned.tokens / speed.flops_per_second
         read = model / speed.read_bytes_per_second / every
         return round_significant(max(read, original) + emulator, SECONDS_DIGITS)
 
@@ -56,4 +57,5 @@ def anchor_costs(
 
 def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
     """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
-    return memory.emulator + memory.adapter + anchor_bytes(shapes, planned.tokens, planned.on_gpu)
+    decoding = largest_decoding_bytes(shapes) if planned.coded else 0
+    return memory.emulator + memory.adapter + decoding + anchor_bytes(shapes, planned.tokens, planned.on_gpu)

@@ -4,13 +4,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onelayer.compiler.dequantize.checkpoint import unpacked
+from onelayer.compiler.dequantize.formats import format_of, quantization_settings
+from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, PackedFormat, unpacking_bytes
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
-from onelayer.compiler.storage.model_config import read_model_config
+from onelayer.compiler.storage.gguf_format import SUFFIX
+from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
 from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
 
@@ -20,7 +25,8 @@ def read_shapes(directory: Path) -> ModelShapes:
 
     Raises `InputError` if the directory holds no model that can be streamed.
     """
-    if any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES)):
+    named = any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+    if named or next(directory.glob(f"*{SUFFIX}"), None):
         return shapes_from_headers(directory)
     return _shapes_from_config(directory)
 
@@ -40,7 +46,21 @@ def _shapes_from_config(directory: Path) -> ModelShapes:
     named = {"hidden_size", "vocab_size", "num_experts_per_tok"}
     text = config.get_text_config()
     known = {name: getattr(text, name) for name in named if isinstance(getattr(text, name, None), int)}
-    return shapes_of(str(directory), {**document, **known}, table, dtype.itemsize, False)
+    shapes = shapes_of(str(directory), {**document, **known}, table, dtype.itemsize, False)
+    settings = quantization_settings(document)
+    return shapes if settings is None else _as_packed(shapes, format_of(settings, directory / CONFIG_FILE))
+
+
+def _as_packed(shapes: ModelShapes, form: PackedFormat) -> ModelShapes:
+    """Estimate what a quantized original takes on disk, where only its configuration is known."""
+
+    def packed(block: BlockShape) -> int:
+        linears = 0 if form.packs_only_experts else sum(linear.parameters for linear in block.linears)
+        return linears + (block.experts.parameters if block.experts else 0)
+
+    values = sum(packed(block) for block in shapes.blocks)
+    stored = (shapes.parameters - values) * shapes.value_bytes + int(values * form.value_bits / 8)
+    return replace(shapes, packed_bytes=stored)
 
 
 _BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
@@ -52,19 +72,28 @@ _WITHOUT_VOCABULARY = ("Classification", "QuestionAnswering", "MultipleChoice", 
 
 def shapes_from_headers(directory: str | Path) -> ModelShapes:
     """Read the shapes of a checkpoint. Raises `InputError` if it cannot be read or repeats no layers."""
-    checkpoint = Checkpoint.open(directory)
+    stored = Checkpoint.open(directory)
+    document = read_model_config(stored.directory)
+    dtype, _ = next(iter(floating_bytes(stored).most_common(1)), ("F32", 0))
+    checkpoint = unpacked(stored, document, dtype)
     table = {name: info.shape for name, info in checkpoint.tensors.items()}
-    stored = floating_bytes(checkpoint).most_common(1)
-    stored_bytes = DTYPE_BITS[stored[0][0]] // 8 if stored else 4
-    return shapes_of(str(directory), read_model_config(checkpoint.directory), table, stored_bytes, True)
+    shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True)
+    if checkpoint is stored and not stored.is_gguf:
+        return shapes
+    packed_bytes = sum(info.size_bytes for info in stored.tensors.values())
+    held = checkpoint.unpacking_bytes
+    if stored.is_gguf:
+        held = max(
+            unpacking_bytes(info.size_bytes, math.prod(info.shape), GGUF_SCRATCH_VALUE_BYTES)
+            for info in stored.tensors.values()
+        )
+    return replace(shapes, packed_bytes=packed_bytes, unpacking_bytes=held)
 
 
 def shapes_of(
     name: str, config: Mapping[str, Any], table: Mapping[str, tuple[int, ...]], stored_bytes: int, has_weights: bool
 ) -> ModelShapes:
     """Derive shapes from a config document and tensor names; `stored_bytes` applies if the config has no dtype."""
-    if config.get("quantization_config"):
-        raise InputError(f"{name}: field quantization_config: quantized weights; give the unquantized original")
     text = {**config, **(config.get("text_config") or {})}
     inside: dict[str, dict[str, tuple[int, ...]]] = {}
     outside: dict[str, tuple[int, ...]] = {}

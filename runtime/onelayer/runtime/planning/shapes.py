@@ -74,7 +74,11 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """All blocks in order. `outside_parameters` counts the rest, mostly embeddings and head."""
+    """All blocks in order. `outside_parameters` counts the rest, mostly embeddings and head.
+
+    Of a quantized original `packed_bytes` is what its weights take on disk, and `unpacking_bytes` what unpacking one
+    of them holds.
+    """
 
     name: str
     value_bytes: int
@@ -85,6 +89,18 @@ class ModelShapes:
     experts_per_token: int
     has_weights: bool
     has_vocabulary_head: bool = True
+    packed_bytes: int | None = None
+    unpacking_bytes: int = 0
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """The bytes of all weights in the dtype of computation."""
+        return self.parameters * self.value_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of all weights on disk, which a pass reads."""
+        return self.unpacked_bytes if self.packed_bytes is None else self.packed_bytes
 
     @cached_property
     def kinds(self) -> tuple[tuple[BlockShape, int], ...]:

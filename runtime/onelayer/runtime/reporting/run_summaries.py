@@ -16,6 +16,8 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"
         dtype, ratio = document["factor_dtype"], document["ratio"]
         kept = f"all weights in {dtype}" if ratio == 1 else f"ratio {ratio} of {dtype} factors"
+        if document["form"] == "coded":
+            kept = f"codes at {document['keep_bytes']} of the bytes"
         head = f"{document['model']}: fits in {size(memory)} with {kept}, activations {how}; {settings}"
     else:
         head = f"{document['model']}: does not fit in {size(memory)}; {settings}"
@@ -32,7 +34,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         f"read per pass {size(predicted['read_bytes'])}",
         f"limited by {document['limit']}",
     ]
-    lines += [f"give up: {row['give_up']} allows ratio {row['ratio']}" for row in document["give_up"]]
+    lines += [f"give up: {row['give_up']} allows {_larger(document, row['ratio'])}" for row in document["give_up"]]
     lines += ["", _choices(document)]
     if document["seconds"]:
         speed = document["speed"]
@@ -55,15 +57,22 @@ def _anchor_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
     return row["seconds_per_step"], *sizes
 
 
+def _larger(document: Mapping[str, Any], ratio: float) -> str:
+    """Format a larger ratio as the choice's own is formatted."""
+    if document["keep_bytes"] is None:
+        return f"ratio {ratio}"
+    return f"{document['keep_bytes'] * ratio / document['ratio']:.4f} of the bytes"
+
+
 _PASSES = ("compile", "refine", "train", "correct")
 
 
 def _choices(document: Mapping[str, Any]) -> str:
-    head = ("factors", "largest ratio", "middle rank", "emulator", "train peak", "error left out")
+    head = ("linears", "largest ratio", "middle rank", "emulator", "train peak", "error left out")
     rows = [
         (
-            row["factor_dtype"],
-            row["ratio"],
+            "codes" if row["form"] == "coded" else row["factor_dtype"],
+            row["ratio"] if row["keep_bytes"] is None else f"{row['keep_bytes']} of the bytes",
             row["rank"],
             size(row["emulator_bytes"]),
             size(row["train_bytes"]),

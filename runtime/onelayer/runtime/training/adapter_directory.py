@@ -16,15 +16,19 @@ if TYPE_CHECKING:
 
 
 def write_adapter_directory(
-    directory: Path, adapted: "PeftModel", model: TrainModel, provenance: dict[str, Any]
+    directory: Path,
+    adapted: "PeftModel",
+    model: TrainModel,
+    provenance: dict[str, Any],
+    state: dict[str, Any] | None = None,
 ) -> None:
-    """Save the adapter into an existing directory.
+    """Save the adapter into an existing directory, with the values in `state` if given.
 
     PEFT records the path of the loaded base, which is the emulator's path on this machine. The modules have the
     original's names, so the adapter must name the original. Sets are sorted so that equal runs write equal bytes.
     PEFT sorts patterns too and takes the first that matches, so each module gets a pattern of its own.
     """
-    adapted.save_pretrained(str(directory))
+    adapted.save_pretrained(str(directory), state_dict=state)
     path = directory / CONFIG_FILE
     config = read_json(path)
     names = {"base_model_name_or_path": model.base["model"], "revision": model.base["revision"]}

@@ -1,4 +1,4 @@
-"""Callbacks of the trainers (progress bar, complete checkpoints), and the losses in the trainers' log.
+"""Callbacks of the trainers (progress, complete checkpoints, stops, scores), and the losses in the trainers' log.
 
 It imports transformers and torch, so import it only when training starts.
 """
@@ -8,10 +8,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from onelayer.compiler.machine.console import open_bar
+from onelayer.compiler.machine.console import StopRequest, open_bar
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync
-from onelayer.runtime.training.checkpoints import mark_complete
+from onelayer.runtime.training.checkpoints import HeldOutScore, mark_complete
+
+SHOWN = {"loss": "loss", "eval_loss": "held-out loss"}  # by their names in the trainer's log
 
 
 class Progress(TrainerCallback):
@@ -19,6 +22,9 @@ class Progress(TrainerCallback):
 
     Streams between steps show in the same bar.
     """
+
+    def __init__(self) -> None:
+        self._shown: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,9 +44,9 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Show the newest loss."""
-        if logs and "loss" in logs:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+        """Show the newest loss, and the newest on held-out rows."""
+        self._shown |= {name: logs[key] for key, name in SHOWN.items() if logs and key in logs}
+        self._bar.set_postfix_str(", ".join(f"{name} {loss:.4f}" for name, loss in self._shown.items()), refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,14 +59,43 @@ class MarkComplete(TrainerCallback):
     """A callback that marks each checkpoint after all of its files are on the disk."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Flush and mark the new checkpoint."""
+        """Flush and mark the new checkpoint, into which every process has written."""
         if args.save_only_model:  # a run cannot resume without the optimizer's state
             return
+        processes().wait()
+        processes().by_first(lambda: self._mark(args, state))
+
+    def _mark(self, args: TrainingArguments, state: TrainerState) -> None:
         assert args.output_dir is not None
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():
             sync(path)
         mark_complete(checkpoint)
+
+
+class SaveAndStop(TrainerCallback):
+    """A callback that saves a checkpoint and ends the training after the step in which a stop was requested."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop if asked to."""
+        if self._stop.is_asked():
+            control.should_save = control.should_training_stop = True
+
+
+class ScoreAtEnd(TrainerCallback):
+    """A callback that scores the held-out rows after the last step, whatever the steps between scores are."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Score if no step is left."""
+        control.should_evaluate |= state.global_step >= state.max_steps
+
+
+def held_out_scores(history: list[dict[str, float]]) -> list[HeldOutScore]:
+    """List the scores on held-out rows in Trainer's log."""
+    return [HeldOutScore(step=int(entry["step"]), loss=entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:

@@ -74,6 +74,13 @@ class FirstBatch(Result):
     activations: ActivationReport | None = None
 
 
+class HeldOutScore(Result):
+    """The mean loss over held-out rows after a step, in nats per labeled token (of a classifier: per text)."""
+
+    step: int
+    loss: float
+
+
 def read_first_batch(work: Path) -> FirstBatch | None:
     """Return what an interrupted run measured on its first batch, or None."""
     file = work / FIRST_BATCH_FILE

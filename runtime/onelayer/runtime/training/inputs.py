@@ -40,6 +40,14 @@ class TrainModel:
     classes: Classes | None
     stamps: FileStamps
 
+    def empty(self) -> "PreTrainedModel":
+        """Build the model without weights, with the modules of the original."""
+        import torch
+
+        from onelayer.compiler.models.transformers_models import empty_model
+
+        return empty_model(self.config, self.model_class, torch.float32)
+
     def load(self) -> "PreTrainedModel":
         """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
@@ -51,7 +59,7 @@ class TrainModel:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the number of rows without a label.
+    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, or is the single class of the text.
     """
@@ -59,6 +67,7 @@ class TrainData:
     rows: list[dict[str, Any]]
     digest: str
     skipped: int
+    cut: int
 
 
 def read_model(directory: Path, name: str) -> TrainModel:
@@ -123,15 +132,15 @@ def _snapshot_revision(directory: Path) -> str | None:
 def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    labeled, skipped = labeled_rows(
+    labeled = labeled_rows(
         data,
         lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
         max_length,
     )
-    check_token_ids((tokens.input_ids for _, tokens in labeled), model.config)
+    check_token_ids((tokens.input_ids for tokens in labeled.tokens), model.config)
     digest = hashlib.sha256()
     rows = []
-    for example, tokens in labeled:
+    for example, tokens in labeled.rows:
         if limit is not None and len(tokens.input_ids) > limit:
             raise InputError(
                 f"{example.source}: {len(tokens.input_ids)} tokens, and {model.directory} has positions for {limit}; "
@@ -141,4 +150,5 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             digest.update(array("q", [len(ids), *ids]).tobytes())
         labels = tokens.labels if tokens.label is None else tokens.label
         rows.append({"input_ids": tokens.input_ids, "labels": labels})
-    return TrainData(rows, digest.hexdigest(), skipped)
+    labeled.tell()
+    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)

@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, create_model
 
+from onelayer.compiler.faults import unknown_name
+
 # SFTConfig and its ancestors, oldest first: (package, file, class). A test compares with dataclasses.fields(SFTConfig).
 _CLASSES = (
     ("transformers", "training_args.py", "TrainingArguments"),
@@ -19,7 +21,7 @@ _CLASSES = (
 )
 _SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 
-# SFTConfig arguments for logging, display and saving during a training: changing one never trains again.
+# SFTConfig arguments for logging, display, scoring and saving during a training: changing one never trains again.
 NON_SEMANTIC_ARGS = frozenset(
     {
         "dataloader_num_workers",
@@ -27,6 +29,7 @@ NON_SEMANTIC_ARGS = frozenset(
         "dataloader_pin_memory",
         "dataloader_prefetch_factor",
         "disable_tqdm",
+        "eval_steps",
         "include_num_input_tokens_seen",
         "log_level",
         "log_level_replica",
@@ -48,6 +51,76 @@ NON_SEMANTIC_ARGS = frozenset(
         "trackio_static_space_id",
     }
 )
+
+
+# Defaults that differ from SFTConfig's. Losses are logged at every step so that a resumed run can report their mean.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "activation_checkpointing": False,
+    "logging_nan_inf_filter": False,
+    "logging_steps": 1,
+    "save_total_limit": 2,
+}
+
+# Names that transformers 5.23 deprecates. It ignores their value if the new name has one.
+RENAMED_ARGS = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+# SFTConfig arguments that would be ignored here or would break a promise, and what to do instead.
+REFUSED_ARGS = {
+    **dict.fromkeys(
+        ("output_dir", "resume_from_checkpoint", "seed", "max_length"), "train_lora has its own parameter for it"
+    ),
+    **dict.fromkeys(
+        ("assistant_only_loss", "chat_template_path", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"),
+        "onelayer labels the data itself; change the data",
+    ),
+    **dict.fromkeys(
+        ("dataset_text_field", "eos_token", "pad_token", "truncation_mode"),
+        "onelayer tokenizes the data itself; change the data or the tokenizer's files",
+    ),
+    **dict.fromkeys(("eval_strategy", "do_eval", "eval_on_start", "eval_delay"), "give eval_data and eval_steps"),
+    "load_best_model_at_end": "the last adapter is written; compare others with `onelayer evaluate`",
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the finished adapter yourself"),
+    "model_init_kwargs": "the emulator is loaded unchanged",
+    "trust_remote_code": "remote code is never run",
+}
+
+# The tools that Trainer reports to, and the packages of each: all are needed, `|` separates alternatives.
+REPORTERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub", "mlflow"),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard|tensorboardX",),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+# Where tensorboard and codecarbon write in the trainer's directory. The other tools keep places of their own.
+TOOL_FOLDER = "runs"
+TOOL_FILES = (TOOL_FOLDER, "emissions.csv")
+
+
+def reporter_fault(report_to: Any) -> str | None:
+    """Say which tool to report to is unknown, or lacks its package; None if nothing is wrong."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("all", "none"):
+            continue
+        if name not in REPORTERS:
+            return f"{name}: {unknown_name(str(name), list(REPORTERS), 'tool')}"
+        for package in REPORTERS[name]:
+            if not any(find_spec(choice) for choice in package.split("|")):
+                return f"{name}: needs a package that is not installed; pip install {package.split('|')[0]}"
+    return None
 
 
 @cache

@@ -3,9 +3,11 @@
 It imports trl, transformers and torch, so import it only when training starts.
 """
 
+import copy
 import math
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,43 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.activations.figures import SavedBytes
 from onelayer.runtime.training.anchored import AnchoredTrainer
-from onelayer.runtime.training.callbacks import MarkComplete, Progress
+from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
 from onelayer.runtime.training.checkpoints import FIRST_BATCH_FILE, FirstBatch
 from onelayer.runtime.training.compressed_activations import TrainActivations
 from onelayer.runtime.training.inputs import TrainData, TrainModel
 from onelayer.runtime.training.settings import LoraFields
+
+# What TRL's trainers count in `compute_loss`, for their log.
+TRL_COUNTS = ("_metrics", "_total_train_tokens")
+
+
+@dataclass
+class HeldOutSums:
+    """The sum of losses over held-out tokens, and the number of these."""
+
+    loss: float = 0.0
+    tokens: int = 0
+
+    def add(self, mean_loss: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: its mean loss over what `labels` (B, T) count, of which nothing predicts the first of a row."""
+        tokens = int((labels[..., 1:] != IGNORED).sum())
+        self.loss, self.tokens = self.loss + float(mean_loss) * tokens, self.tokens + tokens
+
+    def mean(self, accelerator: Any) -> float:
+        """Compute the mean over the tokens of all processes."""
+        sums = torch.tensor([self.loss, self.tokens], dtype=torch.float64).to(accelerator.device)
+        total, tokens = accelerator.reduce(sums, "sum").tolist()
+        return float(total / tokens)
 
 
 class _GuardedTrainer(Trainer):
@@ -55,8 +81,8 @@ class _GuardedTrainer(Trainer):
             super().__init__(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; the first call of all also counts what is saved for its backward pass."""
-        if self.first_batch is not None:
+        """Compute the loss; the first call of all in training also counts what is saved for its backward pass."""
+        if self.first_batch is not None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         compressed = nullcontext(None) if self.activations is None else self.activations.counted()
         with SavedBytes(model) as saved, compressed as figures:
@@ -94,15 +120,40 @@ class _GuardedTrainer(Trainer):
         return loss
 
     def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the model's own loss of a batch, without TRL's metrics and DDP's bookkeeping."""
+        """Compute the loss of a batch as training does, with the head in slices, but without metrics and DDP."""
         bare = self.accelerator.unwrap_model(model).train()
+        kept = {name: copy.deepcopy(getattr(self, name)) for name in TRL_COUNTS if hasattr(self, name)}
         with self.compute_loss_context_manager():
-            loss: torch.Tensor = bare(**self._prepare_inputs(inputs)).loss
+            loss: Any = super().compute_loss(bare, dict(self._prepare_inputs(inputs)))
+        vars(self).update(kept)
+        assert isinstance(loss, torch.Tensor)
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the held-out rows. The random numbers of the training stay as they are."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        return scores
 
 
 class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
     """The trainer for models that predict tokens."""
+
+    _held_out = HeldOutSums()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Score the held-out rows by token. Trainer's own mean weighs each batch by its rows."""
+        self._held_out = HeldOutSums()
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics["eval_loss"] = self._held_out.mean(self.accelerator)
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score one batch."""
+        scored = super().prediction_step(model, inputs, *args, **kwargs)
+        self._held_out.add(scored[0], inputs["labels"])
+        return scored
 
 
 class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
@@ -110,15 +161,25 @@ class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
 
 
 def make_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, cuda: bool
+    model: TrainModel,
+    examples: TrainData,
+    held_out: TrainData | None,
+    fields: LoraFields,
+    arguments: dict[str, Any],
+    work: Path,
+    on_gpu: bool,
 ) -> LoraTrainer | ClassTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
-    precision = {"bf16": cuda and dtype == torch.bfloat16, "fp16": cuda and dtype == torch.float16}
-    own = {"output_dir": str(work), "use_cpu": not cuda, **precision}
+    precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
+    own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
+    if held_out is not None:
+        batch_size = arguments["per_device_train_batch_size"]
+        strategy = "no" if arguments.get("eval_steps") is None else "steps"
+        own |= {"eval_strategy": strategy, "per_device_eval_batch_size": batch_size, "prediction_loss_only": True}
     make = _token_trainer if model.classes is None else _class_trainer
     try:
-        trainer = make(model, examples, fields, {**own, **arguments})
+        trainer = make(model, examples, held_out, fields, {**own, **arguments})
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # arguments and target modules that the libraries refuse
@@ -127,11 +188,17 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.bar = Progress()
     trainer.add_callback(trainer.bar)
+    if held_out is not None:
+        trainer.add_callback(ScoreAtEnd())
     return trainer
 
 
+def _rows(data: TrainData | None) -> Dataset | None:
+    return None if data is None else Dataset.from_list(data.rows)
+
+
 def _token_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
+    model: TrainModel, examples: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
 ) -> LoraTrainer:
     # Rows are ready for the collator, unless TRL packs them.
     config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
@@ -139,7 +206,8 @@ def _token_trainer(
     return LoraTrainer(
         model=loaded,
         args=config,
-        train_dataset=Dataset.from_list(examples.rows),
+        train_dataset=_rows(examples),
+        eval_dataset=_rows(held_out),
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
         callbacks=[MarkComplete()],
@@ -147,7 +215,7 @@ def _token_trainer(
 
 
 def _class_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
+    model: TrainModel, examples: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
 ) -> ClassTrainer:
     """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
     del arguments["max_length"]  # rows are already truncated
@@ -175,7 +243,8 @@ def _class_trainer(
     return ClassTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        train_dataset=Dataset.from_list(examples.rows),
+        train_dataset=_rows(examples),
+        eval_dataset=_rows(held_out),
         data_collator=DataCollatorWithPadding(model.tokenizer),
         compute_loss_func=_class_loss,
         processing_class=model.tokenizer,

@@ -1,0 +1,1 @@
+"""Quantized originals: how their weights are stored, and what they are when unpacked."""

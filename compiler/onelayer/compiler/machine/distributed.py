@@ -1,0 +1,155 @@
+"""The processes of one run, as `torchrun` and `accelerate launch` start them, and what they agree on.
+
+In: the environment that the launcher sets. Process 0 writes files and prints. What a process does next must not depend
+on itself alone, so decisions are made together, over gloo. Torch-free until something is agreed on.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How long a process waits for the launcher's store when it reports a failure.
+_REPORT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The number of this process and how many there are. Every method must be called by all of them."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no others."""
+        return self.count == 1
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """Let process 0 do some work; return its result, or raise its error, in every process."""
+        if self.is_alone:
+            return work()
+        outcome: tuple[Any, BaseException | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                self._broadcast((None, _portable(error)))
+                raise
+        value, failure = self._broadcast(outcome)
+        if failure is not None:
+            raise failure
+        result: T = value
+        return result
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.is_alone else any(self.gather(flag))
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in the order of their numbers."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.count
+        self._distributed.all_gather_object(found, value)
+        return found
+
+    def add_up(self, tensors: Sequence["torch.Tensor"]) -> None:
+        """Replace each tensor by its sum over all processes, added in the order of their numbers."""
+        if self.is_alone:
+            return
+        import torch
+
+        for tensor in tensors:
+            mine = tensor.detach().cpu().contiguous()
+            parts = [torch.empty_like(mine) for _ in range(self.count)]
+            self._distributed.all_gather(parts, mine)
+            total = parts[0]
+            for part in parts[1:]:
+                total += part
+            tensor.copy_(total)
+
+    def share(self, count: int) -> list[int]:
+        """Return which of `count` pieces of work are this process's: neighbors, as many as others have or one fewer."""
+        return list(range(self.rank * count // self.count, (self.rank + 1) * count // self.count))
+
+    def _broadcast(self, outcome: Any) -> Any:
+        boxed = [outcome]
+        self._distributed.broadcast_object_list(boxed, src=0)
+        return boxed[0]
+
+    @property
+    def _distributed(self) -> Any:
+        """PyTorch's module of collectives, with the group of all processes begun."""
+        import torch
+        import torch.distributed as distributed
+
+        if not distributed.is_initialized():
+            on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+        return distributed
+
+
+def processes() -> Processes:
+    """Return the processes of this run: one, unless a launcher says otherwise."""
+    if not all(os.environ.get(name) for name in LAUNCHED):
+        return Processes()
+    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def reports_failure() -> bool:
+    """Whether this process is the one that reports the run's failure: the first that fails, as others fail over it."""
+    team = processes()
+    if team.is_alone:
+        return True
+    from datetime import timedelta
+
+    from torch._C._distributed_c10d import TCPStore
+
+    host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=_REPORT_SECONDS)
+    try:
+        return TCPStore(host, port, is_master=False, timeout=wait).add("onelayer/failures", 1) == 1
+    except Exception:  # the store goes with the process that holds it
+        return team.is_first
+
+
+def end_processes() -> None:
+    """End the group of all processes, if one was begun, so that no process leaves before the others are done."""
+    team = processes()
+    if team.is_alone:
+        return
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        team.wait()
+        distributed.destroy_process_group()
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that other processes can raise."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
