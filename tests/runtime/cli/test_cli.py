@@ -18,7 +18,10 @@ from onelayer.runtime.cli.main import main
 
 # Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
-    "plan": "MODEL --batch-size --emulator --factor-dtype --form --json --lora-rank --max-length --memory",
+    "plan": (
+        "MODEL --batch-size --emulator --factor-dtype --form --hours --json --lora-rank --max-length --max-steps "
+        "--memory"
+    ),
     "compile": (
         "MODEL --backward --batch-size --calibration --columns --config --device --factor-dtype --form --host-memory "
         "--json --keep-bytes --max-length --memory --output --rank-allocation --ratio --resume --samples --seed "

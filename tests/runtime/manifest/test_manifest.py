@@ -12,7 +12,7 @@ import yaml
 from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import Manifest, check_tasks, load_manifest, manifest_schema
-from onelayer.runtime.manifest.sections import Emulator
+from onelayer.runtime.manifest.sections import Anchor, Emulator
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, REFUSED_ARGS, trainer_args_model
 
@@ -270,6 +270,20 @@ def test_anchors_are_every_so_many_steps_or_none(folder: Path) -> None:
     assert "train.anchor.every" in complaint(folder, anchored.replace("every: 10", "every: 0"))
     lone = anchored.replace("emulator: {calibration: {data: mix.jsonl}}", "")
     assert "train.anchor: there is no emulator" in complaint(folder, lone)
+
+
+def test_a_task_has_its_own_anchors(folder: Path) -> None:
+    def anchors(train: str, task: str) -> tuple[Anchor | None, Anchor | None]:
+        text = GOOD.replace("train: {lora", f"train: {{{train}lora").replace("lora: {r: 4}", f"lora: {{r: 4}}{task}")
+        loaded = load(folder, text)
+        return loaded.training("sql").anchor, loaded.training("support").anchor
+
+    assert anchors("anchor: {}, ", "") == (Anchor(every=10, bits=2), Anchor(every=10, bits=2))
+    assert anchors("anchor: {every: 5}, ", ", anchor: {bits: 4}") == (Anchor(every=5), Anchor(every=5, bits=4))
+    assert anchors("anchor: {every: 5}, ", ", anchor: none") == (Anchor(every=5), None)
+    assert anchors("", ", anchor: {}") == (None, Anchor(every=10))
+    lone = GOOD.replace("emulator: {calibration: {data: mix.jsonl}}", "").replace("{r: 4}", "{r: 4}, anchor: {}")
+    assert "tasks.support.anchor: there is no emulator" in complaint(folder, lone)
 
 
 def test_scores_and_reports_are_checked_before_work(folder: Path) -> None:

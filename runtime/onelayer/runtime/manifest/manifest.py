@@ -11,6 +11,7 @@ from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
 from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.compiler.settings import Seeded
 from onelayer.runtime.manifest.sections import (
+    Anchor,
     Correct,
     Emulator,
     Model,
@@ -75,10 +76,16 @@ class Manifest(Seeded, Section):
         return Training(
             lora=lora,
             activations=activations,
-            anchor=self.train.anchor,
+            anchor=self._anchor(task),
             args=args,
             max_length=task.max_length or self.train.max_length,
         )
+
+    def _anchor(self, task: Task) -> Anchor | None:
+        """Return a task's anchors: its own settings over the common ones; none if either says so last."""
+        if "anchor" not in task.model_fields_set:
+            return self.train.anchor
+        return None if task.anchor is None else overridden(self.train.anchor or Anchor(), task.anchor)
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
         """Return the limit of a task's correction."""
@@ -141,10 +148,13 @@ def _nothing_to_score(manifest: Manifest) -> list[Fault]:
 
 
 def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
-    """A fault if the original is trained itself, which needs no anchors."""
-    if manifest.train.anchor is None or manifest.emulator is not None:
+    """Find anchors where the original is trained itself, which needs none."""
+    places: list[tuple[Location, Anchor | None]] = [(("train", "anchor"), manifest.train.anchor)]
+    places += [(("tasks", name, "anchor"), task.anchor) for name, task in manifest.tasks.items()]
+    if manifest.emulator is not None:
         return []
-    return [(("train", "anchor"), "there is no emulator, add one or leave the anchor out")]
+    text = "there is no emulator, add one or leave the anchor out"
+    return [(where, text) for where, anchor in places if anchor is not None]
 
 
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:

@@ -25,6 +25,7 @@ from onelayer.runtime.manifest.values import (
     none_word,
 )
 from onelayer.runtime.training.settings import (
+    ANCHOR_EVERY,
     ActivationRank,
     AnchorBits,
     Dropout,
@@ -133,7 +134,7 @@ class Anchor(Section):
     The original streams by every `every` optimizer steps; `bits` are those of each value that is given.
     """
 
-    every: PositiveInt
+    every: PositiveInt = ANCHOR_EVERY
     bits: AnchorBits = TrainSettings.default("anchor_bits")
 
 
@@ -178,6 +179,7 @@ class Task(Section):
     lora: Lora | None = None
     activations: Activations | None = None
     args: dict[str, Any] = Field(default={})
+    anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
     polish: Polish | None = None
     max_length: MaxLength | None = None
     ratio: SliceRatio = None

@@ -7,6 +7,7 @@ Reads headers and config.json only; no weight is loaded. Predictions count the b
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
@@ -17,7 +18,13 @@ from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, Facto
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.runtime.planning.anchor_costs import AnchorCost, anchor_costs
+from onelayer.runtime.planning.anchor_costs import (
+    AnchorChoice,
+    AnchorCost,
+    anchor_costs,
+    anchor_seconds,
+    choose_every,
+)
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
     LARGEST_RATIO,
@@ -95,6 +102,7 @@ class PlanResult(Result):
     speed: Speed | None
     seconds: Seconds | None
     anchored: list[AnchorCost]
+    anchor_choice: AnchorChoice | None
     remarks: list[str]
 
 
@@ -109,6 +117,8 @@ def plan_run(
     form: Form = "auto",
     on_gpu: bool = True,
     emulator: str | Path | None = None,
+    max_steps: int | None = None,
+    hours: float | None = None,
     speed: Speed | None = None,
     timing: bool = True,
     revision: str | None = None,
@@ -116,10 +126,10 @@ def plan_run(
     """Plan for a device with `memory_bytes`. `model` may be a directory with only a config.json and no weights.
 
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
-    them together with the ratio. `emulator` is an emulator of
-    this model: its spectra predict what each choice would lose. Durations follow from `speed`, by default measured for
-    a second on this machine (not if `timing` is false or there are no weights to read). Raises `InputError` for bad
-    input.
+    them together with the ratio. `emulator` is an emulator of this model: its spectra predict what each choice would
+    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. Durations follow from `speed`, by
+    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
+    `InputError` for bad input.
     """
     if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
@@ -151,6 +161,7 @@ def plan_run(
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
+        anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
         remarks=_remarks(shapes, best, memory_bytes),
     )
 
@@ -220,6 +231,20 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     )
 
 
+def _anchor_choice(
+    shapes: ModelShapes, choice: Choice, speed: Speed | None, max_steps: int | None, hours: float | None
+) -> AnchorChoice | None:
+    """Choose how often anchors are renewed in a training of so many steps; None if no time is given."""
+    if max_steps is None and hours is None:
+        return None
+    if max_steps is None or hours is None or min(max_steps, hours) <= 0:
+        raise InputError("--hours: chooses the anchors of a training of --max-steps; give both, above zero")
+    if speed is None:
+        raise InputError("--hours: needs weights to measure the speed of this machine with; give a model with some")
+    per_step = partial(anchor_seconds, shapes, choice.ratio or SMALLEST_RATIO, choice.planned, speed)
+    return choose_every(_seconds(shapes, choice, speed).train_step, per_step, max_steps, 3600 * hours)
+
+
 def _parts(choice: Choice) -> TrainParts:
     memory = choice.memory
     return TrainParts(
@@ -249,7 +274,7 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     if whole <= memory_bytes:
         remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
     if choice.ratio is not None and shapes.packed_bytes is not None:
-        emulator = emulator_bytes(shapes, choice.ratio, choice.factor_dtype)
+        emulator = emulator_bytes(shapes, choice.ratio, choice.stored)
         if emulator > PAYS_BELOW * shapes.packed_bytes:
             remarks.append(
                 f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "

@@ -49,7 +49,17 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         )
     anchored = [(row["every"], *_anchor_cells(row)) for row in document["anchored"]]
     lines += ["", table([("anchor every", "seconds a step", "read a step", "offsets", "peak"), *anchored])]
+    if (choice := document["anchor_choice"]) is not None:
+        lines.append(_anchored_run(choice))
     return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+def _anchored_run(choice: Mapping[str, Any]) -> str:
+    """Format the number of steps between renewals that fits into the given time."""
+    run = f"{choice['steps']} steps take about {choice['seconds'] / 3600:.2g} h"
+    if choice["every"] is None:
+        return f"{run} without anchors, and no anchors fit into {choice['limit_seconds'] / 3600:g} h"
+    return f"{run} with --anchor-every {choice['every']}"
 
 
 def _anchor_cells(row: Mapping[str, Any]) -> tuple[object, ...]:

@@ -53,6 +53,11 @@ LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by a
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Steps between renewals of anchors, if nobody says otherwise: renewing twice as often, or half as often, changed the
+# result by no more than the noise (manifests/LOG.md).
+ANCHOR_EVERY = 10
+
+
 class TrainSettings(Lengths, Seeded):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
