@@ -75,6 +75,7 @@ class FakeSteps:
             "polish_adapter",
             "merge_adapter",
             "evaluate_model",
+            "reference_scores",
         ):
             monkeypatch.setitem(onelayer.compiler.__dict__, name, getattr(self, name))
         monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", self.train_lora)
@@ -117,6 +118,13 @@ class FakeSteps:
             output, f"{base} {file.read_text()} {settings['lora_rank']} {settings['args'].get('learning_rate')}"
         )
         return Document(peak_device_bytes=9)
+
+    def reference_scores(self, model: Path, data: str, output: Path, **settings: Any) -> Document:
+        self.calls.append("reference")
+        self.arguments["reference"] = {"data": data, **settings}
+        output.mkdir()
+        (output / "reference.json").write_text(f"{content_of(model, 'model.safetensors')} {Path(data).read_text()}")
+        return Document(report=REPORT)
 
     def correct_adapter(self, adapter: Path, *, output: Path, limit: float | None, **settings: Any) -> Document:
         self.calls.append("correct")

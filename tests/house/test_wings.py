@@ -25,7 +25,7 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "version"},
-        {"modules", "activations", "anchors", "streamed", "store"},
+        {"modules", "activations", "anchors", "preferences", "streamed", "store"},
         {"training", "reporting", "generation"},
         {"planning"},
         {"manifest"},

@@ -35,8 +35,8 @@ OPTIONS = {
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
         "--columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
-        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --model --output --report-to --resume "
-        "--save-steps --seed --split --target-modules --warmup"
+        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --model --output --report-to "
+        "--resume --save-steps --seed --split --target-modules --warmup"
     ),
     "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (

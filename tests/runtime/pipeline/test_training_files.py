@@ -1,4 +1,4 @@
-"""What a training shows while it runs: scores on the task's validation data, and the files of reporting tools."""
+"""What surrounds a training: scores on validation data, files of reporting tools, the reference of preferences."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,3 +42,18 @@ def test_files_of_reporting_tools_end_in_the_output(project: Project, monkeypatc
     project.run(["sql"])
     assert (project.folder / "out" / "sql-train-runs" / "now" / "events").read_text() == "loss"
     assert not (project.folder / "out" / "sql-adapter").exists()
+
+
+def test_preferences_have_a_reference_of_their_own(project: Project) -> None:
+    project.run(["sql"])
+    project.edit("train: {lora: {r: 8}", "train: {method: dpo, lora: {r: 8}")
+    assert project.run(["sql"]) == ["reference", "train sql"]
+    given = project.fakes.arguments
+    assert (given["reference"]["method"], given["reference"]["max_length"]) == ("dpo", 512)
+    assert (given["train sql"]["method"], given["train sql"]["reference"].is_dir()) == ("dpo", True)
+    project.edit("max_steps: 5", "max_steps: 6, per_device_train_batch_size: 2")
+    assert project.run(["sql"]) == ["train sql"]
+    project.edit("method: dpo", "method: kto")
+    assert "reference" in project.run(["sql"])
+    project.edit("per_device_train_batch_size: 2", "per_device_train_batch_size: 4")
+    assert "reference" in project.run(["sql"])  # KTO compares the answers of one batch

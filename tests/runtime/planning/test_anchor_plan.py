@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from onelayer.compiler.errors import InputError
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY
 from onelayer.runtime.planning.anchor_costs import choose_every
 from onelayer.runtime.planning.plan import PlanResult, plan_run
 from onelayer.runtime.planning.speed import Speed
 from onelayer.runtime.reporting.run_summaries import plan_summary
-from onelayer.runtime.training.settings import ANCHOR_EVERY
 
 GIB = 1 << 30
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 32000}

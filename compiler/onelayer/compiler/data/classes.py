@@ -95,6 +95,8 @@ def tokenize_for(
     The tokenizer truncates a text with a class, which keeps its special tokens; no end token is appended. Raises
     `InputError` if the row does not fit the model.
     """
+    if append_eos and example.is_preference:
+        raise InputError(f"{example.source}: is a preference; train with --method dpo or kto, or remove its fields")
     if classes is None:
         if example.label is not None:
             raise InputError(

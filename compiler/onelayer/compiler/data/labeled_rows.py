@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def tell_cut(max_length: int, total: int, cut: int, skipped: int) -> None:
+    """Print a notice if some of all examples are cut at a length, or left out for it."""
+    if cut or skipped:
+        left_out = f"; {skipped} have no labeled token and are left out" if skipped else ""
+        notice(f"--max-length {max_length}: {cut} of {total} examples are longer and are cut{left_out}")
+
+
 @dataclass(frozen=True)
 class LabeledRows:
     """The labeled rows of a data set in its order. `skipped` had no label within `max_length`; `cut` are longer."""
@@ -34,10 +41,7 @@ class LabeledRows:
 
     def tell(self) -> None:
         """Print a notice if rows are cut or left out."""
-        total = len(self.rows) + self.skipped
-        if self.cut or self.skipped:
-            left_out = f"; {self.skipped} have no labeled token and are left out" if self.skipped else ""
-            notice(f"--max-length {self.max_length}: {self.cut} of {total} examples are longer and are cut{left_out}")
+        tell_cut(self.max_length, len(self.rows) + self.skipped, self.cut, self.skipped)
 
 
 def labeled_rows(

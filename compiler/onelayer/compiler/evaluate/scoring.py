@@ -13,7 +13,7 @@ import torch
 
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
-from onelayer.compiler.evaluate.samples import Question
+from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -49,6 +49,17 @@ class SampleScores:
             min(question.samples, key=lambda index: self.losses[index]) == question.samples[question.answer]
             for question in questions
         )
+
+    def right_preferences(self, reference: "SampleScores", pairs: Sequence[Pair]) -> int:
+        """Count preferences whose better answer gained more log-likelihood over the reference than the worse one.
+
+        An answer that is not given gains nothing (the implicit reward of DPO, arXiv 2305.18290).
+        """
+
+        def gain(index: int | None) -> float:
+            return 0.0 if index is None else reference.losses[index] - self.losses[index]
+
+        return sum(gain(pair.better) > gain(pair.worse) for pair in pairs)
 
 
 def total(values: Sequence[float], counted: Sequence[bool]) -> float:

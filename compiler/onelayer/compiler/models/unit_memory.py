@@ -7,7 +7,7 @@ for one token, experts as in `routed_width`.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from onelayer.compiler.codes.forms import CODE_WIDTHS, OUTPUT_BLOCK, group_size
+from onelayer.compiler.codes.forms import CODE_WIDTHS, DECODED_VALUES, OUTPUT_BLOCK, group_size
 from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
@@ -173,9 +173,10 @@ def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
 def decoding_bytes(values: int, value_bytes: int) -> int:
     """Bound what a product with a coded weight of `values` holds while it runs.
 
-    The weight twice, before and after its scales, and its codes as numbers of four bytes that a look-up takes, one for
-    at least three values.
+    What is decoded at once twice, before and after its scales, and its codes as numbers of four bytes that a look-up
+    takes, one for at least three values.
     """
+    values = min(values, DECODED_VALUES)
     return values * 2 * value_bytes + 4 * -(-values // CODE_WIDTHS[0])
 
 
@@ -185,7 +186,7 @@ def code_training_bytes(values: int) -> int:
     In float32 the decoded weight, the gradient of the weight, and that gradient by scales and by entries, with what
     each is multiplied by.
     """
-    return decoding_bytes(values, 4) + 5 * 4 * values
+    return 6 * 4 * values
 
 
 def trial_bytes(candidates: int, sides: int, unit_factors: Sequence[Sequence[int]], on_gpu: bool) -> int:

@@ -8,9 +8,9 @@ from onelayer.compiler.errors import InputError
 
 Row = Mapping[str, Any]
 
-OWN = ("text", "messages", "prompt", "completion")  # a row with one of these is no foreign one
+OWN = ("text", "messages", "prompt", "completion", "chosen")  # a row with one of these is no foreign one
 COLUMNS = (
-    *("text", "label", "prompt", "completion", "choices", "answer", "messages", "tools"),
+    *("text", "label", "prompt", "completion", "chosen", "rejected", "choices", "answer", "messages", "tools"),
     *("instruction", "input", "context", "output", "response", "system", "history", "conversations", "data"),
 )
 SPEAKERS = {

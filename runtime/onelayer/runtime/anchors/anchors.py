@@ -28,6 +28,9 @@ from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units,
 from onelayer.runtime.anchors.report import AnchorReport
 from onelayer.runtime.anchors.stream import HOST, OffsetStream
 
+# What a collated batch of preferences holds for the loss alone.
+PREFERENCE_INPUTS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+
 
 class Anchors:
     """Offsets of `bits` bits a value for the units of `adapted`, a PEFT model of the emulator that `facts` describe.
@@ -113,6 +116,8 @@ class Anchors:
 def model_inputs(batch: Mapping[str, Any], adapted: PeftModel) -> Batch:
     """Return what the model is called with for a collated batch, on the host, without what only the loss needs."""
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    for name in PREFERENCE_INPUTS & inputs.keys():
+        del inputs[name]
     labels = inputs.pop("labels", None)
     base: Any = adapted.get_base_model()
     if base.config.is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:

@@ -134,7 +134,9 @@ def train(
     output: Output,
     *,
     eval_data: ScoredData = None,
-    model: Annotated[str | None, typer.Option(help="The original, for --anchor-every: directory or Hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The original, for --anchor-every, dpo and kto: directory or Hub id.")
+    ] = None,
     as_json: Json = False,
     **settings: Unpack[TrainKeywords],
 ) -> None:
@@ -148,6 +150,7 @@ def train(
       onelayer train emulator --data train.jsonl --max-steps 500 --output adapter
       onelayer train emulator --data train.jsonl --activations sublayer --activation-rank auto --output adapter
       onelayer train emulator --model ./llama-8b --anchor-every 10 --data train.jsonl --output adapter
+      onelayer train emulator --model ./llama-8b --method dpo --data preferences.jsonl --output adapter
     """
     from onelayer.runtime import train_lora
 

@@ -24,7 +24,7 @@ from onelayer.runtime.manifest.sections import (
 )
 from onelayer.runtime.manifest.values import Folder, TaskName
 from onelayer.runtime.manifest.yaml_file import read_yaml
-from onelayer.runtime.training.trainer_args import REFUSED_ARGS, reporter_fault, trainer_args_model
+from onelayer.runtime.training.trainer_args import METHODS, Method, refused_args, reporter_fault, trainer_args_model
 
 
 class Manifest(Seeded, Section):
@@ -74,6 +74,7 @@ class Manifest(Seeded, Section):
         merged = {**self.train.args, **task.args}
         args = {name: value for name, value in merged.items() if value is not None}
         return Training(
+            method=self.train.method,
             lora=lora,
             activations=activations,
             anchor=self._anchor(task),
@@ -89,7 +90,9 @@ class Manifest(Seeded, Section):
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
         """Return the limit of a task's correction."""
-        return chosen_limit(self.correct.limit, self.tasks[task_name].validation is not None)
+        # The loss of chosen answers says little of an adapter that learned preferences.
+        by_loss = self.train.method == "sft" and self.tasks[task_name].validation is not None
+        return chosen_limit(self.correct.limit, by_loss)
 
     def polishing(self, task_name: str) -> Polish | None:
         """Return a task's exact steps, its own settings over the common ones; None if neither asks for any."""
@@ -106,7 +109,7 @@ def load_manifest(path: str | Path) -> Manifest:
             f"{path}: a manifest is a mapping with version, model, emulator and tasks; see manifests/README.md"
         )
     for block, where in args_blocks(document):
-        faults += check_args(block, where)
+        faults += check_args(block, where, method_of(document))
     try:
         manifest = Manifest.model_validate(document, context={"folder": path.absolute().parent})
     except ValidationError as error:
@@ -114,6 +117,7 @@ def load_manifest(path: str | Path) -> Manifest:
     else:
         faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
         faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
+        faults += _impossible_preferences(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest._path = path.resolve()
@@ -155,6 +159,26 @@ def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
         return []
     text = "there is no emulator, add one or leave the anchor out"
     return [(where, text) for where, anchor in places if anchor is not None]
+
+
+def _impossible_preferences(manifest: Manifest) -> list[Fault]:
+    """Find what does not go with preferences."""
+    if manifest.train.method == "sft":
+        return []
+    faults: list[Fault] = [
+        (("tasks", name, "polish"), "exact steps learn answers, not preferences, leave it out")
+        for name in manifest.tasks
+        if manifest.polishing(name) is not None
+    ]
+    if manifest.correct.limit == "auto":
+        faults.append((("correct", "limit"), "auto chooses by the loss on answers, give a number or none"))
+    if manifest.train.method == "kto":
+        faults += [
+            (("tasks", name), "kto cannot be anchored, use dpo or leave the anchor out")
+            for name in manifest.tasks
+            if manifest.training(name).anchor is not None
+        ]
+    return faults
 
 
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:
@@ -215,22 +239,30 @@ def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:
 def manifest_schema() -> dict[str, Any]:
     """Build the JSON Schema of a manifest, for editors that complete and check YAML."""
     schema = Manifest.model_json_schema()
-    args_model = trainer_args_model()
-    if args_model is not None:
-        schema["$defs"]["TrainerArgs"] = args_model.model_json_schema()
+    models = {method: trainer_args_model(method) for method in METHODS}
+    known = [model.model_json_schema()["properties"] for model in models.values() if model is not None]
+    if known:
+        names = {name: field for fields in reversed(known) for name, field in fields.items()}
+        schema["$defs"]["TrainerArgs"] = {"type": "object", "additionalProperties": False, "properties": names}
         for owner in ("Training", "Task"):
             schema["$defs"][owner]["properties"]["args"] = {"$ref": "#/$defs/TrainerArgs"}
     return schema
 
 
-# Arguments of SFTConfig that training always refuses, and those that a manifest sets elsewhere, with the place.
+# Arguments that a manifest sets elsewhere, with the place.
 _RESERVED_ARGS = {
-    **{name: f"cannot be set here, {remedy}" for name, remedy in REFUSED_ARGS.items()},
     "output_dir": "not here, the store decides where results go",
     "resume_from_checkpoint": "not here, an interrupted training is resumed by running the manifest again",
     "seed": "not here, set the manifest's top-level `seed`",
     "max_length": "not here, set `max_length` under `train` or the task",
 }
+
+
+def method_of(document: dict[str, Any]) -> Method:
+    """Return the method of an unchecked document; `sft` if it names none that exists."""
+    train = document.get("train")
+    named = train.get("method") if isinstance(train, dict) else None
+    return next((method for method in METHODS if method == named), METHODS[0])
 
 
 def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location]]:
@@ -245,15 +277,16 @@ def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location
     ]
 
 
-def check_args(block: dict[str, Any], where: Location) -> list[Fault]:
-    """Check one `args:` mapping against SFTConfig and put the coerced values in its place."""
-    faults: list[Fault] = [((*where, name), _RESERVED_ARGS[name]) for name in block if name in _RESERVED_ARGS]
-    args_model = trainer_args_model()
+def check_args(block: dict[str, Any], where: Location, method: Method) -> list[Fault]:
+    """Check one `args:` mapping against the method's configuration and put the coerced values in its place."""
+    refused = {name: f"cannot be set here, {remedy}" for name, remedy in refused_args(method).items()} | _RESERVED_ARGS
+    faults: list[Fault] = [((*where, name), refused[name]) for name in block if name in refused]
+    args_model = trainer_args_model(method)
     if args_model is None:  # without the training extra no name can be checked; the train step names what to install
         return faults
     if (fault := reporter_fault(block.get("report_to"))) is not None:
         faults.append(((*where, "report_to"), fault))
-    allowed = {name: value for name, value in block.items() if name not in _RESERVED_ARGS}
+    allowed = {name: value for name, value in block.items() if name not in refused}
     try:
         block.update(args_model.model_validate(allowed).model_dump(exclude_unset=True))
     except ValidationError as error:

@@ -16,6 +16,7 @@ from onelayer.compiler.correct.settings import CorrectSettings
 from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY, AnchorBits
 from onelayer.runtime.manifest.values import (
     DataSources,
     Size,
@@ -25,9 +26,7 @@ from onelayer.runtime.manifest.values import (
     none_word,
 )
 from onelayer.runtime.training.settings import (
-    ANCHOR_EVERY,
     ActivationRank,
-    AnchorBits,
     Dropout,
     LoraAlpha,
     LoraFields,
@@ -35,6 +34,7 @@ from onelayer.runtime.training.settings import (
     TrainSettings,
     Where,
 )
+from onelayer.runtime.training.trainer_args import Method
 
 TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(checked_modules)]
 
@@ -139,8 +139,13 @@ class Anchor(Section):
 
 
 class Training(Lengths, Section):
-    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors."""
+    """How an adapter is trained. Without `anchor`, or with `none`, no anchors.
 
+    `method` is `sft` for answers, `dpo` or `kto` for preferences; `args` are the own arguments of its SFTConfig,
+    DPOConfig or KTOConfig.
+    """
+
+    method: Method = TrainSettings.default("method")
     lora: Lora = Lora()
     activations: Activations = Activations()
     anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
@@ -150,7 +155,7 @@ class Training(Lengths, Section):
 class Correct(Section):
     """The correction's clamp (lambda in the paper); None, written `none`, for no clamp; `auto` chooses per task.
 
-    `default` is `auto` for tasks with validation data, and 3, the paper's, for others.
+    `default` is `auto` for tasks with validation data, and 3, the paper's, for others and for preferences.
     """
 
     limit: Annotated[PositiveFloat | Literal["auto", "default"] | None, BeforeValidator(checked_limit)] = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import widest_ratio
+from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
@@ -60,8 +61,9 @@ class CostBasis:
 
     @property
     def planned(self) -> PlannedRun:
-        """The run that the step's task asks for, as the planner sees it."""
-        return replace(planned_run(self.manifest, self.task), coded=self.size.coded)
+        """The run that the step's task asks for, on a GPU if this machine shows one."""
+        on_gpu = shows_gpu() and not self.manifest.training(self.task).args.get("use_cpu")
+        return replace(planned_run(self.manifest, self.task), coded=self.size.coded, on_gpu=on_gpu)
 
     @property
     def model_bytes(self) -> int:

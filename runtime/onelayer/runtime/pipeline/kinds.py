@@ -78,6 +78,7 @@ STEP_KINDS = {
         predict=costs.refine_costs,
         figures=run_figures.refined_figures,
     ),
+    "reference": StepKind(version=1, predict=costs.evaluate_costs),
     "train": StepKind(
         version=2,
         digest=adapter_digest,

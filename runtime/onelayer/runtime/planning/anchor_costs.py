@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 from onelayer.compiler.factors.stored_forms import residual_bytes
 from onelayer.compiler.results import Result, round_significant
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY
 from onelayer.runtime.planning.coded import largest_decoding_bytes
 from onelayer.runtime.planning.pass_memory import anchor_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import FORWARD, SECONDS_DIGITS, Speed
 from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, active_values
-from onelayer.runtime.training.settings import ANCHOR_EVERY, TrainSettings
+from onelayer.runtime.training.settings import TrainSettings
 
 SHOWN_STEPS = (1, 3, ANCHOR_EVERY, 40)
 BITS = TrainSettings.default("anchor_bits")

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from onelayer.runtime.reporting.tables import scores, table
-from onelayer.runtime.sizes import size
+from onelayer.runtime.sizes import broken_promise, size
 
 
 def plan_summary(document: Mapping[str, Any]) -> str:
@@ -113,6 +113,12 @@ def run_summary(document: Mapping[str, Any], products: Collection[str]) -> str:
     """Format the steps with their reasons, the scores of every task, and the paths of results (kinds `products`)."""
     steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
     parts = [table(steps)]
+    broken = {
+        row["name"]: broken_promise(row["peak_device_bytes"], row["promised_bytes"])
+        for row in document["steps"]
+        if row["peak_device_bytes"] is not None
+    }
+    parts.append("\n".join(f"{name}: {text}" for name, text in broken.items() if text))
     for task, rows in document["evaluations"].items():
         parts.append(f"{task}\n{scores([(row['name'], row) for row in rows])}")
     results = [row for row in document["steps"] if row["kind"] in products and row["state"] in ("cached", "ran")]

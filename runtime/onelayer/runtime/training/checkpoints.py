@@ -75,10 +75,15 @@ class FirstBatch(Result):
 
 
 class HeldOutScore(Result):
-    """The mean loss over held-out rows after a step, in nats per labeled token (of a classifier: per text)."""
+    """The mean loss over held-out rows after a step, in nats per labeled token (of a classifier: per text).
+
+    For preferences it is the method's loss. `preference_accuracy` is then the share of pairs whose chosen answer gained
+    more log-likelihood over the reference than the rejected one.
+    """
 
     step: int
     loss: float
+    preference_accuracy: float | None = None
 
 
 def read_first_batch(work: Path) -> FirstBatch | None:

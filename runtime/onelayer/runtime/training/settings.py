@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,45 +21,35 @@ from pydantic import (
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import EXACT_BITS
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
+from onelayer.runtime.anchors.settings import BITS_RULE, AnchorBits
 from onelayer.runtime.training.trainer_args import (
-    REFUSED_ARGS,
+    LEARNING_RATES,
     RENAMED_ARGS,
     TRAINER_DEFAULTS,
+    Method,
+    refused_args,
     reporter_fault,
     trainer_args_model,
 )
 
-ANCHOR_BITS = (1, 2, 4, EXACT_BITS)
-BITS_RULE = "be 1, 2, 4 or 32"
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
-
-
-def _known_bits(bits: int) -> int:
-    if bits not in ANCHOR_BITS:
-        raise ValueError(f"must {BITS_RULE}")
-    return bits
-
 
 Where = Literal["none", "layer", "sublayer"]
 # A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
-AnchorBits = Annotated[int, AfterValidator(_known_bits)]
 LoraRank = Annotated[PositiveInt, Field(description="Rank of the adapter.")]
 LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by alpha / rank.")]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-# Steps between renewals of anchors, if nobody says otherwise: renewing twice as often, or half as often, changed the
-# result by no more than the noise (manifests/LOG.md).
-ANCHOR_EVERY = 10
-
-
 class TrainSettings(Lengths, Seeded):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
+    method: Annotated[
+        Method, Field(description="sft learns answers; dpo and kto learn preferences."), Option(metavar="sft|dpo|kto")
+    ] = "sft"
     lora_rank: LoraRank = 8
     lora_alpha: LoraAlpha = 8
     target_modules: Annotated[
@@ -68,8 +57,11 @@ class TrainSettings(Lengths, Seeded):
         Field(description="`all-linear`, names separated by commas, or a regular expression."),
         Option(metavar="NAMES", reader="modules"),
     ] = "all-linear"
-    # Ten times TRL's default, which is meant for full tuning.
-    learning_rate: Annotated[PositiveFloat, Field(description="Learning rate; the default is meant for LoRA.")] = 2e-4
+    learning_rate: Annotated[
+        PositiveFloat | None,
+        Field(description="Learning rate; the default is meant for LoRA."),
+        Option(default=", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())),
+    ] = None
     max_steps: Annotated[PositiveInt | None, Field(description="Optimizer steps; give this or --epochs.")] = None
     epochs: Annotated[PositiveFloat | None, Field(description="Passes over the data; give this or --max-steps.")] = None
     batch_size: BatchSize = 8
@@ -152,10 +144,11 @@ class PlannedTraining(TrainSettings):
 class TrainKeywords(TypedDict, total=False):
     """The keywords of `train_lora`."""
 
+    method: str
     lora_rank: int
     lora_alpha: int
     target_modules: str | list[str]
-    learning_rate: float
+    learning_rate: float | None
     max_steps: int | None
     epochs: float | None
     batch_size: int
@@ -250,10 +243,10 @@ def lora_fields(settings: TrainSettings, compressed: Mapping[str, int]) -> LoraF
 def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
     """Return the arguments of the SFTConfig except its folder. Numbers in text form (YAML's 1e-4) become numbers."""
     given = dict(settings.args or {})
-    for name in given:
-        if name in REFUSED_ARGS:
-            raise InputError(f"args.{name}: cannot be set here, {REFUSED_ARGS[name]}")
-    model = trainer_args_model()
+    for name, remedy in refused_args(settings.method).items():
+        if name in given:
+            raise InputError(f"args.{name}: cannot be set here, {remedy}")
+    model = trainer_args_model(settings.method)
     if model is None:
         raise InputError(INSTALL)
     given = _checked(model, given, "args").model_dump(exclude_unset=True)
@@ -267,7 +260,9 @@ def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
         )
     own = {name: value for name, value in _once(settings, given, TRAINER_NAMES, "args").items() if value is not None}
     fixed = {"max_length": settings.max_length, "seed": settings.seed, "disable_tqdm": True}
-    return {**TRAINER_DEFAULTS, **own, **given, **fixed}
+    if settings.method != "sft" and settings.dropout and given.get("disable_dropout") is not False:
+        raise InputError("--dropout: dpo and kto train without; leave it out, or set args.disable_dropout to false")
+    return {**TRAINER_DEFAULTS, "learning_rate": LEARNING_RATES[settings.method], **own, **given, **fixed}
 
 
 def _once(settings: TrainSettings, given: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:

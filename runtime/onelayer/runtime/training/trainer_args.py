@@ -7,18 +7,23 @@ import ast
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, create_model
 
 from onelayer.compiler.faults import unknown_name
 
-# SFTConfig and its ancestors, oldest first: (package, file, class). A test compares with dataclasses.fields(SFTConfig).
-_CLASSES = (
+# A method's configuration and its ancestors, oldest first: (package, file, class). A test compares with
+# dataclasses.fields of each.
+_ANCESTORS = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
 )
+Method = Literal["sft", "dpo", "kto"]
+# Ten times TRL's defaults, which are meant for full tuning.
+LEARNING_RATES: dict[Method, float] = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5}
+METHODS: tuple[Method, ...] = get_args(Method)
+CONFIG_NAMES: dict[Method, str] = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig"}
 _SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 
 # SFTConfig arguments for logging, display, scoring and saving during a training: changing one never trains again.
@@ -87,6 +92,23 @@ REFUSED_ARGS = {
     "trust_remote_code": "remote code is never run",
 }
 
+# Arguments of DPOConfig and KTOConfig that would be ignored or would break a promise, and why.
+REFUSED_PREFERENCE_ARGS = {
+    **dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_batch_size"), "the original gives the reference before training"
+    ),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference is the original and stays"
+    ),
+    **dict.fromkeys(("ld_alpha", "padding_free"), "the reference is one number for each answer"),
+}
+
+
+def refused_args(method: Method) -> dict[str, str]:
+    """Return the arguments that a method's training refuses, and what to do instead."""
+    return REFUSED_ARGS if method == "sft" else {**REFUSED_ARGS, **REFUSED_PREFERENCE_ARGS}
+
+
 # The tools that Trainer reports to, and the packages of each: all are needed, `|` separates alternatives.
 REPORTERS: dict[str, tuple[str, ...]] = {
     "azure_ml": ("azureml",),
@@ -124,14 +146,15 @@ def reporter_fault(report_to: Any) -> str | None:
 
 
 @cache
-def trainer_args_model() -> type[BaseModel] | None:
-    """Build a model with one optional field per SFTConfig argument; None if the training extra is not installed.
+def trainer_args_model(method: Method = "sft") -> type[BaseModel] | None:
+    """Build a model with one optional field per argument of a method; None if the training extra is not installed.
 
     Scalars are typed, so `1e-4` (a string in YAML) becomes a float and `max_steps: many` is refused. Other types pass
     unchecked.
     """
     fields: dict[str, Any] = {}
-    for distribution, file, class_name in _CLASSES:
+    own = ("trl", f"trainer/{method}_config.py", CONFIG_NAMES[method])
+    for distribution, file, class_name in (*_ANCESTORS, own):
         spec = find_spec(distribution)
         if spec is None or not spec.submodule_search_locations:
             return None

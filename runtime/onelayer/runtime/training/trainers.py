@@ -3,10 +3,6 @@
 It imports trl, transformers and torch, so import it only when training starts.
 """
 
-import copy
-import math
-import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -22,31 +18,25 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.data.preferences import PreferenceMethod
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.files import write_json
-from onelayer.runtime.activations.figures import SavedBytes
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
-from onelayer.runtime.training.checkpoints import FIRST_BATCH_FILE, FirstBatch
-from onelayer.runtime.training.compressed_activations import TrainActivations
+from onelayer.runtime.training.guarded import GuardedTrainer
 from onelayer.runtime.training.inputs import TrainData, TrainModel
+from onelayer.runtime.training.preference_trainers import DpoTrainer, KtoTrainer, preference_trainer
 from onelayer.runtime.training.settings import LoraFields
-
-# What TRL's trainers count in `compute_loss`, for their log.
-TRL_COUNTS = ("_metrics", "_total_train_tokens")
+from onelayer.runtime.training.trainer_args import Method
 
 
 @dataclass
@@ -68,75 +58,7 @@ class HeldOutSums:
         return float(total / tokens)
 
 
-class _GuardedTrainer(Trainer):
-    """A Trainer that stops before a step with a non-finite loss, and measures its first forward pass."""
-
-    first_batch: FirstBatch | None = None
-    activations: TrainActivations | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Start like TRL's trainer, but hide a warning about PEFT's use of a deprecated name, which no user can fix."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            super().__init__(*args, **kwargs)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; the first call of all in training also counts what is saved for its backward pass."""
-        if self.first_batch is not None or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        compressed = nullcontext(None) if self.activations is None else self.activations.counted()
-        with SavedBytes(model) as saved, compressed as figures:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        measured = self.activations.measured if self.activations is not None else None
-        self.first_batch = FirstBatch(saved_activation_bytes=saved.total(figures), activations=measured)
-        if self.args.should_save:
-            assert self.args.output_dir is not None
-            write_json(Path(self.args.output_dir) / FIRST_BATCH_FILE, self.first_batch.model_dump(mode="json"))
-        return loss
-
-    def take_up_finished(self, checkpoint: Path) -> bool:
-        """Take state and adapter from a checkpoint of the last step; false for one that has steps left.
-
-        Trainer itself would fail there, or take one step too many.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step < state.max_steps:
-            return False
-        self.state = state
-        adapted: Any = self.accelerator.unwrap_model(self.model)
-        adapted.load_adapter(str(checkpoint), adapted.active_adapter, is_trainable=True)
-        return True
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward of one batch; raise before the optimizer can use a non-finite loss."""
-        if self.activations is not None and self.first_batch is None and self.activations.wants_first_batch:
-            self.activations.measure_first_batch(lambda: self._plain_loss(model, inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not math.isfinite(float(loss)):
-            step = self.state.global_step + 1
-            raise FloatingPointError(
-                f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
-            )
-        return loss
-
-    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the loss of a batch as training does, with the head in slices, but without metrics and DDP."""
-        bare = self.accelerator.unwrap_model(model).train()
-        kept = {name: copy.deepcopy(getattr(self, name)) for name in TRL_COUNTS if hasattr(self, name)}
-        with self.compute_loss_context_manager():
-            loss: Any = super().compute_loss(bare, dict(self._prepare_inputs(inputs)))
-        vars(self).update(kept)
-        assert isinstance(loss, torch.Tensor)
-        return loss
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the held-out rows. The random numbers of the training stay as they are."""
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            scores: dict[str, float] = super().evaluate(*args, **kwargs)
-        return scores
-
-
-class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
+class LoraTrainer(AnchoredTrainer, GuardedTrainer, SFTTrainer):
     """The trainer for models that predict tokens."""
 
     _held_out = HeldOutSums()
@@ -156,30 +78,39 @@ class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
         return scored
 
 
-class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
+class ClassTrainer(AnchoredTrainer, GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
+OurTrainer = LoraTrainer | ClassTrainer | DpoTrainer | KtoTrainer
+Rows = tuple[TrainData, TrainData | None]  # to train on, and held out
+
+
 def make_trainer(
+    method: Method,
     model: TrainModel,
-    examples: TrainData,
-    held_out: TrainData | None,
+    rows: Rows,
     fields: LoraFields,
     arguments: dict[str, Any],
     work: Path,
     on_gpu: bool,
-) -> LoraTrainer | ClassTrainer:
+) -> OurTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
     precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
     own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
-    if held_out is not None:
+    if rows[1] is not None:
         batch_size = arguments["per_device_train_batch_size"]
         strategy = "no" if arguments.get("eval_steps") is None else "steps"
         own |= {"eval_strategy": strategy, "per_device_eval_batch_size": batch_size, "prediction_loss_only": True}
-    make = _token_trainer if model.classes is None else _class_trainer
+    arguments = {**own, **arguments}
     try:
-        trainer = make(model, examples, held_out, fields, {**own, **arguments})
+        if method != "sft":
+            trainer: OurTrainer = _preference_trainer(method, model, rows, fields, arguments)
+        elif model.classes is None:
+            trainer = _token_trainer(model, rows, fields, arguments)
+        else:
+            trainer = _class_trainer(model, rows, fields, arguments)
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # arguments and target modules that the libraries refuse
@@ -188,35 +119,47 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.bar = Progress()
     trainer.add_callback(trainer.bar)
-    if held_out is not None:
+    if rows[1] is not None:
         trainer.add_callback(ScoreAtEnd())
     return trainer
 
 
-def _rows(data: TrainData | None) -> Dataset | None:
-    return None if data is None else Dataset.from_list(data.rows)
+def _data_sets(rows: Rows) -> dict[str, Dataset | None]:
+    """Return the data sets of a trainer, by the names of its parameters."""
+    train, held_out = (None if data is None else Dataset.from_list(data.rows) for data in rows)
+    return {"train_dataset": train, "eval_dataset": held_out}
 
 
-def _token_trainer(
-    model: TrainModel, examples: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
-) -> LoraTrainer:
+def _token_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> LoraTrainer:
     # Rows are ready for the collator, unless TRL packs them.
     config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
     loaded = model.load()
     return LoraTrainer(
         model=loaded,
         args=config,
-        train_dataset=_rows(examples),
-        eval_dataset=_rows(held_out),
+        **_data_sets(rows),
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
         callbacks=[MarkComplete()],
     )
 
 
-def _class_trainer(
-    model: TrainModel, examples: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
-) -> ClassTrainer:
+def _preference_trainer(
+    method: PreferenceMethod, model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]
+) -> DpoTrainer | KtoTrainer:
+    loaded = model.load()
+    return preference_trainer(
+        method,
+        arguments,
+        model=loaded,
+        **_data_sets(rows),
+        processing_class=model.tokenizer,
+        peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
+        callbacks=[MarkComplete()],
+    )
+
+
+def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
     """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
     del arguments["max_length"]  # rows are already truncated
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
@@ -243,8 +186,7 @@ def _class_trainer(
     return ClassTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        train_dataset=_rows(examples),
-        eval_dataset=_rows(held_out),
+        **_data_sets(rows),
         data_collator=DataCollatorWithPadding(model.tokenizer),
         compute_loss_func=_class_loss,
         processing_class=model.tokenizer,
