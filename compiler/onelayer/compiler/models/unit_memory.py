@@ -52,10 +52,18 @@ def graph_bytes(width: int, tokens: int, value_bytes: int, on_gpu: bool) -> int:
     return (2 if on_gpu else 4) * tokens * width * max(4, value_bytes)
 
 
-def training_bytes(values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool) -> int:
-    """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train."""
-    graph = graph_bytes(width, batch_tokens, value_bytes, on_gpu)
-    return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graph
+def training_bytes(
+    values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool, differentiated: int = 0
+) -> int:
+    """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train.
+
+    Where gradients are learned too, `differentiated` counts the weights that have a second derivative. They are in the
+    graph in float32 and in the model's dtype, with a gradient each, and the graph is that of the original, of the
+    emulator and of its way back.
+    """
+    graphs = (3 if differentiated else 1) * graph_bytes(width, batch_tokens, value_bytes, on_gpu)
+    weights = 2 * (4 + value_bytes) * differentiated
+    return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
 def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapter_bytes: int, on_gpu: bool) -> int:

@@ -11,7 +11,7 @@ from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import names_of
@@ -64,7 +64,7 @@ class TrainModel:
 class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
-    `labels` has the length of `input_ids`, or is the single class of the text.
+    `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
     """
 
     rows: list[dict[str, Any]]
@@ -93,7 +93,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
     loaded_class = model_class(config, directory)
     if not is_trainable(loaded_class):
         raise InputError(
-            f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
+            f"{directory}: {loaded_class.__name__} is not a language model or a sequence classifier, which "
             "training needs"
         )
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
@@ -164,6 +164,16 @@ def _snapshot_revision(directory: Path) -> str | None:
     return directory.name if directory.parent.name == "snapshots" else None
 
 
+def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
+    """Return a row for the trainer of a model: the ids that it reads, and what it predicts."""
+    if tokens.label is not None:
+        return {"input_ids": tokens.input_ids, "labels": tokens.label}
+    if model.config.is_encoder_decoder:
+        asked, answered = asked_and_answered(tokens)
+        return {"input_ids": asked, "labels": answered}
+    return {"input_ids": tokens.input_ids, "labels": tokens.labels}
+
+
 def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -183,7 +193,6 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             )
         for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        labels = tokens.labels if tokens.label is None else tokens.label
-        rows.append({"input_ids": tokens.input_ids, "labels": labels})
+        rows.append(_row(tokens, model))
     labeled.tell()
     return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)
