@@ -264,11 +264,17 @@ def test_a_stopped_compile_goes_on_to_the_same_bytes(
     assert Emulator.open(tmp_path / "again").digest == Emulator.open(emulator).digest
 
 
-def test_refinement_trains_codebooks_scales_and_factors(source: Path, emulator: Path, tmp_path: Path) -> None:
-    result = refine_emulator(
-        emulator, model=source / "model", calibration=source / "mix.jsonl", output=tmp_path / "refined", steps=20
-    )
+@pytest.mark.parametrize("backward", [False, True])
+def test_refinement_trains_codebooks_scales_and_factors(
+    source: Path, emulator: Path, tmp_path: Path, backward: bool
+) -> None:
+    given: dict[str, Any] = {"calibration": source / "mix.jsonl", "output": tmp_path / "refined", "backward": backward}
+    result = refine_emulator(emulator, model=source / "model", **given, steps=10, batch_size=12, step_samples=4)
     assert all(unit.after < unit.before for unit in result.units)
+    if backward:
+        errors = [(unit.gradients_before, unit.gradients_after) for unit in result.units]
+        assert all(after < before for before, after in errors if before is not None and after is not None)
+    assert all((unit.gradients_after is not None) is backward for unit in result.units)
     before, after = Emulator.open(emulator).checkpoint, Emulator.open(tmp_path / "refined").checkpoint
     name = "model.layers.0.mlp.down_proj"
     for ending in (".lr_codebook", ".lr_up", ".lr_down"):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.model_shapes import decoder
 from helpers.tiny_models import VOCAB, seeded
-from onelayer.compiler.codes.forms import WHOLE_SHARE
+from onelayer.compiler.codes.forms import DECODED_VALUES, WHOLE_SHARE
 from onelayer.compiler.compile import selection
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -103,13 +103,13 @@ def test_training_and_refinement_count_a_decoded_weight() -> None:
     shapes, planned = LARGE["8B"], PlannedRun(1, 512, where="sublayer", rank=0.125, refine_tokens=512)
     factors, coded = (train_memory(shapes, 0, replace(planned, coded=kind)) for kind in (False, True))
     widest = 4096 * 14336
-    assert coded.recompute - factors.recompute == pytest.approx(widest * (2 * 2 + 4 / 3), rel=1e-6)
+    assert coded.recompute - factors.recompute == pytest.approx(DECODED_VALUES * (2 * 2 + 4 / 3), rel=1e-6)
     ratio = 0.145 / WHOLE_SHARE
     passes = pass_bytes(shapes, ratio, replace(planned, coded=True))
     values = coded_emulator(shapes, ratio)
     assert values is not None
     trained = sum(values.trained_values(linear) for linear in shapes.blocks[0].compressible)
-    assert passes["refine"] > shapes.largest_block_bytes + 26 * trained + 7 * 4 * widest
+    assert passes["refine"] > shapes.largest_block_bytes + 26 * trained + 6 * 4 * widest
     whole = pass_bytes(shapes, 1.0, planned)
     assert passes["correct"] == whole["correct"], "a correction uses the weights that codes stand for"
 

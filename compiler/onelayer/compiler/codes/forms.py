@@ -26,6 +26,8 @@ CODEBOOK_ROWS, ENTRY_BYTES = 256, 2
 LONGEST_GROUP, GROUP_STEP = 4096, 120
 # Moments of the gradients at a linear's outputs are kept in diagonal blocks of this many.
 OUTPUT_BLOCK = 64
+# A product decodes at most this many values at once, so that it never holds the whole weight of a wide linear.
+DECODED_VALUES = 16 << 20
 # The factors of a residual are stored in this dtype.
 RESIDUAL_DTYPE: FactorDtype = "nf4"
 # Codes take as many bits as leave this many bits a value for the low-rank part. Without it twice as much is lost

@@ -13,7 +13,6 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from onelayer.compiler.compile.calibration import calibration_tokens
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks
@@ -45,6 +44,7 @@ from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
+from onelayer.compiler.streaming.calibration import calibration_tokens
 from onelayer.compiler.streaming.spill import SpillPool
 
 
@@ -123,7 +123,11 @@ def _compile(
     """Stream the original, write its emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)
     tokenizer = load_tokenizer(streamed.checkpoint.directory)
-    tokens, settings = calibration_tokens(streamed, calibration, tokenizer, settings)
+    tokens, backward = calibration_tokens(
+        streamed, calibration, tokenizer, settings, backward=settings.backward is True
+    )
+    if settings.backward and not backward:
+        settings = settings.model_copy(update={"backward": False})
     # On a card, what waits for the way back lies on the host. A host that is the device itself would hold more and more
     # of it with every unit, so there it lies in files, unless memory is given for it.
     keeps = settings.backward and device.type == "cpu"

@@ -30,6 +30,7 @@ class BlockFp8(PackedFormat):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         block = settings.get("weight_block_size")
         self.block = (int(block[0]), int(block[1])) if block else None
+        require(self.block is None or min(self.block) > 0, f"weight_block_size is {block}")
 
     @property
     def value_bits(self) -> float:

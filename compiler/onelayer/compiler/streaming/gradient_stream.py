@@ -128,6 +128,7 @@ class GradientStream(Stream):
         forward = None if run is None else lambda *args, **kwargs: run(record.index, args, kwargs)
         with torch.enable_grad():
             outputs, leaves = rerun(unit, record.kept, self.device, forward, record.asked)
+        self.watch_rerun(unit, record, outputs)
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)
@@ -176,6 +177,9 @@ class GradientStream(Stream):
     def wants_gradients(self, unit: Unit) -> bool:
         """Whether a unit needs gradients of its own; the way back ends at the first one that does."""
         return any(parameter.requires_grad for parameter in unit.module.parameters())
+
+    def watch_rerun(self, unit: Unit, record: Record, outputs: list[torch.Tensor]) -> None:
+        """Take what a unit gives when it runs again; `record.slots` hold the gradients of the outputs."""
 
     def records_gradients(self, index: int) -> bool:
         """Whether autograd records the code between units: for the batches that are trained on."""

@@ -127,13 +127,16 @@ def slice_costs(basis: CostBasis) -> StepCosts:
 
 
 def refine_costs(basis: CostBasis) -> StepCosts:
-    """Predict a refinement: one pass over original and emulator."""
+    """Predict a refinement: one pass over original and emulator, two over the original if gradients are learned."""
     refinement = basis.emulator.refinement
     assert refinement is not None
     tokens = refinement.batch_size * basis.emulator.calibration.max_length
-    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation, coded=basis.size.coded)
+    backward, coded = refinement.backward, basis.size.coded
+    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation, coded=coded, backward=backward)
     written = basis.emulator_bytes(basis.ratio)
-    return StepCosts(read_bytes=basis.model_bytes + written, write_bytes=written, peak_bytes=peak)
+    return StepCosts(
+        read_bytes=(2 if backward else 1) * basis.model_bytes + written, write_bytes=written, peak_bytes=peak
+    )
 
 
 def train_costs(basis: CostBasis) -> StepCosts:

@@ -39,6 +39,7 @@ def planned_run(manifest: Manifest, task: str) -> PlannedRun:
         is_sliced=any(task.ratio is not None for task in manifest.tasks.values()),
         compile_tokens=batch * longest,
         refine_tokens=0 if refinement is None else refinement.batch_size * longest,
+        refine_backward=refinement is not None and refinement.backward,
         scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
     )
 

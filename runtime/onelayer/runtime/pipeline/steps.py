@@ -113,7 +113,7 @@ def _slice_step(ratio: float) -> Step:
 def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
     """Refine the common emulator, or its slice of `ratio`, on its calibration data."""
     model, calibration = model_source(manifest), emulator.calibration
-    settings = refine.model_dump(mode="json")
+    settings = refine.model_dump(mode="json", exclude=set() if refine.backward else {"backward"})  # keeps older keys
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import refine_emulator

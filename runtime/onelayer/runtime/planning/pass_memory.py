@@ -6,6 +6,7 @@ from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
     EXPERT_ROWS,
+    SLICE_BYTES,
     CompiledShape,
     CorrectedShape,
     anchoring_bytes,
@@ -49,7 +50,16 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
         corrected = max(corrected, chosen)
     return {
         "compile": compile_bytes(shapes, planned.widest(ratio), compiled, planned.coded),
-        "refine": refined and refine_bytes(shapes, ratio, refined, planned.allocation, planned.on_gpu, planned.coded),
+        "refine": refined
+        and refine_bytes(
+            shapes,
+            ratio,
+            refined,
+            planned.allocation,
+            planned.on_gpu,
+            planned.coded,
+            backward=planned.refine_backward,
+        ),
         "correct": corrected,
     }
 
@@ -97,8 +107,11 @@ def refine_bytes(
     allocation: Allocation,
     on_gpu: bool = True,
     coded: bool = False,
+    backward: bool = False,
 ) -> int:
     """Bound a refinement on the device: the block that is refined, plus its factors while they are trained.
+
+    With `backward` the block learns gradients too.
 
     With uniform ranks this is a true bound. With ranks by spectrum a block may hold more than its share, up to its
     weights; `SPECTRUM_MARGIN` is then an estimate, and the pass itself computes its bound from the ranks.
@@ -111,8 +124,9 @@ def refine_bytes(
         if codes is not None:
             values = [codes.trained_values(linear) for linear in block.compressible]
         training = code_training_bytes(max((linear.parameters for linear in block.compressible if codes), default=0))
-        training += training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
-        costs.append(block.parameters * shapes.value_bytes + training)
+        twice = sum(linear.parameters for linear in block.compressible) if backward else 0
+        training += training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu, twice)
+        costs.append(block.parameters * shapes.value_bytes + max(training, 4 * SLICE_BYTES if backward else 0))
     return max(costs)
 
 

@@ -274,7 +274,7 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     if whole <= memory_bytes:
         remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
     if choice.ratio is not None and shapes.packed_bytes is not None:
-        emulator = emulator_bytes(shapes, choice.ratio, choice.factor_dtype)
+        emulator = emulator_bytes(shapes, choice.ratio, choice.stored)
         if emulator > PAYS_BELOW * shapes.packed_bytes:
             remarks.append(
                 f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "

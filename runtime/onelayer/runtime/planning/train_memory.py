@@ -38,7 +38,7 @@ class PlannedRun:
     the emulator's ranks are chosen. An emulator that `is_sliced` into smaller ones cannot keep its weights whole. Three
     fields are the tokens that a pass over the original has on the device at once. For compile and refine None means one
     example. `refine_tokens` is 0 if factors are not refined, `scored_tokens` is 0 if no held-out text chooses the
-    correction. `coded`: the emulator consists of codes.
+    correction. `coded`: the emulator consists of codes. `refine_backward`: a refinement learns gradients too.
     """
 
     batch_size: int
@@ -53,6 +53,7 @@ class PlannedRun:
     refine_tokens: int | None = None
     scored_tokens: int = 0
     coded: bool = False
+    refine_backward: bool = False
 
     def widest(self, ratio: float) -> float:
         """Return the ratio at which a compile computes factors."""
