@@ -75,7 +75,7 @@ def compile_emulator(
     streamed = StreamedModel(resolve_model(model, asked.revision))
     if not is_trainable(type(streamed.model)):
         notice(
-            f"{model}: {type(streamed.model).__name__} is no causal language model and no sequence classifier, so "
+            f"{model}: {type(streamed.model).__name__} is no language model and no sequence classifier, so "
             "onelayer train will refuse its emulator; train with PEFT yourself, or polish the original"
         )
     check_companions(streamed.checkpoint.directory)

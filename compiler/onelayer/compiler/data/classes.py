@@ -66,14 +66,19 @@ def predicted_classes(
 
 
 def is_trainable(cls: "type[PreTrainedModel]") -> bool:
-    """Return whether `onelayer train` takes models of a class: causal language models and sequence classifiers."""
+    """Return whether `onelayer train` takes models of a class: causal, encoder-decoder, or a sequence classifier."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    return cls.__name__ in known or is_classifier(cls)
+    registries = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    return any(cls.__name__ in registry.values() for registry in registries) or is_classifier(cls)
 
 
 def is_classifier(cls: "type[PreTrainedModel]") -> bool:

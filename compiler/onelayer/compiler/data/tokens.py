@@ -48,6 +48,15 @@ class Tokens:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+def asked_and_answered(tokens: Tokens) -> tuple[list[int], list[int]]:
+    """Return what an encoder-decoder reads of a row, and what it predicts.
+
+    It reads the tokens without a label, or all of a plain text, and predicts those with one.
+    """
+    asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
+    return asked or tokens.input_ids, [label for label in tokens.labels if label != IGNORED]
+
+
 def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model directory, without the network and without running code from the directory."""
     from transformers import AutoTokenizer

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,22 @@ from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.console import notice
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.sources.data_set import names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.streamed.model import streamed_for_training
+from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -42,6 +47,7 @@ class TrainModel:
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
     stamps: FileStamps
+    streaming: StreamedSettings | None = None
 
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
@@ -52,7 +58,14 @@ class TrainModel:
         return empty_model(self.config, self.model_class, torch.float32)
 
     def load(self) -> "PreTrainedModel":
-        """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
+        """Load the model with its weights onto the host, or open it for streaming if `streaming` says how.
+
+        Raises `InputError` if its files changed since `digest`.
+        """
+        if self.streaming is not None:
+            streamed = streamed_for_training(self.directory, **self.streaming.model_dump())
+            self.stamps.check()
+            return streamed
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
@@ -64,7 +77,7 @@ class TrainModel:
 class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
-    `labels` has the length of `input_ids`, or is the single class of the text.
+    `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
     """
 
     rows: list[dict[str, Any]]
@@ -93,7 +106,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
     loaded_class = model_class(config, directory)
     if not is_trainable(loaded_class):
         raise InputError(
-            f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
+            f"{directory}: {loaded_class.__name__} is not a language model or a sequence classifier, which "
             "training needs"
         )
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
@@ -164,6 +177,16 @@ def _snapshot_revision(directory: Path) -> str | None:
     return directory.name if directory.parent.name == "snapshots" else None
 
 
+def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
+    """Return a row for the trainer of a model: the ids that it reads, and what it predicts."""
+    if tokens.label is not None:
+        return {"input_ids": tokens.input_ids, "labels": tokens.label}
+    if model.config.is_encoder_decoder:
+        asked, answered = asked_and_answered(tokens)
+        return {"input_ids": asked, "labels": answered}
+    return {"input_ids": tokens.input_ids, "labels": tokens.labels}
+
+
 def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -183,7 +206,40 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             )
         for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        labels = tokens.labels if tokens.label is None else tokens.label
-        rows.append({"input_ids": tokens.input_ids, "labels": labels})
+        rows.append(_row(tokens, model))
     labeled.tell()
     return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)
+
+
+def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
+    """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
+    longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
+    longest = arguments["max_length"] if arguments.get("packing") else longest
+    return int(longest * arguments["per_device_train_batch_size"])
+
+
+def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: "torch.device") -> TrainModel:
+    """Return the model with the way that it is held, which is printed for an original. `tokens` are those of a batch.
+
+    Raises `InputError` if the settings do not go with the way.
+    """
+    import torch
+
+    from onelayer.runtime.streamed.ways import chosen_way
+
+    if model.ranks:
+        if settings.way == "streamed":
+            raise InputError(f"--way streamed: {model.directory} is an emulator, which is made to fit; leave it out")
+        return model
+    dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
+    streaming = chosen_way(model.directory, dtype, settings, tokens, device)
+    if streaming is not None:
+        if settings.activations != "none":
+            kept = "a streamed model keeps inputs of layers"
+            raise InputError(f"--activations {settings.activations}: {kept}; leave it out")
+        if not processes().is_alone:
+            raise InputError("--way streamed: runs in one process; start it without torchrun")
+        if settings.gradient_accumulation > 1:
+            batches = settings.gradient_accumulation
+            notice(f"--gradient-accumulation {batches}: every batch of a step reads the model")
+    return replace(model, streaming=streaming)

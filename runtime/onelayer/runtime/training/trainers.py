@@ -14,10 +14,12 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -47,8 +49,8 @@ class HeldOutSums:
     tokens: int = 0
 
     def add(self, mean_loss: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: its mean loss over what `labels` (B, T) count, of which nothing predicts the first of a row."""
-        tokens = int((labels[..., 1:] != IGNORED).sum())
+        """Add a batch: its mean loss over what `labels` (B, T) count."""
+        tokens = int((labels != IGNORED).sum())
         self.loss, self.tokens = self.loss + float(mean_loss) * tokens, self.tokens + tokens
 
     def mean(self, accelerator: Any) -> float:
@@ -58,13 +60,14 @@ class HeldOutSums:
         return float(total / tokens)
 
 
-class LoraTrainer(AnchoredTrainer, GuardedTrainer, SFTTrainer):
-    """The trainer for models that predict tokens."""
+class _ScoredByToken(Trainer):
+    """A Trainer whose held-out loss is a mean over tokens. Trainer's own mean weighs each batch by its rows."""
 
+    _first_label = 0  # labels of a row before this one are predicted by nothing
     _held_out = HeldOutSums()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Score the held-out rows by token. Trainer's own mean weighs each batch by its rows."""
+        """Score the held-out rows by token."""
         self._held_out = HeldOutSums()
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
@@ -73,16 +76,28 @@ class LoraTrainer(AnchoredTrainer, GuardedTrainer, SFTTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Score one batch."""
+        labels = inputs["labels"]
         scored = super().prediction_step(model, inputs, *args, **kwargs)
-        self._held_out.add(scored[0], inputs["labels"])
+        assert scored[0] is not None
+        self._held_out.add(scored[0], labels[..., self._first_label :])
         return scored
+
+
+class LoraTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByToken, SFTTrainer):
+    """The trainer for models that predict the next token."""
+
+    _first_label = 1
+
+
+class SequenceTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByToken):
+    """The trainer for encoder-decoders, which read one sequence of tokens and predict another."""
 
 
 class ClassTrainer(AnchoredTrainer, GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
-OurTrainer = LoraTrainer | ClassTrainer | DpoTrainer | KtoTrainer
+OurTrainer = LoraTrainer | SequenceTrainer | ClassTrainer | DpoTrainer | KtoTrainer
 Rows = tuple[TrainData, TrainData | None]  # to train on, and held out
 
 
@@ -107,6 +122,8 @@ def make_trainer(
     try:
         if method != "sft":
             trainer: OurTrainer = _preference_trainer(method, model, rows, fields, arguments)
+        elif model.classes is None and model.config.is_encoder_decoder:
+            trainer = _sequence_trainer(model, rows, fields, arguments)
         elif model.classes is None:
             trainer = _token_trainer(model, rows, fields, arguments)
         else:
@@ -159,21 +176,44 @@ def _preference_trainer(
     )
 
 
-def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
-    """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
+def _sequence_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> SequenceTrainer:
+    config = _plain_config(model, arguments)
+    loaded = model.load()
+    if not hasattr(loaded, "prepare_decoder_input_ids_from_labels"):
+        raise InputError(f"{model.directory}: {type(loaded).__name__} does not say what its decoder reads of labels")
+    set_seed(config.seed)
+    lora = _lora_config(loaded, fields, task_type="SEQ_2_SEQ_LM")
+    return SequenceTrainer(
+        model=peft.get_peft_model(loaded, lora),
+        args=config,
+        **_data_sets(rows),
+        data_collator=DataCollatorForSeq2Seq(model.tokenizer, loaded, label_pad_token_id=IGNORED),
+        compute_loss_func=_sequence_loss,
+        processing_class=model.tokenizer,
+        callbacks=[MarkComplete()],
+    )
+
+
+def _plain_config(model: TrainModel, arguments: dict[str, Any]) -> TrainingArguments:
+    """Return the arguments of transformers' own Trainer. Raises `InputError` for those that only TRL's has."""
     del arguments["max_length"]  # rows are already truncated
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
         if name in arguments:
             raise InputError(
-                f"args.{name}: applies to models that predict tokens, not to {model.directory}; leave it out"
+                f"args.{name}: applies to models that predict the next token, not to {model.directory}; leave it out"
             )
+    return TrainingArguments(**arguments)
+
+
+def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
+    """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
+    config = _plain_config(model, arguments)
     pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
     if arguments["per_device_train_batch_size"] > 1 and (None in pads or pads[0] != pads[1]):
         raise InputError(
             f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
             "classifier cannot tell where padded texts end; set both to the same id, or set batch_size to 1"
         )
-    config = TrainingArguments(**arguments)
     loaded = model.load()
     set_seed(config.seed)
     if fields.modules_to_save == []:
@@ -198,6 +238,13 @@ def _class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Te
     """Compute mean cross-entropy over the rows of a step. Some models average over each micro-batch instead."""
     loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _sequence_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute mean cross-entropy over the labeled tokens of a step, where position t predicts label t."""
+    logits, wanted = outputs.logits.float().flatten(0, 1), labels.flatten()
+    loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+    return loss / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _lora_config(loaded: PreTrainedModel, fields: LoraFields, **more: Any) -> peft.LoraConfig:
