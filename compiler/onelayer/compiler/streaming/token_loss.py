@@ -127,7 +127,7 @@ def _slice_gradient(
     with torch.enable_grad():
         hidden_NH = waiting.hidden[rows].detach().to(weight.device).requires_grad_()
         logits_NS = waiting.logits.slice_of(hidden_NH, weight, start, stop)
-    gradient_NS = (logits_NS.detach().double() - waiting.scores.log_sums[rows, None]).exp().float()
+    gradient_NS = waiting.scores.probabilities(rows, logits_NS.detach())
     labels_N = waiting.scores.labels_N[rows]
     inside_N = ((labels_N >= start) & (labels_N < stop)).nonzero()[:, 0]
     gradient_NS[inside_N, labels_N[inside_N] - start] -= 1
