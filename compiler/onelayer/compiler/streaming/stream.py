@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -51,7 +52,8 @@ class Stream:
 
     `on_unit(unit)` is a context manager that is entered when the unit's weights are held and left when all batches have
     run. It yields a callable that runs the unit for one batch instead of the plain call, or None. Batches parked at the
-    same unit run in the order of `priority(index)`, lowest first.
+    same unit run in the order of `priority(index)`, lowest first. The processes of `team` stream the same units, each
+    for batches of its own.
     """
 
     streamed: StreamedModel
@@ -62,6 +64,7 @@ class Stream:
     stop_after: int | None = None
     priority: Callable[[int], Any] = int
     description: str = "stream"
+    team: Processes = field(default_factory=Processes)
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
@@ -96,9 +99,9 @@ class Stream:
                 for index, batch in enumerate(batches):
                     worker = greenlet(self._through)
                     advance(worker, index, batch, self.records_gradients(index))
-                while parked:
-                    unit = _next_unit(parked, inputs)
-                    if last is not None and not ahead and all(visit.unit.position > last for visit in parked):
+                while (unit := self._agreed(parked, inputs)) is not None:
+                    waiting = any(last is None or visit.unit.position <= last for visit in parked)
+                    if not ahead and not self.team.any(waiting):
                         break
                     ahead.discard(unit)
                     self._visit(unit, parked, loader, advance)
@@ -108,6 +111,11 @@ class Stream:
                 for visit in parked:
                     assert visit.resume is not None
                     visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
+
+    def _agreed(self, parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit | None:
+        """Choose the unit that runs next in every process; None if no batch of any is parked."""
+        keys = [key for key in self.team.gather(_next_key(parked, inputs)) if key is not None]
+        return self.streamed.units[min(keys)[1]] if keys else None
 
     def _through(self, batch: Batch) -> Any:
         """Run one batch through the model. Raises `InputError` if its rows are longer than a table of positions.
@@ -214,12 +222,15 @@ class Stream:
             raise BatchError(f"{kind}, batch {index}, {where}: {type(error).__name__}: {error}") from error
 
 
-def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
-    """Choose the unit to run. `inputs` counts each batch's inputs; a batch with many will reach units of the others."""
+def _next_key(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> tuple[int, int] | None:
+    """Return by what a process would choose its next unit, the lowest first, with the unit's position.
+
+    `inputs` counts each batch's inputs; a batch with many will reach units of the others.
+    """
     fewest: dict[Unit, int] = {}
     for visit in parked:
         fewest[visit.unit] = min(inputs[visit.index], fewest.get(visit.unit, inputs[visit.index]))
-    return min(fewest, key=lambda unit: (-fewest[unit], unit.position))
+    return min(((-count, unit.position) for unit, count in fewest.items()), default=None)
 
 
 @contextmanager
