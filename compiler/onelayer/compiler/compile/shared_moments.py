@@ -7,28 +7,24 @@ import torch
 
 from onelayer.compiler.compile.linear_moments import MomentHooks, of_output
 from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.sum_grid import settled
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.linears import weight_shape
 
 
 def settle_grids(hooks: MomentHooks, team: Processes) -> None:
     """Take the grids of process 0, which has the first batch; every process calls it once, after its own first one."""
-    grids = team.by_first(lambda: _grids(hooks.moments))
-    for name, moments in hooks.moments.items():
-        if name in grids and not team.is_first:
-            of_gram, of_energy = grids[name]
-            moments.gram.total_FF = moments.gram.grid.settle(of_gram, moments.gram.total_FF)
-            if moments.input_energy is not None:
-                moments.input_energy = moments.energy_grid.settle(of_energy, moments.input_energy)
-
-
-def _grids(moments: Mapping[str, Moments]) -> dict[str, list[float]]:
-    """Return the grids of every sum by name; the host waits once for all."""
-    if not moments:
-        return {}
-    pairs = [(item.gram.grid.base, item.energy_grid.base) for item in moments.values()]
-    flat = [base for of_gram, of_energy in pairs if of_gram is not None for base in (of_gram, of_energy or of_gram)]
-    return dict(zip(moments, torch.stack(flat).reshape(-1, 2).tolist(), strict=True))
+    moments = hooks.moments
+    energies = {f"{name} energy": item for name, item in moments.items() if item.input_energy is not None}
+    grids = {name: item.gram.grid for name, item in moments.items()}
+    grids |= {name: item.energy_grid for name, item in energies.items()}
+    totals = {name: item.gram.total_FF for name, item in moments.items()}
+    totals |= {name: item.input_energy for name, item in energies.items() if item.input_energy is not None}
+    on_grid = settled(grids, totals, team)
+    for name, item in moments.items():
+        item.gram.total_FF = on_grid[name]
+    for name, item in energies.items():
+        item.input_energy = on_grid[name]
 
 
 def add_up_moments(hooks: MomentHooks, team: Processes) -> None:

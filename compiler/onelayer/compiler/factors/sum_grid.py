@@ -5,10 +5,14 @@ pre-rounding of Demmel and Nguyen, "Fast reproducible floating-point summation",
 the power.
 """
 
+from collections.abc import Mapping
+
 import torch
 
+from onelayer.compiler.machine.distributed import Processes
+
 # How many times as large as the first term the mean term may be before sums are rounded again.
-HEADROOM = 8.0
+HEADROOM = 256.0
 
 
 class SumGrid:
@@ -30,7 +34,8 @@ class SumGrid:
             exponent = (largest * (HEADROOM * self._terms)).log2().ceil()
             # Zeros and values that are not finite decide nothing: they get a grid that changes nothing.
             self.base = 1.5 * exponent.nan_to_num(-900.0, -900.0, -900.0).clamp(-900.0, 900.0).exp2()
-        return term.to(torch.float64) if self.base is None else (term + self.base).sub_(self.base)
+        wide = term.to(torch.float64)  # a number that is one value does not widen a sum by itself
+        return wide if self.base is None else (wide + self.base).sub_(self.base)
 
     def settle(self, base: float, total: torch.Tensor) -> torch.Tensor:
         """Take the grid of the process that has the first term; return the present total on it."""
@@ -38,3 +43,16 @@ class SumGrid:
             return total
         self.base = torch.tensor(base, dtype=torch.float64, device=total.device)
         return self.rounded(total)
+
+
+def settled(
+    grids: Mapping[str, SumGrid], totals: Mapping[str, torch.Tensor], team: Processes
+) -> dict[str, torch.Tensor]:
+    """Let every process take the grids of process 0, by name; return its totals on them. The host waits once."""
+    bases = team.by_first(lambda: _bases(grids))
+    return {name: grids[name].settle(bases[name], total) if name in bases else total for name, total in totals.items()}
+
+
+def _bases(grids: Mapping[str, SumGrid]) -> dict[str, float]:
+    known = {name: grid.base for name, grid in grids.items() if grid.base is not None}
+    return dict(zip(known, torch.stack(list(known.values())).tolist(), strict=True)) if known else {}

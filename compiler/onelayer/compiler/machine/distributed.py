@@ -24,6 +24,10 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REPORT_SECONDS = 5
 
 
+class ProcessEndedError(RuntimeError):
+    """Another process has gone, so that nothing can be agreed on any more."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The number of this process and how many there are. Every method must be called by all of them."""
@@ -71,7 +75,7 @@ class Processes:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.count
-        self._distributed.all_gather_object(found, value)
+        self._call("all_gather_object", found, value)
         return found
 
     def add_up(self, tensors: Sequence["torch.Tensor"]) -> None:
@@ -83,7 +87,7 @@ class Processes:
         for tensor in tensors:
             mine = tensor.detach().cpu().contiguous()
             parts = [torch.empty_like(mine) for _ in range(self.count)]
-            self._distributed.all_gather(parts, mine)
+            self._call("all_gather", parts, mine)
             total = parts[0]
             for part in parts[1:]:
                 total += part
@@ -92,14 +96,14 @@ class Processes:
     def add_up_in(self, owner: int, tensor: "torch.Tensor") -> None:
         """Replace a tensor in the process `owner` by its sum over all; the others' are of no use afterwards."""
         if not self.is_alone:
-            self._distributed.reduce(tensor, dst=owner)
+            self._call("reduce", tensor, dst=owner)
 
     def gather_in_first(self, value: T) -> list[T]:
         """Return the values of all processes, in the order of their numbers, in process 0; none in the others."""
         if self.is_alone:
             return [value]
         found: list[Any] | None = [None] * self.count if self.is_first else None
-        self._distributed.gather_object(value, found, dst=0)
+        self._call("gather_object", value, found, dst=0)
         return found or []
 
     def share(self, count: int) -> list[int]:
@@ -108,12 +112,11 @@ class Processes:
 
     def _broadcast(self, outcome: Any) -> Any:
         boxed = [outcome]
-        self._distributed.broadcast_object_list(boxed, src=0)
+        self._call("broadcast_object_list", boxed, src=0)
         return boxed[0]
 
-    @property
-    def _distributed(self) -> Any:
-        """PyTorch's module of collectives, with the group of all processes begun."""
+    def _call(self, collective: str, *arguments: Any, **keywords: Any) -> None:
+        """Call one of PyTorch's collectives. Raises `ProcessEndedError` if a process has gone."""
         import torch
         import torch.distributed as distributed
 
@@ -121,7 +124,10 @@ class Processes:
             on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
             backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
             distributed.init_process_group(backend, timeout=timedelta(hours=_MOST_HOURS))
-        return distributed
+        try:
+            getattr(distributed, collective)(*arguments, **keywords)
+        except RuntimeError as error:
+            raise ProcessEndedError("another process of this run ended too early") from error
 
 
 def processes() -> Processes:

@@ -20,6 +20,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.machine.console import StopRequest, capped
 from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import RefinePass, refine_workspace
@@ -88,10 +89,14 @@ def refine_emulator(
     ):
         work = RefineWork(path, opened, streamed.checkpoint)
         RefinePass(streamed, opened, work, chosen, meter, spill_pool).refine(batches, stop)
-        at_once = max(math.prod(batch.shape) for batch in batches)
-        workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu)
-        workspace += streamed.unpacking_bytes(meter.on_gpu)
-        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        result = RefineResult(output=str(output), steps=chosen.steps, units=work.units, report=report)
-        work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
-    return result
+
+        def publish() -> RefineResult:
+            at_once = max(math.prod(batch.shape) for batch in batches)
+            workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu)
+            workspace += streamed.unpacking_bytes(meter.on_gpu)
+            report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+            result = RefineResult(output=str(output), steps=chosen.steps, units=work.units, report=report)
+            work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
+            return result
+
+        return processes().by_first(publish)

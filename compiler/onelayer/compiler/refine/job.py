@@ -17,6 +17,7 @@ from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.linears import unit_linears, unit_width
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -44,7 +45,13 @@ class RefinePass(Stream):
         spill_pool: SpillPool,
     ) -> None:
         super().__init__(
-            streamed, meter.device, meter, on_unit=self._on_unit, spill_pool=spill_pool, description="refine"
+            streamed,
+            meter.device,
+            meter,
+            on_unit=self._on_unit,
+            spill_pool=spill_pool,
+            description="refine",
+            team=processes(),
         )
         self.emulator, self.work, self.settings = emulator, work, settings
         self.stop: StopRequest | None = None
@@ -54,6 +61,7 @@ class RefinePass(Stream):
 
     def refine(self, batches: Sequence[TokenBatch], stop: StopRequest) -> None:
         """Stream the original up to the last unit that is not trained yet, and train each unit on the way."""
+        batches = [batches[index] for index in self.team.share(len(batches))]
         self.stop, self._samples = stop, [batch.shape[0] for batch in batches]
         wanted = [unit.position for unit in self.streamed.units if self._is_wanted(unit)]
         if wanted:
@@ -84,7 +92,7 @@ class RefinePass(Stream):
             calls = self._calls
         finally:
             self._calls = None
-        if calls:
+        if self.team.any(bool(calls)):
             self._train(unit, calls)
         assert self.stop is not None
         self.stop.check()
@@ -94,14 +102,19 @@ class RefinePass(Stream):
         linears = {
             path: trained_linear(self.emulator, name, self.streamed.dtype, self.device) for path, name in names.items()
         }
-        before, after = refine_unit(unit, linears, calls, self.settings, self.meter)
-        stored = {
-            names[path] + ending: tensor.cpu()
-            for path, linear in linears.items()
-            for ending, tensor in linear.stored().items()
-        }
-        dropped_rows = sum(call.dropped_rows for call in calls)
-        self.work.finish(unit, stored if after < before else {}, before, after, dropped_rows)
+        before, after = refine_unit(unit, linears, calls, self.settings, self.meter, self.team)
+        dropped_rows = sum(self.team.gather(sum(call.dropped_rows for call in calls)))
+
+        def finish() -> None:
+            stored = {
+                names[path] + ending: tensor.cpu()
+                for path, linear in linears.items()
+                for ending, tensor in linear.stored().items()
+            }
+            self.work.finish(unit, stored if after < before else {}, before, after, dropped_rows)
+
+        self.team.by_first(finish)
+        self.work.take_up(unit)
         self.meter.note = f"error {before:.3f} to {after:.3f}"
         return_free_memory()
 

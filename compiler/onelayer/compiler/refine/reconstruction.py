@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit, replaced_forwards
 from onelayer.compiler.refine.settings import RefineSettings
@@ -65,26 +66,33 @@ class Call:
 
 
 def refine_unit(
-    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], settings: RefineSettings, meter: Meter
+    unit: Unit,
+    linears: Mapping[str, TrainedLinear],
+    calls: Sequence[Call],
+    settings: RefineSettings,
+    meter: Meter,
+    team: Processes,
 ) -> tuple[float, float]:
     """Train the factors of one resident unit; `linears` are keyed by their module's path below the unit.
 
-    Returns the unit's relative output error over all calls before and after. If training does not lower it, the
-    factors are restored. Raises `RuntimeError` if the outputs are not finite before training.
+    Each process of `team` has calls of its own, and all move the factors alike. Returns the unit's relative output
+    error over all calls before and after. If training does not lower it, the factors are restored. Raises
+    `RuntimeError` if the outputs are not finite before training.
     """
     masters = [master for linear in linears.values() for master in linear.masters.values()]
     begun = [master.clone() for master in masters]
     device = masters[0].device
     for call in calls:
         call.check_unchanged()
-    check_rows(unit.name, sum(call.dropped_rows for call in calls), sum(call.rows for call in calls))
+    counts = team.gather((sum(call.dropped_rows for call in calls), sum(call.rows for call in calls)))
+    check_rows(unit.name, *map(sum, zip(*counts, strict=True)))
     calls = [call for call in calls if call.weight]
     with _factors_in_place(unit, linears):
-        before = _error(unit, calls, device)
+        before = _error(unit, calls, device, team)
         if not math.isfinite(before):
             raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
-        _train(unit, linears, calls, settings, meter)
-        after = _error(unit, calls, device)
+        _train(unit, linears, calls, settings, meter, team)
+        after = _error(unit, calls, device, team)
     if after < before:
         return before, after
     for master, value in zip(masters, begun, strict=True):
@@ -93,25 +101,34 @@ def refine_unit(
 
 
 def _train(
-    unit: Unit, linears: Mapping[str, TrainedLinear], calls: Sequence[Call], settings: RefineSettings, meter: Meter
+    unit: Unit,
+    linears: Mapping[str, TrainedLinear],
+    calls: Sequence[Call],
+    settings: RefineSettings,
+    meter: Meter,
+    team: Processes,
 ) -> None:
     """Run Adam with a learning rate that falls linearly to zero; every unit shuffles its calls with its own seed."""
     masters = [master for linear in linears.values() for master in linear.masters.values()]
-    rates = [settings.learning_rate * float(master.square().mean().sqrt()) for master in masters]
+    sizes = torch.stack([master.square().mean().sqrt() for master in masters]).tolist()  # the host waits once
+    rates = [settings.learning_rate * size for size in sizes]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, foreach=False)  # one factor at a time; foreach would copy all of them
-    for step, chosen in zip(range(settings.steps), _shuffled(calls, settings, unit.position), strict=False):
+    parts = team.gather([call.weight for call in calls])
+    weights, first = [weight for part in parts for weight in part], sum(map(len, parts[: team.rank]))
+    for step, chosen in zip(range(settings.steps), _shuffled(weights, settings, unit.position), strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / settings.steps)
-        total = sum(call.weight for call in chosen)
+        total = sum(weights[index] for index in chosen)
         used = [factor for linear in linears.values() for factor in linear.rounded.values()]
-        for call in chosen:
+        for call in (calls[index - first] for index in chosen if first <= index < first + len(calls)):
             with torch.enable_grad(), _guarded(unit, linears if call.dropped_rows else ()):
                 distance, _ = _distance(unit, call, masters[0].device)
                 # There is no graph if none of the linears took part in the call.
                 if distance.requires_grad:
                     torch.autograd.backward(distance * (call.weight / total), inputs=used)
             meter.sample()
+        _add_up_gradients(used, team)
         for linear in linears.values():
             linear.hand_gradients()
         optimizer.step()
@@ -119,14 +136,25 @@ def _train(
             linear.round()
 
 
-def _shuffled(calls: Sequence[Call], settings: RefineSettings, position: int) -> Iterator[list[Call]]:
-    """Yield the calls of each step; every round goes through all calls, in a new order."""
+def _add_up_gradients(factors: Sequence[torch.Tensor], team: Processes) -> None:
+    """Give every process the gradients of all. A factor that has none in any process keeps none."""
+    if team.is_alone:
+        return
+    used = [any(anywhere) for anywhere in zip(*team.gather([f.grad is not None for f in factors]), strict=True)]
+    for factor in (factor for factor, is_used in zip(factors, used, strict=True) if is_used):
+        if factor.grad is None:
+            factor.grad = torch.zeros_like(factor)
+        team.add_up([factor.grad])
+
+
+def _shuffled(weights: Sequence[float], settings: RefineSettings, position: int) -> Iterator[list[int]]:
+    """Yield the numbers of the calls of each step; every round goes through all calls, in a new order."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + position)
-    chosen, weight = list[Call](), 0.0
+    chosen, weight = list[int](), 0.0
     while True:
-        for index in torch.randperm(len(calls), generator=generator).tolist():
-            chosen.append(calls[index])
-            weight += calls[index].weight
+        for index in torch.randperm(len(weights), generator=generator).tolist():
+            chosen.append(index)
+            weight += weights[index]
             if weight >= settings.step_samples:
                 yield chosen
                 chosen, weight = [], 0.0
@@ -152,12 +180,14 @@ def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tenso
 
 
 @torch.no_grad()
-def _error(unit: Unit, calls: Sequence[Call], device: torch.device) -> float:
+def _error(unit: Unit, calls: Sequence[Call], device: torch.device, team: Processes) -> float:
     """Compute ||outputs - the original's|| / ||the original's||, root mean square over samples and outputs."""
+    found = [_distance(unit, call, device) for call in calls]
+    distances = torch.stack([distance for distance, _ in found]).tolist() if found else []  # the host waits once
+    mine = [(call.weight, value, outputs) for call, value, (_, outputs) in zip(calls, distances, found, strict=True)]
     total, count = 0.0, 0.0
-    for call in calls:
-        distance, outputs = _distance(unit, call, device)
-        total, count = total + call.weight * float(distance), count + call.weight * outputs
+    for weight, distance, outputs in (item for part in team.gather(mine) for item in part):
+        total, count = total + weight * distance, count + weight * outputs
     return math.sqrt(total / max(1, count))
 
 

@@ -65,6 +65,7 @@ class Stream:
     priority: Callable[[int], Any] = int
     description: str = "stream"
     team: Processes = field(default_factory=Processes)
+    visits: int = 0  # of units, by all processes together
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
@@ -144,6 +145,7 @@ class Stream:
         advance: Callable[[greenlet, int, Any, bool], None],
     ) -> None:
         """Load a unit, run it for the batches parked at it, return the outputs to them, drop the unit."""
+        self.visits += 1
         with loader.hold(unit):
             loader.read_ahead(self._next_of_same_kind(unit))
             with _watch(self.on_unit, unit) as run:
