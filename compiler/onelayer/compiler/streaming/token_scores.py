@@ -65,11 +65,10 @@ class Divergence:
 
     def update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
         """Add the same slice of both models' logits for the predictions in `rows`, a few rows at a time."""
-        step = max(1, DIVERGENCE_VALUES // p_logits_NS.shape[1])
+        step, begin = max(1, DIVERGENCE_VALUES // p_logits_NS.shape[1]), rows.start or 0
         for first in range(0, len(p_logits_NS), step):
-            part = slice(first, first + step)
-            count = len(p_logits_NS[part])
-            self._update(slice(rows.start + first, rows.start + first + count), p_logits_NS[part], q_logits_NS[part])
+            last = min(first + step, len(p_logits_NS))
+            self._update(slice(begin + first, begin + last), p_logits_NS[first:last], q_logits_NS[first:last])
 
     def _update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
         p_NS, q_NS = p_logits_NS.double(), q_logits_NS.double()
