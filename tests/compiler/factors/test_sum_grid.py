@@ -9,7 +9,7 @@ from onelayer.compiler.factors.sum_grid import SumGrid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_order_and_grouping_of_terms_changes_no_bit(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    terms = [torch.randn(5, 7, generator=generator, dtype=torch.float64).to(dtype) * 3**count for count in range(6)]
+    terms = [torch.randn(5, 7, generator=generator, dtype=torch.float64).to(dtype) * 2**count for count in range(6)]
     grid = SumGrid(len(terms))
     first = grid.rounded(terms[0])
     one = first.clone()

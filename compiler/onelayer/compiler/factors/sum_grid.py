@@ -12,7 +12,7 @@ import torch
 from onelayer.compiler.machine.distributed import Processes
 
 # How many times as large as the first term the mean term may be before sums are rounded again.
-HEADROOM = 256.0
+HEADROOM = 16.0
 
 
 class SumGrid:
