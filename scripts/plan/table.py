@@ -69,14 +69,12 @@ PAPER_NOTE = "EMLoC reports 18.6 GB for a 26B and 20.1 GB for a 38B vision-langu
 
 def main() -> None:
     """Print the table."""
+    print(f"Predictions, not measurements: LoRA of rank 8, batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, bfloat16.")
     print(
-        f"Predictions, not measurements: LoRA of rank 8, batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, bfloat16; the"
+        "A cell gives the dtype of the emulator's factors and the ratio of the weights they keep, or the share of the"
     )
-    print("dtype of the emulator's factors and the ratio of the weights they keep, how activations are stored, and the")
-    print(
-        "peaks of training / compiling on the card in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a"
-    )
-    print("card of 60 TFLOP/s.\n")
+    print("16-bit bytes that codes take, how activations are stored, and the peaks of training / compiling on the card")
+    print("in GiB. A polish step of 64 sequences assumes a disk of 3 GB/s and a card of 60 TFLOP/s.\n")
     head = ["model", *(f"{card} GB card" for card in CARDS_GIB), "polish step"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, config in MODELS.items():
@@ -98,12 +96,13 @@ def planned(config: dict[str, Any], memory_bytes: int) -> PlanResult:
 
 
 def cell(plan: PlanResult) -> str:
-    """Format factor dtype and ratio, how activations are stored, and the two peaks."""
+    """Format factor dtype and ratio, or the share that codes take, how activations are stored, and the two peaks."""
     if plan.ratio is None:
         return "does not fit"
     stored = "whole" if plan.activations == "none" else f"{plan.activations} 1/{round(1 / (plan.activation_rank or 1))}"
     peaks = f"{plan.predicted.train_bytes / GIB:.1f} / {plan.predicted.compile_bytes / GIB:.1f}"
-    return f"{plan.factor_dtype} {plan.ratio:.2f}, {stored}, {peaks}"
+    linears = f"{plan.factor_dtype} {plan.ratio:.2f}" if plan.keep_bytes is None else f"codes {plan.keep_bytes:.3f}"
+    return f"{linears}, {stored}, {peaks}"
 
 
 def small_emulator(config: dict[str, Any]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming import stream

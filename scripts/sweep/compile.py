@@ -10,11 +10,11 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
-from onelayer.compiler.compile import calibration as compile_data
 from onelayer.compiler.compile import command as compiling
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.refine import command as refining
+from onelayer.compiler.streaming import calibration as compile_data
 from scripts.sweep.inputs import random_ids
 
 SAMPLES, LENGTH = 24, 16
@@ -71,8 +71,7 @@ def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
         with contextlib.ExitStack() as stack:
             for module in (compiling, refining):
                 stack.enter_context(mock.patch.object(module, "load_tokenizer", return_value=None))
-            for reader in (compile_data, refining):
-                stack.enter_context(mock.patch.object(reader, "read_tokens", return_value=random_tokens()))
+            stack.enter_context(mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()))
             compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device="cpu")
             units = refining.refine_emulator(
                 begun, model=original, calibration="random", output=output, steps=20, batch_size=4, device="cpu"

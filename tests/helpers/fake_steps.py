@@ -66,6 +66,7 @@ class FakeSteps:
         self.calls: list[str] = []
         self.fail: dict[str, BaseException] = {}
         self.arguments: dict[str, dict[str, Any]] = {}
+        self.data: dict[str, Any] = {}
         for name in (
             "compile_emulator",
             "slice_emulator",
@@ -74,6 +75,7 @@ class FakeSteps:
             "polish_adapter",
             "merge_adapter",
             "evaluate_model",
+            "reference_scores",
         ):
             monkeypatch.setitem(onelayer.compiler.__dict__, name, getattr(self, name))
         monkeypatch.setitem(onelayer.runtime.__dict__, "train_lora", self.train_lora)
@@ -104,16 +106,25 @@ class FakeSteps:
         write_model(output, f"{content_of(emulator, 'model.safetensors')} refined {settings['steps']}")
         return Document(report=REPORT)
 
-    def train_lora(self, emulator: Path, data: str, output: Path, **settings: Any) -> Document:
-        self.calls.append(f"train {Path(data).stem}" + (" direct" if Path(emulator).name == "model" else ""))
+    def train_lora(self, emulator: Path, data: Any, output: Path, **settings: Any) -> Document:
+        file = Path(getattr(data, "path", data))
+        self.calls.append(f"train {file.stem}" + (" direct" if Path(emulator).name == "model" else ""))
+        self.data[self.calls[-1]] = data
         self.arguments[self.calls[-1]] = settings
         if error := self.fail.get(self.calls[-1].removeprefix("train ")):
             raise error
         base = content_of(Path(emulator), "model.safetensors")
         write_adapter(
-            output, f"{base} {Path(data).read_text()} {settings['lora_rank']} {settings['args'].get('learning_rate')}"
+            output, f"{base} {file.read_text()} {settings['lora_rank']} {settings['args'].get('learning_rate')}"
         )
         return Document(peak_device_bytes=9)
+
+    def reference_scores(self, model: Path, data: str, output: Path, **settings: Any) -> Document:
+        self.calls.append("reference")
+        self.arguments["reference"] = {"data": data, **settings}
+        output.mkdir()
+        (output / "reference.json").write_text(f"{content_of(model, 'model.safetensors')} {Path(data).read_text()}")
+        return Document(report=REPORT)
 
     def correct_adapter(self, adapter: Path, *, output: Path, limit: float | None, **settings: Any) -> Document:
         self.calls.append("correct")

@@ -105,3 +105,122 @@ def to_fp4(values: torch.Tensor) -> torch.Tensor:
     """The code of the nearest 4-bit float: its sign in the highest bit."""
     nearest = (values.abs()[..., None] - FP4).abs().argmin(-1)
     return (nearest + 8 * (values < 0)).to(torch.uint8)
+
+
+def pack_words(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Pack values of `bits` into words of 32 along `dim`, from the lowest bits on."""
+    parts = values.long().unflatten(dim, (-1, 32 // bits))
+    shifts = bits * torch.arange(32 // bits).view(-1, *[1] * (values.ndim - dim - 1))
+    words = (parts << shifts).sum(dim + 1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def in_groups(weight: torch.Tensor, group: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round a weight (out, in) to values (in, out) with zero points and scales (groups, out)."""
+    groups = weight.float().T.unflatten(0, (-1, group))
+    low, high, top = groups.amin(1), groups.amax(1), 2**bits - 1
+    scales = ((high - low) / top).clamp_min(1e-4).half()
+    zeros = (-low / scales.float()).round().clamp(1, top)
+    values = (groups / scales.float()[:, None] + zeros[:, None]).round().clamp(0, top)
+    return values.flatten(0, 1).long(), zeros.long(), scales
+
+
+def gptq(bits: int, group: int, version: int = 1, reordered: bool = False) -> Packer:
+    """GPTQ; with `reordered` inputs, the groups are mixed as by `desc_act`."""
+
+    def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        inputs = weight.shape[1]
+        order = (
+            torch.randperm(inputs, generator=torch.Generator().manual_seed(0)) if reordered else torch.arange(inputs)
+        )
+        values, zeros, scales = in_groups(weight[:, order], group, bits)
+        back = order.argsort()
+        values, groups = values[back], (torch.arange(inputs) // group)[back]
+        parts = {
+            "qweight": pack_words(values, bits, 0),
+            "qzeros": pack_words(zeros - int(version == 1), bits, 1),
+            "scales": scales,
+            "g_idx": groups.int(),
+        }
+        return parts, ((values - zeros[groups]).float() * scales[groups].float()).T
+
+    return pack
+
+
+def gptq_settings(bits: int, group: int, version: int = 1, reordered: bool = False) -> dict[str, Any]:
+    form = {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+    return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": reordered, "sym": False, **form}
+
+
+def awq(group: int) -> Packer:
+    """AWQ of 4 bits: the even outputs of a word lie in its lower half."""
+
+    def interleaved(values: torch.Tensor) -> torch.Tensor:
+        eights = values.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        return pack_words(eights.flatten(1), 4, 1)
+
+    def pack(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        values, zeros, scales = in_groups(weight, group, 4)
+        parts = {"qweight": interleaved(values), "qzeros": interleaved(zeros), "scales": scales}
+        wide = [part.repeat_interleave(group, 0) for part in (zeros, scales)]
+        return parts, ((values - wide[0]).float() * wide[1].float()).T
+
+    return pack
+
+
+def _power_of_two(values: torch.Tensor) -> torch.Tensor:
+    """Scales that no dtype rounds."""
+    return torch.exp2(torch.ceil(torch.log2(values.float().clamp_min(1e-6))))
+
+
+def compressed_int4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """W4A16 of compressed-tensors: signed values with an offset of 8 in words, scales for groups of 16."""
+    groups = weight.float().unflatten(1, (-1, 16))
+    scale = _power_of_two(groups.abs().amax(-1) / 7)
+    values = (groups / scale[..., None]).round().clamp(-8, 7)
+    parts = {
+        "weight_packed": pack_words(values.flatten(1) + 8, 4, 1),
+        "weight_scale": scale.to(weight.dtype),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return parts, (values * scale[..., None]).flatten(1)
+
+
+def compressed_fp8(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """FP8 of compressed-tensors: a scale for each output."""
+    scale = _power_of_two(weight.abs().amax(1, keepdim=True) / 448)
+    values = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale": scale.to(weight.dtype)}, values.float() * scale
+
+
+def row_fp8(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """FP8 of fbgemm: float32 scales for outputs."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    values = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale": scale}, values.float() * scale
+
+
+def compressed_nvfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """NVFP4 of compressed-tensors: pairs of 4-bit floats, FP8 scales for groups of 16, a global divisor of these."""
+    groups = weight.float().unflatten(1, (-1, 16))
+    divisor = torch.tensor([2.0**10])
+    scale = _power_of_two(groups.abs().amax(-1) / 6)
+    codes = to_fp4(groups / scale[..., None]).flatten(1)
+    values = FP4[(codes & 7).int()] * torch.where(codes > 7, -1, 1)
+    parts = {
+        "weight_packed": codes[:, 0::2] | codes[:, 1::2] << 4,
+        "weight_scale": (scale * divisor).to(torch.float8_e4m3fn),
+        "weight_global_scale": divisor,
+    }
+    return parts, (values.unflatten(1, (-1, 16)) * scale[..., None]).flatten(1)
+
+
+def compressed_settings(form: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }

@@ -27,11 +27,13 @@ PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 # wings.
 LIGHT = {
     "compiler": (
-        "adapters/config adapters/keys adapters/reader correct/candidates data/readers data/rows data/tokens documents "
-        "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/packed errors "
+        "adapters/config adapters/keys adapters/reader correct/candidates data/pairs data/readers data/rows "
+        "data/tokens documents "
+        "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/integers "
+        "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
-        "faults inspect machine/console machine/distributed machine/meter models/unit_memory "
-        "results settings storage/* */settings"
+        "faults inspect machine/console machine/distributed machine/hardware machine/meter models/unit_memory "
+        "results settings sources/* storage/* */settings"
     ),
     "runtime": (
         "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* version "

@@ -16,7 +16,7 @@ FLOORS = {
         {"documents", "settings"},
         {"machine"},
         {"storage", "factors"},
-        {"codes", "dequantize"},
+        {"codes", "dequantize", "sources"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},
@@ -25,7 +25,7 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "version"},
-        {"modules", "activations", "anchors", "store"},
+        {"modules", "activations", "anchors", "preferences", "streamed", "store"},
         {"training", "reporting", "generation"},
         {"planning"},
         {"manifest"},

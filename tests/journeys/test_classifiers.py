@@ -276,7 +276,7 @@ def test_parts_of_a_step_weigh_by_their_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"args": {"packing": True}}, r"args\.packing: applies to models that predict tokens"),
+        ({}, {"args": {"packing": True}}, r"args\.packing: applies to models that predict the next token"),
         ({"pad_token_id": 3}, {}, r"pad_token_id is 3 in config\.json and 0 in the tokenizer"),
         ({"num_labels": 2}, {}, r"field 'label' is 'color'; write a number from 0 to 1"),
     ],

@@ -77,7 +77,7 @@ def costs(run: Pass, path: Path) -> tuple[int, int]:
 
 @pytest.mark.usefixtures("pretend")
 def test_a_batch_costs_each_unit_a_fixed_number_of_waits_and_transfers(tmp_path: Path) -> None:
-    found = {}
+    found = dict[tuple[Pass, int, int], tuple[int, int]]()
     for layers in (1, 2):
         for rows in (6, 7):
             path = prepared(tmp_path / f"{layers}-{rows}", layers, rows)

@@ -56,6 +56,25 @@ def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "logs"}
 
 
+def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path: Path) -> None:
+    """Each process anchors its own rows: half of each step's, whose batch is twice as large in one process."""
+    sizes = ["--max-length", "16", "--max-steps", "4", "--lora-rank", "2", "--learning-rate", "0.01"]
+    anchor = ["--model", place / "model", "--anchor-every", "3", "--anchor-bits", "32"]
+    found = []
+    for count in (1, 2):
+        command = ["train", place / "emulator", "--data", place / "data.jsonl", "--output", tmp_path / f"of {count}"]
+        launched = launch(count, [*command, *sizes, *anchor, "--batch-size", 4 // count], tmp_path / f"logs {count}")
+        assert launched.codes == [0] * count, launched.printed
+        found.append(json.loads((tmp_path / f"of {count}" / "onelayer.json").read_text())["training"])
+    one, two = found
+    assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], rel=1e-4)
+    assert one["losses"][3] != one["losses"][0]
+    # Each epoch has two steps. Each process reads the original once for each renewal.
+    assert two["anchors"]["renewals"] == one["anchors"]["renewals"] == 2
+    assert two["anchors"]["bytes_read"] == pytest.approx(one["anchors"]["bytes_read"], rel=0.05)
+    assert two["anchors"]["offset_bytes"] < one["anchors"]["offset_bytes"]
+
+
 def test_bad_input_is_one_line_whatever_the_number_of_processes(place: Path, tmp_path: Path) -> None:
     command = ["evaluate", place / "nowhere", "--data", place / "data.jsonl"]
     launched = launch(2, command, tmp_path / "logs")

@@ -10,18 +10,22 @@ if TYPE_CHECKING:
     from onelayer.compiler.emulators.slice import slice_emulator as slice_emulator
     from onelayer.compiler.errors import InputError as InputError
     from onelayer.compiler.evaluate.command import evaluate_model as evaluate_model
+    from onelayer.compiler.evaluate.reference import reference_scores as reference_scores
     from onelayer.compiler.inspect import inspect_path as inspect_path
     from onelayer.compiler.polish.command import polish_adapter as polish_adapter
     from onelayer.compiler.refine.command import refine_emulator as refine_emulator
+    from onelayer.compiler.sources.data_set import data_set as data_set
 
 _HOME_OF = {
     "InputError": "errors",
     "compile_emulator": "compile.command",
     "correct_adapter": "correct.command",
+    "data_set": "sources.data_set",
     "evaluate_model": "evaluate.command",
     "inspect_path": "inspect",
     "merge_adapter": "adapters.merge",
     "polish_adapter": "polish.command",
+    "reference_scores": "evaluate.reference",
     "refine_emulator": "refine.command",
     "slice_emulator": "emulators.slice",
 }

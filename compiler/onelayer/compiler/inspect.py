@@ -9,7 +9,8 @@ from onelayer.compiler.dequantize.formats import quantization_method, quantizati
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
-from onelayer.compiler.storage.files import directory_bytes, read_json
+from onelayer.compiler.storage.files import check_directory, directory_bytes, read_json
+from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.model_config import read_model_config
 
 
@@ -22,9 +23,8 @@ def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, 
         from onelayer.compiler.emulators.plot import plot_emulator
 
         plot_emulator(path, plot)
-    directory = Path(path)
-    if not directory.is_dir():
-        raise InputError(f"{path}: no such directory; give an emulator, an adapter, an artifact or a model directory")
+    directory = gguf_directory(Path(path)) if is_gguf(Path(path)) else Path(path)
+    check_directory(directory, "give an emulator, an adapter, an artifact or a model directory")
     facts = {"path": str(directory), "bytes": directory_bytes(directory)}
     if (directory / "artifact.json").is_file():
         return {"kind": "artifact", **facts, **read_json(directory / "artifact.json")}
@@ -59,8 +59,13 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
         "digest": model_digest(directory),
         "architectures": config.get("architectures"),
         "model_type": config.get("model_type"),
-        "quantization": None if (settings := quantization_settings(config)) is None else quantization_method(settings),
+        "quantization": _quantization(checkpoint, config),
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
         "bytes_by_dtype": dtypes,
     }
+
+
+def _quantization(checkpoint: Checkpoint, config: dict[str, Any]) -> str | None:
+    settings = quantization_settings(config)
+    return "gguf" if checkpoint.is_gguf else None if settings is None else quantization_method(settings)

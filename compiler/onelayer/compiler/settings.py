@@ -59,7 +59,9 @@ class Settings(BaseModel):
         """The message for the first wrong value, by the name of its option."""
         detail = first_detail(error)
         name = str(detail["loc"][0])
-        return f"{option_name(cls, name)} {keywords[name]}: {_rule(cls, name, detail)}"
+        value = keywords[name]
+        given = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        return f"{option_name(cls, name)} {given}: {_rule(cls, name, detail)}"
 
     @classmethod
     def default(cls, name: str) -> Any:

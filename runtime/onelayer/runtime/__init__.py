@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onelayer.runtime.modules.low_rank_linear import load_emulator as load_emulator
     from onelayer.runtime.planning.plan import PlanResult as PlanResult
     from onelayer.runtime.planning.plan import plan_run as plan_run
+    from onelayer.runtime.streamed.model import streamed_for_training as streamed_for_training
     from onelayer.runtime.training.train import TrainResult as TrainResult
     from onelayer.runtime.training.train import train_lora as train_lora
 
@@ -31,6 +32,7 @@ _HOME_OF = {
     "generate_text": "generation.command",
     "load_emulator": "modules.low_rank_linear",
     "plan_run": "planning.plan",
+    "streamed_for_training": "streamed.model",
     "train_lora": "training.train",
 }
 __all__ = sorted(_HOME_OF)

@@ -19,6 +19,13 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _BYTES_PER_UNIT[unit])
 
 
+def broken_promise(peak_bytes: int, promised_bytes: int | None) -> str:
+    """Say how far a peak exceeds what was promised; empty if it does not, or nothing was promised."""
+    if promised_bytes is None or peak_bytes <= promised_bytes:
+        return ""
+    return f"MORE THAN PROMISED: {size(peak_bytes)} of {size(promised_bytes)}, {peak_bytes / promised_bytes:.1f} times"
+
+
 def size(size_bytes: int) -> str:
     """Format bytes in the unit that leaves one to four digits before the point."""
     amount = float(size_bytes)

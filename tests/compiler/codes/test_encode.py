@@ -1,10 +1,13 @@
 """Codes: each is the nearest at its turn, feedback helps, and unpacking returns what was packed."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from onelayer.compiler.codes import forms, product
 from onelayer.compiler.codes.codebook import normal_codebook
-from onelayer.compiler.codes.encode import decode, encode, nearest, unpacked
+from onelayer.compiler.codes.encode import decode, decode_with, encode, nearest, unpacked
 from onelayer.compiler.codes.forms import CODE_WIDTHS, CodeWidth, code_row_bytes, code_width, codebook_bytes, group_size
 from onelayer.compiler.codes.moments import BlockGram, blocks_times, times_blocks
 from onelayer.compiler.codes.product import coded_product
@@ -106,3 +109,32 @@ def test_gradients_of_a_product_are_those_of_the_decoded_weight() -> None:
     coded_product(x, coded.codes, codebook, scales, 50).square().sum().backward()
     for part, exact in zip(found, wanted, strict=True):
         torch.testing.assert_close(part.grad, exact.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 720])
+@pytest.mark.parametrize("longest_group", [4096, 30])
+def test_a_product_decodes_some_values_at_a_time(
+    at_once: int, longest_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "LONGEST_GROUP", longest_group)
+    monkeypatch.setattr(forms, "GROUP_STEP", 15)
+    W = torch.randn(24, 50, generator=torch.Generator().manual_seed(6))
+    coded = encode(W, torch.eye(forms.group_size(50)).expand(-(-50 // forms.group_size(50)), -1, -1), 3)
+    weight = decode(coded, 50, torch.float32)
+    assert coded.scales.shape[1] == (1 if longest_group > 50 else 4)
+    monkeypatch.setattr(forms, "DECODED_VALUES", at_once)
+    decoded: list[int] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        found = decode_with(*arguments)
+        decoded.append(found.numel())
+        return found
+
+    monkeypatch.setattr(product, "decode_with", counted)
+    x = correlated(7, 50, 8).requires_grad_()
+    y = coded_product(x, coded.codes, coded.codebook.float(), coded.scales.float(), 50)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, x @ weight.T)
+    torch.testing.assert_close(x.grad, 2 * y.detach() @ weight)
+    assert sum(decoded) == 2 * 24 * 50
+    assert max(decoded) <= max(at_once, 3 * 24)

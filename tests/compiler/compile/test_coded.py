@@ -11,15 +11,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.tiny_models import VOCAB, save_tiny, seeded, tiny_tokenizer
 from onelayer.compiler.codes.encode import decode, unpacked
+from onelayer.compiler.codes.forms import coded_bytes, coded_ranks, direction_bytes
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.command import compile_emulator
+from onelayer.compiler.compile.settings import CompileSettings
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.quantize import dequantize_matrix
+from onelayer.compiler.factors.stored_forms import linear_bytes
 from onelayer.compiler.refine.command import refine_emulator
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
@@ -180,6 +182,7 @@ def test_a_model_without_a_loss_is_weighted_by_inputs(tmp_path: Path, capfd: pyt
         ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.078 or more"),
         ({"keep_bytes": 0.3}, "every weight fits whole in nf4"),
         ({"form": "factors", "backward": True}, "--backward: only codes"),
+        ({"form": "auto", "keep_bytes": 0.3, "backward": True}, "--backward: only codes"),
     ],
 )
 def test_settings_that_do_not_go_together(source: Path, tmp_path: Path, settings: Any, message: str) -> None:
@@ -193,17 +196,52 @@ def test_a_coded_emulator_cannot_be_sliced(emulator: Path, tmp_path: Path) -> No
         slice_emulator(emulator, 0.1, tmp_path / "slice")
 
 
-def test_narrow_linears_are_quantized_whole(tmp_path: Path, source: Path) -> None:
+def test_linears_that_are_too_small_for_codes(tmp_path: Path, source: Path) -> None:
     save_tiny("llama", tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
     (tmp_path / "mix.jsonl").write_bytes((source / "mix.jsonl").read_bytes())
-    coded(tmp_path, tmp_path / "emulator")
-    opened = Emulator.open(tmp_path / "emulator")
-    assert not opened.facts.codes
-    assert opened.facts.quantized_dense
-    name = opened.facts.quantized_dense[0]
-    stored = opened.checkpoint.read(name + ".lr_dense")
-    shape = opened.facts.shapes[name]
-    assert torch.equal(opened.factors(name)[0], dequantize_matrix(stored, shape[1], "nf4", torch.float32))
+    with pytest.raises(InputError, match=r"too small for codes within --keep-bytes 0\.25; give --form factors"):
+        coded(tmp_path, tmp_path / "emulator")
+    coded(tmp_path, tmp_path / "emulator", form="auto")
+    assert not Emulator.open(tmp_path / "emulator").facts.codes
+
+
+def test_a_share_of_bytes_alone_chooses_codes(source: Path, emulator: Path, tmp_path: Path) -> None:
+    coded(source, tmp_path / "emulator", form="auto")
+    assert Emulator.open(tmp_path / "emulator").digest == Emulator.open(emulator).digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({}, "coded"),
+        ({"keep_bytes": 0.265}, "coded"),
+        ({"keep_bytes": 0.266}, "factors"),
+        ({"keep_bytes": 0.0782}, "coded"),
+        ({"keep_bytes": 0.078}, "factors"),
+        ({"ratio": 0.2}, "factors"),
+        ({"factor_dtype": "nf4"}, "factors"),
+        ({"rank_allocation": "uniform"}, "factors"),
+        ({"form": "factors"}, "factors"),
+    ],
+)
+def test_the_form_by_what_is_given(settings: Any, form: str) -> None:
+    resolved = CompileSettings.of(settings).resolved(2, is_bfloat16=True)
+    assert resolved.form == form
+    assert (resolved.code_width is not None) == (form == "coded")
+    assert {"form", "backward"} <= resolved.recorded().keys() or form == "factors"
+
+
+def test_ranks_of_residuals_spend_the_budget() -> None:
+    shapes = {"wide": (1536, 576), "small": (192, 576), "narrow": (8, 64)}
+    ranks = coded_ranks(shapes, 0.145, 4)
+    assert ranks is not None
+    assert ranks["narrow"] is None
+    stored = sum(coded_bytes(*shapes[name], 4, ranks[name] or 0) for name in ("wide", "small"))
+    stored += linear_bytes(8, 64, None, "nf4", 2)
+    budget = 2 * 0.145 * sum(rows * columns for rows, columns in shapes.values())
+    assert budget - direction_bytes(1536, 576) - direction_bytes(192, 576) < stored <= budget
+    assert coded_ranks({"small": (192, 576)}, 0.13, 4) is None, "codes and codebook leave no rank"
 
 
 def test_a_stopped_compile_goes_on_to_the_same_bytes(
@@ -226,11 +264,17 @@ def test_a_stopped_compile_goes_on_to_the_same_bytes(
     assert Emulator.open(tmp_path / "again").digest == Emulator.open(emulator).digest
 
 
-def test_refinement_trains_codebooks_scales_and_factors(source: Path, emulator: Path, tmp_path: Path) -> None:
-    result = refine_emulator(
-        emulator, model=source / "model", calibration=source / "mix.jsonl", output=tmp_path / "refined", steps=20
-    )
+@pytest.mark.parametrize("backward", [False, True])
+def test_refinement_trains_codebooks_scales_and_factors(
+    source: Path, emulator: Path, tmp_path: Path, backward: bool
+) -> None:
+    given: dict[str, Any] = {"calibration": source / "mix.jsonl", "output": tmp_path / "refined", "backward": backward}
+    result = refine_emulator(emulator, model=source / "model", **given, steps=10, batch_size=12, step_samples=4)
     assert all(unit.after < unit.before for unit in result.units)
+    if backward:
+        errors = [(unit.gradients_before, unit.gradients_after) for unit in result.units]
+        assert all(after < before for before, after in errors if before is not None and after is not None)
+    assert all((unit.gradients_after is not None) is backward for unit in result.units)
     before, after = Emulator.open(emulator).checkpoint, Emulator.open(tmp_path / "refined").checkpoint
     name = "model.layers.0.mlp.down_proj"
     for ending in (".lr_codebook", ".lr_up", ".lr_down"):

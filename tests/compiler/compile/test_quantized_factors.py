@@ -155,4 +155,5 @@ def test_a_card_chooses_the_size_on_the_command_line(root: Path, tmp_path: Path)
     assert done.exit_code == 0, done.output
     settings = read_json(tmp_path / "emulator/emulator.json")["settings"]
     found = settings["ratio"], settings["factor_dtype"], settings["rank_allocation"]
-    assert found == (*size_for(root / "original", 1 << 30), "spectrum")
+    size = size_for(root / "original", 1 << 30)
+    assert found == (size.ratio, size.factor_dtype, "spectrum")

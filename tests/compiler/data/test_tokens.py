@@ -135,7 +135,7 @@ def test_load_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match=r"bare: no tokenizer .*tokenizer\.json"):
+    with pytest.raises(InputError, match=r"bare: holds no tokenizer; copy .*tokenizer\.json"):
         load_tokenizer(tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(InputError, match="no vocabulary"):

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from helpers import quantized_models as packers
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.stream import Stream
 
@@ -29,6 +29,16 @@ def fp8(kind: str, rows: int, columns: int, **more: Any) -> Save:
     return save
 
 
+def gptq(kind: str, bits: int, group: int, **more: Any) -> Save:
+    settings, packer = packers.gptq_settings(bits, group, **more), packers.gptq(bits, group, **more)
+    return lambda path: packers.save_quantized(path, kind, settings, packer)
+
+
+def awq(path: Path) -> dict[str, torch.Tensor]:
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+    return packers.save_quantized(path, "llama", settings, packers.awq(16), dtype=torch.float16)
+
+
 def mxfp4(path: Path) -> dict[str, torch.Tensor]:
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     return packers.save_quantized(path, "gpt_oss_wide", settings, packers.mxfp4, is_packed=packers.is_expert_stack)
@@ -40,6 +50,11 @@ FORMATS: dict[str, Save] = {
     "fp8_latent_mixture": fp8("deepseek_v3", 4, 4),
     "mxfp8": fp8("llama", 1, 32, scale_fmt="ue8m0"),
     "mxfp4": mxfp4,
+    "gptq": gptq("llama", 4, 16),
+    "gptq_reordered": gptq("llama", 8, 16, version=2, reordered=True),
+    "gptq_mixture": gptq("qwen3_moe", 4, 16),
+    "awq": awq,
+    "fbgemm_fp8": lambda path: packers.save_quantized(path, "llama", {"quant_method": "fbgemm_fp8"}, packers.row_fp8),
     "fp8_partial_blocks": fp8("llama", 24, 20),
     "fp8_latent_mixture_partial_blocks": fp8("deepseek_v3", 16, 16),
 }
@@ -96,9 +111,17 @@ def stored_tensors(path: Path) -> list[Any]:
     return list(Checkpoint.open(path).tensors.values())
 
 
-@pytest.mark.parametrize("method", ["aqlm", "vptq", "hqq", "quark", "spqr"])
-def test_other_formats_are_refused_by_name(method: str, tmp_path: Path) -> None:
+REFUSED: dict[str, dict[str, Any]] = {
+    **{method: {"quant_method": method} for method in ("aqlm", "vptq", "hqq", "quark", "spqr")},
+    "gptq' weights with 3 bits": {"quant_method": "gptq", "bits": 3},
+    "awq' weights in the layout 'gemv'": {"quant_method": "awq", "bits": 4, "version": "gemv"},
+    "compressed-tensors' weights in the layout 'marlin-24'": packers.compressed_settings("marlin-24", num_bits=4),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
     FORMATS["fp8"](tmp_path)
-    packers.edit_config(tmp_path, quantization_config={"quant_method": method})
-    with pytest.raises(InputError, match=rf"config.json: field quantization_config: '{method}' .* give the unquant"):
+    packers.edit_config(tmp_path, quantization_config=REFUSED[name])
+    with pytest.raises(InputError, match=rf"config.json: field quantization_config: '{name}.* cannot be .*; give the"):
         StreamedModel(tmp_path)

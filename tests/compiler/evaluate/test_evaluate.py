@@ -41,6 +41,15 @@ def data(tmp_path: Path) -> dict[str, Path]:
     return {form: tmp_path / f"{form}.jsonl" for form in ROWS}
 
 
+def test_a_score_that_is_not_finite_is_a_failure(tmp_path: Path, data: dict[str, Path]) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FloatingPointError, match=r"the loss is nan: outputs overflow"):
+        evaluate_model(tmp_path / "model", data["text"])
+
+
 def resident_score(model: Any, directory: Path, data: Path, max_length: int = 512) -> tuple[float, float, int]:
     """Compute loss, accuracy and count by their definitions, from full logits of the resident model."""
     losses, correct, count = 0.0, 0, 0

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from onelayer.compiler.models.lazy_tensors import AbsentWeight, DeferredLogits, DiskMatrix
+from onelayer.compiler.models.deferred_logits import DeferredLogits
+from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
 

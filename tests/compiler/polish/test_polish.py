@@ -119,6 +119,12 @@ def test_the_best_adapter_on_held_out_data_is_handed_out(setup: Path) -> None:
     assert scored.loss == pytest.approx(min(losses), abs=1e-5)
 
 
+def test_a_held_out_loss_that_is_lost_stops_the_steps(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onelayer.compiler.streaming.token_loss.TokenLoss.held_out_loss", float("nan"))
+    with pytest.raises(RuntimeError, match="the held-out loss is not finite"):
+        polished(setup, eval_data=setup / "dev.jsonl", steps=1)
+
+
 def test_held_out_losses_cost_no_step_anything(setup: Path) -> None:
     polished(setup, output=setup / "plain")
     result = polished(setup, output=setup / "watched", eval_data=setup / "train.jsonl", eval_steps=2)

@@ -15,8 +15,8 @@ from onelayer.compiler.data.batches import TokenBatch, make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.command import RefineResult, refine_emulator
-from onelayer.compiler.refine.reconstruction import Call
 from onelayer.compiler.streaming.unit_boundary import UnitInputs
 
 TEXT = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"

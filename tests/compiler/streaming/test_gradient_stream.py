@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from helpers.resident_gradients import adapted
 from helpers.tiny_models import TINY, VOCAB, tiny_llama
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming import spill

@@ -14,7 +14,8 @@ from helpers.tiny_models import TINY, build, causal, save_tiny, tiny_tokenizer
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.lazy_tensors import DeferredLogits, DiskMatrix
+from onelayer.compiler.models.deferred_logits import DeferredLogits
+from onelayer.compiler.models.lazy_tensors import DiskMatrix
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.storage.checkpoint import Checkpoint

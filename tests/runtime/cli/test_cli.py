@@ -18,29 +18,35 @@ from onelayer.runtime.cli.main import main
 
 # Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
-    "plan": "MODEL --batch-size --emulator --factor-dtype --json --lora-rank --max-length --memory",
+    "plan": (
+        "MODEL --batch-size --emulator --factor-dtype --form --hours --json --lora-rank --max-length --max-steps "
+        "--memory"
+    ),
     "compile": (
-        "MODEL --backward --batch-size --calibration --device --factor-dtype --form --host-memory --json --keep-bytes "
-        "--max-length --memory --output --rank-allocation --ratio --resume --samples --seed --solver"
+        "MODEL --backward --batch-size --calibration --columns --config --device --factor-dtype --form --host-memory "
+        "--json --keep-bytes --max-length --memory --output --rank-allocation --ratio --resume --samples --seed "
+        "--solver --split"
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
-        "EMULATOR --batch-size --calibration --device --host-memory --json --learning-rate --max-length --model "
-        "--output --resume --samples --seed --step-samples --steps"
+        "EMULATOR --batch-size --calibration --columns --config --device --host-memory --json --learning-rate "
+        "--max-length --model --output --resume --samples --seed --split --step-samples --steps"
     ),
     "train": (
-        "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size --data "
-        "--epochs --gradient-accumulation --json --learning-rate --lora-alpha --lora-rank "
-        "--max-length --max-steps --model --output --resume --seed --target-modules"
+        "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
+        "--columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
+        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --model --output --report-to "
+        "--resume --save-steps --seed --split --target-modules --warmup"
     ),
-    "correct": "ADAPTER --data --emulator --json --limit --model --output",
+    "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (
-        "ADAPTER --activations --batch-size --data --device --eval-data --eval-steps --host-memory --json "
-        "--learning-rate --lora-alpha --lora-rank --max-gradient-norm --max-length --micro-batch-size --model --output "
-        "--packing --resume --seed --steps --target-modules --warmup-steps"
+        "ADAPTER --activations --batch-size --columns --config --data --device --eval-data --eval-steps "
+        "--host-memory --json --learning-rate --lora-alpha --lora-rank --max-gradient-norm --max-length "
+        "--micro-batch-size --model --output --packing --resume --seed --split --steps --target-modules "
+        "--warmup-steps"
     ),
     "merge": "ADAPTER... --json --model --output --weight",
-    "evaluate": "MODEL --adapter --against --batch-size --data --device --json --max-length",
+    "evaluate": "MODEL --adapter --against --batch-size --columns --config --data --device --json --max-length --split",
     "generate": "MODEL --adapter --chat --json --max-new-tokens --prompt --revision --seed --temperature",
     "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",
@@ -121,8 +127,9 @@ def test_defaults_are_those_of_the_python_function(name: str) -> None:
     module: Any = onelayer.runtime if name in ("plan", "train", "generate") else onelayer.compiler
     parameters = inspect.signature(getattr(module, FUNCTIONS[name])).parameters
     command = dict(commands(typer.main.get_command(app)))[name]
-    # `--adapter` repeated is `adapters`; `compile --memory` only chooses the ratio.
-    own = {"as_json", "help", "adapter", *({"memory_bytes"} if name == "compile" else ())}
+    # `--adapter` repeated is `adapters`; the options of `reads_data` are fields of `data_set`; `compile --memory` only
+    # chooses the ratio.
+    own = {"as_json", "help", "adapter", "columns", "split", "config", *({"memory_bytes"} if name == "compile" else ())}
     for parameter in command.params:
         if parameter.name not in own:
             default = parameters[parameter.name].default
@@ -141,11 +148,14 @@ def test_defaults_are_those_of_the_python_function(name: str) -> None:
         ("compile m --calibration c --output o --memory 1GiB --ratio 0.2", "leave --ratio and --keep-bytes out"),
         ("plan nowhere", "Missing option '--memory'"),
         ("plan nowhere --memory 8GiB", "nowhere"),
+        ("train e --data d --output o --columns prompt", "--columns prompt: must look like prompt=question"),
+        ("polish --model m --data d --output o --columns promt=x", "promt: unknown column, nearest is `prompt`"),
         ("artifacts", "Missing command"),
         ("artifacts prune", "--older-than-days, --max-size or --keep"),
         ("artifacts prune --max-size 3q", "24GiB"),
         ("run nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("inspect nowhere", "nowhere: no such directory"),
+        (f"inspect {__file__}", "test_cli.py: is a file, not a directory; give an emulator"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

@@ -1,6 +1,5 @@
 """The manifest: what is accepted, how defaults and overrides merge, and how each mistake is named with its place."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ import yaml
 from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.manifest.manifest import Manifest, check_tasks, load_manifest, manifest_schema
-from onelayer.runtime.manifest.sections import Emulator
+from onelayer.runtime.manifest.sections import Anchor, Emulator
 from onelayer.runtime.pipeline.steps import steps_of
-from onelayer.runtime.training.settings import REFUSED_ARGS
-from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, trainer_args_model
 
 GOOD = """
 version: 1
@@ -213,17 +210,6 @@ def test_an_unknown_task_is_named_with_the_nearest(folder: Path) -> None:
         check_tasks(manifest, ["suport"])
 
 
-@pytest.mark.slow
-def test_the_argument_names_are_those_of_sftconfig() -> None:
-    trl = pytest.importorskip("trl")
-    model = trainer_args_model()
-    assert model is not None
-    real = {field.name for field in dataclasses.fields(trl.SFTConfig) if field.init}
-    assert set(model.model_fields) == real
-    assert real >= NON_SEMANTIC_ARGS
-    assert not NON_SEMANTIC_ARGS & set(REFUSED_ARGS)
-
-
 def test_the_schema_names_every_field(folder: Path) -> None:
     schema = manifest_schema()
     assert set(schema["properties"]) == set(Manifest.model_fields)
@@ -271,3 +257,17 @@ def test_anchors_are_every_so_many_steps_or_none(folder: Path) -> None:
     assert "train.anchor.every" in complaint(folder, anchored.replace("every: 10", "every: 0"))
     lone = anchored.replace("emulator: {calibration: {data: mix.jsonl}}", "")
     assert "train.anchor: there is no emulator" in complaint(folder, lone)
+
+
+def test_a_task_has_its_own_anchors(folder: Path) -> None:
+    def anchors(train: str, task: str) -> tuple[Anchor | None, Anchor | None]:
+        text = GOOD.replace("train: {lora", f"train: {{{train}lora").replace("lora: {r: 4}", f"lora: {{r: 4}}{task}")
+        loaded = load(folder, text)
+        return loaded.training("sql").anchor, loaded.training("support").anchor
+
+    assert anchors("anchor: {}, ", "") == (Anchor(every=10, bits=2), Anchor(every=10, bits=2))
+    assert anchors("anchor: {every: 5}, ", ", anchor: {bits: 4}") == (Anchor(every=5), Anchor(every=5, bits=4))
+    assert anchors("anchor: {every: 5}, ", ", anchor: none") == (Anchor(every=5), None)
+    assert anchors("", ", anchor: {}") == (None, Anchor(every=10))
+    lone = GOOD.replace("emulator: {calibration: {data: mix.jsonl}}", "").replace("{r: 4}", "{r: 4}, anchor: {}")
+    assert "tasks.support.anchor: there is no emulator" in complaint(folder, lone)

@@ -53,6 +53,26 @@ def test_the_keys_of_every_kind_of_step_stay(project: Project) -> None:
     assert {step.name: step.key for step in result.steps} == KEYS
 
 
+def test_columns_make_another_key_and_no_columns_none(project: Project) -> None:
+    (project.path.parent / "sql.csv").write_text("question,answer\nx,y\n")
+    keys = {}
+    for data in (
+        "sql.jsonl",
+        "{path: sql.jsonl}",
+        "{path: sql.csv, columns: {prompt: question, completion: answer}}",
+        "{path: sql.csv, columns: {text: question}}",
+    ):
+        project.path.write_text(EVERY_KIND.replace("train: sql.jsonl", f"train: {data}"))
+        steps = plan(project.manifest, project.store).steps
+        keys[data] = next(step.key for step in steps if step.name == "sql.direct")
+    first, second, *others = keys.values()
+    assert first == second == KEYS["sql.direct"]
+    assert len({first, *others}) == 3
+    project.path.write_text(project.path.read_text().replace("polish: {steps: 3}", "polish: null"))
+    assert not run(project.manifest, project.store).failed
+    assert str(project.fakes.data["train sql"]) == f"{project.path.parent / 'sql.csv'} (columns text=question)"
+
+
 def test_a_plan_names_the_keys_that_a_run_makes(project: Project) -> None:
     run(project.manifest, project.store)
     foreseen = {step.name: (step.state, step.key) for step in plan(project.manifest, project.store).steps}

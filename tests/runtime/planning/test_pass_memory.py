@@ -12,9 +12,10 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Spectrum, ranks_by_spectrum
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
 from onelayer.runtime.pipeline.costs import Costs
-from onelayer.runtime.pipeline.emulator_size import Size, planned_run, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import planned_run, size_of_shapes
 from onelayer.runtime.pipeline.kinds import step_costs
 from onelayer.runtime.pipeline.steps import steps_of
+from onelayer.runtime.planning.choice import Size
 from onelayer.runtime.planning.pass_memory import compile_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.plan import size_for
 from onelayer.runtime.planning.read_shapes import shapes_from_headers, shapes_of
@@ -125,7 +126,7 @@ def test_a_budget_leaves_room_for_a_compile_of_many_tokens(tmp_path: Path) -> No
     shapes = shapes_from_headers(tmp_path / "model")
     budget, tokens = GIB, 1 << 20
     assert compile_bytes(shapes, 0.95, tokens) > 0.95 * budget
-    assert size_for(tmp_path / "model", budget)[0] == 1.0
+    assert size_for(tmp_path / "model", budget).ratio == 1.0
     with pytest.raises(InputError, match="--memory: too little for compile"):
         size_for(tmp_path / "model", budget, compile_tokens=tokens)
 
@@ -140,9 +141,8 @@ def test_an_exact_step_counts_each_expert_that_a_token_is_sent_to() -> None:
 
 def seconds(shapes: ModelShapes, ratio: float) -> float:
     speed = Speed(read_bytes_per_second=1e9, flops_per_second=1e13, device="typed in")
-    return seconds_at(
-        speed, shapes, ratio=ratio, samples=64, max_length=512, batch_size=8, recomputes=True, polish_batch=64
-    ).train_step
+    planned = PlannedRun(batch_size=8, max_length=512, where="sublayer", rank=0.125)
+    return seconds_at(speed, shapes, planned, ratio=ratio, samples=64, polish_batch=64).train_step
 
 
 def test_a_training_step_computes_values_not_bytes() -> None:

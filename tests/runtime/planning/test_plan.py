@@ -17,10 +17,11 @@ from onelayer.compiler.compile import selection
 from onelayer.compiler.compile.selection import choose_ranks, choose_stacks, stacked_parameters, stored_parameters
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.factors.stored_forms import best_of
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, best_of
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.runtime.planning.anchor_costs import anchor_costs
-from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, WHOLE, best_ratio, choose_each, limiting_pass
+from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, Size, best_ratio, choose_each, limiting_pass
+from onelayer.runtime.planning.pass_memory import WHOLE
 from onelayer.runtime.planning.plan import plan_run, size_for
 from onelayer.runtime.planning.read_shapes import read_shapes, shapes_from_headers
 from onelayer.runtime.planning.speed import Speed
@@ -141,7 +142,10 @@ def test_a_plan_is_one_document_with_the_promised_keys(tmp_path: Path) -> None:
     assert document["fits"] is True
     assert {"fits", "ratio", "activations", "activation_rank", "predicted"} <= set(document)
     assert {"compile_bytes", "train_bytes", "correct_bytes", "emulator_bytes"} <= set(document["predicted"])
-    assert [row["factor_dtype"] for row in document["choices"]] == ["bf16", "int8", "nf4"]
+    assert [(row["form"], row["factor_dtype"]) for row in document["choices"]] == [
+        *(("factors", dtype) for dtype in FACTOR_DTYPES),
+        ("coded", "nf4"),
+    ]
     assert document["seconds"]["polish_step"] > document["seconds"]["correct"]
     assert document["seconds"]["refine"] > document["seconds"]["compile"]
     assert "the original itself fits" in document["remarks"][0]
@@ -178,9 +182,8 @@ def test_rank_comes_before_precision() -> None:
         (64, "int8"),
     ):
         choices = choose_each(LARGE, planned, card * GIB)
-        ratios = {dtype: choice.ratio for dtype, choice in choices.items()}
-        assert list(ratios) == ["bf16", "int8", "nf4"]
-        assert best_of(ratios) == expected
+        assert list(choices) == ["bf16", "int8", "nf4", "coded"]
+        assert best_of({dtype: choices[dtype].ratio for dtype in FACTOR_DTYPES}) == expected
     assert best_of({"bf16": None, "int8": None, "nf4": None}) == "nf4"
     assert best_of({"bf16": 0.94, "int8": 1.0, "nf4": 1.0}) == "int8"  # rounding costs less than truncation
 
@@ -188,7 +191,7 @@ def test_rank_comes_before_precision() -> None:
 @pytest.mark.parametrize(("card", "expected"), [(12, "int8"), (16, "int8"), (20, "bf16"), (64, "bf16")])
 def test_an_emulator_that_is_sliced_keeps_no_weight_whole(card: int, expected: str) -> None:
     choices = choose_each(LARGE, PlannedRun(batch_size=1, max_length=1024, is_sliced=True), card * GIB)
-    ratios = {dtype: choice.reached for dtype, choice in choices.items()}
+    ratios = {dtype: choices[dtype].reached for dtype in FACTOR_DTYPES}
     assert max(ratios.values()) == LARGEST_RATIO
     assert best_of(ratios) == expected
 
@@ -215,8 +218,8 @@ def test_whole_weights_are_considered_if_rounding_saves_memory() -> None:
 def test_a_plan_chooses_the_factor_dtype_with_the_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, "llama")
     # If all weights fit, they are rounded to int8; a given dtype is kept.
-    assert size_for(folder, GIB) == (WHOLE, "int8")
-    assert size_for(folder, GIB, factor_dtype="bf16") == (LARGEST_RATIO, "bf16")
+    assert size_for(folder, GIB) == Size(WHOLE, "int8")
+    assert size_for(folder, GIB, factor_dtype="bf16") == Size(LARGEST_RATIO, "bf16")
     assert plan_run(folder, GIB, timing=False).factor_dtype == "int8"
     small = plan_run(folder, 100 << 20, timing=False)
     assert small.factor_dtype == "nf4"

@@ -16,6 +16,7 @@ from helpers.tiny_models import save_tiny, tiny_tokenizer
 from helpers.training_rows import ROWS
 from onelayer.compiler.adapters.reader import adapter_digest
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.command import evaluate_model
 from onelayer.runtime import TrainResult, train_lora
 from onelayer.runtime.anchors.anchors import Anchors
 from onelayer.runtime.training.trainers import LoraTrainer
@@ -93,6 +94,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_encoder_decoders_are_trained_and_anchored(tmp_path: Path) -> None:
+    model = save_tiny("t5", tmp_path / "original")
+    tiny_tokenizer(tmp_path / "original")
+    write_emulator(model, tmp_path / "original", tmp_path / "half", ratio=0.5)
+    rows = [
+        {"prompt": "what is the sum of two and three ?", "completion": " five"},
+        {"prompt": "a", "completion": " b c"},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    settings: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4}
+    anchor: dict[str, Any] = {"model": tmp_path / "original", "anchor_every": 2, "anchor_bits": 32}
+    losses = {
+        name: train_lora(tmp_path / kind, tmp_path / "data.jsonl", tmp_path / name, **settings, **more).losses
+        for name, kind, more in (("direct", "original", {}), ("plain", "half", {}), ("anchored", "half", anchor))
+    }
+    assert losses["anchored"][0][1] == pytest.approx(losses["direct"][0][1], abs=1e-5)
+    assert abs(losses["plain"][0][1] - losses["direct"][0][1]) > 1e-3
+    assert losses["anchored"][2][1] < losses["anchored"][0][1]
+    scored = evaluate_model(tmp_path / "original", tmp_path / "data.jsonl", adapters=[tmp_path / "direct"]).results
+    assert scored[1].loss < scored[0].loss
+
+
 def test_renewals_come_every_k_steps_and_where_an_epoch_begins(
     anchored: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +184,7 @@ def test_resuming_equals_not_stopping(
     ("settings", "message"),
     [
         ({"model": None}, "--anchor-every 2: needs the original; give --model"),
-        ({"anchor_every": None}, "only anchored training reads it"),
+        ({"anchor_every": None}, "only anchored training, and preferences on an emulator, read it"),
         ({"emulator": "original"}, "is no emulator, so nothing can be anchored"),
         ({"model": "half"}, "give the original it was compiled from"),
         ({"lora": {"bias": "all"}}, "lora.bias: biases that are trained cannot be anchored"),

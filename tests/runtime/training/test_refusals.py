@@ -30,6 +30,23 @@ def test_refusals(train: Train, tmp_path: Path, settings: dict[str, Any], messag
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "v_porj"], "v_porj: unknown module, nearest is `v_proj`"),
+        (r".*\.(q|v)_porj", "matches the name of no module"),
+        ("(", "is no regular expression"),
+        ("all-liner", "matches the name of no module"),
+    ],
+)
+def test_wrong_target_modules_are_named_before_loading(
+    train: Train, monkeypatch: pytest.MonkeyPatch, targets: Any, message: str
+) -> None:
+    monkeypatch.setattr("onelayer.runtime.training.inputs.TrainModel.load", lambda model: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=message):
+        train(target_modules=targets)
+
+
 def test_texts_beyond_the_positions_are_refused(train: Train, place: Path) -> None:
     (place / "endless.jsonl").write_text(json.dumps({"text": "the sum " * 100}) + "\n")
     with pytest.raises(InputError, match="positions for 128; set max_length to 128"):

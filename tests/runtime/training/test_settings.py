@@ -6,15 +6,8 @@ import pytest
 from trl.trainer.sft_config import SFTConfig
 
 from onelayer.compiler.errors import InputError
-from onelayer.runtime.training.settings import (
-    REFUSED_ARGS,
-    RENAMED_ARGS,
-    TRAINER_DEFAULTS,
-    TRAINER_NAMES,
-    TrainSettings,
-    lora_fields,
-    trainer_arguments,
-)
+from onelayer.runtime.training.settings import TRAINER_NAMES, TrainSettings, lora_fields, trainer_arguments
+from onelayer.runtime.training.trainer_args import REFUSED_ARGS, RENAMED_ARGS, TRAINER_DEFAULTS
 
 COMPRESSED = {"model.layers.0.mlp.up_proj": 4}
 
@@ -53,7 +46,7 @@ def test_every_name_exists_in_the_installed_trl() -> None:
         ({"args": {"learning_rate": "fast"}}, r"args\.learning_rate: .*'fast'"),
         ({"args": {"learning_rate": 1e-3}, "learning_rate": 1e-2}, r"learning_rate is 0\.01 and args\.learning_rate"),
         ({"args": {"output_dir": "x"}}, r"args\.output_dir: cannot be set here"),
-        ({"args": {"eval_strategy": "steps"}}, "onelayer evaluate"),
+        ({"args": {"eval_strategy": "steps"}}, "give eval_data and eval_steps"),
         ({"lora": {"rank": 4}}, r"lora\.rank: unknown field"),
         ({"lora": {"r": 16}, "lora_rank": 4}, r"lora_rank is 4 and lora\.r is 16"),
         ({"lora": {"use_dora": True}}, r"lora\.use_dora: DoRA"),

@@ -1,5 +1,6 @@
 """Adapters in, an adapted empty model out; target modules by the user's names in, those that LoRA can adapt out."""
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.adapters.fit import check_fit
 from onelayer.compiler.adapters.keys import KEY_PREFIX, LoraModule
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import Replacements, replacements_of
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.faults import unknown_name
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, bare_name
 
@@ -27,18 +30,41 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
 
     PEFT takes "all-linear" and the names of experts to mean, too, the stacked parameters that experts became in
     transformers 5. LoRA on those is no pair of factors per linear, so it could not be corrected for the original.
-    Raises `InputError` if they are named.
+    Raises `InputError` if they are named, or if a name or pattern means no module.
     """
     probe = LoraConfig(target_modules=target_modules)
     convert_peft_config_for_transformers(probe, model, None)
+    _check_names(model, target_modules, probe.target_modules or ())
     if not probe.target_parameters:
         return target_modules
     if target_modules == "all-linear":
         return sorted(probe.target_modules or [])
     raise InputError(
-        f"target_modules: {sorted(probe.target_parameters)} are experts or routers of a mixture, whose LoRA cannot be "
-        "corrected for the original; name linear modules only, such as those of the attention, or all-linear"
+        f"target_modules: {', '.join(sorted(probe.target_parameters))} are experts or routers of a mixture, whose LoRA "
+        "cannot be corrected for the original; name linear modules only, such as those of the attention, or all-linear"
     )
+
+
+def _check_names(model: nn.Module, targets: str | list[str], kept: Collection[str]) -> None:
+    """Raise `InputError` if a target means no module: PEFT drops a wrong name without a word if another one is right.
+
+    `kept` are the targets that PEFT has not taken for experts.
+    """
+    modules = dict(model.named_modules())
+    if isinstance(targets, str):
+        try:
+            found = targets == "all-linear" or any(re.fullmatch(targets, name) for name in modules)
+        except re.error as error:
+            raise InputError(f"target_modules: {targets!r} is no regular expression ({error}); correct it") from None
+        if not found:
+            raise InputError(f"target_modules: {targets!r} matches the name of no module; correct the pattern")
+        return
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, kinds)})
+    for target in targets:
+        known = any(name == target or name.endswith(f".{target}") for name in modules)
+        if not known and target in kept:
+            raise InputError(f"target_modules: {target}: {unknown_name(target, leaves, 'module')}; correct the name")
 
 
 def short_targets(model: nn.Module, modules: Collection[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.merge_plan import Part, plan_changes
-from onelayer.compiler.adapters.merge_shards import merge_workspace, remove_records, write_shards
+from onelayer.compiler.adapters.merge_shards import merge_workspace, remove_records, shards_of, write_shards
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, Adapter, adapter_digest
 from onelayer.compiler.dequantize.formats import without_quantization
 from onelayer.compiler.errors import InputError
@@ -97,7 +97,7 @@ def merge_adapter(
             publish_work(work, MERGE_WORK, output)
         report = meter.report(streamed.largest_unit_bytes, merge_workspace(checkpoint, changes), checkpoint.bytes_read)
     needed = [state for state in corrected if state is not None]
-    unpacked = sum(not checkpoint.reads_rows(name) for name in checkpoint.tensors.keys() - changes.keys())
+    unpacked = sum(checkpoint.is_packed(name) for name in checkpoint.tensors.keys() - changes.keys())
     return MergeResult(
         output=str(output),
         corrected=all(needed) if needed else None,
@@ -131,8 +131,8 @@ def _corrected(source: Adapter, base_digest: str) -> bool | None:
 
 
 def _check_space(output: Path, work: Path, checkpoint: Checkpoint) -> None:
-    missing = {file for file in checkpoint.files if not (work / file.name).exists()}
-    needed = sum(info.size_bytes for info in checkpoint.tensors.values() if info.file in missing)
+    missing = [tensors for shard, tensors in shards_of(checkpoint).items() if not (work / shard).exists()]
+    needed = sum(info.size_bytes for tensors in missing for info in tensors)
     free = shutil.disk_usage(work).free
     if free < needed:
         raise InputError(

@@ -18,7 +18,7 @@ from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.machine.threads import read_ahead
 from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
-from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint
 from onelayer.compiler.storage.digests import sha256_file
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo
@@ -31,6 +31,8 @@ CHUNK_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 20
 # Chunks of a weight that are worked on at once, and shards: while one is flushed to the disk, the next is computed.
 CHUNKS_AT_ONCE = SHARDS_AT_ONCE = 2
+# Size of a shard that is not one of the original.
+SHARD_BYTES = 4 << 30
 
 
 def merge_workspace(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
@@ -41,7 +43,7 @@ def merge_workspace(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
     """
     largest = max(checkpoint.tensors[key].size_bytes for key in changes)
     chunks = (3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES
-    packed = [info.size_bytes for name, info in checkpoint.tensors.items() if not checkpoint.reads_rows(name)]
+    packed = [info.size_bytes for name, info in checkpoint.tensors.items() if checkpoint.is_packed(name)]
     return SHARDS_AT_ONCE * (chunks + max(packed, default=0) + checkpoint.unpacking_bytes)
 
 
@@ -53,16 +55,39 @@ def write_shards(
     A shard is finished if its record says so and it still has the recorded digest. Raises `InputError` if one of
     `inputs` has changed since it was opened.
     """
-    missing = [file for file in checkpoint.files if not _is_finished(target, file.name)]
-    jobs = (partial(_write_shard, target, file, checkpoint, changes, inputs) for file in missing)
+    shards = shards_of(checkpoint)
+    missing = {shard: tensors for shard, tensors in shards.items() if not _is_finished(target, shard)}
+    jobs = (partial(_write_shard, target / shard, missing[shard], checkpoint, changes, inputs) for shard in missing)
     with Progress(len(missing), "merge") as progress:
         for count, file in enumerate(read_ahead(jobs, SHARDS_AT_ONCE, SHARDS_AT_ONCE), start=1):
             progress.reached(count, file.name, meter.sample())
-    if checkpoint.index_file is not None:
-        tensors = checkpoint.tensors.values()
-        metadata = read_json(checkpoint.index_file).get("metadata") or {}
-        weight_map = {info.name: info.file.name for info in tensors}
-        write_index(target / checkpoint.index_file.name, weight_map, sum(info.size_bytes for info in tensors), metadata)
+    index_file = checkpoint.index_file
+    if index_file is not None or len(shards) > 1:
+        metadata = {} if index_file is None else read_json(index_file).get("metadata") or {}
+        weight_map = {info.name: shard for shard, tensors in shards.items() for info in tensors}
+        total_bytes = sum(info.size_bytes for info in checkpoint.tensors.values())
+        name = INDEX_FILES[0] if index_file is None else index_file.name
+        write_index(target / name, weight_map, total_bytes, metadata)
+
+
+def shards_of(checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
+    """Return the tensors of each file that is written: as they are stored, or in shards where they lie in a GGUF file.
+
+    A file without tensors of the model stays.
+    """
+    stored: dict[str, list[TensorInfo]] = {} if checkpoint.is_gguf else {file.name: [] for file in checkpoint.files}
+    if not checkpoint.is_gguf:
+        for info in checkpoint.tensors.values():
+            stored[info.file.name].append(info)
+        return stored
+    shards: list[list[TensorInfo]] = [[]]
+    for info in checkpoint.tensors.values():
+        if shards[-1] and sum(item.size_bytes for item in shards[-1]) + info.size_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(info)
+    if len(shards) == 1:
+        return {SINGLE_FILES[0]: shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": part for n, part in enumerate(shards, start=1)}
 
 
 def remove_records(target: Path) -> None:
@@ -85,20 +110,24 @@ def _is_finished(target: Path, shard: str) -> bool:
 
 
 def _write_shard(
-    target: Path, file: Path, checkpoint: Checkpoint, changes: dict[str, Change], inputs: Sequence[FileStamps]
+    shard: Path,
+    tensors: Sequence[TensorInfo],
+    checkpoint: Checkpoint,
+    changes: dict[str, Change],
+    inputs: Sequence[FileStamps],
 ) -> Path:
-    inside = [info for info in checkpoint.tensors.values() if info.file == file]
-    entries = [_entry(checkpoint, info, changes.get(info.name)) for info in inside]
-    digest = write_safetensors(target / file.name, entries, checkpoint.metadata[file])
+    entries = [_entry(checkpoint, info, changes.get(info.name)) for info in tensors]
+    named = (checkpoint.metadata[file] for file in checkpoint.files if file.name == shard.name)
+    digest = write_safetensors(shard, entries, next(named, {}))
     for stamps in inputs:
         stamps.check()
-    write_json(_record(target, file.name), {"sha256": digest})
-    return file
+    write_json(_record(shard.parent, shard.name), {"sha256": digest})
+    return shard
 
 
 def _entry(checkpoint: Checkpoint, info: TensorInfo, change: Change | None) -> Entry:
     """The entry of one tensor: copied as stored, unpacked if it is packed, or changed."""
-    if change is None and checkpoint.reads_rows(info.name):
+    if change is None and not checkpoint.is_packed(info.name):
         return copy_entry(info.name, info)
     dtype = FLOAT_DTYPES[info.dtype]
     if change is not None and not info.shape:

@@ -11,7 +11,7 @@ from onelayer.compiler.adapters.config import CONFIG_FILE, AdapterConfig, read_c
 from onelayer.compiler.adapters.keys import LoraModule, lora_modules, row_numbers, sort_keys
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_file, sha256_json
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.files import check_directory, read_json
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.stamps import FileStamps
 
@@ -48,8 +48,7 @@ class Adapter:
     def open(cls, path: str | Path) -> "Adapter":
         """Read the configuration and the header. Raises `InputError` on any variant, damage or key not understood."""
         directory = Path(path)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such directory; give the directory of a PEFT LoRA adapter")
+        check_directory(directory, "give the directory of a PEFT LoRA adapter")
         stamps = adapter_stamps(directory)
         config = read_config(directory)
         file = _weights_file(directory)

@@ -17,6 +17,7 @@ from onelayer.compiler.adapters.config import CONFIG_FILE
 from onelayer.compiler.adapters.keys import EMBEDDING_A, EMBEDDING_B, KEY_PREFIX, LORA_A, LORA_B
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from onelayer.compiler.storage.files import read_json, write_json, write_text
+from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.safetensors_writer import Entry, copy_entry, tensor_entry, write_safetensors
 
 if TYPE_CHECKING:
@@ -120,7 +121,9 @@ def model_card(base: Base, provenance: dict[str, Any]) -> str:
 
     tags = [f"base_model:adapter:{base.model}", "lora", "onelayer"]
     data = ModelCardData(base_model=base.model, library_name="peft", tags=tags)
-    revision = f", revision={base.revision!r}" if base.revision else ""
+    place, revision = base.model, f", revision={base.revision!r}" if base.revision else ""
+    if place.endswith(SUFFIX):  # a file, which transformers reads by its folder and name
+        place, revision = str(Path(place).parent), f", gguf_file={Path(place).name!r}"
     state = "trained on an emulator of it and corrected for it" if provenance.get("corrected") else "made for it"
     trained_on = provenance.get("trained_on")
     if trained_on and not provenance.get("corrected") and trained_on["digest"] != provenance["base"]["digest"]:
@@ -141,7 +144,7 @@ A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}
 from peft import PeftModel
 from transformers import {base.class_name}
 
-model = {base.class_name}.from_pretrained({base.model!r}{revision})
+model = {base.class_name}.from_pretrained({place!r}{revision})
 model = PeftModel.from_pretrained(model, "path/to/this/directory")
 ```
 """

@@ -7,7 +7,14 @@ value. The factors hold what the codes leave out, quantized like those of any em
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, SCALE_BYTES, FactorDtype, row_bytes
+from onelayer.compiler.factors.stored_forms import (
+    REFERENCE_BYTES,
+    SCALE_BYTES,
+    FactorDtype,
+    bytes_per_value,
+    linear_bytes,
+    row_bytes,
+)
 
 # Codes of 2 neighbors would be as large as a whole weight in nf4.
 CodeWidth = Literal[3, 4, 5, 6, 8]
@@ -19,11 +26,17 @@ CODEBOOK_ROWS, ENTRY_BYTES = 256, 2
 LONGEST_GROUP, GROUP_STEP = 4096, 120
 # Moments of the gradients at a linear's outputs are kept in diagonal blocks of this many.
 OUTPUT_BLOCK = 64
+# A product decodes at most this many values at once, so that it never holds the whole weight of a wide linear.
+DECODED_VALUES = 16 << 20
 # The factors of a residual are stored in this dtype.
 RESIDUAL_DTYPE: FactorDtype = "nf4"
 # Codes take as many bits as leave this many bits a value for the low-rank part. Without it twice as much is lost
 # (manifests/LOG.md, codes with a low-rank part); other shares have not been compared at equal bytes.
 LEAST_RESIDUAL_BITS = 0.25
+# The least share of the bytes at 16 bits that codes need, and the share from which weights fit whole in the residual's
+# dtype. In between, codes lose less than factors at every size measured (manifests/LOG.md, the recipe of codes).
+LEAST_SHARE = (8 / CODE_WIDTHS[-1] + LEAST_RESIDUAL_BITS) / (8 * REFERENCE_BYTES)
+WHOLE_SHARE = bytes_per_value(RESIDUAL_DTYPE) / REFERENCE_BYTES
 
 
 def group_size(in_features: int) -> int:
@@ -64,17 +77,28 @@ def code_width(keep_bytes: float) -> CodeWidth | None:
     return next((width for width in CODE_WIDTHS if 8 / width + LEAST_RESIDUAL_BITS <= bits), None)
 
 
-def residual_ranks(
-    shapes: Mapping[str, tuple[int, int]], keep_bytes: float, width: CodeWidth, spent_bytes: int = 0
-) -> dict[str, int]:
-    """Spend what the codes of linears (out, in) leave of a share of their bytes on ranks, in proportion to their sizes.
+def are_codes_best(keep_bytes: float) -> bool:
+    """Whether codes are the best form at a share of the size at 16 bits, for linears that are wide enough for them."""
+    return LEAST_SHARE <= keep_bytes < WHOLE_SHARE
 
-    `spent_bytes` of the budget are taken by something else.
+
+def coded_ranks(
+    shapes: Mapping[str, tuple[int, int]], keep_bytes: float, width: CodeWidth
+) -> dict[str, int | None] | None:
+    """Return the rank of the residual factors of each linear (out, in), for all to take `keep_bytes` of their size.
+
+    What codes leave of the budget is spent in proportion to sizes. A linear whose codes would be no smaller than its
+    quantized weight has the rank None and is quantized whole. None in place of all ranks means that linears are too
+    small for codes: some of them would get no rank, or nothing is coded.
     """
-    budget = int(REFERENCE_BYTES * keep_bytes * sum(rows * columns for rows, columns in shapes.values())) - spent_bytes
-    budget -= sum(coded_bytes(*shape, width, 0) for shape in shapes.values())
-    share = max(0, budget) / max(1, sum(rows * columns for rows, columns in shapes.values()))
-    return {
+    whole = {name: linear_bytes(*shape, None, RESIDUAL_DTYPE, 0) for name, shape in shapes.items()}
+    coded = {name: shape for name, shape in shapes.items() if coded_bytes(*shape, width, 0) < whole[name]}
+    budget = REFERENCE_BYTES * keep_bytes * sum(rows * columns for rows, columns in shapes.values())
+    budget -= sum(whole[name] for name in shapes.keys() - coded.keys())
+    budget -= sum(coded_bytes(*shape, width, 0) for shape in coded.values())
+    share = max(0, int(budget)) / max(1, sum(rows * columns for rows, columns in coded.values()))
+    ranks = {
         name: min(int(share * rows * columns / direction_bytes(rows, columns)), rows, columns)
-        for name, (rows, columns) in shapes.items()
+        for name, (rows, columns) in coded.items()
     }
+    return {name: ranks.get(name) for name in shapes} if ranks and all(ranks.values()) else None

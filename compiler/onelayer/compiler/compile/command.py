@@ -13,7 +13,6 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from onelayer.compiler.compile.calibration import calibration_tokens
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks
@@ -46,6 +45,7 @@ from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
+from onelayer.compiler.streaming.calibration import calibration_tokens
 from onelayer.compiler.streaming.spill import SpillPool
 
 
@@ -64,8 +64,9 @@ def compile_emulator(
     with `ratio`, and the best dtype for a share of bytes (`best_factor_dtype`). `rank_allocation` is "uniform", as in
     the paper and the default with `ratio`, or "spectrum", the default with a share of bytes: the same bytes are spent
     where the spectra ask for them. The experts of a mixture always have uniform ranks.
-    `form` "coded" replaces a linear by codes with a thin low-rank part instead, for a share of bytes alone; with
-    `backward`, the default then, a pass back over the calibration data weighs errors by what the loss feels.
+    `form` "coded" replaces a linear by codes with a thin low-rank part instead, for a share of bytes alone, and "auto"
+    chooses the better form for that share; with `backward`, the default with codes, a pass back over the calibration
+    data weighs errors by what the loss feels.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`.
     Parked states beyond `host_memory_bytes` go to disk. An interrupted compile goes on where it stopped. Raises
     `InputError` for what the caller can fix; `output` exists only once the whole emulator does.
@@ -77,23 +78,40 @@ def compile_emulator(
     streamed = StreamedModel(resolve_model(model, asked.revision))
     if not is_trainable(type(streamed.model)):
         notice(
-            f"{model}: {type(streamed.model).__name__} is no causal language model and no sequence classifier, so "
+            f"{model}: {type(streamed.model).__name__} is no language model and no sequence classifier, so "
             "onelayer train will refuse its emulator; train with PEFT yourself, or polish the original"
         )
     check_companions(streamed.checkpoint.directory)
-    resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
+    resolved, ranks = _chosen(streamed, asked)
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
-    ranks = choose_ranks(streamed, widest_ratio(resolved.ratio, resolved.rank_allocation), quantized=is_quantized)
-    if (width := resolved.code_width) is not None:
-        ranks = choose_codes(streamed, ranks, resolved.share, width)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
     copies = copies_on_disk(resolved.rank_allocation, quantized=is_quantized)
-    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, width))
+    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, resolved.code_width))
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": asked.revision, "digest": model_digest(streamed.checkpoint.directory)}
     return _compile(streamed, ranks, stacks, calibration, output, base, resolved)
+
+
+def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSettings, Ranks]:
+    """Resolve the settings for a model, and choose a rank for each of its linears.
+
+    Raises `InputError` if codes are asked for and its linears are too small for them.
+    """
+    resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
+    widest, is_quantized = widest_ratio(resolved.ratio, resolved.rank_allocation), resolved.factor_dtype is not None
+    ranks = choose_ranks(streamed, widest, quantized=is_quantized)
+    if (width := resolved.code_width) is None:
+        return resolved, ranks
+    if (coded := choose_codes(streamed, ranks, resolved.share, width)) is not None:
+        return resolved, coded
+    if asked.form == "coded":
+        raise InputError(
+            f"--form coded: the linears of {streamed.checkpoint.directory} are too small for codes within --keep-bytes "
+            f"{resolved.share:g}; give --form factors"
+        )
+    return _chosen(streamed, asked.model_copy(update={"form": "factors", "backward": None}))
 
 
 def _compile(
@@ -106,9 +124,17 @@ def _compile(
     settings: ResolvedSettings,
 ) -> CompileResult:
     """Stream the original, write its emulator unit by unit, publish it whole."""
-    device, spill_pool = pick_device(settings.device), SpillPool(settings.host_memory_bytes)
+    device = pick_device(settings.device)
     tokenizer = load_tokenizer(streamed.checkpoint.directory)
-    tokens, settings = calibration_tokens(streamed, calibration, tokenizer, settings)
+    tokens, backward = calibration_tokens(
+        streamed, calibration, tokenizer, settings, backward=settings.backward is True
+    )
+    if settings.backward and not backward:
+        settings = settings.model_copy(update={"backward": False})
+    # On a card, what waits for the way back lies on the host. A host that is the device itself would hold more and more
+    # of it with every unit, so there it lies in files, unless memory is given for it.
+    keeps = settings.backward and device.type == "cpu"
+    spill_pool = SpillPool(0 if keeps and settings.host_memory_bytes is None else settings.host_memory_bytes)
     batches = make_batches(tokens, streamed.config, settings.batch_size)
     facts = _facts(settings, tokens, device)
     with (
@@ -139,6 +165,7 @@ def _finished(
     workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
     if settings.form == "coded":
         workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.unpacking_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     result = compile_result(writer, settings, output, report)

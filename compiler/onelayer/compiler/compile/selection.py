@@ -1,19 +1,11 @@
 """What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
 
-import math
 from collections.abc import Collection, Mapping
 
-from onelayer.compiler.codes.forms import (
-    OUTPUT_BLOCK,
-    RESIDUAL_DTYPE,
-    CodeWidth,
-    coded_bytes,
-    group_size,
-    residual_ranks,
-)
+from onelayer.compiler.codes.forms import CodeWidth, coded_bytes, coded_ranks
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, FactorDtype, kept_values, linear_bytes
+from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
 from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
 from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, unit_width, weight_shape
@@ -21,9 +13,9 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
     RESERVE_BYTES,
-    SLICE_BYTES,
     SMALL_SHARE,
     CompiledShape,
+    coding_bytes,
     graph_bytes,
     moment_bytes,
     solving_bytes,
@@ -59,19 +51,12 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False)
 
 def choose_codes(
     streamed: StreamedModel, names: Collection[str], share: float, width: CodeWidth
-) -> dict[str, int | None]:
-    """The rank of each named linear's residual factors, so that all together take `share` of their size at 16 bits.
+) -> dict[str, int | None] | None:
+    """Choose the rank of each named linear's residual factors, for all together to take `share` of their 16-bit size.
 
-    None stands for a linear whose codes would be no smaller than its quantized weight: it is quantized whole.
+    None if codes do not fit, see `coded_ranks`.
     """
-    shapes = {name: weight_shape(streamed.model.get_submodule(name)) for name in names}
-    whole = {name: linear_bytes(*shape, None, RESIDUAL_DTYPE, 0) for name, shape in shapes.items()}
-    coded = {name: shape for name, shape in shapes.items() if coded_bytes(*shape, width, 0) < whole[name]}
-    over = sum(
-        whole[name] - int(REFERENCE_BYTES * share * math.prod(shapes[name])) for name in shapes.keys() - coded.keys()
-    )
-    ranks = residual_ranks(coded, share, width, over)
-    return {name: ranks.get(name) for name in names}
+    return coded_ranks({name: weight_shape(streamed.model.get_submodule(name)) for name in names}, share, width)
 
 
 def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
@@ -146,21 +131,14 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
 def coded_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
     """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
 
-    Moments of both sides of the unit in float64, the factors of both for one linear, its weight in float32 six times as
-    it is coded and its residual solved, the graph of one micro-batch, slices of the head and their gradients and, on a
-    host that is the device too, the unit that is read ahead; a reserve.
+    That is what coding a unit takes (`coding_bytes`), the unit that is read ahead and a reserve.
     """
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
-        sides = [
-            8 * (in_features * group_size(in_features) + out_features * OUTPUT_BLOCK)
-            for out_features, in_features in shapes
-        ]
-        values = max((out_features * in_features for out_features, in_features in shapes), default=0)
         graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
-        worst = max(worst, sum(sides) + 4 * max(sides, default=0) + 24 * values + graph + unit.weight_bytes)
-    return worst + 4 * SLICE_BYTES + RESERVE_BYTES
+        worst = max(worst, coding_bytes(shapes, graph) + unit.weight_bytes)
+    return worst + RESERVE_BYTES
 
 
 def compile_workspace(

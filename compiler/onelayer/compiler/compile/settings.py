@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import Field, model_validator
 
-from onelayer.compiler.codes.forms import CODE_WIDTHS, LEAST_RESIDUAL_BITS, RESIDUAL_DTYPE, CodeWidth, code_width
+from onelayer.compiler.codes.forms import LEAST_SHARE, RESIDUAL_DTYPE, CodeWidth, are_codes_best, code_width
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, Solver
 from onelayer.compiler.factors.stored_forms import (
@@ -16,7 +16,7 @@ from onelayer.compiler.factors.stored_forms import (
 )
 from onelayer.compiler.settings import Batched, Lengths, Must, Option, Resumable, Revised, Samples, Seeded, Settings
 
-Form = Literal["factors", "coded"]
+Form = Literal["auto", "factors", "coded"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 _RATIO_RULE = "lie between 0 and 1, for example 0.25"
 
@@ -55,18 +55,27 @@ class EmulatorSize(Settings):
 
     form: Annotated[
         Form,
-        Field(description="What replaces a linear: low-rank factors, or codes with a thin low-rank part."),
-    ] = "factors"
+        Field(
+            description="What replaces a linear: low-rank factors, codes with a thin low-rank part, or the better of "
+            "both for --keep-bytes."
+        ),
+    ] = "auto"
     backward: Annotated[
         bool | None,
         Field(description="Weigh errors by what the loss feels: a pass back over the calibration data; for codes."),
-        Option(flags="--backward/--no-backward", default="on with --form coded"),
+        Option(flags="--backward/--no-backward", default="on with codes"),
     ] = None
 
     @property
     def share(self) -> float:
         """The kept share of bytes, if no ratio says how much is kept."""
         return self.keep_bytes or DEFAULT_KEEP_BYTES
+
+    @property
+    def prefers_codes(self) -> bool:
+        """Whether linears become codes if they are wide enough; `coded` asks for it, and `auto` if they are best."""
+        fixed = (self.ratio, self.factor_dtype, self.rank_allocation) != (None, None, None)
+        return self.form == "coded" or (self.form == "auto" and not fixed and are_codes_best(self.share))
 
     @property
     def allocation(self) -> Allocation:
@@ -87,21 +96,21 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
             raise InputError("--ratio and --keep-bytes say the same in two ways; give one of them")
         if self.ratio == 1 and self.factor_dtype is None:
             raise InputError(f"--ratio {self.ratio}: must {_RATIO_RULE}")
-        if self.form == "factors" and self.backward:
+        if self.backward and not self.prefers_codes:
             raise InputError("--backward: only codes are weighted by gradients; give --form coded, or leave it out")
         return self
 
     def resolved(self, value_bytes: int, *, is_bfloat16: bool) -> "ResolvedSettings":
         """Fill in what the original decides. "bf16" for a bfloat16 original means the original's own dtype."""
         ratio, factor_dtype = self.ratio, self.factor_dtype
-        if self.form == "coded":
+        if self.prefers_codes:
             return self._resolved_codes()
         if ratio is None:
             ratio, factor_dtype = within_bytes(self.share, factor_dtype, value_bytes)
         if factor_dtype == "bf16" and is_bfloat16:
             factor_dtype = None
         chosen = {"ratio": ratio, "keep_bytes": None, "factor_dtype": factor_dtype, "rank_allocation": self.allocation}
-        return ResolvedSettings.of({**dict(self), **chosen})
+        return ResolvedSettings.of({**dict(self), **chosen, "form": "factors"})
 
     def _resolved_codes(self) -> "ResolvedSettings":
         """Fill in what follows from codes: their size is a share of bytes, and their low-rank part has one dtype."""
@@ -113,8 +122,9 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
                 "--rank-allocation out"
             )
         if code_width(self.share) is None:
-            least = (8 / CODE_WIDTHS[-1] + LEAST_RESIDUAL_BITS) / (8 * REFERENCE_BYTES)
-            raise InputError(f"--form coded: needs --keep-bytes {least:.3f} or more; give --form factors for less")
+            raise InputError(
+                f"--form coded: needs --keep-bytes {LEAST_SHARE:.3f} or more; give --form factors for less"
+            )
         if (ratio := keep_ratio(self.share, RESIDUAL_DTYPE, REFERENCE_BYTES)) == 1:
             raise InputError(
                 f"--form coded: with --keep-bytes {self.share:g} every weight fits whole in {RESIDUAL_DTYPE}; give "
@@ -127,6 +137,7 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
                 "keep_bytes": self.share,
                 "factor_dtype": RESIDUAL_DTYPE,
                 "rank_allocation": "uniform",
+                "form": "coded",
                 "backward": self.backward is not False,
             }
         )

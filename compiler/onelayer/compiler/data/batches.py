@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedConfig
 
-from onelayer.compiler.data.tokens import IGNORED, Tokens
+from onelayer.compiler.data.tokens import IGNORED, Tokens, asked_and_answered
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.digests import sha256_json
 
@@ -78,16 +78,15 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
 def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[int]], list[int] | int]:
     """Return the model arguments and aligned targets of one sample, or its class.
 
-    A decoder predicts the next token. An encoder-decoder reads the unlabeled tokens (all tokens of a plain text) and
-    predicts the labeled ones. Its decoder reads the labeled ones shifted right, after the decoder's start token.
+    A decoder predicts the next token. The decoder of an encoder-decoder reads what it predicts shifted right, after its
+    start token.
     """
     if tokens.label is not None:
         return {"input_ids": tokens.input_ids}, tokens.label
     if not config.is_encoder_decoder:
         places = {} if tokens.positions is None else {"position_ids": tokens.positions}
         return {"input_ids": tokens.input_ids, **places}, [*tokens.labels[1:], IGNORED]
-    asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
-    answer = [label for label in tokens.labels if label != IGNORED]
+    asked, answer = asked_and_answered(tokens)
     start = getattr(config, "decoder_start_token_id", None)
     start = start if start is not None else config.pad_token_id
-    return {"input_ids": asked or tokens.input_ids, "decoder_input_ids": [start, *answer[:-1]]}, answer
+    return {"input_ids": asked, "decoder_input_ids": [start, *answer[:-1]]}, answer

@@ -115,10 +115,8 @@ class Chat:
             return None
 
     @contextmanager
-    def faults(self) -> Iterator[None]:
-        """Turn what a chat template raises (roles that must alternate, unknown keys) into an `InputError`."""
-        from jinja2 import TemplateError
-
+    def limited(self) -> Iterator[None]:
+        """Raise `InputError` if all that is rendered inside takes too long: a template can loop for years."""
         try:
             with time_limit(TEMPLATE_SECONDS):
                 yield
@@ -127,6 +125,14 @@ class Chat:
                 f"{self.source}: the chat template of {self.name} takes more than {TEMPLATE_SECONDS:.0f} s for these "
                 "messages; give a model with another template"
             ) from None
+
+    @contextmanager
+    def faults(self) -> Iterator[None]:
+        """Turn what a chat template raises (roles that must alternate, unknown keys) into an `InputError`."""
+        from jinja2 import TemplateError
+
+        try:
+            yield
         except (TemplateError, TypeError, ValueError) as error:
             text = str(error).strip().partition("\n")[0]
             raise InputError(

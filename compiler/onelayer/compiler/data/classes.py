@@ -31,6 +31,8 @@ class Classes:
         """Return the class of one row. Raises `InputError` if the model has no such class."""
         label = example.label
         number = self.numbers.get(label) if isinstance(label, str) else label
+        if number is None and str(label).isdecimal():  # tables have no numbers
+            number = int(str(label))
         if number is None or not 0 <= number < self.count:
             raise InputError(
                 f"{example.source}: field 'label' is {label!r}; write a number from 0 to {self.count - 1}, or a name "
@@ -64,14 +66,19 @@ def predicted_classes(
 
 
 def is_trainable(cls: "type[PreTrainedModel]") -> bool:
-    """Return whether `onelayer train` takes models of a class: causal language models and sequence classifiers."""
+    """Return whether `onelayer train` takes models of a class: causal, encoder-decoder, or a sequence classifier."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    return cls.__name__ in known or is_classifier(cls)
+    registries = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    return any(cls.__name__ in registry.values() for registry in registries) or is_classifier(cls)
 
 
 def is_classifier(cls: "type[PreTrainedModel]") -> bool:
@@ -93,6 +100,8 @@ def tokenize_for(
     The tokenizer truncates a text with a class, which keeps its special tokens; no end token is appended. Raises
     `InputError` if the row does not fit the model.
     """
+    if append_eos and example.is_preference:
+        raise InputError(f"{example.source}: is a preference; train with --method dpo or kto, or remove its fields")
     if classes is None:
         if example.label is not None:
             raise InputError(

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from onelayer.compiler.data.classes import Classes, tokenize_for
@@ -10,11 +10,38 @@ from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import Tokens, tokenize
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.console import notice
+from onelayer.compiler.sources.data_set import DataSource as DataSource
+from onelayer.compiler.sources.data_set import names_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DataSource = str | Path | Sequence[str | Path]
+
+def tell_cut(max_length: int, total: int, cut: int, skipped: int) -> None:
+    """Print a notice if some of all examples are cut at a length, or left out for it."""
+    if cut or skipped:
+        left_out = f"; {skipped} have no labeled token and are left out" if skipped else ""
+        notice(f"--max-length {max_length}: {cut} of {total} examples are longer and are cut{left_out}")
+
+
+@dataclass(frozen=True)
+class LabeledRows:
+    """The labeled rows of a data set in its order. `skipped` had no label within `max_length`; `cut` are longer."""
+
+    rows: list[tuple[Example, Tokens]]
+    skipped: int
+    cut: int
+    max_length: int
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The tokens of the rows."""
+        return [tokens for _, tokens in self.rows]
+
+    def tell(self) -> None:
+        """Print a notice if rows are cut or left out."""
+        tell_cut(self.max_length, len(self.rows) + self.skipped, self.cut, self.skipped)
 
 
 def labeled_rows(
@@ -23,8 +50,8 @@ def labeled_rows(
     max_length: int,
     samples: int | None = None,
     seed: int = 0,
-) -> tuple[list[tuple[Example, Tokens]], int]:
-    """Return the labeled rows in the order of the data, and the number of dropped ones.
+) -> LabeledRows:
+    """Return the labeled rows in the order of the data, and how many were dropped and cut.
 
     An example may become several rows. `samples` examples are drawn with a private generator; None takes all. Raises
     `InputError` if no row is left.
@@ -36,18 +63,19 @@ def labeled_rows(
     kept = [(example, tokens) for example, tokens in rows if tokens.labeled]
     if not kept:
         raise InputError(
-            f"{data}: no example has a labeled token within --max-length {max_length}; raise it, or give examples of "
-            "two tokens or more"
+            f"{names_of(data)}: no example has a labeled token within --max-length {max_length}; raise it, or give "
+            "examples of two tokens or more"
         )
-    return kept, len(rows) - len(kept)
+    return LabeledRows(kept, len(rows) - len(kept), sum(tokens.cut for _, tokens in rows), max_length)
 
 
 def read_tokens(
     data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
 ) -> list[Tokens]:
     """Read the tokens of the labeled rows of `data`, drawn by `labeled_rows`, for any model."""
-    rows, _ = labeled_rows(data, lambda example: [tokenize(example, tokenizer, max_length)], max_length, samples, seed)
-    return [tokens for _, tokens in rows]
+    return labeled_rows(
+        data, lambda example: [tokenize(example, tokenizer, max_length)], max_length, samples, seed
+    ).tokens
 
 
 def read_for(
@@ -58,7 +86,8 @@ def read_for(
     append_eos: bool = False,
 ) -> list[Tokens]:
     """Read the tokens of the labeled rows of `data` for a model that predicts `classes`, or tokens."""
-    rows, _ = labeled_rows(
+    labeled = labeled_rows(
         data, lambda example: [tokenize_for(classes, example, tokenizer, max_length, append_eos)], max_length
     )
-    return [tokens for _, tokens in rows]
+    labeled.tell()
+    return labeled.tokens

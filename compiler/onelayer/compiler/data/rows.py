@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from onelayer.compiler.data.pairs import with_prompt
 from onelayer.compiler.errors import InputError
 
 Message = dict[str, Any]
 
-# What the fields of a row may be called, those of foreign forms included.
-FIELDS = ("text", "label", "prompt", "completion", "choices", "answer", "messages", "tools")
-FORMS = "'text', 'text' with 'label', 'prompt' with 'completion', 'prompt' with 'choices' and 'answer', or 'messages'"
+FORMS = (
+    "'text', 'text' with 'label', 'prompt' with 'completion', 'prompt' with 'chosen' and 'rejected', 'prompt' with "
+    "'choices' and 'answer', or 'messages'"
+)
 # Columns that change what the model sees, and that nothing here renders: without them the text would be another one.
 REFUSED_FIELDS = ("images", "image", "videos", "video", "audios", "audio", "chat_template_kwargs")
 REFUSED_KEYS = ("function_call", "tools")
@@ -26,6 +28,9 @@ WRONG_ROLES = {
 @dataclass(frozen=True)
 class Example:
     """One example in exactly one of four forms: `text`; `text` and `label`; `prompt` and `completion`; `messages`.
+
+    A preference has its chosen answer as `completion` and the other as `rejected`, or says whether its `completion` is
+    `desirable`.
 
     `source` is its origin ("file:line"). `prompt` and `completion` are both strings or both message lists. A
     multiple-choice example has its right choice as `completion`, all its `choices`, and the number of the right one as
@@ -41,6 +46,17 @@ class Example:
     answer: int | None = None
     label: int | str | None = None
     tools: list[Any] | None = None
+    rejected: str | list[Message] | None = None
+    desirable: bool | None = None
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether the example says which answer is better, or whether its answer is good."""
+        return self.rejected is not None or self.desirable is not None
+
+    def with_rejected(self) -> "Example":
+        """Return the same prompt, completed by the rejected answer."""
+        return replace(self, completion=self.rejected)
 
     def with_choice(self, number: int) -> "Example":
         """Return the same prompt, completed by one of its choices."""
@@ -55,7 +71,7 @@ def example_from_row(row: object, source: str) -> Example:
     """
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: a row must be an object with {FORMS}, not {_kind(row)}")
-    present = {name: value for name, value in row.items() if value is not None}
+    present = with_prompt({name: value for name, value in row.items() if value is not None}, source)
     for name in REFUSED_FIELDS:
         if present.get(name):
             raise InputError(
@@ -64,7 +80,10 @@ def example_from_row(row: object, source: str) -> Example:
             )
     forms = [name for name in ("text", "messages") if name in present]
     is_question = {"prompt", "choices"} <= present.keys() and "completion" not in present
-    if "prompt" in present or "completion" in present:
+    is_preference = "chosen" in present
+    if is_preference:
+        forms.append("chosen+rejected")
+    if ("prompt" in present and not is_preference) or "completion" in present:
         forms.append("prompt+choices" if is_question else "prompt+completion")
     if not forms:
         columns = (
@@ -81,21 +100,28 @@ def example_from_row(row: object, source: str) -> Example:
     if "text" in present:
         return Example(source, text=_string(present["text"], source, "text"), label=_label(present, source))
     if "messages" in present:
-        messages = _messages(present["messages"], source, "messages")
+        messages = _messages(_parsed(present["messages"]), source, "messages")
         if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
             raise InputError(f"{source}: field 'messages' has no assistant turn to learn from; add one, or use 'text'")
         return Example(source, messages=messages, tools=_tools(present, source))
+    if is_preference:
+        return replace(_pair(present, source, "chosen"), rejected=_pair(present, source, "rejected").completion)
     return _question(present, source) if is_question else _pair(present, source)
 
 
 def of_one_kind(examples: Iterable[Example]) -> Iterator[Example]:
-    """Yield the examples. Raises `InputError` if some have a label and others have none."""
+    """Yield the examples. Raises `InputError` if some have a label, or preferences, and others have none."""
     first = None
     for example in examples:
         first = first or example
-        if (example.label is None) != (first.label is None):
-            has, had = ("no 'label'", "one") if example.label is None else ("a 'label'", "none")
-            raise InputError(f"{example.source}: has {has} and {first.source} has {had}; keep them apart")
+        for name, wanted, given in (
+            ("label", first.label, example.label),
+            ("rejected", first.rejected, example.rejected),
+            ("label", first.desirable, example.desirable),
+        ):
+            if (given is None) != (wanted is None):
+                has, had = (f"no '{name}'", "one") if given is None else (f"a '{name}'", "none")
+                raise InputError(f"{example.source}: has {has} and {first.source} has {had}; keep them apart")
         yield example
 
 
@@ -107,36 +133,38 @@ def _label(present: Mapping[str, Any], source: str) -> int | str | None:
     return label
 
 
-def _pair(present: Mapping[str, Any], source: str) -> Example:
-    """Check a row with `prompt` and `completion`: both present, both of the same type."""
-    for name, other in (("prompt", "completion"), ("completion", "prompt")):
+def _pair(present: Mapping[str, Any], source: str, answer: str = "completion") -> Example:
+    """Check a row with `prompt` and the field `answer`: both present, both of the same type."""
+    for name, other in (("prompt", answer), (answer, "prompt")):
         if name not in present:
-            remedy = "" if name == "completion" else "; use 'text' for an example without a prompt"
+            remedy = "" if name == answer else "; use 'text' for an example without a prompt"
             raise InputError(f"{source}: field '{other}' needs a field '{name}' too{remedy}")
-    prompt, completion = present["prompt"], present["completion"]
+    prompt, completion, label = present["prompt"], present[answer], present.get("label")
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InputError(
-            f"{source}: field 'prompt' is {_kind(prompt)} and 'completion' is {_kind(completion)}; "
+            f"{source}: field 'prompt' is {_kind(prompt)} and '{answer}' is {_kind(completion)}; "
             "make both strings, or both lists of messages"
         )
+    desirable = label if isinstance(label, bool) and answer == "completion" else None
     if not isinstance(prompt, list):
         prompt = _string(prompt, source, "prompt", remedy="; use 'text' for an example without a prompt")
-        return Example(source, prompt=prompt, completion=_string(completion, source, "completion"))
-    completion = _messages(completion, source, "completion")
+        completion = _string(completion, source, answer)
+        return Example(source, prompt=prompt, completion=completion, desirable=desirable)
+    completion = _messages(completion, source, answer)
     if completion[0]["role"] != "assistant":
         raise InputError(
-            f"{source}: field 'completion[0].role' is '{completion[0]['role']}'; a completion starts with "
+            f"{source}: field '{answer}[0].role' is '{completion[0]['role']}'; a completion starts with "
             "an assistant message, move the others to 'prompt'"
         )
     if any(message.get("weight") == 0 for message in completion):
-        raise InputError(f"{source}: field 'completion' has a message of weight 0; weights belong into 'messages'")
-    checked = _messages(prompt, source, "prompt")
-    return Example(source, prompt=checked, completion=completion, tools=_tools(present, source))
+        raise InputError(f"{source}: field '{answer}' has a message of weight 0; weights belong into 'messages'")
+    checked, tools = _messages(prompt, source, "prompt"), _tools(present, source)
+    return Example(source, prompt=checked, completion=completion, tools=tools, desirable=desirable)
 
 
 def _question(present: Mapping[str, Any], source: str) -> Example:
     """Check a row with `prompt`, `choices` and `answer`: the number of the right choice from 0, or its text."""
-    choices = present["choices"]
+    choices = _parsed(present["choices"])
     if not isinstance(choices, list) or len(choices) < 2:
         raise InputError(f"{source}: field 'choices' must be a list of two texts or more, not {_kind(choices)}")
     texts = tuple(_string(choice, source, f"choices[{index}]") for index, choice in enumerate(choices))
@@ -144,6 +172,8 @@ def _question(present: Mapping[str, Any], source: str) -> Example:
         raise InputError(f"{source}: field 'choices' holds a text twice; remove one")
     answer = present.get("answer")
     number = texts.index(answer) if isinstance(answer, str) and answer in texts else answer
+    if isinstance(number, str) and number.isdecimal():  # tables have no numbers
+        number = int(number)
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(texts):
         raise InputError(
             f"{source}: field 'answer' is {answer!r}; write the number of the right choice, counted from 0, or its text"

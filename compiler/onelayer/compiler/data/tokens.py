@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from onelayer.compiler.data.chat import Chat
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.turns import Span, Turns
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.files import check_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -45,19 +48,29 @@ class Tokens:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+def asked_and_answered(tokens: Tokens) -> tuple[list[int], list[int]]:
+    """Return what an encoder-decoder reads of a row, and what it predicts.
+
+    It reads the tokens without a label, or all of a plain text, and predicts those with one.
+    """
+    asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
+    return asked or tokens.input_ids, [label for label in tokens.labels if label != IGNORED]
+
+
 def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model directory, without the network and without running code from the directory."""
     from transformers import AutoTokenizer
 
     directory = Path(model_directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; name a model's directory")
+    check_directory(directory, "name a model's directory")
     remedy = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         # transformers builds an empty tokenizer if only tokenizer_config.json is left: every text would become empty.
         empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
     except Exception as error:  # the Rust tokenizers raise bare Exception for a damaged file
+        if not any(fnmatch(file.name, pattern) for file in directory.iterdir() for pattern in TOKENIZER_FILES):
+            raise InputError(f"{directory}: holds no tokenizer; {remedy}") from None
         raise InputError(f"{directory}: no tokenizer that can be loaded ({_first_line(error)}); {remedy}") from None
     if empty:
         raise InputError(f"{directory}: the tokenizer has no vocabulary; {remedy}")
@@ -129,13 +142,21 @@ def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Toke
     if example.messages is None:
         assert isinstance(example.prompt, list)
         assert isinstance(example.completion, list)
-        messages = [*example.prompt, *example.completion]
-        chat = Chat(example.source, messages, tokenizer, example.tools).checked()
-        return _spanned(chat, [(Turns(chat).start(len(example.prompt)), len(chat.text))])
-    chat = Chat(example.source, example.messages, tokenizer, example.tools).checked()
-    answers = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-    learned = [index for index in answers if example.messages[index].get("weight") != 0]
-    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template(tools=example.tools))
+        chat = Chat(example.source, [*example.prompt, *example.completion], tokenizer, example.tools)
+        with chat.limited():
+            chat = chat.checked()
+            return _spanned(chat, [(Turns(chat).start(len(example.prompt)), len(chat.text))])
+    chat = Chat(example.source, example.messages, tokenizer, example.tools)
+    with chat.limited():
+        return _turn_tokens(chat.checked())
+
+
+def _turn_tokens(chat: Chat) -> Tokens:
+    """Label the assistant's turns of a conversation, those of weight 0 excepted."""
+    tokenizer = chat.tokenizer
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    learned = [index for index in answers if chat.messages[index].get("weight") != 0]
+    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template(tools=chat.tools))
     if marked and learned == answers:
         return _marked(chat)
     turns = Turns(chat)

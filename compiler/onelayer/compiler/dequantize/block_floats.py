@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, Parts, require
+from onelayer.compiler.dequantize.packed import VALUES, PackedFormat, PackedTensor, Parts, require
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ class BlockFp8(PackedFormat):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         block = settings.get("weight_block_size")
         self.block = (int(block[0]), int(block[1])) if block else None
+        require(self.block is None or min(self.block) > 0, f"weight_block_size is {block}")
 
     @property
     def value_bits(self) -> float:
@@ -66,16 +67,45 @@ class BlockFp8(PackedFormat):
         )
         return rows // scales[-2], columns // scales[-1]
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Return values times scales, in float32 and then rounded to `dtype`."""
         from onelayer.compiler.dequantize import numerics
 
         scales = numerics.scale_values(tensors["scale"])
-        block = self._block(shape, tuple(scales.shape))
+        block = self._block(info.shape, tuple(scales.shape))
         grid = scales.reshape(1, 1) if scales.numel() == 1 else scales
-        return numerics.scale_blocks(tensors[VALUES], grid, block, shape, dtype)
+        return numerics.scale_blocks(tensors[VALUES], grid, block, info.shape, dtype)
+
+
+class RowFp8(PackedFormat):
+    """FP8 of fbgemm: a scale for each output."""
+
+    endings: ClassVar[Mapping[str, str]] = {".weight": VALUES, ".weight_scale": "scale", ".input_scale_ub": "bound"}
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Take no settings: the format has none that concern weights."""
+
+    @property
+    def value_bits(self) -> float:
+        """Bits on disk for each value."""
+        return 8
+
+    def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
+        """Return the shape of the values."""
+        values = parts[VALUES]
+        require(values.dtype in FP8_NAMES, f"is stored as {values.dtype}, not in 8-bit floats")
+        require("scale" in parts, "has no scale")
+        scales = parts["scale"].shape
+        fits = len(values.shape) == 2 and scales in ((values.shape[0], 1), values.shape[:1])
+        require(fits, f"has {values.shape}, its scales {scales}")
+        return values.shape
+
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
+        """Return values times scales, in float32 and then rounded to `dtype`."""
+        from onelayer.compiler.dequantize import numerics
+
+        scales = numerics.scale_values(tensors["scale"]).reshape(-1, 1)
+        return numerics.scale_blocks(tensors[VALUES], scales, (1, info.shape[1]), info.shape, dtype)
 
 
 class Mxfp4(PackedFormat):
@@ -105,16 +135,8 @@ class Mxfp4(PackedFormat):
         )
         return (blocks[0], MXFP4_BLOCK * blocks[2], blocks[1])
 
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype") -> "torch.Tensor":
         """Unpack one expert after the other."""
-        import torch
-
         from onelayer.compiler.dequantize import numerics
 
-        unpacked = torch.empty(shape, dtype=dtype)
-        for expert, blocks, scales in zip(unpacked, tensors[VALUES], tensors["scale"], strict=True):
-            values = numerics.fp4_pairs(blocks) * numerics.scale_values(scales)[..., None]
-            expert.copy_(values.flatten(1).T)
-        return unpacked
+        return numerics.unpack_experts(tensors[VALUES], tensors["scale"], dtype)

@@ -13,6 +13,7 @@ from onelayer.compiler.dequantize.packed import REMEDY, PackedTensor, unpacked_t
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.model_config import CONFIG_FILE
+from onelayer.compiler.storage.safetensors_format import TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,9 +44,14 @@ class UnpackedCheckpoint(Checkpoint):
             (info.unpacking_bytes for info in self.tensors.values() if isinstance(info, PackedTensor)), default=0
         )
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is unpacked as it is read."""
+        return isinstance(self.tensors[name], PackedTensor)
+
     def reads_rows(self, name: str) -> bool:
         """Whether rows of a tensor can be read without the rest of it."""
-        return not isinstance(self.tensors[name], PackedTensor)
+        info = self.tensors[name]
+        return not isinstance(info, PackedTensor) or info.by_rows
 
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor to the host, unpacked. Raises `InputError` naming a weight that cannot be unpacked."""
@@ -56,20 +62,36 @@ class UnpackedCheckpoint(Checkpoint):
 
         tensors = {part: self.stored.read(stored.name) for part, stored in info.parts.items()}
         try:
-            return info.format.unpack(name, tensors, info.shape, FLOATS[info.dtype])
+            return info.unpacker.unpack(info, tensors, FLOATS[info.dtype])
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{info.file}: weight {name!r}: cannot be unpacked ({reason}); {REMEDY}") from None
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Read rows `start:stop` of one tensor; of a packed weight all of it is read."""
-        if self.reads_rows(name):
+        info = self.tensors[name]
+        if not isinstance(info, PackedTensor):
             return self.stored.read_rows(name, start, stop)
-        return self.read(name)[start:stop]
+        if not info.by_rows:
+            return self.read(name)[start:stop]
+        (part,) = info.parts.values()
+        return _unpacked_rows(info, part, self.stored.read_rows(part.name, start, stop))
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
         """Read the given rows of a matrix; of a packed weight all of it is read."""
-        return self.stored.gather_rows(name, rows) if self.reads_rows(name) else self.read(name)[rows]
+        info = self.tensors[name]
+        if not isinstance(info, PackedTensor):
+            return self.stored.gather_rows(name, rows)
+        if not info.by_rows:
+            return self.read(name)[rows]
+        (part,) = info.parts.values()
+        return _unpacked_rows(info, part, self.stored.gather_rows(part.name, rows))
+
+
+def _unpacked_rows(info: PackedTensor, part: TensorInfo, rows: "torch.Tensor") -> "torch.Tensor":
+    from onelayer.compiler.dequantize.numerics import FLOATS
+
+    return info.unpacker.unpack_rows(part, rows, FLOATS[info.dtype])
 
 
 def unpacked(stored: Checkpoint, document: Mapping[str, Any], dtype: str) -> Checkpoint:
@@ -81,6 +103,7 @@ def unpacked(stored: Checkpoint, document: Mapping[str, Any], dtype: str) -> Che
     if settings is None:
         return stored
     form = format_of(settings, stored.directory / CONFIG_FILE)
+    form.describe(stored.metadata.values())
     table = unpacked_table(stored.tensors, form, dtype)
     shared = (stored.metadata, stored.index_file, stored.stamps)
     return UnpackedCheckpoint(

@@ -4,17 +4,26 @@ In: the `quantization_config` of a model. Out: how its weights are packed. Torch
 """
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from onelayer.compiler.dequantize.block_floats import BlockFp8, Mxfp4
-from onelayer.compiler.dequantize.packed import PackedFormat
+from onelayer.compiler.dequantize.block_floats import BlockFp8, Mxfp4, RowFp8
+from onelayer.compiler.dequantize.integers import Awq, Gptq
+from onelayer.compiler.dequantize.libraries import BitsAndBytes, CompressedTensors, TorchAo
+from onelayer.compiler.dequantize.packed import PackedFormat, UnsupportedError
 from onelayer.compiler.errors import InputError
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], PackedFormat]] = {
     "fp8": BlockFp8,
     "mxfp8": BlockFp8,
     "mxfp4": Mxfp4,
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+    "bitsandbytes": BitsAndBytes,
+    "torchao": TorchAo,
+    "fbgemm_fp8": RowFp8,
 }
 FIELD = "quantization_config"
 
@@ -37,6 +46,8 @@ def without_quantization(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def quantization_method(settings: Mapping[str, Any]) -> str:
     """Return the name of the method in a `quantization_config`."""
+    if "quant_method" not in settings and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"
     return str(settings.get("quant_method", "quantized"))
 
 
@@ -46,11 +57,26 @@ def format_of(settings: Mapping[str, Any], config_file: Path) -> PackedFormat:
     if method == "onelayer":
         raise InputError(f"{config_file.parent}: is an emulator; give the original model it was compiled from")
     if method not in FORMATS:
-        raise InputError(
-            f"{config_file}: field {FIELD}: {method!r} weights cannot be unpacked; give the unquantized original, or "
-            f"one in a supported format ({', '.join(FORMATS)})"
-        )
+        raise _unsupported(config_file, f"{method!r} weights")
     try:
         return FORMATS[method](settings)
+    except UnsupportedError as error:
+        raise _unsupported(config_file, f"{method!r} weights {error}") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InputError(f"{config_file}: field {FIELD}: {method}: {error}; restore the file") from None
+
+
+def _unsupported(config_file: Path, what: str) -> InputError:
+    return InputError(
+        f"{config_file}: field {FIELD}: {what} cannot be unpacked; give the unquantized original, or one in a "
+        f"supported format ({', '.join(FORMATS)})"
+    )
+
+
+def check_library(form: PackedFormat, config_file: Path) -> None:
+    """Raise `InputError` if the package that unpacks a format is not installed."""
+    if form.library is not None and find_spec(form.library.replace("-", "_")) is None:
+        raise InputError(
+            f"{config_file}: field {FIELD}: weights are unpacked by {form.library}, which is missing: pip install "
+            f"{form.library}"
+        )

@@ -1,9 +1,11 @@
 """Packed values in, floats out: the arithmetic of the formats, on the host."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
-# Values are widened to float32 by slices of about this size.
-SLICE_BYTES = 8 << 20
+from onelayer.compiler.dequantize.packed import SLICE_BYTES
+
 # 4-bit floats with 2 bits of exponent and 1 of mantissa (E2M1).
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,3 +64,48 @@ def _runs(size: int, block: int) -> list[tuple[int, int, int]]:
     whole = size - size % block
     runs = [(0, whole, block), (whole, size, size - whole)]
     return [run for run in runs if run[1] > run[0]]
+
+
+def unpack_words(words: torch.Tensor, bits: int, dim: int, order: Sequence[int] | None = None) -> torch.Tensor:
+    """Unfold the values of `bits` that 32-bit words hold along `dim`, from the lowest bits on, or in `order`."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    if order is not None:
+        shifts = shifts[list(order)]
+    shifts = shifts.view(-1, *[1] * (words.ndim - dim - 1))
+    return ((words.unsqueeze(dim + 1) >> shifts) & ((1 << bits) - 1)).flatten(dim, dim + 1)
+
+
+def scale_groups(
+    values: Callable[[int, int], torch.Tensor],
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return (values - zeros) * scales as (out, in), in float32 and then rounded to `dtype`.
+
+    `values(start, stop)` unpacks the rows of some inputs (stop - start, out). `zeros` and `scales` are (groups, out),
+    and `groups` (in) gives the group of each input.
+    """
+    inputs, outputs = len(groups), scales.shape[1]
+    unpacked = torch.empty(outputs, inputs, dtype=dtype)
+    step = max(32, SLICE_BYTES // (4 * outputs) // 32 * 32)
+    zeros, scales = zeros.float(), scales.float()
+    for start in range(0, inputs, step):
+        stop = min(start + step, inputs)
+        group = groups[start:stop]
+        unpacked[:, start:stop] = ((values(start, stop) - zeros[group]) * scales[group]).T
+    return unpacked
+
+
+def unpack_experts(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack a stack of experts in MXFP4: blocks (E, out, B, 16) and exponents (E, out, B) to (E, 32 B, out)."""
+    experts, outputs, count, half = blocks.shape
+    unpacked = torch.empty(experts, 2 * half * count, outputs, dtype=dtype)
+    step = max(1, SLICE_BYTES // (8 * half * count))
+    for expert in range(experts):
+        for start in range(0, outputs, step):
+            rows = expert, slice(start, start + step)
+            values = fp4_pairs(blocks[rows]) * scale_values(scales[rows])[..., None]
+            unpacked[expert, :, start : start + step] = values.flatten(1).T
+    return unpacked

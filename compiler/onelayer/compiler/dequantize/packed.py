@@ -4,7 +4,7 @@ In: tensor names and shapes of a checkpoint, and the format they are packed in. 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -19,11 +19,38 @@ if TYPE_CHECKING:
 Parts = Mapping[str, TensorInfo]
 # The part that holds the packed values; a weight without it is not packed.
 VALUES = "values"
+# Of a GGUF weight: in float32, as unpacked and as arranged.
+GGUF_SCRATCH_VALUE_BYTES = 8
+# Values are widened to float32 by slices of about this size; some are held at once.
+SLICE_BYTES = 8 << 20
+SLICES_AT_ONCE = 4
+DESCRIPTION_LIMIT_BYTES = 1 << 16
 REMEDY = "download the file again"
 
 
-class PackedFormat(ABC):
-    """One way to pack a weight.
+class UnsupportedError(ValueError):
+    """A variant of a format that cannot be unpacked; the message follows the format's name."""
+
+
+class Unpacker(ABC):
+    """Makes a weight of the tensors that it is stored in."""
+
+    # Working memory of an unpacking, in bytes for each value of the weight. Most formats unpack slice by slice.
+    scratch_value_bytes: ClassVar[int] = 0
+
+    @abstractmethod
+    def unpack(
+        self, info: "PackedTensor", tensors: Mapping[str, "torch.Tensor"], dtype: "torch.dtype"
+    ) -> "torch.Tensor":
+        """Return a weight from the tensors of its parts, on the host, in `dtype`."""
+
+    def unpack_rows(self, part: TensorInfo, rows: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+        """Return some rows of a weight from those rows of its only part; for weights that are read by rows."""
+        raise NotImplementedError
+
+
+class PackedFormat(Unpacker):
+    """One way to pack weights, known by the endings of names.
 
     `endings` gives the part that a tensor is, by the ending of its name. What precedes the ending is the stem that the
     parts of a weight share; `plain_ending` makes it the name of the unpacked weight.
@@ -31,32 +58,34 @@ class PackedFormat(ABC):
 
     endings: ClassVar[Mapping[str, str]]
     plain_ending: ClassVar[str] = ".weight"
-    # Working memory of an unpacking, in bytes for each value of the weight. Most formats unpack slice by slice.
-    scratch_value_bytes: ClassVar[int] = 0
     packs_only_experts: ClassVar[bool] = False
+    # The package that unpacks, where it is not this one.
+    library: ClassVar[str | None] = None
 
     @property
     @abstractmethod
     def value_bits(self) -> float:
         """Bits on disk for each value, with its share of the scales."""
 
+    def describe(self, metadata: Iterable[Mapping[str, str]]) -> None:
+        """Take what the headers of all files say besides names and shapes."""
+        self.described = {name: text for part in metadata for name, text in part.items()}
+
     @abstractmethod
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
         """Return the shape of the unpacked weight `name`. Raises `ValueError` with a reason if its parts disagree."""
 
-    @abstractmethod
-    def unpack(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], shape: tuple[int, ...], dtype: "torch.dtype"
-    ) -> "torch.Tensor":
-        """Return the weight `name` of `shape` from the tensors of its parts, on the host, in `dtype`."""
-
 
 @dataclass(frozen=True)
 class PackedTensor(TensorInfo):
-    """A weight that is stored in `parts`. Its place in the file is that of its values, its dtype the unpacked one."""
+    """A weight that is stored in `parts`. Its place in the file is that of its values, its dtype the unpacked one.
 
-    format: PackedFormat = field(kw_only=True)
+    With `by_rows` a row of it is a row of its only part.
+    """
+
+    unpacker: Unpacker = field(kw_only=True)
     parts: Parts = field(kw_only=True)
+    by_rows: bool = field(kw_only=True, default=False)
 
     @property
     def size_bytes(self) -> int:
@@ -71,7 +100,12 @@ class PackedTensor(TensorInfo):
     @property
     def unpacking_bytes(self) -> int:
         """Bytes that unpacking holds in addition to the result."""
-        return self.stored_bytes + self.format.scratch_value_bytes * prod(self.shape)
+        return unpacking_bytes(self.stored_bytes, prod(self.shape), self.unpacker.scratch_value_bytes)
+
+
+def unpacking_bytes(stored_bytes: int, values: int, scratch_value_bytes: int) -> int:
+    """Bound what unpacking a weight holds in addition to the weight: what is stored, and its working memory."""
+    return stored_bytes + scratch_value_bytes * values + SLICES_AT_ONCE * min(SLICE_BYTES, 4 * values)
 
 
 def unpacked_table(tensors: Mapping[str, TensorInfo], form: PackedFormat, dtype: str) -> dict[str, TensorInfo]:
@@ -98,13 +132,21 @@ def require(condition: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
+def small_bytes(info: TensorInfo) -> bytes:
+    """Read the bytes of a small tensor, which describes another. Raises `ValueError` if it is not small."""
+    require(info.size_bytes <= DESCRIPTION_LIMIT_BYTES, f"is described by {info.size_bytes} bytes")
+    with open(info.file, "rb") as file:
+        file.seek(info.start)
+        return file.read(info.size_bytes)
+
+
 def _packed(name: str, parts: Parts, form: PackedFormat, dtype: str) -> PackedTensor:
     values = parts[VALUES]
     try:
         shape = form.shape(name, parts)
     except (ValueError, IndexError) as error:
         raise InputError(f"{values.file}: weight {name!r}: {error or 'its parts disagree'}; {REMEDY}") from None
-    return PackedTensor(name, values.file, dtype, shape, values.start, values.end, format=form, parts=parts)
+    return PackedTensor(name, values.file, dtype, shape, values.start, values.end, unpacker=form, parts=parts)
 
 
 def _groups(tensors: Mapping[str, TensorInfo], endings: Mapping[str, str]) -> dict[str, dict[str, TensorInfo]]:

@@ -19,6 +19,7 @@ from onelayer.compiler.emulators.facts import (
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import kept_values
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.storage.files import check_directory
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
 
@@ -40,8 +41,7 @@ class Emulator:
     def open(cls, path: str | Path) -> "Emulator":
         """Check config and headers against each other. Raises `InputError` if it is not an emulator, or is damaged."""
         directory = Path(path)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such directory; give the directory of an emulator")
+        check_directory(directory, "give the directory of an emulator")
         config_file = directory / CONFIG_FILE
         stamps = FileStamps([config_file])
         section = read_model_config(directory).get("quantization_config")
@@ -113,7 +113,7 @@ class Emulator:
         weight = decode(codes, self.facts.shapes[module][1], dtype)
         if residual is None:
             return weight
-        return (weight.float() + residual[0].float() @ residual[1].float()).to(dtype)
+        return weight.float().addmm_(residual[0].float(), residual[1].float()).to(dtype)
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
         """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""

@@ -42,7 +42,8 @@ class Score(Result):
 
     `choice_accuracy` is the share of multiple-choice examples whose right choice has the highest log-likelihood; None
     if there are no such examples. For a sequence classifier `tokens` is the number of texts, and `token_accuracy` the
-    share of texts whose class has the highest logit.
+    share of texts whose class has the highest logit. `preference_accuracy` is the share of preferences whose better
+    answer gained more log-likelihood over the original than the worse one; None for the original, and without any.
     """
 
     adapter: str | None
@@ -52,6 +53,8 @@ class Score(Result):
     tokens: int
     choice_accuracy: float | None
     questions: int
+    preference_accuracy: float | None = None
+    preferences: int = 0
 
 
 class Against(Result):
@@ -125,10 +128,10 @@ def evaluate_model(
             bytes_read += emulator.checkpoint.bytes_read
         report = meter.report(streamed.largest_unit_bytes, workspace, bytes_read)
     scores = [
-        score_of(name, scores, samples)
+        score_of(name, scores, samples, sums[0])
         for name, scores in zip([None, *(str(path) for path in adapters)], sums, strict=False)
     ]
-    compared = None if emulator is None else _compare(str(against), job, score_of(None, sums[-1], samples))
+    compared = None if emulator is None else _compare(str(against), job, score_of(None, sums[-1], samples, sums[0]))
     return EvaluateResult(results=scores, against=compared, report=report)
 
 
@@ -140,11 +143,13 @@ def _open_adapter(path: str | Path, model: Path) -> Adapter:
     return adapter
 
 
-def score_of(adapter: str | None, sums: SampleScores, samples: Samples) -> Score:
+def score_of(adapter: str | None, sums: SampleScores, samples: Samples, original: SampleScores) -> Score:
     """Compute the figures of one model from the sums of every sample."""
     tokens = int(total(sums.counts, samples.counted))
     loss = sums.loss(samples.counted)
     questions = len(samples.questions)
+    compared = samples.pairs if adapter is not None else []
+    preferred = sums.right_preferences(original, compared) / len(compared) if compared else None
     return Score(
         adapter=adapter,
         loss=loss,
@@ -153,6 +158,8 @@ def score_of(adapter: str | None, sums: SampleScores, samples: Samples) -> Score
         tokens=tokens,
         choice_accuracy=sums.right_answers(samples.questions) / questions if questions else None,
         questions=questions,
+        preference_accuracy=preferred,
+        preferences=len(samples.pairs),
     )
 
 

@@ -11,6 +11,7 @@ from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import Tokens, tokenize
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import names_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,24 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A preference: the samples of the better and of the worse answer; None for one that is not given."""
+
+    better: int | None
+    worse: int | None
+
+
+@dataclass(frozen=True)
 class Samples:
-    """Held-out data, tokenized. `counted[i]`: the loss counts sample i; wrong choices only compete with right ones."""
+    """Held-out data, tokenized. `counted[i]`: the loss counts sample i; wrong choices only compete with right ones.
+
+    Rejected and undesirable answers do not count either.
+    """
 
     tokens: list[Tokens]
     counted: list[bool]
     questions: list[Question]
+    pairs: list[Pair]
 
     @classmethod
     def read(
@@ -39,20 +52,30 @@ class Samples:
         """
 
         def tokenize_row(example: Example) -> list[Tokens]:
+            if example.rejected is not None and classes is None:
+                both = [tokenize(text, tokenizer, max_length) for text in (example, example.with_rejected())]
+                return both if all(row.labeled for row in both) else []
             if example.choices is None or classes is not None:
                 return [tokenize_for(classes, example, tokenizer, max_length)]
             return _choices(example, tokenizer, max_length)
 
-        rows, _ = labeled_rows(data, tokenize_row, max_length)
-        samples = cls([tokens for _, tokens in rows], [], [])
-        for _, group in groupby(rows, key=lambda row: id(row[0])):
+        labeled = labeled_rows(data, tokenize_row, max_length)
+        labeled.tell()
+        samples = cls(labeled.tokens, [], [], [])
+        for _, group in groupby(labeled.rows, key=lambda row: id(row[0])):
             same = [example for example, _ in group]
             example, first, count = same[0], len(samples.counted), len(same)
-            if example.answer is None or classes is not None:
+            if example.is_preference:
+                samples.counted.extend([example.desirable is not False, *[False] * (count - 1)])
+                lone = (first, None) if example.desirable else (None, first)
+                samples.pairs.append(Pair(first, first + 1) if example.rejected is not None else Pair(*lone))
+            elif example.answer is None or classes is not None:
                 samples.counted.append(True)
             else:
                 samples.counted.extend(number == example.answer for number in range(count))
                 samples.questions.append(Question(range(first, first + count), example.answer))
+        if not any(samples.counted):
+            raise InputError(f"{names_of(data)}: no answer is desirable, so there is no loss; add some that are")
         return samples
 
     def batches(self, config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:

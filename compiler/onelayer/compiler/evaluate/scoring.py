@@ -13,9 +13,9 @@ import torch
 
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
-from onelayer.compiler.evaluate.samples import Question
+from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
@@ -37,8 +37,17 @@ class SampleScores:
         return cls([0.0] * samples, [0] * samples, [0] * samples)
 
     def loss(self, counted: Sequence[bool]) -> float:
-        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count."""
-        return total(self.losses, counted) / total(self.counts, counted)
+        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count.
+
+        Raises `FloatingPointError` if it is not finite: such a score says nothing, and JSON cannot hold it.
+        """
+        loss = total(self.losses, counted) / total(self.counts, counted)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss}: outputs overflow, by the model's weights or by an adapter; evaluate the model "
+                "without adapters to see which"
+            )
+        return loss
 
     def right_answers(self, questions: Sequence[Question]) -> int:
         """Count questions whose right choice has the highest log-likelihood; the first choice wins a tie."""
@@ -46,6 +55,17 @@ class SampleScores:
             min(question.samples, key=lambda index: self.losses[index]) == question.samples[question.answer]
             for question in questions
         )
+
+    def right_preferences(self, reference: "SampleScores", pairs: Sequence[Pair]) -> int:
+        """Count preferences whose better answer gained more log-likelihood over the reference than the worse one.
+
+        An answer that is not given gains nothing (the implicit reward of DPO, arXiv 2305.18290).
+        """
+
+        def gain(index: int | None) -> float:
+            return 0.0 if index is None else reference.losses[index] - self.losses[index]
+
+        return sum(gain(pair.better) > gain(pair.worse) for pair in pairs)
 
 
 def total(values: Sequence[float], counted: Sequence[bool]) -> float:

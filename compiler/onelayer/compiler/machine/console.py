@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -73,6 +73,13 @@ def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     return ProgressLines(total, description, unit, initial)
 
 
+class Shown(Protocol):
+    """Shows how far a stream is."""
+
+    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
+        """Show that `count` units are done; units that no batch visits are skipped."""
+
+
 class Progress:
     """Progress over units on stderr, with an ETA, the current unit and the peak."""
 
@@ -100,10 +107,11 @@ class Progress:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a stop at the next unit boundary; a second signal stops at once."""
+    """Turns SIGINT and SIGTERM into a stop at the next boundary of the work's `unit`; a second signal stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "unit") -> None:
         self._asked = False
+        self._unit = unit
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -121,9 +129,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = True
         if processes().is_first:
-            os.write(2, b"\nstopping when this unit is finished; interrupt again to stop now\n")
+            os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
+
+    def is_asked(self) -> bool:
+        """Return whether a stop was requested of any process; every process calls this at the same places."""
+        return processes().any(self._asked)
 
     def check(self) -> None:
         """Raise `KeyboardInterrupt` if a stop was requested of any process."""
-        if processes().any(self._asked):
+        if self.is_asked():
             raise KeyboardInterrupt

@@ -36,3 +36,9 @@ def forked_random(device: torch.device) -> AbstractContextManager[None]:
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the random generators of the host and of `device`."""
+    host = [torch.get_rng_state()]
+    return host if device.type == "cpu" else [*host, torch.get_device_module(device).get_rng_state(device)]

@@ -1,11 +1,10 @@
-"""Matrices that stay on disk (embeddings, the head), logits that are formed only by slices, and absent weights.
+"""Matrices that stay on disk (embeddings, the head), and absent weights.
 
 They stand in for tensors inside the model's own code. Shape, dtype and device answer as usual. The few operations that
 models perform on them work on slices. Any other operation forms the whole tensor, or fails by name if that would be
 large.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.deferred_logits import METADATA, DeferredLogits
 from onelayer.compiler.models.unit_memory import SLICE_BYTES
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
@@ -26,12 +27,22 @@ class OutsideTableError(IndexError):
         self.rows = rows
 
 
-# What a stand-in can answer without its values.
-PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim")
-METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES) | {
-    getattr(torch.Tensor, name)
-    for name in ("size", "dim", "ndimension", "numel", "is_floating_point", "is_complex", "__len__")
-}
+# What trainers do with every parameter of a model, the frozen ones too.
+FROZEN = frozenset({torch.Tensor.detach, torch.Tensor.requires_grad_})
+SETS_GRADIENTS = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
+def _of_frozen(func: Any, args: tuple[Any, ...], values: Callable[[], torch.Tensor]) -> Any:
+    """Do what can be done with a stored weight without its values, or with a copy of them; else NotImplemented."""
+    if func is torch.Tensor.cpu:
+        return values()
+    if func is torch.Tensor.__deepcopy__:
+        return torch.nn.Parameter(values(), requires_grad=False)
+    if func in (SETS_GRADIENTS, torch.Tensor.requires_grad_) and (len(args) < 2 or args[1]):
+        raise InputError("weights of a streamed original do not change; train an adapter (peft.get_peft_model)")
+    if func == SETS_GRADIENTS:
+        return None
+    return args[0] if func in FROZEN else NotImplemented
 
 
 # Operations that only read: code between units may use them on a small weight of a unit that is not resident.
@@ -63,6 +74,11 @@ class AbsentWeight(torch.Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if (
+            isinstance(args[0], AbsentWeight)
+            and (result := _of_frozen(func, args, args[0].values)) is not NotImplemented
+        ):
+            return result
         if func not in READING:
             raise TypeError(f"{getattr(func, '__name__', func)} needs the values of a weight outside its unit")
         return func(
@@ -105,6 +121,12 @@ class DiskMatrix(torch.Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if isinstance(args[0], DiskMatrix):
+            matrix = args[0]
+            if (result := _of_frozen(func, args, lambda: matrix.read(0, len(matrix)))) is not NotImplemented:
+                return result
+            if func is torch.Tensor.__getitem__ and isinstance(args[1], slice) and args[1].step in (None, 1):
+                return matrix.read(*args[1].indices(len(matrix))[:2])
         if func is F.embedding:
             return _embedding(*args, **kwargs)
         if func is F.linear:
@@ -161,104 +183,3 @@ def _linear(x: torch.Tensor, matrix: DiskMatrix, bias: torch.Tensor | None = Non
         for start, stop in matrix.row_slices()
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-# Elementwise operations on logits, which can be applied to a slice later.
-ELEMENTWISE = frozenset(
-    {
-        torch.Tensor.mul, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.add, torch.Tensor.sub,
-        torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.Tensor.__add__,
-        torch.Tensor.__sub__, torch.Tensor.neg, torch.Tensor.tanh, torch.tanh, torch.mul, torch.div, torch.add,
-        torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to, torch.Tensor.type,
-        torch.Tensor.contiguous, torch.Tensor.detach, torch.clamp, torch.Tensor.clamp,
-        torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Tensor.__itruediv__,
-    }
-)  # fmt: skip
-
-
-class DeferredLogits(torch.Tensor):
-    """Logits (..., vocabulary) of a head whose weight stays on disk: the hidden states and the operations on them.
-
-    Elementwise operations (soft caps, scales, casts) and values set for some tokens are recorded and applied to each
-    slice. Any other operation forms the whole logits, which is correct and costs their memory. An operation that would
-    change them in place is refused by name, since its change would be lost.
-    """
-
-    hidden: torch.Tensor
-    head: DiskMatrix
-    bias: torch.Tensor | None
-    steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
-
-    @staticmethod
-    def over(hidden: torch.Tensor, head: DiskMatrix, bias: torch.Tensor | None) -> "DeferredLogits":
-        """Return `hidden @ head.T + bias`, deferred."""
-        return _deferred(hidden, head, bias, (), hidden.dtype)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer metadata, record elementwise operations, do everything else on the whole logits."""
-        kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
-        logits, name = args[0], getattr(func, "__name__", str(func))
-        # Operators like += without support here fall back to their plain form, which returns a new tensor.
-        in_place = name in ("__setitem__", "__imul__", "__itruediv__") or re.fullmatch(r".*[^_]_", name) is not None
-        if func in ELEMENTWISE and isinstance(logits, DeferredLogits) and all(t.dim() == 0 for t in tensors[1:]):
-            probe = func(torch.zeros(1, dtype=logits.dtype), *args[1:], **kwargs)
-            steps = (*logits.steps, (func, args[1:], kwargs))
-            if not in_place:
-                return _deferred(logits.hidden, logits.head, logits.bias, steps, probe.dtype)
-            logits.steps = steps
-            return logits
-        if in_place and isinstance(logits, DeferredLogits):
-            columns = _columns(logits, args[1]) if name == "__setitem__" else None
-            if columns is None or not isinstance(args[2], int | float):
-                raise TypeError(f"{name} changes logits that are not formed yet")
-            logits.steps = (*logits.steps, (_fill, (columns, args[2]), {}))
-            return None
-        args = tuple(item.materialize() if isinstance(item, DeferredLogits) else item for item in args)
-        return func(*args, **kwargs)
-
-    def slice_of(self, hidden: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return logits `start:stop` of some hidden rows, given those rows of the head's weight."""
-        part = F.linear(hidden, weight, None if self.bias is None else self.bias[start:stop])
-        for func, args, kwargs in self.steps:
-            part = _fill(part, *args, start) if func is _fill else func(part, *args, **kwargs)
-        return part
-
-    def over_other(self, hidden: torch.Tensor) -> "DeferredLogits":
-        """Return the same head and operations over other hidden states."""
-        return _deferred(hidden, self.head, self.bias, self.steps, self.dtype)
-
-    def materialize(self) -> torch.Tensor:
-        """Form the whole logits."""
-        parts = [
-            self.slice_of(self.hidden, self.head.read(start, stop), start, stop)
-            for start, stop in self.head.row_slices()
-        ]
-        return torch.cat(parts, dim=-1)
-
-
-def _columns(logits: DeferredLogits, key: Any) -> torch.Tensor | None:
-    """Return the tokens that `logits[key]` selects for every position; None if it also selects positions."""
-    *before, last = key if isinstance(key, tuple) else (key,)
-    whole = [Ellipsis] if before == [Ellipsis] else [slice(None)] * (logits.dim() - 1)
-    return torch.arange(logits.shape[-1])[last].reshape(-1) if before == whole else None
-
-
-def _fill(part: torch.Tensor, columns: torch.Tensor, value: float, start: int) -> torch.Tensor:
-    """Set `value` in those of `columns` that a slice of the logits, which begins at token `start`, holds."""
-    columns = columns.to(part.device)
-    inside = columns[(columns >= start) & (columns < start + part.shape[-1])] - start
-    return part.index_fill(-1, inside, value)
-
-
-def _deferred(
-    hidden: torch.Tensor, head: DiskMatrix, bias: torch.Tensor | None, steps: tuple[Any, ...], dtype: torch.dtype
-) -> DeferredLogits:
-    shape = (*hidden.shape[:-1], head.shape[0])
-    logits = torch.empty((), dtype=dtype, device=hidden.device).expand(shape).as_subclass(DeferredLogits)
-    logits.hidden, logits.head, logits.bias, logits.steps = hidden, head, bias, steps
-    return logits

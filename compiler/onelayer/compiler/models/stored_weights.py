@@ -66,6 +66,11 @@ class StoredWeights:
         name = self._plan.alias.get(name, name)
         return name in self._plan.stored_unchanged and self.checkpoint.reads_rows(self._plan.checkpoint_keys[name][0])
 
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Count the bytes of the checkpoint tensors of some runtime names."""
+        keys = {key for name in names for key in self.checkpoint_keys[name]}
+        return sum(self.checkpoint.tensors[key].size_bytes for key in keys)
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read the checkpoint tensors of some runtime names, as stored, to the host."""
         wanted = dict.fromkeys(key for name in names for key in self.checkpoint_keys[name])

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from onelayer.compiler.dequantize.checkpoint import unpacked
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
+from onelayer.compiler.models.original import Original
 from onelayer.compiler.models.stored_weights import StoredWeights
 from onelayer.compiler.models.units import (
     Unit,
@@ -26,9 +26,6 @@ from onelayer.compiler.models.units import (
     split_into_units,
     tensor_bytes,
 )
-from onelayer.compiler.storage.checkpoint import Checkpoint
-from onelayer.compiler.storage.model_config import read_model_config
-from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 
 
 class StreamedModel:
@@ -52,36 +49,36 @@ class StreamedModel:
         them is held in a unit. Raises `InputError` where the checkpoint or the architecture cannot be streamed, naming
         what and why.
         """
-        stored = Checkpoint.open(directory)
-        self.config = transformers_models.read_config(stored.directory)
-        cls = transformers_models.model_class(self.config, stored.directory)
-        self.dtype = transformers_models.compute_dtype(self.config, stored)
-        self.checkpoint = unpacked(
-            stored, read_model_config(stored.directory), TORCH_NAMES[str(self.dtype).removeprefix("torch.")]
-        )
+        original = Original.open(directory)
+        self.config, self.dtype, self.checkpoint = original.config, original.dtype, original.checkpoint
+        cls = original.model_class
         weights = self.weights = StoredWeights(self.checkpoint, self.config, cls, self.dtype)
         self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
         if prepare is not None:
             self._wrap(prepare)
-        bare_names = {name: bare_name(name) for name in self.model.state_dict()}
-        self._owners = {
-            bare: owner_of(self.model, name) for name, bare in bare_names.items() if bare in weights.bare_parameters
-        }
         self._absent: dict[str, torch.Tensor] = {
             name: AbsentWeight.like(empty, name, self._refuse if name in replaced else self._load_one)
             for name, empty in weights.bare_parameters.items()
             if empty.is_meta
         }
-        for name in self._owners.keys() & self._absent.keys() - weights.computed:
+        self._is_open = False
+        self.arrange(replaced)
+        for name in sorted(set(replaced).intersection(self.parameters_outside_units)):
+            self._refuse(name)
+
+    def arrange(self, replaced: Collection[str] = ()) -> None:
+        """Empty the model and split it into units; again after an adapter wrapped some of its modules."""
+        bare_names = {name: bare_name(name) for name in self.model.state_dict(keep_vars=True)}
+        stored = self.weights.bare_parameters
+        self._owners = {bare: owner_of(self.model, name) for name, bare in bare_names.items() if bare in stored}
+        for name in self._owners.keys() & self._absent.keys() - self.weights.computed:
             set_tensor(*self._owners[name], self._absent[name])
         self.head = self._find_head(replaced)
         # An adapter may need the whole of what it wraps or replaces, so only untouched matrices stay on disk.
         touched = {bare for name, bare in bare_names.items() if bare != name}.union(replaced)
-        owners = {name: self._owners[name] for name in self._owners.keys() - touched if weights.reads_rows(name)}
-        self.lazy = names_read_by_rows(owners, self.head)
+        alone = [name for name in self._owners.keys() - touched if self.weights.reads_rows(name)]
+        self.lazy = names_read_by_rows({name: self._owners[name] for name in alone}, self.head)
         self.units, self.parameters_outside_units = self._split()
-        for name in sorted(set(replaced).intersection(self.parameters_outside_units)):
-            self._refuse(name)
 
     def _wrap(self, prepare: Callable[[PreTrainedModel], None]) -> None:
         """Let `prepare` see parameters on the host, without storage, so that it puts its own parameters there too."""
@@ -154,6 +151,10 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 set_tensor(*owner_of(unit.module, name), buffer)
 
+    def stored_owners(self) -> set[tuple[nn.Module, str]]:
+        """Return module and attribute of everything that is the checkpoint's, and not an adapter's."""
+        return set(self._owners.values())
+
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Put other values in the place of a parameter of the unit that is resident; they go with the unit."""
         set_tensor(*self._owners[name], tensor)
@@ -164,10 +165,25 @@ class StreamedModel:
         is_head = self._owners[name][0] is self.head
         return DiskMatrix.over(self.checkpoint, key, self.weights.bare_parameters[name].dtype, device, is_head)
 
+    def place_head(self, device: torch.device) -> None:
+        """Give a head that stays on disk what it reads, on `device`, for code that runs outside of a stream."""
+        for name, (owner, _) in self._owners.items():
+            if owner is self.head and name in self.lazy:
+                self.put(name, self.matrix(name, device))
+            elif owner is self.head and name in self.parameters_outside_units:
+                self.put(name, self.weights.load([name])[name].to(device))
+
     @contextmanager
     def between_units(self) -> Iterator[None]:
-        """Give the code between units what it reads, on the host: small parameters, and matrices that stay on disk."""
+        """Give the code between units what it reads, on the host: small parameters, and matrices that stay on disk.
+
+        It may be entered again inside.
+        """
+        if self._is_open:
+            yield
+            return
         tensors = self.weights.load(name for name in self.parameters_outside_units if name not in self.lazy)
+        self._is_open = True
         try:
             for name in self.lazy:
                 set_tensor(*self._owners[name], self.matrix(name, torch.device("cpu")))
@@ -175,6 +191,7 @@ class StreamedModel:
                 set_tensor(*self._owners[name], tensor)
             yield
         finally:
+            self._is_open = False
             for name in (*tensors, *self.lazy):
                 set_tensor(*self._owners[name], self._without(name))
 

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onelayer.compiler.dequantize.formats import FIELD, format_of, quantization_settings
+from onelayer.compiler.dequantize.formats import FIELD, check_library, format_of, quantization_settings
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.construction import MODULES_WITHOUT_WEIGHTS, building, check_tables
 from onelayer.compiler.models.units import has_forward, owner_of
@@ -40,7 +40,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
     """Read the model's config and switch caches off. Refuse by name what cannot be streamed."""
     settings = quantization_settings(read_model_config(directory))
     if settings is not None:
-        format_of(settings, directory / CONFIG_FILE)
+        check_library(format_of(settings, directory / CONFIG_FILE), directory / CONFIG_FILE)
     config = load_config(directory)
     for part in _sub_configs(config):
         if getattr(part, FIELD, None) is not None:
@@ -83,8 +83,9 @@ def model_class(config: PreTrainedConfig, directory: Path) -> type[PreTrainedMod
     names = config.architectures or []
     cls = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        given = ", ".join(map(str, names)) or "nothing"
         raise InputError(
-            f"{directory / CONFIG_FILE}: field architectures: {names!r} is not one class of transformers "
+            f"{directory / CONFIG_FILE}: field architectures: {given} is not one class of transformers "
             f"{transformers.__version__}; custom code is not run, give a model of a stock architecture"
         )
     return cls

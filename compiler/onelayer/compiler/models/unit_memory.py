@@ -7,6 +7,7 @@ for one token, experts as in `routed_width`.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from onelayer.compiler.codes.forms import CODE_WIDTHS, DECODED_VALUES, OUTPUT_BLOCK, group_size
 from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
@@ -51,10 +52,18 @@ def graph_bytes(width: int, tokens: int, value_bytes: int, on_gpu: bool) -> int:
     return (2 if on_gpu else 4) * tokens * width * max(4, value_bytes)
 
 
-def training_bytes(values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool) -> int:
-    """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train."""
-    graph = graph_bytes(width, batch_tokens, value_bytes, on_gpu)
-    return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graph
+def training_bytes(
+    values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool, differentiated: int = 0
+) -> int:
+    """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train.
+
+    Where gradients are learned too, `differentiated` counts the weights that have a second derivative. They are in the
+    graph in float32 and in the model's dtype, with a gradient each, and the graph is that of the original, of the
+    emulator and of its way back.
+    """
+    graphs = (3 if differentiated else 1) * graph_bytes(width, batch_tokens, value_bytes, on_gpu)
+    weights = 2 * (4 + value_bytes) * differentiated
+    return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
 def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapter_bytes: int, on_gpu: bool) -> int:
@@ -154,6 +163,38 @@ def solving_bytes(linears: Sequence[CompiledShape]) -> int:
     """Bound what compressing the linears of a unit holds at its end: the largest solver, and all that is stored."""
     solver = max((linear.solver_bytes for linear in linears), default=0)
     return solver + sum(linear.stored_bytes for linear in linears)
+
+
+def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
+    """Bound what coding the linears (out, in) of a unit holds in addition to its weights.
+
+    The moments of both sides of all of them in float64, the factors of both sides of one, its weight in float32 six
+    times as it is coded and its residual solved, the `graph` of one micro-batch, slices of the head and their
+    gradients. Kept unit inputs are not in it: they lie on the host, or in files if the host is the device.
+    """
+    linears = list(shapes)
+    sides = [8 * (columns * group_size(columns) + rows * OUTPUT_BLOCK) for rows, columns in linears]
+    values = max((rows * columns for rows, columns in linears), default=0)
+    return sum(sides) + 4 * max(sides, default=0) + 24 * values + graph + 4 * SLICE_BYTES
+
+
+def decoding_bytes(values: int, value_bytes: int) -> int:
+    """Bound what a product with a coded weight of `values` holds while it runs.
+
+    What is decoded at once twice, before and after its scales, and its codes as numbers of four bytes that a look-up
+    takes, one for at least three values.
+    """
+    values = min(values, DECODED_VALUES)
+    return values * 2 * value_bytes + 4 * -(-values // CODE_WIDTHS[0])
+
+
+def code_training_bytes(values: int) -> int:
+    """Bound what the way back through a coded weight of `values` holds when its codebook and scales are trained.
+
+    In float32 the decoded weight, the gradient of the weight, and that gradient by scales and by entries, with what
+    each is multiplied by.
+    """
+    return 6 * 4 * values
 
 
 def trial_bytes(candidates: int, sides: int, unit_factors: Sequence[Sequence[int]], on_gpu: bool) -> int:

@@ -50,22 +50,32 @@ class Unit:
 
 
 @contextmanager
+def hidden_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Replace the forwards of some modules on entry, restore them on exit."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
+            module.forward = forward
+        yield
+    finally:
+        for module, forward_before in before.items():
+            if forward_before is None:
+                del module.forward
+            else:
+                module.forward = forward_before
+
+
+@contextmanager
 def replaced_forwards(unit: Unit, forwards: Mapping[nn.Module, Forward]) -> Iterator[Forward]:
     """Replace the forwards of a unit's modules on entry, restore them on exit; yield the forward of the whole unit."""
-    inner = [part for part in forwards if part is not unit.module]
-    for part in inner:
-        # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-        part.forward = forwards[part]
-    try:
+    with hidden_forwards({part: forward for part, forward in forwards.items() if part is not unit.module}):
         yield forwards.get(unit.module, unit.forward)
-    finally:
-        for part in inner:
-            del part.forward
 
 
 def bare_name(name: str) -> str:
     """Return the name in the unadapted model of a parameter or module that PEFT may have wrapped."""
-    return re.sub(r"\.base_layer(?=\.|$)", "", name)
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -121,7 +131,7 @@ def split_into_units(
 
     def is_unit(module: nn.Module) -> bool:
         # PEFT's wrappers decide whose weight is used, so they belong into the unit.
-        wraps = getattr(module, "base_layer", None) is not None
+        wraps = any(getattr(module, name, None) is not None for name in ("base_layer", "original_module"))
         runs = any(name not in lazy for name in stored.get(module, ())) and module is not head and has_forward(module)
         return module in blocks or wraps or (runs and blocks.isdisjoint(module.modules()))
 

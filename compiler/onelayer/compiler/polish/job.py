@@ -102,8 +102,7 @@ class PolishJob:
         self.kept_bytes = max(self.kept_bytes, self.stream.spill_pool.held_bytes)
         if not loss.finish():
             raise NotFiniteError(f"step {step + 1}: the loss is not finite")
-        if loss.held_out_loss is not None:
-            self.state.measured(loss.held_out_loss)
+        self._note_held_out(loss)
         self.stream.reverse()
         self._add_up_gradients()
         return {
@@ -176,7 +175,14 @@ class PolishJob:
         loss = TokenLoss(self.held_out, 0, self.stream.device, self.stream.team)
         self.stream.run(loss.inputs, loss.take)
         loss.finish()
-        assert loss.held_out_loss is not None
+        self._note_held_out(loss)
+
+    def _note_held_out(self, loss: TokenLoss) -> None:
+        """Note a held-out loss, if there is one. It may be lost in a step whose own loss is not."""
+        if loss.held_out_loss is None:
+            return
+        if not math.isfinite(loss.held_out_loss):
+            raise NotFiniteError(f"step {len(self.state.steps)}: the held-out loss is not finite")
         self.state.measured(loss.held_out_loss)
 
 

@@ -53,7 +53,9 @@ class FreshAdapter:
                 try:
                     adapted = get_peft_model(empty, config)
                 except ValueError as error:
-                    raise InputError(f"--target-modules {self.target_modules}: {str(error).splitlines()[0]}") from None
+                    names = self.target_modules
+                    given = names if isinstance(names, str) else ",".join(names)
+                    raise InputError(f"--target-modules {given}: {str(error).splitlines()[0]}") from None
                 adapted.save_pretrained(str(directory), save_embedding_layers=False)
 
         StreamedModel(model, prepare)

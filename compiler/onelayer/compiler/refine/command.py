@@ -14,16 +14,17 @@ import torch
 import transformers
 
 from onelayer.compiler.data.batches import make_batches, tokens_digest
-from onelayer.compiler.data.labeled_rows import DataSource, read_tokens
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.labeled_rows import DataSource
+from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.machine.console import StopRequest, capped
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.refine.job import RefinePass, refine_workspace
+from onelayer.compiler.refine.job import GradientRefinePass, RefinePass, UnitTraining, refine_workspace
 from onelayer.compiler.refine.resume import REFINE_WORK, RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
 from onelayer.compiler.results import Report, Result
@@ -32,6 +33,7 @@ from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.storage.work_directory import work_directory
+from onelayer.compiler.streaming.calibration import calibration_tokens
 from onelayer.compiler.streaming.spill import SpillPool
 
 
@@ -58,7 +60,9 @@ def refine_emulator(
     Ranks, dtype and bytes stay the same. Each unit is trained for `steps` steps on the original's own inputs. A step
     uses `step_samples` of the `samples` examples, or all if there are fewer, and computes `batch_size` at once.
     `learning_rate` is relative to the size of each factor. Training leaves the factors in no order, so the result
-    cannot be sliced. Experts of mixtures are left unchanged. An interrupted run continues after its last finished unit.
+    cannot be sliced. Experts of mixtures are left unchanged. With `backward`, a pass goes on to the loss and back, and
+    each unit also learns the gradients at its inputs and at its linears' outputs; a model without a loss has none, and
+    an emulator is used for its gradients. An interrupted run continues after its last finished unit.
     Raises `InputError` for bad input.
     """
     chosen, output = RefineSettings.of(settings), Path(output)
@@ -70,32 +74,49 @@ def refine_emulator(
     streamed = StreamedModel(directory)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
-    device, spill_pool = pick_device(chosen.device), SpillPool(chosen.host_memory_bytes)
-    tokens = read_tokens(calibration, load_tokenizer(directory), chosen.max_length, chosen.samples, chosen.seed)
+    tokenizer = load_tokenizer(directory)
+    tokens, backward = calibration_tokens(streamed, calibration, tokenizer, chosen, backward=chosen.backward)
+    if backward and not processes().is_alone:
+        raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
     step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
-    chosen = chosen.model_copy(update={"step_samples": step_samples})
-    batches = make_batches(tokens, streamed.config, chosen.batch_size)
+    chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": backward})
+    return _refine(streamed, opened, tokens, output, chosen)
+
+
+def _refine(
+    streamed: StreamedModel, emulator: Emulator, tokens: list[Tokens], output: Path, settings: RefineSettings
+) -> RefineResult:
+    """Stream the original, train the emulator unit by unit, publish it whole."""
+    device = pick_device(settings.device)
+    # What waits for the way back grows with every unit; on a host that is the device itself it lies in files.
+    keeps = settings.backward and device.type == "cpu" and settings.host_memory_bytes is None
+    spill_pool = SpillPool(0 if keeps else settings.host_memory_bytes)
+    batches = make_batches(tokens, streamed.config, settings.batch_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts: dict[str, Any] = {
         "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens)},
-        "settings": {**chosen.recorded(), "device": device.type},
+        "settings": {**settings.recorded(), "device": device.type},
         "versions": {**versions, "transformers": transformers.__version__},
     }
-    identity = {"emulator": opened.digest, **facts}
+    identity = {"emulator": emulator.digest, **facts}
     with (
         StopRequest() as stop,
-        work_directory(output, REFINE_WORK, identity, chosen.resume) as path,
+        work_directory(output, REFINE_WORK, identity, settings.resume) as path,
         Meter(device) as meter,
     ):
-        work = RefineWork(path, opened, streamed.checkpoint)
-        RefinePass(streamed, opened, work, chosen, meter, spill_pool).refine(batches, stop)
+        work = RefineWork(path, emulator, streamed.checkpoint)
+        training = UnitTraining(streamed, emulator, work, settings, meter, stop)
+        if settings.backward:
+            GradientRefinePass(training, batches, spill_pool).refine()
+        else:
+            RefinePass(training, spill_pool).refine(batches)
 
         def publish() -> RefineResult:
             at_once = max(math.prod(batch.shape) for batch in batches)
-            workspace = refine_workspace(streamed, opened, at_once, meter.on_gpu)
+            workspace = refine_workspace(streamed, emulator, at_once, meter.on_gpu, backward=settings.backward)
             workspace += streamed.unpacking_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-            result = RefineResult(output=str(output), steps=chosen.steps, units=work.units, report=report)
+            result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)
             work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
             return result
 

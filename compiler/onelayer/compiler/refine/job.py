@@ -1,11 +1,13 @@
-"""The stream of a refinement: trains each unit of the emulator on the inputs and outputs of the original's unit.
+"""The streams of a refinement: they train each unit of the emulator on inputs and outputs of the original's unit.
 
 Held in addition to a unit: the inputs and outputs of its calls, on the host or in mapped files, until its factors are
-trained.
+trained. A pass that goes back too holds the inputs of all units there.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,37 +17,85 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.machine.console import StopRequest
+from onelayer.compiler.machine.console import Progress, StopRequest
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.linears import unit_linears, unit_width
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import RESERVE_BYTES, training_bytes
+from onelayer.compiler.models.unit_memory import RESERVE_BYTES, SLICE_BYTES, code_training_bytes, training_bytes
 from onelayer.compiler.models.units import Unit
-from onelayer.compiler.refine.reconstruction import Call, refine_unit
-from onelayer.compiler.refine.resume import RefineWork
+from onelayer.compiler.refine.calls import Call
+from onelayer.compiler.refine.reconstruction import refine_unit
+from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.refine.trained_linears import trained_linear
+from onelayer.compiler.streaming.gradient_stream import HOST, GradientStream, Record
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import ParkedBatch, Stream
+from onelayer.compiler.streaming.token_loss import TokenLoss
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 
 
-class RefinePass(Stream):
-    """A pass over the original that trains the factors of every unit of `emulator` and hands them to `work`."""
+@dataclass
+class UnitTraining:
+    """The training of units whose calls are known: of those that `work` does not have yet, in the emulator's form."""
 
-    def __init__(
-        self,
-        streamed: StreamedModel,
-        emulator: Emulator,
-        work: RefineWork,
-        settings: RefineSettings,
-        meter: Meter,
-        spill_pool: SpillPool,
-    ) -> None:
+    streamed: StreamedModel
+    emulator: Emulator
+    work: RefineWork
+    settings: RefineSettings
+    meter: Meter
+    stop: StopRequest
+
+    def is_wanted(self, unit: Unit) -> bool:
+        """Whether a unit has something to train and is not finished."""
+        return not self.work.has(unit) and bool(linears_of(unit, self.emulator))
+
+    def train(self, unit: Unit, calls: list[Call]) -> None:
+        """Train a resident unit on its calls, if there are any, and write its factors."""
+        if processes().any(bool(calls)):
+            self._train(unit, calls)
+        self.stop.check()
+
+    def _train(self, unit: Unit, calls: list[Call]) -> None:
+        device = self.meter.device
+        names = {name.removeprefix(f"{unit.name}."): name for name in linears_of(unit, self.emulator)}
+        linears = {
+            path: trained_linear(self.emulator, name, self.streamed.dtype, device) for path, name in names.items()
+        }
+        team = processes()
+        before, after = refine_unit(unit, linears, calls, self.settings, self.meter, team)
+        figures = RefinedUnit(
+            name=unit.name,
+            before=before.outputs,
+            after=after.outputs,
+            gradients_before=before.gradients,
+            gradients_after=after.gradients,
+            dropped_rows=sum(team.gather(sum(call.dropped_rows for call in calls))),
+        )
+
+        def finish() -> None:
+            stored = {
+                names[path] + ending: tensor.cpu()
+                for path, linear in linears.items()
+                for ending, tensor in linear.stored().items()
+            }
+            self.work.finish(unit, {} if after is before else stored, figures)
+
+        team.by_first(finish)
+        self.work.take_up(unit)
+        self.meter.note = f"error {before.outputs:.3f} to {after.outputs:.3f}"
+        return_free_memory()
+
+
+class RefinePass(Stream):
+    """A pass over the original that trains the factors of every unit on what runs through it."""
+
+    def __init__(self, training: UnitTraining, spill_pool: SpillPool) -> None:
+        meter = training.meter
         super().__init__(
-            streamed,
+            training.streamed,
             meter.device,
             meter,
             on_unit=self._on_unit,
@@ -53,17 +103,16 @@ class RefinePass(Stream):
             description="refine",
             team=processes(),
         )
-        self.emulator, self.work, self.settings = emulator, work, settings
-        self.stop: StopRequest | None = None
+        self.training = training
         self._calls: list[Call] | None = None  # of the running unit; None if it is not to be trained
         self._known: dict[int, WeakTensorKeyDictionary] = {}
         self._samples: list[int] = []  # in each batch
 
-    def refine(self, batches: Sequence[TokenBatch], stop: StopRequest) -> None:
+    def refine(self, batches: Sequence[TokenBatch]) -> None:
         """Stream the original up to the last unit that is not trained yet, and train each unit on the way."""
         batches = [batches[index] for index in self.team.share(len(batches))]
-        self.stop, self._samples = stop, [batch.shape[0] for batch in batches]
-        wanted = [unit.position for unit in self.streamed.units if self._is_wanted(unit)]
+        self._samples = [batch.shape[0] for batch in batches]
+        wanted = [unit.position for unit in self.streamed.units if self.training.is_wanted(unit)]
         if wanted:
             self.stop_after = max(wanted)
             self.run([batch.inputs for batch in batches], lambda index, output: None)
@@ -74,7 +123,7 @@ class RefinePass(Stream):
             return super().run_unit(visit, run)
         inputs = with_contents((visit.args, visit.kwargs))
         kept = UnitInputs.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
-        outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), torch.device("cpu"))
+        outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), HOST)
         call = Call.of(self._samples[visit.index], kept, outputs)
         self.spill_pool.hold((kept.tensors, call.targets))
         self._calls.append(call)
@@ -83,7 +132,7 @@ class RefinePass(Stream):
     @contextmanager
     def _on_unit(self, unit: Unit) -> Iterator[None]:
         """Train a unit's factors after all batches have run through it."""
-        if not self._is_wanted(unit):
+        if not self.training.is_wanted(unit):
             yield
             return
         self._calls = []
@@ -92,34 +141,72 @@ class RefinePass(Stream):
             calls = self._calls
         finally:
             self._calls = None
-        if self.team.any(bool(calls)):
-            self._train(unit, calls)
-        assert self.stop is not None
-        self.stop.check()
+        self.training.train(unit, calls)
 
-    def _train(self, unit: Unit, calls: list[Call]) -> None:
-        names = {name.removeprefix(f"{unit.name}."): name for name in linears_of(unit, self.emulator)}
-        linears = {
-            path: trained_linear(self.emulator, name, self.streamed.dtype, self.device) for path, name in names.items()
-        }
-        before, after = refine_unit(unit, linears, calls, self.settings, self.meter, self.team)
-        dropped_rows = sum(self.team.gather(sum(call.dropped_rows for call in calls)))
 
-        def finish() -> None:
-            stored = {
-                names[path] + ending: tensor.cpu()
-                for path, linear in linears.items()
-                for ending, tensor in linear.stored().items()
-            }
-            self.work.finish(unit, stored if after < before else {}, before, after, dropped_rows)
+class GradientRefinePass(GradientStream):
+    """A pass forward and back over the original that trains every unit on what runs through it and what comes back.
 
-        self.team.by_first(finish)
-        self.work.take_up(unit)
-        self.meter.note = f"error {before:.3f} to {after:.3f}"
-        return_free_memory()
+    Units are trained on the way back, from the last to the first, on the original's inputs, outputs and gradients.
+    """
 
-    def _is_wanted(self, unit: Unit) -> bool:
-        return not self.work.has(unit) and bool(linears_of(unit, self.emulator))
+    def __init__(self, training: UnitTraining, batches: Sequence[TokenBatch], spill_pool: SpillPool) -> None:
+        meter, settings = training.meter, training.settings
+        super().__init__(
+            training.streamed,
+            meter.device,
+            meter,
+            on_unit=self._stopping,
+            spill_pool=spill_pool,
+            description="refine",
+            trained=len(batches),
+            seed=settings.seed,
+            dropout=False,
+        )
+        self.training, self.batches = training, batches
+        self._wanted = {unit.position for unit in self.streamed.units if training.is_wanted(unit)}
+        self._taken: list[Call] | None = None
+
+    def refine(self) -> None:
+        """Stream forward with the loss, then back to the first unit that is not trained yet."""
+        if not self._wanted:
+            return
+        loss = TokenLoss(self.batches, len(self.batches), self.device)
+        with Progress(2 * len(self.streamed.units), "refine") as bar, self:
+            self.bar = bar
+            self.run([batch.inputs for batch in self.batches], loss.take)
+            if not loss.finish():
+                raise RuntimeError("the loss on the calibration data is not finite; check the checkpoint and the data")
+            self.on_unit = self._on_unit
+            self.reverse()
+
+    def wants_gradients(self, unit: Unit) -> bool:
+        """Whether gradients are wanted of a unit or of one before it."""
+        return unit.is_block and unit.position >= min(self._wanted)
+
+    def watch_rerun(self, unit: Unit, record: Record, outputs: list[torch.Tensor]) -> None:
+        """Keep a call of a unit that is to be trained: its inputs, its outputs and their gradients."""
+        if self._taken is not None:
+            targets = [move(output.detach(), HOST) for output in outputs]
+            samples = self.batches[record.index].shape[0]
+            call = Call.of(samples, record.kept, targets, record.slots, record.asked)
+            self.spill_pool.hold((call.targets, call.gradients))
+            self._taken.append(call)
+
+    @contextmanager
+    def _stopping(self, unit: Unit) -> Iterator[None]:
+        """Stop after a unit if that was asked for: nothing is written on the way forward."""
+        yield
+        self.training.stop.check()
+
+    @contextmanager
+    def _on_unit(self, unit: Unit) -> Iterator[None]:
+        """Train a unit's factors after the gradients of all batches have passed it."""
+        self._taken = [] if unit.position in self._wanted else None
+        yield
+        calls, self._taken = self._taken, None
+        if calls is not None:
+            self.training.train(unit, calls[::-1])
 
 
 def linears_of(unit: Unit, emulator: Emulator) -> list[str]:
@@ -127,19 +214,25 @@ def linears_of(unit: Unit, emulator: Emulator) -> list[str]:
     return [name for name, _ in unit_linears(unit) if name in emulator.facts.compressed and name != unit.name]
 
 
-def refine_workspace(streamed: StreamedModel, emulator: Emulator, batch_tokens: int, on_gpu: bool) -> int:
+def refine_workspace(
+    streamed: StreamedModel, emulator: Emulator, batch_tokens: int, on_gpu: bool, *, backward: bool
+) -> int:
     """Predict what a refinement holds in addition to the largest unit, from shapes alone.
 
     That is the unit's factors with their gradients and optimizer, copies of the widest factor while it is rounded, the
-    graph of one batch as in an exact step, and a reserve. If the host is also the device, the unit that is read ahead
-    counts too.
+    gradient of the widest coded weight, the graph of one batch as in an exact step, and a reserve. If the host is also
+    the device, the unit that is read ahead counts too. With `backward`, also the second graph and the weights in it, or
+    slices of the head.
     """
-    worst = 0
+    worst = 4 * SLICE_BYTES if backward else 0
     for unit in streamed.units:
         names = linears_of(unit, emulator)
         values = [_trained_values(emulator, name) for name in names]
         width = unit_width(streamed, unit) if names else 0
-        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu)
+        twice = sum(math.prod(emulator.shape(name)) for name in names) if backward else 0
+        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu, twice)
+        coded = [math.prod(emulator.shape(name)) for name in names if name in emulator.facts.codes]
+        training += code_training_bytes(max(coded, default=0))
         worst = max(worst, training + unit.weight_bytes)
     return worst + RESERVE_BYTES
 

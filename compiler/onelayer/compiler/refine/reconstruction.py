@@ -1,68 +1,39 @@
 """Trains one unit's factors to reproduce the original unit's outputs for the original's inputs; no I/O.
 
 This is block reconstruction, which BRECQ uses for rounding (arXiv 2102.05426, section 3). The factorization is optimal
-for each linear alone; training finds a better one for the linears of a unit together, at the same bytes.
+for each linear alone; training finds a better one for the linears of a unit together, at the same bytes. With gradients
+the unit also learns what flows back, which is what an emulator is used for.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
-from onelayer.compiler.factors.moments import check_rows, finite_rows, row_count
+from onelayer.compiler.factors.moments import check_rows
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.units import Unit, replaced_forwards
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.refine.calls import Call
+from onelayer.compiler.refine.distances import Distances, twice_differentiable
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear
-from onelayer.compiler.streaming.unit_boundary import UnitInputs, differentiable, rerun
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the original unit for some samples: its inputs and its output tensors, on the host.
+class UnitErrors:
+    """The relative errors of a unit over all its calls, root mean square: of outputs, and of gradients if known."""
 
-    `finite` has a mask (rows,) for each target, true for rows that are entirely finite; None if all rows are.
-    """
+    outputs: float
+    gradients: float | None = None
 
-    samples: int
-    kept: UnitInputs
-    targets: list[torch.Tensor]
-    versions: list[int]
-    finite: list[torch.Tensor | None]
-
-    @classmethod
-    def of(cls, samples: int, kept: UnitInputs, outputs: Any) -> "Call":
-        """Keep the outputs together with the kept inputs."""
-        targets = [output.detach() for output in differentiable(outputs)]
-        finite = [finite_rows(target) for target in targets]
-        return cls(samples, kept, targets, [target._version for target in targets], finite)
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of all targets."""
-        return sum(map(row_count, self.targets))
-
-    @property
-    def dropped_rows(self) -> int:
-        """The number of rows that are not finite."""
-        return sum(int((~mask).sum()) for mask in self.finite if mask is not None)
-
-    @property
-    def weight(self) -> float:
-        """The number of samples, multiplied by the share of rows that are finite."""
-        return self.samples * (1 - self.dropped_rows / max(1, self.rows))
-
-    def check_unchanged(self) -> None:
-        """Raise `RuntimeError` if the model's code changed an input or an output in place after the call."""
-        self.kept.check_unchanged()
-        if self.versions != [target._version for target in self.targets]:
-            raise RuntimeError("an output was changed in place after the unit returned it, so it cannot be learned")
+    def relative_to(self, begun: "UnitErrors") -> float:
+        """Compute what training lowers: squared errors as shares of those before it; of both kinds, their sum."""
+        shares = [(self.outputs / begun.outputs) ** 2 if begun.outputs else 0.0]
+        if self.gradients is not None and begun.gradients:
+            shares.append((self.gradients / begun.gradients) ** 2)
+        return sum(shares)
 
 
 def refine_unit(
@@ -72,28 +43,31 @@ def refine_unit(
     settings: RefineSettings,
     meter: Meter,
     team: Processes,
-) -> tuple[float, float]:
+) -> tuple[UnitErrors, UnitErrors]:
     """Train the factors of one resident unit; `linears` are keyed by their module's path below the unit.
 
-    Each process of `team` has calls of its own, and all move the factors alike. Returns the unit's relative output
-    error over all calls before and after. If training does not lower it, the factors are restored. Raises
-    `RuntimeError` if the outputs are not finite before training.
+    Each process of `team` has calls of its own, and all move the factors alike. Returns the unit's relative errors over
+    all calls before and after. If training does not lower them, the factors are restored. Raises `RuntimeError` if the
+    outputs are not finite before training, and `InputError` if gradients are known and the unit has no second
+    derivative.
     """
     masters = [master for linear in linears.values() for master in linear.masters.values()]
     begun = [master.clone() for master in masters]
-    device = masters[0].device
     for call in calls:
         call.check_unchanged()
     counts = team.gather((sum(call.dropped_rows for call in calls), sum(call.rows for call in calls)))
     check_rows(unit.name, *map(sum, zip(*counts, strict=True)))
     calls = [call for call in calls if call.weight]
-    with _factors_in_place(unit, linears):
-        before = _error(unit, calls, device, team)
-        if not math.isfinite(before):
-            raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
-        _train(unit, linears, calls, settings, meter, team)
-        after = _error(unit, calls, device, team)
-    if after < before:
+    distances = Distances(unit, linears, masters[0].device)
+    before = _errors(distances, calls, team)
+    if not math.isfinite(before.outputs + (before.gradients or 0)):
+        raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
+    try:
+        _train(distances, before, calls, settings, meter, team)
+    except RuntimeError as error:
+        raise twice_differentiable(unit, error) or error from None
+    after = _errors(distances, calls, team)
+    if after.relative_to(before) < before.relative_to(before):
         return before, after
     for master, value in zip(masters, begun, strict=True):
         master.copy_(value)
@@ -101,39 +75,52 @@ def refine_unit(
 
 
 def _train(
-    unit: Unit,
-    linears: Mapping[str, TrainedLinear],
+    distances: Distances,
+    before: UnitErrors,
     calls: Sequence[Call],
     settings: RefineSettings,
     meter: Meter,
     team: Processes,
 ) -> None:
     """Run Adam with a learning rate that falls linearly to zero; every unit shuffles its calls with its own seed."""
-    masters = [master for linear in linears.values() for master in linear.masters.values()]
+    linears = distances.linears.values()
+    masters = [master for linear in linears for master in linear.masters.values()]
     sizes = torch.stack([master.square().mean().sqrt() for master in masters]).tolist()  # the host waits once
     rates = [settings.learning_rate * size for size in sizes]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, foreach=False)  # one factor at a time; foreach would copy all of them
     parts = team.gather([call.weight for call in calls])
     weights, first = [weight for part in parts for weight in part], sum(map(len, parts[: team.rank]))
-    for step, chosen in zip(range(settings.steps), _shuffled(weights, settings, unit.position), strict=False):
+    rounds = _shuffled(weights, settings, distances.unit.position)
+    for step, chosen in zip(range(settings.steps), rounds, strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / settings.steps)
         total = sum(weights[index] for index in chosen)
-        used = [factor for linear in linears.values() for factor in linear.rounded.values()]
+        # With gradients nothing is left out: code without a second derivative raises only where autograd reaches it.
+        learned = [factor for linear in linears for factor in linear.rounded.values()]
+        used = None if before.gradients else learned
         for call in (calls[index - first] for index in chosen if first <= index < first + len(calls)):
-            with torch.enable_grad(), _guarded(unit, linears if call.dropped_rows else ()):
-                distance, _ = _distance(unit, call, masters[0].device)
+            with torch.enable_grad():
+                loss = _loss(distances, before, call)
                 # There is no graph if none of the linears took part in the call.
-                if distance.requires_grad:
-                    torch.autograd.backward(distance * (call.weight / total), inputs=used)
+                if loss.requires_grad:
+                    torch.autograd.backward(loss * (call.weight / total), inputs=used)
             meter.sample()
-        _add_up_gradients(used, team)
-        for linear in linears.values():
+        _add_up_gradients(learned, team)
+        for linear in linears:
             linear.hand_gradients()
         optimizer.step()
-        for linear in linears.values():
+        for linear in linears:
             linear.round()
+
+
+def _loss(distances: Distances, before: UnitErrors, call: Call) -> torch.Tensor:
+    """Compute what a step lowers; outputs and gradients weigh the same, each as a share of its error before."""
+    if not before.gradients:
+        return distances.of_outputs(call, guarded=True)[0]
+    outputs, _, gradients = distances.of_both(call)
+    tiny = torch.finfo(torch.float32).tiny
+    return outputs / max(before.outputs**2, tiny) + gradients / max(before.gradients**2, tiny)
 
 
 def _add_up_gradients(factors: Sequence[torch.Tensor], team: Processes) -> None:
@@ -160,65 +147,22 @@ def _shuffled(weights: Sequence[float], settings: RefineSettings, position: int)
                 chosen, weight = [], 0.0
 
 
-def _distance(unit: Unit, call: Call, device: torch.device) -> tuple[torch.Tensor, int]:
-    """Sum the outputs' squared distances from the original's, relative to each output's size; return also their number.
-
-    An output without finite rows is not counted.
-    """
-    outputs, _ = rerun(unit, call.kept, device)
-    total, counted = torch.zeros((), device=device), 0
-    for output, target, finite in zip(outputs, call.targets, call.finite, strict=True):
-        wide = torch.promote_types(output.dtype, torch.float32)
-        found, exact = output.to(wide), target.to(device, wide)
-        if finite is not None:
-            keep = finite.to(device)
-            found, exact = (values.reshape(row_count(values), -1)[keep] for values in (found, exact))
-        if exact.numel() or finite is None:
-            lost, energy = (found - exact).abs().square().mean(), exact.abs().square().mean()
-            total, counted = total + lost / energy.clamp_min(torch.finfo(torch.float32).tiny), counted + 1
-    return total, counted
-
-
 @torch.no_grad()
-def _error(unit: Unit, calls: Sequence[Call], device: torch.device, team: Processes) -> float:
-    """Compute ||outputs - the original's|| / ||the original's||, root mean square over samples and outputs."""
-    found = [_distance(unit, call, device) for call in calls]
-    distances = torch.stack([distance for distance, _ in found]).tolist() if found else []  # the host waits once
-    mine = [(call.weight, value, outputs) for call, value, (_, outputs) in zip(calls, distances, found, strict=True)]
-    total, count = 0.0, 0.0
-    for weight, distance, outputs in (item for part in team.gather(mine) for item in part):
-        total, count = total + weight * distance, count + weight * outputs
-    return math.sqrt(total / max(1, count))
-
-
-def _factors_in_place(unit: Unit, linears: Mapping[str, TrainedLinear]) -> AbstractContextManager[Any]:
-    """Let the unit compute with the factors instead of the weights; restore the weights on exit."""
-    modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
-    return replaced_forwards(
-        unit, {module: partial(linears[path].product, bias=module.bias) for path, module in modules.items()}
-    )
-
-
-@contextmanager
-def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
-    """Replace rows and gradients that are not finite by zeros in the linears at `paths`.
-
-    A product's gradient sums over rows. One row that is not finite would spoil it, even if its output does not count.
-    """
-
-    def finite(rows: torch.Tensor) -> torch.Tensor:
-        return torch.where(torch.isfinite(rows).all(dim=-1, keepdim=True), rows, 0)
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return finite(args[0]), *args[1:]
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(finite)
-
-    with ExitStack() as handles:
-        for path in paths:
-            module = unit.module.get_submodule(path)
-            handles.enter_context(module.register_forward_pre_hook(before))
-            handles.enter_context(module.register_forward_hook(after))
-        yield
+def _errors(distances: Distances, calls: Sequence[Call], team: Processes) -> UnitErrors:
+    """Compute ||found - the original's|| / ||the original's||, root mean square over samples and tensors."""
+    found, counts = [], []
+    for call in calls:
+        if call.gradients:
+            distance, outputs, back = distances.of_both(call)
+        else:
+            (distance, outputs), back = distances.of_outputs(call), torch.zeros(())
+        found += [distance.float(), back.to(distance.device, torch.float32)]
+        counts.append((call.weight, outputs, call.weight if call.gradients else 0.0))
+    values = torch.stack(found).reshape(-1, 2).tolist() if found else []  # the host waits once
+    total, count, total_back, count_back = 0.0, 0.0, 0.0, 0.0
+    for part in team.gather(list(zip(values, counts, strict=True))):
+        for (distance, back), (weight, outputs, weight_back) in part:
+            total, count = total + weight * distance, count + weight * outputs
+            total_back, count_back = total_back + weight_back * back, count_back + weight_back
+    gradients = math.sqrt(total_back / count_back) if count_back else None
+    return UnitErrors(math.sqrt(total / max(1, count)), gradients)

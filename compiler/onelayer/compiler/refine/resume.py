@@ -34,14 +34,17 @@ REFINE_WORK = WorkKind("refine", finished=UNIT_PATTERN)
 class RefinedUnit(Result):
     """The relative error ||outputs - the original's|| / ||the original's|| of a unit, before and after.
 
-    Both are measured on the original's inputs. `dropped_rows` counts rows of the original's outputs that were not
-    finite; they are left out.
+    Both are measured on the original's inputs. So are the errors of the gradients at its inputs and at its linears'
+    outputs, if these were learned too. `dropped_rows` counts rows of the original's outputs that were not finite; they
+    are left out.
     """
 
     name: str
     before: float
     after: float
     dropped_rows: int
+    gradients_before: float | None = None
+    gradients_after: float | None = None
 
 
 class RefineWork:
@@ -74,11 +77,8 @@ class RefineWork:
         """Whether a unit is finished."""
         return unit.position in self._finished
 
-    def finish(
-        self, unit: Unit, tensors: Mapping[str, torch.Tensor], before: float, after: float, dropped_rows: int
-    ) -> None:
-        """Write a unit's factors by their names in the emulator."""
-        figures = RefinedUnit(name=unit.name, before=before, after=after, dropped_rows=dropped_rows)
+    def finish(self, unit: Unit, tensors: Mapping[str, torch.Tensor], figures: RefinedUnit) -> None:
+        """Write a unit's factors by their names in the emulator, with its figures."""
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
         self._check_unchanged()
         write_safetensors(self._file(unit), entries, {"figures": figures.model_dump_json()})

@@ -1,6 +1,6 @@
 """The settings of a refinement."""
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -18,6 +18,13 @@ class FactorTraining(Batched):
         Field(description="Initial learning rate, as a share of a factor's size."),
         Must("be above 0, for example 0.01"),
     ] = 0.01
+    backward: Annotated[
+        bool, Field(description="Also learn the gradients that flow back, by a pass back over the calibration data.")
+    ] = False
+
+    def recorded(self, *without: str) -> dict[str, Any]:
+        """Leave out the backward pass where there is none: older records stay valid."""
+        return super().recorded(*without, *(() if self.backward else ("backward",)))
 
 
 class RefineSettings(FactorTraining, Lengths, Seeded, Resumable):
@@ -30,6 +37,7 @@ class RefineKeywords(TypedDict, total=False):
     steps: int
     step_samples: int
     learning_rate: float
+    backward: bool
     samples: int
     max_length: int
     batch_size: int

@@ -2,7 +2,7 @@
 
 import torch
 
-from onelayer.compiler.codes.encode import Coded
+from onelayer.compiler.codes.encode import Coded, decode_with
 from onelayer.compiler.codes.product import coded_product
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
 from onelayer.compiler.emulators.reader import Emulator
@@ -49,8 +49,8 @@ class TrainedLinear:
         for ending, master in self.masters.items():
             master.grad = self.rounded[ending].grad
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply as the emulator does, (N, in) -> (N, out)."""
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, twice: bool = False) -> torch.Tensor:
+        """Multiply as the emulator does, (N, in) -> (N, out); with `twice`, the product has a second derivative."""
         used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
         y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
         return y if bias is None else y + bias.to(y.dtype)
@@ -85,10 +85,13 @@ class TrainedCodes(TrainedLinear):
             return master.to(torch.bfloat16).to(self.dtype)
         return super().as_stored(ending, master)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply as the emulator does, (N, in) -> (N, out)."""
-        used = self.rounded
-        y = coded_product(x, self.codes.to(x.device), used[CODEBOOK], used[SCALES], self.in_features)
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, twice: bool = False) -> torch.Tensor:
+        """Multiply as the emulator does, (N, in) -> (N, out); with `twice`, the product has a second derivative."""
+        used, codes = self.rounded, self.codes.to(x.device)
+        if twice:  # autograd's own, which keeps the weight
+            y = x @ decode_with(codes, used[CODEBOOK], used[SCALES], self.in_features).to(x.dtype).T
+        else:
+            y = coded_product(x, codes, used[CODEBOOK], used[SCALES], self.in_features)
         if UP in used:
             y = y + (x @ used[DOWN].to(x.dtype).T) @ used[UP].to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)

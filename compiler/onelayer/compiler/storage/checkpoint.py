@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.companions import companions
 from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_json
-from onelayer.compiler.storage.files import read_json
+from onelayer.compiler.storage.files import check_directory, read_json
+from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
+from onelayer.compiler.storage.gguf_format import SUFFIX, read_gguf_header
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.stamps import FileStamps
 
@@ -34,7 +36,10 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "con
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory's tensors by checkpoint name; nothing is held but the headers."""
+    """A model directory's tensors by checkpoint name; nothing is held but the headers.
+
+    Tensors of a GGUF file are read as their bytes.
+    """
 
     directory: Path
     files: tuple[Path, ...]
@@ -50,8 +55,7 @@ class Checkpoint:
     def open(cls, directory: str | Path) -> "Checkpoint":
         """Check every header below `directory`. Raises `InputError` naming the file and the remedy."""
         directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such directory; give a model directory with config.json")
+        check_directory(directory, "give a model directory with config.json")
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: has no config.json; give a transformers model directory")
         stamps = FileStamps([directory / "config.json", *companions(directory)])
@@ -62,7 +66,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[Path, dict[str, str]] = {}
         for file in files:
-            table, metadata[file] = read_header(file)
+            table, metadata[file] = read_gguf_header(file) if file.suffix == SUFFIX else read_header(file)
             for name, info in table.items():
                 if placed and placed.get(name) != file:
                     continue  # a tensor that the index places elsewhere, or not at all, is not part of the model
@@ -86,9 +90,18 @@ class Checkpoint:
         return self._counts["bytes"]
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the weights lie in a GGUF file, with names and types of its own."""
+        return self.files[0].suffix == SUFFIX
+
+    @property
     def quantization(self) -> str | None:
         """The method by which weights are quantized; None for plain weights."""
         return None
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is unpacked as it is read."""
+        return False
 
     @property
     def unpacking_bytes(self) -> int:
@@ -110,6 +123,8 @@ class Checkpoint:
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor, in its own dtype, to the host."""
         info = self.tensors[name]
+        if self.is_gguf:
+            return self.read_rows(name, 0, info.shape[0])
         self._count(info.size_bytes)
         tensor: torch.Tensor = self._handle(info.file).get_tensor(name)
         return tensor
@@ -125,7 +140,7 @@ class Checkpoint:
         row_bytes = info.size_bytes // max(1, info.shape[0])
         self._count(row_bytes * (stop - start))
         dtypes = {stored: getattr(torch, dtype) for dtype, stored in TORCH_NAMES.items()}
-        if info.dtype not in dtypes:
+        if info.dtype not in dtypes and not self.is_gguf:
             rows: torch.Tensor = self._handle(info.file).get_slice(name)[start:stop]
             return rows
         # The library reads the whole tensor for any part of it.
@@ -137,6 +152,8 @@ class Checkpoint:
                 if not (count := file.readinto(missing)):
                     raise InputError(f"{info.file}: ends within tensor {name!r}; download the file again")
                 missing = missing[count:]
+        if self.is_gguf:
+            return buffer.reshape(stop - start, row_bytes)
         return buffer.view(dtypes[info.dtype]).reshape(stop - start, *info.shape[1:])
 
     def gather_rows(self, name: str, rows: "np.ndarray[Any, np.dtype[np.int64]]") -> "torch.Tensor":
@@ -148,6 +165,8 @@ class Checkpoint:
         row_bytes = info.size_bytes // info.shape[0]
         table = np.memmap(info.file, np.uint8, mode="r", offset=info.start, shape=(info.shape[0], row_bytes))
         self._count(row_bytes * len(rows))
+        if self.is_gguf:
+            return torch.from_numpy(table[rows])
         dtype = self.read_rows(name, 0, 0).dtype
         return torch.from_numpy(table[rows]).view(dtype).reshape(len(rows), *info.shape[1:])
 
@@ -192,6 +211,11 @@ def _single_file(directory: Path) -> Path:
     for name in SINGLE_FILES:
         if (directory / name).is_file():
             return directory / name
+    packed = sorted(directory.glob(f"*{SUFFIX}"))
+    if len(packed) > 1:
+        raise InputError(f"{directory}: holds {len(packed)} GGUF files, {packed[0].name!r} first; give one of them")
+    if packed:
+        return packed[0]
     for name in PICKLES:
         if (directory / name).exists():
             raise InputError(
@@ -201,7 +225,12 @@ def _single_file(directory: Path) -> Path:
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
-    """Return a local directory, or the downloaded snapshot of a Hub id (weights, config and tokenizer only)."""
+    """Return a local directory, the one that stands for a GGUF file, or the downloaded snapshot of a Hub id.
+
+    Of a Hub id only weights, config and tokenizer are downloaded.
+    """
+    if is_gguf(Path(model)):
+        return gguf_directory(Path(model))
     if Path(model).exists():
         return Path(model)
     name = str(model)

@@ -83,6 +83,14 @@ def _finite(text: str) -> float:
 _ADDED_NAME = len("..partial-4194304.lock")
 
 
+def check_directory(directory: Path, remedy: str) -> None:
+    """Raise `InputError` if something is no directory: absent, or a file in one."""
+    if directory.is_file():
+        raise InputError(f"{directory}: is a file, not a directory; {remedy}")
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; {remedy}")
+
+
 def check_output(output: Path, *inputs: str | Path | None) -> None:
     """Refuse, before any work starts, an output directory that cannot be made.
 

@@ -19,10 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.factors.activation_factors import Compressed, compress
-from onelayer.compiler.machine.console import Progress
-from onelayer.compiler.machine.devices import forked_random, move
+from onelayer.compiler.machine.console import Shown
+from onelayer.compiler.machine.devices import forked_random, move, random_state
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import (
     Slots,
@@ -46,6 +47,7 @@ class Record:
     seed: int
     kept: UnitInputs
     slots: Slots
+    asked: Recorded | None
 
 
 @dataclass
@@ -56,28 +58,30 @@ class GradientStream(Stream):
     dropout and other noise: each call of a unit has its own seed, so that a rerun gives the same result. With `rank` (a
     number, or a share of the features), unit inputs are kept as factors of that rank plus a residual of two bits a
     value. Gradients are then approximate; the forward pass stays exact. Without `dropout`, trained batches run in
-    evaluation mode too. On the way back, `on_unit` may yield a callable that runs the unit for one call.
+    evaluation mode too. On the way back, `on_unit` may yield a callable that runs the unit for one call. With a
+    `loader`, which outlives the stream, no `with` block is needed. `is_random` tells whether random numbers were drawn.
     """
 
     trained: int = 0
     seed: int = 0
     rank: int | float | None = None
     dropout: bool = True
-    bar: Progress | None = None
+    bar: Shown | None = None
+    loader: UnitLoader | None = None
+    is_random: bool = False
     places: Sequence[int] = ()  # the numbers of the batches among those of all processes
     _records: list[tuple[int, Unit, list[Record]]] = field(default_factory=list)  # by the number of the visit
     _known: dict[int, WeakTensorKeyDictionary] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)
-    _loader: UnitLoader | None = None
 
     def __enter__(self) -> "GradientStream":
-        self._loader = UnitLoader(self.streamed, self.device, keep=True).__enter__()
+        self.loader = UnitLoader(self.streamed, self.device, keep=True).__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self._loader is not None
+        assert self.loader is not None
         self.forget()
-        self._loader.__exit__(*exception)
+        self.loader.__exit__(*exception)
 
     def forget(self) -> None:
         """Drop everything that a forward pass kept."""
@@ -91,20 +95,20 @@ class GradientStream(Stream):
         self._known = {index: WeakTensorKeyDictionary() for index in range(self.trained)}
         super().run(batches, consume)
         self._known.clear()
-        assert self._loader is not None
-        self._loader.forget_ahead()
+        assert self.loader is not None
+        self.loader.forget_ahead()
 
     def reverse(self) -> None:
         """Run the pass back: add the gradients of all trained batches to `.grad` of every trained parameter."""
-        assert self._loader is not None
+        assert self.loader is not None
         with torch.no_grad(), self.progress() as bar:
             while (latest := self._latest_visit()) is not None:
                 visit, position = latest
                 unit, records = self.streamed.units[position], list[Record]()
                 if self._records and self._records[-1][0] == visit:
                     records = self._records.pop()[2]
-                with self._loader.hold(unit):
-                    self._loader.read_ahead(self._records[-1][1] if self._records else None)
+                with self.loader.hold(unit):
+                    self.loader.read_ahead(self._records[-1][1] if self._records else None)
                     with nullcontext() if self.on_unit is None else self.on_unit(unit) as run:
                         self._reverse_unit(unit, records, run)
                 return_free_memory()
@@ -132,7 +136,8 @@ class GradientStream(Stream):
         record.kept.check_unchanged()
         forward = None if run is None else lambda *args, **kwargs: run(record.index, args, kwargs)
         with torch.enable_grad():
-            outputs, leaves = rerun(unit, record.kept, self.device, forward)
+            outputs, leaves = rerun(unit, record.kept, self.device, forward, record.asked)
+        self.watch_rerun(unit, record, outputs)
         pairs = [
             (output, slot.to(output.device))
             for output, slot in zip(outputs, record.slots, strict=True)
@@ -143,6 +148,13 @@ class GradientStream(Stream):
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
             record.kept.send_gradients(leaves)
+            self._hold_gradients(record.index)
+
+    def _hold_gradients(self, index: int) -> None:
+        """Let the pool hold the gradients of a batch that wait for the unit before."""
+        for record in self._records[-1][2] if self._records else ():
+            if record.index == index:
+                self.spill_pool.hold(record.slots)
 
     # ---- what the forward pass overrides ---------------------------------------------------------------------------
 
@@ -155,15 +167,16 @@ class GradientStream(Stream):
         inputs = with_contents((visit.args, visit.kwargs))
         kept = UnitInputs.of(inputs, self._known[visit.index], shrink)
         self.spill_pool.hold(kept.tensors)
-        with self._random(seed):
+        with self._random(seed), recording(visit.asked) as recorded:
             here = move(inputs, self.device)
-            outputs = move(call_with_containers(partial(run, visit.index), *here), HOST)
+            outputs = move((call_with_containers(partial(run, visit.index), *here), recorded), HOST)
         if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
             outputs, slots = cut_graph(outputs)
             if not self._records or self._records[-1][0] != self.visits:
                 self._records.append((self.visits, visit.unit, []))
-            self._records[-1][2].append(Record(visit.index, seed, kept, slots))
-        return fill_containers(inputs[0], outputs)
+            self._records[-1][2].append(Record(visit.index, seed, kept, slots, visit.asked))
+        hand_over(outputs[1], visit.asked)
+        return fill_containers(inputs[0], outputs[0])
 
     def _shrunk(self, seed: int, tensor: torch.Tensor) -> Compressed:
         assert self.rank is not None
@@ -173,6 +186,9 @@ class GradientStream(Stream):
     def wants_gradients(self, unit: Unit) -> bool:
         """Whether a unit needs gradients of its own; the way back ends at the first one that does."""
         return any(parameter.requires_grad for parameter in unit.module.parameters())
+
+    def watch_rerun(self, unit: Unit, record: Record, outputs: list[torch.Tensor]) -> None:
+        """Take what a unit gives when it runs again; `record.slots` hold the gradients of the outputs."""
 
     def records_gradients(self, index: int) -> bool:
         """Whether autograd records the code between units: for the batches that are trained on."""
@@ -188,8 +204,8 @@ class GradientStream(Stream):
 
     def loading(self) -> Any:
         """Return one loader for all passes, so that the unit at which a pass ends is held when the next begins."""
-        assert self._loader is not None
-        return nullcontext(self._loader)
+        assert self.loader is not None
+        return nullcontext(self.loader)
 
     def progress(self) -> Any:
         """Return the bar of the whole work, or else one of this pass."""
@@ -207,7 +223,9 @@ class GradientStream(Stream):
         """Draw random numbers from a seed; restore the caller's generators on exit."""
         with forked_random(self.device):
             torch.manual_seed(seed)
+            before = random_state(self.device)
             yield
+            self.is_random |= not all(map(torch.equal, before, random_state(self.device)))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A tensor moves when the same tensor object gets another storage. So every refere
 the frames of the model's own code.
 """
 
+import errno
 import os
 import tempfile
 import weakref
@@ -73,7 +74,7 @@ class SpillPool:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=directory)
         try:
-            os.truncate(descriptor, tensor.nbytes)
+            self._allocate(descriptor, tensor.nbytes, directory)
             mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             os.close(descriptor)
@@ -87,3 +88,22 @@ class SpillPool:
         if self._freed_bytes >= MOST_FREED_BYTES:
             return_free_memory()
             self._freed_bytes = 0
+
+    def _allocate(self, descriptor: int, size_bytes: int, directory: Path) -> None:
+        """Reserve the blocks of a file now: on a full disk the kernel would kill who writes to a mapping without them.
+
+        Raises `OSError` with the remedy if the disk is full.
+        """
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size_bytes)
+            else:
+                os.truncate(descriptor, size_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"{directory}: the disk is full, {size_bytes} more bytes of waiting states do not fit next to the "
+                f"{self.spilled_bytes} written so far; make room, or set ONELAYER_HOME to a folder on another disk",
+            ) from error

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
+from torch.utils._pytree import tree_leaves
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
@@ -23,21 +24,26 @@ from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.units import Unit
+from onelayer.compiler.models.units import Unit, hidden_forwards
+from onelayer.compiler.streaming.recorded_outputs import Recorded, asked_outputs, hand_over, recording
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.unit_loader import UnitLoader
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass
 class ParkedBatch:
-    """One batch parked at one unit: the arguments of the call, and whether the calling code records gradients."""
+    """One batch parked at one unit: the arguments of the call, and whether the calling code records gradients.
+
+    `asked` is what the model was asked to return from inside its units.
+    """
 
     unit: Unit
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grad_enabled: bool
+    asked: Recorded | None = None
     index: int = -1
     resume: greenlet | None = None
 
@@ -52,8 +58,8 @@ class Stream:
 
     `on_unit(unit)` is a context manager that is entered when the unit's weights are held and left when all batches have
     run. It yields a callable that runs the unit for one batch instead of the plain call, or None. Batches parked at the
-    same unit run in the order of `priority(index)`, lowest first. The processes of `team` stream the same units, each
-    for batches of its own.
+    same unit run in the order of `priority(index)`, lowest first. `call` is what batches run through: the model, unless
+    given. The processes of `team` stream the same units, each for batches of its own.
     """
 
     streamed: StreamedModel
@@ -64,11 +70,12 @@ class Stream:
     stop_after: int | None = None
     priority: Callable[[int], Any] = int
     description: str = "stream"
+    call: Callable[..., Any] | None = None
     team: Processes = field(default_factory=Processes)
     visits: int = 0  # of units, by all processes together
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
-        """Run `model(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
+        """Run `call(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
 
         With `stop_after`, the pass ends when every unit up to that position has run and every batch is past it; batches
         that were stopped deliver no outputs. Raises `BatchError` from the first failure; no batch is left hanging.
@@ -125,9 +132,10 @@ class Stream:
         token of the batch is a position. Models that count positions from 2 have two fewer positions than rows.
         """
         try:
-            return self.streamed.model(**batch)
+            return (self.call or self.streamed.model)(**batch)
         except OutsideTableError as error:
-            ids = [tensor for tensor in batch.values() if tensor.dim() == 2 and not tensor.is_floating_point()]
+            tensors = [leaf for leaf in tree_leaves(dict(batch)) if isinstance(leaf, torch.Tensor)]
+            ids = [tensor for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()]
             length = max((tensor.shape[1] for tensor in ids), default=0)
             limit = min(error.rows, error.rows - error.index + length - 1)
             if limit < 2 or any(error.index == int(tensor.max()) for tensor in ids):
@@ -170,7 +178,10 @@ class Stream:
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the resident unit for one parked batch; return its output on the host."""
         args, kwargs = move((visit.args, visit.kwargs), self.device)
-        return move(run(visit.index, args, kwargs), torch.device("cpu"))
+        with recording(visit.asked) as recorded:
+            output, recorded = move((run(visit.index, args, kwargs), recorded), torch.device("cpu"))
+        hand_over(recorded, visit.asked)
+        return output
 
     def records_gradients(self, index: int) -> bool:
         """Whether autograd records the code between units for a batch."""
@@ -196,20 +207,12 @@ class Stream:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 scheduler = getcurrent().parent
                 assert scheduler is not None, f"{unit.name} was called outside the stream"
-                return scheduler.switch(ParkedBatch(unit, args, kwargs, torch.is_grad_enabled()))
+                return scheduler.switch(ParkedBatch(unit, args, kwargs, torch.is_grad_enabled(), asked_outputs()))
 
             return forward
 
-        stubbed = []
-        try:
-            for unit in self.streamed.units:
-                # An instance attribute hides the class's forward from `__call__` and is gone when deleted.
-                unit.module.forward = stub(unit)
-                stubbed.append(unit.module)
+        with hidden_forwards({unit.module: stub(unit) for unit in self.streamed.units}):
             yield
-        finally:
-            for module in stubbed:
-                del module.forward
 
     @contextmanager
     def _name_failure(self, index: int, unit: Unit | None) -> Iterator[None]:

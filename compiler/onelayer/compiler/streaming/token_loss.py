@@ -5,7 +5,7 @@ N predicted tokens, S a slice of the vocabulary, H hidden size.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.distributed import Processes
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import BY_SLICES, DeferredLogits
 from onelayer.compiler.models.unit_memory import SLICE_BYTES
 from onelayer.compiler.streaming.token_scores import TokenScores
 
@@ -83,7 +83,7 @@ class TokenLoss:
 
     def finish(self) -> bool:
         """Read the head, fill in the losses, send gradients back; False, and none sent, where a loss is not finite."""
-        for index, rows, weight, start in self._slices(range(len(self.batches))):
+        for index, rows, weight, start in _slices(self._waiting, range(len(self.batches))):
             waiting = self._waiting[index]
             logits_NS = waiting.logits.slice_of(waiting.hidden[rows].detach().to(self.device), weight, *start)
             waiting.scores.update(rows, logits_NS, start[0])
@@ -99,20 +99,6 @@ class TokenLoss:
         self._send_back()
         return True
 
-    def _slices(self, indices: Sequence[int]) -> Iterator[tuple[int, slice, torch.Tensor, tuple[int, int]]]:
-        """Every slice of the head once, with every piece of the waiting predictions that is as small as a slice."""
-        waiting = [index for index in indices if index in self._waiting]
-        if not waiting:
-            return
-        head = self._waiting[waiting[0]].logits.head
-        for start, stop in head.row_slices():
-            weight = head.read(start, stop).to(self.device)
-            step = max(1, SLICE_BYTES // (4 * (stop - start)))
-            for index in waiting:
-                count = len(self._waiting[index].hidden)
-                for first in range(0, count, step):
-                    yield index, slice(first, min(first + step, count)), weight, (start, stop)
-
     def _send_back(self) -> None:
         scale = 1 / max(1, self.trained_tokens)
         gradients = {
@@ -120,7 +106,7 @@ class TokenLoss:
             for index, waiting in self._waiting.items()
             if index < self.trained and waiting.hidden.requires_grad
         }
-        for index, rows, weight, start in self._slices(sorted(gradients)):
+        for index, rows, weight, start in _slices(self._waiting, sorted(gradients)):
             waiting = self._waiting[index]
             part = _slice_gradient(waiting, rows, weight, start, scale)
             gradients[index][rows] += part.to("cpu", torch.float32)
@@ -131,8 +117,25 @@ class TokenLoss:
         self._waiting.clear()
 
 
+def _slices(
+    waiting: Mapping[int, _Waiting], indices: Iterable[int]
+) -> Iterator[tuple[int, slice, torch.Tensor, tuple[int, int]]]:
+    """Every slice of the head once, with every piece of the waiting predictions that is as small as a slice."""
+    present = [index for index in indices if index in waiting]
+    if not present:
+        return
+    head, device = waiting[present[0]].logits.head, waiting[present[0]].scores.labels_N.device
+    for start, stop in head.row_slices():
+        weight = head.read(start, stop).to(device)
+        step = max(1, SLICE_BYTES // (4 * (stop - start)))
+        for index in present:
+            count = len(waiting[index].hidden)
+            for first in range(0, count, step):
+                yield index, slice(first, min(first + step, count)), weight, (start, stop)
+
+
 def _slice_gradient(
-    waiting: _Waiting, rows: slice, weight: torch.Tensor, bounds: tuple[int, int], scale: float
+    waiting: _Waiting, rows: slice, weight: torch.Tensor, bounds: tuple[int, int], scale: float | torch.Tensor
 ) -> torch.Tensor:
     """What one slice of the vocabulary adds to the gradient at some hidden states: (softmax - one hot) W, scaled."""
     start, stop = bounds
@@ -146,3 +149,44 @@ def _slice_gradient(
     gradient_NS.scatter_add_(1, places_N[:, None], -inside_N[:, None])
     (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, (gradient_NS * scale).to(logits_NS.dtype))
     return gradient_NH
+
+
+class _SlicedLosses(torch.autograd.Function):
+    """The cross-entropies (N,) of predictions with deferred logits; forward and backward read the head once each."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: torch.Tensor, logits: DeferredLogits, labels_N: torch.Tensor) -> torch.Tensor:
+        waiting = ctx.waiting = _Waiting(logits, hidden_NH.detach(), TokenScores(labels_N))
+        for _, rows, weight, bounds in _slices({0: waiting}, [0]):
+            waiting.scores.update(rows, logits.slice_of(waiting.hidden[rows], weight, *bounds), bounds[0])
+        return waiting.scores.losses.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        waiting: _Waiting = ctx.waiting
+        total_NH = torch.zeros(waiting.hidden.shape, dtype=torch.float32, device=waiting.hidden.device)
+        with torch.no_grad():
+            for _, rows, weight, bounds in _slices({0: waiting}, [0]):
+                total_NH[rows] += _slice_gradient(waiting, rows, weight, bounds, gradient_N[rows, None].float())
+        return total_NH.to(waiting.hidden.dtype), None, None
+
+
+def cross_entropy(input: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Compute `torch.nn.functional.cross_entropy` of deferred logits (N, vocabulary) and labels (N,) by slices.
+
+    Class weights, label smoothing and other shapes need the logits whole: for these it returns NotImplemented.
+    """
+    ignored, reduction = kwargs.pop("ignore_index", IGNORED), kwargs.pop("reduction", "mean")
+    is_plain = not args and all(not value for value in kwargs.values())  # None, or no label smoothing
+    if not (is_plain and isinstance(input, DeferredLogits) and input.dim() == 2 and target.dim() == 1):
+        return NotImplemented
+    counted = target != ignored
+    losses_N: torch.Tensor = _SlicedLosses.apply(  # type: ignore[no-untyped-call]
+        input.hidden[counted], input, target[counted]
+    )
+    if reduction == "none":
+        return losses_N.new_zeros(len(target)).masked_scatter(counted, losses_N)
+    return losses_N.sum() if reduction == "sum" else losses_N.sum() / len(losses_N)
+
+
+BY_SLICES[torch.nn.functional.cross_entropy] = cross_entropy

@@ -18,8 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed, ExactTensor
-from onelayer.compiler.models.lazy_tensors import DeferredLogits
+from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.recorded_outputs import Recorded, recording
 
 Slots = list[torch.Tensor | None]
 
@@ -165,16 +166,21 @@ class UnitInputs:
 
 
 def rerun(
-    unit: Unit, kept: UnitInputs, device: torch.device, forward: Callable[..., Any] | None = None
+    unit: Unit,
+    kept: UnitInputs,
+    device: torch.device,
+    forward: Callable[..., Any] | None = None,
+    asked: Recorded | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Run a resident unit again, by `forward` if given; return its differentiable outputs and the leaves.
 
-    `send_gradients` takes the leaves.
+    `send_gradients` takes the leaves. `asked` is what it has to record inside.
     """
     (arguments, contents), leaves = kept.rebuild(device)
     run = forward or unit.forward
-    outputs = call_with_containers(lambda args, kwargs: run(*args, **kwargs), arguments, contents)
-    return differentiable(outputs), leaves
+    with recording(asked) as recorded:
+        outputs = call_with_containers(lambda args, kwargs: run(*args, **kwargs), arguments, contents)
+    return differentiable((outputs, recorded)), leaves
 
 
 def _versions(leaves: Iterable[Any]) -> list[int]:

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from onelayer.compiler.emulators.facts import EmulatorFacts
 from onelayer.compiler.factors.offsets import CodedOffset
+from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import widest
@@ -25,7 +26,10 @@ from onelayer.compiler.streaming.stream import Batch
 from onelayer.runtime.anchors.hooks import AnchorHooks
 from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units, emulated_modules
 from onelayer.runtime.anchors.report import AnchorReport
-from onelayer.runtime.anchors.stream import HOST, OffsetStream, Shown
+from onelayer.runtime.anchors.stream import HOST, OffsetStream
+
+# What a collated batch of preferences holds for the loss alone.
+PREFERENCE_INPUTS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 
 
 class Anchors:
@@ -112,6 +116,8 @@ class Anchors:
 def model_inputs(batch: Mapping[str, Any], adapted: PeftModel) -> Batch:
     """Return what the model is called with for a collated batch, on the host, without what only the loss needs."""
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    for name in PREFERENCE_INPUTS & inputs.keys():
+        del inputs[name]
     labels = inputs.pop("labels", None)
     base: Any = adapted.get_base_model()
     if base.config.is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
@@ -133,4 +139,4 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def _tokens(batch: Batch) -> int:
     """Count the tokens of a batch, padding included; an encoder-decoder's on the longer side."""
-    return max(tensor.numel() for tensor in batch.values() if tensor.ndim == 2)
+    return max(int(tensor.numel()) for tensor in batch.values() if tensor.ndim == 2)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,19 +17,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.offsets import CodedOffset, code_offset
+from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 from onelayer.runtime.anchors.hidden_states import hidden_state
 
 HOST = torch.device("cpu")
-
-
-class Shown(Protocol):
-    """A progress bar."""
-
-    def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
-        """Show that `count` units are done."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from onelayer.runtime.cli.options import (
     Json,
     Output,
     Weights,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.reporting import summaries
@@ -35,7 +36,13 @@ EvalData = Annotated[
     ),
 ]
 
+ScoredData = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DATA", help="Held-out data whose loss is shown while training; may be repeated."),
+]
 
+
+@reads_data
 @settings_options(PolishKeywords, PolishSettings, omit=("revision",), after={"eval_data": "max_length"})
 def polish(
     model: Annotated[str, typer.Option(help="The original: model directory or Hub id.")],
@@ -66,6 +73,7 @@ def polish(
     )
 
 
+@reads_data
 @settings_options(CorrectKeywords, CorrectSettings, omit=("max_length", "batch_size", "device", "host_memory_bytes"))
 def correct(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter trained on the emulator.")],
@@ -116,13 +124,19 @@ def merge(
     print_result(lambda: merge_adapter(adapter, model=model, output=output, weight=weight), summary, as_json)
 
 
-@settings_options(TrainKeywords, TrainSettings, omit=("lora", "args"), after={"model": "activation_report"})
+@reads_data
+@settings_options(
+    TrainKeywords, TrainSettings, omit=("lora", "args"), after={"eval_data": "dropout", "model": "activation_report"}
+)
 def train(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator (or any model) directory.")],
     data: Data,
     output: Output,
     *,
-    model: Annotated[str | None, typer.Option(help="The original, for --anchor-every: directory or Hub id.")] = None,
+    eval_data: ScoredData = None,
+    model: Annotated[
+        str | None, typer.Option(help="The original, for --anchor-every, dpo and kto: directory or Hub id.")
+    ] = None,
     as_json: Json = False,
     **settings: Unpack[TrainKeywords],
 ) -> None:
@@ -136,11 +150,12 @@ def train(
       onelayer train emulator --data train.jsonl --max-steps 500 --output adapter
       onelayer train emulator --data train.jsonl --activations sublayer --activation-rank auto --output adapter
       onelayer train emulator --model ./llama-8b --anchor-every 10 --data train.jsonl --output adapter
+      onelayer train emulator --model ./llama-8b --method dpo --data preferences.jsonl --output adapter
     """
     from onelayer.runtime import train_lora
 
     print_result(
-        lambda: train_lora(emulator, data, output, model=model, **settings),
+        lambda: train_lora(emulator, data, output, model=model, eval_data=eval_data or None, **settings),
         summary,
         as_json,
     )

@@ -18,7 +18,9 @@ def print_result(work: Callable[[], Any], summary: Callable[[Any], str], as_json
         result = work()
         document = result if isinstance(result, dict | list) else result.model_dump(mode="json")
     if processes().is_first:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else summary(document))
+        typer.echo(
+            json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) if as_json else summary(document)
+        )
     return result
 
 

@@ -15,12 +15,14 @@ from onelayer.runtime.cli.options import (
     Json,
     Output,
     Ratio,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.tables import summary
 
 
+@reads_data
 @settings_options(CompileKeywords, CompileSettings, omit=("revision",), after={"memory_bytes": "keep_bytes"})
 def compile_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],
@@ -48,13 +50,10 @@ def compile_(
 
         if settings["ratio"] is not None or settings["keep_bytes"] is not None:
             raise InputError("--memory: chooses the ratio; leave --ratio and --keep-bytes out")
-        if settings["form"] == "coded":
-            raise InputError("--memory: chooses the size of factors; give --keep-bytes with --form coded")
-        allocation = settings["rank_allocation"] or "spectrum"
         tokens = settings["batch_size"] * settings["max_length"]
-        dtype = settings["factor_dtype"]
-        ratio, dtype = size_for(model, memory_bytes, dtype, allocation, compile_tokens=tokens)
-        settings |= {"ratio": ratio, "factor_dtype": dtype, "rank_allocation": allocation}
+        dtype, allocation, form = settings["factor_dtype"], settings["rank_allocation"], settings["form"]
+        size = size_for(model, memory_bytes, dtype, allocation, form=form, compile_tokens=tokens)
+        settings.update(size.compile_settings(allocation or "spectrum"))  # type: ignore[typeddict-item]
     print_result(
         lambda: compile_emulator(model, calibration, output, **settings),
         summaries.compile_summary,
@@ -62,6 +61,7 @@ def compile_(
     )
 
 
+@reads_data
 @settings_options(RefineKeywords, RefineSettings)
 def refine(
     emulator: Annotated[Path, typer.Argument(metavar="EMULATOR", help="Emulator directory.")],

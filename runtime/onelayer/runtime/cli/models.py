@@ -5,7 +5,7 @@ from typing import Annotated, TypedDict, Unpack
 
 import typer
 
-from onelayer.compiler.compile.settings import CompileSettings
+from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.runtime.cli.command import print_result
@@ -16,6 +16,7 @@ from onelayer.runtime.cli.options import (
     Json,
     Memory,
     Plot,
+    reads_data,
     settings_options,
 )
 from onelayer.runtime.generation.settings import GenerateKeywords, GenerateSettings
@@ -30,9 +31,12 @@ class PlanKeywords(TypedDict, total=False):
     max_length: int
     batch_size: int
     lora_rank: int
+    max_steps: int | None
     factor_dtype: FactorDtype | None
+    form: Form
 
 
+@reads_data
 @settings_options(EvaluateKeywords, EvaluateSettings, omit=("revision", "host_memory_bytes"))
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or Hub id.")],
@@ -124,6 +128,10 @@ def plan(
         Path | None,
         typer.Option(metavar="DIR", help="An emulator of MODEL; its spectra predict what each choice loses."),
     ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Time for a training of --max-steps; chooses how often anchors are renewed."),
+    ] = None,
     as_json: Json = False,
     **settings: Unpack[PlanKeywords],
 ) -> None:
@@ -135,12 +143,13 @@ def plan(
         \b
         Example:
           onelayer plan ./llama-8b --memory 16GiB
+          onelayer plan ./llama-8b --memory 16GiB --max-steps 500 --hours 2
           onelayer plan ./llama-70b --memory 24GiB --max-length 1024 --batch-size 4 --json
     """
     from onelayer.runtime.planning.plan import plan_run
 
     print_result(
-        lambda: plan_run(model, memory_bytes, emulator=emulator, **settings),
+        lambda: plan_run(model, memory_bytes, emulator=emulator, hours=hours, **settings),
         plan_summary,
         as_json,
     )

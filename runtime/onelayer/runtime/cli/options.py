@@ -6,6 +6,7 @@ The options of a pass come from its settings model (`settings_options`); this mo
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ParamSpec, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from annotated_types import Ge, Gt
 from pydantic import BaseModel
 
 from onelayer.compiler.settings import Option, marker, members
+from onelayer.compiler.sources.data_set import data_set, parse_columns
 from onelayer.runtime.sizes import parse_size
 
 
@@ -66,10 +68,18 @@ Data = Annotated[
     list[str],
     typer.Option(
         metavar="DATA",
-        help="A .jsonl, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and label; may be "
-        "repeated.",
+        help="A .jsonl, .json, .csv, .txt or .parquet file, a directory, or a Hub id; rows for a classifier: text and "
+        "label; may be repeated.",
     ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Names of the data's columns, like prompt=question,completion=answer."),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Split of Hub data (train if not given), or of the files of a directory.")
+]
+Config = Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")]
 Calibration = Annotated[
     list[str],
     typer.Option(metavar="DATA", help="Text similar to your tasks': file, directory or Hub id; may be repeated."),
@@ -149,6 +159,32 @@ def settings_options(
         return command
 
     return decorate
+
+
+def reads_data(command: Callable[P, None]) -> Callable[P, None]:
+    """Give a command the options that say more about all its data than their paths."""
+    added = {"columns": Columns, "split": Split, "config": Config}
+
+    @wraps(command)
+    def with_sources(*args: P.args, **kwargs: P.kwargs) -> None:
+        columns, split, config = (kwargs.pop(name, None) for name in added)
+        names = None if columns is None else parse_columns(str(columns))
+        details: dict[str, Any] = {"split": split, "config": config, "columns": names}
+        for name in ("data", "calibration", "eval_data"):
+            paths: Any = kwargs.get(name)
+            if paths and any(value is not None for value in details.values()):
+                kwargs[name] = [data_set(path, **details) for path in paths]
+        command(*args, **kwargs)
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in added.items()
+    ]
+    signature = inspect.signature(command)
+    with_sources.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *parameters]
+    )
+    return with_sources
 
 
 def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:

@@ -32,8 +32,8 @@ def generate_text(
 ) -> GenerateResult:
     """Continue a prompt, or answer it if the model has a chat template, with an adapter if there is one.
 
-    `model` is a directory or a Hub id of an original, a merged model or an emulator. Raises `InputError` for a model
-    that writes no text, a damaged directory, or an adapter of other modules.
+    `model` is a directory, a GGUF file or a Hub id of an original, a merged model or an emulator. Raises `InputError`
+    for a model that writes no text, a damaged directory, or an adapter of other modules.
     """
     asked = GenerateSettings.of(settings)
     if not prompt:
@@ -82,13 +82,16 @@ def _loaded(directory: Path, adapter: str | Path | None) -> Any:
     from onelayer.compiler.models.transformers_models import load_config, model_class
     from onelayer.compiler.storage.checkpoint import Checkpoint
 
-    Checkpoint.open(directory)
-    cls = model_class(load_config(directory), directory)
+    checkpoint, config = Checkpoint.open(directory), load_config(directory)
+    cls = model_class(config, directory)
     if not cls.can_generate():
         raise InputError(f"{directory}: {cls.__name__} writes no text; give a language model")
     if adapter is not None:
         Adapter.open(adapter)
-    model: Any = cls.from_pretrained(directory, device_map="auto")
+    packed: dict[str, Any] = (
+        {"gguf_file": checkpoint.files[0].name, "dtype": config.dtype} if checkpoint.is_gguf else {}
+    )
+    model: Any = cls.from_pretrained(directory, device_map="auto", **packed)
     if adapter is not None:
         from peft import PeftModel
 

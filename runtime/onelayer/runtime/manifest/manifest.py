@@ -11,6 +11,7 @@ from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
 from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.compiler.settings import Seeded
 from onelayer.runtime.manifest.sections import (
+    Anchor,
     Correct,
     Emulator,
     Model,
@@ -23,8 +24,7 @@ from onelayer.runtime.manifest.sections import (
 )
 from onelayer.runtime.manifest.values import Folder, TaskName
 from onelayer.runtime.manifest.yaml_file import read_yaml
-from onelayer.runtime.training.settings import REFUSED_ARGS
-from onelayer.runtime.training.trainer_args import trainer_args_model
+from onelayer.runtime.training.trainer_args import METHODS, Method, refused_args, reporter_fault, trainer_args_model
 
 
 class Manifest(Seeded, Section):
@@ -47,6 +47,22 @@ class Manifest(Seeded, Section):
         """The file this was read from."""
         return self._path
 
+    @property
+    def may_be_coded(self) -> bool:
+        """Whether the emulator may consist of codes: nothing asks for factors, and no task for a slice."""
+        emulator = self.emulator
+        if emulator is None or any(task.ratio is not None for task in self.tasks.values()):
+            return False
+        return emulator.form == "coded" or (
+            emulator.form == "auto"
+            and (emulator.ratio, emulator.factor_dtype, emulator.rank_allocation) == (None, None, None)
+        )
+
+    @property
+    def prefers_codes(self) -> bool:
+        """Whether an emulator of a share of bytes becomes codes if the linears are wide enough."""
+        return self.may_be_coded and self.emulator is not None and self.emulator.prefers_codes
+
     def training(self, task_name: str) -> Training:
         """Return a task's training: its sections merged key by key over the defaults, with its own `max_length`.
 
@@ -58,16 +74,25 @@ class Manifest(Seeded, Section):
         merged = {**self.train.args, **task.args}
         args = {name: value for name, value in merged.items() if value is not None}
         return Training(
+            method=self.train.method,
             lora=lora,
             activations=activations,
-            anchor=self.train.anchor,
+            anchor=self._anchor(task),
             args=args,
             max_length=task.max_length or self.train.max_length,
         )
 
+    def _anchor(self, task: Task) -> Anchor | None:
+        """Return a task's anchors: its own settings over the common ones; none if either says so last."""
+        if "anchor" not in task.model_fields_set:
+            return self.train.anchor
+        return None if task.anchor is None else overridden(self.train.anchor or Anchor(), task.anchor)
+
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
         """Return the limit of a task's correction."""
-        return chosen_limit(self.correct.limit, self.tasks[task_name].validation is not None)
+        # The loss of chosen answers says little of an adapter that learned preferences.
+        by_loss = self.train.method == "sft" and self.tasks[task_name].validation is not None
+        return chosen_limit(self.correct.limit, by_loss)
 
     def polishing(self, task_name: str) -> Polish | None:
         """Return a task's exact steps, its own settings over the common ones; None if neither asks for any."""
@@ -84,14 +109,15 @@ def load_manifest(path: str | Path) -> Manifest:
             f"{path}: a manifest is a mapping with version, model, emulator and tasks; see manifests/README.md"
         )
     for block, where in args_blocks(document):
-        faults += check_args(block, where)
+        faults += check_args(block, where, method_of(document))
     try:
         manifest = Manifest.model_validate(document, context={"folder": path.absolute().parent})
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
-        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest)
+        faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
         faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
+        faults += _impossible_preferences(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest._path = path.resolve()
@@ -116,11 +142,43 @@ def _nothing_to_choose_by(manifest: Manifest) -> list[Fault]:
     ]
 
 
+def _nothing_to_score(manifest: Manifest) -> list[Fault]:
+    """Find tasks without the data that `eval_steps` asks to score."""
+    return [
+        (("tasks", name, "validation"), "is missing, `eval_steps` scores held-out data while training")
+        for name, task in manifest.tasks.items()
+        if manifest.training(name).args.get("eval_steps") is not None and task.validation is None
+    ]
+
+
 def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
-    """A fault if the original is trained itself, which needs no anchors."""
-    if manifest.train.anchor is None or manifest.emulator is not None:
+    """Find anchors where the original is trained itself, which needs none."""
+    places: list[tuple[Location, Anchor | None]] = [(("train", "anchor"), manifest.train.anchor)]
+    places += [(("tasks", name, "anchor"), task.anchor) for name, task in manifest.tasks.items()]
+    if manifest.emulator is not None:
         return []
-    return [(("train", "anchor"), "there is no emulator, add one or leave the anchor out")]
+    text = "there is no emulator, add one or leave the anchor out"
+    return [(where, text) for where, anchor in places if anchor is not None]
+
+
+def _impossible_preferences(manifest: Manifest) -> list[Fault]:
+    """Find what does not go with preferences."""
+    if manifest.train.method == "sft":
+        return []
+    faults: list[Fault] = [
+        (("tasks", name, "polish"), "exact steps learn answers, not preferences, leave it out")
+        for name in manifest.tasks
+        if manifest.polishing(name) is not None
+    ]
+    if manifest.correct.limit == "auto":
+        faults.append((("correct", "limit"), "auto chooses by the loss on answers, give a number or none"))
+    if manifest.train.method == "kto":
+        faults += [
+            (("tasks", name), "kto cannot be anchored, use dpo or leave the anchor out")
+            for name in manifest.tasks
+            if manifest.training(name).anchor is not None
+        ]
+    return faults
 
 
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:
@@ -143,16 +201,17 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
 
 
 def _impossible_codes(manifest: Manifest) -> list[Fault]:
-    """Find what does not go with an emulator of codes."""
+    """Find what does not go with an emulator of codes, or only with one."""
     emulator = manifest.emulator
-    if emulator is None or emulator.form != "coded":
-        faulty = emulator is not None and emulator.backward
-        return [(("emulator", "backward"), "only codes are weighted by gradients, set form: coded")] if faulty else []
-    faults: list[Fault] = [
-        (("emulator", name), "the size of codes is a share of bytes, give keep_bytes")
-        for name in ("ratio", "memory")
-        if getattr(emulator, name) is not None
-    ]
+    if emulator is None:
+        return []
+    faults: list[Fault] = []
+    if emulator.backward and not (manifest.prefers_codes or (emulator.memory is not None and manifest.may_be_coded)):
+        faults.append((("emulator", "backward"), "only codes are weighted by gradients, set form: coded"))
+    if emulator.form != "coded":
+        return faults
+    if emulator.ratio is not None:
+        faults.append((("emulator", "ratio"), "the size of codes is a share of bytes, give keep_bytes"))
     return faults + [
         (("tasks", name, "ratio"), "an emulator of codes cannot be sliced, leave it out")
         for name, task in manifest.tasks.items()
@@ -180,22 +239,30 @@ def check_tasks(manifest: Manifest, tasks: list[str] | None) -> list[str]:
 def manifest_schema() -> dict[str, Any]:
     """Build the JSON Schema of a manifest, for editors that complete and check YAML."""
     schema = Manifest.model_json_schema()
-    args_model = trainer_args_model()
-    if args_model is not None:
-        schema["$defs"]["TrainerArgs"] = args_model.model_json_schema()
+    models = {method: trainer_args_model(method) for method in METHODS}
+    known = [model.model_json_schema()["properties"] for model in models.values() if model is not None]
+    if known:
+        names = {name: field for fields in reversed(known) for name, field in fields.items()}
+        schema["$defs"]["TrainerArgs"] = {"type": "object", "additionalProperties": False, "properties": names}
         for owner in ("Training", "Task"):
             schema["$defs"][owner]["properties"]["args"] = {"$ref": "#/$defs/TrainerArgs"}
     return schema
 
 
-# Arguments of SFTConfig that training always refuses, and those that a manifest sets elsewhere, with the place.
+# Arguments that a manifest sets elsewhere, with the place.
 _RESERVED_ARGS = {
-    **{name: f"cannot be set here, {remedy}" for name, remedy in REFUSED_ARGS.items()},
     "output_dir": "not here, the store decides where results go",
     "resume_from_checkpoint": "not here, an interrupted training is resumed by running the manifest again",
     "seed": "not here, set the manifest's top-level `seed`",
     "max_length": "not here, set `max_length` under `train` or the task",
 }
+
+
+def method_of(document: dict[str, Any]) -> Method:
+    """Return the method of an unchecked document; `sft` if it names none that exists."""
+    train = document.get("train")
+    named = train.get("method") if isinstance(train, dict) else None
+    return next((method for method in METHODS if method == named), METHODS[0])
 
 
 def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location]]:
@@ -210,13 +277,16 @@ def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location
     ]
 
 
-def check_args(block: dict[str, Any], where: Location) -> list[Fault]:
-    """Check one `args:` mapping against SFTConfig and put the coerced values in its place."""
-    faults: list[Fault] = [((*where, name), _RESERVED_ARGS[name]) for name in block if name in _RESERVED_ARGS]
-    args_model = trainer_args_model()
+def check_args(block: dict[str, Any], where: Location, method: Method) -> list[Fault]:
+    """Check one `args:` mapping against the method's configuration and put the coerced values in its place."""
+    refused = {name: f"cannot be set here, {remedy}" for name, remedy in refused_args(method).items()} | _RESERVED_ARGS
+    faults: list[Fault] = [((*where, name), refused[name]) for name in block if name in refused]
+    args_model = trainer_args_model(method)
     if args_model is None:  # without the training extra no name can be checked; the train step names what to install
         return faults
-    allowed = {name: value for name, value in block.items() if name not in _RESERVED_ARGS}
+    if (fault := reporter_fault(block.get("report_to"))) is not None:
+        faults.append(((*where, "report_to"), fault))
+    allowed = {name: value for name, value in block.items() if name not in refused}
     try:
         block.update(args_model.model_validate(allowed).model_dump(exclude_unset=True))
     except ValidationError as error:

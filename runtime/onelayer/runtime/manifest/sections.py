@@ -16,6 +16,7 @@ from onelayer.compiler.correct.settings import CorrectSettings
 from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY, AnchorBits
 from onelayer.runtime.manifest.values import (
     DataSources,
     Size,
@@ -26,7 +27,6 @@ from onelayer.runtime.manifest.values import (
 )
 from onelayer.runtime.training.settings import (
     ActivationRank,
-    AnchorBits,
     Dropout,
     LoraAlpha,
     LoraFields,
@@ -34,6 +34,7 @@ from onelayer.runtime.training.settings import (
     TrainSettings,
     Where,
 )
+from onelayer.runtime.training.trainer_args import Method
 
 TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(checked_modules)]
 
@@ -111,7 +112,7 @@ class Lora(Section):
     r: LoraRank = TrainSettings.default("lora_rank")
     alpha: LoraAlpha = TrainSettings.default("lora_alpha")
     target_modules: TargetModules = TrainSettings.default("target_modules")
-    dropout: Dropout = LoraFields.model_fields["lora_dropout"].default
+    dropout: Dropout = TrainSettings.default("dropout")
     use_rslora: bool = LoraFields.model_fields["use_rslora"].default
     rank_pattern: dict[str, PositiveInt] = LoraFields.model_fields["rank_pattern"].default
     alpha_pattern: dict[str, PositiveFloat] = LoraFields.model_fields["alpha_pattern"].default
@@ -133,13 +134,18 @@ class Anchor(Section):
     The original streams by every `every` optimizer steps; `bits` are those of each value that is given.
     """
 
-    every: PositiveInt
+    every: PositiveInt = ANCHOR_EVERY
     bits: AnchorBits = TrainSettings.default("anchor_bits")
 
 
 class Training(Lengths, Section):
-    """How an adapter is trained; `args` are SFTConfig's own arguments. Without `anchor`, or with `none`, no anchors."""
+    """How an adapter is trained. Without `anchor`, or with `none`, no anchors.
 
+    `method` is `sft` for answers, `dpo` or `kto` for preferences; `args` are the own arguments of its SFTConfig,
+    DPOConfig or KTOConfig.
+    """
+
+    method: Method = TrainSettings.default("method")
     lora: Lora = Lora()
     activations: Activations = Activations()
     anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
@@ -149,7 +155,7 @@ class Training(Lengths, Section):
 class Correct(Section):
     """The correction's clamp (lambda in the paper); None, written `none`, for no clamp; `auto` chooses per task.
 
-    `default` is `auto` for tasks with validation data, and 3, the paper's, for others.
+    `default` is `auto` for tasks with validation data, and 3, the paper's, for others and for preferences.
     """
 
     limit: Annotated[PositiveFloat | Literal["auto", "default"] | None, BeforeValidator(checked_limit)] = (
@@ -178,6 +184,7 @@ class Task(Section):
     lora: Lora | None = None
     activations: Activations | None = None
     args: dict[str, Any] = Field(default={})
+    anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None
     polish: Polish | None = None
     max_length: MaxLength | None = None
     ratio: SliceRatio = None

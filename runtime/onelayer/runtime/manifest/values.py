@@ -1,12 +1,16 @@
 """Checks single values of a manifest: paths, data sources, limits and names."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StringConstraints, ValidationInfo
 
-from onelayer.compiler.data.readers import KINDS, SUFFIXES
+from onelayer.compiler.data.readers import check_first_rows
+from onelayer.compiler.faults import unknown_name
+from onelayer.compiler.sources.data_set import DataSet
+from onelayer.compiler.sources.files import KINDS, kind_of
 from onelayer.runtime.sizes import parse_size
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -33,13 +37,29 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _data_source(text: str, info: ValidationInfo) -> str:
+def _data_source(value: Any, info: ValidationInfo) -> str | DataSet:
+    """Check a path, or a mapping with more than a path. The first rows of a local source are read."""
+    if isinstance(value, str):
+        path = _data_path(value, info)
+        check_first_rows(DataSet(path=path))
+        return path
+    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
+        raise ValueError("write a path, or a mapping with `path` and `split`, `config` or `columns`")
+    for name in value:
+        if name not in DataSet.model_fields:
+            raise ValueError(f"{name}: {unknown_name(str(name), list(DataSet.model_fields), 'field')}")
+    source = DataSet.of({**value, "path": _data_path(value["path"], info)})
+    check_first_rows(source)
+    return source if source.details else source.path
+
+
+def _data_path(text: str, info: ValidationInfo) -> str:
     local = _local(text, info)
     if local is not None:
-        if not Path(local).is_dir() and Path(local).suffix not in SUFFIXES:
+        if not Path(local).is_dir() and kind_of(Path(local)) is None:
             raise ValueError(f"{text}: unknown kind of data, use a {KINDS} file or a directory of them")
         return local
-    if Path(text).suffix not in SUFFIXES and "/" in text and _HUB_ID.fullmatch(text) and not _exists(Path(text)):
+    if kind_of(Path(text)) is None and "/" in text and _HUB_ID.fullmatch(text) and not _exists(Path(text)):
         return text
     raise ValueError(f"{text}: no such file in the manifest's folder, paths are relative to the manifest")
 
@@ -67,8 +87,8 @@ def none_word(value: Any) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    """Turn a single text into a list of one."""
-    return [value] if isinstance(value, str) else value
+    """Turn a single source of data into a list of one."""
+    return [value] if isinstance(value, str | Mapping) else value
 
 
 def checked_modules(value: Any) -> Any:
@@ -93,6 +113,6 @@ def new_folder(text: str, info: ValidationInfo) -> str:
 
 Size = Annotated[int, BeforeValidator(size_in_bytes), Field(gt=0)]
 Folder = Annotated[str, AfterValidator(new_folder)]
-DataSource = Annotated[str, AfterValidator(_data_source)]
+DataSource = Annotated[str | DataSet, PlainValidator(_data_source, json_schema_input_type=str | DataSet)]
 DataSources = Annotated[tuple[DataSource, ...], BeforeValidator(as_list), Field(min_length=1)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

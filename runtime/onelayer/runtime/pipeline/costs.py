@@ -3,18 +3,19 @@
 Torch-free: `onelayer run --dry-run` shows these figures before anything is computed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import widest_ratio
-from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.pipeline.emulator_size import Size, planned_run, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import planned_run, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.planning.anchor_costs import renewal_bytes
+from onelayer.runtime.planning.choice import Size
 from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -60,8 +61,9 @@ class CostBasis:
 
     @property
     def planned(self) -> PlannedRun:
-        """The run that the step's task asks for, as the planner sees it."""
-        return planned_run(self.manifest, self.task)
+        """The run that the step's task asks for, on a GPU if this machine shows one."""
+        on_gpu = shows_gpu() and not self.manifest.training(self.task).args.get("use_cpu")
+        return replace(planned_run(self.manifest, self.task), coded=self.size.coded, on_gpu=on_gpu)
 
     @property
     def model_bytes(self) -> int:
@@ -75,8 +77,7 @@ class CostBasis:
 
     def emulator_bytes(self, ratio: float) -> int:
         """Predict the size of an emulator with this ratio."""
-        dtype: FactorDtype = self.size.factor_dtype or "bf16"
-        return emulator_bytes(self.shapes, ratio, dtype)
+        return emulator_bytes(self.shapes, ratio, self.size.stored)
 
 
 class Costs:
@@ -111,10 +112,12 @@ def unknown_costs(basis: CostBasis) -> StepCosts:
 
 
 def compile_costs(basis: CostBasis) -> StepCosts:
-    """Predict a compile: one pass over the original."""
+    """Predict a compile: one pass over the original, and with codes one back."""
     tokens = basis.manifest.stream.batch_size * basis.emulator.calibration.max_length
-    peak = compile_bytes(basis.shapes, widest_ratio(basis.ratio, basis.emulator.allocation), tokens)
-    return StepCosts(read_bytes=basis.model_bytes, write_bytes=basis.emulator_bytes(basis.ratio), peak_bytes=peak)
+    ratio = basis.ratio if basis.size.coded else widest_ratio(basis.ratio, basis.emulator.allocation)
+    peak = compile_bytes(basis.shapes, ratio, tokens, basis.size.coded)
+    read = basis.model_bytes * (2 if basis.size.coded and basis.emulator.backward is not False else 1)
+    return StepCosts(read_bytes=read, write_bytes=basis.emulator_bytes(basis.ratio), peak_bytes=peak)
 
 
 def slice_costs(basis: CostBasis) -> StepCosts:
@@ -124,13 +127,16 @@ def slice_costs(basis: CostBasis) -> StepCosts:
 
 
 def refine_costs(basis: CostBasis) -> StepCosts:
-    """Predict a refinement: one pass over original and emulator."""
+    """Predict a refinement: one pass over original and emulator, two over the original if gradients are learned."""
     refinement = basis.emulator.refinement
     assert refinement is not None
     tokens = refinement.batch_size * basis.emulator.calibration.max_length
-    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation)
+    backward, coded = refinement.backward, basis.size.coded
+    peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation, coded=coded, backward=backward)
     written = basis.emulator_bytes(basis.ratio)
-    return StepCosts(read_bytes=basis.model_bytes + written, write_bytes=written, peak_bytes=peak)
+    return StepCosts(
+        read_bytes=(2 if backward else 1) * basis.model_bytes + written, write_bytes=written, peak_bytes=peak
+    )
 
 
 def train_costs(basis: CostBasis) -> StepCosts:

@@ -1,22 +1,24 @@
 """Chooses the size of a manifest's emulator, from a ratio, a share of bytes or a memory budget."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import FactorDtype, best_of, within_bytes
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, within_bytes
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.planning.choice import USABLE_SHARE, best_ratio, compile_dtype, limiting_pass
+from onelayer.runtime.planning.choice import EVERY_FORM, USABLE_SHARE, Size, best_ratio, best_stored, limiting_pass
+from onelayer.runtime.planning.coded import coded_emulator
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import PlannedRun
+from onelayer.runtime.planning.train_memory import PlannedRun, Stored
 from onelayer.runtime.training.settings import TrainSettings
 
 # Raise it by hand when the planner's choice changes for the same shapes and settings.
-PLANNER_VERSION = 6
+PLANNER_VERSION = 7
 DEFAULT_BATCH_SIZE = TrainSettings.default("batch_size")
 AUTO_RANK = 0.125  # the rank to plan with if it will be measured
 
@@ -37,6 +39,7 @@ def planned_run(manifest: Manifest, task: str) -> PlannedRun:
         is_sliced=any(task.ratio is not None for task in manifest.tasks.values()),
         compile_tokens=batch * longest,
         refine_tokens=0 if refinement is None else refinement.batch_size * longest,
+        refine_backward=refinement is not None and refinement.backward,
         scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
     )
 
@@ -53,16 +56,13 @@ def runs_in_key(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _in_key(run: PlannedRun) -> dict[str, Any]:
-    """Name a run's fields as stored keys do: `is_sliced` was `is_cut` when the first were made."""
-    return {"is_cut" if name == "is_sliced" else name: value for name, value in asdict(run).items()}
+    """Name a run's fields as stored keys do: `is_sliced` was `is_cut` when the first were made.
 
-
-@dataclass(frozen=True)
-class Size:
-    """The size of an emulator; a dtype of None is the original's own."""
-
-    ratio: float
-    factor_dtype: FactorDtype | None
+    `coded` is what the size decides, not what it is decided by.
+    """
+    fields = asdict(run)
+    del fields["coded"]
+    return {"is_cut" if name == "is_sliced" else name: value for name, value in fields.items()}
 
 
 def emulator_size(manifest: Manifest, directory: Path) -> Size:
@@ -80,10 +80,14 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
     if emulator.ratio is not None:
         return Size(emulator.ratio, dtype)
     if emulator.memory is None:
+        if manifest.prefers_codes:
+            size = Size(within_bytes(emulator.share, RESIDUAL_DTYPE, shapes.value_bytes)[0], RESIDUAL_DTYPE, coded=True)
+            if emulator.form == "coded" or coded_emulator(shapes, size.ratio) is not None:
+                return size
         return Size(*within_bytes(emulator.share, dtype, shapes.value_bytes))
-    dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype) if dtype is None else (dtype,)
-    found = {each: _ratios(manifest, shapes, emulator.memory, each) for each in dtypes}
-    chosen = dtype or best_of({each: _common(ratios) for each, ratios in found.items()})
+    allowed = _allowed(manifest, emulator)
+    found = {each: _ratios(manifest, shapes, emulator.memory, each) for each in allowed}
+    chosen = allowed[0] if len(allowed) == 1 else best_stored({each: _common(found[each]) for each in allowed})
     ratio = _common(found[chosen])
     if ratio is None:
         task = next(name for name, largest in found[chosen].items() if largest is None)
@@ -98,10 +102,21 @@ def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) 
             f"{manifest.path}: emulator.memory: tasks.{task} cannot be trained in it with any emulator; lower its "
             "max_length or per_device_train_batch_size, or compress its activations"
         )
-    return Size(ratio, dtype or compile_dtype(chosen))
+    if chosen == "coded":
+        return Size(ratio, RESIDUAL_DTYPE, coded=True)
+    return Size(ratio, dtype or (None if chosen == "bf16" else chosen))
 
 
-def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: FactorDtype) -> dict[str, float | None]:
+def _allowed(manifest: Manifest, emulator: Emulator) -> tuple[Stored, ...]:
+    """List the ways to store linears that the manifest leaves open."""
+    if emulator.form == "coded":
+        return ("coded",)
+    if emulator.factor_dtype is not None:
+        return (emulator.factor_dtype,)
+    return EVERY_FORM if manifest.may_be_coded else FACTOR_DTYPES
+
+
+def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: Stored) -> dict[str, float | None]:
     """Find the largest ratio with which each task can be trained."""
     runs = {name: planned_run(manifest, name) for name in _planned_tasks(manifest)}
     return {name: best_ratio(shapes, run, memory_bytes, dtype).ratio for name, run in runs.items()}

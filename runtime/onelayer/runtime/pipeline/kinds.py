@@ -18,6 +18,7 @@ from onelayer.runtime.reporting import run_figures
 from onelayer.runtime.reporting.run_figures import Loader, StepFigures
 from onelayer.runtime.store.record import Artifact, StepSpec
 from onelayer.runtime.store.store import ArtifactStore
+from onelayer.runtime.training.trainer_args import TOOL_FOLDER
 
 EVALUATION = "evaluation.json"
 
@@ -37,8 +38,9 @@ class StepKind:
     can be sliced from.
 
     For the user: `predict` computes the costs for the dry run. `folder` follows the task's name in the manifest's
-    `output`. `loader` is how a result is loaded. An `intermediate` result counts only if no later step uses it.
-    `figures` are what the report draws, `scores` the rows of its table.
+    `output`; `logs` is a folder of the result that is put there even if the result is not. `loader` is how a result is
+    loaded. An `intermediate` result counts only if no later step uses it. `figures` are what the report draws, `scores`
+    the rows of its table.
     """
 
     version: int
@@ -47,6 +49,7 @@ class StepKind:
     slice_of: Callable[[ArtifactStore, StepSpec], Artifact | None] | None = None
     predict: Callable[[CostBasis], StepCosts] = costs.unknown_costs
     folder: str | None = None
+    logs: str | None = None
     loader: Loader | None = None
     intermediate: bool = False
     figures: Callable[[str, Path], StepFigures] = run_figures.no_figures
@@ -75,12 +78,14 @@ STEP_KINDS = {
         predict=costs.refine_costs,
         figures=run_figures.refined_figures,
     ),
+    "reference": StepKind(version=1, predict=costs.evaluate_costs),
     "train": StepKind(
         version=2,
         digest=adapter_digest,
         resumable=True,
         predict=costs.train_costs,
         folder="adapter",
+        logs=TOOL_FOLDER,
         loader="adapter",
         intermediate=True,
         figures=run_figures.training_figures,

@@ -98,12 +98,16 @@ def check_results(manifest: Manifest, steps: list[Step]) -> None:
 
 
 def _results(run: FinishedRun) -> dict[str, tuple[str, Path]]:
-    """Map the folder of each result to its key and its path in the store."""
-    return {
-        name: (run.made[step.name].key, run.payload(step))
-        for step in run.made_steps
-        if (name := _result_name(run.manifest, step))
-    }
+    """Map the folder of each result, and of the logs of intermediate ones, to its key and its path in the store."""
+    results = {}
+    for step in run.made_steps:
+        key, payload, name = run.made[step.name].key, run.payload(step), _result_name(run.manifest, step)
+        logs = STEP_KINDS[step.kind].logs
+        if name is not None:
+            results[name] = (key, payload)
+        elif logs is not None and (payload / logs).is_dir():
+            results[f"{step.name.replace('.', '-')}-{logs}"] = (key, payload / logs)
+    return results
 
 
 def _result_name(manifest: Manifest, step: Step) -> str | None:

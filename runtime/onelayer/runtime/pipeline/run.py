@@ -26,7 +26,11 @@ from onelayer.runtime.store.store import ArtifactStore
 
 
 class StepResult(Result):
-    """One step of a run; `reason` is why it ran, or what went wrong."""
+    """One step of a run; `reason` is why it ran, or what went wrong.
+
+    `promised_bytes` is the device peak that a streamed pass promised or the planner predicted, `peak_device_bytes` the
+    measured one; None where there is none.
+    """
 
     name: str
     kind: str
@@ -34,6 +38,8 @@ class StepResult(Result):
     reason: str
     key: str | None
     path: str | None
+    promised_bytes: int | None = None
+    peak_device_bytes: int | None = None
 
 
 class RunResult(Result):
@@ -69,8 +75,9 @@ def run(
         results = [
             runner.bring_up(step, f"[{number}/{len(steps)}] {step.name}") for number, step in enumerate(steps, start=1)
         ]
-        done = RunResult(steps=results, evaluations=_evaluations(steps, runner.made, store))
         foreseen = {step.name: step_costs(step, costs).peak_bytes for step in steps}
+        results = [_with_memory(result, runner.made.get(result.name), foreseen[result.name]) for result in results]
+        done = RunResult(steps=results, evaluations=_evaluations(steps, runner.made, store))
         order = [step.name for step in steps_of(manifest, check_tasks(manifest, None))]
         finished = FinishedRun(manifest, store, steps, runner.made, foreseen, order)
         report = publish_run(finished, done.model_dump(mode="json"))
@@ -152,6 +159,16 @@ def _outcome(
     path: str | None = None,
 ) -> StepResult:
     return StepResult(name=step.name, kind=step.kind, state=state, reason=reason, key=key, path=path)
+
+
+def _with_memory(result: StepResult, artifact: Artifact | None, foreseen_bytes: int | None) -> StepResult:
+    if artifact is None or artifact.peak_device_bytes is None:
+        return result
+    memory = {
+        "promised_bytes": artifact.promised_bytes or foreseen_bytes,
+        "peak_device_bytes": artifact.peak_device_bytes,
+    }
+    return result.model_copy(update=memory)
 
 
 def _download_models(steps: list[Step], notify: Notify) -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import DataSet
+from onelayer.compiler.sources.files import data_files
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
+from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.manifest.manifest import Manifest
 
@@ -33,6 +36,12 @@ class Source:
     text: str  # an absolute path or a Hub id
     is_model: bool = False
     revision: str | None = None
+    data: DataSet | None = None  # if more than the path decides what is read
+
+    @classmethod
+    def of(cls, data: str | DataSet) -> "Source":
+        """Return the source that a manifest names as data."""
+        return cls(data) if isinstance(data, str) else cls(data.path, data=data)
 
     def describe(self) -> str:
         """Name the source in a sentence."""
@@ -88,12 +97,18 @@ def source_digest(source: Source) -> str | None:
     if source.is_model:
         directory = model_directory(source)
         return None if directory is None else directory_digest(directory)
-    path = Path(source.text)
+    content = _content_digest(source.text)
+    return content if source.data is None else sha256_json({"content": content, **source.data.details})
+
+
+def _content_digest(text: str) -> str:
+    """Digest a file, or all files of a directory by their places in it."""
+    path = Path(text)
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        return sha256_json({file.name: file_digest(file) for file in _data_files(path)})
-    return sha256_json({"hub": source.text})
+        return sha256_json({file.relative_to(path).as_posix(): file_digest(file) for file in _data_files(path)})
+    return sha256_json({"hub": text})
 
 
 @contextmanager
@@ -123,7 +138,9 @@ def _files_of(source: Source) -> list[Path]:
 
 
 def _data_files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.iterdir() if file.is_file() and file.name[0] != ".")
+    """List what may be read: the files at the top, and those with rows below."""
+    top = [file for file in directory.iterdir() if file.is_file() and file.name[0] != "."]
+    return sorted({*top, *data_files(directory)[0]})
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:
@@ -139,8 +156,9 @@ def directory_digest(directory: Path) -> str:
 
 def model_directory(source: Source) -> Path | None:
     """Return the model's directory if it is on this machine; never downloads."""
-    if Path(source.text).is_absolute():
-        return Path(source.text)
+    path = Path(source.text)
+    if path.is_absolute():
+        return gguf_directory(path) if is_gguf(path) else path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

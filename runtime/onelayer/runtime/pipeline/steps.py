@@ -9,9 +9,10 @@ from typing import Any
 
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Refine
-from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, Size, emulator_size, runs_in_key
+from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
 from onelayer.runtime.pipeline.step import Source, Step, model_source
 from onelayer.runtime.pipeline.task_steps import steps_of_task
+from onelayer.runtime.planning.choice import Size
 
 
 def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
@@ -60,7 +61,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         # Omitted if it is not set, so that results from before the field existed are found.
         **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
         **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
-        **({} if emulator.form == "factors" else {"form": emulator.form, "backward": emulator.backward is not False}),
+        **_form_fields(manifest, emulator),
         "samples": calibration.samples,
         "max_length": calibration.max_length,
         "seed": manifest.seed,
@@ -75,9 +76,18 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
 
 def _form_keywords(emulator: Emulator, size: Size) -> dict[str, Any]:
     """Say how large the emulator is and what it is made of."""
-    if emulator.form == "coded":
-        return {"keep_bytes": emulator.share, "form": emulator.form, "backward": emulator.backward}
-    return {"ratio": size.ratio, "factor_dtype": size.factor_dtype, "rank_allocation": emulator.allocation}
+    if not size.coded:
+        return {**size.compile_settings(emulator.allocation), "form": "factors"}
+    given = size.compile_settings(emulator.allocation) if emulator.memory is not None else {}
+    return {"keep_bytes": emulator.share, **given, "form": emulator.form, "backward": emulator.backward}
+
+
+def _form_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
+    """Return what decides the form; nothing if it can only be factors, as before there were codes."""
+    by_memory = emulator.memory is not None
+    if not (manifest.prefers_codes or (by_memory and manifest.may_be_coded)):
+        return {}
+    return {"form": emulator.form, "backward": emulator.backward is not False}
 
 
 def _size_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def _slice_step(ratio: float) -> Step:
 def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
     """Refine the common emulator, or its slice of `ratio`, on its calibration data."""
     model, calibration = model_source(manifest), emulator.calibration
-    settings = refine.model_dump(mode="json")
+    settings = refine.model_dump(mode="json", exclude=set() if refine.backward else {"backward"})  # keeps older keys
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import refine_emulator
@@ -135,4 +145,4 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
 def calibration_sources(emulator: Emulator) -> dict[str, Source]:
     """Map the roles in a step to the calibration data."""
-    return {f"calibration {index}": Source(data) for index, data in enumerate(emulator.calibration.data, start=1)}
+    return {f"calibration {index}": Source.of(data) for index, data in enumerate(emulator.calibration.data, start=1)}

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Lora, Polish, Training
 from onelayer.runtime.pipeline.kinds import EVALUATION
 from onelayer.runtime.pipeline.step import Source, Step, model_source
+from onelayer.runtime.training.settings import TrainSettings
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
 
 
@@ -134,6 +136,7 @@ def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
     model = model_source(manifest)
     steps = []
     if manifest.emulator is not None:
+        steps += [reference_step(manifest, task, model)] if manifest.train.method != "sft" else []
         steps += [_train_step(manifest, task, direct=False), correct_step(manifest, task, model)]
     direct = [_train_step(manifest, task, direct=True)] if manifest.direct or manifest.emulator is None else []
     if manifest.emulator is None:
@@ -150,12 +153,44 @@ def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
     return steps
 
 
+def reference_step(manifest: Manifest, task: str, model: Source) -> Step:
+    """Score the answers of a task's preferences under the original, held-out ones too, for every training on them."""
+    training, method = manifest.training(task), manifest.train.method
+    assert method != "sft"
+    data, held_out = manifest.tasks[task].train, manifest.tasks[task].validation
+    fields: dict[str, Any] = {"method": method, "max_length": training.max_length}
+    batch_size = training.args.get("per_device_train_batch_size", TrainSettings.default("batch_size"))
+    if method == "kto":  # the answers of one batch are compared
+        fields["train_batch_size"] = batch_size
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import reference_scores
+        from onelayer.compiler.storage.checkpoint import resolve_model
+
+        result = reference_scores(
+            resolve_model(model.text, model.revision),
+            _given(data),
+            output,
+            method=method,
+            train_batch_size=batch_size,
+            eval_data=None if held_out is None else _given(held_out),
+            max_length=training.max_length,
+            **manifest.stream.model_dump(),
+        )
+        return result.model_dump(mode="json")
+
+    sources = {"model": model, **_data_sources("train data", data), **_data_sources("validation data", held_out)}
+    return Step(f"{task}.reference", "reference", execute, fields, sources, task=task)
+
+
 def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     """Train on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
     training = manifest.training(task)
     model, data = model_source(manifest), manifest.tasks[task].train
     sources = _data_sources("train data", data)
     anchored = training.anchor is not None and not direct
+    scored = manifest.tasks[task].validation if training.args.get("eval_steps") is not None else None
+    referred = training.method != "sft" and not direct
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler.storage.checkpoint import resolve_model
@@ -165,7 +200,16 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         base = original if direct else inputs["emulator"]
         assert base is not None
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}
-        settings = {**train_arguments(training), **anchors, "seed": manifest.seed, "resume": True}
+        held_out = {} if scored is None else {"eval_data": _given(scored)}
+        reference = {"reference": inputs["reference"]} if referred else {}
+        settings = {
+            **train_arguments(training),
+            **anchors,
+            **held_out,
+            **reference,
+            "seed": manifest.seed,
+            "resume": True,
+        }
         result = train_lora(base, _given(data), output, **settings)
         return result.model_dump(mode="json")
 
@@ -175,24 +219,36 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     # Omitted if nothing is compressed, so that results from before the field existed are found.
     compressed = training.activations.where != "none"
     activations = {"activations": training.activations.model_dump(mode="json")} if compressed else {}
-    fields = {**lora, **further, **semantic, **activations, "max_length": training.max_length, "seed": manifest.seed}
+    method = {} if training.method == "sft" else {"method": training.method}
+    fields = {
+        **lora,
+        **further,
+        **semantic,
+        **activations,
+        **method,
+        "max_length": training.max_length,
+        "seed": manifest.seed,
+    }
     if direct:
         return Step(f"{task}.direct", "train", execute, fields, {"model": model, **sources}, task=task)
     if anchored:  # left out otherwise, like activations
         fields["anchor"] = anchor_arguments(training)
         sources["model"] = model
     needs = {"emulator": emulator_step(manifest, task)}
+    if referred:
+        needs["reference"] = f"{task}.reference"
     return Step(f"{task}.train", "train", execute, fields, sources, needs=needs, task=task)
 
 
-def _given(data: tuple[str, ...]) -> str | list[str]:
+def _given(data: tuple[str | DataSet, ...]) -> str | DataSet | list[str | DataSet]:
     """Return data as a function takes and records it: one source alone, several as a list."""
     return data[0] if len(data) == 1 else list(data)
 
 
-def _data_sources(role: str, data: tuple[str, ...] | None) -> dict[str, Source]:
+def _data_sources(role: str, data: tuple[str | DataSet, ...] | None) -> dict[str, Source]:
     """Return data by their roles in a step. The first has the role of a single one, which keeps keys of old results."""
-    return {role if number == 1 else f"{role} {number}": Source(text) for number, text in enumerate(data or (), 1)}
+    sources = [Source.of(source) for source in data or ()]
+    return {role if number == 1 else f"{role} {number}": source for number, source in enumerate(sources, 1)}
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:
@@ -221,6 +277,7 @@ def train_arguments(training: Training) -> dict[str, Any]:
         "activation_rank": training.activations.rank,
         "lora": _further_lora_fields(training.lora),
         "args": dict(training.args),
+        **({} if training.method == "sft" else {"method": training.method}),
     }
 
 

@@ -1,14 +1,18 @@
 """Predicts what anchored training costs by the steps between renewals: bytes read, seconds, waiting offsets, peak."""
 
+from collections.abc import Callable
+
 from onelayer.compiler.factors.stored_forms import residual_bytes
 from onelayer.compiler.results import Result, round_significant
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY
+from onelayer.runtime.planning.coded import largest_decoding_bytes
 from onelayer.runtime.planning.pass_memory import anchor_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import FORWARD, SECONDS_DIGITS, Speed
 from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, active_values
 from onelayer.runtime.training.settings import TrainSettings
 
-SHOWN_STEPS = (1, 3, 10, 40)
+SHOWN_STEPS = (1, 3, ANCHOR_EVERY, 40)
 BITS = TrainSettings.default("anchor_bits")
 
 
@@ -26,6 +30,44 @@ class AnchorCost(Result):
     peak_bytes: int
 
 
+class AnchorChoice(Result):
+    """The steps between renewals of a training of `steps` steps, and the seconds that it takes with them.
+
+    `every` is None if not even one renewal for all steps fits into `limit_seconds`; `seconds` are then without anchors.
+    """
+
+    steps: int
+    limit_seconds: float
+    every: int | None
+    seconds: float
+
+
+def anchor_seconds(shapes: ModelShapes, ratio: float, planned: PlannedRun, speed: Speed, every: int) -> float:
+    """Predict the seconds that anchors add to a step.
+
+    Reading and computing of the original overlap; the emulator's units run on the same rows.
+    """
+    original = FORWARD * shapes.active_parameters * planned.tokens / speed.flops_per_second
+    emulator = FORWARD * active_values(shapes, ratio, planned.coded) * planned.tokens / speed.flops_per_second
+    return max(shapes.stored_bytes / speed.read_bytes_per_second / every, original) + emulator
+
+
+def choose_every(step_seconds: float, anchor_seconds: Callable[[int], float], steps: int, limit: float) -> AnchorChoice:
+    """Choose the least number of steps between renewals that fits into `limit` seconds, but none below the default.
+
+    More renewals than that gain nothing. `anchor_seconds` tells what anchors add to a step.
+    """
+
+    def total(every: int) -> float:
+        return steps * (step_seconds + anchor_seconds(every))
+
+    allowed = range(min(ANCHOR_EVERY, steps), steps + 1)
+    every = next((each for each in allowed if total(each) <= limit), None)
+    seconds = steps * step_seconds if every is None else total(every)
+    rounded = round_significant(seconds, SECONDS_DIGITS)
+    return AnchorChoice(steps=steps, limit_seconds=limit, every=every, seconds=rounded)
+
+
 def anchor_costs(
     shapes: ModelShapes, ratio: float, planned: PlannedRun, memory: TrainMemory, speed: Speed | None
 ) -> list[AnchorCost]:
@@ -34,13 +76,9 @@ def anchor_costs(
     waiting = len(shapes.blocks) * residual_bytes(planned.tokens, shapes.hidden, BITS)
 
     def seconds(every: int) -> float | None:
-        """Reading and computing of the original overlap; the emulator's units run on the same rows."""
         if speed is None:
             return None
-        original = FORWARD * shapes.active_parameters * planned.tokens / speed.flops_per_second
-        emulator = FORWARD * active_values(shapes, ratio) * planned.tokens / speed.flops_per_second
-        read = model / speed.read_bytes_per_second / every
-        return round_significant(max(read, original) + emulator, SECONDS_DIGITS)
+        return round_significant(anchor_seconds(shapes, ratio, planned, speed, every), SECONDS_DIGITS)
 
     return [
         AnchorCost(
@@ -56,4 +94,5 @@ def anchor_costs(
 
 def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
     """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
-    return memory.emulator + memory.adapter + anchor_bytes(shapes, planned.tokens, planned.on_gpu)
+    decoding = largest_decoding_bytes(shapes) if planned.coded else 0
+    return memory.emulator + memory.adapter + decoding + anchor_bytes(shapes, planned.tokens, planned.on_gpu)

@@ -1,25 +1,30 @@
 """Chooses factor dtype, ratio and activation storage for a memory budget, from shapes alone; names what limits them."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import get_args
+from typing import Any
 
-from onelayer.compiler.factors.ranks import rank_for
-from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.factors.ranks import Allocation, rank_for
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype, best_of
 from onelayer.compiler.results import Result
-from onelayer.runtime.planning.pass_memory import pass_bytes
-from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, emulator_bytes, train_memory
+from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator, share_of
+from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes
+from onelayer.runtime.planning.shapes import LinearShape, ModelShapes
+from onelayer.runtime.planning.train_memory import PlannedRun, Stored, TrainMemory, emulator_bytes, train_memory
 
 # The rest is left for the device's own context and for fragmentation in the allocator.
 USABLE_SHARE = 0.95
 # Factors are considered up to the largest ratio. Above it only whole, rounded weights are.
-SMALLEST_RATIO, LARGEST_RATIO, STEPS, WHOLE = 0.01, 0.95, 1000, 1.0
+SMALLEST_RATIO, LARGEST_RATIO, STEPS = 0.01, 0.95, 1000
 # A more exact way to store activations is chosen only if it leaves this share of the ratio that the most compact one
 # allows. An error in the emulator costs more than an error in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
 
+
+EVERY_FORM: tuple[Stored, ...] = (*FACTOR_DTYPES, "coded")
 
 # The largest part of what each pass holds.
 LIMITS = {
@@ -34,14 +39,57 @@ class Choice:
     """A planned run, the largest ratio that fits (None if none does), and the bytes."""
 
     planned: PlannedRun
-    factor_dtype: FactorDtype
+    stored: Stored
     ratio: float | None
     memory: TrainMemory
+
+    @property
+    def factor_dtype(self) -> FactorDtype:
+        """The dtype of factors; with codes that of what the codes leave out."""
+        return RESIDUAL_DTYPE if self.stored == "coded" else self.stored
+
+    @property
+    def form(self) -> str:
+        """The form of the linears as a compile names it."""
+        return "coded" if self.stored == "coded" else "factors"
+
+    @property
+    def keep_bytes(self) -> float | None:
+        """The share of the bytes at 16 bits that codes take; None without codes, or if nothing fits."""
+        return round(share_of(self.ratio), 5) if self.stored == "coded" and self.ratio is not None else None
+
+    @property
+    def size(self) -> "Size":
+        """The size for a compile; a plan's `bf16` is the original's own dtype there."""
+        assert self.ratio is not None
+        if self.stored == "coded":
+            return Size(self.ratio, RESIDUAL_DTYPE, coded=True)
+        return Size(self.ratio, None if self.stored == "bf16" else self.stored)
 
     @property
     def reached(self) -> float:
         """The ratio, 0 if nothing fits."""
         return self.ratio or 0.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of an emulator; a dtype of None is the original's own."""
+
+    ratio: float
+    factor_dtype: FactorDtype | None
+    coded: bool = False
+
+    @property
+    def stored(self) -> Stored:
+        """How the linears are stored."""
+        return "coded" if self.coded else self.factor_dtype or "bf16"
+
+    def compile_settings(self, allocation: Allocation) -> dict[str, Any]:
+        """Return the settings of a compile to this size. Ranks of factors are chosen by `allocation`."""
+        if self.coded:
+            return {"keep_bytes": share_of(self.ratio)}
+        return {"ratio": self.ratio, "factor_dtype": self.factor_dtype, "rank_allocation": allocation}
 
 
 class Alternative(Result):
@@ -51,33 +99,41 @@ class Alternative(Result):
     ratio: float
 
 
-def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, stored: Stored = "bf16") -> Choice:
     """Find the largest ratio, in thousandths, that keeps training and the streamed passes within the budget.
 
-    It is 1 if all weights fit whole, only rounded.
+    It is 1 if all weights fit whole, only rounded. That of codes is below 1: they are better than factors, not than
+    whole weights.
     """
+    planned = replace(planned, coded=stored == "coded")
     usable = int(budget_bytes * USABLE_SHARE)
     fixed = train_memory(shapes, 0, planned)
 
     def fits(ratio: float) -> bool:
         passes = pass_bytes(shapes, ratio, planned)
-        return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, dtype)) <= usable
+        return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, stored)) <= usable
 
-    low, high = round(SMALLEST_RATIO * STEPS), round(LARGEST_RATIO * STEPS)
-    largest = WHOLE if largest_ratio(planned, dtype) == WHOLE and fits(WHOLE) else None
+    least = math.ceil(LEAST_RATIO * STEPS) if planned.coded else round(SMALLEST_RATIO * STEPS)
+    low, high = least, STEPS - 1 if planned.coded else round(LARGEST_RATIO * STEPS)
+    largest = WHOLE if largest_ratio(planned, stored) == WHOLE and fits(WHOLE) else None
     while largest != WHOLE and low <= high:
         middle = (low + high) // 2
         if fits(middle / STEPS):
             largest, low = middle / STEPS, middle + 1
         else:
             high = middle - 1
-    held = emulator_bytes(shapes, SMALLEST_RATIO if largest is None else largest, dtype)
-    return Choice(planned, dtype, largest, replace(fixed, emulator=held))
+    if planned.coded and largest is not None:  # in small models not every size leaves ranks for all linears
+        steps = range(round(largest * STEPS), least - 1, -1)
+        largest = next((step / STEPS for step in steps if coded_emulator(shapes, step / STEPS) is not None), None)
+    held = emulator_bytes(shapes, least / STEPS if largest is None else largest, stored)
+    return Choice(planned, stored, largest, replace(fixed, emulator=held))
 
 
-def largest_ratio(planned: PlannedRun, dtype: FactorDtype) -> float:
+def largest_ratio(planned: PlannedRun, stored: Stored) -> float:
     """Return the largest ratio to consider. A whole emulator in the original's own dtype would be a copy of it."""
-    return LARGEST_RATIO if dtype == "bf16" or planned.is_sliced else WHOLE
+    if stored == "coded":
+        return (STEPS - 1) / STEPS
+    return LARGEST_RATIO if stored == "bf16" or planned.is_sliced else WHOLE
 
 
 def activation_choices(planned: PlannedRun) -> list[PlannedRun]:
@@ -88,40 +144,45 @@ def activation_choices(planned: PlannedRun) -> list[PlannedRun]:
     return [replace(planned, where="none", rank=None), *compressed, *coarse]
 
 
-def choose(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, dtype: FactorDtype = "bf16") -> Choice:
+def choose(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, stored: Stored = "bf16") -> Choice:
     """Choose the most exact way to store activations that leaves nearly as large a ratio as any other.
 
     If int8 can keep every weight whole, never choose a setting that drops some: the loss would exceed all rounding
     error (manifests/LOG.md, int8 that keeps all).
     """
-    choices = [best_ratio(shapes, way, budget_bytes, dtype) for way in activation_choices(planned)]
+    choices = [best_ratio(shapes, way, budget_bytes, stored) for way in activation_choices(planned)]
     best = max(choice.reached for choice in choices)
     if not best:
         return min(choices, key=lambda choice: choice.memory.peak)
-    enough = best if best == WHOLE and dtype == "int8" else WORTHWHILE * best
+    enough = best if best == WHOLE and stored == "int8" else WORTHWHILE * best
     return next(choice for choice in choices if choice.reached >= enough)
 
 
-def choose_each(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int) -> dict[FactorDtype, Choice]:
-    """Choose for every factor dtype, those that round the least first."""
-    dtypes: tuple[FactorDtype, ...] = get_args(FactorDtype)
-    return {dtype: choose(shapes, planned, budget_bytes, dtype) for dtype in dtypes}
+def choose_each(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int) -> dict[Stored, Choice]:
+    """Choose for every way to store linears: the factor dtypes, those that round the least first, and codes."""
+    return {stored: choose(shapes, planned, budget_bytes, stored) for stored in EVERY_FORM}
 
 
-def compile_dtype(dtype: FactorDtype) -> FactorDtype | None:
-    """Return the dtype that `compile` takes. A plan's `bf16` becomes None, the original's own dtype."""
-    return None if dtype == "bf16" else dtype
+def best_stored(ratios: Mapping[Stored, float | None]) -> Stored:
+    """Choose how to store linears by the ratio that each way affords.
+
+    Codes go before factors of their residuals' dtype that do not keep all (manifests/LOG.md, the recipe of codes).
+    """
+    dtype = best_of({each: ratio for each, ratio in ratios.items() if each != "coded"})
+    affords_codes = ratios.get("coded") is not None and dtype == RESIDUAL_DTYPE and ratios.get(dtype) != WHOLE
+    return "coded" if affords_codes else dtype
 
 
 def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
     """Name what prevents a larger ratio, in one sentence."""
     if choice.reached == WHOLE:
         return f"nothing: all weights fit whole, rounded to {choice.factor_dtype}"
-    end = largest_ratio(choice.planned, choice.factor_dtype)
+    end = largest_ratio(choice.planned, choice.stored)
     if choice.reached >= end:
         return "nothing: an emulator near the size of the original fits"
-    ratio = SMALLEST_RATIO if choice.ratio is None else choice.ratio + 1 / STEPS
-    if ratio > LARGEST_RATIO:
+    least = LEAST_RATIO if choice.stored == "coded" else SMALLEST_RATIO
+    ratio = least if choice.ratio is None else choice.ratio + 1 / STEPS
+    if ratio > LARGEST_RATIO and choice.stored != "coded":
         ratio = end
     usable = int(budget_bytes * USABLE_SHARE)
     passes = pass_bytes(shapes, ratio, choice.planned)
@@ -142,8 +203,8 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
 
 def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list[Alternative]:
     """List what could be given up for a larger ratio and what each would gain, the most useful first."""
-    planned, stored = choice.planned, choice.factor_dtype
-    offers: list[tuple[str, PlannedRun, FactorDtype]] = []
+    planned, stored = choice.planned, choice.stored
+    offers: list[tuple[str, PlannedRun, Stored]] = []
     if planned.batch_size > 1:
         smaller = max(1, planned.batch_size // 2)
         offers.append((f"--batch-size {smaller}", replace(planned, batch_size=smaller), stored))
@@ -151,19 +212,21 @@ def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list
     if planned.max_length > 256:
         shorter = planned.max_length // 2
         offers.append((f"--max-length {shorter}", replace(planned, max_length=shorter), stored))
-    offers += [(f"factors of full precision, for {dtype}", planned, dtype) for dtype in ("int8", "nf4")]
-    ratios = {text: choose(shapes, way, budget_bytes, dtype).reached for text, way, dtype in offers}
+    if stored != "coded":
+        offers += [(f"factors of full precision, for {dtype}", planned, dtype) for dtype in ("int8", "nf4")]
+    ratios = {text: choose(shapes, way, budget_bytes, each).reached for text, way, each in offers}
     rows = [Alternative(give_up=text, ratio=ratio) for text, ratio in ratios.items() if ratio > choice.reached]
     return sorted(rows, key=lambda row: -row.ratio)
 
 
-def median_rank(shapes: ModelShapes, ratio: float) -> int:
+def median_rank(shapes: ModelShapes, choice: Choice) -> int:
     """Return the median rank over the linears. Linears that stay dense count with their full rank."""
-    return int(median(_ranks(shapes, ratio)))
+    codes = coded_emulator(shapes, choice.reached) if choice.stored == "coded" else None
 
+    def rank(linear: LinearShape) -> int:
+        full = min(linear.out_features, linear.in_features)
+        if codes is not None:
+            return codes.rank(linear) or full
+        return rank_for(choice.reached, linear.out_features, linear.in_features) or full
 
-def _ranks(shapes: ModelShapes, ratio: float) -> Iterable[int]:
-    for block in shapes.blocks:
-        for linear in block.compressible:
-            full = min(linear.out_features, linear.in_features)
-            yield rank_for(ratio, linear.out_features, linear.in_features) or full
+    return int(median(rank(linear) for block in shapes.blocks for linear in block.compressible))

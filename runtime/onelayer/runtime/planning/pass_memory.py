@@ -6,10 +6,14 @@ from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
     EXPERT_ROWS,
+    SLICE_BYTES,
     CompiledShape,
     CorrectedShape,
     anchoring_bytes,
+    code_training_bytes,
+    coding_bytes,
     correction_bytes,
+    graph_bytes,
     moment_bytes,
     routed_width,
     scoring_bytes,
@@ -18,6 +22,7 @@ from onelayer.compiler.models.unit_memory import (
     training_bytes,
     trial_bytes,
 )
+from onelayer.runtime.planning.coded import coded_emulator
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_bytes, values_at
@@ -25,6 +30,8 @@ from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_byt
 # With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
 # (manifests/LOG.md), so the planner allows 1.5 times.
 SPECTRUM_MARGIN = 1.5
+# The ratio at which all weights are kept, only rounded.
+WHOLE = 1.0
 
 
 def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[str, int]:
@@ -35,13 +42,24 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
     """
     compiled = planned.max_length if planned.compile_tokens is None else planned.compile_tokens
     refined = planned.max_length if planned.refine_tokens is None else planned.refine_tokens
-    corrected = correct_bytes(shapes, ratio, planned.lora_rank)
+    # A correction uses codes as the whole weights that they stand for.
+    kept = WHOLE if planned.coded else ratio
+    corrected = correct_bytes(shapes, kept, planned.lora_rank)
     if planned.scored_tokens:
-        chosen = chosen_correct_bytes(shapes, ratio, planned.lora_rank, planned.scored_tokens, planned.on_gpu)
+        chosen = chosen_correct_bytes(shapes, kept, planned.lora_rank, planned.scored_tokens, planned.on_gpu)
         corrected = max(corrected, chosen)
     return {
-        "compile": compile_bytes(shapes, planned.widest(ratio), compiled),
-        "refine": refine_bytes(shapes, ratio, refined, planned.allocation, planned.on_gpu) if refined else 0,
+        "compile": compile_bytes(shapes, planned.widest(ratio), compiled, planned.coded),
+        "refine": refined
+        and refine_bytes(
+            shapes,
+            ratio,
+            refined,
+            planned.allocation,
+            planned.on_gpu,
+            planned.coded,
+            backward=planned.refine_backward,
+        ),
         "correct": corrected,
     }
 
@@ -83,19 +101,32 @@ def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) ->
 
 
 def refine_bytes(
-    shapes: ModelShapes, ratio: float, batch_tokens: int, allocation: Allocation, on_gpu: bool = True
+    shapes: ModelShapes,
+    ratio: float,
+    batch_tokens: int,
+    allocation: Allocation,
+    on_gpu: bool = True,
+    coded: bool = False,
+    backward: bool = False,
 ) -> int:
     """Bound a refinement on the device: the block that is refined, plus its factors while they are trained.
+
+    With `backward` the block learns gradients too.
 
     With uniform ranks this is a true bound. With ranks by spectrum a block may hold more than its share, up to its
     weights; `SPECTRUM_MARGIN` is then an estimate, and the pass itself computes its bound from the ranks.
     """
     margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
+    codes = coded_emulator(shapes, ratio) if coded else None
     costs = []
     for block, _ in shapes.kinds:
         values = [min(linear.parameters, int(margin * values_at(linear, ratio))) for linear in block.compressible]
-        training = training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
-        costs.append(block.parameters * shapes.value_bytes + training)
+        if codes is not None:
+            values = [codes.trained_values(linear) for linear in block.compressible]
+        training = code_training_bytes(max((linear.parameters for linear in block.compressible if codes), default=0))
+        twice = sum(linear.parameters for linear in block.compressible) if backward else 0
+        training += training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu, twice)
+        costs.append(block.parameters * shapes.value_bytes + max(training, 4 * SLICE_BYTES if backward else 0))
     return max(costs)
 
 
@@ -120,9 +151,25 @@ def _width(shapes: ModelShapes, block: BlockShape) -> int:
 PROCESS_BYTES = 500 << 20
 
 
-def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int) -> int:
-    """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver."""
-    return max(_compile_block(shapes, block, ratio, batch_tokens) for block, _ in shapes.kinds)
+def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int, coded: bool = False) -> int:
+    """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver.
+
+    With codes the way back through a block is added. Experts are compressed as factors there too.
+    """
+    factored = [block for block, _ in shapes.kinds if block.experts is not None or not coded]
+    peaks = [_compile_block(shapes, block, ratio, batch_tokens) for block in factored]
+    return max([*peaks, coded_compile_bytes(shapes, batch_tokens)] if coded else peaks)
+
+
+def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
+    """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
+
+    def block_bytes(block: BlockShape) -> int:
+        graph = graph_bytes(_width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
+        linears = [(linear.out_features, linear.in_features) for linear in block.compressible]
+        return block.parameters * shapes.value_bytes + coding_bytes(linears, graph)
+
+    return max(block_bytes(block) for block, _ in shapes.kinds)
 
 
 def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int) -> int:

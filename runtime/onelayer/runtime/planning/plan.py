@@ -6,37 +6,49 @@ Reads headers and config.json only; no weight is loaded. Predictions count the b
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from onelayer.compiler.compile.settings import CompileSettings
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
-from onelayer.compiler.factors.stored_forms import INSTALL, FactorDtype, best_of
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.runtime.planning.anchor_costs import AnchorCost, anchor_costs
+from onelayer.runtime.planning.anchor_costs import (
+    AnchorChoice,
+    AnchorCost,
+    anchor_costs,
+    anchor_seconds,
+    choose_every,
+)
 from onelayer.runtime.planning.choice import (
+    EVERY_FORM,
     LARGEST_RATIO,
     SMALLEST_RATIO,
     Alternative,
     Choice,
+    Size,
     alternatives,
+    best_stored,
     choose_each,
-    compile_dtype,
     limiting_pass,
-    median_rank,
 )
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.spectra import Spectra, left_out, read_spectra
+from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
-from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes
+from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
 from onelayer.runtime.training.settings import TrainSettings
 
 SAMPLES = CompileSettings.default("samples")
 MAX_LENGTH, BATCH_SIZE, LORA_RANK = (TrainSettings.default(name) for name in ("max_length", "batch_size", "lora_rank"))
+# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
+PAYS_BELOW = 0.8
 POLISH_BATCH = PolishSettings.default("batch_size")
 
 
@@ -65,31 +77,20 @@ class TrainParts(Result):
     one_layer_backward: int
 
 
-class FactorChoice(Result):
-    """One factor dtype: the largest ratio that fits, the median linear's rank there, bytes, and the expected error.
-
-    `error` is the root mean square over linears of what truncation at that rank loses, if spectra are known; rounding
-    error comes on top. With `error_is_bound` the spectra are shorter than the rank and `error` is an upper bound.
-    """
-
-    factor_dtype: FactorDtype
-    ratio: float | None
-    rank: int | None
-    emulator_bytes: int
-    train_bytes: int
-    error: float | None = None
-    error_is_bound: bool = False
-
-
 class PlanResult(Result):
-    """What fits in `memory_bytes`; `ratio` is None if nothing does. `bf16` means the original's own dtype."""
+    """What fits in `memory_bytes`; `ratio` is None if nothing does. `bf16` means the original's own dtype.
+
+    `form`, `factor_dtype`, `ratio` and `keep_bytes` are those of the best choice, as in `FactorChoice`.
+    """
 
     model: str
     memory_bytes: int
     max_length: int
     batch_size: int
     fits: bool
+    form: str
     ratio: float | None
+    keep_bytes: float | None
     factor_dtype: FactorDtype
     activations: str
     activation_rank: float | None
@@ -101,6 +102,7 @@ class PlanResult(Result):
     speed: Speed | None
     seconds: Seconds | None
     anchored: list[AnchorCost]
+    anchor_choice: AnchorChoice | None
     remarks: list[str]
 
 
@@ -112,18 +114,22 @@ def plan_run(
     batch_size: int = BATCH_SIZE,
     lora_rank: int = LORA_RANK,
     factor_dtype: FactorDtype | None = None,
+    form: Form = "auto",
     on_gpu: bool = True,
     emulator: str | Path | None = None,
+    max_steps: int | None = None,
+    hours: float | None = None,
     speed: Speed | None = None,
     timing: bool = True,
     revision: str | None = None,
 ) -> PlanResult:
     """Plan for a device with `memory_bytes`. `model` may be a directory with only a config.json and no weights.
 
-    `factor_dtype` fixes how factors are stored; None chooses it together with the ratio. `emulator` is an emulator of
-    this model: its spectra predict what each choice would lose. Durations follow from `speed`, by default measured for
-    a second on this machine (not if `timing` is false or there are no weights to read). Raises `InputError` for bad
-    input.
+    `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
+    them together with the ratio. `emulator` is an emulator of this model: its spectra predict what each choice would
+    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. Durations follow from `speed`, by
+    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
+    `InputError` for bad input.
     """
     if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
         raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
@@ -131,7 +137,7 @@ def plan_run(
     shapes = read_shapes(directory)
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
-    best = choices[factor_dtype or _best(choices)]
+    best = choices[_best(choices, factor_dtype, form)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else read_spectra(Path(emulator))
@@ -141,7 +147,9 @@ def plan_run(
         max_length=max_length,
         batch_size=batch_size,
         fits=best.ratio is not None,
+        form=best.form,
         ratio=best.ratio,
+        keep_bytes=best.keep_bytes,
         factor_dtype=best.factor_dtype,
         activations=best.planned.where,
         activation_rank=best.planned.rank,
@@ -149,10 +157,11 @@ def plan_run(
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
-        choices=[_factor_choice(shapes, choice, spectra) for choice in choices.values()],
+        choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
+        anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
         remarks=_remarks(shapes, best, memory_bytes),
     )
 
@@ -161,40 +170,52 @@ def size_for(
     model: str | Path,
     memory_bytes: int,
     factor_dtype: FactorDtype | None = None,
-    rank_allocation: Allocation = "spectrum",
+    rank_allocation: Allocation | None = None,
     *,
+    form: Form = "auto",
     compile_tokens: int | None = None,
-) -> tuple[float, FactorDtype | None]:
-    """Choose ratio and factor dtype for `compile --memory`: the best that training fits with too, as `plan_run` does.
+) -> Size:
+    """Choose the size for `compile --memory`: the best that training fits with too, as `plan_run` does.
 
-    The compile computes `compile_tokens` at once, by default one example of 512. A given dtype is kept; None means that
-    the original's own is best. Raises `InputError` if no ratio fits.
+    The compile computes `compile_tokens` at once, by default one example of 512. What is given is kept: a dtype or
+    an allocation of ranks means factors. Raises `InputError` if nothing fits.
     """
     shapes = read_shapes(resolve_model(model))
-    planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=rank_allocation, compile_tokens=compile_tokens)
+    if form == "auto" and rank_allocation is not None:
+        form = "factors"
+    allocation = rank_allocation or "spectrum"
+    planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=allocation, compile_tokens=compile_tokens)
     choices = choose_each(shapes, planned, memory_bytes)
-    best = choices[factor_dtype or _best(choices)]
+    best = choices[_best(choices, factor_dtype, form)]
     if best.ratio is None:
         reason = limiting_pass(shapes, best, memory_bytes)
         raise InputError(
             f"--memory: too little for {reason}, when training has {BATCH_SIZE} x {MAX_LENGTH} tokens at once; give "
             "more memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
         )
-    return best.ratio, factor_dtype or compile_dtype(best.factor_dtype)
+    return best.size if factor_dtype is None else replace(best.size, factor_dtype=factor_dtype)
 
 
-def _best(choices: Mapping[FactorDtype, Choice]) -> FactorDtype:
-    return best_of({dtype: choice.ratio for dtype, choice in choices.items()})
+def _best(choices: Mapping[Stored, Choice], factor_dtype: FactorDtype | None, form: Form) -> Stored:
+    """Choose how linears are stored, among what was asked for."""
+    if form == "coded":
+        if factor_dtype not in (None, RESIDUAL_DTYPE):
+            raise InputError(f"--factor-dtype {factor_dtype}: codes leave their rest to {RESIDUAL_DTYPE} factors")
+        return "coded"
+    if factor_dtype is not None:
+        return factor_dtype
+    allowed: tuple[Stored, ...] = FACTOR_DTYPES if form == "factors" else EVERY_FORM
+    return best_stored({stored: choices[stored].ratio for stored in allowed})
 
 
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     """Predict the bytes of one choice."""
     ratio = choice.ratio or SMALLEST_RATIO
     planned = choice.planned
-    emulator = emulator_bytes(shapes, ratio, choice.factor_dtype)
+    emulator = emulator_bytes(shapes, ratio, choice.stored)
     model = shapes.stored_bytes
-    copies = copies_on_disk(planned.allocation, quantized=choice.factor_dtype != "bf16")
-    compiled = max(emulator, copies * emulator_bytes(shapes, planned.widest(ratio), choice.factor_dtype))
+    copies = copies_on_disk("uniform" if planned.coded else planned.allocation, choice.factor_dtype != "bf16")
+    compiled = max(emulator, copies * emulator_bytes(shapes, planned.widest(ratio), choice.stored))
     passes = pass_bytes(shapes, ratio, planned)
     return Predicted(
         compile_bytes=passes["compile"],
@@ -210,6 +231,20 @@ def predict(shapes: ModelShapes, choice: Choice) -> Predicted:
     )
 
 
+def _anchor_choice(
+    shapes: ModelShapes, choice: Choice, speed: Speed | None, max_steps: int | None, hours: float | None
+) -> AnchorChoice | None:
+    """Choose how often anchors are renewed in a training of so many steps; None if no time is given."""
+    if max_steps is None and hours is None:
+        return None
+    if max_steps is None or hours is None or min(max_steps, hours) <= 0:
+        raise InputError("--hours: chooses the anchors of a training of --max-steps; give both, above zero")
+    if speed is None:
+        raise InputError("--hours: needs weights to measure the speed of this machine with; give a model with some")
+    per_step = partial(anchor_seconds, shapes, choice.ratio or SMALLEST_RATIO, choice.planned, speed)
+    return choose_every(_seconds(shapes, choice, speed).train_step, per_step, max_steps, 3600 * hours)
+
+
 def _parts(choice: Choice) -> TrainParts:
     memory = choice.memory
     return TrainParts(
@@ -221,29 +256,13 @@ def _parts(choice: Choice) -> TrainParts:
     )
 
 
-def _factor_choice(shapes: ModelShapes, choice: Choice, spectra: Spectra | None) -> FactorChoice:
-    row = FactorChoice(
-        factor_dtype=choice.factor_dtype,
-        ratio=choice.ratio,
-        rank=None if choice.ratio is None else median_rank(shapes, choice.ratio),
-        emulator_bytes=choice.memory.emulator,
-        train_bytes=choice.memory.peak,
-    )
-    if spectra is None or choice.ratio is None:
-        return row
-    error, is_bound = left_out(shapes, choice.ratio, spectra)
-    return row.model_copy(update={"error": error, "error_is_bound": is_bound})
-
-
 def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
     return seconds_at(
         speed,
         shapes,
+        choice.planned,
         ratio=choice.ratio or SMALLEST_RATIO,
         samples=SAMPLES,
-        max_length=choice.planned.max_length,
-        batch_size=choice.planned.batch_size,
-        recomputes=choice.planned.where != "none",
         polish_batch=POLISH_BATCH,
     )
 
@@ -254,6 +273,13 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
     whole = choice.memory.peak - choice.memory.emulator + shapes.unpacked_bytes
     if whole <= memory_bytes:
         remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
+    if choice.ratio is not None and shapes.packed_bytes is not None:
+        emulator = emulator_bytes(shapes, choice.ratio, choice.stored)
+        if emulator > PAYS_BELOW * shapes.packed_bytes:
+            remarks.append(
+                f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
+                "original takes itself; train on that packed (QLoRA), or plan with less memory"
+            )
     stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
     if stacked:
         share = stacked / shapes.parameters
@@ -261,8 +287,10 @@ def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str
             f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
             "to transformers' experts interface they stay as they are"
         )
-    if choice.ratio is not None and choice.ratio < 0.15:
+    if choice.ratio is not None and choice.ratio < 0.15 and choice.stored != "coded":
         remarks.append("below a ratio of 0.15 little of what is learned reaches the original; polish the adapter")
+    if choice.stored == "coded":
+        remarks.append("an emulator of codes cannot be sliced; with --form factors it can")
     if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         remarks.append(f"bitsandbytes is missing here: {INSTALL}")
     if choice.ratio == LARGEST_RATIO:

@@ -10,10 +10,11 @@ from typing import Any
 
 from onelayer.compiler.dequantize.checkpoint import unpacked
 from onelayer.compiler.dequantize.formats import format_of, quantization_settings
-from onelayer.compiler.dequantize.packed import PackedFormat
+from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, PackedFormat, unpacking_bytes
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
+from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
 from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
@@ -24,7 +25,8 @@ def read_shapes(directory: Path) -> ModelShapes:
 
     Raises `InputError` if the directory holds no model that can be streamed.
     """
-    if any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES)):
+    named = any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
+    if named or next(directory.glob(f"*{SUFFIX}"), None):
         return shapes_from_headers(directory)
     return _shapes_from_config(directory)
 
@@ -76,10 +78,16 @@ def shapes_from_headers(directory: str | Path) -> ModelShapes:
     checkpoint = unpacked(stored, document, dtype)
     table = {name: info.shape for name, info in checkpoint.tensors.items()}
     shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True)
-    if checkpoint is stored:
+    if checkpoint is stored and not stored.is_gguf:
         return shapes
     packed_bytes = sum(info.size_bytes for info in stored.tensors.values())
-    return replace(shapes, packed_bytes=packed_bytes, unpacking_bytes=checkpoint.unpacking_bytes)
+    held = checkpoint.unpacking_bytes
+    if stored.is_gguf:
+        held = max(
+            unpacking_bytes(info.size_bytes, math.prod(info.shape), GGUF_SCRATCH_VALUE_BYTES)
+            for info in stored.tensors.values()
+        )
+    return replace(shapes, packed_bytes=packed_bytes, unpacking_bytes=held)
 
 
 def shapes_of(

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import active_values
+from onelayer.runtime.planning.train_memory import PlannedRun, active_values
 
 READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
 SECONDS_DIGITS = 2  # durations are rough
@@ -32,9 +33,13 @@ class Speed(Result):
 
 
 class Seconds(Result):
-    """Rough durations of passes over the whole model, one training step, and one exact step with its two passes."""
+    """Rough durations of passes over the whole model, one training step, and one exact step with its two passes.
+
+    `compile_backward` is the part of the compile that weighs errors by the loss's gradients; None if nothing is coded.
+    """
 
     compile: float
+    compile_backward: float | None
     refine: float
     train_step: float
     correct: float
@@ -88,18 +93,20 @@ def _try_multiplying(device: "torch.device", dtype: "torch.dtype") -> float:  # 
     return (products - 1) * 2 * _SIDE**3 / (time.perf_counter() - started)
 
 
+def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float, float]:
+    """Predict what codes add to a compile: the search for codes with feedback, and the pass back over the samples."""
+    linears = [linear for block in shapes.blocks for linear in block.compressible]
+    search = sum(linear.parameters * (2 * CODEBOOK_ROWS + group_size(linear.in_features)) for linear in linears)
+    read = shapes.stored_bytes / speed.read_bytes_per_second
+    back = (RECOMPUTE + BACKWARD) * shapes.active_parameters * tokens
+    return search / speed.flops_per_second, max(read, back / speed.flops_per_second)
+
+
 def seconds_at(
-    speed: Speed,
-    shapes: ModelShapes,
-    *,
-    ratio: float,
-    samples: int,
-    max_length: int,
-    batch_size: int,
-    recomputes: bool,
-    polish_batch: int,
+    speed: Speed, shapes: ModelShapes, planned: PlannedRun, *, ratio: float, samples: int, polish_batch: int
 ) -> Seconds:
     """Predict durations at a given speed. Reading and computing overlap within a pass, so the slower counts."""
+    max_length, coded = planned.max_length, planned.coded
     flops = speed.flops_per_second
     read = shapes.stored_bytes / speed.read_bytes_per_second
     active = shapes.active_parameters
@@ -109,22 +116,24 @@ def seconds_at(
         for side in (min(stack.out_features, stack.in_features) for stack in experts.stacks):
             rows = samples * max_length * shapes.experts_per_token
             moments += rows * 2 * side * side + experts.count * EIGEN_FLOPS * side**3
-    train = FORWARD + BACKWARD + (RECOMPUTE if recomputes else 0)
+    backward = coded_seconds(speed, shapes, samples * max_length) if coded else (0.0, 0.0)
+    train = FORWARD + BACKWARD + (RECOMPUTE if planned.where != "none" else 0)
     exact_tokens = polish_batch * max_length
     # Factors are evaluated twice and trained. A training step runs forward, back to inputs and back to factors, at
     # equal cost.
     refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
         compile=round_significant(
-            max(read, (FORWARD * active * samples * max_length + moments) / flops), SECONDS_DIGITS
+            max(read, (FORWARD * active * samples * max_length + moments) / flops) + sum(backward), SECONDS_DIGITS
         ),
+        compile_backward=round_significant(backward[1], SECONDS_DIGITS) if coded else None,
         refine=round_significant(
             max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
             + FORWARD * ratio * active * refined_tokens / flops,
             SECONDS_DIGITS,
         ),
         train_step=round_significant(
-            train * active_values(shapes, ratio) * batch_size * max_length / flops, SECONDS_DIGITS
+            train * active_values(shapes, ratio, coded) * planned.tokens / flops, SECONDS_DIGITS
         ),
         correct=round_significant(read, SECONDS_DIGITS),
         evaluate_1000_tokens=round_significant(max(read, FORWARD * active * 1000 / flops), SECONDS_DIGITS),

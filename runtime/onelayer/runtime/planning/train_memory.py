@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.factors.ranks import Allocation, rank_for, widest_ratio
 from onelayer.compiler.factors.stored_forms import (
     RESIDUAL_BITS,
@@ -17,10 +18,13 @@ from onelayer.compiler.factors.stored_forms import (
     is_factored,
     kept_values,
 )
+from onelayer.runtime.planning.coded import coded_emulator, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.training.settings import TrainSettings
 
+# How the linears of an emulator are stored: as factors of a dtype, or as codes.
+Stored = FactorDtype | Literal["coded"]
 FACTOR_BYTES: dict[FactorDtype, float] = {kind: bytes_per_value(kind) for kind in get_args(FactorDtype)}
 # TRL computes the loss in tiles of logits of this size: in one kernel on a GPU, elsewhere with seven temporaries.
 TILE_TOKENS, TILE_VOCABULARY, TILE_TEMPORARY_BYTES = 4096, 32768, 28.5
@@ -31,10 +35,10 @@ class PlannedRun:
     """All that the planner knows of a run.
 
     `rank` is the share of the hidden width that stored activations keep; None stores them whole. `allocation` is how
-    the emulator's ranks are chosen. An emulator that `is_sliced` into smaller ones cannot keep its weights whole. The
-    last three fields are the tokens that a pass over the original has on the device at once. For compile and refine
-    None means one example. `refine_tokens` is 0 if factors are not refined, `scored_tokens` is 0 if no held-out text
-    chooses the correction.
+    the emulator's ranks are chosen. An emulator that `is_sliced` into smaller ones cannot keep its weights whole. Three
+    fields are the tokens that a pass over the original has on the device at once. For compile and refine None means one
+    example. `refine_tokens` is 0 if factors are not refined, `scored_tokens` is 0 if no held-out text chooses the
+    correction. `coded`: the emulator consists of codes. `refine_backward`: a refinement learns gradients too.
     """
 
     batch_size: int
@@ -48,10 +52,12 @@ class PlannedRun:
     compile_tokens: int | None = None
     refine_tokens: int | None = None
     scored_tokens: int = 0
+    coded: bool = False
+    refine_backward: bool = False
 
     def widest(self, ratio: float) -> float:
         """Return the ratio at which a compile computes factors."""
-        return widest_ratio(ratio, self.allocation)
+        return ratio if self.coded else widest_ratio(ratio, self.allocation)
 
     @property
     def tokens(self) -> int:
@@ -64,29 +70,38 @@ def factor_bytes(shapes: ModelShapes, dtype: FactorDtype) -> float:
     return shapes.value_bytes if dtype == "bf16" else FACTOR_BYTES[dtype]
 
 
-def emulator_bytes(shapes: ModelShapes, ratio: float, dtype: FactorDtype = "bf16") -> int:
+def emulator_bytes(shapes: ModelShapes, ratio: float, stored: Stored = "bf16") -> int:
     """Predict the size of an emulator, in memory and on disk. With quantized factors, dense linears are quantized too.
 
     Experts count as factors: headers cannot say whether their class supports transformers' experts interface.
     """
-    per_value = factor_bytes(shapes, dtype)
+    per_value = factor_bytes(shapes, RESIDUAL_DTYPE if stored == "coded" else stored)
+    codes = coded_emulator(shapes, ratio) if stored == "coded" else None
     linears = [(linear, count) for block, count in shapes.kinds for linear in block.compressible]
-    linears += [
+    stacks = [
         (stack, count * block.experts.count)
         for block, count in shapes.kinds
         if block.experts is not None
         for stack in block.experts.stacks
     ]
-    whole = sum(count * linear.parameters for linear, count in linears)
-    kept = sum(count * values_at(linear, ratio) for linear, count in linears)
-    return int((shapes.parameters - whole) * shapes.value_bytes + kept * per_value)
+    whole = sum(count * linear.parameters for linear, count in [*linears, *stacks])
+    kept = sum(count * values_at(stack, ratio) for stack, count in stacks) * per_value
+    if codes is None:
+        kept += sum(count * values_at(linear, ratio) for linear, count in linears) * per_value
+    else:
+        kept += sum(count * codes.stored_bytes(linear) for linear, count in linears)
+    return int((shapes.parameters - whole) * shapes.value_bytes + kept)
 
 
-def active_values(shapes: ModelShapes, ratio: float) -> int:
-    """Count the emulator's weights that compute one token, whatever their size in bytes."""
+def active_values(shapes: ModelShapes, ratio: float, coded: bool = False) -> int:
+    """Count the emulator's weights that compute one token, whatever their size in bytes. Decoded ones count whole."""
+    codes = coded_emulator(shapes, ratio) if coded else None
     spared = 0
     for block, count in shapes.kinds:
         linears = [(linear, 1) for linear in block.compressible]
+        if codes is not None:
+            spared -= count * sum(codes.computed_values(linear) - linear.parameters for linear, _ in linears)
+            linears = []
         if block.experts is not None:
             active = min(shapes.experts_per_token, block.experts.count)
             linears += [(stack, active) for stack in block.experts.stacks]
@@ -141,7 +156,8 @@ def train_memory(shapes: ModelShapes, emulator: int, planned: PlannedRun) -> Tra
         adapter=3 * MASTER_BYTES * parameters,  # weights and the two moments of AdamW
         saved=sum(count * layers.stored(block) for block, count in shapes.kinds),
         loss=int(head + outside),
-        recompute=max(layers.backward(block) for block, _ in shapes.kinds),
+        recompute=max(layers.backward(block) for block, _ in shapes.kinds)
+        + (largest_decoding_bytes(shapes) if planned.coded else 0),
         optimizer=3 * MASTER_BYTES * parameters,  # gradients, and the step's temporaries
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from onelayer.compiler.storage.files import write_text
 from onelayer.runtime.reporting.run_figures import ReportData
 from onelayer.runtime.reporting.svg_charts import bars, lines
-from onelayer.runtime.sizes import size
+from onelayer.runtime.sizes import broken_promise, size
 
 STYLE = """
 :root { color-scheme: light; }
@@ -114,7 +114,10 @@ def _memory(data: ReportData, budget_bytes: int | None) -> str:
     limit = None if budget_bytes is None else budget_bytes / (1 << 20)
     chart = bars(rows, ("predicted", "measured"), "peak device memory, MiB", limit)
     note = "The budget is the manifest's <code>emulator.memory</code>." if limit is not None else "No budget was set."
-    return chart and f'{chart}<p class="note">{note} On a CPU the measured value is the growth of the process.</p>'
+    marks = [(row.step, broken_promise(row.measured_bytes, row.promised_bytes)) for row in data.memory]
+    broken = "".join(f'<p class="failed">{escape(step)}: {escape(text)}</p>' for step, text in marks if text)
+    explained = f'<p class="note">{note} On a CPU the measured value is the growth of the process.</p>'
+    return chart and chart + broken + explained
 
 
 def _errors(data: ReportData) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.files import read_json
 
@@ -15,6 +16,16 @@ class MemoryRow(Result):
     step: str
     promised_gib: float | None
     measured_gib: float
+
+    @property
+    def promised_bytes(self) -> int | None:
+        """What was promised, in bytes."""
+        return None if self.promised_gib is None else round(self.promised_gib * GIB)
+
+    @property
+    def measured_bytes(self) -> int:
+        """What was measured, in bytes."""
+        return round(self.measured_gib * GIB)
 
 
 class LinearError(Result):

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from onelayer.runtime.reporting.tables import scores, table
-from onelayer.runtime.sizes import size
+from onelayer.runtime.sizes import broken_promise, size
 
 
 def plan_summary(document: Mapping[str, Any]) -> str:
@@ -16,6 +16,8 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"
         dtype, ratio = document["factor_dtype"], document["ratio"]
         kept = f"all weights in {dtype}" if ratio == 1 else f"ratio {ratio} of {dtype} factors"
+        if document["form"] == "coded":
+            kept = f"codes at {document['keep_bytes']} of the bytes"
         head = f"{document['model']}: fits in {size(memory)} with {kept}, activations {how}; {settings}"
     else:
         head = f"{document['model']}: does not fit in {size(memory)}; {settings}"
@@ -32,7 +34,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         f"read per pass {size(predicted['read_bytes'])}",
         f"limited by {document['limit']}",
     ]
-    lines += [f"give up: {row['give_up']} allows ratio {row['ratio']}" for row in document["give_up"]]
+    lines += [f"give up: {row['give_up']} allows {_larger(document, row['ratio'])}" for row in document["give_up"]]
     lines += ["", _choices(document)]
     if document["seconds"]:
         speed = document["speed"]
@@ -47,7 +49,17 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         )
     anchored = [(row["every"], *_anchor_cells(row)) for row in document["anchored"]]
     lines += ["", table([("anchor every", "seconds a step", "read a step", "offsets", "peak"), *anchored])]
+    if (choice := document["anchor_choice"]) is not None:
+        lines.append(_anchored_run(choice))
     return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+def _anchored_run(choice: Mapping[str, Any]) -> str:
+    """Format the number of steps between renewals that fits into the given time."""
+    run = f"{choice['steps']} steps take about {choice['seconds'] / 3600:.2g} h"
+    if choice["every"] is None:
+        return f"{run} without anchors, and no anchors fit into {choice['limit_seconds'] / 3600:g} h"
+    return f"{run} with --anchor-every {choice['every']}"
 
 
 def _anchor_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
@@ -55,15 +67,22 @@ def _anchor_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
     return row["seconds_per_step"], *sizes
 
 
+def _larger(document: Mapping[str, Any], ratio: float) -> str:
+    """Format a larger ratio as the choice's own is formatted."""
+    if document["keep_bytes"] is None:
+        return f"ratio {ratio}"
+    return f"{document['keep_bytes'] * ratio / document['ratio']:.4f} of the bytes"
+
+
 _PASSES = ("compile", "refine", "train", "correct")
 
 
 def _choices(document: Mapping[str, Any]) -> str:
-    head = ("factors", "largest ratio", "middle rank", "emulator", "train peak", "error left out")
+    head = ("linears", "largest ratio", "middle rank", "emulator", "train peak", "error left out")
     rows = [
         (
-            row["factor_dtype"],
-            row["ratio"],
+            "codes" if row["form"] == "coded" else row["factor_dtype"],
+            row["ratio"] if row["keep_bytes"] is None else f"{row['keep_bytes']} of the bytes",
             row["rank"],
             size(row["emulator_bytes"]),
             size(row["train_bytes"]),
@@ -94,6 +113,12 @@ def run_summary(document: Mapping[str, Any], products: Collection[str]) -> str:
     """Format the steps with their reasons, the scores of every task, and the paths of results (kinds `products`)."""
     steps = [("step", "state", "why"), *((row["name"], row["state"], row["reason"]) for row in document["steps"])]
     parts = [table(steps)]
+    broken = {
+        row["name"]: broken_promise(row["peak_device_bytes"], row["promised_bytes"])
+        for row in document["steps"]
+        if row["peak_device_bytes"] is not None
+    }
+    parts.append("\n".join(f"{name}: {text}" for name, text in broken.items() if text))
     for task, rows in document["evaluations"].items():
         parts.append(f"{task}\n{scores([(row['name'], row) for row in rows])}")
     results = [row for row in document["steps"] if row["kind"] in products and row["state"] in ("cached", "ran")]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onelayer.runtime.sizes import size
+from onelayer.runtime.sizes import broken_promise, size
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
@@ -51,17 +51,20 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Format one row of figures per model, by name."""
     head = ("", "loss", "perplexity", "token accuracy", "tokens")
     body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
-    if not any(row.get("questions") for _, row in rows):
-        return table([head, *body])
-    answers = [("choice accuracy", "questions"), *((row["choice_accuracy"], row["questions"]) for _, row in rows)]
-    return table([(*left, *right) for left, right in zip([head, *body], answers, strict=True)])
+    lines: list[tuple[Any, ...]] = [head, *body]
+    for share, count in (("choice_accuracy", "questions"), ("preference_accuracy", "preferences")):
+        if any(row.get(count) for _, row in rows):
+            answers = [(share.replace("_", " "), count), *((row.get(share), row.get(count)) for _, row in rows)]
+            lines = [(*left, *right) for left, right in zip(lines, answers, strict=True)]
+    return table(lines)
 
 
 def report_line(report: Mapping[str, Any]) -> str:
-    """Format the memory contract in one line: what was measured and what was promised."""
+    """Format the memory contract in one line: what was measured and what was promised; a broken promise in another."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
+    broken = broken_promise(report["peak_device_bytes"], promised)
     return (
-        f"device peak {size(report['peak_device_bytes'])} "
+        (f"{broken}\n" if broken else "") + f"device peak {size(report['peak_device_bytes'])} "
         f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
         f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, {report['seconds']:.1f} s"
     )

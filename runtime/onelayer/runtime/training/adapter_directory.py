@@ -1,5 +1,6 @@
 """Saves a trained PEFT model as an adapter directory: PEFT's own files, naming the original, plus provenance."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from onelayer.compiler.adapters.writer import Base, model_card
 from onelayer.compiler.storage.files import read_json, write_json, write_text
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear
 from onelayer.runtime.training.inputs import TrainModel
+from onelayer.runtime.training.trainer_args import TOOL_FILES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +49,15 @@ def write_adapter_directory(
     )
     write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)
+
+
+def copy_logs(work: Path, output: Path) -> None:
+    """Copy what reporting tools wrote into the trainer's directory to the output, where the user looks for it."""
+    for name in TOOL_FILES:
+        if (source := work / name).is_dir():
+            shutil.copytree(source, output / name)
+        elif source.is_file():
+            shutil.copy2(source, output / name)
 
 
 def _patterns(adapted: "PeftModel") -> dict[str, dict[str, float]]:

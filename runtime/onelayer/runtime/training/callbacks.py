@@ -1,4 +1,4 @@
-"""Callbacks of the trainers (progress bar, complete checkpoints), and the losses in the trainers' log.
+"""Callbacks of the trainers (progress, complete checkpoints, stops, scores), and the losses in the trainers' log.
 
 It imports transformers and torch, so import it only when training starts.
 """
@@ -6,13 +6,15 @@ It imports transformers and torch, so import it only when training starts.
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from onelayer.compiler.machine.console import open_bar
+from onelayer.compiler.machine.console import StopRequest, notice, open_bar
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync
-from onelayer.runtime.training.checkpoints import mark_complete
+from onelayer.runtime.training.checkpoints import HeldOutScore, mark_complete, newest_checkpoint
+
+SHOWN = {"loss": "loss", "eval_loss": "held-out loss"}  # by their names in the trainer's log
 
 
 class Progress(TrainerCallback):
@@ -20,6 +22,9 @@ class Progress(TrainerCallback):
 
     Streams between steps show in the same bar.
     """
+
+    def __init__(self) -> None:
+        self._shown: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,9 +44,9 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Show the newest loss."""
-        if logs and "loss" in logs:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+        """Show the newest loss, and the newest on held-out rows."""
+        self._shown |= {name: logs[key] for key, name in SHOWN.items() if logs and key in logs}
+        self._bar.set_postfix_str(", ".join(f"{name} {loss:.4f}" for name, loss in self._shown.items()), refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,6 +71,50 @@ class MarkComplete(TrainerCallback):
         for path in checkpoint.iterdir():
             sync(path)
         mark_complete(checkpoint)
+
+
+class SaveAndStop(TrainerCallback):
+    """A callback that saves a checkpoint and ends the training after the step in which a stop was requested."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop if asked to."""
+        if self._stop.is_asked():
+            control.should_save = control.should_training_stop = True
+
+
+def train_until_stopped(trainer: Trainer, work: Path, checkpoint: Path | None) -> None:
+    """Train to the end. Ctrl-C saves a checkpoint after the present step and raises `KeyboardInterrupt`."""
+    with StopRequest("step") as stop:
+        trainer.add_callback(SaveAndStop(stop))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        step, last, saved = trainer.state.global_step, trainer.state.max_steps, newest_checkpoint(work)
+        if step < last:
+            notice(f"stopped after step {step} of {last}; {saved.name if saved else 'no checkpoint'} is saved")
+            stop.check()
+
+
+class ScoreAtEnd(TrainerCallback):
+    """A callback that scores the held-out rows after the last step, whatever the steps between scores are."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Score if no step is left."""
+        control.should_evaluate |= state.global_step >= state.max_steps
+
+
+def held_out_scores(history: list[dict[str, float]]) -> list[HeldOutScore]:
+    """List the scores on held-out rows in Trainer's log."""
+    return [
+        HeldOutScore(
+            step=int(entry["step"]),
+            loss=entry["eval_loss"],
+            preference_accuracy=entry.get("eval_rewards/accuracies"),
+        )
+        for entry in history
+        if "eval_loss" in entry
+    ]
 
 
 def logged_losses(history: list[dict[str, float]]) -> list[tuple[int, float]]:

@@ -74,6 +74,18 @@ class FirstBatch(Result):
     activations: ActivationReport | None = None
 
 
+class HeldOutScore(Result):
+    """The mean loss over held-out rows after a step, in nats per labeled token (of a classifier: per text).
+
+    For preferences it is the method's loss. `preference_accuracy` is then the share of pairs whose chosen answer gained
+    more log-likelihood over the reference than the rejected one.
+    """
+
+    step: int
+    loss: float
+    preference_accuracy: float | None = None
+
+
 def read_first_batch(work: Path) -> FirstBatch | None:
     """Return what an interrupted run measured on its first batch, or None."""
     file = work / FIRST_BATCH_FILE

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
-from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
+from onelayer.compiler.data.preferences import read_preferences
+from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
+from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.training.settings import TrainSettings
@@ -40,6 +43,14 @@ class TrainModel:
     classes: Classes | None
     stamps: FileStamps
 
+    def empty(self) -> "PreTrainedModel":
+        """Build the model without weights, with the modules of the original."""
+        import torch
+
+        from onelayer.compiler.models.transformers_models import empty_model
+
+        return empty_model(self.config, self.model_class, torch.float32)
+
     def load(self) -> "PreTrainedModel":
         """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
@@ -51,14 +62,15 @@ class TrainModel:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the number of rows without a label.
+    """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
-    `labels` has the length of `input_ids`, or is the single class of the text.
+    `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
     """
 
     rows: list[dict[str, Any]]
     digest: str
     skipped: int
+    cut: int
 
 
 def read_model(directory: Path, name: str) -> TrainModel:
@@ -81,7 +93,7 @@ def read_model(directory: Path, name: str) -> TrainModel:
     loaded_class = model_class(config, directory)
     if not is_trainable(loaded_class):
         raise InputError(
-            f"{directory}: {loaded_class.__name__} is not a causal language model or a sequence classifier, which "
+            f"{directory}: {loaded_class.__name__} is not a language model or a sequence classifier, which "
             "training needs"
         )
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
@@ -89,22 +101,31 @@ def read_model(directory: Path, name: str) -> TrainModel:
     return TrainModel(directory, ranks, digest, base, config, loaded_class, tokenizer, classes, stamps)
 
 
-def anchor_source(settings: TrainSettings, model: TrainModel, original: str | Path | None) -> Path | None:
-    """Return the directory of the original that anchors the model; None if training is not anchored.
+def original_source(
+    settings: TrainSettings, model: TrainModel, original: str | Path | None, has_reference: bool
+) -> Path | None:
+    """Return the directory of the original that a training streams: for anchors, or for the reference of preferences.
 
     Raises `InputError` if `original` is missing, superfluous, or not what the emulator was compiled from.
     """
-    if settings.anchor_every is None:
-        if original is not None:
-            raise InputError(
-                f"--model {original}: only anchored training reads it; give --anchor-every too, or neither"
-            )
-        return None
-    if original is None:
+    anchored = settings.anchor_every is not None
+    if anchored and original is None:
         raise InputError(f"--anchor-every {settings.anchor_every}: needs the original; give --model")
-    if not model.ranks:
+    if anchored and not model.ranks:
         raise InputError(f"{model.directory}: is no emulator, so nothing can be anchored; leave --anchor-every out")
-    if settings.lora is not None and settings.lora.get("bias", "none") != "none":
+    if anchored and settings.method == "kto":
+        raise InputError("--anchor-every: kto calls the model twice for a batch, so it cannot be anchored; use dpo")
+    refers = settings.method != "sft" and bool(model.ranks) and not has_reference
+    if refers and original is None:
+        raise InputError(f"--method {settings.method}: the original is the reference of an emulator; give --model")
+    if original is not None and not (anchored or refers):
+        raise InputError(
+            f"--model {original}: only anchored training, and preferences on an emulator, read it; give --anchor-every "
+            "or --method too, or leave it out"
+        )
+    if original is None:
+        return None
+    if anchored and settings.lora is not None and settings.lora.get("bias", "none") != "none":
         raise InputError("lora.bias: biases that are trained cannot be anchored; leave it or --anchor-every out")
     directory = resolve_model(original)
     Emulator.open(model.directory).check_original(directory)
@@ -115,23 +136,56 @@ def anchor_source(settings: TrainSettings, model: TrainModel, original: str | Pa
     return directory
 
 
+def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings, batch_size: int) -> TrainData:
+    """Tokenize preferences for the method of `settings`. Raises `InputError` for rows or models without an answer."""
+    from onelayer.runtime.preferences.rows import answers_of, trainer_rows
+
+    assert settings.method != "sft"
+    if model.classes is not None or model.config.is_encoder_decoder:
+        raise InputError(f"{model.directory}: --method {settings.method} is for models that predict the next token")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    preferences, skipped = read_preferences(data, settings.method, model.tokenizer, settings.max_length)
+    rows = trainer_rows(preferences, settings.method, batch_size)
+    answers = answers_of(rows, settings.method)
+    check_token_ids((tokens.input_ids for tokens in answers.values()), model.config)
+    longest = max(len(tokens.input_ids) for item in preferences for tokens in item.rows())
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"{names_of(data)}: {longest} tokens, and {model.directory} has positions for {limit}; set max_length to "
+            f"{limit} or less"
+        )
+    cut = sum(item.cut for item in preferences)
+    tell_cut(settings.max_length, len(preferences) + skipped, cut, skipped)
+    return TrainData(rows, sha256_json([rows, settings.method]), skipped, cut)
+
+
 def _snapshot_revision(directory: Path) -> str | None:
     """Return the commit of a model from the Hub's cache, which names its snapshots by commit."""
     return directory.name if directory.parent.name == "snapshots" else None
 
 
+def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
+    """Return a row for the trainer of a model: the ids that it reads, and what it predicts."""
+    if tokens.label is not None:
+        return {"input_ids": tokens.input_ids, "labels": tokens.label}
+    if model.config.is_encoder_decoder:
+        asked, answered = asked_and_answered(tokens)
+        return {"input_ids": asked, "labels": answered}
+    return {"input_ids": tokens.input_ids, "labels": tokens.labels}
+
+
 def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData:
     """Tokenize the data. Examples without a label only cost time, so they are counted and left out."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    labeled, skipped = labeled_rows(
+    labeled = labeled_rows(
         data,
         lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
         max_length,
     )
-    check_token_ids((tokens.input_ids for _, tokens in labeled), model.config)
+    check_token_ids((tokens.input_ids for tokens in labeled.tokens), model.config)
     digest = hashlib.sha256()
     rows = []
-    for example, tokens in labeled:
+    for example, tokens in labeled.rows:
         if limit is not None and len(tokens.input_ids) > limit:
             raise InputError(
                 f"{example.source}: {len(tokens.input_ids)} tokens, and {model.directory} has positions for {limit}; "
@@ -139,6 +193,6 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             )
         for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        labels = tokens.labels if tokens.label is None else tokens.label
-        rows.append({"input_ids": tokens.input_ids, "labels": labels})
-    return TrainData(rows, digest.hexdigest(), skipped)
+        rows.append(_row(tokens, model))
+    labeled.tell()
+    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)

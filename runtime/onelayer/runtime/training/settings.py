@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Strict,
@@ -21,26 +21,24 @@ from pydantic import (
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.factors.stored_forms import EXACT_BITS
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
-from onelayer.runtime.training.trainer_args import trainer_args_model
+from onelayer.runtime.anchors.settings import BITS_RULE, AnchorBits
+from onelayer.runtime.training.trainer_args import (
+    LEARNING_RATES,
+    RENAMED_ARGS,
+    TRAINER_DEFAULTS,
+    Method,
+    refused_args,
+    reporter_fault,
+    trainer_args_model,
+)
 
-ANCHOR_BITS = (1, 2, 4, EXACT_BITS)
-BITS_RULE = "be 1, 2, 4 or 32"
 INSTALL = "training needs the training extra; pip install 'onelayer[train]'"
-
-
-def _known_bits(bits: int) -> int:
-    if bits not in ANCHOR_BITS:
-        raise ValueError(f"must {BITS_RULE}")
-    return bits
-
 
 Where = Literal["none", "layer", "sublayer"]
 # A number of rows (strict, so that 1.0 is not read as one row), a share of the hidden size, or "auto" (measured).
 ActivationRank = Annotated[int, Strict(), Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["auto"]
-AnchorBits = Annotated[int, AfterValidator(_known_bits)]
 LoraRank = Annotated[PositiveInt, Field(description="Rank of the adapter.")]
 LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by alpha / rank.")]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -49,6 +47,9 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 class TrainSettings(Lengths, Seeded):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
+    method: Annotated[
+        Method, Field(description="sft learns answers; dpo and kto learn preferences."), Option(metavar="sft|dpo|kto")
+    ] = "sft"
     lora_rank: LoraRank = 8
     lora_alpha: LoraAlpha = 8
     target_modules: Annotated[
@@ -56,12 +57,31 @@ class TrainSettings(Lengths, Seeded):
         Field(description="`all-linear`, names separated by commas, or a regular expression."),
         Option(metavar="NAMES", reader="modules"),
     ] = "all-linear"
-    # Ten times TRL's default, which is meant for full tuning.
-    learning_rate: Annotated[PositiveFloat, Field(description="Learning rate; the default is meant for LoRA.")] = 2e-4
+    learning_rate: Annotated[
+        PositiveFloat | None,
+        Field(description="Learning rate; the default is meant for LoRA."),
+        Option(default=", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())),
+    ] = None
     max_steps: Annotated[PositiveInt | None, Field(description="Optimizer steps; give this or --epochs.")] = None
     epochs: Annotated[PositiveFloat | None, Field(description="Passes over the data; give this or --max-steps.")] = None
     batch_size: BatchSize = 8
     gradient_accumulation: Annotated[PositiveInt, Field(description="Batches per optimizer step.")] = 1
+    warmup: Annotated[
+        NonNegativeFloat | None,
+        Field(description="Steps over which the learning rate rises, or their share below 1; none by default."),
+        Option(metavar="STEPS|SHARE"),
+    ] = None
+    dropout: Annotated[Dropout, Field(description="Share of its inputs that the adapter drops.")] = 0.0
+    eval_steps: Annotated[
+        PositiveInt | None,
+        Field(description="Optimizer steps between scores on --eval-data; without it they are scored at the end."),
+    ] = None
+    save_steps: Annotated[PositiveInt, Field(description="Optimizer steps between checkpoints.")] = 100
+    report_to: Annotated[
+        str | list[str],
+        Field(description="Tools that follow the training, such as tensorboard or wandb, separated by commas."),
+        Option(metavar="NAMES", reader="modules"),
+    ] = "none"
     activations: Annotated[
         Where,
         Field(
@@ -124,14 +144,20 @@ class PlannedTraining(TrainSettings):
 class TrainKeywords(TypedDict, total=False):
     """The keywords of `train_lora`."""
 
+    method: str
     lora_rank: int
     lora_alpha: int
     target_modules: str | list[str]
-    learning_rate: float
+    learning_rate: float | None
     max_steps: int | None
     epochs: float | None
     batch_size: int
     gradient_accumulation: int
+    warmup: float | None
+    dropout: float
+    eval_steps: int | None
+    save_steps: int
+    report_to: str | list[str]
     max_length: int
     seed: int
     activations: str
@@ -151,44 +177,18 @@ TRAINER_NAMES = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "gradient_accumulation": "gradient_accumulation_steps",
+    "warmup": "warmup_steps",
+    "eval_steps": "eval_steps",
+    "save_steps": "save_steps",
+    "report_to": "report_to",
 }
-LORA_NAMES = {"lora_rank": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
+LORA_NAMES = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "target_modules": "target_modules",
+    "dropout": "lora_dropout",
+}
 LORA_SHORT = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
-
-# Defaults that differ from SFTConfig's. Losses are logged at every step so that a resumed run can report their mean.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "activation_checkpointing": False,
-    "logging_nan_inf_filter": False,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_steps": 100,
-    "save_total_limit": 2,
-}
-
-# Names that transformers 5.23 deprecates. It ignores their value if the new name has one.
-RENAMED_ARGS = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
-# SFTConfig arguments that would be ignored here or would break a promise, and what to do instead.
-REFUSED_ARGS = {
-    **dict.fromkeys(
-        ("output_dir", "resume_from_checkpoint", "seed", "max_length"), "train_lora has its own parameter for it"
-    ),
-    **dict.fromkeys(
-        ("assistant_only_loss", "chat_template_path", "completion_only_loss", "dataset_kwargs", "dataset_num_proc"),
-        "onelayer labels the data itself; change the data",
-    ),
-    **dict.fromkeys(
-        ("dataset_text_field", "eos_token", "pad_token", "truncation_mode"),
-        "onelayer tokenizes the data itself; change the data or the tokenizer's files",
-    ),
-    **dict.fromkeys(("eval_strategy", "do_eval", "load_best_model_at_end"), "score with `onelayer evaluate` instead"),
-    **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the finished adapter yourself"),
-    "model_init_kwargs": "the emulator is loaded unchanged",
-    "trust_remote_code": "remote code is never run",
-}
 
 
 class LoraFields(BaseModel):
@@ -200,7 +200,7 @@ class LoraFields(BaseModel):
     lora_alpha: LoraAlpha
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None = None
-    lora_dropout: Dropout = 0.0
+    lora_dropout: Dropout
     use_rslora: bool = False
     rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, PositiveInt] = {}
@@ -243,21 +243,26 @@ def lora_fields(settings: TrainSettings, compressed: Mapping[str, int]) -> LoraF
 def trainer_arguments(settings: TrainSettings) -> dict[str, Any]:
     """Return the arguments of the SFTConfig except its folder. Numbers in text form (YAML's 1e-4) become numbers."""
     given = dict(settings.args or {})
-    for name in given:
-        if name in REFUSED_ARGS:
-            raise InputError(f"args.{name}: cannot be set here, {REFUSED_ARGS[name]}")
-    model = trainer_args_model()
+    for name, remedy in refused_args(settings.method).items():
+        if name in given:
+            raise InputError(f"args.{name}: cannot be set here, {remedy}")
+    model = trainer_args_model(settings.method)
     if model is None:
         raise InputError(INSTALL)
     given = _checked(model, given, "args").model_dump(exclude_unset=True)
     given = {RENAMED_ARGS.get(name, name): value for name, value in given.items()}
+    for where, tools in (("--report-to ", settings.report_to), ("args.report_to: ", given.get("report_to"))):
+        if (fault := reporter_fault(tools)) is not None:
+            raise InputError(f"{where}{fault}")
     if settings.activations != "none" and given.get("activation_checkpointing"):
         raise InputError(
             f"args.activation_checkpointing: activations={settings.activations} recomputes layers already; leave it out"
         )
     own = {name: value for name, value in _once(settings, given, TRAINER_NAMES, "args").items() if value is not None}
     fixed = {"max_length": settings.max_length, "seed": settings.seed, "disable_tqdm": True}
-    return {**TRAINER_DEFAULTS, **own, **given, **fixed}
+    if settings.method != "sft" and settings.dropout and given.get("disable_dropout") is not False:
+        raise InputError("--dropout: dpo and kto train without; leave it out, or set args.disable_dropout to false")
+    return {**TRAINER_DEFAULTS, "learning_rate": LEARNING_RATES[settings.method], **own, **given, **fixed}
 
 
 def _once(settings: TrainSettings, given: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -7,24 +7,41 @@ The work directory next to the output holds the checkpoints. The adapter appears
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.reference import Reference
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.results import Result
+from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
+from onelayer.compiler.sources.data_set import data_sets
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.runtime.activations.report import ActivationReport
 from onelayer.runtime.anchors.report import AnchorReport
-from onelayer.runtime.training.checkpoints import TRAINING_WORK, check_state, newest_checkpoint, read_first_batch
-from onelayer.runtime.training.inputs import TrainData, TrainModel, anchor_source, read_model, tokenized
+from onelayer.runtime.preferences.reference import given_reference, own_reference
+from onelayer.runtime.preferences.rows import answers_of, with_reference
+from onelayer.runtime.training.checkpoints import (
+    TRAINING_WORK,
+    HeldOutScore,
+    check_state,
+    newest_checkpoint,
+    read_first_batch,
+)
+from onelayer.runtime.training.inputs import (
+    TrainData,
+    TrainModel,
+    original_source,
+    preference_data,
+    read_model,
+    tokenized,
+)
 from onelayer.runtime.training.settings import (
     INSTALL,
     LoraFields,
@@ -41,9 +58,10 @@ class TrainResult(Result):
 
     `saved_activation_bytes`: what autograd keeps for one batch's backward pass, without parameters.
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
-    `skipped_examples`: those without a labeled token within the length limit. `activations`: how they were compressed,
-    if they were. `anchors`: what anchoring cost, if the model was anchored. `losses`: step and mean training loss since
-    the previous entry.
+    `skipped_examples`: those without a labeled token within the length limit; `cut_examples`: those longer than it.
+    `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
+    `losses`: step and mean training loss since the previous entry. `held_out`: the scores on held-out rows, if there
+    were any. `reference`: what the pass over the original cost that scored the answers of preferences.
     """
 
     output: str
@@ -54,9 +72,12 @@ class TrainResult(Result):
     peak_device_bytes: int
     seconds: float
     skipped_examples: int
+    cut_examples: int = 0
     activations: ActivationReport | None = None
     anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
+    held_out: tuple[HeldOutScore, ...] = ()
+    reference: Report | None = None
 
 
 @settings_keywords(TrainSettings, TrainKeywords)
@@ -66,6 +87,8 @@ def train_lora(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    eval_data: DataSource | None = None,
+    reference: str | Path | None = None,
     **settings: Unpack[TrainKeywords],
 ) -> TrainResult:
     """Train a LoRA adapter on `emulator` and write it, with its provenance, to the directory `output`.
@@ -77,48 +100,75 @@ def train_lora(
     compressed to factors of `activation_rank` plus two bits per value for their residual. The rank is a number, a share
     of the hidden size, or "auto", the smallest that keeps the first batch's gradient. `activation_report` measures that
     gradient. With `anchor_every`, the original `model` streams over the rows of the next so many steps, and each layer
-    of the emulator is given what it lacks of the original's answer, in `anchor_bits` bits a value. Raises `InputError`
-    for unusable input.
+    of the emulator is given what it lacks of the original's answer, in `anchor_bits` bits a value. `eval_data` are
+    scored every `eval_steps` steps and after the last; they change nothing in the adapter. What a tool of `report_to`
+    writes into files is moved into `output`, below `runs`. The methods "dpo" and "kto" learn preferences; on an
+    emulator their reference is the original: `model` streams over all answers once, or `reference` is a directory that
+    `reference_scores` wrote. Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
-    return _train_checked(TrainSettings.of(settings), emulator, data, Path(output), model, started)
+    sources = _Sources(emulator, data, eval_data, model, reference)
+    return _train_checked(TrainSettings.of(settings), sources, Path(output), started)
 
 
-def _train_checked(
-    settings: TrainSettings,
-    emulator: str | Path,
-    data: DataSource,
-    output: Path,
-    original: str | Path | None,
-    started: float,
-) -> TrainResult:
+@dataclass(frozen=True)
+class _Sources:
+    """What a training reads, as the user named it."""
+
+    emulator: str | Path
+    data: DataSource
+    eval_data: DataSource | None
+    original: str | Path | None
+    reference: str | Path | None
+
+    def rows(self, model: TrainModel, settings: TrainSettings, batch_size: int) -> tuple[TrainData, TrainData | None]:
+        """Tokenize the data, and the held-out data if there are any."""
+
+        def read(data: DataSource) -> TrainData:
+            if settings.method == "sft":
+                return tokenized(data, model, settings.max_length)
+            return preference_data(data, model, settings, batch_size)
+
+        return read(self.data), None if self.eval_data is None else read(self.eval_data)
+
+
+def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, started: float) -> TrainResult:
     """Find models and data, record the choices of the run, and train in the work directory next to `output`."""
-    check_output(output, emulator, original)
+    check_output(output, sources.emulator, sources.original)
     if find_spec("trl") is None or find_spec("datasets") is None:
         raise InputError(INSTALL)
-    directory = resolve_model(emulator)
-    model = read_model(directory, name=str(emulator))
-    anchor = anchor_source(settings, model, original)
-    fields = lora_fields(settings, model.ranks)
+    if settings.eval_steps is not None and sources.eval_data is None:
+        raise InputError(f"--eval-steps {settings.eval_steps}: there is nothing to score; give --eval-data too")
     arguments = trainer_arguments(settings)
-    examples = tokenized(data, model, settings.max_length)
+    from onelayer.compiler.adapters.attach import linear_targets
+
+    directory = resolve_model(sources.emulator)
+    model = read_model(directory, name=str(sources.emulator))
+    reference = None
+    if sources.reference is not None:
+        reference = given_reference(Path(sources.reference), model.base["digest"])
+    original = original_source(settings, model, sources.original, reference is not None)
+    fields = lora_fields(settings, model.ranks)
+    linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
+    examples, held_out = sources.rows(model, settings, arguments["per_device_train_batch_size"])
     record = {
         "format_version": 1,
         "kind": "adapter",
         "corrected": False,
         "trained_on": {"path": str(directory), "digest": model.digest},
         "base": model.base,
-        "data": {**_places(data), "digest": examples.digest, "examples": len(examples.rows)},
+        "data": {**_places(sources.data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments),
     }
-    run = _Run(settings, model, examples, fields, arguments, record, anchor)
+    run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
-        return run.train(work, output, started)
+        referenced, report = run.with_reference(work)
+        return referenced.train(work, output, started, report)
 
 
 def _places(data: DataSource) -> dict[str, Any]:
     """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
-    sources = [data] if isinstance(data, str | Path) else list(data)
+    sources = data_sets(data)
     return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
@@ -131,6 +181,7 @@ def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, A
         "args": {name: value for name, value in arguments.items() if name not in NON_SEMANTIC_ARGS},
         "activations": {"where": settings.activations, "rank": settings.activation_rank} if compressed else None,
         **({"anchor": {"every": settings.anchor_every, "bits": settings.anchor_bits}} if anchored else {}),
+        **({} if settings.method == "sft" else {"method": settings.method}),
     }
 
 
@@ -141,30 +192,54 @@ class _Run:
     settings: TrainSettings
     model: TrainModel
     examples: TrainData
+    held_out: TrainData | None
     fields: LoraFields
     arguments: dict[str, Any]
     record: dict[str, Any]
-    anchor: Path | None
+    original: Path | None
+    reference: Reference | None
 
-    def train(self, work: Path, output: Path, started: float) -> TrainResult:
+    def with_reference(self, work: Path) -> tuple["_Run", Report | None]:
+        """Return the run with log-probabilities of the original in its rows, if it learns preferences on an emulator.
+
+        The report says what it cost to find them, if this was not done before.
+        """
+        method, reference, report = self.settings.method, self.reference, None
+        sets = [self.examples, *([] if self.held_out is None else [self.held_out])]
+        if method == "sft" or not self.model.ranks:
+            return self, None
+        if reference is None:
+            assert self.original is not None
+            answers = {key: row for data in sets for key, row in answers_of(data.rows, method).items()}
+            device = "cpu" if self.arguments.get("use_cpu") else None
+            reference, report = own_reference(work, self.original, answers, device)
+        examples, *held_out = [replace(data, rows=with_reference(data.rows, method, reference)) for data in sets]
+        return replace(self, examples=examples, held_out=held_out[0] if held_out else None), report
+
+    def train(self, work: Path, output: Path, started: float, reference: Report | None) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
         from onelayer.compiler.machine.devices import pick_device
-        from onelayer.runtime.training.adapter_directory import write_adapter_directory
+        from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
         from onelayer.runtime.training.anchored import anchor
-        from onelayer.runtime.training.callbacks import logged_losses, mean_loss
+        from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss, train_until_stopped
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
         team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
         with _global_random_state(), Meter(device) as meter:
-            trainer = make_trainer(self.model, self.examples, self.fields, self.arguments, work, meter.on_gpu)
+            gpu = meter.on_gpu
+            rows = (self.examples, self.held_out)
+            trainer = make_trainer(self.settings.method, self.model, rows, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
-            anchoring = None if self.anchor is None else anchor(trainer, self.model, self.anchor, self.settings, meter)
+            anchoring = None
+            if self.settings.anchor_every is not None:
+                assert self.original is not None
+                anchoring = anchor(trainer, self.model, self.original, self.settings, meter)
             trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: _checked_newest(work))
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                train_until_stopped(trainer, work, checkpoint)
             peak_device_bytes = meter.sample()
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
         first_batch = trainer.first_batch
@@ -178,8 +253,11 @@ class _Run:
             "peak_device_bytes": peak_device_bytes,
             "seconds": round(time.perf_counter() - started, 3),
             "skipped_examples": self.examples.skipped,
+            "cut_examples": self.examples.cut,
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
+            "reference": None if reference is None else reference.model_dump(mode="json"),
+            "held_out": [score.model_dump() for score in held_out_scores(trainer.state.log_history)],
         }
         # Parameters that are spread over processes are put together by all of them.
         state = None if team.is_alone else trainer.accelerator.get_state_dict(trainer.model)
@@ -188,6 +266,7 @@ class _Run:
             with atomic_directory(output) as partial:
                 record = {**self.record, "training": figures}
                 write_adapter_directory(partial, adapted, self.model, record, state)
+                copy_logs(work, partial)
             return TrainResult.model_validate({"output": str(output), **figures})
 
         return team.by_first(publish)

@@ -3,9 +3,7 @@
 It imports trl, transformers and torch, so import it only when training starts.
 """
 
-import math
-import warnings
-from contextlib import nullcontext
+from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
@@ -16,109 +14,120 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.data.preferences import PreferenceMethod
+from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.storage.files import write_json
-from onelayer.runtime.activations.figures import SavedBytes
 from onelayer.runtime.training.anchored import AnchoredTrainer
-from onelayer.runtime.training.callbacks import MarkComplete, Progress
-from onelayer.runtime.training.checkpoints import FIRST_BATCH_FILE, FirstBatch
-from onelayer.runtime.training.compressed_activations import TrainActivations
+from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
+from onelayer.runtime.training.guarded import GuardedTrainer
 from onelayer.runtime.training.inputs import TrainData, TrainModel
+from onelayer.runtime.training.preference_trainers import DpoTrainer, KtoTrainer, preference_trainer
 from onelayer.runtime.training.settings import LoraFields
+from onelayer.runtime.training.trainer_args import Method
 
 
-class _GuardedTrainer(Trainer):
-    """A Trainer that stops before a step with a non-finite loss, and measures its first forward pass."""
+@dataclass
+class HeldOutSums:
+    """The sum of losses over held-out tokens, and the number of these."""
 
-    first_batch: FirstBatch | None = None
-    activations: TrainActivations | None = None
+    loss: float = 0.0
+    tokens: int = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Start like TRL's trainer, but hide a warning about PEFT's use of a deprecated name, which no user can fix."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            super().__init__(*args, **kwargs)
+    def add(self, mean_loss: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: its mean loss over what `labels` (B, T) count."""
+        tokens = int((labels != IGNORED).sum())
+        self.loss, self.tokens = self.loss + float(mean_loss) * tokens, self.tokens + tokens
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; the first call of all also counts what is saved for its backward pass."""
-        if self.first_batch is not None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        compressed = nullcontext(None) if self.activations is None else self.activations.counted()
-        with SavedBytes(model) as saved, compressed as figures:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        measured = self.activations.measured if self.activations is not None else None
-        self.first_batch = FirstBatch(saved_activation_bytes=saved.total(figures), activations=measured)
-        if self.args.should_save:
-            assert self.args.output_dir is not None
-            write_json(Path(self.args.output_dir) / FIRST_BATCH_FILE, self.first_batch.model_dump(mode="json"))
-        return loss
-
-    def take_up_finished(self, checkpoint: Path) -> bool:
-        """Take state and adapter from a checkpoint of the last step; false for one that has steps left.
-
-        Trainer itself would fail there, or take one step too many.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step < state.max_steps:
-            return False
-        self.state = state
-        adapted: Any = self.accelerator.unwrap_model(self.model)
-        adapted.load_adapter(str(checkpoint), adapted.active_adapter, is_trainable=True)
-        return True
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run forward and backward of one batch; raise before the optimizer can use a non-finite loss."""
-        if self.activations is not None and self.first_batch is None and self.activations.wants_first_batch:
-            self.activations.measure_first_batch(lambda: self._plain_loss(model, inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not math.isfinite(float(loss)):
-            step = self.state.global_step + 1
-            raise FloatingPointError(
-                f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
-            )
-        return loss
-
-    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Compute the model's own loss of a batch, without TRL's metrics and DDP's bookkeeping."""
-        bare = self.accelerator.unwrap_model(model).train()
-        with self.compute_loss_context_manager():
-            loss: torch.Tensor = bare(**self._prepare_inputs(inputs)).loss
-        return loss
+    def mean(self, accelerator: Any) -> float:
+        """Compute the mean over the tokens of all processes."""
+        sums = torch.tensor([self.loss, self.tokens], dtype=torch.float64).to(accelerator.device)
+        total, tokens = accelerator.reduce(sums, "sum").tolist()
+        return float(total / tokens)
 
 
-class LoraTrainer(AnchoredTrainer, _GuardedTrainer, SFTTrainer):
-    """The trainer for models that predict tokens."""
+class _ScoredByToken(Trainer):
+    """A Trainer whose held-out loss is a mean over tokens. Trainer's own mean weighs each batch by its rows."""
+
+    _first_label = 0  # labels of a row before this one are predicted by nothing
+    _held_out = HeldOutSums()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Score the held-out rows by token."""
+        self._held_out = HeldOutSums()
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics["eval_loss"] = self._held_out.mean(self.accelerator)
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score one batch."""
+        labels = inputs["labels"]
+        scored = super().prediction_step(model, inputs, *args, **kwargs)
+        assert scored[0] is not None
+        self._held_out.add(scored[0], labels[..., self._first_label :])
+        return scored
 
 
-class ClassTrainer(AnchoredTrainer, _GuardedTrainer):
+class LoraTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByToken, SFTTrainer):
+    """The trainer for models that predict the next token."""
+
+    _first_label = 1
+
+
+class SequenceTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByToken):
+    """The trainer for encoder-decoders, which read one sequence of tokens and predict another."""
+
+
+class ClassTrainer(AnchoredTrainer, GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
+OurTrainer = LoraTrainer | SequenceTrainer | ClassTrainer | DpoTrainer | KtoTrainer
+Rows = tuple[TrainData, TrainData | None]  # to train on, and held out
+
+
 def make_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any], work: Path, on_gpu: bool
-) -> LoraTrainer | ClassTrainer:
+    method: Method,
+    model: TrainModel,
+    rows: Rows,
+    fields: LoraFields,
+    arguments: dict[str, Any],
+    work: Path,
+    on_gpu: bool,
+) -> OurTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
     dtype = model.config.dtype
     precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
     own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
-    make = _token_trainer if model.classes is None else _class_trainer
+    if rows[1] is not None:
+        batch_size = arguments["per_device_train_batch_size"]
+        strategy = "no" if arguments.get("eval_steps") is None else "steps"
+        own |= {"eval_strategy": strategy, "per_device_eval_batch_size": batch_size, "prediction_loss_only": True}
+    arguments = {**own, **arguments}
     try:
-        trainer = make(model, examples, fields, {**own, **arguments})
+        if method != "sft":
+            trainer: OurTrainer = _preference_trainer(method, model, rows, fields, arguments)
+        elif model.classes is None and model.config.is_encoder_decoder:
+            trainer = _sequence_trainer(model, rows, fields, arguments)
+        elif model.classes is None:
+            trainer = _token_trainer(model, rows, fields, arguments)
+        else:
+            trainer = _class_trainer(model, rows, fields, arguments)
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # arguments and target modules that the libraries refuse
@@ -127,42 +136,84 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.bar = Progress()
     trainer.add_callback(trainer.bar)
+    if rows[1] is not None:
+        trainer.add_callback(ScoreAtEnd())
     return trainer
 
 
-def _token_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
-) -> LoraTrainer:
+def _data_sets(rows: Rows) -> dict[str, Dataset | None]:
+    """Return the data sets of a trainer, by the names of its parameters."""
+    train, held_out = (None if data is None else Dataset.from_list(data.rows) for data in rows)
+    return {"train_dataset": train, "eval_dataset": held_out}
+
+
+def _token_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> LoraTrainer:
     # Rows are ready for the collator, unless TRL packs them.
     config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
     loaded = model.load()
     return LoraTrainer(
         model=loaded,
         args=config,
-        train_dataset=Dataset.from_list(examples.rows),
+        **_data_sets(rows),
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
         callbacks=[MarkComplete()],
     )
 
 
-def _class_trainer(
-    model: TrainModel, examples: TrainData, fields: LoraFields, arguments: dict[str, Any]
-) -> ClassTrainer:
-    """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
+def _preference_trainer(
+    method: PreferenceMethod, model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]
+) -> DpoTrainer | KtoTrainer:
+    loaded = model.load()
+    return preference_trainer(
+        method,
+        arguments,
+        model=loaded,
+        **_data_sets(rows),
+        processing_class=model.tokenizer,
+        peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
+        callbacks=[MarkComplete()],
+    )
+
+
+def _sequence_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> SequenceTrainer:
+    config = _plain_config(model, arguments)
+    loaded = model.load()
+    if not hasattr(loaded, "prepare_decoder_input_ids_from_labels"):
+        raise InputError(f"{model.directory}: {type(loaded).__name__} does not say what its decoder reads of labels")
+    set_seed(config.seed)
+    lora = _lora_config(loaded, fields, task_type="SEQ_2_SEQ_LM")
+    return SequenceTrainer(
+        model=peft.get_peft_model(loaded, lora),
+        args=config,
+        **_data_sets(rows),
+        data_collator=DataCollatorForSeq2Seq(model.tokenizer, loaded, label_pad_token_id=IGNORED),
+        compute_loss_func=_sequence_loss,
+        processing_class=model.tokenizer,
+        callbacks=[MarkComplete()],
+    )
+
+
+def _plain_config(model: TrainModel, arguments: dict[str, Any]) -> TrainingArguments:
+    """Return the arguments of transformers' own Trainer. Raises `InputError` for those that only TRL's has."""
     del arguments["max_length"]  # rows are already truncated
     for name in {field.name for field in fields_of(SFTConfig)} - {field.name for field in fields_of(TrainingArguments)}:
         if name in arguments:
             raise InputError(
-                f"args.{name}: applies to models that predict tokens, not to {model.directory}; leave it out"
+                f"args.{name}: applies to models that predict the next token, not to {model.directory}; leave it out"
             )
+    return TrainingArguments(**arguments)
+
+
+def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
+    """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
+    config = _plain_config(model, arguments)
     pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
     if arguments["per_device_train_batch_size"] > 1 and (None in pads or pads[0] != pads[1]):
         raise InputError(
             f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
             "classifier cannot tell where padded texts end; set both to the same id, or set batch_size to 1"
         )
-    config = TrainingArguments(**arguments)
     loaded = model.load()
     set_seed(config.seed)
     if fields.modules_to_save == []:
@@ -175,7 +226,7 @@ def _class_trainer(
     return ClassTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        train_dataset=Dataset.from_list(examples.rows),
+        **_data_sets(rows),
         data_collator=DataCollatorWithPadding(model.tokenizer),
         compute_loss_func=_class_loss,
         processing_class=model.tokenizer,
@@ -187,6 +238,13 @@ def _class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Te
     """Compute mean cross-entropy over the rows of a step. Some models average over each micro-batch instead."""
     loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _sequence_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute mean cross-entropy over the labeled tokens of a step, where position t predicts label t."""
+    logits, wanted = outputs.logits.float().flatten(0, 1), labels.flatten()
+    loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+    return loss / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _lora_config(loaded: PreTrainedModel, fields: LoraFields, **more: Any) -> peft.LoraConfig:

@@ -1,8 +1,7 @@
-"""Reads what a compile calibrates on, with the loss's labels if gradients flow back."""
+"""Reads what a pass calibrates on, with the loss's labels if gradients flow back."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.data.classes import Classes, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, read_tokens
 from onelayer.compiler.data.tokens import Tokens
@@ -14,38 +13,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Sampled(Protocol):
+    """How many examples a pass reads, how long, drawn by which seed."""
+
+    @property
+    def samples(self) -> int:
+        """The number of examples."""
+
+    @property
+    def max_length(self) -> int:
+        """The tokens at which examples are cut."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the draw."""
+
+
 def calibration_tokens(
     streamed: StreamedModel,
     calibration: DataSource,
     tokenizer: "PreTrainedTokenizerBase",
-    settings: ResolvedSettings,
-) -> tuple[list[Tokens], ResolvedSettings]:
-    """Read the calibration data, and the settings without `backward` if it has no loss, which is said.
+    settings: Sampled,
+    *,
+    backward: bool,
+) -> tuple[list[Tokens], bool]:
+    """Read the calibration data, and whether gradients flow back: without a loss they cannot, which is said.
 
     A classifier learns from rows with a label only.
     """
-    length, samples, seed = settings.max_length, settings.samples, settings.seed
-    if settings.backward:
+    if backward:
         try:
             classes = predicted_classes(type(streamed.model), streamed.config, streamed.checkpoint.directory)
-            return _with_labels(classes, calibration, tokenizer, settings), settings
+            return _with_labels(classes, calibration, tokenizer, settings), True
         except InputError as error:
             notice(f"--backward: {error}; errors are weighted by what flows forward alone")
-            settings = settings.model_copy(update={"backward": False})
-    return read_tokens(calibration, tokenizer, length, samples, seed), settings
+    return read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed), False
 
 
 def _with_labels(
-    classes: Classes | None, calibration: DataSource, tokenizer: "PreTrainedTokenizerBase", settings: ResolvedSettings
+    classes: Classes | None, calibration: DataSource, tokenizer: "PreTrainedTokenizerBase", settings: Sampled
 ) -> list[Tokens]:
     if classes is None:
         return read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed)
     length = settings.max_length
-    rows, _ = labeled_rows(
+    return labeled_rows(
         calibration,
         lambda example: [tokenize_for(classes, example, tokenizer, length)],
         length,
         settings.samples,
         settings.seed,
-    )
-    return [tokens for _, tokens in rows]
+    ).tokens

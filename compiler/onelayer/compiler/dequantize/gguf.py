@@ -1,0 +1,105 @@
+"""GGUF tensors in, weights by their names in transformers out, as transformers itself reads such a file.
+
+Used here, and nowhere else: `get_gguf_hf_weights_map`, `TENSOR_PROCESSORS` and `TensorProcessor` of transformers'
+reader, which give names and undo llama.cpp's permutations, and `dequantize` of the package gguf.
+`tests/compiler/dequantize/test_gguf.py` shows which one broke.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from math import prod
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers import modeling_gguf_pytorch_utils as reading
+
+from onelayer.compiler.dequantize.checkpoint import UnpackedCheckpoint
+from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, SLICE_BYTES, PackedTensor, Unpacker, require
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage.checkpoint import Checkpoint
+from onelayer.compiler.storage.gguf_format import TYPE_IDS
+from onelayer.compiler.storage.safetensors_format import TensorInfo
+
+# Tables that may be read by rows; the reader of no architecture changes them.
+TABLES = ("token_embd.weight", "output.weight")
+
+
+def named_by_transformers(stored: Checkpoint, model: PreTrainedModel, dtype: str) -> Checkpoint:
+    """Return a GGUF file's tensors as the weights of `model`, which is empty, in `dtype`.
+
+    Raises `InputError` if the package gguf is missing.
+    """
+    (file,) = stored.files
+    try:
+        form = GgufWeights(stored.metadata[file]["general.architecture"], model)
+    except ImportError:
+        raise InputError(f"{file}: reading GGUF needs the package gguf, which is missing: pip install gguf") from None
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, info in stored.tensors.items():
+        weight = form.names.get(name) or form.names.get(name.removesuffix(".weight"))
+        if weight in expected:
+            parts.setdefault(weight, {})[name] = info
+    table: dict[str, TensorInfo] = {}
+    for weight, own in parts.items():
+        first, shape = next(iter(own.values())), expected[weight]
+        if sum(prod(info.shape) for info in own.values()) != prod(shape):
+            shapes = ", ".join(f"{name} {info.shape}" for name, info in own.items())
+            raise InputError(f"{file}: {shapes} do not make {weight} {shape}; download the file again")
+        by_rows = first.name in TABLES and first.shape == shape
+        place = (weight, file, dtype, shape, first.start, first.end)
+        table[weight] = PackedTensor(*place, unpacker=form, parts=own, by_rows=by_rows)
+    shared = (stored.metadata, None, stored.stamps)
+    return UnpackedCheckpoint(stored.directory, stored.files, table, *shared, stored=stored, method="gguf")
+
+
+class GgufWeights(Unpacker):
+    """The tensors of one GGUF file; `names` are those of weights by those in the file.
+
+    A weight has one part, or several: the gates and twins of experts lie apart in the file.
+    """
+
+    scratch_value_bytes: ClassVar[int] = GGUF_SCRATCH_VALUE_BYTES
+
+    def __init__(self, architecture: str, model: PreTrainedModel) -> None:
+        kind = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
+        self._processor: Any = cast("Any", kind)(config=model.config.to_dict())
+        self.names: dict[str, str] = reading.get_gguf_hf_weights_map(model, self._processor)
+
+    def unpack(self, info: PackedTensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Unpack every part and let transformers arrange it."""
+        made: dict[str, Any] = {"tensors": {}}
+        for name, rows in tensors.items():
+            arranged = self._processor.process(
+                weights=_floats(info.parts[name], rows),
+                name=name,
+                tensor_key_mapping=self.names,
+                parsed_parameters=made,
+            )
+            if arranged.name is not None:
+                made["tensors"][info.name] = torch.from_numpy(np.ascontiguousarray(arranged.weights))
+        weight: torch.Tensor = made["tensors"][info.name]
+        require(tuple(weight.shape) == info.shape, f"unpacks to {tuple(weight.shape)}, not {info.shape}")
+        return weight.to(dtype)
+
+    def unpack_rows(self, part: TensorInfo, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Unpack some rows of a table; a row is a whole number of blocks."""
+        return torch.from_numpy(_floats(part, rows)).to(dtype)
+
+
+def _floats(part: TensorInfo, rows: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Unpack rows of bytes (n, row bytes) to float32 (n, ...)."""
+    shape = (len(rows), *part.shape[1:])
+    flat = rows.numpy().reshape(prod(shape[:-1]), -1) if len(part.shape) > 1 else rows.numpy().reshape(1, -1)
+    unpacked = np.empty((len(flat), shape[-1]), np.float32)
+    step = max(1, SLICE_BYTES // (4 * shape[-1]))
+    quantized = import_module("gguf.constants").GGMLQuantizationType(TYPE_IDS[part.dtype])
+    for start in range(0, len(flat), step):
+        unpacked[start : start + step] = _library().dequantize(flat[start : start + step], quantized)
+    return unpacked.reshape(shape)
+
+
+def _library() -> Any:
+    return import_module("gguf.quants")

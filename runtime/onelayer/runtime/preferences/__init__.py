@@ -1,0 +1,1 @@
+"""The rows of preference tuning, and the reference that they are compared with."""

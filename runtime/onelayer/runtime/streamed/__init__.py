@@ -1,0 +1,1 @@
+"""Originals that are trained where they lie: weights on disk, one unit in memory, any trainer around them."""

@@ -1,0 +1,92 @@
+"""What every trainer does beyond its library's: it stops at a loss that is not finite, and measures its first batch.
+
+It imports transformers and torch, so import it only when training starts.
+"""
+
+import copy
+import math
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from onelayer.compiler.storage.files import write_json
+from onelayer.runtime.activations.figures import SavedBytes
+from onelayer.runtime.training.checkpoints import FIRST_BATCH_FILE, FirstBatch
+from onelayer.runtime.training.compressed_activations import TrainActivations
+
+# What TRL's trainers count in `compute_loss`, for their log.
+TRL_COUNTS = ("_metrics", "_total_train_tokens")
+
+
+class GuardedTrainer(Trainer):
+    """A Trainer that stops before a step with a non-finite loss, and measures its first forward pass."""
+
+    first_batch: FirstBatch | None = None
+    activations: TrainActivations | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Start like TRL's trainer, but hide a warning about PEFT's use of a deprecated name, which no user can fix."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss; the first call of all in training also counts what is saved for its backward pass."""
+        if self.first_batch is not None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        compressed = nullcontext(None) if self.activations is None else self.activations.counted()
+        with SavedBytes(model) as saved, compressed as figures:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        measured = self.activations.measured if self.activations is not None else None
+        self.first_batch = FirstBatch(saved_activation_bytes=saved.total(figures), activations=measured)
+        if self.args.should_save:
+            assert self.args.output_dir is not None
+            write_json(Path(self.args.output_dir) / FIRST_BATCH_FILE, self.first_batch.model_dump(mode="json"))
+        return loss
+
+    def take_up_finished(self, checkpoint: Path) -> bool:
+        """Take state and adapter from a checkpoint of the last step; false for one that has steps left.
+
+        Trainer itself would fail there, or take one step too many.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self.state = state
+        adapted: Any = self.accelerator.unwrap_model(self.model)
+        adapted.load_adapter(str(checkpoint), adapted.active_adapter, is_trainable=True)
+        return True
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run forward and backward of one batch; raise before the optimizer can use a non-finite loss."""
+        if self.activations is not None and self.first_batch is None and self.activations.wants_first_batch:
+            self.activations.measure_first_batch(lambda: self._plain_loss(model, inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not math.isfinite(float(loss)):
+            step = self.state.global_step + 1
+            raise FloatingPointError(
+                f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
+            )
+        return loss
+
+    def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Compute the loss of a batch as training does, with the head in slices, but without metrics and DDP."""
+        bare = self.accelerator.unwrap_model(model).train()
+        kept = {name: copy.deepcopy(getattr(self, name)) for name in TRL_COUNTS if hasattr(self, name)}
+        with self.compute_loss_context_manager():
+            loss: Any = super().compute_loss(bare, dict(self._prepare_inputs(inputs)))
+        vars(self).update(kept)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the held-out rows. The random numbers of the training stay as they are."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        return scores
