@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run the whole method on a small model, in minutes on two cores, without a network (after the first setup).
+# With --real, on SmolLM2-135M-Instruct from the package index, if it has the model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh

@@ -1,11 +1,12 @@
 """Makes the emulators that the quality benchmark compares: ours, the published one, and others at equal bytes.
 
 A kind is a name from `KINDS`; a size is a share of the linears' bytes at 16 bits. The product itself makes `published`
-(bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (with `-uniform`: uniform), and `qlora`
-(all linears whole in nf4). Other kinds replace the factors of `published`, so that everything else is equal:
-`plain-svd` uses no calibration, `sequential` takes its statistics from the emulator instead of the original, `rescaled`
-gives each linear the original's output energy. `dropped` keeps some layers whole instead (offsite tuning). `-refined`
-after a kind means that its factors were trained unit by unit against the original (`refine`).
+(bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (with `-uniform`: uniform), `qlora`
+(all linears whole in nf4), and `coded` (codes with a thin low-rank part; `coded-forward` without the pass back). Other
+kinds replace the factors of `published`, so that everything else is equal: `plain-svd` uses no calibration,
+`sequential` takes its statistics from the emulator instead of the original, `rescaled` gives each linear the original's
+output energy. `dropped` keeps some layers whole instead (offsite tuning). `-refined` after a kind means that its
+factors were trained unit by unit against the original (`refine`).
 """
 
 import json
@@ -43,6 +44,8 @@ COMPILED: dict[str, dict[str, Any]] = {
     "int8": {"factor_dtype": "int8", "rank_allocation": "spectrum"},
     "nf4-uniform": {"factor_dtype": "nf4", "rank_allocation": "uniform"},
     "nf4": {"factor_dtype": "nf4", "rank_allocation": "spectrum"},
+    "coded": {"form": "coded"},
+    "coded-forward": {"form": "coded", "backward": False},
     "qlora": {"factor_dtype": "nf4", "rank_allocation": "uniform"},
 }
 DERIVED = ("plain-svd", "sequential", "rescaled")

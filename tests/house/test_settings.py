@@ -19,6 +19,7 @@ from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettin
 from onelayer.compiler.polish.settings import PolishKeywords, PolishSettings
 from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
 from onelayer.compiler.settings import Settings
+from onelayer.runtime.streamed.settings import StreamedKeywords, StreamedSettings
 from onelayer.runtime.training.settings import TrainKeywords, TrainSettings
 
 PASSES: list[tuple[Any, type[Settings], type]] = [
@@ -28,6 +29,7 @@ PASSES: list[tuple[Any, type[Settings], type]] = [
     (onelayer.compiler.polish_adapter, PolishSettings, PolishKeywords),
     (onelayer.compiler.evaluate_model, EvaluateSettings, EvaluateKeywords),
     (onelayer.runtime.train_lora, TrainSettings, TrainKeywords),
+    (onelayer.runtime.streamed_for_training, StreamedSettings, StreamedKeywords),
 ]
 # Changes the source of settings modules during their import, then prints every default that should follow.
 PROBE = """

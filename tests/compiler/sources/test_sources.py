@@ -122,6 +122,26 @@ def test_rows_of_other_tools_are_read_and_said(
     assert capsys.readouterr().err.count(" rows, read as messages") == 1
 
 
+CHAT = [USER, ASSISTANT]
+WRONG = {"role": "assistant", "content": "four"}
+PREFERENCES: list[dict[str, Any]] = [
+    {"instruction": "one plus two", "input": "", "chosen": "three", "rejected": "four"},
+    {
+        "conversations": [{"from": "human", "value": "one plus two"}],
+        "chosen": {"from": "gpt", "value": "three"},
+        "rejected": {"from": "gpt", "value": "four"},
+    },
+    {"prompt": "one plus two", "messages": CHAT, "chosen": CHAT, "rejected": [USER, WRONG], "score_chosen": 8.0},
+]
+
+
+@pytest.mark.parametrize("row", PREFERENCES)
+def test_preferences_of_other_tools(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    (example,) = read_examples(tmp_path / "d.jsonl")
+    assert (example.prompt, example.completion, example.rejected) == ([USER], [ASSISTANT], [WRONG])
+
+
 def test_calls_and_tools_of_share_gpt(tmp_path: Path) -> None:
     turns = [
         {"from": "human", "value": "sum"},

@@ -29,14 +29,14 @@ OPTIONS = {
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
-        "EMULATOR --batch-size --calibration --columns --config --device --host-memory --json --learning-rate "
-        "--max-length --model --output --resume --samples --seed --split --step-samples --steps"
+        "EMULATOR --backward --batch-size --calibration --columns --config --device --host-memory --json "
+        "--learning-rate --max-length --model --output --resume --samples --seed --split --step-samples --steps"
     ),
     "train": (
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
-        "--columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
-        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --model --output --report-to "
-        "--resume --save-steps --seed --split --target-modules --warmup"
+        "--cache --columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
+        "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --micro-batch-size --model "
+        "--output --report-to --resume --save-steps --seed --split --target-modules --warmup --way"
     ),
     "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (

@@ -19,7 +19,7 @@ from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.training.trainer_args import trainer_args_model
 
 FOLDER = ROOT / "manifests"
-REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != "demo.yaml")
+REAL = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("demo"))
 # Renaming, reordering or adding one changes the key of every emulator whose size follows from memory.
 FIELDS_IN_KEY = [
     "batch_size",

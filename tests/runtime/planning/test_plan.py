@@ -148,6 +148,9 @@ def test_a_plan_is_one_document_with_the_promised_keys(tmp_path: Path) -> None:
     ]
     assert document["seconds"]["polish_step"] > document["seconds"]["correct"]
     assert document["seconds"]["refine"] > document["seconds"]["compile"]
+    times = document["seconds"]["correct_1000_tokens"] * document["speed"]["flops_per_second"]
+    parameters = times / (2 * 1000 * 19)  # forward, of the original and of 18 candidates
+    assert 0.5 * parameters < document["predicted"]["model_bytes"] / 4 < 2 * parameters
     assert "the original itself fits" in document["remarks"][0]
     assert json.loads(json.dumps(document)) == document
 

@@ -12,7 +12,7 @@ from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.pipeline.step import model_directory, model_source
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.reporting.run_summaries import run_summary
-from onelayer.runtime.reporting.tables import report_line
+from onelayer.runtime.reporting.tables import report_line, summary
 from onelayer.runtime.sizes import broken_promise
 
 KEPT = {"largest_unit_bytes": 1 << 20, "workspace_bytes": 3 << 20, "peak_device_bytes": 4 << 20}
@@ -27,6 +27,12 @@ def test_a_kept_promise_is_not_marked() -> None:
 def test_a_command_marks_a_broken_promise() -> None:
     line = report_line({**KEPT, **COSTS, "peak_device_bytes": 10 << 20})
     assert line.startswith("MORE THAN PROMISED: 10.00 MiB of 4.00 MiB, 2.5 times\ndevice peak 10.00 MiB")
+
+
+def test_a_report_inside_a_document_is_marked_too() -> None:
+    broken = {"output": "o", "report": {**KEPT, **COSTS, "peak_device_bytes": 10 << 20}}
+    assert "report                     MORE THAN PROMISED: 10.00 MiB of 4.00 MiB" in summary(broken)
+    assert "MORE" not in summary({"output": "o", "report": {**KEPT, **COSTS}})
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
     samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
+    notice(f"--data: {len(samples.tokens)} rows run {variants} times each, once for every correction that is tried")
     team = processes()
     trials = _Trials(adapter, adapted, emulator, variants, len(batches), team)
     scoring = Scoring(batches, variants, spill_pool, team=team)

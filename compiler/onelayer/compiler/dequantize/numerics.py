@@ -72,7 +72,9 @@ def unpack_words(words: torch.Tensor, bits: int, dim: int, order: Sequence[int] 
     if order is not None:
         shifts = shifts[list(order)]
     shifts = shifts.view(-1, *[1] * (words.ndim - dim - 1))
-    return ((words.unsqueeze(dim + 1) >> shifts) & ((1 << bits) - 1)).flatten(dim, dim + 1)
+    values = words.unsqueeze(dim + 1) >> shifts
+    values &= (1 << bits) - 1
+    return values.flatten(dim, dim + 1)
 
 
 def scale_groups(
@@ -94,7 +96,10 @@ def scale_groups(
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
         group = groups[start:stop]
-        unpacked[:, start:stop] = ((values(start, stop) - zeros[group]) * scales[group]).T
+        wide = values(start, stop).float()
+        wide -= zeros[group]
+        wide *= scales[group]
+        unpacked[:, start:stop] = wide.T
     return unpacked
 
 

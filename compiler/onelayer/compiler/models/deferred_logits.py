@@ -15,7 +15,17 @@ import torch.nn.functional as F
 PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "is_meta", "ndim", "grad", "is_leaf")
 METADATA = frozenset(getattr(torch.Tensor, name).__get__ for name in PROPERTIES) | {
     getattr(torch.Tensor, name)
-    for name in ("size", "dim", "ndimension", "numel", "element_size", "is_floating_point", "is_complex", "__len__")
+    for name in (
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "element_size",
+        "untyped_storage",
+        "is_floating_point",
+        "is_complex",
+        "__len__",
+    )
 }
 
 # Elementwise operations on logits, which can be applied to a slice later.

@@ -75,6 +75,14 @@ def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapt
     return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
 
 
+def resident_bytes(weight_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
+    """Bound what training an adapter of a model that is held whole takes for a batch of `tokens`.
+
+    `width` is how many values all matrices of the model read and give for one token, the head's included.
+    """
+    return weight_bytes + RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu)
+
+
 def anchoring_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
     """Bound what finding the offsets of `tokens` at once holds in addition to the emulator and the unit that computes.
 

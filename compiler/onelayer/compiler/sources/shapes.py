@@ -41,6 +41,8 @@ def own_row(row: object, source: str) -> tuple[object, str | None]:
     if not isinstance(row, Mapping):
         return row, None
     given = {name: value for name, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= given.keys():
+        return _preference(given, source)
     if any(name in given for name in OWN):
         if _repeats_prompt(given):
             return {name: value for name, value in row.items() if name != "prompt"}, "UltraChat"
@@ -67,6 +69,25 @@ def _repeats_prompt(row: Row) -> bool:
         return False
     asked = [message.get("content") for message in messages if isinstance(message, Mapping)]
     return isinstance(row.get("prompt"), str) and row["prompt"] in asked[:2]
+
+
+def _preference(row: dict[str, Any], source: str) -> tuple[dict[str, Any], str | None]:
+    """Convert the preferences of LLaMA-Factory, whose answers are outside the conversation, and of UltraFeedback."""
+    answers = ("chosen", "rejected")
+    if "instruction" in row:
+        converted = [_alpaca({**row, "output": row[name]}, source) for name in answers]
+        shape = "Alpaca"
+    elif isinstance(row.get("conversations"), list):
+        converted = [
+            _share_gpt({**row, "conversations": [*row["conversations"], row[name]]}, source) for name in answers
+        ]
+        shape = "ShareGPT"
+    elif row.get("messages") == row["chosen"]:
+        return {name: value for name, value in row.items() if name != "messages"}, "UltraFeedback"
+    else:
+        return row, None
+    tools = {"tools": converted[0]["tools"]} if "tools" in converted[0] else {}
+    return {**tools, **{name: part["messages"] for name, part in zip(answers, converted, strict=True)}}, shape
 
 
 def _alpaca(row: Row, source: str) -> dict[str, Any]:

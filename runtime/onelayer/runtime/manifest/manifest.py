@@ -78,6 +78,8 @@ class Manifest(Seeded, Section):
             lora=lora,
             activations=activations,
             anchor=self._anchor(task),
+            on=self.train.on,
+            way=self.train.way,
             args=args,
             max_length=task.max_length or self.train.max_length,
         )
@@ -116,10 +118,12 @@ def load_manifest(path: str | Path) -> Manifest:
         faults += faults_of(error, Manifest, document)
     else:
         faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
-        faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_anchor(manifest)
+        faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_train_on(manifest)
         faults += _impossible_preferences(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
+    if manifest.train.on == "original":
+        manifest = manifest.model_copy(update={"emulator": None})
     manifest._path = path.resolve()
     return manifest
 
@@ -151,14 +155,16 @@ def _nothing_to_score(manifest: Manifest) -> list[Fault]:
     ]
 
 
-def _nothing_to_anchor(manifest: Manifest) -> list[Fault]:
-    """Find anchors where the original is trained itself, which needs none."""
+def _nothing_to_train_on(manifest: Manifest) -> list[Fault]:
+    """Find what needs an emulator where the original is trained itself: anchors, or the word."""
+    if manifest.emulator is None and manifest.train.on == "emulator":
+        return [(("train", "on"), "there is no emulator, add one or set it to original")]
+    if manifest.emulator is not None and manifest.train.on != "original":
+        return []
     places: list[tuple[Location, Anchor | None]] = [(("train", "anchor"), manifest.train.anchor)]
     places += [(("tasks", name, "anchor"), task.anchor) for name, task in manifest.tasks.items()]
-    if manifest.emulator is not None:
-        return []
-    text = "there is no emulator, add one or leave the anchor out"
-    return [(where, text) for where, anchor in places if anchor is not None]
+    nothing = "there is no emulator, add one" if manifest.emulator is None else "train.on is original, change it"
+    return [(where, f"{nothing} or leave the anchor out") for where, anchor in places if anchor is not None]
 
 
 def _impossible_preferences(manifest: Manifest) -> list[Fault]:

@@ -25,6 +25,7 @@ from onelayer.runtime.manifest.values import (
     model_source,
     none_word,
 )
+from onelayer.runtime.streamed.settings import Way
 from onelayer.runtime.training.settings import (
     ActivationRank,
     Dropout,
@@ -142,10 +143,13 @@ class Training(Lengths, Section):
     """How an adapter is trained. Without `anchor`, or with `none`, no anchors.
 
     `method` is `sft` for answers, `dpo` or `kto` for preferences; `args` are the own arguments of its SFTConfig,
-    DPOConfig or KTOConfig.
+    DPOConfig or KTOConfig. `on` is what is trained on; if omitted, the emulator where there is one. With `original` an
+    emulator is left unused. `way` holds the original in memory or streams it; no result depends on it.
     """
 
     method: Method = TrainSettings.default("method")
+    on: Literal["emulator", "original"] | None = None
+    way: Way = TrainSettings.default("way")
     lora: Lora = Lora()
     activations: Activations = Activations()
     anchor: Annotated[Anchor | None, BeforeValidator(none_word)] = None

@@ -184,7 +184,7 @@ def reference_step(manifest: Manifest, task: str, model: Source) -> Step:
 
 
 def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
-    """Train on the emulator, or with `direct` on the original itself (the upper bound; it must fit in memory)."""
+    """Train on the emulator, or with `direct` on the original itself (the upper bound), streamed if it does not fit."""
     training = manifest.training(task)
     model, data = model_source(manifest), manifest.tasks[task].train
     sources = _data_sources("train data", data)
@@ -202,11 +202,13 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}
         held_out = {} if scored is None else {"eval_data": _given(scored)}
         reference = {"reference": inputs["reference"]} if referred else {}
+        held = {"way": training.way} if direct else {}
         settings = {
             **train_arguments(training),
             **anchors,
             **held_out,
             **reference,
+            **held,
             "seed": manifest.seed,
             "resume": True,
         }

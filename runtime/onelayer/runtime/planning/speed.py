@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
+from onelayer.compiler.correct.candidates import CANDIDATES
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.files import BUFFER_BYTES
@@ -36,6 +37,8 @@ class Seconds(Result):
     """Rough durations of passes over the whole model, one training step, and one exact step with its two passes.
 
     `compile_backward` is the part of the compile that weighs errors by the loss's gradients; None if nothing is coded.
+    `correct_1000_tokens` is what 1000 tokens of held-out data add to a correction that they choose: they run through
+    the original as it is, and once with each candidate.
     """
 
     compile: float
@@ -43,6 +46,7 @@ class Seconds(Result):
     refine: float
     train_step: float
     correct: float
+    correct_1000_tokens: float
     evaluate_1000_tokens: float
     polish_step: float
 
@@ -136,6 +140,7 @@ def seconds_at(
             train * active_values(shapes, ratio, coded) * planned.tokens / flops, SECONDS_DIGITS
         ),
         correct=round_significant(read, SECONDS_DIGITS),
+        correct_1000_tokens=round_significant(FORWARD * active * 1000 * (1 + len(CANDIDATES)) / flops, SECONDS_DIGITS),
         evaluate_1000_tokens=round_significant(max(read, FORWARD * active * 1000 / flops), SECONDS_DIGITS),
         polish_step=round_significant(
             max(read, FORWARD * active * exact_tokens / flops)

@@ -40,20 +40,20 @@ class SubBlock:
         """Whether one linear leads up and one down: an MLP without a gate."""
         return [linear.out_features for linear in self.readers] == [self.inner]
 
-    def saved_per_token(self, value_bytes: int, lora_rank: int, autocast: bool) -> int:
+    def saved_per_token(self, value_bytes: int, lora_rank: int, copy_bytes: int | None) -> int:
         """Count the bytes that autograd keeps per token.
 
-        They are the norm's input and output, what activation or attention needs, and the inputs of the adapters (under
-        autocast one copy for each linear).
+        They are the norm's input and output, what activation or attention needs, and the inputs of the adapters. In
+        half precision each linear's adapter reads a copy of its own, of `copy_bytes` a value.
         """
         linears = len(self.readers) + (self.closing is not None)
-        low = linears * lora_rank * value_bytes
-        if not autocast:
+        low = linears * lora_rank * (copy_bytes or value_bytes)
+        if copy_bytes is None:
             inner = self.inner * (2 if self.is_gated else 1)
             return value_bytes * (2 * self.hidden + self.opened + inner) + low
         copies = sum(linear.in_features for linear in self.readers) + self.inner
         inner = 0 if self.is_plain else self.inner
-        return MASTER_BYTES * self.hidden + value_bytes * (self.opened + inner + copies) + low
+        return MASTER_BYTES * self.hidden + value_bytes * (self.opened + inner) + copy_bytes * copies + low
 
 
 def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:

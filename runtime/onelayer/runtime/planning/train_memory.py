@@ -170,9 +170,14 @@ class LayerBytes:
     planned: PlannedRun
 
     @cached_property
-    def autocast(self) -> bool:
-        """Whether training runs under autocast, as it does for a model in half precision."""
-        return self.shapes.value_bytes == 2
+    def copy_bytes(self) -> int | None:
+        """The bytes per value of the copy that an adapter makes of its input in half precision; None if it makes none.
+
+        On a GPU autocast makes it in half precision. On a CPU there is no autocast, and PEFT makes it in float32.
+        """
+        if self.shapes.value_bytes != 2:
+            return None
+        return self.shapes.value_bytes if self.planned.on_gpu else MASTER_BYTES
 
     def stored(self, block: BlockShape) -> int:
         """Count the bytes kept from forward to backward."""
@@ -188,7 +193,7 @@ class LayerBytes:
         """Count the bytes of what is recomputed, if anything is, and of the gradients of the widest sub-block."""
         parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
-        gradients = self.planned.tokens * ((6 if self.autocast else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
+        gradients = self.planned.tokens * ((6 if self.copy_bytes else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
         if self.planned.where == "none":
             return gradients
         if self.planned.where == "layer":
@@ -197,7 +202,7 @@ class LayerBytes:
 
     def _exact(self, block: BlockShape, parts: tuple[SubBlock, ...]) -> int:
         per_token = sum(
-            part.saved_per_token(self.shapes.value_bytes, self.planned.lora_rank, self.autocast) for part in parts
+            part.saved_per_token(self.shapes.value_bytes, self.planned.lora_rank, self.copy_bytes) for part in parts
         )
         opened, inner = expert_parts(self.shapes, block)
         per_token += self.shapes.value_bytes * (opened + inner)

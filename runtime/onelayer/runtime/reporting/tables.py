@@ -30,10 +30,15 @@ def _value(name: str, value: object) -> object:
 
 
 def summary(document: Mapping[str, Any]) -> str:
-    """Format every plain value of a document with its name, one level of nesting unfolded, lists counted."""
+    """Format every plain value of a document with its name, one level of nesting unfolded, lists counted.
+
+    The report of a pass that broke its promise is marked.
+    """
     rows: list[tuple[str, object]] = []
     for name, value in document.items():
         if isinstance(value, Mapping):
+            if {"largest_unit_bytes", "workspace_bytes", "peak_device_bytes"} <= value.keys():
+                rows += [(name, broken)] if (broken := _broken(value)) else []
             inner = [(f"{name}.{key}", _value(key, item)) for key, item in value.items()]
             rows += [(label, item) for label, item in inner if not isinstance(item, Mapping | list)]
         elif isinstance(value, list):
@@ -62,12 +67,16 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 def report_line(report: Mapping[str, Any]) -> str:
     """Format the memory contract in one line: what was measured and what was promised; a broken promise in another."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
-    broken = broken_promise(report["peak_device_bytes"], promised)
+    broken = _broken(report)
     return (
         (f"{broken}\n" if broken else "") + f"device peak {size(report['peak_device_bytes'])} "
         f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
         f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, {report['seconds']:.1f} s"
     )
+
+
+def _broken(report: Mapping[str, Any]) -> str:
+    return broken_promise(report["peak_device_bytes"], report["largest_unit_bytes"] + report["workspace_bytes"])
 
 
 def age(seconds: float) -> str:

@@ -1,26 +1,42 @@
 """The settings of a streamed model. Torch-free."""
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from onelayer.compiler.settings import Machine, Option, Revised
+from onelayer.compiler.settings import Machine, Option, Revised, Settings
+
+Way = Literal["auto", "resident", "streamed"]
 
 
-class Streaming(Machine):
+class Streaming(Settings):
     """How much of a batch is computed at once, and how much of the model stays in host memory."""
 
     micro_batch_size: Annotated[
-        PositiveInt | None, Field(description="Rows computed at once. Default: as many as fit the free memory.")
+        PositiveInt | None,
+        Field(description="Rows of a streamed model computed at once. Default: as many as fit the free memory."),
     ] = None
     cache_bytes: Annotated[
         NonNegativeInt,
-        Field(description="Host memory for the last layers, which are then read once and not twice a step."),
+        Field(description="Host memory for the last layers of a streamed model, which are then read only once."),
         Option(flags="--cache", metavar="SIZE", reader="bytes"),
     ] = 0
 
 
-class StreamedSettings(Streaming, Revised):
+class Holding(Streaming):
+    """How a model is held while it is trained."""
+
+    way: Annotated[
+        Way,
+        Field(
+            description="Hold the model in memory (resident), or read it layer by layer in every step (streamed). auto "
+            "streams what does not fit."
+        ),
+        Option(metavar="auto|resident|streamed"),
+    ] = "auto"
+
+
+class StreamedSettings(Streaming, Machine, Revised):
     """What can be set of a streamed model."""
 
 

@@ -20,8 +20,10 @@ SHOWN = {"loss": "loss", "eval_loss": "held-out loss"}  # by their names in the 
 class Progress(TrainerCallback):
     """Progress over steps with the loss on stderr. Trainer's own bar prints to stdout.
 
-    Streams between steps show in the same bar.
+    Streams show in the same bar; `streams` is what they are for.
     """
+
+    streams = "anchoring"
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}
@@ -34,7 +36,7 @@ class Progress(TrainerCallback):
 
     def reached(self, count: int, unit: str, peak_bytes: int, note: str = "") -> None:
         """Show that a stream of the original has run `count` of its units."""
-        parts = (f"anchoring, {unit}", note, f"peak {peak_bytes / GIB:.2f} GiB")
+        parts = (f"{self.streams}, {unit}", note, f"peak {peak_bytes / GIB:.2f} GiB")
         self._bar.set_postfix_str(", ".join(part for part in parts if part))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -104,6 +104,14 @@ def newest_checkpoint(work: Path) -> Path | None:
     return next((path for path in newest_first if _is_whole(path)), None)
 
 
+def checked_newest(work: Path) -> Path | None:
+    """Return the checkpoint to continue from, or None. Raises `InputError` if its state is damaged."""
+    checkpoint = newest_checkpoint(work)
+    if checkpoint is not None:
+        check_state(checkpoint)
+    return checkpoint
+
+
 def _is_whole(checkpoint: Path) -> bool:
     try:
         document = read_json(checkpoint / COMPLETE_FILE)

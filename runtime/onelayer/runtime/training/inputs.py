@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,19 @@ from onelayer.compiler.data.preferences import read_preferences
 from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.console import notice
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.sources.data_set import names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.streamed.model import streamed_for_training
+from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -42,6 +47,7 @@ class TrainModel:
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
     stamps: FileStamps
+    streaming: StreamedSettings | None = None
 
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
@@ -52,7 +58,14 @@ class TrainModel:
         return empty_model(self.config, self.model_class, torch.float32)
 
     def load(self) -> "PreTrainedModel":
-        """Load the model with its weights onto the host. Raises `InputError` if its files changed since `digest`."""
+        """Load the model with its weights onto the host, or open it for streaming if `streaming` says how.
+
+        Raises `InputError` if its files changed since `digest`.
+        """
+        if self.streaming is not None:
+            streamed = streamed_for_training(self.directory, **self.streaming.model_dump())
+            self.stamps.check()
+            return streamed
         import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
 
         model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
@@ -196,3 +209,37 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
         rows.append(_row(tokens, model))
     labeled.tell()
     return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)
+
+
+def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
+    """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
+    longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
+    longest = arguments["max_length"] if arguments.get("packing") else longest
+    return int(longest * arguments["per_device_train_batch_size"])
+
+
+def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: "torch.device") -> TrainModel:
+    """Return the model with the way that it is held, which is printed for an original. `tokens` are those of a batch.
+
+    Raises `InputError` if the settings do not go with the way.
+    """
+    import torch
+
+    from onelayer.runtime.streamed.ways import chosen_way
+
+    if model.ranks:
+        if settings.way == "streamed":
+            raise InputError(f"--way streamed: {model.directory} is an emulator, which is made to fit; leave it out")
+        return model
+    dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
+    streaming = chosen_way(model.directory, dtype, settings, tokens, device)
+    if streaming is not None:
+        if settings.activations != "none":
+            kept = "a streamed model keeps inputs of layers"
+            raise InputError(f"--activations {settings.activations}: {kept}; leave it out")
+        if not processes().is_alone:
+            raise InputError("--way streamed: runs in one process; start it without torchrun")
+        if settings.gradient_accumulation > 1:
+            batches = settings.gradient_accumulation
+            notice(f"--gradient-accumulation {batches}: every batch of a step reads the model")
+    return replace(model, streaming=streaming)

@@ -24,6 +24,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
 from onelayer.runtime.anchors.settings import BITS_RULE, AnchorBits
+from onelayer.runtime.streamed.settings import Holding
 from onelayer.runtime.training.trainer_args import (
     LEARNING_RATES,
     RENAMED_ARGS,
@@ -44,7 +45,7 @@ LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by a
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(Lengths, Seeded):
+class TrainSettings(Lengths, Seeded, Holding):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
     method: Annotated[
@@ -165,6 +166,9 @@ class TrainKeywords(TypedDict, total=False):
     activation_report: bool
     anchor_every: int | None
     anchor_bits: int
+    way: str
+    micro_batch_size: int | None
+    cache_bytes: int
     resume: bool
     lora: dict[str, Any] | None
     args: dict[str, Any] | None

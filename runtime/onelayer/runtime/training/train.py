@@ -30,13 +30,14 @@ from onelayer.runtime.preferences.rows import answers_of, with_reference
 from onelayer.runtime.training.checkpoints import (
     TRAINING_WORK,
     HeldOutScore,
-    check_state,
-    newest_checkpoint,
+    checked_newest,
     read_first_batch,
 )
 from onelayer.runtime.training.inputs import (
     TrainData,
     TrainModel,
+    held_by,
+    longest_batch,
     original_source,
     preference_data,
     read_model,
@@ -60,8 +61,9 @@ class TrainResult(Result):
     `peak_device_bytes`: on a GPU the peak of its allocator, on a CPU the growth of the process's anonymous memory.
     `skipped_examples`: those without a labeled token within the length limit; `cut_examples`: those longer than it.
     `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
-    `losses`: step and mean training loss since the previous entry. `held_out`: the scores on held-out rows, if there
-    were any. `reference`: what the pass over the original cost that scored the answers of preferences.
+    `losses`: step and mean training loss since the previous entry. `streamed`: what reading the model in every step
+    cost, if it was streamed. `held_out`: the scores on held-out rows, if there were any. `reference`: what the pass
+    over the original cost that scored the answers of preferences.
     """
 
     output: str
@@ -76,6 +78,7 @@ class TrainResult(Result):
     activations: ActivationReport | None = None
     anchors: AnchorReport | None = None
     losses: tuple[tuple[int, float], ...] = ()
+    streamed: Report | None = None
     held_out: tuple[HeldOutScore, ...] = ()
     reference: Report | None = None
 
@@ -104,7 +107,8 @@ def train_lora(
     scored every `eval_steps` steps and after the last; they change nothing in the adapter. What a tool of `report_to`
     writes into files is moved into `output`, below `runs`. The methods "dpo" and "kto" learn preferences; on an
     emulator their reference is the original: `model` streams over all answers once, or `reference` is a directory that
-    `reference_scores` wrote. Raises `InputError` for unusable input.
+    `reference_scores` wrote. An original that does not fit the memory is streamed, layer by layer, in every step
+    (`way`). Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
     sources = _Sources(emulator, data, eval_data, model, reference)
@@ -219,6 +223,7 @@ class _Run:
     def train(self, work: Path, output: Path, started: float, reference: Report | None) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
         from onelayer.compiler.machine.devices import pick_device
+        from onelayer.runtime.streamed.ways import show_streams, streaming_figures
         from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
         from onelayer.runtime.training.anchored import anchor
         from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss, train_until_stopped
@@ -226,10 +231,11 @@ class _Run:
         from onelayer.runtime.training.trainers import make_trainer
 
         team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
+        model = held_by(self.model, self.settings, longest_batch(self.examples, self.arguments), device)
         with _global_random_state(), Meter(device) as meter:
             gpu = meter.on_gpu
             rows = (self.examples, self.held_out)
-            trainer = make_trainer(self.settings.method, self.model, rows, self.fields, self.arguments, work, gpu)
+            trainer = make_trainer(self.settings.method, model, rows, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
@@ -237,7 +243,8 @@ class _Run:
             if self.settings.anchor_every is not None:
                 assert self.original is not None
                 anchoring = anchor(trainer, self.model, self.original, self.settings, meter)
-            trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: _checked_newest(work))
+            show_streams(trainer.accelerator.unwrap_model(trainer.model), trainer.bar)
+            trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: checked_newest(work))
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
                 train_until_stopped(trainer, work, checkpoint)
             peak_device_bytes = meter.sample()
@@ -256,6 +263,7 @@ class _Run:
             "cut_examples": self.examples.cut,
             "activations": first_batch.model_dump(mode="json")["activations"],
             "anchors": anchoring.report().model_dump(mode="json") if anchoring is not None else None,
+            "streamed": streaming_figures(adapted),
             "reference": None if reference is None else reference.model_dump(mode="json"),
             "held_out": [score.model_dump() for score in held_out_scores(trainer.state.log_history)],
         }
@@ -270,14 +278,6 @@ class _Run:
             return TrainResult.model_validate({"output": str(output), **figures})
 
         return team.by_first(publish)
-
-
-def _checked_newest(work: Path) -> Path | None:
-    """Return the checkpoint to continue from, or None. Raises `InputError` if its state is damaged."""
-    checkpoint = newest_checkpoint(work)
-    if checkpoint is not None:
-        check_state(checkpoint)
-    return checkpoint
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""What unpacking a weight holds, measured in fresh processes: the weight, what is stored of it, and some slices."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import quantized_models as packers
+from helpers.children import fork_server
+from onelayer.compiler.dequantize.checkpoint import unpacked
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.storage.checkpoint import Checkpoint
+
+MIB = 1 << 20
+COLUMNS = 3200
+# Rows of the weight that is measured, and of one that is read before: first uses take memory once.
+ROWS, FEW_ROWS = 2496, 64
+Tensors = dict[str, torch.Tensor]
+
+
+def fp8(name: str, rows: int) -> Tensors:
+    scales = torch.ones(-(-rows // 128), COLUMNS // 128)
+    return {f"{name}.weight": torch.ones(rows, COLUMNS).to(torch.float8_e4m3fn), f"{name}.weight_scale_inv": scales}
+
+
+def gptq(name: str, rows: int) -> Tensors:
+    values, zeros = torch.ones(COLUMNS // 8, rows).int(), torch.ones(25, rows // 8).int()
+    parts = {"qweight": values, "qzeros": zeros, "scales": torch.ones(25, rows).half()}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def mxfp4(name: str, rows: int) -> Tensors:
+    blocks = torch.full((4, rows // 4, COLUMNS // 32, 16), 17, dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": torch.full(blocks.shape[:3], 127, dtype=torch.uint8)}
+
+
+FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, int], Tensors]]] = {
+    "fp8": (packers.fp8_settings(128, 128), fp8),
+    "gptq": (packers.gptq_settings(4, 128), gptq),
+    "mxfp4": ({"quant_method": "mxfp4"}, mxfp4),
+}
+
+
+def read_here(path: Path) -> None:
+    torch.set_num_threads(1)
+    checkpoint = unpacked(Checkpoint.open(path), json.loads((path / "config.json").read_text()), "BF16")
+    small, large = sorted(checkpoint.tensors.values(), key=lambda info: info.size_bytes)
+    checkpoint.read(small.name)
+    with Meter(torch.device("cpu")) as meter:
+        checkpoint.read(large.name)
+        peak = meter.sample()
+    (path / "report.json").write_text(json.dumps([peak, large.size_bytes, checkpoint.unpacking_bytes]))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpacking_stays_within_its_promise(name: str, tmp_path: Path) -> None:
+    settings, make = FORMATS[name]
+    save_file({**make("large", ROWS), **make("small", FEW_ROWS)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    process = fork_server().Process(target=read_here, args=(tmp_path,))
+    process.start()
+    process.join()
+    peak, weight, promised = json.loads((tmp_path / "report.json").read_text())
+    assert peak > weight > 15 * MIB
+    assert peak <= weight + promised
