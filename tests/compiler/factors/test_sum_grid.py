@@ -26,7 +26,7 @@ def test_the_order_and_grouping_of_terms_changes_no_bit(dtype: torch.dtype) -> N
     torch.testing.assert_close(one, exact, rtol=0, atol=1e-13 * float(exact.abs().max()))
 
 
-def test_a_first_term_of_zeros_or_infinities_leaves_later_terms_as_they_are() -> None:
+def test_a_first_term_of_zeros_or_infinities_changes_no_later_one() -> None:
     for value in (0.0, float("inf"), float("nan")):
         grid = SumGrid()
         grid.rounded(torch.full((3,), value))
