@@ -142,7 +142,7 @@ def _slice_gradient(
     with torch.enable_grad():
         hidden_NH = waiting.hidden[rows].detach().to(weight.device).requires_grad_()
         logits_NS = waiting.logits.slice_of(hidden_NH, weight, start, stop)
-    gradient_NS = (logits_NS.detach().double() - waiting.scores.log_sums[rows, None]).exp().float()
+    gradient_NS = waiting.scores.probabilities(rows, logits_NS.detach())
     labels_N = waiting.scores.labels_N[rows]
     inside_N = ((labels_N >= start) & (labels_N < stop)).to(gradient_NS.dtype)
     places_N = (labels_N - start).clamp(0, stop - start - 1)

@@ -41,6 +41,12 @@ class TokenScores:
         """The logarithm of the sum of the exponentials of all logits."""
         return self._highest_N.double() + self._sum_N.log()
 
+    def probabilities(self, rows: slice, logits_NS: torch.Tensor) -> torch.Tensor:
+        """Return the probabilities of a slice of tokens, once all slices were added; float32, as softmax rounds it."""
+        highest_N = self._highest_N[rows]
+        shift_N = self._sum_N[rows].log().to(torch.float32)
+        return (logits_NS.to(torch.float32) - highest_N[:, None]).sub_(shift_N[:, None]).exp_()
+
     @property
     def losses(self) -> torch.Tensor:
         """The cross-entropies in nats, float64."""
