@@ -58,10 +58,13 @@ def runs_in_key(manifest: Manifest) -> list[dict[str, Any]]:
 def _in_key(run: PlannedRun) -> dict[str, Any]:
     """Name a run's fields as stored keys do: `is_sliced` was `is_cut` when the first were made.
 
-    `coded` is what the size decides, not what it is decided by.
+    `coded` is what the size decides, not what it is decided by. `refine_backward` is left out with its default, which
+    keeps the keys from before it.
     """
     fields = asdict(run)
     del fields["coded"]
+    if not run.refine_backward:
+        del fields["refine_backward"]
     return {"is_cut" if name == "is_sliced" else name: value for name, value in fields.items()}
 
 
