@@ -240,7 +240,8 @@ def test_run_prints_steps_scores_and_results(
     assert call("run", project, "--task", "sql", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert [step["state"] for step in document["steps"]] == ["cached"] * 4
-    assert set(document["steps"][0]) == {"name", "kind", "state", "reason", "key", "path"}
+    figures = {"peak_device_bytes", "promised_bytes"}
+    assert set(document["steps"][0]) == {"name", "kind", "state", "reason", "key", "path", *figures}
     assert [row["name"] for row in document["evaluations"]["sql"]] == ["original", "uncorrected", "corrected"]
 
 

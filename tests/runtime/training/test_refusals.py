@@ -55,7 +55,7 @@ def test_texts_beyond_the_positions_are_refused(train: Train, place: Path) -> No
 
 def test_models_that_are_not_causal_are_refused(place: Path, tmp_path: Path) -> None:
     save_tiny("bert", tmp_path / "bert")
-    with pytest.raises(InputError, match="BertForMaskedLM is not a causal language model"):
+    with pytest.raises(InputError, match="BertForMaskedLM is not a language model"):
         train_lora(tmp_path / "bert", place / "text.jsonl", tmp_path / "adapter")
 
 
