@@ -43,7 +43,7 @@ def merge_workspace(checkpoint: Checkpoint, changes: dict[str, Change]) -> int:
     """
     largest = max(checkpoint.tensors[key].size_bytes for key in changes)
     chunks = (3 * CHUNKS_AT_ONCE + 1) * min(CHUNK_BYTES, largest) + CHUNKS_AT_ONCE * BLOCK_BYTES
-    packed = [info.size_bytes for name, info in checkpoint.tensors.items() if checkpoint.is_packed(name)]
+    packed = [info.size_bytes for name, info in checkpoint.tensors.items() if not checkpoint.reads_rows(name)]
     return SHARDS_AT_ONCE * (chunks + max(packed, default=0) + checkpoint.unpacking_bytes)
 
 
@@ -135,8 +135,7 @@ def _entry(checkpoint: Checkpoint, info: TensorInfo, change: Change | None) -> E
         return tensor_entry(info.name, change.replaced.source.read(change.replaced.key).to(dtype))
 
     def chunks() -> Iterator[bytes | memoryview]:
-        rows = [checkpoint.read(info.name)] if change is None else _changed_rows(checkpoint, info, change)
-        for chunk in rows:
+        for chunk in _changed_rows(checkpoint, info, change or Change()):
             yield from tensor_entry(info.name, chunk).chunks()
 
     return Entry(info.name, info.dtype, info.shape, chunks)

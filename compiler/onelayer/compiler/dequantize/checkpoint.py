@@ -39,10 +39,9 @@ class UnpackedCheckpoint(Checkpoint):
 
     @property
     def unpacking_bytes(self) -> int:
-        """Bytes that unpacking one weight takes in addition to the weight."""
-        return max(
-            (info.unpacking_bytes for info in self.tensors.values() if isinstance(info, PackedTensor)), default=0
-        )
+        """Bytes that unpacking one weight takes in addition to the weight; tables are only unpacked by rows."""
+        packed = (info for info in self.tensors.values() if isinstance(info, PackedTensor) and not info.by_rows)
+        return max((info.unpacking_bytes for info in packed), default=0)
 
     def is_packed(self, name: str) -> bool:
         """Whether a tensor is unpacked as it is read."""

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as reading
 
 from onelayer.compiler.dequantize.checkpoint import UnpackedCheckpoint
-from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, SLICE_BYTES, PackedTensor, Unpacker, require
+from onelayer.compiler.dequantize.packed import (
+    GGUF_SCRATCH_VALUE_BYTES,
+    GGUF_TABLES,
+    SLICE_BYTES,
+    PackedTensor,
+    Unpacker,
+    require,
+)
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.gguf_format import TYPE_IDS
 from onelayer.compiler.storage.safetensors_format import TensorInfo
-
-# Tables that may be read by rows; the reader of no architecture changes them.
-TABLES = ("token_embd.weight", "output.weight")
 
 
 def named_by_transformers(stored: Checkpoint, model: PreTrainedModel, dtype: str) -> Checkpoint:
@@ -48,7 +52,7 @@ def named_by_transformers(stored: Checkpoint, model: PreTrainedModel, dtype: str
         if sum(prod(info.shape) for info in own.values()) != prod(shape):
             shapes = ", ".join(f"{name} {info.shape}" for name, info in own.items())
             raise InputError(f"{file}: {shapes} do not make {weight} {shape}; download the file again")
-        by_rows = first.name in TABLES and first.shape == shape
+        by_rows = first.name in GGUF_TABLES and first.shape == shape
         place = (weight, file, dtype, shape, first.start, first.end)
         table[weight] = PackedTensor(*place, unpacker=form, parts=own, by_rows=by_rows)
     shared = (stored.metadata, None, stored.stamps)

@@ -21,6 +21,8 @@ Parts = Mapping[str, TensorInfo]
 VALUES = "values"
 # Of a GGUF weight: in float32, as unpacked and as arranged.
 GGUF_SCRATCH_VALUE_BYTES = 8
+# GGUF tables that are read by rows; transformers' reader changes them for no architecture.
+GGUF_TABLES = ("token_embd.weight", "output.weight")
 # Values are widened to float32 by slices of about this size, which stay in a core's cache. With what the
 # allocator keeps between them they take as much as this many (measured: 9).
 SLICE_BYTES = 1 << 20

@@ -10,7 +10,7 @@ from typing import Any
 
 from onelayer.compiler.dequantize.checkpoint import unpacked
 from onelayer.compiler.dequantize.formats import format_of, quantization_settings
-from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, PackedFormat, unpacking_bytes
+from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, GGUF_TABLES, PackedFormat, unpacking_bytes
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
@@ -85,7 +85,8 @@ def shapes_from_headers(directory: str | Path) -> ModelShapes:
     if stored.is_gguf:
         held = max(
             unpacking_bytes(info.size_bytes, math.prod(info.shape), GGUF_SCRATCH_VALUE_BYTES)
-            for info in stored.tensors.values()
+            for name, info in stored.tensors.items()
+            if name not in GGUF_TABLES
         )
     return replace(shapes, packed_bytes=packed_bytes, unpacking_bytes=held)
 
