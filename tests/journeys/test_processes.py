@@ -1,26 +1,49 @@
-"""Several processes, as `torchrun` starts them: training publishes, and failures are one line."""
+"""Several processes, as `torchrun` starts them: the results of one process, one output, failures in one line."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from helpers.launched import launch
-from helpers.reference_emulators import write_emulator
-from helpers.tiny_models import save_tiny
+from helpers.launched import Launched, launch
+from helpers.peft_adapters import load_original, random_adapter
+from helpers.tiny_models import causal, save_tiny, tiny_tokenizer
+from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.storage.digests import sha256_file
 
-TEXTS = [f"the quick brown fox {count} jumps over the lazy dog" for count in range(8)]
+TEXTS = [f"the quick brown fox {count} jumps over the lazy dog" + " again" * (count % 3) for count in range(7)]
+SMALL: dict[str, Any] = {"max_length": 16, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its emulator and data."""
+    """A model, its emulator, an adapter and data: an odd number of rows, of several lengths."""
     path: Path = tmp_path_factory.mktemp("processes")
-    model = save_tiny("llama", path / "model")
-    write_emulator(model, path / "model", path / "emulator", ratio=0.5)
+    save_tiny("llama", path / "model")
     (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    compile_emulator(path / "model", path / "data.jsonl", path / "emulator", **SMALL, keep_bytes=0.4)
+    random_adapter(load_original(path / "model"), path / "adapter", size=0.1, r=2, target_modules=["q_proj"])
     return path
+
+
+def document(launched: Launched) -> Any:
+    """The JSON that process 0 printed, once all have ended well."""
+    assert set(launched.codes) == {0}, launched.printed
+    printed = "\n" + launched.printed
+    return json.JSONDecoder().raw_decode(printed[printed.index("\n{") + 1 :])[0]
+
+
+def weights(directory: Path) -> dict[str, str]:
+    """Hashes of the files of tensors."""
+    return {file.name: sha256_file(file) for file in directory.glob("*.safetensors")}
+
+
+def options(**fields: Any) -> list[Any]:
+    """Command-line options of these names."""
+    return [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: Path) -> None:
@@ -62,3 +85,62 @@ def test_bad_input_is_one_line_whatever_the_number_of_processes(place: Path, tmp
     )
     assert refused.codes == [2, 2]
     assert "start it without torchrun" in refused.printed
+
+
+def test_sums_do_not_depend_on_the_number_of_processes(place: Path, tmp_path: Path) -> None:
+    model, data = place / "model", place / "data.jsonl"
+    compiled = ["compile", model, *options(calibration=data, output=tmp_path / "emulator", keep_bytes=0.4, **SMALL)]
+    document(launch(3, [*compiled, "--json"], tmp_path / "logs"))
+    assert weights(tmp_path / "emulator") == weights(place / "emulator")
+
+    scored = evaluate_model(model, data, adapters=[place / "adapter"], against=place / "emulator", **SMALL)
+    command = ["evaluate", model, *options(data=data, adapter=place / "adapter", against=place / "emulator", **SMALL)]
+    found = document(launch(2, [*command, "--json"], tmp_path / "logs"))
+    assert found["results"] == scored.model_dump(mode="json")["results"]
+    assert scored.against is not None
+    assert found["against"]["kl_per_token"] == scored.against.kl_per_token
+
+    given: dict[str, Any] = {"emulator": place / "emulator", "model": model, "data": data}
+    correct_adapter(place / "adapter", output=tmp_path / "one", **given)
+    document(
+        launch(
+            2, ["correct", place / "adapter", *options(output=tmp_path / "two", **given), "--json"], tmp_path / "logs"
+        )
+    )
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+def test_steps_of_several_processes_are_those_of_one_up_to_rounding(place: Path, tmp_path: Path) -> None:
+    model, data = place / "model", place / "data.jsonl"
+    steps: dict[str, Any] = {"steps": 3, "step_samples": 3, **SMALL}
+    refined = refine_emulator(place / "emulator", model=model, calibration=data, output=tmp_path / "refined", **steps)
+    fields = {"model": model, "calibration": data, "output": tmp_path / "refined-by-two", **steps}
+    found = document(launch(2, ["refine", place / "emulator", *options(**fields), "--json"], tmp_path / "logs"))
+    wanted = [unit.after for unit in refined.units]
+    assert [unit["after"] for unit in found["units"]] == pytest.approx(wanted, rel=1e-5)
+
+    steps = {"steps": 2, "batch_size": 4, "lora_rank": 2, "max_length": 16}
+    polished = polish_adapter(None, model=model, data=data, output=tmp_path / "polished", **steps)
+    fields = {"model": model, "data": data, "output": tmp_path / "polished-by-two", **steps}
+    found = document(launch(2, ["polish", *options(**fields), "--json"], tmp_path / "logs"))
+    assert [step["loss"] for step in found["steps"]] == pytest.approx([step.loss for step in polished.steps], rel=1e-6)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("polished", "polished-by-two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_killed_process_ends_the_others_at_once_and_one_process_resumes(tmp_path: Path) -> None:
+    causal("Llama", num_hidden_layers=6).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    compiled = ["compile", tmp_path / "model", *options(calibration=data, output=tmp_path / "cut", ratio=0.5, **SMALL)]
+    first_unit = tmp_path / ".cut.compile" / "unit-00000.json"
+    launched = launch(2, compiled, tmp_path / "logs", kill=(1, first_unit))
+    assert launched.codes == [1, -9], launched.printed
+    assert launched.printed.count("onelayer: error") == 1
+    assert "another process" in launched.printed
+    assert launched.seconds < 10
+    assert first_unit.exists()
+    compile_emulator(tmp_path / "model", data, tmp_path / "cut", ratio=0.5, **SMALL)
+    compile_emulator(tmp_path / "model", data, tmp_path / "whole", ratio=0.5, **SMALL)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")

@@ -210,7 +210,7 @@ def test_divergence_by_slices_is_that_of_the_whole(
     generator = torch.Generator().manual_seed(seed)
     p, q = (torch.randn(count, vocabulary, generator=generator) * scale for _ in range(2))
     labels = torch.randint(vocabulary, (count,), generator=generator)
-    scores, gap = (TokenScores(labels), TokenScores(labels)), Divergence(count)
+    scores, gap = (TokenScores(labels), TokenScores(labels)), Divergence(count, torch.device("cpu"))
     for start in range(0, vocabulary, width):
         parts = p[:, start : start + width], q[:, start : start + width]
         for item, part in zip(scores, parts, strict=True):
@@ -222,7 +222,7 @@ def test_divergence_by_slices_is_that_of_the_whole(
 
 def test_a_token_that_the_original_excludes_counts_nothing() -> None:
     p, q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])
-    scores, gap = (TokenScores(torch.tensor([0])), TokenScores(torch.tensor([0]))), Divergence(1)
+    scores, gap = (TokenScores(torch.tensor([0])), TokenScores(torch.tensor([0]))), Divergence(1, torch.device("cpu"))
     for item, part in zip(scores, (p, q), strict=True):
         item.update(slice(None), part, 0)
     gap.update(slice(None), p, q)

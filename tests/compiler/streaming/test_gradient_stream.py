@@ -281,7 +281,7 @@ def test_compressed_inputs_take_less_and_keep_the_direction(tmp_path: Path) -> N
         streamed = open_streamed(tmp_path)
         with Meter(CPU) as meter, GradientStream(streamed, CPU, meter, trained=1, rank=rank, spill_pool=room) as stream:
             stream.run(batches, lambda index, output: some_loss_with_gradient(index, output))
-            held.append(sum(tensor.nbytes for _, records in stream._records for tensor in records[0].kept.tensors))
+            held.append(sum(tensor.nbytes for _, _, records in stream._records for tensor in records[0].kept.tensors))
             stream.reverse()
         found = collected(streamed.model)
         first, second = (torch.cat([part[name].flatten() for name in sorted(expected)]) for part in (found, expected))

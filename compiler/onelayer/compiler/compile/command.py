@@ -28,7 +28,7 @@ from onelayer.compiler.compile.selection import (
 )
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings, ResolvedSettings
 from onelayer.compiler.compile.writer import EmulatorWriter
-from onelayer.compiler.data.batches import make_batches, tokens_digest
+from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import is_trainable
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
@@ -38,6 +38,7 @@ from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.ranks import copies_on_disk, widest_ratio
 from onelayer.compiler.machine.console import StopRequest, notice
 from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.settings import settings_keywords
@@ -72,6 +73,8 @@ def compile_emulator(
     """
     asked, output = CompileSettings.of(settings), Path(output)
     check_output(output, model)
+    if asked.form == "coded" and not processes().is_alone:
+        raise InputError("--form coded: is the work of one process; start it without torchrun, or give --form factors")
     streamed = StreamedModel(resolve_model(model, asked.revision))
     if not is_trainable(type(streamed.model)):
         notice(
@@ -143,22 +146,35 @@ def _compile(
         kind = Compilation if settings.form == "factors" else CodedCompilation
         job = kind(streamed, ranks, stacks, writer, device, settings, stop, spill_pool)
         job.stream(batches, meter)
-        writer.write_rest()
-        at_once = max(math.prod(batch.shape) for batch in batches)
-        keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-        workspace = compile_workspace(streamed, ranks, stacks, at_once, settings.factor_dtype, keeps_whole)
-        if settings.form == "coded":
-            workspace = coded_workspace(streamed, ranks, at_once, meter.on_gpu)
-            workspace += spill_pool.budget_bytes if keeps else 0
-        workspace += streamed.unpacking_bytes(meter.on_gpu)
-        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        result = compile_result(writer, settings, output, report)
-        figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})
-        writer.finish(base, {**facts, **remarks(writer, [*ranks, *stacks], job.revisited), **figures})
-        if settings.rank_allocation == "uniform":
-            work.publish(output)
-            return result
-        sliced = slice_to_ranks(work.payload, spectrum_ranks(writer, settings), output, {"ratio": settings.ratio})
+        return processes().by_first(lambda: _finished(job, meter, batches, base, facts, output))
+
+
+def _finished(
+    job: Compilation,
+    meter: Meter,
+    batches: Sequence[TokenBatch],
+    base: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    output: Path,
+) -> CompileResult:
+    """Write what no unit of the stream wrote, and publish the emulator."""
+    streamed, settings, writer = job.streamed, job.settings, job.writer
+    writer.write_rest()
+    at_once = max(math.prod(batch.shape) for batch in batches)
+    keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
+    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
+    if settings.form == "coded":
+        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
+    workspace += streamed.unpacking_bytes(meter.on_gpu)
+    report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+    result = compile_result(writer, settings, output, report)
+    figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})
+    writer.finish(base, {**facts, **remarks(writer, [*job.ranks, *job.stack_ranks], job.revisited), **figures})
+    if settings.rank_allocation == "uniform":
+        writer.work.publish(output)
+        return result
+    sliced = slice_to_ranks(writer.work.payload, spectrum_ranks(writer, settings), output, {"ratio": settings.ratio})
     changed = ("parameters_after", "layer_parameters_after", "kept_bytes_share", "linears", "stacks")
     return result.model_copy(update={name: getattr(sliced, name) for name in changed})
 

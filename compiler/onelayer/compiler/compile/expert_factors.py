@@ -16,6 +16,7 @@ import torch
 from onelayer.compiler.compile.writer import StoredLinear, StoredStack
 from onelayer.compiler.emulators.figures import StackFigures
 from onelayer.compiler.factors.moments import NON_FINITE_LIMIT, Moments
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.experts import ExpertStacks
 from onelayer.compiler.models.unit_memory import EXPERT_ROWS
@@ -56,6 +57,16 @@ class ExpertCalls:
             return_free_memory()  # otherwise each spilled copy leaves a hole in the heap
         self.hidden.append(kept)
         self._index.append(routed[1].to("cpu", copy=True))
+
+    def gather(self, team: Processes) -> None:
+        """Give process 0, which compresses the experts, the calls of all processes; the others keep none."""
+        if team.is_alone:
+            return
+        self.refused = team.any(self.refused)
+        parts = team.gather_in_first((self.hidden, self._index))
+        self.hidden = [] if self.refused else [kept for hidden, _ in parts for kept in hidden]
+        self._index = [] if self.refused else [index for _, indices in parts for index in indices]
+        self.spill_pool.hold(self.hidden)
 
     @property
     def reason(self) -> str | None:
@@ -149,7 +160,7 @@ def compress_stacks(
             fallback_moments = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
             name, weight = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert)
             compressed.append(
-                _on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments))
+                on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments))
             )
     for leaf, compressed in stored.items():
         figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in compressed], rows)
@@ -160,7 +171,8 @@ def compress_stacks(
         yield stacks.path(leaf), StoredStack(figures, tensors)
 
 
-def _on_host(stored: StoredLinear) -> StoredLinear:
+def on_host(stored: StoredLinear) -> StoredLinear:
+    """Return what is stored of a linear, on the host."""
     return StoredLinear(stored.figures, {ending: tensor.cpu() for ending, tensor in stored.tensors.items()})
 
 

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
-from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on
+from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on, on_host
 from onelayer.compiler.compile.linear_moments import MomentHooks
+from onelayer.compiler.compile.resume import UnitRecord
 from onelayer.compiler.compile.selection import Ranks
 from onelayer.compiler.compile.settings import ResolvedSettings
+from onelayer.compiler.compile.shared_moments import add_up_moments, settle_grids
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
 from onelayer.compiler.factors.factorize import factorize
-from onelayer.compiler.factors.moments import Moments, check_rows
+from onelayer.compiler.factors.moments import Moments, check_rows, dropped_rows
 from onelayer.compiler.factors.quantized_factors import output_energy, quantize_dense, quantize_factors
 from onelayer.compiler.machine.console import StopRequest
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.experts import stacks_below
 from onelayer.compiler.models.linears import unit_linears, weight_of
@@ -47,6 +50,7 @@ class Compilation:
         stop: StopRequest,
         spill_pool: SpillPool,
     ) -> None:
+        self.team = processes()
         self.streamed = streamed
         self.ranks, self.stack_ranks = ranks, stack_ranks
         self.spill_pool = spill_pool
@@ -58,6 +62,7 @@ class Compilation:
         self.revisited: set[str] = set()
         self._watched: set[str] = set()
         self._meter: Meter | None = None
+        self._batches = 1  # of all processes
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -68,12 +73,19 @@ class Compilation:
     def stream(self, batches: Sequence[TokenBatch], meter: Meter) -> None:
         """Run the pass up to the last unit that is not written yet."""
         stream = Stream(
-            self.streamed, self.device, meter, on_unit=self.on_unit, spill_pool=self.spill_pool, description="compile"
+            self.streamed,
+            self.device,
+            meter,
+            on_unit=self.on_unit,
+            spill_pool=self.spill_pool,
+            description="compile",
+            team=self.team,
         )
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
         if wanted:
-            stream.stop_after, self._meter = max(wanted), stream.meter
-            stream.run([batch.inputs for batch in batches], lambda index, output: None)
+            stream.stop_after, self._meter, self._batches = max(wanted), stream.meter, len(batches)
+            stream.run([batches[index].inputs for index in self.team.share(len(batches))], lambda index, output: None)
+            self.revisited = set().union(*self.team.gather(self.revisited))
 
     @contextmanager
     def on_unit(self, unit: Unit) -> Iterator[Any]:
@@ -89,26 +101,51 @@ class Compilation:
             yield None
             return
         self._watched.add(unit.name)
-        hooks = self.hooks(linears)
+        hooks, settled = self.hooks(linears), self.team.is_alone
 
         def run(index: int, args: Any, kwargs: Any) -> Any:
+            nonlocal settled
             hooks.next_batch()
-            return unit.forward(*args, **kwargs)
+            output = unit.forward(*args, **kwargs)
+            if not settled:
+                settle_grids(hooks, self.team)
+                settled = True
+            return output
 
         with hooks.attached(), hooks_on(experts):
             yield run
+        if not settled:  # this process has no batch
+            settle_grids(hooks, self.team)
         self._write(unit, linears, hooks, experts)
         self.stop.check()
 
     def hooks(self, linears: dict[str, torch.nn.Module]) -> MomentHooks:
         """Return the hooks that gather what the factors of a unit need."""
-        return MomentHooks(linears, self.device, self.product_dtype)
+        waits = not self.team.is_first
+        return MomentHooks(linears, self.device, self.product_dtype, batches=self._batches, waits=waits)
 
     def _write(
         self, unit: Unit, linears: dict[str, torch.nn.Module], hooks: MomentHooks, experts: Sequence[ExpertCalls]
     ) -> None:
         """Compress the weights of a resident unit, write its shard and show its largest error."""
-        stored = dict(self.compressed(linears, hooks))
+        add_up_moments(hooks, self.team)
+        for calls in experts:
+            calls.gather(self.team)
+        mine = {name: on_host(item) for name, item in self.compressed(linears, hooks)}
+        stored = {name: item for part in self.team.gather_in_first(mine) for name, item in part.items()}
+        record = self.team.by_first(lambda: self._write_unit(unit, linears, hooks, experts, stored))
+        self.writer.work.finished[unit.position] = record
+
+    def _write_unit(
+        self,
+        unit: Unit,
+        linears: dict[str, torch.nn.Module],
+        hooks: MomentHooks,
+        experts: Sequence[ExpertCalls],
+        stored: dict[str, StoredLinear],
+    ) -> UnitRecord:
+        """Write the shard of a unit whose linears are compressed."""
+        stored = {name: stored[name] for name in linears if name in stored}
         stacks = {name: item for calls in experts if calls.reason is None for name, item in self._stacks(calls)}
         dense = {name: hooks.reason(name) for name in linears if name not in stored}
         for calls in experts:
@@ -118,15 +155,15 @@ class Compilation:
         if self._meter is not None and (stored or stacks):
             figures = [*(item.figures for item in stored.values()), *(item.figures for item in stacks.values())]
             self._meter.note = f"error at most {max(item.error for item in figures):.3f}"
+        return self.writer.work.finished[unit.position]
 
     def compressed(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, StoredLinear]]:
         """Yield what replaces the weight of each linear that has moments."""
-        for name, linear in linears.items():
-            moments = hooks.moments.get(name)
-            if moments is None:
-                continue
-            check_rows(name, moments.gram.dropped_rows, moments.gram.rows)
-            weight = weight_of(linear)
+        gathered = {name: hooks.moments[name] for name in linears if name in hooks.moments}
+        dropped = dropped_rows([moments.gram for moments in gathered.values()])
+        for (name, moments), count in zip(gathered.items(), dropped, strict=True):
+            check_rows(name, count, moments.gram.rows)
+            weight = weight_of(linears[name])
             with_dense = self.settings.rank_allocation == "spectrum"
             yield name, self._compress(name, weight, moments, self.ranks[name], None, with_dense)
             return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from onelayer.compiler.codes.forms import OUTPUT_BLOCK
 from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.factors.moments import Gram, Moments
+from onelayer.compiler.factors.sum_grid import SumGrid
 from onelayer.compiler.models.linears import weight_of, weight_shape
 
 # The number of rows on which a subclass of a linear is compared with a linear.
@@ -49,17 +50,20 @@ class MomentHooks:
 
     `linears` by name. A linear that is never called, or does not behave like one, gets none: see `reason`. With
     `sides`, `inputs` and `outputs` are gathered in blocks instead of `moments`: of what a linear reads and, if the
-    loss's gradients come back, of those at its outputs.
+    loss's gradients come back, of those at its outputs. `batches` is how many there are in all processes; `waits` means
+    that another process has the first of them, and `settle` is called after the first one here.
     """
 
     linears: dict[str, nn.Module]
     device: torch.device
     product_dtype: torch.dtype = torch.float64
     sides: bool = False
+    batches: int = 1
+    waits: bool = False
     moments: dict[str, Moments] = field(default_factory=dict)
     outputs: dict[str, BlockGram] = field(default_factory=dict)
     _sites: dict[str, _Site] = field(default_factory=dict)
-    _refused: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -87,7 +91,7 @@ class MomentHooks:
 
     def reason(self, name: str) -> str:
         """Return why a linear has no moments."""
-        if name in self._refused:
+        if name in self.refused:
             return "its forward is not that of a linear"
         return "never called; its weight may be used in another way"
 
@@ -102,11 +106,11 @@ class MomentHooks:
 
     def _read(self, name: str, linear: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
         """Take the input of one call, or its output if that is the narrow side."""
-        if name in self._refused:
+        if name in self.refused:
             return
         if name not in self.moments and name not in self._sites:
             if not acts_as_linear(linear, x, output):
-                self._refused.add(name)
+                self.refused.add(name)
                 return
             self._settle(name, x)
         shared = self._sites.get(name)
@@ -139,10 +143,13 @@ class MomentHooks:
         elif self.sides:
             self._place(name, _Site(BlockGram(in_features, self.device), {name}))
         elif out_features >= in_features:
-            self._place(name, _Site(Gram(in_features, self.device, self.product_dtype), {name}))
+            self._place(name, _Site(Gram(in_features, self.device, self.product_dtype, self._grid()), {name}))
         else:
             shape = (out_features, in_features)
-            self.moments[name] = Moments.empty(shape, False, self.device, self.product_dtype)
+            self.moments[name] = Moments.empty(shape, False, self.device, self.product_dtype, self._grid)
+
+    def _grid(self) -> SumGrid:
+        return SumGrid(self.batches, self.waits)
 
     def _place(self, name: str, site: _Site) -> None:
         self._sites[name] = site
@@ -170,6 +177,7 @@ def of_output(gram: Gram, linear: nn.Module) -> Moments:
     """Return the moment of a linear's outputs without bias, from that of its inputs: W G W^T."""
     weight_OI = weight_of(linear).to(gram.total_FF)
     outputs = copy.copy(gram)
+    outputs.grid = SumGrid()
     outputs.total_FF = weight_OI @ gram.total_FF @ weight_OI.T
     return Moments(outputs, of_input=False, input_energy=gram.total_FF.diagonal().clone())
 

@@ -25,6 +25,7 @@ from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.machine.threads import single_threaded
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -97,27 +98,30 @@ def correct_adapter(
         _check_shapes(given, opened, directory)
         choice = None if held_out is None else score_candidates(given, opened, directory, held_out, meter)
         chosen = _chosen(limit) if choice is None else choice.best
-        base = _base(opened, model, streamed, modules.values())
-        with single_threaded(), atomic_directory(output) as partial:
-            solved = _solve(streamed, opened, given, chosen, {} if choice is None else choice.gaps, meter)
-            figures = [_figure(name, module.rank, solved.get(name)) for name, module in given.modules.items()]
-            record = _provenance(given, opened, base, chosen, figures, choice)
-            factors = {name: _factors(given, name, solved.get(name), chosen.scale) for name in given.modules}
-            targets = short_targets(streamed.model, given.modules)
-            write_adapter(partial, factors, source=given, base=base, targets=targets, provenance=record)
-            for stamps in (given.stamps, opened.checkpoint.stamps, streamed.checkpoint.stamps):
-                stamps.check()
-        report = _report(streamed, opened, given, choice, meter)
-    return CorrectResult(
-        output=str(output),
-        limit=chosen.limit,
-        solver=chosen.solver,
-        scale=chosen.scale,
-        linears=figures,
-        candidates=None if choice is None else choice.candidates,
-        provenance_checked=checked,
-        report=report,
-    )
+
+        def publish() -> CorrectResult:
+            base = _base(opened, model, streamed, modules.values())
+            with single_threaded(), atomic_directory(output) as partial:
+                solved = _solve(streamed, opened, given, chosen, {} if choice is None else choice.gaps, meter)
+                figures = [_figure(name, module.rank, solved.get(name)) for name, module in given.modules.items()]
+                record = _provenance(given, opened, base, chosen, figures, choice)
+                factors = {name: _factors(given, name, solved.get(name), chosen.scale) for name in given.modules}
+                targets = short_targets(streamed.model, given.modules)
+                write_adapter(partial, factors, source=given, base=base, targets=targets, provenance=record)
+                for stamps in (given.stamps, opened.checkpoint.stamps, streamed.checkpoint.stamps):
+                    stamps.check()
+            return CorrectResult(
+                output=str(output),
+                limit=chosen.limit,
+                solver=chosen.solver,
+                scale=chosen.scale,
+                linears=figures,
+                candidates=None if choice is None else choice.candidates,
+                provenance_checked=checked,
+                report=_report(streamed, opened, given, choice, meter),
+            )
+
+        return processes().by_first(publish)
 
 
 def _held_out(data: DataSource, settings: CorrectSettings) -> HeldOut:

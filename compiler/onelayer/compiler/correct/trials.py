@@ -33,7 +33,9 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import Scoring, scoring_workspace
 from onelayer.compiler.evaluate.variants import Run, open_scored
+from onelayer.compiler.factors.sum_grid import SumGrid, settled
 from onelayer.compiler.machine.console import notice
+from onelayer.compiler.machine.distributed import Processes, processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import trial_bytes
@@ -83,7 +85,9 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
     notice(f"--data: {len(samples.tokens)} rows run {variants} times each, once for every correction that is tried")
-    trials, scoring = _Trials(adapter, adapted, emulator, variants), Scoring(batches, variants, spill_pool)
+    team = processes()
+    trials = _Trials(adapter, adapted, emulator, variants, len(batches), team)
+    scoring = Scoring(batches, variants, spill_pool, team=team)
     stream = Stream(
         streamed,
         held_out.device,
@@ -93,6 +97,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         # In every unit, all batches run without a correction before any runs with one.
         priority=lambda index: (index % variants, index),
         description="correct",
+        team=team,
     )
     stream.run(scoring.inputs(), scoring.take)
     losses = [scores.loss(samples.counted) for scores in scoring.finish(held_out.device)[1:]]
@@ -151,6 +156,8 @@ class _Trials:
     adapted: Adapted
     emulator: Emulator
     variants: int
+    batches: int
+    team: Processes
     gaps: dict[Solver, dict[str, Gap]] = field(default_factory=lambda: {"span": {}, "oblique": {}})
 
     @contextmanager
@@ -163,7 +170,7 @@ class _Trials:
         before = {layer: (layer.lora_A[NAME].weight.data, layer.lora_B[NAME].weight.data) for layer in adapted}
         scalings = {layer: layer.scaling[NAME] for layer in layers.values()}
         factors = {name: self.emulator.factors(name) for name in compressed}
-        watch = _Watch()
+        watch = _Watch(self.batches, self.team)
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
             if name not in self.gaps["span"]:  # a unit may become resident again
@@ -178,9 +185,10 @@ class _Trials:
             for part in switches:
                 part.enable_adapters(variant > 0)
             if variant == 0:
-                return unit.forward(*args, **kwargs)
+                output = unit.forward(*args, **kwargs)
+                watch.settle()
+                return output
             if not weights:
-                watch.detach()
                 weights.update(self._solve(compressed, factors, watch))
             _set({layer: solved[variant - 1] for layer, solved in weights.items()})
             for layer, scaling in scalings.items():  # solved weights already contain their scale
@@ -190,6 +198,8 @@ class _Trials:
         try:
             with replaced_values(self.adapted.streamed, unit, self.adapted.replacements) as put_values:
                 yield run
+            if not weights and not self.team.is_alone:  # this process has no batch, but a part in the sums
+                self._solve(compressed, factors, watch)
         finally:
             watch.detach()
             _set(before)
@@ -198,8 +208,11 @@ class _Trials:
 
     def _solve(
         self, compressed: Mapping[str, Any], factors: Mapping[str, UpDown], watch: "_Watch"
-    ) -> Iterator[tuple[Any, list[Weights]]]:
-        """Yield A' and B_c of every candidate by layer, in float32, on the device of the weights."""
+    ) -> dict[Any, list[Weights]]:
+        """Compute A' and B_c of every candidate by layer, in float32, on the device of the weights."""
+        watch.detach()
+        watch.add_up()
+        weights: dict[Any, list[Weights]] = {}
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
             rows, span = [linear.weight.detach()], self.gaps["span"][name]
@@ -209,14 +222,18 @@ class _Trials:
             solved = [self.gaps[solver][name].limited(limit).scaled(scale) for solver, limit, scale in CANDIDATES]
             device = linear.weight.device
             a = solved[0].a.to(device, torch.float32)
-            yield layer, [(a, item.b.to(device, torch.float32)) for item in solved]
+            weights[layer] = [(a, item.b.to(device, torch.float32)) for item in solved]
+        return weights
 
 
 class _Watch:
     """A sum of x x^T p (in, r) over the inputs that linears read, in float64, without rows that are not finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: int, team: Processes) -> None:
         self.seen: dict[str, torch.Tensor] = {}
+        self._grids: dict[str, SumGrid] = {}
+        self._batches, self._team = batches, team
+        self._is_settled = team.is_alone
         self._handles: list[RemovableHandle] = []
 
     def attach(self, name: str, linear: nn.Module, p: torch.Tensor) -> None:
@@ -225,13 +242,25 @@ class _Watch:
         assert isinstance(weight, torch.Tensor)
         p = p.to(weight.device, torch.float32)
         self.seen[name] = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
+        grid = self._grids[name] = SumGrid(self._batches, not self._team.is_first)
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x_NF = args[0].reshape(-1, len(p)).float()
-            x_NF = x_NF[torch.isfinite(x_NF).all(dim=-1)]
-            self.seen[name] += x_NF.T @ (x_NF @ p)
+            x_NF = x_NF.masked_fill(~torch.isfinite(x_NF.sum(dim=-1, keepdim=True)), 0.0)
+            self.seen[name] += grid.rounded(x_NF.T @ (x_NF @ p))
 
         self._handles.append(linear.register_forward_pre_hook(hook))
+
+    def settle(self) -> None:
+        """Let the sums of all processes have the grids of process 0; call it after the first batch."""
+        if not self._is_settled:
+            self.seen.update(settled(self._grids, self.seen, self._team))
+            self._is_settled = True
+
+    def add_up(self) -> None:
+        """Replace the sums by those over the batches of all processes."""
+        self.settle()
+        self._team.add_up(list(self.seen.values()))
 
     def detach(self) -> None:
         """Stop watching."""

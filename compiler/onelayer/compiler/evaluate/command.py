@@ -22,6 +22,7 @@ from onelayer.compiler.evaluate.scoring import SampleScores, Scoring, scoring_wo
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.evaluate.variants import Variant, open_scored, switch_variants
 from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import is_linear, stack_shapes
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -108,10 +109,11 @@ def evaluate_model(
     if emulator is not None:
         variants.append(Variant(emulator=emulator))
     spill_pool = SpillPool(chosen.host_memory_bytes)
-    job = Scoring(batches, len(variants), spill_pool, None if emulator is None else len(variants) - 1)
+    team = processes()
+    job = Scoring(batches, len(variants), spill_pool, None if emulator is None else len(variants) - 1, team)
     with Meter(device) as meter:
         on_unit = switch_variants(adapted, variants, device)
-        stream = Stream(streamed, device, meter, on_unit=on_unit, spill_pool=spill_pool, description="evaluate")
+        stream = Stream(streamed, device, meter, on_unit, spill_pool, description="evaluate", team=team)
         stream.run(job.inputs(), job.take)
         sums = job.finish(device)
         streamed.checkpoint.check_unchanged()

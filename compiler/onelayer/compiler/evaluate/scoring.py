@@ -5,7 +5,7 @@ i % v.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -29,6 +30,11 @@ class SampleScores:
     losses: list[float]
     hits: list[int]
     counts: list[int]
+
+    @classmethod
+    def of_none(cls, samples: int) -> "SampleScores":
+        """Begin without any tokens."""
+        return cls([0.0] * samples, [0] * samples, [0] * samples)
 
     def loss(self, counted: Sequence[bool]) -> float:
         """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count.
@@ -71,19 +77,26 @@ class Scoring:
     """Collects the outputs of a stream and scores them; deferred logits by slices of the head, after the last output.
 
     With `against`, the predictions of that variant are compared with those of variant 0. Hidden states that wait for
-    the head are parked where the stream parks its own.
+    the head are parked where the stream parks its own. Each process of `team` scores its share of the batches.
     """
 
     def __init__(
-        self, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool, against: int | None = None
+        self,
+        batches: Sequence[TokenBatch],
+        variants: int,
+        spill_pool: SpillPool,
+        against: int | None = None,
+        team: Processes | None = None,
     ) -> None:
-        self.batches = batches
+        self.team = team or Processes()
+        self._samples = sum(len(batch.order) for batch in batches)
+        self.batches = batches = [batches[index] for index in self.team.share(len(batches))]
         self.variants = variants
         self.spill_pool = spill_pool
         self.against = against
         self._rows = [batch.targets != IGNORED for batch in batches]
         self._scores: dict[int, TokenScores] = {}
-        self._gaps = [Divergence(int(rows.sum())) for rows in self._rows] if against is not None else []
+        self._gaps: dict[int, Divergence] = {}
         self._waiting: dict[int, DeferredLogits] = {}
         self._reference: torch.Tensor | None = None
 
@@ -95,7 +108,6 @@ class Scoring:
         """Take the output of one batch with one variant; keep only the labeled positions."""
         number, logits = index // self.variants, output.logits
         rows = self._rows[number]
-        self._scores[index] = TokenScores(self.batches[number].targets[rows])
         if isinstance(logits, DeferredLogits):
             logits.hidden = logits.hidden[rows]  # no other position is used
             self.spill_pool.hold(logits.hidden)
@@ -104,18 +116,24 @@ class Scoring:
             self._update(index, slice(0, int(rows.sum())), logits[rows], 0)
 
     def _update(self, index: int, rows: slice, logits: torch.Tensor, start: int) -> None:
-        self._scores[index].update(rows, logits, start)
+        """Score some logits on the device on which they are."""
         number, variant = divmod(index, self.variants)
+        if index not in self._scores:
+            labels = self.batches[number].targets[self._rows[number]]
+            self._scores[index] = TokenScores(labels.to(logits.device))
+        self._scores[index].update(rows, logits, start)
         if self.against is None:
             return
         if variant == 0:
             self._reference = logits
         elif variant == self.against:
             assert self._reference is not None, "variant 0 of a batch comes first"
+            if number not in self._gaps:
+                self._gaps[number] = Divergence(len(self._scores[index].labels_N), logits.device)
             self._gaps[number].update(rows, self._reference, logits)
 
     def finish(self, device: torch.device) -> list[SampleScores]:
-        """Compute the scores of every variant, after the stream has ended."""
+        """Compute the scores of every variant over the samples of all processes, after the stream has ended."""
         if self._waiting:
             head = next(iter(self._waiting.values())).head
             for start, stop in head.row_slices():
@@ -127,22 +145,24 @@ class Scoring:
                             logits = self._waiting[index]
                             hidden = logits.hidden[first : first + step].to(device)
                             part = logits.slice_of(hidden, weight, start, stop)
-                            self._update(index, slice(first, first + len(part)), part.cpu(), start)
+                            self._update(index, slice(first, first + len(part)), part, start)
             self._waiting.clear()
-        return [self._by_sample(variant) for variant in range(self.variants)]
+        results = [SampleScores.of_none(self._samples) for _ in range(self.variants)]
+        mine = [list(self._by_sample(variant)) for variant in range(self.variants)]
+        for found in self.team.gather(mine):
+            for result, figures in zip(results, found, strict=True):
+                for index, loss, hits, count in figures:
+                    result.losses[index], result.hits[index], result.counts[index] = loss, hits, count
+        return results
 
-    def _by_sample(self, variant: int) -> SampleScores:
-        count = sum(len(batch.order) for batch in self.batches)
-        result = SampleScores([0.0] * count, [0] * count, [0] * count)
+    def _by_sample(self, variant: int) -> Iterator[tuple[int, float, int, int]]:
+        """Yield number, loss, hits and count of each sample of this process."""
         for number, batch in enumerate(self.batches):
             scores = self._scores[number * self.variants + variant]
             lengths = self._rows[number].reshape(len(batch.order), -1).sum(dim=1).tolist()
-            parts = zip(scores.losses.split(lengths), scores.hits.split(lengths), strict=True)
+            parts = zip(scores.losses.cpu().split(lengths), scores.hits.cpu().split(lengths), strict=True)
             for index, (losses, hits) in zip(batch.order, parts, strict=True):
-                result.losses[index] = float(losses.sum())
-                result.hits[index] = int(hits.sum())
-                result.counts[index] = len(losses)
-        return result
+                yield index, float(losses.sum()), int(hits.sum()), len(losses)
 
     def token_losses(self, index: int) -> torch.Tensor:
         """Return cross-entropies of the labeled tokens of one stream index, in order, after `finish`."""
@@ -151,12 +171,11 @@ class Scoring:
     def divergence(self) -> tuple[float, float]:
         """Compute mean KL per labeled token from variant 0 to `against`, and the share of equal best guesses."""
         assert self.against is not None
-        total, agreed, count = 0.0, 0, 0
-        for number, gap in enumerate(self._gaps):
+        mine = []
+        for number, gap in sorted(self._gaps.items()):
             p, q = (self._scores[number * self.variants + variant] for variant in (0, self.against))
-            total += float(gap.divergences(p, q).sum())
-            agreed += int((p.best_N == q.best_N).sum())
-            count += len(p.labels_N)
+            mine.append((float(gap.divergences(p, q).sum()), int((p.best_N == q.best_N).sum()), len(p.labels_N)))
+        total, agreed, count = map(sum, zip(*(item for found in self.team.gather(mine) for item in found), strict=True))
         return total / count, agreed / count
 
 

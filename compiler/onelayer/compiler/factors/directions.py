@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from onelayer.compiler.factors.moments import Moments
-from onelayer.compiler.factors.subspace import leading_eigenvectors, symmetric_product
+from onelayer.compiler.factors.subspace import certified_eigenvectors, leading_eigenvectors, symmetric_product
 
 # Eigenvalues below this share of the largest are rounding: of float64 sums, or of sums of float32 products.
 CUTOFF = {torch.float64: 1e-12, torch.float32: 1e-7}
@@ -29,12 +29,23 @@ class Directions:
     gram: torch.Tensor
 
 
-def few_directions(W: torch.Tensor, moments: Moments, rank: int, tolerance: float, seed: int) -> Directions | None:
-    """Iterate in float32 on the narrow side; return None if the tolerance is not certified."""
+def certified_directions(
+    W: torch.Tensor, moments: Moments, rank: int, tolerance: float, seed: int, whole: bool
+) -> Directions | None:
+    """Solve in float32 on the narrow side; return None if the tolerance is not certified.
+
+    With `whole` all directions are solved for, otherwise a block iterates from a start seeded by `seed`.
+    """
+
+    def eigenvectors(C: torch.Tensor, energy: float, rounding: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if whole:
+            return certified_eigenvectors(C, energy, rank, tolerance, rounding)
+        return leading_eigenvectors(C, energy, rank, tolerance, rounding, seed)
+
     W, gram = W.to(torch.float32), moments.gram.total_FF.to(torch.float32)
     if not moments.of_input:
         energy = float(moments.gram.total_FF.trace())
-        pairs = leading_eigenvectors(gram, energy, rank, tolerance, 1.0, seed)
+        pairs = eigenvectors(gram, energy, 1.0)
         return None if pairs is None else Directions(W, *pairs, energy, gram)
     tall = W.shape[0] > W.shape[1]
     if tall:
@@ -49,7 +60,7 @@ def few_directions(W: torch.Tensor, moments: Moments, rank: int, tolerance: floa
         return None
     # If inputs cancel in the outputs, the rounded values are larger than the values that remain.
     rounded = float((W.square().sum(dim=0) * gram.diagonal()).sum(dtype=torch.float64)) / energy
-    pairs = leading_eigenvectors(C, energy, rank, tolerance, max(1.0, rounded), seed)
+    pairs = eigenvectors(C, energy, max(1.0, rounded))
     if pairs is None:
         return None
     basis, energies = pairs

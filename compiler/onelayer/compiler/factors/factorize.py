@@ -15,15 +15,15 @@ from onelayer.compiler.factors.directions import (
     all_directions,
     basis_from_input,
     basis_from_output,
-    few_directions,
+    certified_directions,
     numerical_rank,
 )
 from onelayer.compiler.factors.moments import Moments
 from onelayer.compiler.factors.ranks import Solver
 from onelayer.compiler.factors.subspace import block_width
 
-# Both solvers look for the leading directions only, if these are few enough for that to be faster. `exact` does so only
-# for linears that are not small: solving for all directions of a small one takes hardly any time.
+# Both solvers look for the leading directions only, if these are few enough for that to be faster, and compute in
+# float32. `exact` does so only for linears that are not small: a small one takes hardly any time in float64.
 WORTHWHILE_SHARE, SMALL = 0.6, 256
 # The extra loss allowed, as a share of the energy that the best factors lose: six digits of the error; half a percent.
 TOLERANCE = {"exact": 1e-6, "fast": 1e-2}
@@ -59,15 +59,16 @@ def factorize(
 ) -> Factors:
     """Compute the best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
 
-    `exact` gives the optimum to six digits, `fast` to half a percent. Both iterate in float32 from a start seeded by
-    `seed`. If that does not certify the required accuracy, all directions are solved for in float64. If `moments`
-    determine fewer directions than `rank`, the best ones of the rest of W under `fallback_moments` follow, and then
-    those of the weight itself. So a prefix is still what a smaller rank would give.
+    `exact` gives the optimum to six digits, `fast` to half a percent. Both compute in float32; where they iterate, from
+    a start seeded by `seed`. If float32 does not certify the accuracy, all directions are solved for in float64.
+    Figures computed in float32 are exact to about 1e-7 of the energy. If `moments` determine fewer directions than
+    `rank`, the best ones of the rest of W under `fallback_moments` follow, and then those of the weight itself. So a
+    prefix is still what a smaller rank would give.
     """
     narrow = min(W.shape)
-    leading = None
-    if block_width(rank) < WORTHWHILE_SHARE * narrow and (solver == "fast" or narrow >= SMALL):
-        leading = few_directions(W, moments, rank, TOLERANCE[solver], seed)
+    leading, is_few = None, block_width(rank) < WORTHWHILE_SHARE * narrow
+    if narrow >= SMALL or (solver == "fast" and is_few):
+        leading = certified_directions(W, moments, rank, TOLERANCE[solver], seed, whole=not is_few)
     iterated = leading is not None and solver == "fast"
     solved = leading or all_directions(W, moments, rank)
     W, energies, energy, gram = solved.W, solved.energies, solved.energy, solved.gram

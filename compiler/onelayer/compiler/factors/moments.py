@@ -6,9 +6,12 @@ its input, G = X^T X (in x in), which all linears with the same input share (q/k
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+
+from onelayer.compiler.factors.sum_grid import SumGrid
 
 # More rows than this share with an infinite or NaN entry mean a broken model or broken data, not an outlier.
 NON_FINITE_LIMIT = 0.1
@@ -40,38 +43,52 @@ def check_rows(name: str, dropped_rows: int, rows: int) -> None:
 class Gram:
     """The sum X^T X (F x F) over many batches of rows: products in `product_dtype`, totals in float64.
 
-    Rows with a non-finite entry are left out and counted.
+    Rows with a non-finite entry are left out and counted on the device, so that the host does not wait for it. With a
+    `grid` that knows how many products are expected, the total does not depend on their order.
     """
 
-    def __init__(self, features: int, device: torch.device, product_dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        features: int,
+        device: torch.device,
+        product_dtype: torch.dtype = torch.float64,
+        grid: SumGrid | None = None,
+    ) -> None:
         self.total_FF = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.rows = 0
-        self.dropped_rows = 0
+        self.dropped = torch.zeros((), dtype=torch.int64, device=device)
         self.product_dtype = product_dtype
+        self.grid = grid or SumGrid()
 
-    def add(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Add the rows of `x` (..., F); return which were taken, (N,), or None if all were."""
+    @property
+    def dropped_rows(self) -> int:
+        """The number of rows that were left out; the host waits for it."""
+        return int(self.dropped)
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the rows of `x` (..., F); return which were taken, (N,)."""
         x_NF = x.reshape(-1, x.shape[-1]).to(self.product_dtype)
-        product_FF = x_NF.T @ x_NF
+        # One non-finite entry makes the sum of its row non-finite.
+        finite_N = torch.isfinite(x_NF.sum(dim=-1))
+        x_NF = x_NF.masked_fill(~finite_N[:, None], 0.0)
         self.rows += len(x_NF)
-        keep_N = None
-        # One non-finite entry anywhere makes the trace non-finite; only then is it worth looking row by row.
-        if not torch.isfinite(product_FF.diagonal().sum()):
-            keep_N = torch.isfinite(x_NF).all(dim=-1)
-            self.dropped_rows += int((~keep_N).sum())
-            x_NF = x_NF[keep_N]
-            product_FF = x_NF.T @ x_NF
-        self.total_FF += product_FF
-        return keep_N
+        self.dropped = self.dropped + (~finite_N).sum()
+        self.total_FF += self.grid.rounded(x_NF.T @ x_NF)
+        return finite_N
 
     def without(self, x: torch.Tensor) -> "Gram":
         """Return this Gram without the rows of `x` (..., F)."""
-        part = Gram(len(self.total_FF), self.total_FF.device, self.product_dtype)
+        part = Gram(len(self.total_FF), self.total_FF.device, self.product_dtype, self.grid)
         part.add(x)
         rest = copy.copy(self)
         rest.total_FF = self.total_FF - part.total_FF
-        rest.rows, rest.dropped_rows = self.rows - part.rows, self.dropped_rows - part.dropped_rows
+        rest.rows, rest.dropped = self.rows - part.rows, self.dropped - part.dropped
         return rest
+
+
+def dropped_rows(grams: Sequence["Gram"]) -> list[int]:
+    """Return how many rows each Gram left out; the host waits once for all."""
+    return torch.stack([gram.dropped for gram in grams]).tolist() if grams else []
 
 
 @dataclass
@@ -84,15 +101,22 @@ class Moments:
     gram: Gram
     of_input: bool
     input_energy: torch.Tensor | None = None
+    energy_grid: SumGrid = field(default_factory=SumGrid)
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int], of_input: bool, device: torch.device, product_dtype: torch.dtype
+        cls,
+        shape: tuple[int, int],
+        of_input: bool,
+        device: torch.device,
+        product_dtype: torch.dtype,
+        grid: Callable[[], SumGrid] = SumGrid,
     ) -> "Moments":
-        """Start the moments of a linear (out, in) that has read nothing yet."""
+        """Start the moments of a linear (out, in) that has read nothing yet; `grid` makes the grids of its sums."""
         out_features, in_features = shape
-        gram = Gram(in_features if of_input else out_features, device, product_dtype)
-        return cls(gram, of_input, None if of_input else torch.zeros(in_features, dtype=torch.float64, device=device))
+        gram = Gram(in_features if of_input else out_features, device, product_dtype, grid())
+        energy = None if of_input else torch.zeros(in_features, dtype=torch.float64, device=device)
+        return cls(gram, of_input, energy, grid())
 
     def add(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         """Add inputs (..., in) and their outputs without bias (..., out); an input moment ignores the outputs.
@@ -104,6 +128,6 @@ class Moments:
             return
         assert y is not None
         assert self.input_energy is not None
-        keep_N = self.gram.add(y)
-        x_NF = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        self.input_energy += (x_NF if keep_N is None else x_NF[keep_N]).square().sum(dim=0, dtype=torch.float64)
+        finite_N = self.gram.add(y)
+        x_NF = x.reshape(-1, x.shape[-1]).to(torch.float32).masked_fill(~finite_N[:, None], 0.0)
+        self.input_energy += self.energy_grid.rounded(x_NF.square().sum(dim=0, dtype=torch.float64))

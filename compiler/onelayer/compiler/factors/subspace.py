@@ -61,6 +61,29 @@ def leading_eigenvectors(
     return None
 
 
+def certified_eigenvectors(
+    C: torch.Tensor, energy: float, rank: int, tolerance: float, rounding: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Find the same by a full solution in float32; None if float32 cannot resolve it. The host waits once, to check.
+
+    With the computed eigenvectors V, T = V^T C V is nearly diagonal. If only a wanted direction i and another j were
+    mixed, the better one in their plane would gain exactly b^2 / (g / 2 + sqrt(g^2 / 4 + b^2)), with b = T_ij and
+    g = T_ii - T_jj. The sum over all pairs is the missed energy to second order. The error of C itself counts as more
+    of b, spread evenly over the other directions.
+    """
+    _, V = torch.linalg.eigh(C)
+    V = V.flip(1)
+    T = V.T @ (C @ V)
+    values = T.diagonal()
+    wanted, others = values[:rank], values[rank:]
+    noise = (rounding * torch.finfo(C.dtype).eps * values[0]).square() / max(1, len(others))
+    mixed = T[:rank, rank:].square() + noise
+    half_gaps = (wanted[:, None] - others).clamp_min(0.0) / 2
+    missed = (mixed / (half_gaps + (half_gaps.square() + mixed).sqrt())).sum(dtype=torch.float64)
+    lost = energy - wanted.sum(dtype=torch.float64)
+    return (V[:, :rank].contiguous(), wanted.clone()) if missed <= tolerance * lost else None
+
+
 def _degree(growth: torch.Tensor, excess: float) -> int:
     """Choose the filter's degree: enough to divide the missed energy by `excess`, no more than the spread allows.
 

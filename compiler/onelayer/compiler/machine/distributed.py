@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -15,9 +16,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# How long the others wait while one process works; a process that has gone is noticed at once.
+_MOST_HOURS = 24
+
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a process waits for the launcher's store when it reports a failure.
 _REPORT_SECONDS = 5
+
+
+class ProcessEndedError(RuntimeError):
+    """Another process has gone, so that nothing can be agreed on any more."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Processes:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.count
-        self._distributed.all_gather_object(found, value)
+        self._call("all_gather_object", found, value)
         return found
 
     def add_up(self, tensors: Sequence["torch.Tensor"]) -> None:
@@ -79,31 +87,47 @@ class Processes:
         for tensor in tensors:
             mine = tensor.detach().cpu().contiguous()
             parts = [torch.empty_like(mine) for _ in range(self.count)]
-            self._distributed.all_gather(parts, mine)
+            self._call("all_gather", parts, mine)
             total = parts[0]
             for part in parts[1:]:
                 total += part
             tensor.copy_(total)
 
+    def add_up_in(self, owner: int, tensor: "torch.Tensor") -> None:
+        """Replace a tensor in the process `owner` by its sum over all; the others' are of no use afterwards."""
+        if not self.is_alone:
+            self._call("reduce", tensor, dst=owner)
+
+    def gather_in_first(self, value: T) -> list[T]:
+        """Return the values of all processes, in the order of their numbers, in process 0; none in the others."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] | None = [None] * self.count if self.is_first else None
+        self._call("gather_object", value, found, dst=0)
+        return found or []
+
     def share(self, count: int) -> list[int]:
-        """Return which of `count` pieces of work are this process's: neighbors, as many as others have or one fewer."""
-        return list(range(self.rank * count // self.count, (self.rank + 1) * count // self.count))
+        """Return which of `count` pieces of work are this process's, all neighbors; the first is always process 0's."""
+        return list(range(-(-self.rank * count // self.count), -(-(self.rank + 1) * count // self.count)))
 
     def _broadcast(self, outcome: Any) -> Any:
         boxed = [outcome]
-        self._distributed.broadcast_object_list(boxed, src=0)
+        self._call("broadcast_object_list", boxed, src=0)
         return boxed[0]
 
-    @property
-    def _distributed(self) -> Any:
-        """PyTorch's module of collectives, with the group of all processes begun."""
+    def _call(self, collective: str, *arguments: Any, **keywords: Any) -> None:
+        """Call one of PyTorch's collectives. Raises `ProcessEndedError` if a process has gone."""
         import torch
         import torch.distributed as distributed
 
         if not distributed.is_initialized():
             on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-        return distributed
+            backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(hours=_MOST_HOURS))
+        try:
+            getattr(distributed, collective)(*arguments, **keywords)
+        except RuntimeError as error:
+            raise ProcessEndedError("another process of this run ended too early") from error
 
 
 def processes() -> Processes:
@@ -118,13 +142,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def processes_here() -> int:
+    """Return how many processes of this run share its machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if not processes().is_alone else 1
+
+
 def reports_failure() -> bool:
     """Whether this process is the one that reports the run's failure: the first that fails, as others fail over it."""
     team = processes()
     if team.is_alone:
         return True
-    from datetime import timedelta
-
     from torch._C._distributed_c10d import TCPStore
 
     host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=_REPORT_SECONDS)

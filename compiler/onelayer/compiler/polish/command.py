@@ -5,6 +5,7 @@ In: a checkpoint, an adapter (or none), training data. Out: an adapter of the or
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,6 +15,7 @@ from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.units import Unit
@@ -96,23 +98,31 @@ def polish_adapter(
     start = _start(adapter, asked)
     device, spill_pool = pick_device(asked.device), SpillPool(asked.host_memory_bytes)
     task = PolishTask.read(model, start, data, eval_data, asked, device)
-    begun = work_directory(Path(output), POLISH_WORK, task.identity, asked.resume)
+    begun, team = work_directory(Path(output), POLISH_WORK, task.identity, asked.resume), processes()
     with StopRequest() as stop, begun as work, Meter(device) as meter:
+        team.by_first(lambda: task.make_start(work))
         opened, adapted, state = task.open(work)
         streamed = adapted.streamed
         state.restore(work)
-        stream = GradientStream(streamed, device, meter, on_unit=_on_unit(adapted, stop), spill_pool=spill_pool)
+        on_unit = _on_unit(adapted, stop)
+        stream = GradientStream(streamed, device, meter, on_unit=on_unit, spill_pool=spill_pool, team=team)
         held_out = task.held_out_batches(streamed.config)
-        job = PolishJob(stream, state, task.rows, held_out, asked, lambda: task.save(state, work))
+        save = partial(task.save, state, work)
+        job = PolishJob(stream, state, task.rows, held_out, asked, lambda: team.by_first(save))
         failure = job.run()
-        task.publish(Path(output), opened, streamed, state, failure)
-        workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)
-        workspace += replaced_bytes(streamed, adapted.replacements)
-        workspace += streamed.unpacking_bytes(meter.on_gpu)
-        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+
+        def publish() -> PolishResult:
+            task.publish(Path(output), opened, streamed, state, failure)
+            workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)
+            workspace += replaced_bytes(streamed, adapted.replacements)
+            workspace += streamed.unpacking_bytes(meter.on_gpu)
+            report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+            return _result(Path(output), state, job, report)
+
+        result = team.by_first(publish)
     if failure is not None:
         raise RuntimeError(f"{failure}; {output} holds the adapter of the {len(state.steps)} steps before it")
-    return _result(Path(output), state, job, report)
+    return result
 
 
 def _start(adapter: str | Path | None, settings: PolishSettings) -> str | Path | FreshAdapter:

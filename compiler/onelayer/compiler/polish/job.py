@@ -95,15 +95,16 @@ class PolishJob:
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
-        self.stream.trained, self.stream.seed = len(batches), self.settings.seed * 1_000_003 + step
-        self.stream.rank = self.settings.activation_rank
-        loss = TokenLoss([*batches, *asked], len(batches), self.stream.device)
-        self.stream.run([batch.inputs for batch in [*batches, *asked]], loss.take)
+        loss = TokenLoss([*batches, *asked], len(batches), self.stream.device, self.stream.team)
+        self.stream.trained, self.stream.seed = loss.trained, self.settings.seed * 1_000_003 + step
+        self.stream.rank, self.stream.places = self.settings.activation_rank, loss.places
+        self.stream.run(loss.inputs, loss.take)
         self.kept_bytes = max(self.kept_bytes, self.stream.spill_pool.held_bytes)
         if not loss.finish():
             raise NotFiniteError(f"step {step + 1}: the loss is not finite")
         self._note_held_out(loss)
         self.stream.reverse()
+        self._add_up_gradients()
         return {
             "loss": loss.loss,
             "gradient_norm": self._move(step),
@@ -132,6 +133,14 @@ class PolishJob:
             self.stream.trained = 0
             check_apart(self.stream, [fullest] if longest is fullest else [fullest, longest])
 
+    def _add_up_gradients(self) -> None:
+        """Give every process the gradients of all."""
+        if not self.stream.team.is_alone:
+            for parameter in self.state.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.stream.team.add_up([parameter.grad])
+
     def _move(self, step: int) -> float:
         """Clip, step, forget the gradients; returns their norm before clipping."""
         parameters = list(self.state.parameters.values())
@@ -150,8 +159,9 @@ class PolishJob:
         found = []
         for rank in (None, self.settings.activation_rank):
             self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
-            loss = TokenLoss([batch], 1, self.stream.device)
-            self.stream.run([batch.inputs], loss.take)
+            self.stream.places = ()
+            loss = TokenLoss([batch], 1, self.stream.device)  # in every process the same
+            self.stream.run(loss.inputs, loss.take)
             loss.finish()
             self.stream.reverse()
             gradients = [parameter.grad for parameter in self.state.parameters.values()]
@@ -162,8 +172,8 @@ class PolishJob:
     def _measure(self) -> None:
         """The held-out loss of the adapter as it is, in a forward stream of its own."""
         self.stream.trained = 0
-        loss = TokenLoss(self.held_out, 0, self.stream.device)
-        self.stream.run([batch.inputs for batch in self.held_out], loss.take)
+        loss = TokenLoss(self.held_out, 0, self.stream.device, self.stream.team)
+        self.stream.run(loss.inputs, loss.take)
         loss.finish()
         self._note_held_out(loss)
 

@@ -98,15 +98,19 @@ class PolishTask:
             "max_gradient_norm": limit if math.isfinite(limit) else None,  # JSON has no infinity
         }
 
-    def open(self, work: Path) -> tuple[Adapter, Adapted, PolishState]:
-        """The adapter to begin with, the empty original with it attached, and the state before the first step.
-
-        A fresh adapter is made once, in the work directory. Raises `InputError` where the two do not belong together.
-        """
-        path = self.start if isinstance(self.start, Path) else work / "start"
+    def make_start(self, work: Path) -> None:
+        """Make a fresh adapter in the work directory, once."""
+        path = work / "start"
         if isinstance(self.start, FreshAdapter) and not path.exists():
             with atomic_directory(path) as partial:
                 self.start.write(partial, self.directory)
+
+    def open(self, work: Path) -> tuple[Adapter, Adapted, PolishState]:
+        """The adapter to begin with, the empty original with it attached, and the state before the first step.
+
+        A fresh adapter was made in the work directory. Raises `InputError` where the two do not belong together.
+        """
+        path = self.start if isinstance(self.start, Path) else work / "start"
         adapter = Adapter.open(path)
         self._check(adapter)
         adapted, trained = attach_trainable(self.directory, adapter, self.device)

@@ -17,9 +17,11 @@ from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.machine.console import StopRequest, capped
 from onelayer.compiler.machine.devices import pick_device
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import GradientRefinePass, RefinePass, UnitTraining, refine_workspace
@@ -74,6 +76,8 @@ def refine_emulator(
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
     tokenizer = load_tokenizer(directory)
     tokens, backward = calibration_tokens(streamed, calibration, tokenizer, chosen, backward=chosen.backward)
+    if backward and not processes().is_alone:
+        raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
     step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
     chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": backward})
     return _refine(streamed, opened, tokens, output, chosen)
@@ -106,10 +110,14 @@ def _refine(
             GradientRefinePass(training, batches, spill_pool).refine()
         else:
             RefinePass(training, spill_pool).refine(batches)
-        at_once = max(math.prod(batch.shape) for batch in batches)
-        workspace = refine_workspace(streamed, emulator, at_once, meter.on_gpu, backward=settings.backward)
-        workspace += streamed.unpacking_bytes(meter.on_gpu)
-        report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
-        result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)
-        work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
-    return result
+
+        def publish() -> RefineResult:
+            at_once = max(math.prod(batch.shape) for batch in batches)
+            workspace = refine_workspace(streamed, emulator, at_once, meter.on_gpu, backward=settings.backward)
+            workspace += streamed.unpacking_bytes(meter.on_gpu)
+            report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
+            result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)
+            work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)
+            return result
+
+        return processes().by_first(publish)

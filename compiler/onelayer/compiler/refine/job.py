@@ -19,6 +19,7 @@ from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.machine.console import Progress, StopRequest
 from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.linears import unit_linears, unit_width
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -53,7 +54,7 @@ class UnitTraining:
 
     def train(self, unit: Unit, calls: list[Call]) -> None:
         """Train a resident unit on its calls, if there are any, and write its factors."""
-        if calls:
+        if processes().any(bool(calls)):
             self._train(unit, calls)
         self.stop.check()
 
@@ -63,21 +64,27 @@ class UnitTraining:
         linears = {
             path: trained_linear(self.emulator, name, self.streamed.dtype, device) for path, name in names.items()
         }
-        before, after = refine_unit(unit, linears, calls, self.settings, self.meter)
-        stored = {
-            names[path] + ending: tensor.cpu()
-            for path, linear in linears.items()
-            for ending, tensor in linear.stored().items()
-        }
+        team = processes()
+        before, after = refine_unit(unit, linears, calls, self.settings, self.meter, team)
         figures = RefinedUnit(
             name=unit.name,
             before=before.outputs,
             after=after.outputs,
             gradients_before=before.gradients,
             gradients_after=after.gradients,
-            dropped_rows=sum(call.dropped_rows for call in calls),
+            dropped_rows=sum(team.gather(sum(call.dropped_rows for call in calls))),
         )
-        self.work.finish(unit, {} if after is before else stored, figures)
+
+        def finish() -> None:
+            stored = {
+                names[path] + ending: tensor.cpu()
+                for path, linear in linears.items()
+                for ending, tensor in linear.stored().items()
+            }
+            self.work.finish(unit, {} if after is before else stored, figures)
+
+        team.by_first(finish)
+        self.work.take_up(unit)
         self.meter.note = f"error {before.outputs:.3f} to {after.outputs:.3f}"
         return_free_memory()
 
@@ -88,7 +95,13 @@ class RefinePass(Stream):
     def __init__(self, training: UnitTraining, spill_pool: SpillPool) -> None:
         meter = training.meter
         super().__init__(
-            training.streamed, meter.device, meter, on_unit=self._on_unit, spill_pool=spill_pool, description="refine"
+            training.streamed,
+            meter.device,
+            meter,
+            on_unit=self._on_unit,
+            spill_pool=spill_pool,
+            description="refine",
+            team=processes(),
         )
         self.training = training
         self._calls: list[Call] | None = None  # of the running unit; None if it is not to be trained
@@ -97,6 +110,7 @@ class RefinePass(Stream):
 
     def refine(self, batches: Sequence[TokenBatch]) -> None:
         """Stream the original up to the last unit that is not trained yet, and train each unit on the way."""
+        batches = [batches[index] for index in self.team.share(len(batches))]
         self._samples = [batch.shape[0] for batch in batches]
         wanted = [unit.position for unit in self.streamed.units if self.training.is_wanted(unit)]
         if wanted:

@@ -5,6 +5,7 @@ The file exists only when it is complete, so a kill costs at most one unit.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,24 @@ class RefineWork:
         self.path, self.emulator, self.original = path, emulator, original
         self._finished: dict[int, tuple[RefinedUnit, dict[str, TensorInfo]]] = {}
         for file in sorted(path.glob(UNIT_PATTERN)):
-            try:
-                table, metadata = read_header(file)
-                figures = RefinedUnit.model_validate_json(metadata["figures"])
-            except (InputError, KeyError, ValidationError):
-                continue  # the unit is trained again
-            self._finished[int(file.stem.removeprefix("unit-"))] = figures, table
+            with suppress(InputError, KeyError, ValidationError):  # the unit is trained again
+                self._read(int(file.stem.removeprefix("unit-")), file)
 
     @property
     def units(self) -> list[RefinedUnit]:
         """The figures of all finished units, in module order."""
         return [self._finished[position][0] for position in sorted(self._finished)]
+
+    def _read(self, position: int, file: Path) -> None:
+        table, metadata = read_header(file)
+        self._finished[position] = RefinedUnit.model_validate_json(metadata["figures"]), table
+
+    def take_up(self, unit: Unit) -> None:
+        """Take up what this process or another one wrote of a unit."""
+        self._read(unit.position, self._file(unit))
+
+    def _file(self, unit: Unit) -> Path:
+        return self.path / f"unit-{unit.position:05d}.safetensors"
 
     def has(self, unit: Unit) -> bool:
         """Whether a unit is finished."""
@@ -71,11 +79,9 @@ class RefineWork:
 
     def finish(self, unit: Unit, tensors: Mapping[str, torch.Tensor], figures: RefinedUnit) -> None:
         """Write a unit's factors by their names in the emulator, with its figures."""
-        file = self.path / f"unit-{unit.position:05d}.safetensors"
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
         self._check_unchanged()
-        write_safetensors(file, entries, {"figures": figures.model_dump_json()})
-        self._finished[unit.position] = figures, read_header(file)[0]
+        write_safetensors(self._file(unit), entries, {"figures": figures.model_dump_json()})
 
     def publish(self, output: Path, record: Mapping[str, Any], meter: Meter) -> None:
         """Write the emulator with the finished units' factors in place of its own, under a new digest.

@@ -69,7 +69,8 @@ class GradientStream(Stream):
     bar: Shown | None = None
     loader: UnitLoader | None = None
     is_random: bool = False
-    _records: list[tuple[Unit, list[Record]]] = field(default_factory=list)
+    places: Sequence[int] = ()  # the numbers of the batches among those of all processes
+    _records: list[tuple[int, Unit, list[Record]]] = field(default_factory=list)  # by the number of the visit
     _known: dict[int, WeakTensorKeyDictionary] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)
 
@@ -101,15 +102,23 @@ class GradientStream(Stream):
         """Run the pass back: add the gradients of all trained batches to `.grad` of every trained parameter."""
         assert self.loader is not None
         with torch.no_grad(), self.progress() as bar:
-            while self._records:
-                unit, records = self._records.pop()
+            while (latest := self._latest_visit()) is not None:
+                visit, position = latest
+                unit, records = self.streamed.units[position], list[Record]()
+                if self._records and self._records[-1][0] == visit:
+                    records = self._records.pop()[2]
                 with self.loader.hold(unit):
-                    self.loader.read_ahead(self._records[-1][0] if self._records else None)
+                    self.loader.read_ahead(self._records[-1][1] if self._records else None)
                     with nullcontext() if self.on_unit is None else self.on_unit(unit) as run:
                         self._reverse_unit(unit, records, run)
                 return_free_memory()
                 bar.reached(2 * len(self.streamed.units) - unit.position, unit.name, self.meter.sample())
         self.forget()
+
+    def _latest_visit(self) -> tuple[int, int] | None:
+        """Return the number of the latest visit that any process has to go back through, and its unit's position."""
+        mine = (self._records[-1][0], self._records[-1][1].position) if self._records else None
+        return max((latest for latest in self.team.gather(mine) if latest is not None), default=None)
 
     def _reverse_unit(self, unit: Unit, records: list[Record], run: Callable[..., Any] | None) -> None:
         while records:
@@ -143,7 +152,7 @@ class GradientStream(Stream):
 
     def _hold_gradients(self, index: int) -> None:
         """Let the pool hold the gradients of a batch that wait for the unit before."""
-        for record in self._records[-1][1] if self._records else ():
+        for record in self._records[-1][2] if self._records else ():
             if record.index == index:
                 self.spill_pool.hold(record.slots)
 
@@ -163,9 +172,9 @@ class GradientStream(Stream):
             outputs = move((call_with_containers(partial(run, visit.index), *here), recorded), HOST)
         if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
             outputs, slots = cut_graph(outputs)
-            if not self._records or self._records[-1][0] is not visit.unit:
-                self._records.append((visit.unit, []))
-            self._records[-1][1].append(Record(visit.index, seed, kept, slots, visit.asked))
+            if not self._records or self._records[-1][0] != self.visits:
+                self._records.append((self.visits, visit.unit, []))
+            self._records[-1][2].append(Record(visit.index, seed, kept, slots, visit.asked))
         hand_over(outputs[1], visit.asked)
         return fill_containers(inputs[0], outputs[0])
 
@@ -205,7 +214,8 @@ class GradientStream(Stream):
     def _next_seed(self, index: int) -> int:
         """Return the seed of a batch's next piece of code, the same in every run with the same `seed`."""
         self._calls[index] = self._calls.get(index, 0) + 1
-        digest = hashlib.sha256(f"{self.seed} {index} {self._calls[index]}".encode()).digest()
+        place = self.places[index] if self.places else index
+        digest = hashlib.sha256(f"{self.seed} {place} {self._calls[index]}".encode()).digest()
         return int.from_bytes(digest[:7])
 
     @contextmanager

@@ -18,6 +18,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as preserv
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from onelayer.compiler.machine.distributed import processes_here
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.storage.files import onelayer_home
 
@@ -26,7 +27,8 @@ SMALLEST_BYTES = 16 << 10
 # Moving a tensor to a file leaves a hole in the heap that may never be reused, so without trimming, memory grows with
 # the number of batches. Trimming after every tensor would take a quarter longer.
 MOST_FREED_BYTES = 4 << 20
-# The default budget of parked states, as a share of the memory that is free when the pass begins.
+# The default budget of parked states of all processes on a machine, as a share of the memory that is free when the pass
+# begins.
 DEFAULT_SHARE = 0.5
 
 
@@ -35,7 +37,8 @@ class SpillPool:
 
     def __init__(self, budget_bytes: int | None = None) -> None:
         available = psutil.virtual_memory().available
-        self.budget_bytes = int(available * DEFAULT_SHARE) if budget_bytes is None else budget_bytes
+        share = DEFAULT_SHARE / processes_here()
+        self.budget_bytes = int(available * share) if budget_bytes is None else budget_bytes
         self.spilled_bytes = 0
         self.held_bytes = 0  # host memory of the storages of all live tensors that it holds
         self._freed_bytes = 0  # by tensors that moved to files since free memory was last returned

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -58,7 +59,7 @@ class Stream:
     `on_unit(unit)` is a context manager that is entered when the unit's weights are held and left when all batches have
     run. It yields a callable that runs the unit for one batch instead of the plain call, or None. Batches parked at the
     same unit run in the order of `priority(index)`, lowest first. `call` is what batches run through: the model, unless
-    given.
+    given. The processes of `team` stream the same units, each for batches of its own.
     """
 
     streamed: StreamedModel
@@ -70,6 +71,8 @@ class Stream:
     priority: Callable[[int], Any] = int
     description: str = "stream"
     call: Callable[..., Any] | None = None
+    team: Processes = field(default_factory=Processes)
+    visits: int = 0  # of units, by all processes together
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `call(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
@@ -104,9 +107,9 @@ class Stream:
                 for index, batch in enumerate(batches):
                     worker = greenlet(self._through)
                     advance(worker, index, batch, self.records_gradients(index))
-                while parked:
-                    unit = _next_unit(parked, inputs)
-                    if last is not None and not ahead and all(visit.unit.position > last for visit in parked):
+                while (unit := self._agreed(parked, inputs)) is not None:
+                    waiting = any(last is None or visit.unit.position <= last for visit in parked)
+                    if not ahead and not self.team.any(waiting):
                         break
                     ahead.discard(unit)
                     self._visit(unit, parked, loader, advance)
@@ -116,6 +119,11 @@ class Stream:
                 for visit in parked:
                     assert visit.resume is not None
                     visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
+
+    def _agreed(self, parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit | None:
+        """Choose the unit that runs next in every process; None if no batch of any is parked."""
+        keys = [key for key in self.team.gather(_next_key(parked, inputs)) if key is not None]
+        return self.streamed.units[min(keys)[1]] if keys else None
 
     def _through(self, batch: Batch) -> Any:
         """Run one batch through the model. Raises `InputError` if its rows are longer than a table of positions.
@@ -145,6 +153,7 @@ class Stream:
         advance: Callable[[greenlet, int, Any, bool], None],
     ) -> None:
         """Load a unit, run it for the batches parked at it, return the outputs to them, drop the unit."""
+        self.visits += 1
         with loader.hold(unit):
             loader.read_ahead(self._next_of_same_kind(unit))
             with _watch(self.on_unit, unit) as run:
@@ -218,12 +227,15 @@ class Stream:
             raise BatchError(f"{kind}, batch {index}, {where}: {type(error).__name__}: {error}") from error
 
 
-def _next_unit(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit:
-    """Choose the unit to run. `inputs` counts each batch's inputs; a batch with many will reach units of the others."""
+def _next_key(parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> tuple[int, int] | None:
+    """Return by what a process would choose its next unit, the lowest first, with the unit's position.
+
+    `inputs` counts each batch's inputs; a batch with many will reach units of the others.
+    """
     fewest: dict[Unit, int] = {}
     for visit in parked:
         fewest[visit.unit] = min(inputs[visit.index], fewest.get(visit.unit, inputs[visit.index]))
-    return min(fewest, key=lambda unit: (-fewest[unit], unit.position))
+    return min(((-count, unit.position) for unit, count in fewest.items()), default=None)
 
 
 @contextmanager

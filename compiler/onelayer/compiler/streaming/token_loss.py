@@ -4,6 +4,7 @@ The head is read twice for all batches together: once for the normalization, onc
 N predicted tokens, S a slice of the vocabulary, H hidden size.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import BY_SLICES, DeferredLogits
 from onelayer.compiler.models.unit_memory import SLICE_BYTES
 from onelayer.compiler.streaming.token_scores import TokenScores
@@ -30,32 +32,40 @@ class TokenLoss:
     """Mean cross-entropy over all labeled tokens of the batches together, in float32 as transformers computes it.
 
     The first `trained` batches form one mean, whose gradients go back; the others form another, which is only
-    measured. Hand `take` to the forward stream, then call `finish`.
+    measured. Hand `inputs` and `take` to the forward stream, then call `finish`. Each process of `team` has its share
+    of both: `places` are their numbers among all, of which the first `trained` here are trained on.
     """
 
-    def __init__(self, batches: Sequence[TokenBatch], trained: int, device: torch.device) -> None:
-        self.batches = batches
-        self.trained = trained
+    def __init__(
+        self, batches: Sequence[TokenBatch], trained: int, device: torch.device, team: Processes | None = None
+    ) -> None:
+        self.team = team or Processes()
+        mine, scored = self.team.share(trained), self.team.share(len(batches) - trained)
+        self.places = [*mine, *(trained + place for place in scored)]
+        self.batches = [batches[place] for place in self.places]
+        self.trained = len(mine)
         self.device = device
-        self._rows = [batch.targets != IGNORED for batch in batches]
-        self._sums = [0.0] * len(batches)
+        tokens = [int((batch.targets != IGNORED).sum()) for batch in batches]
+        self.trained_tokens, self._scored_tokens = sum(tokens[:trained]), sum(tokens[trained:])
+        self._rows = [batch.targets != IGNORED for batch in self.batches]
+        self._sums = [0.0] * len(self.batches)
+        self._trained_sums, self._scored_sums = list[float](), list[float]()  # of all processes
         self._waiting: dict[int, _Waiting] = {}
 
     @property
-    def trained_tokens(self) -> int:
-        """How many tokens the gradients are of."""
-        return sum(int(rows.sum()) for rows in self._rows[: self.trained])
+    def inputs(self) -> list[dict[str, torch.Tensor]]:
+        """The model's arguments for every batch of this process."""
+        return [batch.inputs for batch in self.batches]
 
     @property
     def loss(self) -> float:
         """Mean over the tokens trained on, in nats."""
-        return sum(self._sums[: self.trained]) / self.trained_tokens
+        return sum(self._trained_sums) / self.trained_tokens
 
     @property
     def held_out_loss(self) -> float | None:
         """Mean over the tokens that are only scored; None where there are none."""
-        tokens = sum(int(rows.sum()) for rows in self._rows[self.trained :])
-        return sum(self._sums[self.trained :]) / tokens if tokens else None
+        return sum(self._scored_sums) / self._scored_tokens if self._scored_tokens else None
 
     def take(self, index: int, output: Any) -> None:
         """One batch has run through. Logits that exist are dealt with at once, others wait for the head."""
@@ -77,9 +87,14 @@ class TokenLoss:
             waiting = self._waiting[index]
             logits_NS = waiting.logits.slice_of(waiting.hidden[rows].detach().to(self.device), weight, *start)
             waiting.scores.update(rows, logits_NS, start[0])
-        for index, waiting in self._waiting.items():
-            self._sums[index] = float(waiting.scores.losses.sum())
-        if not all(torch.isfinite(torch.tensor(self._sums))):
+        if self._waiting:  # the host waits once for all
+            sums = torch.stack([waiting.scores.losses.sum() for waiting in self._waiting.values()]).tolist()
+            for index, value in zip(self._waiting, sums, strict=True):
+                self._sums[index] = value
+        found = self.team.gather((self._sums[: self.trained], self._sums[self.trained :]))
+        self._trained_sums = [value for trained, _ in found for value in trained]
+        self._scored_sums = [value for _, scored in found for value in scored]
+        if not all(map(math.isfinite, [*self._trained_sums, *self._scored_sums])):
             return False
         self._send_back()
         return True
@@ -129,8 +144,9 @@ def _slice_gradient(
         logits_NS = waiting.logits.slice_of(hidden_NH, weight, start, stop)
     gradient_NS = waiting.scores.probabilities(rows, logits_NS.detach())
     labels_N = waiting.scores.labels_N[rows]
-    inside_N = ((labels_N >= start) & (labels_N < stop)).nonzero()[:, 0]
-    gradient_NS[inside_N, labels_N[inside_N] - start] -= 1
+    inside_N = ((labels_N >= start) & (labels_N < stop)).to(gradient_NS.dtype)
+    places_N = (labels_N - start).clamp(0, stop - start - 1)
+    gradient_NS.scatter_add_(1, places_N[:, None], -inside_N[:, None])
     (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, (gradient_NS * scale).to(logits_NS.dtype))
     return gradient_NH
 

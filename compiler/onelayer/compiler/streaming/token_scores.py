@@ -5,6 +5,9 @@ Shape letters: N predicted tokens, S a slice of the vocabulary.
 
 import torch
 
+# Logits that are compared at a time: their copies in float64 stay small next to a slice of the head.
+DIVERGENCE_VALUES = 1 << 20
+
 
 class TokenScores:
     """Log-sum-exp, label logit and best token of N predictions, updated by slices, in float32 or better."""
@@ -61,13 +64,19 @@ class Divergence:
     KL(p || q) = sum p (z_p - z_q) - log-sum-exp z_p + log-sum-exp z_q, with z the logits.
     """
 
-    def __init__(self, count: int) -> None:
-        self._highest_N = torch.full((count,), -torch.inf)
-        self._weight_N = torch.zeros(count, dtype=torch.float64)
-        self._weighted_N = torch.zeros(count, dtype=torch.float64)
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._highest_N = torch.full((count,), -torch.inf, device=device)
+        self._weight_N = torch.zeros(count, dtype=torch.float64, device=device)
+        self._weighted_N = torch.zeros(count, dtype=torch.float64, device=device)
 
     def update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
-        """Add the same slice of both models' logits for the predictions in `rows`."""
+        """Add the same slice of both models' logits for the predictions in `rows`, a few rows at a time."""
+        step, begin = max(1, DIVERGENCE_VALUES // p_logits_NS.shape[1]), rows.start or 0
+        for first in range(0, len(p_logits_NS), step):
+            last = min(first + step, len(p_logits_NS))
+            self._update(slice(begin + first, begin + last), p_logits_NS[first:last], q_logits_NS[first:last])
+
+    def _update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
         p_NS, q_NS = p_logits_NS.double(), q_logits_NS.double()
         before_N = self._highest_N[rows]
         now_N = torch.maximum(before_N, p_NS.amax(dim=-1).float())

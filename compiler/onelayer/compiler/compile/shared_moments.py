@@ -1,0 +1,101 @@
+"""Adds up the moments that several processes gathered of one unit, each where its linears are compressed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from onelayer.compiler.compile.linear_moments import MomentHooks, of_output
+from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.sum_grid import settled
+from onelayer.compiler.machine.distributed import Processes
+from onelayer.compiler.models.linears import weight_shape
+
+
+def settle_grids(hooks: MomentHooks, team: Processes) -> None:
+    """Take the grids of process 0, which has the first batch; every process calls it once, after its own first one."""
+    moments = hooks.moments
+    energies = {f"{name} energy": item for name, item in moments.items() if item.input_energy is not None}
+    grids = {name: item.gram.grid for name, item in moments.items()}
+    grids |= {name: item.energy_grid for name, item in energies.items()}
+    totals = {name: item.gram.total_FF for name, item in moments.items()}
+    totals |= {name: item.input_energy for name, item in energies.items() if item.input_energy is not None}
+    on_grid = settled(grids, totals, team)
+    for name, item in moments.items():
+        item.gram.total_FF = on_grid[name]
+    for name, item in energies.items():
+        item.input_energy = on_grid[name]
+
+
+def add_up_moments(hooks: MomentHooks, team: Processes) -> None:
+    """Leave in `hooks.moments` the sums over all processes for the linears that this one compresses, and only those.
+
+    Linears that share a moment in every process are compressed by one process. The work is spread by its cost.
+    """
+    if team.is_alone:
+        return
+    moments = hooks.moments
+    described = team.gather({name: (_group(name, moments), item.of_input) for name, item in moments.items()})
+    refused = set[str]().union(*team.gather(hooks.refused))
+    names = dict.fromkeys(name for found in described for name in found if name not in refused)
+    of_input = {name: all(found[name][1] for found in described if name in found) for name in names}
+    done = dict[str, Moments]()
+    for group, owner in _owners(_groups(described, names), hooks.linears, team.count).items():
+        members = [name for name in group if name in names]
+        mine = _own(members[0], of_input[members[0]], hooks)
+        _reduce(mine, owner, team)
+        if owner == team.rank:
+            done |= dict.fromkeys(members, mine)
+    moments.clear()
+    moments.update(done)
+
+
+def _own(name: str, of_input: bool, hooks: MomentHooks) -> Moments:
+    """Return this process's part of the moments of a linear; empty ones if it never called the linear."""
+    mine = hooks.moments.get(name)
+    if mine is None:
+        shape = weight_shape(hooks.linears[name])
+        return Moments.empty(shape, of_input, hooks.device, hooks.product_dtype)
+    return of_output(mine.gram, hooks.linears[name]) if mine.of_input and not of_input else mine
+
+
+def _group(name: str, moments: Mapping[str, Moments]) -> tuple[str, ...]:
+    """Return the names that share a linear's Gram."""
+    return tuple(other for other, item in moments.items() if item.gram is moments[name].gram)
+
+
+def _groups(described: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the groups of names that share a moment: those of every process if they agree, else each by itself."""
+    groups = {name: {found[name][0] for found in described if name in found} for name in names}
+    if any(len(found) > 1 for found in groups.values()):
+        return [(name,) for name in groups]
+    return sorted({min(found) for found in groups.values()})
+
+
+def _owners(groups: Sequence[tuple[str, ...]], linears: Mapping[str, Any], count: int) -> dict[tuple[str, ...], int]:
+    """Give each group to the process that has least to do, the most expensive group first."""
+    costs = {group: sum(_cost(linears[name]) for name in group if name in linears) for group in groups}
+    loads = [0.0] * count
+    owners = {}
+    for group in sorted(groups, key=lambda group: (-costs[group], group)):
+        owner = loads.index(min(loads))
+        owners[group] = owner
+        loads[owner] += costs[group]
+    return owners
+
+
+def _cost(linear: torch.nn.Module) -> float:
+    """Estimate the operations of a factorization, in some unit."""
+    out_features, in_features = weight_shape(linear)
+    narrow = min(out_features, in_features)
+    return float(narrow) ** 2 * (narrow + out_features + in_features)
+
+
+def _reduce(moments: Moments, owner: int, team: Processes) -> None:
+    """Add up one linear's moments in the process `owner`."""
+    gram = moments.gram
+    counts = torch.stack([gram.dropped, torch.tensor(gram.rows).to(gram.dropped)])
+    sums = [gram.total_FF, counts] + ([] if moments.input_energy is None else [moments.input_energy])
+    for tensor in sums:
+        team.add_up_in(owner, tensor)
+    gram.dropped, gram.rows = counts[0], int(counts[1])

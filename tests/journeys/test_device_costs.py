@@ -1,0 +1,117 @@
+"""What passes cost a pretend accelerator: waits and transfers per unit and batch, float64 products, exact peaks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import pretend_device
+from helpers.pretend_counts import COUNTS
+from helpers.tiny_models import causal, tiny_tokenizer
+from onelayer.compiler import compile_emulator, evaluate_model, refine_emulator
+from onelayer.compiler.factors.factorize import factorize
+from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.models.unit_memory import RESERVE_BYTES
+from onelayer.compiler.results import Report
+
+Pass = Callable[[Path], Report]
+# A table of levels that bitsandbytes keeps, and a counter.
+SMALL_BYTES = 512
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors can lie on the pretend device."""
+    pretend_device.patch(monkeypatch)
+
+
+def prepared(path: Path, layers: int, rows: int, **shape: Any) -> Path:
+    """A model of so many layers, and rows of equal length that together determine all factors."""
+    causal("Llama", num_hidden_layers=layers, **shape).save_pretrained(path / "model")
+    tiny_tokenizer(path / "model")
+    texts = [f"{count} the quick brown fox jumps over the lazy dog" for count in range(rows)]
+    (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def compiled(path: Path, **settings: Any) -> Report:
+    """Compile on the device."""
+    given = {"ratio": 0.5, "max_length": 12, "batch_size": 1, "device": "pretend", **settings}
+    return compile_emulator(path / "model", path / "data.jsonl", path / "emulator", **given).report
+
+
+def refined(path: Path) -> Report:
+    """Refine on the device what `compiled` made, with one step whatever the number of rows."""
+    return refine_emulator(
+        path / "emulator",
+        model=path / "model",
+        calibration=path / "data.jsonl",
+        output=path / "refined",
+        steps=1,
+        step_samples=2,
+        max_length=12,
+        batch_size=1,
+        device="pretend",
+    ).report
+
+
+def evaluated(path: Path) -> Report:
+    """Score the original on the device."""
+    return evaluate_model(path / "model", path / "data.jsonl", max_length=12, batch_size=1, device="pretend").report
+
+
+# Waits and transfers that one more batch costs in each unit. A unit takes four tensors up and gives one back, for which
+# the host waits. Refinement does so once, and takes inputs and targets up again for the errors before and after.
+PER_UNIT_AND_BATCH = {compiled: (1, 5), refined: (1, 15), evaluated: (1, 5)}
+
+
+def costs(run: Pass, path: Path) -> tuple[int, int]:
+    """Count the waits and transfers of one pass."""
+    COUNTS.reset()
+    run(path)
+    return sum(COUNTS.waits.values()), sum(COUNTS.transfers.values())
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_batch_costs_each_unit_a_fixed_number_of_waits_and_transfers(tmp_path: Path) -> None:
+    found = dict[tuple[Pass, int, int], tuple[int, int]]()
+    for layers in (1, 2):
+        for rows in (6, 7):
+            path = prepared(tmp_path / f"{layers}-{rows}", layers, rows)
+            found |= {(run, layers, rows): costs(run, path) for run in PER_UNIT_AND_BATCH}
+    for run, expected in PER_UNIT_AND_BATCH.items():
+        of_one, of_two = (
+            [more - fewer for more, fewer in zip(found[run, layers, 7], found[run, layers, 6], strict=True)]
+            for layers in (1, 2)
+        )
+        assert tuple(two - one for one, two in zip(of_one, of_two, strict=True)) == expected, run.__name__
+
+
+@pytest.mark.usefixtures("pretend")
+def test_the_peak_does_not_grow_with_layers_or_samples_and_is_promised(tmp_path: Path) -> None:
+    peaks = []
+    for layers, rows in ((1, 3), (2, 3), (1, 6)):
+        path = prepared(tmp_path / f"{layers}-{rows}", layers, rows, hidden_size=64, intermediate_size=160)
+        report = compiled(path)
+        assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes - RESERVE_BYTES
+        peaks.append(report.peak_device_bytes)
+    assert max(peaks) - min(peaks) < SMALL_BYTES
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize("rank", [40, 128])
+def test_linears_that_are_not_small_are_solved_without_float64(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, scales = torch.randn(256, 256, generator=generator) / 16, torch.arange(1, 257) ** -0.5
+    X = (torch.randn(600, 256, generator=generator) * scales) @ torch.randn(256, 256, generator=generator)
+    figures = []
+    for device in ("cpu", "pretend"):
+        moments = Moments.empty((256, 256), True, torch.device(device), torch.float32)
+        moments.add(X.to(device), None)
+        COUNTS.reset()
+        figures.append(factorize(W.to(device), moments, rank, torch.float32).error)
+    assert not COUNTS.double_products
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
