@@ -40,6 +40,15 @@ def test_exact_offsets_give_the_original_and_two_bits_come_near(pair_of: Any, na
     assert 0.01 < errors[2] < 0.6 * relative(plain, wanted)
 
 
+def test_states_of_many_batches_wait_in_files_where_the_host_computes(pair_of: Any, own_store: Path) -> None:
+    pair = pair_of("llama")
+    ids = torch.arange(4 * 128).reshape(4, 128) % 100
+    with pair.anchors(2) as anchors:
+        anchors.renew([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 3)
+        state_bytes = ids.numel() * pair.original.config.hidden_size * 4
+        assert anchors.report(every=3).spilled_bytes >= 3 * state_bytes
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_bits_lose_an_eighth_of_the_square_of_each_offset(pair_of: Any, name: str) -> None:
     pair = pair_of(name)
