@@ -55,10 +55,10 @@ class HeldOutLoss(Result):
 
 
 class PolishResult(Result):
-    """What polish made. `chosen_step`: after how many steps the adapter handed out was the best on held-out data.
+    """What polish made. `chosen_step` is the step after which the published adapter was the best on held-out data.
 
-    `gradient_cosine`: between gradients with compressed and with exact unit inputs, where they are compressed.
-    `kept_bytes` is the host memory of kept unit inputs at most, `spilled_bytes` what went to files beyond the budget.
+    `gradient_cosine` compares gradients with compressed and with exact unit inputs, if they are compressed.
+    `kept_bytes` is the most host memory of kept unit inputs, `spilled_bytes` what went to files beyond the budget.
     """
 
     output: str
@@ -84,14 +84,14 @@ def polish_adapter(
 ) -> PolishResult:
     """Train a LoRA adapter of `model` by exact steps, each of `batch_size` examples, and write it to `output`.
 
-    `adapter` may be corrected or not, or any plain LoRA of the original; with None a fresh one of `lora_rank` is
-    trained, of every linear where there are no `target_modules`. With `eval_data`, its loss is measured every
-    `eval_steps` steps and the best adapter is handed out. Unit inputs are kept as they are, or with `activations` as
-    factors of that rank (or share of the features) and two bits for what they leave of each value. With `packing`,
-    short examples share rows of up to `max_length` tokens without seeing each other: the gradient is the same, and a
-    model that does not keep them apart is refused. A run that was stopped goes on after its last finished step. Raises
-    `InputError` for what the caller can fix, and `RuntimeError` if the loss is lost; what the steps before it made
-    is then in `output`.
+    `adapter` may be corrected or not, or any plain LoRA of the original. With None a fresh one of `lora_rank` is
+    trained, on every linear unless `target_modules` are given. With `eval_data`, its loss is measured every
+    `eval_steps` steps and the best adapter is published. Unit inputs are kept exactly, or with `activations` as
+    factors of that rank (or share of the features) and two bits for each value's residual. With `packing`, short
+    examples share rows of up to `max_length` tokens without seeing each other: the gradient is the same, and a
+    model that does not keep them apart is refused. A stopped run resumes after its last finished step. Raises
+    `InputError` for what the caller can fix, and `RuntimeError` if the loss is not finite; `output` then holds what
+    the earlier steps made.
     """
     asked = PolishSettings.of(settings)
     check_output(Path(output), adapter, model)
@@ -126,7 +126,7 @@ def polish_adapter(
 
 
 def _start(adapter: str | Path | None, settings: PolishSettings) -> str | Path | FreshAdapter:
-    """The adapter to begin with, or what a fresh one is like. Raises `InputError` if both or none are given."""
+    """Return the adapter to start from, or the settings of a fresh one. Raises `InputError` unless one is given."""
     rank, alpha, targets = settings.lora_rank, settings.lora_alpha, settings.target_modules
     if adapter is None and rank is None:
         raise InputError("polish: give either an adapter, or --lora-rank for a fresh one")
@@ -140,7 +140,7 @@ def _start(adapter: str | Path | None, settings: PolishSettings) -> str | Path |
 
 
 def _on_unit(adapted: Adapted, stop: StopRequest) -> Callable[[Unit], Any]:
-    """Put what the adapter replaces in every unit, and let a stop take effect after it; the step in it is lost."""
+    """Put what the adapter replaces into every unit, and let a stop take effect after it, losing the present step."""
 
     @contextmanager
     def on_unit(unit: Unit) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """One polish in progress: every step streams the original forward and back, then moves the adapter once.
 
 In: the original with its adapter attached, training rows, held-out batches. Out: the state after the last step. Held on
-the device: one unit, its recomputation for one micro-batch, the adapter and its optimizer; kept unit inputs lie on the
+the device: one unit, its recomputation for one micro-batch, the adapter and its optimizer. Kept unit inputs lie on the
 host and, beyond the budget, in mapped files.
 """
 
@@ -32,7 +32,7 @@ class NotFiniteError(RuntimeError):
 
 
 class PolishJob:
-    """The loop over steps. `save` keeps the state; `kept_bytes` is what the host held of unit inputs at most."""
+    """The loop over steps. `save` keeps the state; `kept_bytes` is the most that the host held of unit inputs."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class PolishJob:
         self.kept_bytes = 0
 
     def run(self) -> str | None:
-        """All steps that are not done yet, each durable. Returns why it stopped early, if it did.
+        """Take all steps that are not done yet, each durable; return why it stopped early, if it did.
 
-        Raises `NotFiniteError` where not one step was good, so that there is nothing to hand out.
+        Raises `NotFiniteError` if no step was good, so that there is nothing to publish.
         """
         try:
             self._run()
@@ -91,7 +91,7 @@ class PolishJob:
         return f"polish step {step + 1}/{self.settings.steps}{figures}"
 
     def _step(self, step: int) -> dict[str, Any]:
-        """Gradients of one large batch, one move of the optimizer; returns the figures of the step."""
+        """Compute the gradients of one large batch and move the adapter once; return the figures of the step."""
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
@@ -116,14 +116,14 @@ class PolishJob:
         }
 
     def _batches(self, step: int) -> list[TokenBatch]:
-        """The examples of a step as the model is called with them."""
+        """Return the examples of a step as the model is called with them."""
         rows = self.rows.batch(step)
         if self.settings.packing:
             rows = [join_rows(pack) for pack in packs_of(rows, self.settings.max_length)]
         return make_batches(rows, self.stream.streamed.config, self.settings.micro_batch_size)
 
     def _check_packing(self) -> None:
-        """Try the fullest pack of all steps, and the one with the longest row: what differs by length shows there."""
+        """Try the fullest pack of all steps and the one with the longest row, which show differences by length."""
         check_takes_positions(self.stream.streamed.model)
         steps = (packs_of(self.rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
         shared = [pack for packs in steps for pack in packs if len(pack) > 1]
@@ -142,7 +142,7 @@ class PolishJob:
                 self.stream.team.add_up([parameter.grad])
 
     def _move(self, step: int) -> float:
-        """Clip, step, forget the gradients; returns their norm before clipping."""
+        """Clip the gradients, step, and clear them; return their norm before clipping."""
         parameters = list(self.state.parameters.values())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_gradient_norm))
         if not math.isfinite(norm):
@@ -154,7 +154,7 @@ class PolishJob:
         return norm
 
     def _cosine(self) -> float:
-        """Cosine between the gradients of the first micro-batch with compressed inputs and with exact ones."""
+        """Compare the gradients of the first micro-batch with compressed and with exact inputs; return the cosine."""
         (batch, *_) = self._batches(0)
         found = []
         for rank in (None, self.settings.activation_rank):
@@ -170,7 +170,7 @@ class PolishJob:
         return float(torch.nn.functional.cosine_similarity(found[0], found[1], dim=0))
 
     def _measure(self) -> None:
-        """The held-out loss of the adapter as it is, in a forward stream of its own."""
+        """Measure the held-out loss of the present adapter in its own forward stream."""
         self.stream.trained = 0
         loss = TokenLoss(self.held_out, 0, self.stream.device, self.stream.team)
         self.stream.run(loss.inputs, loss.take)
@@ -178,7 +178,7 @@ class PolishJob:
         self._note_held_out(loss)
 
     def _note_held_out(self, loss: TokenLoss) -> None:
-        """Note a held-out loss, if there is one. It may be lost in a step whose own loss is not."""
+        """Note a held-out loss, if it is finite. It may not be, even after a step whose own loss was."""
         if loss.held_out_loss is None:
             return
         if not math.isfinite(loss.held_out_loss):
@@ -194,7 +194,7 @@ def polish_workspace(
     state: "PolishState",
     on_gpu: bool,
 ) -> int:
-    """The same for a polish that is about to run."""
+    """Predict the workspace of a polish that is about to run."""
     longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
     tokens = settings.micro_batch_size * longest
     return step_bytes(streamed.largest_unit_bytes, width, streamed.dtype.itemsize, tokens, state.bytes, on_gpu)

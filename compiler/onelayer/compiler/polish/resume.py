@@ -1,4 +1,4 @@
-"""What survives a killed polish: the adapter, its optimizer and its history after every finished step, in one file.
+"""The state that survives a killed polish: adapter, optimizer and history after every finished step, in one file.
 
 The file is written aside and renamed, so it always holds the whole state of one finished step.
 """
@@ -25,10 +25,10 @@ Parameters = dict[str, nn.Parameter]
 
 @dataclass
 class PolishState:
-    """Trained parameters by name, AdamW's state of them, and what happened so far.
+    """Trained parameters by name, their state in AdamW, and the history so far.
 
     `steps` are the figures of finished steps. `best` are the parameters of the lowest held-out loss, `best_loss`.
-    `gradient_cosine` says what compressed unit inputs cost, if they are compressed.
+    `gradient_cosine` is the cost of compressing unit inputs, if they are compressed.
     """
 
     parameters: Parameters
@@ -52,7 +52,7 @@ class PolishState:
         return {"steps": self.steps, "held_out": self.held_out, "gradient_cosine": self.gradient_cosine}
 
     def measured(self, loss: float) -> None:
-        """Note the held-out loss of the present parameters; keep a copy of them if there was none better."""
+        """Note the held-out loss of the present parameters; keep a copy of them if it is the lowest so far."""
         self.held_out.append({"step": len(self.steps), "loss": loss})
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss = loss
@@ -74,7 +74,7 @@ class PolishState:
         write_safetensors(directory / STATE_FILE, entries, {"history": json.dumps(history)})
 
     def restore(self, directory: Path) -> bool:
-        """Take up what `save` left; False if there is nothing yet."""
+        """Load what `save` wrote; return False if there is nothing yet."""
         from safetensors import safe_open
 
         path = directory / STATE_FILE

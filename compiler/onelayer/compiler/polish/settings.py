@@ -28,7 +28,7 @@ def _regular_expression(targets: str | list[str] | None) -> str | list[str] | No
 
 
 class ExactSteps(Settings):
-    """How many exact steps are taken, and of what size."""
+    """The number of exact steps, and their size."""
 
     steps: Annotated[PositiveInt, Field(description="Exact steps; each reads the model twice.")] = 10
     batch_size: Annotated[PositiveInt, Field(description="Examples per step.")] = 64
@@ -58,7 +58,7 @@ class ExactSteps(Settings):
 
 
 class PolishSettings(ExactSteps, Lengths, Seeded, Resumable, Revised):
-    """What can be set of a polish; `lora_rank`, `lora_alpha` and `target_modules` are for a fresh adapter."""
+    """The settings of a polish; `lora_rank`, `lora_alpha` and `target_modules` are for a fresh adapter."""
 
     # A manifest has no infinity.
     max_gradient_norm: Annotated[GradientNorm, Field(allow_inf_nan=True)] = ExactSteps.default("max_gradient_norm")
@@ -87,7 +87,7 @@ class PolishSettings(ExactSteps, Lengths, Seeded, Resumable, Revised):
         return None if isinstance(self.activations, str) else self.activations
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear up over the warm-up, then linear down to zero after the last step (Trainer's default schedule)."""
+        """Return a rate that rises linearly over the warm-up, then falls linearly to zero (Trainer's default)."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
         return self.learning_rate * (self.steps - step) / (self.steps - self.warmup_steps)

@@ -1,4 +1,4 @@
-"""What a polish needs: the original, the adapter it starts from, the data, and what identifies them for a resume."""
+"""The inputs of a polish: the original, the first adapter, the data, and what identifies them for a resume."""
 
 import math
 import platform
@@ -34,9 +34,9 @@ from onelayer.compiler.storage.stamps import FileStamps
 
 @dataclass(frozen=True)
 class PolishTask:
-    """The checked inputs of one polish. `start` is an adapter's directory, or what a fresh one is like.
+    """The checked inputs of one polish. `start` is an adapter's directory, or the settings of a fresh one.
 
-    `stamps` are those of the files that are read, from before they were digested.
+    `stamps` are the files' stamps from before they were digested.
     """
 
     directory: Path
@@ -77,7 +77,7 @@ class PolishTask:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that can change the adapter; a run goes on only if all of it is the same."""
+        """Everything that can change the adapter; a run resumes only if all of it is the same."""
         libraries = {"torch": torch, "transformers": transformers, "peft": peft}
         return {
             "base": self.base,
@@ -106,9 +106,9 @@ class PolishTask:
                 self.start.write(partial, self.directory)
 
     def open(self, work: Path) -> tuple[Adapter, Adapted, PolishState]:
-        """The adapter to begin with, the empty original with it attached, and the state before the first step.
+        """Return the first adapter, the empty original with it attached, and the state before the first step.
 
-        A fresh adapter was made in the work directory. Raises `InputError` where the two do not belong together.
+        A fresh adapter was made in the work directory. Raises `InputError` if the two do not belong together.
         """
         path = self.start if isinstance(self.start, Path) else work / "start"
         adapter = Adapter.open(path)
@@ -123,7 +123,7 @@ class PolishTask:
             raise InputError(f"{adapter.directory}: adapts no module, there is nothing to train; give a LoRA adapter")
 
     def held_out_batches(self, config: PreTrainedConfig) -> list[TokenBatch]:
-        """The held-out data as the model is called with it."""
+        """Return the held-out data as the model is called with it."""
         return make_batches(self.held_out, config, self.settings.micro_batch_size)
 
     def save(self, state: PolishState, work: Path) -> None:

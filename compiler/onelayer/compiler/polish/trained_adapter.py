@@ -1,4 +1,4 @@
-"""The adapter that exact steps train: one made before, or a fresh one, attached to the empty model by PEFT itself."""
+"""The adapter that exact steps train: a given or a fresh one, attached to the empty model by PEFT itself."""
 
 import math
 import warnings
@@ -25,7 +25,7 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class FreshAdapter:
-    """A LoRA adapter that does not exist yet; of a classifier it leaves out the head."""
+    """A LoRA adapter that does not exist yet; it leaves out a classifier's head."""
 
     rank: int
     alpha: float
@@ -33,9 +33,9 @@ class FreshAdapter:
     seed: int
 
     def write(self, directory: Path, model: Path) -> None:
-        """Write it as PEFT initializes it (B is zero), from a generator of its own.
+        """Write the adapter as PEFT initializes it (B is zero), from a private generator.
 
-        Raises `InputError` where the targets name nothing that can be adapted.
+        Raises `InputError` if the targets name nothing that can be adapted.
         """
 
         def prepare(empty: PreTrainedModel) -> None:
@@ -62,14 +62,14 @@ class FreshAdapter:
 
 
 def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tuple[Adapted, Parameters]:
-    """The original with `adapter` attached, and A and B of every adapted module: float32, on `device`.
+    """Attach `adapter` to the original; return it and A and B of every adapted module, float32, on `device`.
 
-    What the adapter replaces besides is held with it and stays as it is. Raises `InputError` where it does not fit.
+    Other replaced parameters are held with it and do not change. Raises `InputError` if the adapter does not fit.
     """
     adapted = adapted_model(model, {NAME: adapter})
     streamed = adapted.streamed
     for parameter in streamed.model.parameters():
-        if type(parameter) is torch.nn.Parameter:  # stand-ins for weights that are elsewhere never were
+        if type(parameter) is torch.nn.Parameter:  # stand-ins never require gradients
             parameter.requires_grad_(False)
     trained: Parameters = {}
     for name, module in adapter.modules.items():
@@ -82,7 +82,7 @@ def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tup
 
 
 def factors_of(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
+    """Return A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
     factors = {}
     for name, module in adapter.modules.items():
         a, b = (tensors[key].cpu() for key in factor_names(name, module.embedding, NAME))
@@ -98,7 +98,7 @@ def write_polished(
     base: Base,
     record: dict[str, Any],
 ) -> None:
-    """Write the trained parameters as an adapter of the original, in the form that everybody scales alike."""
+    """Write the trained parameters as an adapter of the original, in a form that every loader scales alike."""
     factors = factors_of(adapter, tensors)
     assert all(math.isfinite(float(part.sum())) for pair in factors.values() for part in pair)
     origin = {
