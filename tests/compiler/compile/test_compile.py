@@ -254,7 +254,7 @@ def test_memory_grows_neither_with_depth_nor_with_samples(tmp_path: Path, own_st
     assert least[2, 96] - least[2, 4] < 2 * layer_bytes, "92 more samples are held"
 
 
-@pytest.mark.parametrize(("name", "refused"), [("t5", "T5ForConditionalGeneration"), ("llama", None)])
+@pytest.mark.parametrize(("name", "refused"), [("bert", "BertForMaskedLM"), ("t5", None), ("llama", None)])
 def test_a_model_that_train_will_refuse_is_told_before(
     name: str, refused: str | None, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,7 +247,7 @@ def test_a_shape_that_does_not_fit_the_config_is_refused_by_name(tmp_path: Path)
         ({"model_type": "martian"}, "model_type 'martian' is unknown"),
         ({"architectures": ["MartianForCausalLM"]}, "is not one class of transformers"),
         ({"architectures": None}, "is not one class of transformers"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' weights"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "'aqlm' weights"),
         ({"quantization_config": {"quant_method": "onelayer"}}, "is an emulator"),
     ],
 )

@@ -73,8 +73,6 @@ def compile_emulator(
     """
     asked, output = CompileSettings.of(settings), Path(output)
     check_output(output, model)
-    if asked.form == "coded" and not processes().is_alone:
-        raise InputError("--form coded: is the work of one process; start it without torchrun, or give --form factors")
     streamed = StreamedModel(resolve_model(model, asked.revision))
     if not is_trainable(type(streamed.model)):
         notice(
@@ -83,6 +81,8 @@ def compile_emulator(
         )
     check_companions(streamed.checkpoint.directory)
     resolved, ranks = _chosen(streamed, asked)
+    if resolved.code_width is not None and not processes().is_alone:
+        raise InputError("codes are the work of one process; start it without torchrun, or give --form factors")
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
