@@ -239,4 +239,6 @@ def test_a_choice_by_few_rows_or_at_the_end_of_the_scales_is_told(
     monkeypatch.setattr(trials, "FEW_ROWS", 3)
     monkeypatch.setattr(trials, "SCALES", (0.5, 1.5))
     setting.correct("enough", data=setting.data)
-    assert "note" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "choose by chance" not in told
+    assert "that is tried\n" not in told.replace("every correction that is tried", "")
