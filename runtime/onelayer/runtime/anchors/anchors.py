@@ -53,8 +53,8 @@ class Anchors:
         units = compressed_units(self.original.streamed, facts)
         self._modules = emulated_modules(adapted, units)
         self._hooks = AnchorHooks(self._modules)
-        # On a card, states wait on the host. A host that is the device itself would hold more of them the longer the way
-        # between renewals, so there they lie in files.
+        # With a card, states wait on the host. A host that is the device itself would hold more of them the more steps
+        # there are between renewals, so there they wait in files.
         self._spill_pool = SpillPool(None if meter.on_gpu else 0)
         self._waiting: deque[dict[str, CodedOffset]] = deque()
         self._renewals, self._seconds, self._offset_bytes, self._longest = 0, 0.0, 0, 0
