@@ -20,7 +20,25 @@ def _supported_bits(settings: Mapping[str, Any], supported: tuple[int, ...]) -> 
     return int(bits)
 
 
-class Gptq(PackedFormat):
+def _shapes(parts: Parts) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of words, zeros and scales. Raises `ValueError` if a part is missing or not in words."""
+    require({"zeros", "scale"} <= parts.keys(), "lacks qzeros or scales")
+    require(parts[VALUES].dtype == parts["zeros"].dtype == "I32", f"is stored as {parts[VALUES].dtype}, not in words")
+    return tuple(parts[part].shape for part in (VALUES, "zeros", "scale"))
+
+
+class GroupedIntegers(PackedFormat):
+    """Integers of `bits` bits with a zero point and a scale for each group of inputs."""
+
+    bits: int
+
+    @property
+    def value_bits(self) -> float:
+        """Bits on disk for each value; groups of 128 are usual."""
+        return self.bits + (16 + self.bits) / 128
+
+
+class Gptq(GroupedIntegers):
     """GPTQ: qweight (in / k, out) and qzeros (groups, out / k), k values in a word; scales (groups, out); g_idx (in).
 
     `g_idx` gives the group of each input, which the order of activations may mix. Version 1 of the format stores zero
@@ -41,18 +59,9 @@ class Gptq(PackedFormat):
             raise UnsupportedError(f"in the layout {version!r}")
         self.zero_offset = int(version == "gptq")
 
-    @property
-    def value_bits(self) -> float:
-        """Bits on disk for each value; groups of 128 are usual."""
-        return self.bits + (16 + self.bits) / 128
-
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
         """Return (out, in)."""
-        require({"zeros", "scale"} <= parts.keys(), "lacks qzeros or scales")
-        words, zeros, scales = (parts[part].shape for part in (VALUES, "zeros", "scale"))
-        require(
-            parts[VALUES].dtype == parts["zeros"].dtype == "I32", f"is stored as {parts[VALUES].dtype}, not in words"
-        )
+        words, zeros, scales = _shapes(parts)
         require(len(words) == len(zeros) == len(scales) == 2 and words[1] > 0, f"has qweight {words}, scales {scales}")
         bits = WORD_BITS * zeros[1] // words[1]
         require(bits in BITS, f"has qweight {words} and qzeros {zeros}, which makes {bits} bits")
@@ -84,7 +93,7 @@ class Gptq(PackedFormat):
         return numerics.scale_groups(values, zeros, tensors["scale"], groups.long(), dtype)
 
 
-class Awq(PackedFormat):
+class Awq(GroupedIntegers):
     """AWQ: qweight (in, out / 8), qzeros (groups, out / 8), scales (groups, out); 8 outputs interleaved in a word."""
 
     endings: ClassVar[Mapping[str, str]] = {".qweight": VALUES, ".qzeros": "zeros", ".scales": "scale"}
@@ -97,18 +106,9 @@ class Awq(PackedFormat):
         if version != "gemm":
             raise UnsupportedError(f"in the layout {version!r}")
 
-    @property
-    def value_bits(self) -> float:
-        """Bits on disk for each value; groups of 128 are usual."""
-        return self.bits + (16 + self.bits) / 128
-
     def shape(self, name: str, parts: Parts) -> tuple[int, ...]:
         """Return (out, in)."""
-        require({"zeros", "scale"} <= parts.keys(), "lacks qzeros or scales")
-        words, zeros, scales = (parts[part].shape for part in (VALUES, "zeros", "scale"))
-        require(
-            parts[VALUES].dtype == parts["zeros"].dtype == "I32", f"is stored as {parts[VALUES].dtype}, not in words"
-        )
+        words, zeros, scales = _shapes(parts)
         fits = len(words) == len(zeros) == len(scales) == 2 and scales[1] == len(self.order) * words[1]
         fits = fits and zeros == (scales[0], words[1]) and scales[0] > 0 and words[0] % scales[0] == 0
         require(fits, f"has qweight {words}, qzeros {zeros} and scales {scales}")

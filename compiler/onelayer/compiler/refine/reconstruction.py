@@ -155,8 +155,8 @@ def _errors(distances: Distances, calls: Sequence[Call], team: Processes) -> Uni
         if call.gradients:
             distance, outputs, back = distances.of_both(call)
         else:
-            (distance, outputs), back = distances.of_outputs(call), torch.zeros(())
-        found += [distance.float(), back.to(distance.device, torch.float32)]
+            (distance, outputs), back = distances.of_outputs(call), torch.zeros((), device=distances.device)
+        found += [distance.float(), back.float()]
         counts.append((call.weight, outputs, call.weight if call.gradients else 0.0))
     values = torch.stack(found).reshape(-1, 2).tolist() if found else []  # the host waits once
     total, count, total_back, count_back = 0.0, 0.0, 0.0, 0.0
