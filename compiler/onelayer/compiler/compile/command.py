@@ -162,9 +162,11 @@ def _finished(
     writer.write_rest()
     at_once = max(math.prod(batch.shape) for batch in batches)
     keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
+    workspace = compile_workspace(
+        streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole, meter.on_gpu
+    )
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu, backward=settings.backward is True)
         workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.unpacking_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)

@@ -16,9 +16,9 @@ from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import DeferredLogits
-from onelayer.compiler.models.linears import widest
+from onelayer.compiler.models.linears import head_workspace, widest
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
+from onelayer.compiler.models.unit_memory import SCORED_LOGITS, SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
 from onelayer.compiler.streaming.token_scores import Divergence, TokenScores
 
@@ -180,12 +180,22 @@ class Scoring:
 
 
 def scoring_workspace(
-    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, spill_pool: SpillPool
+    streamed: StreamedModel,
+    batches: Sequence[TokenBatch],
+    variants: int,
+    device: torch.device,
+    spill_pool: SpillPool,
+    *,
+    compared: bool = False,
 ) -> int:
-    """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
+    """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait.
+
+    With `compared`, the logits of one variant are compared with those of another.
+    """
     tokens = max(math.prod(batch.shape) for batch in batches)
     parked = parked_bytes(streamed, batches, variants, spill_pool) if device.type == "cpu" else 0
-    return scoring_bytes(streamed.largest_unit_bytes, widest(streamed), tokens) + parked
+    head, on_gpu = head_workspace(streamed, tokens, SCORED_LOGITS, compared=compared), device.type != "cpu"
+    return scoring_bytes(streamed.largest_unit_bytes, head, widest(streamed), tokens, on_gpu) + parked
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:

@@ -159,5 +159,6 @@ def _lost_energy(
         gram_basis = gram @ basis
         cross = (up * gram_basis).sum(dtype=torch.float64)
         inner = basis.T @ gram_basis
-        rounding = float(((up @ (down - projected)).square().sum(dim=0) * moments.input_energy).sum())
+        rounded = down - projected  # ||up r||^2 of each column r, without their product (out, in)
+        rounding = float((((up.T @ up) @ rounded * rounded).sum(dim=0) * moments.input_energy).sum())
     return energy - 2 * float(cross) + float(((up.T @ up) * inner).sum(dtype=torch.float64)) + rounding

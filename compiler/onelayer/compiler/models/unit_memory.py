@@ -14,6 +14,10 @@ from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 RESERVE_BYTES = 64 << 20
 # A matrix that stays on disk is applied by slices of this size, so that it costs as much whatever the vocabulary.
 SLICE_BYTES = 64 << 20
+# Copies of a slice of logits while they are scored, and while their gradient is taken.
+SCORED_LOGITS, GRADIENT_LOGITS = 2, 3
+# Logits of two models are compared at most this many at a time, in float64: both, and three results.
+COMPARED_VALUES = 1 << 20
 # Per trained value in float32: itself, its gradient, what it was, Adam's two moments, and its rounded form; that once
 # more in the model's dtype, if it is another.
 TRAINED_VALUE_BYTES = 26
@@ -57,22 +61,39 @@ def training_bytes(
 ) -> int:
     """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train.
 
-    Where gradients are learned too, `differentiated` counts the weights that have a second derivative. They are in the
-    graph in float32 and in the model's dtype, with a gradient each, and the graph is that of the original, of the
-    emulator and of its way back.
+    Where gradients are learned too, `differentiated` counts the values that have a second derivative: the trained ones
+    and decoded weights. They are in the graph in float32 and in the model's dtype, if that is another, with a gradient
+    each, and the graph is that of the original, of the emulator and of its way back.
     """
     graphs = (3 if differentiated else 1) * graph_bytes(width, batch_tokens, value_bytes, on_gpu)
-    weights = 2 * (4 + value_bytes) * differentiated
+    weights = 2 * (4 + (value_bytes if value_bytes != 4 else 0)) * differentiated
     return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
-def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapter_bytes: int, on_gpu: bool) -> int:
-    """Bound what an exact step on `tokens` at once holds in addition to the unit that computes.
+def head_bytes(vocabulary: int, hidden: int, value_bytes: int, tokens: int, logits: int) -> int:
+    """Bound what a head that is read by slices holds: a slice of its weight and `logits` copies of a slice of logits.
 
-    The unit that is read ahead, the head's slices and their gradients, the adapter with its optimizer, and the graph of
-    the widest unit. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
+    A slice of logits is in float32. A head that is smaller than a slice takes its own size. The hidden states and their
+    gradient come with their copies.
     """
-    return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
+    weight, slice_bytes = vocabulary * hidden * value_bytes, 4 * vocabulary * tokens
+    return min(SLICE_BYTES, weight) + logits * min(SLICE_BYTES, slice_bytes) + 4 * 4 * hidden * tokens
+
+
+def comparing_bytes(vocabulary: int, tokens: int) -> int:
+    """Bound what comparing two models' logits holds in addition to scoring one: the other's slice, and the results."""
+    values = vocabulary * tokens
+    return min(SLICE_BYTES, 4 * values) + (5 * 8 + 1) * min(COMPARED_VALUES, values)
+
+
+def step_bytes(unit_bytes: int, head: int, graph: int, adapter_bytes: int, on_gpu: bool) -> int:
+    """Bound what an exact step holds in addition to the unit that computes.
+
+    The adapter with its optimizer, the `graph` of the widest unit or the `head` with its gradients, and a reserve. A
+    host holds the unit that is read ahead too, and keeps holes of the one while it has the other. Kept unit inputs are
+    not in it: they lie on the host and are reported by themselves.
+    """
+    return RESERVE_BYTES + adapter_bytes + (max(graph, head) if on_gpu else unit_bytes + graph + head)
 
 
 def resident_bytes(weight_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
@@ -92,18 +113,24 @@ def anchoring_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, 
     return RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
 
 
-def scoring_bytes(unit_bytes: int, width: int, tokens: int) -> int:
+def scoring_bytes(unit_bytes: int, head: int, width: int, tokens: int, on_gpu: bool) -> int:
     """Bound what scoring `tokens` at once holds in addition to the unit that computes.
 
-    Slices of the head and of its logits, the unit that is read ahead, and the activations of one batch in the widest
-    unit. Waiting batches are not in it: they lie on the host.
+    The activations of one batch in the widest unit, or in the unit's place the slices of the `head`, and a reserve. A
+    host holds both, and the unit that is read ahead. Waiting batches are not in it: they lie on the host.
     """
-    return 3 * SLICE_BYTES + unit_bytes + 4 * tokens * width
+    activations = 4 * tokens * width
+    return RESERVE_BYTES + (max(activations, head - unit_bytes) if on_gpu else unit_bytes + activations + head)
 
 
 def moment_bytes(sides: Iterable[int]) -> int:
     """Count square moments in float64, one for each of `sides`, which are numbers of features."""
     return sum(8 * side * side for side in sides)
+
+
+def adding_bytes(side: int) -> int:
+    """Count what adding to a square moment takes: a product in float32, and in float64 its rounding to a grid."""
+    return (4 + 8 + 8) * side * side
 
 
 @dataclass(frozen=True)
@@ -139,14 +166,14 @@ class CompiledShape:
         """Bound the solver.
 
         In float64 these are the weight, its product with a square root of the moment, and the eigenproblem of the
-        narrow side with its workspace. If the moment is the input's, they are instead the residual of the factors and
-        two products of it. The basis exists twice, and so does the stored factor made from it.
+        narrow side with its workspace; then the factors, three products of `down` with the moment, and a product of
+        `up`. The basis exists twice, and so does the stored factor made from it.
         """
-        rows, columns, narrow = self.out_features, self.in_features, self.narrow
+        rows, columns, narrow, rank = self.out_features, self.in_features, self.narrow, self.rank or 0
         product = 8 * rows * columns if rows > columns else 0
         solve = product + 8 * 4 * narrow * narrow
-        judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
-        return 8 * rows * columns + max(solve, judge) + (2 * 8 + factor_value_bytes) * (self.rank or 0) * rows
+        judge = 8 * rank * (rows + 4 * columns)
+        return 8 * rows * columns + max(solve, judge) + (2 * 8 + factor_value_bytes) * rank * rows
 
     @property
     def _rounding_bytes(self) -> int:
@@ -167,23 +194,31 @@ class CompiledShape:
         return sum(linear_bytes(*shape, rank, self.factor_dtype, self.value_bytes) for rank in forms)
 
 
-def solving_bytes(linears: Sequence[CompiledShape]) -> int:
-    """Bound what compressing the linears of a unit holds at its end: the largest solver, and all that is stored."""
+def solving_bytes(linears: Sequence[CompiledShape], on_gpu: bool = False) -> int:
+    """Bound what compressing the linears of a unit holds at its end: the largest solver, and all that is stored.
+
+    From a card, what is stored moves to the host: it has that of the linear that is solved and of the one before.
+    """
     solver = max((linear.solver_bytes for linear in linears), default=0)
-    return solver + sum(linear.stored_bytes for linear in linears)
+    stored = [linear.stored_bytes for linear in linears]
+    return solver + (2 * max(stored, default=0) if on_gpu else sum(stored))
 
 
-def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
+def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int, on_gpu: bool) -> int:
     """Bound what coding the linears (out, in) of a unit holds in addition to its weights.
 
-    The moments of both sides of all of them in float64, the factors of both sides of one, its weight in float32 six
-    times as it is coded and its residual solved, the `graph` of one micro-batch, slices of the head and their
-    gradients. Kept unit inputs are not in it: they lie on the host, or in files if the host is the device.
+    The moments of both sides of all of them in float64, with the `graph` of one micro-batch while they are gathered;
+    then the factors of both sides of one, and its weight in float32 six times as it is coded and its residual solved.
+    Before that, slices of the `head` and their gradients. A host keeps holes of each while it has the others. Kept
+    unit inputs are not in it: they lie on the host, or in files if the host is the device.
     """
     linears = list(shapes)
     sides = [8 * (columns * group_size(columns) + rows * OUTPUT_BLOCK) for rows, columns in linears]
     values = max((rows * columns for rows, columns in linears), default=0)
-    return sum(sides) + 4 * max(sides, default=0) + 24 * values + graph + 4 * SLICE_BYTES
+    solver = 4 * max(sides, default=0) + 24 * values
+    if on_gpu:
+        return max(sum(sides) + max(graph, solver), head)
+    return sum(sides) + solver + graph + head
 
 
 def decoding_bytes(values: int, value_bytes: int) -> int:

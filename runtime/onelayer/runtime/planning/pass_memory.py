@@ -6,7 +6,8 @@ from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
     EXPERT_ROWS,
-    SLICE_BYTES,
+    GRADIENT_LOGITS,
+    SCORED_LOGITS,
     CompiledShape,
     CorrectedShape,
     anchoring_bytes,
@@ -14,6 +15,7 @@ from onelayer.compiler.models.unit_memory import (
     coding_bytes,
     correction_bytes,
     graph_bytes,
+    head_bytes,
     moment_bytes,
     routed_width,
     scoring_bytes,
@@ -84,13 +86,21 @@ def chosen_correct_bytes(
     """Bound a correction chosen by held-out text: an evaluation plus the adapter weights of every candidate."""
     factors = [[values_at(linear, ratio) for linear in block.compressible] for block, _ in shapes.kinds]
     tried = trial_bytes(len(CANDIDATES), lora_parameters(shapes, lora_rank), factors, on_gpu)
-    return evaluate_bytes(shapes, batch_tokens) + tried
+    return evaluate_bytes(shapes, batch_tokens, on_gpu) + tried
 
 
-def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
+def evaluate_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
-    return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
+    head, block = _head_bytes(shapes, batch_tokens, SCORED_LOGITS), shapes.largest_block_bytes
+    return block + scoring_bytes(block, head, widest, batch_tokens, on_gpu)
+
+
+def _head_bytes(shapes: ModelShapes, tokens: int, logits: int) -> int:
+    """Bound what reading the head by slices holds; see `head_bytes`."""
+    if not shapes.has_vocabulary_head:
+        return 0
+    return head_bytes(shapes.vocabulary, shapes.hidden, shapes.value_bytes, tokens, logits)
 
 
 def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
@@ -123,19 +133,22 @@ def refine_bytes(
         values = [min(linear.parameters, int(margin * values_at(linear, ratio))) for linear in block.compressible]
         if codes is not None:
             values = [codes.trained_values(linear) for linear in block.compressible]
-        training = code_training_bytes(max((linear.parameters for linear in block.compressible if codes), default=0))
-        twice = sum(linear.parameters for linear in block.compressible) if backward else 0
+        decoded = [linear.parameters for linear in block.compressible] if codes is not None else []
+        twice = sum(values) + sum(decoded) if backward else 0
+        training = code_training_bytes(max(decoded, default=0))
         training += training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu, twice)
-        costs.append(block.parameters * shapes.value_bytes + max(training, 4 * SLICE_BYTES if backward else 0))
+        head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS) if backward else 0
+        costs.append(block.parameters * shapes.value_bytes + max(training, head))
     return max(costs)
 
 
-def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
+def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int, on_gpu: bool = True) -> int:
     """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
-    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
+    graph = graph_bytes(widest, tokens, shapes.value_bytes, on_gpu)
+    return block + step_bytes(block, _head_bytes(shapes, tokens, GRADIENT_LOGITS), graph, adapter, on_gpu)
 
 
 def _width(shapes: ModelShapes, block: BlockShape) -> int:
@@ -163,11 +176,12 @@ def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int, coded: b
 
 def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
+    head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
 
     def block_bytes(block: BlockShape) -> int:
         graph = graph_bytes(_width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
         linears = [(linear.out_features, linear.in_features) for linear in block.compressible]
-        return block.parameters * shapes.value_bytes + coding_bytes(linears, graph)
+        return block.parameters * shapes.value_bytes + coding_bytes(linears, graph, head, on_gpu)
 
     return max(block_bytes(block) for block, _ in shapes.kinds)
 
