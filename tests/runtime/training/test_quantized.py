@@ -1,4 +1,4 @@
-"""Training a quantized original: it streams, each layer unpacked as it is read, and learns what the plain model learns."""
+"""Training a quantized original: it streams, unpacked as it is read, and learns what the plain model learns."""
 
 import json
 import shutil
