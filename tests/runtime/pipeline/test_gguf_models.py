@@ -34,7 +34,7 @@ def test_a_file_is_planned_trained_and_scored(tmp_path: Path, monkeypatch: pytes
     stored = sum(info.size_bytes for info in read_gguf_header(tmp_path / "tiny.gguf")[0].values())
     assert planned["sql.evaluate"].read_bytes == stored
     done = {step.name: step for step in run(manifest, store).steps}
-    adapter = store.payload(done["sql.direct"].key)
+    adapter = Path(done["sql.direct"].path or "")
     assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"].endswith("tiny.gguf")
     assert read_json(adapter / "onelayer.json")["training"]["streamed"]["bytes_read"] > 0
     assert [step.state for step in run(manifest, store).steps] == ["cached", "cached"]
