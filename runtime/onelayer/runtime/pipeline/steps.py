@@ -10,7 +10,7 @@ from typing import Any
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Refine
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
-from onelayer.runtime.pipeline.step import Source, Step, model_source
+from onelayer.runtime.pipeline.step import Source, Step, model_path, model_source
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 from onelayer.runtime.planning.choice import Size
 
@@ -117,11 +117,10 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import refine_emulator
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = refine_emulator(
             inputs["emulator"],
-            model=resolve_model(model.text, model.revision),
+            model=model_path(model),
             calibration=list(calibration.data),
             output=output,
             max_length=calibration.max_length,
