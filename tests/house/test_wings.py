@@ -17,7 +17,7 @@ FLOORS = {
         {"machine"},
         {"storage", "factors"},
         {"codes", "dequantize", "sources", "media"},
-        {"conversations"},
+        {"conversations", "libraries"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},

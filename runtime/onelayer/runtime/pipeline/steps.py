@@ -10,7 +10,7 @@ from typing import Any
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Refine
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
-from onelayer.runtime.pipeline.step import Source, Step, model_source
+from onelayer.runtime.pipeline.step import Source, Step, model_path, model_source
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 from onelayer.runtime.planning.choice import Size
 
@@ -113,15 +113,14 @@ def _slice_step(ratio: float) -> Step:
 def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
     """Refine the common emulator, or its slice of `ratio`, on its calibration data."""
     model, calibration = model_source(manifest), emulator.calibration
-    settings = refine.model_dump(mode="json", exclude=set() if refine.backward else {"backward"})  # keeps older keys
+    settings = refine.model_dump(mode="json")
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import refine_emulator
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = refine_emulator(
             inputs["emulator"],
-            model=resolve_model(model.text, model.revision),
+            model=model_path(model),
             calibration=list(calibration.data),
             output=output,
             max_length=calibration.max_length,
@@ -132,7 +131,9 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
         return result.model_dump(mode="json")
 
     fields = {
-        **settings,
+        **refine.recorded(),
+        # Whose inputs it learns from is decided by the form, which may depend on the model.
+        **({"inputs": refine.inputs or "auto"} if _form_fields(manifest, emulator) else {}),
         "max_length": calibration.max_length,
         "seed": manifest.seed,
         **({} if ratio is None else {"ratio": ratio}),
