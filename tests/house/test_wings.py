@@ -17,6 +17,7 @@ FLOORS = {
         {"machine"},
         {"storage", "factors"},
         {"codes", "dequantize", "sources"},
+        {"libraries"},
         {"data", "models", "emulators"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate"},

@@ -29,10 +29,10 @@ from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineSettings
-from onelayer.compiler.refine.trained_linears import trained_linear
+from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
 from onelayer.compiler.streaming.gradient_stream import HOST, GradientStream, Record
 from onelayer.compiler.streaming.spill import SpillPool
-from onelayer.compiler.streaming.stream import ParkedBatch, Stream
+from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.token_loss import TokenLoss
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 
@@ -52,6 +52,14 @@ class UnitTraining:
         """Whether a unit has something to train and is not finished."""
         return not self.work.has(unit) and bool(linears_of(unit, self.emulator))
 
+    def linears(self, unit: Unit, emulator: Emulator) -> dict[str, TrainedLinear]:
+        """Read what replaces a unit's linears in an emulator, by path below the unit."""
+        dtype, device = self.streamed.dtype, self.meter.device
+        return {
+            name.removeprefix(f"{unit.name}."): trained_linear(emulator, name, dtype, device)
+            for name in linears_of(unit, emulator)
+        }
+
     def train(self, unit: Unit, calls: list[Call]) -> None:
         """Train a resident unit on its calls, if there are any, and write its factors."""
         if processes().any(bool(calls)):
@@ -59,12 +67,7 @@ class UnitTraining:
         self.stop.check()
 
     def _train(self, unit: Unit, calls: list[Call]) -> None:
-        device = self.meter.device
-        names = {name.removeprefix(f"{unit.name}."): name for name in linears_of(unit, self.emulator)}
-        linears = {
-            path: trained_linear(self.emulator, name, self.streamed.dtype, device) for path, name in names.items()
-        }
-        team = processes()
+        linears, team = self.linears(unit, self.emulator), processes()
         before, after = refine_unit(unit, linears, calls, self.settings, self.meter, team)
         figures = RefinedUnit(
             name=unit.name,
@@ -77,7 +80,7 @@ class UnitTraining:
 
         def finish() -> None:
             stored = {
-                names[path] + ending: tensor.cpu()
+                f"{unit.name}.{path}{ending}": tensor.cpu()
                 for path, linear in linears.items()
                 for ending, tensor in linear.stored().items()
             }
@@ -98,7 +101,7 @@ class RefinePass(Stream):
             training.streamed,
             meter.device,
             meter,
-            on_unit=self._on_unit,
+            on_unit=self.watching,
             spill_pool=spill_pool,
             description="refine",
             team=processes(),
@@ -115,33 +118,47 @@ class RefinePass(Stream):
         wanted = [unit.position for unit in self.streamed.units if self.training.is_wanted(unit)]
         if wanted:
             self.stop_after = max(wanted)
-            self.run([batch.inputs for batch in batches], lambda index, output: None)
+            self.run(self.passing([batch.inputs for batch in batches]), lambda index, output: None)
+
+    def passing(self, batches: list[Batch]) -> list[Batch]:
+        """Return what runs through the model for these batches."""
+        return batches
 
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the resident unit for one visit; if it is to be trained, keep its inputs and outputs."""
-        if self._calls is None:
-            return super().run_unit(visit, run)
         inputs = with_contents((visit.args, visit.kwargs))
-        kept = UnitInputs.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
+        kept = None if self._calls is None else self.learned_inputs(visit, inputs)
+        if self._calls is None or kept is None:
+            return super().run_unit(visit, run)
         outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), HOST)
         call = Call.of(self._samples[visit.index], kept, outputs)
         self.spill_pool.hold((kept.tensors, call.targets))
         self._calls.append(call)
         return fill_containers(inputs[0], outputs)
 
+    def learned_inputs(self, visit: ParkedBatch, inputs: Any) -> UnitInputs | None:
+        """Return the inputs for which a unit learns to give the outputs of this visit; None if it does not learn it."""
+        return self.kept(visit.index, inputs)
+
+    def kept(self, index: int, inputs: Any) -> UnitInputs:
+        """Keep inputs of a batch; tensors that several units read are kept once."""
+        return UnitInputs.of(inputs, self._known.setdefault(index, WeakTensorKeyDictionary()))
+
     @contextmanager
-    def _on_unit(self, unit: Unit) -> Iterator[None]:
+    def watching(self, unit: Unit) -> Iterator[None]:
         """Train a unit's factors after all batches have run through it."""
-        if not self.training.is_wanted(unit):
-            yield
-            return
-        self._calls = []
+        self._calls = [] if self.training.is_wanted(unit) else None
         try:
             yield
-            calls = self._calls
+            self.train_now(unit)
         finally:
             self._calls = None
-        self.training.train(unit, calls)
+
+    def train_now(self, unit: Unit) -> None:
+        """Train the resident unit on the calls so far, if it is to be trained and is not trained yet."""
+        if self._calls is not None:
+            calls, self._calls = self._calls, None
+            self.training.train(unit, calls)
 
 
 class GradientRefinePass(GradientStream):

@@ -113,7 +113,7 @@ def _slice_step(ratio: float) -> Step:
 def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
     """Refine the common emulator, or its slice of `ratio`, on its calibration data."""
     model, calibration = model_source(manifest), emulator.calibration
-    settings = refine.model_dump(mode="json", exclude=set() if refine.backward else {"backward"})  # keeps older keys
+    settings = refine.model_dump(mode="json")
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import refine_emulator
@@ -131,7 +131,9 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
         return result.model_dump(mode="json")
 
     fields = {
-        **settings,
+        **refine.recorded(),
+        # Whose inputs it learns from is decided by the form, which may depend on the model.
+        **({"inputs": refine.inputs or "auto"} if _form_fields(manifest, emulator) else {}),
         "max_length": calibration.max_length,
         "seed": manifest.seed,
         **({} if ratio is None else {"ratio": ratio}),

@@ -55,7 +55,7 @@ class TrainModel:
         """Build the model without weights, with the modules of the original."""
         import torch
 
-        from onelayer.compiler.models.transformers_models import empty_model
+        from onelayer.compiler.libraries.transformers_models import empty_model
 
         return empty_model(self.config, self.model_class, torch.float32)
 
@@ -91,8 +91,8 @@ class TrainData:
 def read_model(directory: Path, name: str) -> TrainModel:
     """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
 
+    from onelayer.compiler.libraries.transformers_models import load_config, model_class
     from onelayer.compiler.models.original import Original
-    from onelayer.compiler.models.transformers_models import load_config, model_class
 
     stored = Checkpoint.open(directory)
     packing = quantization_settings(read_model_config(directory))
