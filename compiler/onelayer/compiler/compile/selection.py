@@ -6,7 +6,6 @@ from onelayer.compiler.codes.forms import CodeWidth, coded_bytes, coded_ranks
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
-from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
 from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, unit_width, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -33,7 +32,7 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False)
     `InputError` if there is none.
     """
     ranks: dict[str, int | None] = {}
-    tied = transformers_models.tied_names(streamed.model)
+    tied = streamed.library.tied_names(streamed.model)
     for unit in streamed.units:
         shapes = {name: weight_shape(module) for name, module in unit_linears(unit)}
         total = sum(out_features * in_features for out_features, in_features in shapes.values())
@@ -66,7 +65,7 @@ def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False
     One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantized whole.
     """
     ranks = {}
-    tied = transformers_models.tied_names(streamed.model)
+    tied = streamed.library.tied_names(streamed.model)
     for unit in streamed.units:
         for stacks in stacks_below(unit.name, unit.module) if unit.is_block else ():
             for leaf in stacks.leaves:
