@@ -12,6 +12,7 @@ from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.correct.candidates import CANDIDATES
+from onelayer.compiler.correct.memory import CorrectedShape, correction_bytes, trial_bytes
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import parked_bytes
@@ -20,11 +21,8 @@ from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
     RESERVE_BYTES,
     CompiledShape,
-    CorrectedShape,
-    correction_bytes,
     moment_bytes,
     solving_bytes,
-    trial_bytes,
 )
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.runtime.planning.pass_memory import (
