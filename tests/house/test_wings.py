@@ -17,7 +17,7 @@ FLOORS = {
         {"machine"},
         {"storage", "factors"},
         {"codes", "dequantize", "sources", "media"},
-        {"libraries"},
+        {"conversations", "libraries"},
         {"data", "models", "emulators", "denoising"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate", "encode"},

@@ -161,9 +161,7 @@ class _Encoding:
             resolution=self.settings.resolution,
             latent=latent.shape,
             pipeline=self.pipeline.class_name,
-            report=self.meter.report(
-                largest, encode_workspace(self.pipeline.vae, self.settings.resolution), bytes_read
-            ),
+            report=self.meter.report(largest, workspace, bytes_read),
         )
 
     def _encode_images(self, layout: Layout) -> None:

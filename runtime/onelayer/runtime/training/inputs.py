@@ -17,7 +17,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import processes
-from onelayer.compiler.sources.data_set import names_of
+from onelayer.compiler.sources.data_set import data_sets, names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
@@ -178,6 +178,19 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     cut = sum(item.cut for item in preferences)
     tell_cut(settings.max_length, len(preferences) + skipped, cut, skipped)
     return TrainData(rows, sha256_json([rows, settings.method]), skipped, cut)
+
+
+def places(data: DataSource) -> dict[str, Any]:
+    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
+    sources = data_sets(data)
+    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
+
+
+def training_device(arguments: Mapping[str, Any]) -> "torch.device":
+    """Return the device of a training with these arguments of its trainer."""
+    from onelayer.compiler.machine.devices import pick_device
+
+    return pick_device("cpu" if arguments.get("use_cpu") else None)
 
 
 def _snapshot_revision(directory: Path) -> str | None:
