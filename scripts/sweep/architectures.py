@@ -212,7 +212,12 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     bad = 0
-    judges = {"compile": compiled, "refine": refined, "gradients": backward, "packing": packed}
+    judges: dict[str, Callable[..., tuple[str, str]]] = {
+        "compile": compiled,
+        "refine": refined,
+        "gradients": backward,
+        "packing": packed,
+    }
     judge = next((judge for name, judge in judges.items() if getattr(arguments, name)), verdict)
     on_device = judge if device == CPU else partial(judge, device=device)
     for registry in REGISTRIES if arguments.registry == "all" else [arguments.registry]:
