@@ -18,7 +18,7 @@ from torch import nn
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import move, pick_device
+from onelayer.compiler.machine.devices import free_bytes, move, pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import head_workspace, widest
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -149,7 +149,7 @@ class StreamingEngine:
     def _free_bytes(self) -> int:
         """Return the free memory of the device, without what the unit that is read ahead will take."""
         if self._meter.on_gpu:
-            return max(0, torch.cuda.mem_get_info(self.device)[0] - 2 * self.streamed.largest_unit_bytes)
+            return max(0, free_bytes(self.device) - 2 * self.streamed.largest_unit_bytes)
         return max(0, psutil.virtual_memory().available // 2 - 2 * self.streamed.largest_unit_bytes)
 
     def _arrange(self) -> None:
