@@ -177,7 +177,6 @@ class GradientRefinePass(CalibrationStream):
             on_unit=self._stopping,
             spill_pool=spill_pool,
             description="refine",
-            trained=len(batches),
             seed=training.settings.seed,
             dropout=False,
             first_wanted=min(wanted, default=0),
