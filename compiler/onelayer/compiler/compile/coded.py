@@ -58,6 +58,7 @@ class CodedCompilation(Compilation):
             seed=self.settings.seed,
             dropout=False,
             on_unit=self._stopping,
+            loads=self.loads,
             first_wanted=min(wanted),
         )
         with Progress(2 * units, "compile") as bar, stream:

@@ -4,7 +4,6 @@ In: a checkpoint and a data set. Out: an emulator directory. Held on the device:
 one micro-batch. Read: every tensor once, embeddings by rows.
 """
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,11 +159,10 @@ def _finished(
     """Write what no unit of the stream wrote, and publish the emulator."""
     streamed, settings, writer = job.streamed, job.settings, job.writer
     writer.write_rest()
-    at_once = max(math.prod(batch.shape) for batch in batches)
     keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
+    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole)
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
         workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.unpacking_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)

@@ -31,6 +31,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 
 class Compilation:
@@ -60,6 +61,7 @@ class Compilation:
         self.stop = stop
         # Units that some batch reached after they were written; those visits are not in their moments.
         self.revisited: set[str] = set()
+        self.loads = UnitLoads()
         self._watched: set[str] = set()
         self._meter: Meter | None = None
         self._batches = 1  # of all processes
@@ -80,6 +82,7 @@ class Compilation:
             spill_pool=self.spill_pool,
             description="compile",
             team=self.team,
+            loads=self.loads,
         )
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
         if wanted:
