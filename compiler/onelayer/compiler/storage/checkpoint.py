@@ -26,12 +26,22 @@ if TYPE_CHECKING:
     import torch
 
 # In order of preference: an original, then an emulator (named so that nothing mistakes it for an original).
-SINGLE_FILES = ("model.safetensors", "emulator.safetensors")
-INDEX_FILES = ("model.safetensors.index.json", "emulator.safetensors.index.json")
+SINGLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "emulator.safetensors")
+INDEX_FILES = (
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "emulator.safetensors.index.json",
+)
 # Shards that are open at a time.
 OPEN_FILES = 64
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+PICKLES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+    "model.pt",
+    "consolidated.00.pth",
+)
 
 
 @dataclass(frozen=True)

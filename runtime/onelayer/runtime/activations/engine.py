@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from onelayer.compiler.models.transformers_models import holds_layers
+from onelayer.compiler.libraries.transformers_models import holds_layers
 from onelayer.runtime.activations.layer_plan import LayerPlan, plan_layer
 from onelayer.runtime.activations.norms import CompressedNorm, Norm, NormCopy
 from onelayer.runtime.activations.padding import PaddingMask

@@ -131,8 +131,7 @@ def plan_run(
     sides of `image_side` pixels or as the tower is made for. `emulator` is an emulator of this model: its spectra
     predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed.
     Durations follow from `speed`, by default measured for a second on this machine (not if `timing` is false or there
-    are no weights to read). Raises `InputError` for bad
-    input.
+    are no weights to read). Raises `InputError` for bad input.
     """
     _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
@@ -142,7 +141,6 @@ def plan_run(
     best = choices[_best(choices, factor_dtype, form)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
-    spectra = None if emulator is None else read_spectra(Path(emulator))
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -159,7 +157,7 @@ def plan_run(
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
-        choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
+        choices=_choices(shapes, choices, emulator),
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
@@ -167,6 +165,11 @@ def plan_run(
         media=shapes.media,
         remarks=remarks(shapes, best, planned.max_length, memory_bytes),
     )
+
+
+def _choices(shapes: ModelShapes, choices: Mapping[Stored, Choice], emulator: str | Path | None) -> list[FactorChoice]:
+    spectra = None if emulator is None else read_spectra(Path(emulator))
+    return [factor_choice(shapes, choice, spectra) for choice in choices.values()]
 
 
 def _check_positive(*numbers: int) -> None:

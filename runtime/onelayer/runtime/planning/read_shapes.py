@@ -37,7 +37,7 @@ def _shapes_from_config(directory: Path, images: int, image_side: int | None) ->
     document = read_model_config(directory)
     import torch
 
-    from onelayer.compiler.models import transformers_models
+    from onelayer.compiler.libraries import transformers_models
 
     config = transformers_models.read_config(directory)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
