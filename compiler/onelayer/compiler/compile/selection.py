@@ -18,6 +18,7 @@ from onelayer.compiler.models.unit_memory import (
     graph_bytes,
     moment_bytes,
     solving_bytes,
+    weighing_bytes,
 )
 
 Ranks = Mapping[str, int | None]
@@ -138,6 +139,16 @@ def coded_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on
         graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
         worst = max(worst, coding_bytes(shapes, graph) + unit.weight_bytes)
     return worst + RESERVE_BYTES
+
+
+def backward_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
+    """Predict what weighing factors by gradients adds to `compile_workspace`, from shapes alone (`weighing_bytes`)."""
+    worst = 0
+    for unit in streamed.units:
+        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
+        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        worst = max(worst, weighing_bytes(shapes, graph))
+    return worst
 
 
 def compile_workspace(

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.machine.console import Progress, StopRequest
+from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
@@ -30,10 +30,10 @@ from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
-from onelayer.compiler.streaming.gradient_stream import HOST, GradientStream, Record
+from onelayer.compiler.streaming.calibration_stream import CalibrationStream
+from onelayer.compiler.streaming.gradient_stream import HOST, Record
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
-from onelayer.compiler.streaming.token_loss import TokenLoss
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 
 
@@ -161,14 +161,15 @@ class RefinePass(Stream):
             self.training.train(unit, calls)
 
 
-class GradientRefinePass(GradientStream):
+class GradientRefinePass(CalibrationStream):
     """A pass forward and back over the original that trains every unit on what runs through it and what comes back.
 
     Units are trained on the way back, from the last to the first, on the original's inputs, outputs and gradients.
     """
 
     def __init__(self, training: UnitTraining, batches: Sequence[TokenBatch], spill_pool: SpillPool) -> None:
-        meter, settings = training.meter, training.settings
+        meter = training.meter
+        wanted = {unit.position for unit in training.streamed.units if training.is_wanted(unit)}
         super().__init__(
             training.streamed,
             meter.device,
@@ -177,29 +178,17 @@ class GradientRefinePass(GradientStream):
             spill_pool=spill_pool,
             description="refine",
             trained=len(batches),
-            seed=settings.seed,
+            seed=training.settings.seed,
             dropout=False,
+            first_wanted=min(wanted, default=0),
         )
-        self.training, self.batches = training, batches
-        self._wanted = {unit.position for unit in self.streamed.units if training.is_wanted(unit)}
+        self.training, self.batches, self._wanted = training, batches, wanted
         self._taken: list[Call] | None = None
 
     def refine(self) -> None:
         """Stream forward with the loss, then back to the first unit that is not trained yet."""
-        if not self._wanted:
-            return
-        loss = TokenLoss(self.batches, len(self.batches), self.device)
-        with Progress(2 * len(self.streamed.units), "refine") as bar, self:
-            self.bar = bar
-            self.run([batch.inputs for batch in self.batches], loss.take)
-            if not loss.finish():
-                raise RuntimeError("the loss on the calibration data is not finite; check the checkpoint and the data")
-            self.on_unit = self._on_unit
-            self.reverse()
-
-    def wants_gradients(self, unit: Unit) -> bool:
-        """Whether gradients are wanted of a unit or of one before it."""
-        return unit.is_block and unit.position >= min(self._wanted)
+        if self._wanted:
+            self.both_ways(self.batches, self._on_unit)
 
     def watch_rerun(self, unit: Unit, record: Record, outputs: list[torch.Tensor]) -> None:
         """Keep a call of a unit that is to be trained: its inputs, its outputs and their gradients."""

@@ -77,16 +77,16 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
 def _form_keywords(emulator: Emulator, size: Size) -> dict[str, Any]:
     """Say how large the emulator is and what it is made of."""
     if not size.coded:
-        return {**size.compile_settings(emulator.allocation), "form": "factors"}
+        return {**size.compile_settings(emulator.allocation), "form": "factors", "backward": emulator.backward}
     given = size.compile_settings(emulator.allocation) if emulator.memory is not None else {}
     return {"keep_bytes": emulator.share, **given, "form": emulator.form, "backward": emulator.backward}
 
 
 def _form_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
-    """Return what decides the form; nothing if it can only be factors, as before there were codes."""
+    """Return what decides the form; nothing if it can only be factors without a pass back, as before it existed."""
     by_memory = emulator.memory is not None
     if not (manifest.prefers_codes or (by_memory and manifest.may_be_coded)):
-        return {}
+        return {"backward": True} if emulator.backward else {}
     return {"form": emulator.form, "backward": emulator.backward is not False}
 
 
