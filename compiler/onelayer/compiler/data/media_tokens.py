@@ -6,7 +6,7 @@ image or the length of a recording, and says where; by that the labeled characte
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from onelayer.compiler.data.tokens import (
 )
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.media.processors import RowProcessor, load_processor
+from onelayer.compiler.media.sources import MediaKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +52,6 @@ class MediaReader:
     """What tokenizes rows of text, images and audio by a model's processor."""
 
     processor: RowProcessor
-    _extras: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
@@ -91,7 +91,7 @@ class MediaReader:
     def _of_text(self, example: Example, max_length: int, append_eos: bool) -> Tokens:
         """Tokenize a row without media; it gets the zeros that the processor gives tokens of texts."""
         tokens = tokenize(example, self.processor.text_tokenizer, max_length, append_eos)
-        self._count_marks(example, "".join(self.processor.text_tokenizer.convert_ids_to_tokens(tokens.input_ids)), 0)
+        self._check_marks(example, "".join(self.processor.text_tokenizer.convert_ids_to_tokens(tokens.input_ids)))
         length = len(tokens.input_ids)
         zeros = Zeros(dict.fromkeys(self._token_inputs, (1, length)))
         return Tokens(tokens.input_ids, tokens.labels, inputs=zeros if zeros.shapes else None, cut=tokens.cut)
@@ -99,7 +99,7 @@ class MediaReader:
     @cached_property
     def _token_inputs(self) -> Sequence[str]:
         """The names of what the processor makes for each token, besides its id."""
-        output = self.processor.stock(text=["a"])
+        output, _ = processed(self.processor, (), {"text": ["a"]})
         return sorted(set(output) - set(TEXT_OUTPUTS))
 
     def _plain(self, example: Example, append_eos: bool) -> tuple[str, list[Span]]:
@@ -108,10 +108,9 @@ class MediaReader:
         assert isinstance(prompt, str)
         assert isinstance(example.completion, str)
         for kind in {source.kind for source in example.media}:
-            placeholder = getattr(self.processor.stock, f"{kind}_token", None)
-            if not isinstance(placeholder, str):
+            if kind not in self._marks:
                 raise InputError(f"{example.source}: this model has no mark for an {kind} in a text; write 'messages'")
-            prompt = prompt.replace(f"<{kind}>", placeholder)
+            prompt = prompt.replace(f"<{kind}>", self._marks[kind])
         framed, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
         opening = "".join(tokenizer.convert_ids_to_tokens(framed[: framed.index(bare[0])])) if bare else ""
         start = prompt if prompt.startswith(opening) else opening + prompt
@@ -121,29 +120,35 @@ class MediaReader:
 
     def _expanded(self, example: Example, text: str, spans: Sequence[Span], max_length: int) -> Tokens:
         """Tokenize a text with one placeholder for each medium of its row."""
+        self._check_marks(example, text)
         arguments = {"text": [text], "add_special_tokens": False}
         asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         output, digests = processed(self.processor, example.media, {**arguments, **asked})
         moved = (output.get("text_replacement_offsets") or [[]])[0]
-        self._count_marks(example, None, len(moved))
         expanded = _with_replacements(text, moved)
         ids, offsets = first_row(output["input_ids"]), first_row(output["offset_mapping"])
         shifted = [(_moved(first, moved), _moved(last, moved)) for first, last in spans]
         labels = labels_within(expanded, shifted, ids, [tuple(offset) for offset in offsets])
-        end = max((span["new_span"][1] for span in moved), default=0)
-        last = max((place for place, offset in enumerate(offsets) if offset[0] < end), default=-1)
+        ends = [item["new_span"][1] for item in moved]
+        ends += [at + len(mark) for mark in self._marks.values() if (at := expanded.rfind(mark)) >= 0]
+        last = max((place for place, offset in enumerate(offsets) if offset[0] < max(ends, default=0)), default=-1)
         return self._cut(example, ids, labels, last, max_length, (output, arguments, digests))
 
-    def _count_marks(self, example: Example, text: str | None, found: int) -> None:
+    @cached_property
+    def _marks(self) -> Mapping[MediaKind, str]:
+        """The processor's own placeholders in texts, by kind."""
+        found = {kind: getattr(self.processor.stock, f"{kind}_token", None) for kind in self.processor.reads}
+        return {kind: mark for kind, mark in found.items() if isinstance(mark, str)}
+
+    def _check_marks(self, example: Example, text: str) -> None:
         """Raise `InputError` if a text has another number of placeholders than its row has media."""
-        if text is not None:
-            marks = [str(getattr(self.processor.stock, f"{kind}_token", None)) for kind in self.processor.reads]
-            found = sum(text.count(mark) for mark in marks)
-        if found != len(example.media):
-            raise InputError(
-                f"{example.source}: its text has {found} placeholder(s) and the row {len(example.media)} image(s) or "
-                "recording(s); remove marks from texts, or use a chat template that shows media"
-            )
+        for kind, mark in self._marks.items():
+            found, wanted = text.count(mark), sum(source.kind == kind for source in example.media)
+            if found != wanted:
+                raise InputError(
+                    f"{example.source}: its text shows {mark} {found} times and the row has {wanted} of kind {kind}; "
+                    f"remove {mark} from texts, or give a model whose chat template shows each once"
+                )
 
     def _prefixed(self, example: Example, max_length: int) -> Tokens:
         """Tokenize a prompt and its answer for a model that sees its whole prompt at once (PaliGemma).

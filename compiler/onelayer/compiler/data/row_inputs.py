@@ -78,9 +78,9 @@ def processed(
     try:
         return processor.stock(**given), digests
     except Exception as error:  # processors raise anything for a medium that is too small, or too many of them
-        line = str(error).strip().partition("\n")[0]
+        line, where = str(error).strip().partition("\n")[0], media[0] if media else "a text"
         raise InputError(
-            f"{media[0]}: the processor of {processor.directory} refuses the row ({type(error).__name__}: {line}); "
+            f"{where}: the processor of {processor.directory} refuses the row ({type(error).__name__}: {line}); "
             "change the row"
         ) from None
 

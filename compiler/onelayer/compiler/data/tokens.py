@@ -82,6 +82,15 @@ class RowReader(Protocol):
 AnyTokenizer = Union["PreTrainedTokenizerBase", RowReader]  # a name in quotes takes no `|`
 
 
+def text_tokenizer(reader: AnyTokenizer) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model's texts. Raises `InputError` if it reads none."""
+    if not isinstance(reader, RowReader):
+        return reader
+    if reader.tokenizer is None:
+        raise InputError(f"{reader}: the model reads no text, so it has no tokenizer; give a language model")
+    return reader.tokenizer
+
+
 def asked_and_answered(tokens: Tokens) -> tuple[list[int], list[int]]:
     """Return what an encoder-decoder reads of a row, and what it predicts.
 
