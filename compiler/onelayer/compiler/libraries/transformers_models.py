@@ -37,6 +37,7 @@ from onelayer.compiler.libraries.modules import (
 from onelayer.compiler.storage.checkpoint import Checkpoint, floating_bytes
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
+DENOISES: bool = False
 GENERATION_FILE = "generation_config.json"
 
 
