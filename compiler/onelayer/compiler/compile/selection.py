@@ -7,14 +7,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
-from onelayer.compiler.models.linears import (
-    expert_width,
-    head_workspace,
-    stack_shapes,
-    unit_linears,
-    unit_width,
-    weight_shape,
-)
+from onelayer.compiler.models.linears import expert_width, head_workspace, stack_shapes, unit_linears, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
@@ -29,6 +22,7 @@ from onelayer.compiler.models.unit_memory import (
     solving_bytes,
     weighing_bytes,
 )
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 Ranks = Mapping[str, int | None]
 
@@ -138,29 +132,29 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
 
 
 def coded_workspace(
-    streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool, *, backward: bool = True
+    streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool, *, backward: bool = True
 ) -> int:
     """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
 
     That is what coding a unit takes (`coding_bytes`), on a host the unit that is read ahead, and a reserve.
     """
-    head = head_workspace(streamed, batch_tokens, GRADIENT_LOGITS) if backward else 0
+    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS) if backward else 0
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
-        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         ahead = 0 if on_gpu else unit.weight_bytes
         worst = max(worst, coding_bytes(shapes, graph, head, on_gpu) + ahead)
     return worst + RESERVE_BYTES
 
 
-def backward_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
+def backward_workspace(streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool) -> int:
     """Predict what weighing factors by gradients adds to `compile_workspace`, from shapes alone (`weighing_bytes`)."""
-    head = head_workspace(streamed, batch_tokens, GRADIENT_LOGITS)
+    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS)
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
-        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         worst = max(worst, weighing_bytes(shapes, graph, head))
     return worst
 
@@ -169,7 +163,7 @@ def compile_workspace(
     streamed: StreamedModel,
     ranks: Ranks,
     stacks: Ranks,
-    batch_tokens: int,
+    loads: UnitLoads,
     factor_dtype: FactorDtype | None,
     keeps_whole: bool,
     on_gpu: bool,
@@ -184,17 +178,15 @@ def compile_workspace(
     worst = 0
     for unit in streamed.units:
         experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
-        in_experts = [
-            _expert_workspace(found, stacks, batch_tokens, streamed.dtype.itemsize, factor_dtype, on_gpu)
-            for found in experts
-        ]
+        rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
+        in_experts = [_expert_workspace(found, stacks, rows, value_bytes, factor_dtype, on_gpu) for found in experts]
         linears = [
-            CompiledShape(*weight_shape(module), ranks[name], streamed.dtype.itemsize, factor_dtype, keeps_whole)
+            CompiledShape(*weight_shape(module), ranks[name], value_bytes, factor_dtype, keeps_whole)
             for name, module in unit_linears(unit)
             if name in ranks
         ]
         moments = moment_bytes(linear.narrow for linear in linears)
-        values = batch_tokens * sum(linear.out_features + linear.in_features for linear in linears)
+        values = rows * sum(linear.out_features + linear.in_features for linear in linears)
         solver = solving_bytes(linears, on_gpu)
         if on_gpu:
             batch = 4 * values + adding_bytes(max((linear.narrow for linear in linears), default=0))
@@ -207,7 +199,7 @@ def compile_workspace(
 def _expert_workspace(
     found: ExpertStacks,
     ranks: Ranks,
-    batch_tokens: int,
+    rows_at_once: int,
     value_bytes: int,
     factor_dtype: FactorDtype | None,
     on_gpu: bool,
@@ -229,7 +221,7 @@ def _expert_workspace(
     moments = 2 * moment_bytes(min(shape) for shape in shapes)
     solver = max(expert.solver_bytes for expert in experts)
     rows = EXPERT_ROWS * sum(map(sum, shapes)) * (8 + 8)
-    batch = batch_tokens * expert_width(found) * 8
+    batch = rows_at_once * expert_width(found) * 8
     if on_gpu:
         adding = rows // 2 + adding_bytes(max(min(shape) for shape in shapes))
         return max(moments + max(adding, solver + 2 * max(expert.stored_bytes for expert in experts)), batch)

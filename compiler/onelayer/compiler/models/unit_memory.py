@@ -1,7 +1,7 @@
 """Formulas for the memory of a pass over the original, torch-free; planner and passes share them.
 
-Everything is in bytes unless a name says otherwise. A unit's `width` is how many values all its matrices read and give
-for one token, experts as in `routed_width`.
+Everything is in bytes unless a name says otherwise. `unit_values` is how many values all matrices of a unit read and
+give for one batch, experts as in `routed_width`; for several units it is that of the unit which has the most.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,18 +41,18 @@ def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -
     return experts_per_token * (opened + inner + 2 * hidden)
 
 
-def graph_bytes(width: int, tokens: int, value_bytes: int, on_gpu: bool) -> int:
+def graph_bytes(unit_values: int, value_bytes: int, on_gpu: bool) -> int:
     """Bound what the graph of one unit takes on a batch; on a host with the holes that it leaves in the heap.
 
     Norms, activations and residual sums take as much again as the matrices. On a host all of it counts twice: glibc's
     heap keeps holes between tensors below 32 MB and gives them back only when asked; asking at every step would take a
     third longer (manifests/LOG.md).
     """
-    return (2 if on_gpu else 4) * tokens * width * max(4, value_bytes)
+    return (2 if on_gpu else 4) * unit_values * max(4, value_bytes)
 
 
 def training_bytes(
-    values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool, differentiated: int = 0
+    values: Sequence[int], unit_values: int, value_bytes: int, on_gpu: bool, differentiated: int = 0
 ) -> int:
     """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train.
 
@@ -60,7 +60,7 @@ def training_bytes(
     and decoded weights. They are in the graph in float32 and in the model's dtype, if that is another, with a gradient
     each, and the graph is that of the original, of the emulator and of its way back.
     """
-    graphs = (3 if differentiated else 1) * graph_bytes(width, batch_tokens, value_bytes, on_gpu)
+    graphs = (3 if differentiated else 1) * graph_bytes(unit_values, value_bytes, on_gpu)
     weights = 2 * (4 + (value_bytes if value_bytes != 4 else 0)) * differentiated
     return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
@@ -82,7 +82,7 @@ def comparing_bytes(vocabulary: int, tokens: int) -> int:
 
 
 def step_bytes(unit_bytes: int, head: int, graph: int, adapter_bytes: int, on_gpu: bool) -> int:
-    """Bound what an exact step holds in addition to the unit that computes.
+    """Bound what an exact step on one micro-batch holds in addition to the unit that computes.
 
     The adapter with its optimizer, the `graph` of the widest unit or the `head` with its gradients, and a reserve. A
     host holds the unit that is read ahead too, and keeps holes of the one while it has the other. Kept unit inputs are
@@ -91,30 +91,30 @@ def step_bytes(unit_bytes: int, head: int, graph: int, adapter_bytes: int, on_gp
     return RESERVE_BYTES + adapter_bytes + (max(graph, head) if on_gpu else unit_bytes + graph + head)
 
 
-def resident_bytes(weight_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
-    """Bound what training an adapter of a model that is held whole takes for a batch of `tokens`.
+def resident_bytes(weight_bytes: int, all_values: int, value_bytes: int, on_gpu: bool) -> int:
+    """Bound what training an adapter of a model that is held whole takes for a batch.
 
-    `width` is how many values all matrices of the model read and give for one token, the head's included.
+    `all_values` is how many values all matrices of the model read and give for the batch, the head's included.
     """
-    return weight_bytes + RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu)
+    return weight_bytes + RESERVE_BYTES + graph_bytes(all_values, value_bytes, on_gpu)
 
 
-def anchoring_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
-    """Bound what finding the offsets of `tokens` at once holds in addition to the emulator and the unit that computes.
+def anchoring_bytes(unit_bytes: int, unit_values: int, value_bytes: int, on_gpu: bool) -> int:
+    """Bound what finding the offsets of one batch holds in addition to the emulator and the unit that computes.
 
     Activations of one batch in the widest unit, of the original and of the emulator. On a host, holes in its heap as in
     `graph_bytes` and the unit that is read ahead too. Waiting batches and offsets are not in it: they lie on the host.
     """
-    return RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
+    return RESERVE_BYTES + graph_bytes(unit_values, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
 
 
-def scoring_bytes(unit_bytes: int, head: int, width: int, tokens: int, on_gpu: bool) -> int:
-    """Bound what scoring `tokens` at once holds in addition to the unit that computes.
+def scoring_bytes(unit_bytes: int, head: int, unit_values: int, on_gpu: bool) -> int:
+    """Bound what scoring one batch holds in addition to the unit that computes.
 
     The activations of one batch in the widest unit, or in the unit's place the slices of the `head`, and a reserve. A
     host holds both, and the unit that is read ahead. Waiting batches are not in it: they lie on the host.
     """
-    activations = 4 * tokens * width
+    activations = 4 * unit_values
     return RESERVE_BYTES + (max(activations, head - unit_bytes) if on_gpu else unit_bytes + activations + head)
 
 

@@ -23,6 +23,7 @@ from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.token_loss import TokenLoss
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 if TYPE_CHECKING:
     from onelayer.compiler.models.streamed_model import StreamedModel
@@ -189,15 +190,11 @@ class PolishJob:
 
 def polish_workspace(
     streamed: "StreamedModel",
-    width: int,
-    rows: "TrainRows",
-    settings: "PolishSettings",
+    loads: UnitLoads,
     state: "PolishState",
     on_gpu: bool,
 ) -> int:
     """Predict the workspace of a polish that is about to run."""
-    longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
-    tokens = settings.micro_batch_size * longest
-    graph = graph_bytes(width, tokens, streamed.dtype.itemsize, on_gpu)
-    head = head_workspace(streamed, tokens, GRADIENT_LOGITS)
+    graph = graph_bytes(loads.most_values(streamed), streamed.dtype.itemsize, on_gpu)
+    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS)
     return step_bytes(streamed.largest_unit_bytes, head, graph, state.bytes, on_gpu)
