@@ -141,4 +141,4 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def _tokens(batch: Batch) -> int:
     """Count the tokens of a batch, padding included; an encoder-decoder's on the longer side."""
-    return max(int(tensor.numel()) for tensor in batch.values() if tensor.ndim == 2)
+    return max(int(tensor.numel()) for tensor in batch.values() if tensor.ndim == 2 and not tensor.is_floating_point())
