@@ -110,7 +110,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
     best = min(candidates, key=lambda candidate: candidate.loss)  # a tie goes to the first, the most cautious
     _tell_doubts(best, sum(samples.counted))
     tried = _trial_workspace(streamed, adapter, emulator, meter.on_gpu)
-    workspace = scoring_workspace(streamed, batches, variants, held_out.device, spill_pool)
+    workspace = scoring_workspace(stream, batches, variants)
     return Choice(
         best=best,
         candidates=candidates,
