@@ -2,22 +2,18 @@
 
 import gc
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers.training_args
-from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped]
 
 from helpers import pretend_device
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.pretend_counts import COUNTS
+from helpers.pretend_trainer import let_trainer_use
 from helpers.tiny_models import causal, save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
-from onelayer.compiler.machine import devices
 from onelayer.compiler.results import Report
 from onelayer.runtime import train_lora
 
@@ -133,7 +129,7 @@ def test_training_on_a_device_gives_the_losses_of_the_cpu(
     compile_emulator(tmp_path / "model", data, tmp_path / "emulator", max_length=12, **sizes[form])
     losses: dict[str, Any] = {}
     for device in ("cpu", "pretend"):
-        _let_trainer_use(device, monkeypatch)
+        let_trainer_use(device, monkeypatch)
         COUNTS.reset()
         settings: dict[str, Any] = {
             "batch_size": 2,
@@ -145,15 +141,3 @@ def test_training_on_a_device_gives_the_losses_of_the_cpu(
         losses[device] = [loss for _, loss in result.losses]
     assert losses["pretend"] == pytest.approx(losses["cpu"], rel=1e-4)
     assert result.peak_device_bytes == COUNTS.peak_bytes > 0
-
-
-def _let_trainer_use(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers and accelerate, which know real devices only, take this one."""
-    PartialState._reset_state()
-    AcceleratorState._reset_state()
-    chosen = torch.device(device)
-    arguments = transformers.training_args.TrainingArguments
-    known: Callable[[Any], Any] = arguments.device.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(arguments, "device", property(lambda self: (known(self), chosen)[1]))
-    monkeypatch.setattr(PartialState, "default_device", property(lambda self: chosen))
-    monkeypatch.setattr(devices, "pick_device", lambda name: chosen)
