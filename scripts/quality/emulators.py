@@ -32,7 +32,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.quantize import quantize_matrix
-from onelayer.compiler.models.transformers_models import model_class
+from onelayer.compiler.libraries.transformers_models import model_class
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.runtime.modules.quantized_linear import QuantizedLinear
 

@@ -20,6 +20,22 @@ def tiny_vit(**changes: Any) -> Any:
     return build("ViTConfig", "ViTForImageClassification", **shape, image_size=16, patch_size=4, **changes)
 
 
+def tiny_siglip() -> Any:
+    """Build a SigLIP classifier: the states of its layers lie in memory by channels, as its convolution leaves them."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    vision = {**shape, "image_size": 16, "patch_size": 4, "vision_use_head": False}
+    return build("SiglipConfig", "SiglipForImageClassification", vision_config=vision, text_config=shape)
+
+
+def tiny_swin() -> Any:
+    """Build a Swin classifier of two stages, whose widths differ."""
+    shape = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 2, "drop_path_rate": 0.0}
+    return build("SwinConfig", "SwinForImageClassification", **shape, image_size=16, patch_size=2)
+
+
+VISION = {"vit": tiny_vit, "siglip": tiny_siglip, "swin": tiny_swin}
+
+
 def batch_for(model: Any, padded: bool = True) -> dict[str, torch.Tensor]:
     """Make two labeled rows of twelve tokens, the second with three of padding; or two images."""
     generator = torch.Generator().manual_seed(3)
@@ -49,8 +65,8 @@ def with_lora(model: Any, **settings: Any) -> Any:
 
 
 def adapted(name: str, **settings: Any) -> Any:
-    """Build one of `TINY`, or a ViT, with LoRA."""
-    return with_lora(tiny_vit() if name == "vit" else TINY[name](), **settings)
+    """Build one of `TINY` or `VISION` with LoRA."""
+    return with_lora({**TINY, **VISION}[name](), **settings)
 
 
 def gradients(model: Any, batch: dict[str, torch.Tensor], seed: int = 7) -> Gradients:

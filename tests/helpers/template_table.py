@@ -11,9 +11,9 @@ from typing import Any
 import trl
 
 from helpers.tiny_models import tiny_tokenizer
-from onelayer.compiler.data.chat import Chat
+from onelayer.compiler.conversations.chat import Chat
+from onelayer.compiler.conversations.turns import Turns
 from onelayer.compiler.data.rows import example_from_row
-from onelayer.compiler.data.turns import Turns
 from onelayer.compiler.errors import InputError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

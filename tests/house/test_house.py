@@ -27,12 +27,12 @@ PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 # wings.
 LIGHT = {
     "compiler": (
-        "adapters/config adapters/keys adapters/reader correct/candidates data/pairs data/readers data/rows "
-        "data/tokens documents "
+        "adapters/config adapters/keys adapters/reader conversations/* correct/candidates data/pairs "
+        "data/readers data/rows data/tokens documents "
         "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/integers "
         "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
-        "faults inspect machine/console machine/distributed machine/hardware machine/meter models/unit_memory "
+        "faults inspect machine/console machine/distributed machine/hardware machine/meter media/* models/unit_memory "
         "results settings sources/* storage/* */settings"
     ),
     "runtime": (

@@ -1,5 +1,6 @@
 """Codes: each is the nearest at its turn, feedback helps, and unpacking returns what was packed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from onelayer.compiler.codes import forms, product
 from onelayer.compiler.codes.codebook import normal_codebook
 from onelayer.compiler.codes.encode import decode, decode_with, encode, nearest, unpacked
 from onelayer.compiler.codes.forms import CODE_WIDTHS, CodeWidth, code_row_bytes, code_width, codebook_bytes, group_size
-from onelayer.compiler.codes.moments import BlockGram, blocks_times, times_blocks
+from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.codes.product import coded_product
 from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
+from onelayer.compiler.factors.moments import OutputWeights, times_blocks
 
 
 def correlated(rows: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -78,10 +80,9 @@ def test_the_finest_codes_that_leave_room_are_chosen() -> None:
 def test_residual_factors_are_near_the_optimum_under_both_sides() -> None:
     x, g = correlated(500, 48, 3), correlated(500, 40, 4)
     R = torch.randn(40, 48, generator=torch.Generator().manual_seed(5))
-    sides = Sides.of_inputs(gram(x)).with_outputs(gram(g), 40)
-    assert sides.root is not None
+    sides = replace(Sides.of_inputs(gram(x)), outputs=OutputWeights.of(gram(g), 40))
     kept = product_of(*residual_factors(R, sides, 6, torch.float32, 0), (40, 48), torch.float32)
-    singular = torch.linalg.svdvals(times_blocks(blocks_times(sides.root, R), sides.S))
+    singular = torch.linalg.svdvals(times_blocks(sides.weighted(R), sides.S))
     optimum = float(singular[6:].square().sum())
     assert optimum <= sides.energy(R - kept)[1] < 1.1 * optimum
     plain = residual_factors(R, Sides.of_inputs(gram(x)), 6, torch.float32, 0)

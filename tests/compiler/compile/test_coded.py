@@ -9,15 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
+from helpers.loss_moments import moments
 from helpers.tiny_models import VOCAB, save_tiny, seeded, tiny_tokenizer
 from onelayer.compiler.codes.encode import decode, unpacked
 from onelayer.compiler.codes.forms import coded_bytes, coded_ranks, direction_bytes
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.compile.settings import CompileSettings
-from onelayer.compiler.data.batches import make_batches
-from onelayer.compiler.data.labeled_rows import read_tokens
-from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
@@ -62,32 +60,6 @@ def coded(source: Path, output: Path, **settings: Any) -> Path:
     settings = {"keep_bytes": KEEP_BYTES, "form": "coded", "max_length": 24, "device": "cpu", **settings}
     compile_emulator(source / "model", source / "mix.jsonl", output, **settings)
     return output
-
-
-def moments(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Compute dense second moments of inputs and of output gradients, by autograd on the resident model."""
-    model = LlamaForCausalLM.from_pretrained(source / "model", dtype=torch.float32).eval()
-    inputs: dict[str, Any] = {}
-    outputs: dict[str, Any] = {}
-
-    def watch(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1]).double()
-        inputs[name] = inputs.get(name, 0) + x.T @ x
-
-        def back(gradient: torch.Tensor) -> None:
-            g = gradient.reshape(-1, gradient.shape[-1]).double()
-            outputs[name] = outputs.get(name, 0) + g.T @ g
-
-        y.register_hook(back)
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            module.register_forward_hook(lambda m, args, out, name=name: watch(name, args[0], out))
-    tokens = read_tokens(source / "mix.jsonl", load_tokenizer(source / "model"), 24)
-    for batch in make_batches(tokens, model.config, 1):
-        logits = model(**batch.inputs).logits
-        torch.nn.functional.cross_entropy(logits[0], batch.targets[0], reduction="sum").backward()
-    return inputs, outputs
 
 
 def test_figures_are_those_of_what_is_stored(source: Path, emulator: Path) -> None:
@@ -181,8 +153,6 @@ def test_a_model_without_a_loss_is_weighted_by_inputs(tmp_path: Path, capfd: pyt
         ({"rank_allocation": "spectrum"}, "--form coded: stores its factors in nf4"),
         ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.078 or more"),
         ({"keep_bytes": 0.3}, "every weight fits whole in nf4"),
-        ({"form": "factors", "backward": True}, "--backward: only codes"),
-        ({"form": "auto", "keep_bytes": 0.3, "backward": True}, "--backward: only codes"),
     ],
 )
 def test_settings_that_do_not_go_together(source: Path, tmp_path: Path, settings: Any, message: str) -> None:

@@ -118,8 +118,8 @@ ROW_FAULTS: list[tuple[Any, tuple[str, ...]]] = [
     ({"messages": [USER, {"role": "assistant"}]}, ("'messages[1].content'", "null")),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, ("'messages[1].content' is empty",)),
     (
-        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        ("'messages[0].content'", "'image'", "text only"),
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
+        ("more places for images than images (0)", "add them"),
     ),
     ({"messages": [{"role": "user", "content": ["a", "b"]}]}, ("'messages[0].content'", "a list", "join its parts")),
     ({"messages": [USER]}, ("no assistant turn",)),
@@ -132,7 +132,7 @@ ROW_FAULTS: list[tuple[Any, tuple[str, ...]]] = [
     ({"messages": [USER, {**ASSISTANT, "function_call": {}, "tools": [1]}]}, ("'messages[1].tools' is not supported",)),
     ({"messages": [USER, ASSISTANT], "tools": [1]}, ("'tools' must be a list of JSON schemas",)),
     ({"text": "x", "tools": [{}]}, ("'tools' needs 'messages'",)),
-    ({"text": "x", "images": ["a.png"]}, ("'images' is not supported", "text only")),
+    ({"text": "x", "images": ["a.png"]}, ("'images[0]'", "a.png", "no such file")),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import quantized_models as packers
+from helpers.tiny_models import save_tiny
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.runtime import plan_run
@@ -133,3 +134,46 @@ def test_settings_that_make_no_sense_are_named(tmp_path: Path) -> None:
         packers.edit_config(tmp_path, quantization_config={"quant_method": "fp8", **settings})
         with pytest.raises(InputError, match=r"config.json: field quantization_config: fp8: .*; restore the file"):
             StreamedModel(tmp_path)
+
+
+LABELS: dict[str, dict[str, Any]] = {
+    "fp8": packers.fp8_settings(24, 20),
+    "mxfp4": {"quant_method": "mxfp4"},
+    "gptq": packers.gptq_settings(4, 16),
+    "awq": {"quant_method": "awq", "bits": 4},
+    "compressed-tensors": packers.compressed_settings("pack-quantized", num_bits=4, type="int"),
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "torchao": {"quant_method": "torchao"},
+    "fbgemm_fp8": {"quant_method": "fbgemm_fp8"},
+}
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_over_plain_weights_is_refused(label: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    packers.edit_config(tmp_path, quantization_config=LABELS[label])
+    for open_it in (StreamedModel, lambda path: plan_run(path, 1 << 30)):
+        with pytest.raises(InputError) as caught:
+            open_it(tmp_path)
+        message = str(caught.value)
+        said = f"says {label!r}, but no weight is packed so; remove the field if the weights are plain, or"
+        assert message.startswith(f"{tmp_path / 'config.json'}: field quantization_config: ")
+        assert said in message or "missing: pip install" in message
+
+
+@pytest.mark.parametrize(("form", "label"), [("gptq", "fp8"), ("fp8", "gptq"), ("awq", "mxfp4"), ("mxfp4", "awq")])
+def test_a_label_of_another_format_is_refused(form: str, label: str, tmp_path: Path) -> None:
+    save(tmp_path, form)
+    packers.edit_config(tmp_path, quantization_config=LABELS[label])
+    with pytest.raises(InputError, match=rf"config.json: field quantization_config: says '{label}', but no weight"):
+        StreamedModel(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["fp8", "gptq", "awq", "mxfp4", "int4"])
+def test_a_truncated_file_is_named(form: str, tmp_path: Path) -> None:
+    save(tmp_path, form)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: .*download the file again") as caught:
+        StreamedModel(tmp_path)
+    assert "\n" not in str(caught.value)

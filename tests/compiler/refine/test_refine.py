@@ -1,6 +1,5 @@
 """Refinement: equal to a resident model's training in plain torch; units improve, bytes repeat, nothing is lost."""
 
-import copy
 import json
 import os
 from collections.abc import Callable
@@ -9,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from helpers.layer_training import Training, trained_factors, watched
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.reference_emulators import FACTOR_DTYPES, dense_reference
 from helpers.tiny_models import save_tiny
@@ -64,36 +63,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return begun(tmp_path_factory.mktemp("refine-plain"))
 
 
-class Factored(nn.Module):
-    """A linear of an emulator, in plain torch."""
-
-    def __init__(self, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.up, self.down = nn.Parameter(up.T.clone().contiguous()), nn.Parameter(down.clone())
-        self.bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = (x @ self.down.T) @ self.up
-        return y if self.bias is None else y + self.bias.detach()
-
-
-def watched(model: Any, batches: list[Any]) -> list[list[tuple[Any, Any, torch.Tensor]]]:
-    """Collect arguments and output of every call of every layer of a resident model."""
-    calls: list[list[Any]] = [[] for _ in model.model.layers]
-    handles = [
-        layer.register_forward_hook(
-            lambda module, args, kwargs, output, own=own: own.append((args, kwargs, output)), with_kwargs=True
-        )
-        for layer, own in zip(model.model.layers, calls, strict=True)
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch.inputs, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
 def test_it_is_the_training_of_each_layer_of_a_resident_model(plain: Path, tmp_path: Path) -> None:
     rate, samples = 0.02, 8
     refined(plain, tmp_path / "refined", learning_rate=rate, step_samples=samples, seed=3)
@@ -106,50 +75,12 @@ def test_it_is_the_training_of_each_layer_of_a_resident_model(plain: Path, tmp_p
     batches = make_batches(tokens, model.config, SETTINGS["batch_size"])
     for number, calls in enumerate(watched(model, batches)):
         prefix = f"model.layers.{number}"
-        layer = copy.deepcopy(model.get_submodule(prefix)).requires_grad_(False)
-        own = [name.removeprefix(prefix + ".") for name in emulator.facts.ranks if name.startswith(prefix + ".")]
-        linears = {}
-        for path in own:
-            up, down = emulator.factors(f"{prefix}.{path}")
-            assert down is not None
-            linears[path] = Factored(up, down, layer.get_submodule(path).bias)
-            parent, _, leaf = path.rpartition(".")
-            setattr(layer.get_submodule(parent), leaf, linears[path])
-        sizes = [batch.shape[0] for batch in batches]
-        train(layer, [p for linear in linears.values() for p in linear.parameters() if p.requires_grad], calls, sizes,
-              rate, samples, torch.Generator().manual_seed(3 * 1_000_003 + _position(plain, prefix)))  # fmt: skip
-        for path, linear in linears.items():
-            up, down = found.factors(f"{prefix}.{path}")
-            assert down is not None
-            torch.testing.assert_close(up.T, linear.up.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(down, linear.down.detach(), rtol=1e-5, atol=1e-6)
-
-
-def train(
-    layer: Any, parameters: list[Any], calls: Any, sizes: list[int], rate: float, samples: int, generator: Any
-) -> None:
-    """Refine as the documentation says, in plain torch."""
-    rates = [rate * float(parameter.detach().square().mean().sqrt()) for parameter in parameters]
-    optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip(parameters, rates, strict=True)])
-    waiting: list[int] = []
-    for step in range(STEPS):
-        chosen: list[int] = []
-        while sum(sizes[index] for index in chosen) < samples:
-            waiting = waiting or torch.randperm(len(calls), generator=generator).tolist()
-            chosen.append(waiting.pop(0))
-        for group, lr in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr * (1 - step / STEPS)
-        total = sum(sizes[index] for index in chosen)
-        for index in chosen:
-            args, kwargs, target = calls[index]
-            loss = (layer(*args, **kwargs) - target).square().mean() / target.square().mean()
-            (loss * sizes[index] / total).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _position(root: Path, name: str) -> int:
-    return next(unit.position for unit in StreamedModel(root / "original").units if unit.name == name)
+        position = next(unit.position for unit in StreamedModel(plain / "original").units if unit.name == prefix)
+        sizes, seed = [batch.shape[0] for batch in batches], 3 * 1_000_003 + position
+        wanted = trained_factors(model, emulator, prefix, calls, sizes, Training(STEPS, rate, samples, seed))
+        for name, factors in wanted.items():
+            for one, other in zip(found.factors(name), factors, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_units_come_closer_to_the_original_at_the_same_bytes(root: Path, tmp_path: Path) -> None:

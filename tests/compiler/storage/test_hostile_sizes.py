@@ -71,7 +71,7 @@ def test_an_alias_bomb(tmp_path: Path) -> None:
 
 
 def test_nested_loops_of_a_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onelayer.compiler.data.chat.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("onelayer.compiler.conversations.chat.TEMPLATE_SECONDS", 0.2)
     tokenizer = tiny_tokenizer(generation_tags=False)
     loops = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loops + PLAIN_CHAT_TEMPLATE

@@ -42,6 +42,20 @@ def test_full_rank_in_sub_layers_is_exact_to_rounding(name: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["layer", "sublayer"])
+@pytest.mark.parametrize("name", ["siglip", "swin"])
+def test_states_that_lie_in_memory_by_channels_are_rebuilt_as_they_lay(name: str, where: Any) -> None:
+    model = adapted(name)
+    batch = batch_for(model)
+    plain = gradients(model, batch)
+    compression = compress_activations(model, rank=16, where=where, residual_bits=4)
+    assert distance(plain, gradients(model, batch)) < 0.3
+    compression.rank = None
+    assert distance(plain, gradients(model, batch)) < 3e-6
+    if where == "sublayer":
+        assert bool(compression.norms) is (name == "siglip")
+
+
+@pytest.mark.parametrize("where", ["layer", "sublayer"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_forward_pass_is_exact_and_gradients_are_close(name: str, where: Any) -> None:
     model = adapted(name)

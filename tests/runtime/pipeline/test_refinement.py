@@ -16,6 +16,7 @@ from onelayer.compiler.refine.command import refine_emulator
 from onelayer.runtime.cli.main import main
 from onelayer.runtime.manifest.manifest import load_manifest
 from onelayer.runtime.pipeline.plan import plan
+from onelayer.runtime.pipeline.steps import refine_step
 from onelayer.runtime.planning.pass_memory import refine_bytes
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 
@@ -36,6 +37,23 @@ def test_tasks_train_on_the_refined_emulator(project: Project) -> None:
     project.edit("steps: 7", "steps: 8")
     assert project.reasons()["refine"] == "to run: field steps 7 -> 8"
     assert project.run()[:2] == ["refine 8", "train sql"]
+
+
+def test_whose_inputs_it_learns_from_is_in_its_key_if_it_may_be_coded(project: Project) -> None:
+    def fields(emulator: str, refine: str) -> dict[str, Any]:
+        before = project.path.read_text()
+        project.edit(PLAIN, f"emulator: {{calibration: {{data: mix.jsonl}}, {emulator}, refine: {{{refine}}}}}")
+        manifest = load_manifest(project.path)
+        project.path.write_text(before)
+        assert manifest.emulator is not None
+        assert manifest.emulator.refinement is not None
+        return dict(refine_step(manifest, manifest.emulator, manifest.emulator.refinement, None).fields)
+
+    assert "inputs" not in fields("ratio: 0.25", "")
+    assert "inputs" not in fields("ratio: 0.25", "inputs: original")
+    assert fields("ratio: 0.25", "inputs: emulator")["inputs"] == "emulator"
+    assert fields("keep_bytes: 0.145", "")["inputs"] == "auto"
+    assert fields("keep_bytes: 0.145", "inputs: original")["inputs"] == "original"
 
 
 def test_returning_to_an_earlier_setting_runs_nothing(project: Project) -> None:

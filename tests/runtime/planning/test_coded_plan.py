@@ -186,8 +186,21 @@ def test_memory_in_a_manifest_chooses_codes(tmp_path: Path) -> None:
     assert size(manifest(tmp_path, ", memory: 14GiB, form: coded"), LARGE["8B"]).coded
     with pytest.raises(InputError, match=r"emulator\.ratio: the size of codes"):
         manifest(tmp_path, ", ratio: 0.2, form: coded")
-    with pytest.raises(InputError, match=r"emulator\.backward: only codes"):
-        manifest(tmp_path, ", keep_bytes: 0.4, backward: true")
+
+
+def test_factors_weighted_by_gradients_are_counted_and_in_the_key(tmp_path: Path) -> None:
+    found, shapes = {}, LARGE["8B"]
+    for backward in ("", ", backward: true"):
+        loaded = manifest(tmp_path, f", keep_bytes: 0.4, factor_dtype: nf4{backward}")
+        step = next(step for step in steps_of(loaded, ["a"]) if step.kind == "compile")
+        found[backward] = step, compile_costs(CostBasis(step, loaded, shapes, size(loaded, shapes)))
+    (plain, before), (weighted, after) = found.values()
+    assert dict(weighted.fields) == {**plain.fields, "backward": True}
+    assert "backward" not in plain.fields
+    assert (before.read_bytes, after.read_bytes) == (2 * shapes.parameters, 2 * 2 * shapes.parameters)
+    assert before.peak_bytes is not None
+    assert after.peak_bytes is not None
+    assert after.peak_bytes > before.peak_bytes
 
 
 def test_a_dry_run_counts_codes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -212,3 +213,31 @@ def test_trl_still_has_what_the_trainers_rely_on() -> None:
     for stock in (DPOTrainer, KTOTrainer):
         assert "_prepare_dataset" in vars(stock), f"{stock.__name__} prepares its data elsewhere"
         assert "precompute_ref_logps" in vars(stock)["_compute_loss"].__code__.co_names
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_streamed_original_is_scored_once_and_then_read_as_for_answers(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    forwards: list[int] = []
+    trainer = DpoTrainer if method == "dpo" else KtoTrainer
+    data = place / ("pairs.jsonl" if method == "dpo" else "lone.jsonl")
+
+    def run(name: str, rows: Path = data, **settings: Any) -> Any:
+        return train_lora(place / "original", rows, tmp_path / name, **{**QUICK, "method": method, **settings})
+
+    resident = run("resident", way="resident")
+    monkeypatch.setattr(trainer, "compute_ref_log_probs", lambda *given: forwards.append(1))
+    streamed = run("streamed", way="streamed")
+    assert not forwards
+    assert streamed.train_loss == pytest.approx(resident.train_loss, rel=1e-5)
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("streamed", "resident"))
+    assert all((found[name] - expected[name]).abs().max() < 2e-6 for name in expected)
+    assert streamed.reference.bytes_read > 0
+    assert resident.reference is None
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
+    answers = run("sft", place / "texts.jsonl", method="sft", way="streamed")
+    # KTO also runs every step forward over the answers of other prompts.
+    passes = 0 if method == "dpo" else QUICK["max_steps"]
+    more = streamed.streamed.bytes_read - answers.streamed.bytes_read - passes * streamed.reference.bytes_read
+    assert more < 0.02 * answers.streamed.bytes_read, "rows of the embedding are all that longer texts read in addition"

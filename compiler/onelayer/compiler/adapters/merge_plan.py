@@ -9,8 +9,8 @@ from onelayer.compiler.adapters.fit import check_fit, is_transposed
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import Replacement, replacements_of
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.modules import FLOAT_DTYPES
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 
 from onelayer.compiler.adapters.merge_plan import Change
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.modules import FLOAT_DTYPES
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.machine.threads import read_ahead
-from onelayer.compiler.models.transformers_models import FLOAT_DTYPES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint
 from onelayer.compiler.storage.digests import sha256_file
 from onelayer.compiler.storage.files import read_json, write_json

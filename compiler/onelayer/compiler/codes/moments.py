@@ -9,6 +9,7 @@ import copy
 import torch
 
 from onelayer.compiler.codes.forms import group_size
+from onelayer.compiler.factors.moments import in_blocks
 
 
 class BlockGram:
@@ -45,24 +46,7 @@ class BlockGram:
         return rest
 
 
-def in_blocks(x_NF: torch.Tensor, block: int) -> torch.Tensor:
-    """Cut the features of (N, F) into blocks (B, N, block); the last is padded with zeros."""
-    padded = torch.nn.functional.pad(x_NF, (0, -x_NF.shape[-1] % block))
-    return padded.reshape(len(x_NF), -1, block).transpose(0, 1)
-
-
 def block_products(x_NF: torch.Tensor, block: int) -> torch.Tensor:
     """Compute the diagonal blocks (B, block, block) of X^T X."""
     x_BNF = in_blocks(x_NF, block)
     return x_BNF.transpose(1, 2) @ x_BNF
-
-
-def times_blocks(M: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Multiply M (rows, F) by the block-diagonal matrix of `blocks` (B, b, b)."""
-    product = in_blocks(M, blocks.shape[-1]) @ blocks
-    return product.transpose(0, 1).reshape(len(M), -1)[:, : M.shape[1]]
-
-
-def blocks_times(blocks: torch.Tensor | None, M: torch.Tensor) -> torch.Tensor:
-    """Multiply symmetric `blocks` (B, b, b) by M (F, columns); None stands for the identity."""
-    return M if blocks is None else times_blocks(M.T, blocks).T

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
-from onelayer.compiler.codes.moments import blocks_times, times_blocks
+from onelayer.compiler.factors.moments import OutputWeights, blocks_times, damped, times_blocks
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.subspace import block_width, leading_eigenvectors
 
-# Added to both moments' diagonals, as a share of their mean.
-DAMPING = {"input": 1e-6, "output": 1e-2}
+# Added to the diagonal of the moments of inputs, as a share of its mean.
+INPUT_DAMPING = 1e-6
 # Pulls `up` towards its earlier value, as a share of the mean energy of the directions of `down`.
 RIDGE = 1e-4
 TOLERANCE, WORTHWHILE_SHARE = 1e-3, 0.6
@@ -25,41 +25,31 @@ TOLERANCE, WORTHWHILE_SHARE = 1e-3, 0.6
 
 @dataclass(frozen=True)
 class Sides:
-    """Both moments as blocks (B, b, b): H = S S^T, and the symmetric roots G^1/2 and G^-1/2 if G is known."""
+    """Both moments as blocks (B, b, b): H = S S^T, and what the outputs count, if gradients are known."""
 
     H: torch.Tensor
     S: torch.Tensor
-    G: torch.Tensor | None
-    root: torch.Tensor | None
-    inverse_root: torch.Tensor | None
+    outputs: OutputWeights | None = None
 
     @classmethod
     def of_inputs(cls, inputs: torch.Tensor) -> "Sides":
         """Factor the moments of the inputs."""
-        H = _damped(inputs, DAMPING["input"])
+        H = damped(inputs, INPUT_DAMPING)
         S, failed = torch.linalg.cholesky_ex(H)
         if failed.any():
             values, vectors = torch.linalg.eigh(H)
             S = vectors * values.clamp_min(0.0).sqrt()[:, None]
-        return cls(H.float(), S.float(), None, None, None)
+        return cls(H.float(), S.float())
 
-    def with_outputs(self, outputs: torch.Tensor | None, out_features: int) -> "Sides":
-        """Factor the moments of the gradients at the outputs too, unless there are none."""
-        if outputs is None or not outputs.diagonal(dim1=1, dim2=2).sum() > 0:
-            return self
-        G = _damped(outputs, DAMPING["output"], out_features)
-        values, vectors = torch.linalg.eigh(G)
-        roots = values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        root = (vectors * roots[:, None]) @ vectors.transpose(1, 2)
-        inverse = (vectors / roots[:, None]) @ vectors.transpose(1, 2)
-        return Sides(self.H, self.S, G.float(), root.float(), inverse.float())
+    def weighted(self, M: torch.Tensor) -> torch.Tensor:
+        """Compute G^1/2 M of a matrix (O, columns)."""
+        return M if self.outputs is None else self.outputs.weighted(M)
 
     def energy(self, M: torch.Tensor) -> tuple[float, float]:
         """Compute ||M S||_F^2 and ||G^1/2 M S||_F^2 of a matrix (O, I)."""
         MS = times_blocks(M, self.S)
         forward = float(MS.square().sum(dtype=torch.float64))
-        both = float(blocks_times(self.root, MS).square().sum(dtype=torch.float64))
-        return forward, both
+        return forward, float(self.weighted(MS).square().sum(dtype=torch.float64))
 
 
 def residual_factors(
@@ -71,9 +61,10 @@ def residual_factors(
     `dtype`.
     """
     U = _leading(R, sides, rank, seed)
-    up_quantized = quantize_matrix(blocks_times(sides.inverse_root, U).T, RESIDUAL_DTYPE)
+    exact = U if sides.outputs is None else sides.outputs.unweighted(U)
+    up_quantized = quantize_matrix(exact.T, RESIDUAL_DTYPE)
     up = _used(up_quantized, len(R), dtype)
-    G_up = blocks_times(sides.G, up)
+    G_up = up if sides.outputs is None else blocks_times(sides.outputs.G.to(up), up)
     down_quantized = quantize_matrix(torch.linalg.solve(_regular(up.T @ G_up), G_up.T @ R), RESIDUAL_DTYPE)
     down = _used(down_quantized, R.shape[1], dtype).T
     H_down = times_blocks(down, sides.H)
@@ -96,7 +87,7 @@ def _used(quantized: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tens
 
 def _leading(R: torch.Tensor, sides: Sides, rank: int, seed: int) -> torch.Tensor:
     """Compute the leading left singular vectors (O, k) of G^1/2 R S by the narrow side; missing ones are zero."""
-    M = times_blocks(blocks_times(sides.root, R), sides.S)
+    M = times_blocks(sides.weighted(R), sides.S)
     tall = M.shape[0] > M.shape[1]
     C = M.T @ M if tall else M @ M.T
     energy = float(C.trace())
@@ -112,18 +103,6 @@ def _leading(R: torch.Tensor, sides: Sides, rank: int, seed: int) -> torch.Tenso
         basis = torch.where(seen, (M @ basis) / energies.clamp_min(torch.finfo(torch.float32).tiny).sqrt(), 0.0)
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     return torch.where(largest < 0, -basis, basis)
-
-
-def _damped(blocks: torch.Tensor, share: float, features: int | None = None) -> torch.Tensor:
-    """Normalize blocks (B, b, b) to a mean diagonal of 1 and add `share` to it; zeros become the identity.
-
-    `features` are the real ones, where the last block is padded.
-    """
-    diagonal = blocks.diagonal(dim1=1, dim2=2)
-    mean = diagonal.sum() / (diagonal.numel() if features is None else features)
-    normalized = blocks / mean if mean > 0 else torch.zeros_like(blocks)
-    least = share if mean > 0 else 1.0
-    return normalized + least * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
 
 
 def _regular(gram: torch.Tensor) -> torch.Tensor:

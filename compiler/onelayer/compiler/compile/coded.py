@@ -1,13 +1,10 @@
 """A compile whose linears become codes with a low-rank part, weighted by what flows through and what flows back.
 
-In: resident units with the moments of both sides of their linears. Out: codes and factors, written unit by unit. With
-`backward`, a stream forward keeps the inputs of all units and a stream back, from the last unit to the first, brings
-the gradients of the loss; units are watched and written on the way back.
+In: resident units with the moments of both sides of their linears. Out: codes and factors, written unit by unit.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -18,55 +15,19 @@ from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.compile.writer import StoredLinear
-from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
 from onelayer.compiler.factors.moments import check_rows
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
-from onelayer.compiler.machine.console import Progress
-from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.linears import weight_of
-from onelayer.compiler.models.units import Unit
-from onelayer.compiler.streaming.gradient_stream import GradientStream
-from onelayer.compiler.streaming.token_loss import TokenLoss
 
 Tensors = dict[str, torch.Tensor]
 
 
 class CodedCompilation(Compilation):
     """The state of one pass that codes linears. Those of no rank are quantized whole."""
-
-    def stream(self, batches: Sequence[TokenBatch], meter: Meter) -> None:
-        """Run the pass up to the last unit that is not written yet; with `backward`, also back to the first."""
-        if not self.settings.backward:
-            super().stream(batches, meter)
-            return
-        wanted = {unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)}
-        if not wanted:
-            return
-        self._meter = meter
-        loss = TokenLoss(batches, len(batches), self.device)
-        units = len(self.streamed.units)
-        stream = _CalibrationStream(
-            self.streamed,
-            self.device,
-            meter,
-            spill_pool=self.spill_pool,
-            description="compile",
-            trained=len(batches),
-            seed=self.settings.seed,
-            dropout=False,
-            on_unit=self._stopping,
-            first_wanted=min(wanted),
-        )
-        with Progress(2 * units, "compile") as bar, stream:
-            stream.bar = bar
-            stream.run([batch.inputs for batch in batches], loss.take)
-            if not loss.finish():
-                raise RuntimeError("the loss on the calibration data is not finite; check the checkpoint and the data")
-            stream.on_unit = self.on_unit
-            stream.reverse()
 
     def hooks(self, linears: dict[str, torch.nn.Module]) -> MomentHooks:
         """Return the hooks that gather the moments of both sides."""
@@ -83,8 +44,7 @@ class CodedCompilation(Compilation):
             weight = weight_of(linear)
             if id(moments) not in factored:
                 factored[id(moments)] = Sides.of_inputs(moments.blocks)
-            outputs = hooks.outputs.get(name)
-            sides = factored[id(moments)].with_outputs(None if outputs is None else outputs.blocks, len(weight))
+            sides = replace(factored[id(moments)], outputs=hooks.output_weights(name))
             yield name, self._code(name, weight.to(torch.float32), moments, sides)
             return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves
 
@@ -98,26 +58,9 @@ class CodedCompilation(Compilation):
             stored, kept = _coded(W, encode(W, moments.blocks, width), sides, rank, dtype, self.settings.seed)
         energies, lost = sides.energy(W), sides.energy(W - kept)
         errors = [(part / all_ if all_ > 0 else 0.0) ** 0.5 for part, all_ in zip(lost, energies, strict=True)]
-        gradient_error = None if sides.G is None else errors[1]
+        gradient_error = None if sides.outputs is None else errors[1]
         figures = LinearFigures.of_codes(name, W.shape, width, rank, energies[0], errors[0], gradient_error)
         return StoredLinear(figures, stored)
-
-    @contextmanager
-    def _stopping(self, unit: Unit) -> Iterator[None]:
-        """Stop after a unit if that was asked for: nothing is written on the way forward."""
-        yield
-        self.stop.check()
-
-
-@dataclass
-class _CalibrationStream(GradientStream):
-    """A stream whose gradients begin at the first unit that is to be written."""
-
-    first_wanted: int = 0
-
-    def wants_gradients(self, unit: Unit) -> bool:
-        """Whether moments are wanted of a unit or of one before it."""
-        return unit.is_block and unit.position >= self.first_wanted
 
 
 def _whole(W: torch.Tensor, factor_dtype: FactorDtype, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:

@@ -19,6 +19,7 @@ from onelayer.compiler.compile.outcome import CompileResult, compile_result, rem
 from onelayer.compiler.compile.resume import WorkDirectory
 from onelayer.compiler.compile.selection import (
     Ranks,
+    backward_workspace,
     choose_codes,
     choose_ranks,
     choose_stacks,
@@ -65,8 +66,8 @@ def compile_emulator(
     the paper and the default with `ratio`, or "spectrum", the default with a share of bytes: the same bytes are spent
     where the spectra ask for them. The experts of a mixture always have uniform ranks.
     `form` "coded" replaces a linear by codes with a thin low-rank part instead, for a share of bytes alone, and "auto"
-    chooses the better form for that share; with `backward`, the default with codes, a pass back over the calibration
-    data weighs errors by what the loss feels.
+    chooses the better form for that share. With `backward`, the default with codes, a pass back over the calibration
+    data weighs errors by what the loss feels; experts are weighted by their inputs alone.
     `samples` examples of at most `max_length` tokens are drawn from `calibration`.
     Parked states beyond `host_memory_bytes` go to disk. An interrupted compile goes on where it stopped. Raises
     `InputError` for what the caller can fix; `output` exists only once the whole emulator does.
@@ -81,8 +82,11 @@ def compile_emulator(
         )
     check_companions(streamed.checkpoint.directory)
     resolved, ranks = _chosen(streamed, asked)
-    if resolved.code_width is not None and not processes().is_alone:
-        raise InputError("codes are the work of one process; start it without torchrun, or give --form factors")
+    if not processes().is_alone:
+        if resolved.code_width is not None:
+            raise InputError("codes are the work of one process; start it without torchrun, or give --form factors")
+        if resolved.backward:
+            raise InputError("--backward: is the work of one process; start it without torchrun, or leave it out")
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
@@ -111,7 +115,7 @@ def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSe
             f"--form coded: the linears of {streamed.checkpoint.directory} are too small for codes within --keep-bytes "
             f"{resolved.share:g}; give --form factors"
         )
-    return _chosen(streamed, asked.model_copy(update={"form": "factors", "backward": None}))
+    return _chosen(streamed, asked.model_copy(update={"form": "factors"}))
 
 
 def _compile(
@@ -165,7 +169,9 @@ def _finished(
     workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
     if settings.form == "coded":
         workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
-        workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
+    elif settings.backward:
+        workspace += backward_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+    workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.unpacking_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     result = compile_result(writer, settings, output, report)

@@ -20,7 +20,7 @@ from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
 from onelayer.compiler.factors.factorize import factorize
-from onelayer.compiler.factors.moments import Moments, check_rows, dropped_rows
+from onelayer.compiler.factors.moments import Moments, OutputWeights, check_rows, dropped_rows
 from onelayer.compiler.factors.quantized_factors import output_energy, quantize_dense, quantize_factors
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.distributed import processes
@@ -29,6 +29,7 @@ from onelayer.compiler.models.experts import stacks_below
 from onelayer.compiler.models.linears import unit_linears, weight_of
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
@@ -71,7 +72,14 @@ class Compilation:
         return torch.float64 if exact_on_host else torch.float32
 
     def stream(self, batches: Sequence[TokenBatch], meter: Meter) -> None:
-        """Run the pass up to the last unit that is not written yet."""
+        """Run the pass up to the last unit that is not written yet; with `backward`, also back to the first."""
+        wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
+        if not wanted:
+            return
+        self._meter, self._batches = meter, len(batches)
+        if self.settings.backward:
+            self._stream_both_ways(batches, meter, min(wanted))
+            return
         stream = Stream(
             self.streamed,
             self.device,
@@ -81,11 +89,31 @@ class Compilation:
             description="compile",
             team=self.team,
         )
-        wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
-        if wanted:
-            stream.stop_after, self._meter, self._batches = max(wanted), stream.meter, len(batches)
-            stream.run([batches[index].inputs for index in self.team.share(len(batches))], lambda index, output: None)
-            self.revisited = set().union(*self.team.gather(self.revisited))
+        stream.stop_after = max(wanted)
+        stream.run([batches[index].inputs for index in self.team.share(len(batches))], lambda index, output: None)
+        self.revisited = set().union(*self.team.gather(self.revisited))
+
+    def _stream_both_ways(self, batches: Sequence[TokenBatch], meter: Meter, first_wanted: int) -> None:
+        """Run forward, which keeps the inputs of all units, and back, where units are watched and written."""
+        stream = CalibrationStream(
+            self.streamed,
+            self.device,
+            meter,
+            on_unit=self._stopping,
+            spill_pool=self.spill_pool,
+            description="compile",
+            trained=len(batches),
+            seed=self.settings.seed,
+            dropout=False,
+            first_wanted=first_wanted,
+        )
+        stream.both_ways(batches, self.on_unit)
+
+    @contextmanager
+    def _stopping(self, unit: Unit) -> Iterator[None]:
+        """Stop after a unit if that was asked for: nothing is written on the way forward."""
+        yield
+        self.stop.check()
 
     @contextmanager
     def on_unit(self, unit: Unit) -> Iterator[Any]:
@@ -165,7 +193,8 @@ class Compilation:
             check_rows(name, count, moments.gram.rows)
             weight = weight_of(linears[name])
             with_dense = self.settings.rank_allocation == "spectrum"
-            yield name, self._compress(name, weight, moments, self.ranks[name], None, with_dense)
+            outputs = hooks.output_weights(name)
+            yield name, self._compress(name, weight, moments, self.ranks[name], None, with_dense, outputs)
             return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves
 
     def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
@@ -179,25 +208,27 @@ class Compilation:
         rank: int | None,
         fallback_moments: Callable[[], Moments] | None,
         with_dense: bool = False,
+        outputs: OutputWeights | None = None,
     ) -> StoredLinear:
         """Compress a weight (out, in) to the form in which it is stored.
 
-        With `with_dense`, quantized factors come with the quantized weight, so that a later step can choose.
+        With `with_dense`, quantized factors come with the quantized weight, so that a later step can choose. `outputs`:
+        what its outputs count; without, all alike.
         """
         settings, factor_dtype, dtype = self.settings, self.settings.factor_dtype, self.streamed.dtype
+        if factor_dtype is not None and rank is None:
+            energy = output_energy(weight, moments, outputs)
+            dense = quantize_dense(weight, moments, energy, factor_dtype, dtype, outputs)
+            return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
+        assert rank is not None, "a linear without a rank stays dense and is not compressed"
+        used = dtype if factor_dtype is None else torch.float32
+        factors = factorize(weight, moments, rank, used, settings.solver, settings.seed, fallback_moments, outputs)
         if factor_dtype is None:
-            assert rank is not None, "a linear without a rank stays dense and is not compressed"
-            factors = factorize(weight, moments, rank, dtype, settings.solver, settings.seed, fallback_moments)
             figures = LinearFigures.of(name, factors, None, None)
             return StoredLinear(figures, {UP: factors.up, DOWN: factors.down})
-        if rank is None:
-            energy = output_energy(weight, moments)
-            dense = quantize_dense(weight, moments, energy, factor_dtype, dtype)
-            return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
-        factors = factorize(weight, moments, rank, torch.float32, settings.solver, settings.seed, fallback_moments)
-        quantized = quantize_factors(weight, moments, factors, factor_dtype, dtype)
+        quantized = quantize_factors(weight, moments, factors, factor_dtype, dtype, outputs)
         tensors = {UP: quantized.up, DOWN: quantized.down}
         if not with_dense:
             return StoredLinear(LinearFigures.of(name, factors, quantized, None), tensors)
-        dense = quantize_dense(weight, moments, factors.energy, factor_dtype, dtype)
+        dense = quantize_dense(weight, moments, factors.energy, factor_dtype, dtype, outputs)
         return StoredLinear(LinearFigures.of(name, factors, quantized, dense), {**tensors, DENSE: dense.weight})

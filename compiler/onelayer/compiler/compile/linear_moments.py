@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.codes.forms import OUTPUT_BLOCK
 from onelayer.compiler.codes.moments import BlockGram
-from onelayer.compiler.factors.moments import Gram, Moments
+from onelayer.compiler.factors.moments import Gram, Moments, OutputWeights
 from onelayer.compiler.factors.sum_grid import SumGrid
 from onelayer.compiler.models.linears import weight_of, weight_shape
 
@@ -49,9 +49,9 @@ class MomentHooks:
     """Gathers the moments of the linears of one unit while the unit runs for its batches.
 
     `linears` by name. A linear that is never called, or does not behave like one, gets none: see `reason`. With
-    `sides`, `inputs` and `outputs` are gathered in blocks instead of `moments`: of what a linear reads and, if the
-    loss's gradients come back, of those at its outputs. `batches` is how many there are in all processes; `waits` means
-    that another process has the first of them, and `settle` is called after the first one here.
+    `sides`, `inputs` are gathered in blocks instead of `moments`. Where the loss's gradients come back, `outputs` are
+    the moments of those at a linear's outputs, in blocks. `batches` is how many there are in all processes; `waits`
+    means that another process has the first of them, and `settle` is called after the first one here.
     """
 
     linears: dict[str, nn.Module]
@@ -89,6 +89,11 @@ class MomentHooks:
         """The moments of the inputs of each linear that was called; several linears may share one."""
         return {name: site.gram for name, site in self._sites.items() if isinstance(site.gram, BlockGram)}
 
+    def output_weights(self, name: str) -> OutputWeights | None:
+        """Return what the outputs of a linear count; None if no gradient came back to it."""
+        outputs = self.outputs.get(name)
+        return None if outputs is None else OutputWeights.of(outputs.blocks, outputs.features)
+
     def reason(self, name: str) -> str:
         """Return why a linear has no moments."""
         if name in self.refused:
@@ -99,7 +104,7 @@ class MomentHooks:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             with torch.no_grad():
                 self._read(name, linear, args[0] if args else next(iter(kwargs.values())), output)
-            if self.sides and name in self._sites and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (name in self.moments or name in self._sites):
                 self._await_gradient(name, output)
 
         return hook

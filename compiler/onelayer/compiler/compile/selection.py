@@ -6,7 +6,6 @@ from onelayer.compiler.codes.forms import CodeWidth, coded_bytes, coded_ranks
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
-from onelayer.compiler.models import transformers_models
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
 from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, unit_width, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -19,6 +18,7 @@ from onelayer.compiler.models.unit_memory import (
     graph_bytes,
     moment_bytes,
     solving_bytes,
+    weighing_bytes,
 )
 
 Ranks = Mapping[str, int | None]
@@ -32,7 +32,7 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False)
     `InputError` if there is none.
     """
     ranks: dict[str, int | None] = {}
-    tied = transformers_models.tied_names(streamed.model)
+    tied = streamed.library.tied_names(streamed.model)
     for unit in streamed.units:
         shapes = {name: weight_shape(module) for name, module in unit_linears(unit)}
         total = sum(out_features * in_features for out_features, in_features in shapes.values())
@@ -65,7 +65,7 @@ def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False
     One rank for all experts of a stack. As in `choose_ranks`, None stands for matrices that are quantized whole.
     """
     ranks = {}
-    tied = transformers_models.tied_names(streamed.model)
+    tied = streamed.library.tied_names(streamed.model)
     for unit in streamed.units:
         for stacks in stacks_below(unit.name, unit.module) if unit.is_block else ():
             for leaf in stacks.leaves:
@@ -139,6 +139,16 @@ def coded_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on
         graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
         worst = max(worst, coding_bytes(shapes, graph) + unit.weight_bytes)
     return worst + RESERVE_BYTES
+
+
+def backward_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
+    """Predict what weighing factors by gradients adds to `compile_workspace`, from shapes alone (`weighing_bytes`)."""
+    worst = 0
+    for unit in streamed.units:
+        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
+        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        worst = max(worst, weighing_bytes(shapes, graph))
+    return worst
 
 
 def compile_workspace(

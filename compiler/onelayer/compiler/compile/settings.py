@@ -62,7 +62,7 @@ class EmulatorSize(Settings):
     ] = "auto"
     backward: Annotated[
         bool | None,
-        Field(description="Weigh errors by what the loss feels: a pass back over the calibration data; for codes."),
+        Field(description="Weigh errors by what the loss feels: a pass back over the calibration data."),
         Option(flags="--backward/--no-backward", default="on with codes"),
     ] = None
 
@@ -96,8 +96,6 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
             raise InputError("--ratio and --keep-bytes say the same in two ways; give one of them")
         if self.ratio == 1 and self.factor_dtype is None:
             raise InputError(f"--ratio {self.ratio}: must {_RATIO_RULE}")
-        if self.backward and not self.prefers_codes:
-            raise InputError("--backward: only codes are weighted by gradients; give --form coded, or leave it out")
         return self
 
     def resolved(self, value_bytes: int, *, is_bfloat16: bool) -> "ResolvedSettings":
@@ -164,9 +162,10 @@ class ResolvedSettings(CompileSettings):
         return code_width(self.share) if self.form == "coded" else None
 
     def recorded(self, *without: str) -> dict[str, Any]:
-        """Leave out what only codes have, if there are none: older records stay valid."""
-        coded = () if self.form == "coded" else ("form", "backward", "keep_bytes")
-        return super().recorded(*without, *coded)
+        """Leave out what only codes have, if there are none, and a pass back that did not run: older records stay."""
+        if self.form == "coded":
+            return super().recorded(*without)
+        return super().recorded(*without, "form", "keep_bytes", *(() if self.backward else ("backward",)))
 
 
 class CompileKeywords(TypedDict, total=False):

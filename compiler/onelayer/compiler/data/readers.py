@@ -10,6 +10,7 @@ from pathlib import Path
 from onelayer.compiler.data.rows import Example, example_from_row, of_one_kind
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
+from onelayer.compiler.media.sources import Folder
 from onelayer.compiler.sources.data_set import DataSet, DataSource, data_sets
 from onelayer.compiler.sources.files import KINDS, NumberedRow, data_files, file_rows, kind_of
 from onelayer.compiler.sources.hub import HUB_ID, hub_rows
@@ -40,7 +41,7 @@ def check_first_rows(source: DataSet) -> None:
 
 def _examples(source: DataSet, limit: int | None, said: set[str] | None) -> Iterator[Example]:
     """Yield the examples of one source. A notice names what it is read as, once; without `said` there is none."""
-    for place, rows in _places(source, limit, quiet=said is None):
+    for place, rows, folder in _places(source, limit, quiet=said is None):
         empty = True
         for number, row in rows:
             empty = False
@@ -49,13 +50,15 @@ def _examples(source: DataSet, limit: int | None, said: set[str] | None) -> Iter
             if shape is not None and said is not None and shape not in said:
                 said.add(shape)
                 notice(f"{source}: {shape} rows, read as messages")
-            yield example_from_row(own, where)
+            yield example_from_row(own, where, folder)
         if empty:
             raise InputError(f"{place}: no examples, the file is empty; add some or leave it out")
 
 
-def _places(source: DataSet, limit: int | None, quiet: bool) -> Iterator[tuple[str, Iterator[NumberedRow]]]:
-    """Yield the names of files (or of the Hub data set) and their rows."""
+def _places(
+    source: DataSet, limit: int | None, quiet: bool
+) -> Iterator[tuple[str, Iterator[NumberedRow], Folder | None]]:
+    """Yield the names of files (or of the Hub data set), their rows, and the folder of the media of these."""
     path = Path(source.path)
     if path.exists() and source.config is not None:
         raise InputError(f"{source}: a configuration is for Hub data sets; leave it out")
@@ -67,12 +70,12 @@ def _places(source: DataSet, limit: int | None, quiet: bool) -> Iterator[tuple[s
             names = ", ".join(file.relative_to(path).as_posix() for file in others[:5])
             notice(f"{source}: {len(files)} files read, {len(others)} left out ({names}{', ...' * (len(others) > 5)})")
         for file in files:
-            yield str(file), file_rows(file)
+            yield str(file), file_rows(file), Folder(file.parent, path)
     elif path.exists():
         if source.split is not None:
             raise InputError(f"{source}: a split is for Hub data sets and directories; leave it out")
-        yield source.path, file_rows(path)
+        yield source.path, file_rows(path), Folder(path.parent, path.parent)
     elif HUB_ID.fullmatch(source.path) and kind_of(path) is None:
-        yield source.path, hub_rows(source, limit)
+        yield source.path, hub_rows(source, limit), None
     else:
         raise InputError(f"{path}: no such file; name a {KINDS} file, a directory of them, or a Hub id (owner/name)")

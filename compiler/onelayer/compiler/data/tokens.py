@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onelayer.compiler.data.chat import Chat
+from onelayer.compiler.conversations.chat import Chat
+from onelayer.compiler.conversations.turns import Span, Turns
 from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.turns import Span, Turns
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import check_directory
 
@@ -85,6 +85,11 @@ def tokenize(
     Labeled are: all tokens of a `text`, the completion of `prompt` and `completion`, the assistant turns of `messages`.
     `append_eos` adds an end token to texts and completions without one; a chat template writes its own end of turn.
     """
+    if example.media:
+        raise InputError(
+            f"{example.source}: has {len(example.media)} {example.media[0].kind}(s), and the model of "
+            f"{_name(tokenizer)} reads text only; give a model that reads them, or remove them from the row"
+        )
     if example.text is not None:
         ids = _ids(tokenizer, example.text)
         tokens = Tokens(ids, list(ids))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onelayer.compiler.dequantize.formats import format_of, quantization_method, quantization_settings
+from onelayer.compiler.dequantize.formats import FIELD, format_of, quantization_method, quantization_settings
 from onelayer.compiler.dequantize.packed import REMEDY, PackedTensor, unpacked_table
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint
@@ -96,15 +96,19 @@ def _unpacked_rows(info: PackedTensor, part: TensorInfo, rows: "torch.Tensor") -
 def unpacked(stored: Checkpoint, document: Mapping[str, Any], dtype: str) -> Checkpoint:
     """Return a checkpoint as a plain one, its packed weights in `dtype` (as safetensors names it).
 
-    Raises `InputError` if the format is not supported, or a weight lacks a part.
+    Raises `InputError` if the format is not supported, a weight lacks a part, or no weight is packed.
     """
     settings = quantization_settings(document)
     if settings is None:
         return stored
-    form = format_of(settings, stored.directory / CONFIG_FILE)
+    config_file, method = stored.directory / CONFIG_FILE, quantization_method(settings)
+    form = format_of(settings, config_file)
     form.describe(stored.metadata.values())
     table = unpacked_table(stored.tensors, form, dtype)
+    if not any(isinstance(info, PackedTensor) for info in table.values()):
+        raise InputError(
+            f"{config_file}: field {FIELD}: says {method!r}, but no weight is packed so; remove the field if the "
+            "weights are plain, or download the files again"
+        )
     shared = (stored.metadata, stored.index_file, stored.stamps)
-    return UnpackedCheckpoint(
-        stored.directory, stored.files, table, *shared, stored=stored, method=quantization_method(settings)
-    )
+    return UnpackedCheckpoint(stored.directory, stored.files, table, *shared, stored=stored, method=method)

@@ -25,7 +25,7 @@ class LinearSummary(Result):
     (None if they are not), `optimal_error` the least possible at this rank, which the `fast` solver does not know.
     `form` "dense" is a whole weight, quantized, with its full rank. "coded" is codes of `code_width` with residual
     factors of `rank`; `gradient_error` weighs the error by the loss's gradients at the output too (None without a pass
-    back).
+    back). Factors that a pass back weighs have all errors, singular values and energies weighted like that.
     """
 
     name: str

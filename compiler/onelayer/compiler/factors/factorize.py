@@ -18,7 +18,7 @@ from onelayer.compiler.factors.directions import (
     certified_directions,
     numerical_rank,
 )
-from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.moments import Moments, OutputWeights
 from onelayer.compiler.factors.ranks import Solver
 from onelayer.compiler.factors.subspace import block_width
 
@@ -56,6 +56,7 @@ def factorize(
     solver: Solver = "exact",
     seed: int = 0,
     fallback_moments: Callable[[], Moments] | None = None,
+    weights: OutputWeights | None = None,
 ) -> Factors:
     """Compute the best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
 
@@ -63,8 +64,11 @@ def factorize(
     a start seeded by `seed`. If float32 does not certify the accuracy, all directions are solved for in float64.
     Figures computed in float32 are exact to about 1e-7 of the energy. If `moments` determine fewer directions than
     `rank`, the best ones of the rest of W under `fallback_moments` follow, and then those of the weight itself. So a
-    prefix is still what a smaller rank would give.
+    prefix is still what a smaller rank would give. With `weights`, factors are the best for weighted outputs, and so
+    are all figures.
     """
+    if weights is not None:
+        W, moments = weights.applied(W, moments)
     narrow = min(W.shape)
     leading, is_few = None, block_width(rank) < WORTHWHILE_SHARE * narrow
     if narrow >= SMALL or (solver == "fast" and is_few):
@@ -75,8 +79,9 @@ def factorize(
     basis, fallback = _completed(solved.basis, W, rank, CUTOFF[moments.gram.product_dtype], fallback_moments)
     basis = _with_fixed_signs(basis)
     projected = basis.T @ W
-    up, down = basis.to(dtype), projected.to(dtype)
-    lost = _lost_energy(W, up.to(W), down.to(W), basis, projected, moments, gram, energy)
+    up, down = (basis if weights is None else weights.unweighted(basis)).to(dtype), projected.to(dtype)
+    used = up.to(W) if weights is None else weights.weighted(up.to(W))
+    lost = _lost_energy(W, used, down.to(W), basis, projected, moments, gram, energy)
     optimal = None if iterated else _relative(energy - float(energies[:rank].sum(dtype=torch.float64)), energy)
     return Factors(up, down, _relative(lost, energy), optimal, energies.sqrt(), energy, fallback)
 

@@ -7,12 +7,14 @@ its input, G = X^T X (in x in), which all linears with the same input share (q/k
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from onelayer.compiler.factors.sum_grid import SumGrid
 
+# Added to the diagonal of the moments of gradients at outputs, as a share of its mean.
+OUTPUT_DAMPING = 1e-2
 # More rows than this share with an infinite or NaN entry mean a broken model or broken data, not an outlier.
 NON_FINITE_LIMIT = 0.1
 
@@ -131,3 +133,73 @@ class Moments:
         finite_N = self.gram.add(y)
         x_NF = x.reshape(-1, x.shape[-1]).to(torch.float32).masked_fill(~finite_N[:, None], 0.0)
         self.input_energy += self.energy_grid.rounded(x_NF.square().sum(dim=0, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class OutputWeights:
+    """What the outputs of a linear count: G, and the symmetric roots G^1/2 and G^-1/2, as blocks (B, b, b).
+
+    G are the second moments of the loss's gradients at the outputs. To first order ||G^1/2 E X^T|| says what an error E
+    of the weight costs, so the best factors of G^1/2 W are those of W for what flows back as well.
+    """
+
+    G: torch.Tensor
+    root: torch.Tensor
+    inverse_root: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: torch.Tensor | None, out_features: int) -> "OutputWeights | None":
+        """Factor the moments of gradients, blocks of which the last may be padded; None without any gradient."""
+        if moments is None or not moments.diagonal(dim1=1, dim2=2).sum() > 0:
+            return None
+        G = damped(moments, OUTPUT_DAMPING, out_features)
+        values, vectors = torch.linalg.eigh(G)
+        roots = values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        root = (vectors * roots[:, None]) @ vectors.transpose(1, 2)
+        return cls(G, root, (vectors / roots[:, None]) @ vectors.transpose(1, 2))
+
+    def weighted(self, M: torch.Tensor) -> torch.Tensor:
+        """Compute G^1/2 M of a matrix (out, columns)."""
+        return blocks_times(self.root.to(M), M)
+
+    def unweighted(self, M: torch.Tensor) -> torch.Tensor:
+        """Compute G^-1/2 M of a matrix (out, columns)."""
+        return blocks_times(self.inverse_root.to(M), M)
+
+    def applied(self, W: torch.Tensor, moments: Moments) -> tuple[torch.Tensor, Moments]:
+        """Return G^1/2 W and the moments of a linear with this weight, in float64."""
+        W = self.weighted(W.to(torch.float64))
+        if moments.of_input:
+            return W, moments
+        gram = copy.copy(moments.gram)
+        gram.total_FF = times_blocks(self.weighted(gram.total_FF), self.root.to(gram.total_FF))
+        return W, replace(moments, gram=gram)
+
+
+def damped(blocks: torch.Tensor, share: float, features: int | None = None) -> torch.Tensor:
+    """Normalize blocks (B, b, b) to a mean diagonal of 1 and add `share` to it; zeros become the identity.
+
+    `features` are the real ones, where the last block is padded.
+    """
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    mean = diagonal.sum() / (diagonal.numel() if features is None else features)
+    normalized = blocks / mean if mean > 0 else torch.zeros_like(blocks)
+    least = share if mean > 0 else 1.0
+    return normalized + least * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+
+
+def in_blocks(x_NF: torch.Tensor, block: int) -> torch.Tensor:
+    """Cut the features of (N, F) into blocks (B, N, block); the last is padded with zeros."""
+    padded = torch.nn.functional.pad(x_NF, (0, -x_NF.shape[-1] % block))
+    return padded.reshape(len(x_NF), -1, block).transpose(0, 1)
+
+
+def times_blocks(M: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Multiply M (rows, F) by the block-diagonal matrix of `blocks` (B, b, b)."""
+    product = in_blocks(M, blocks.shape[-1]) @ blocks
+    return product.transpose(0, 1).reshape(len(M), -1)[:, : M.shape[1]]
+
+
+def blocks_times(blocks: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    """Multiply symmetric `blocks` (B, b, b) by M (F, columns)."""
+    return times_blocks(M.T, blocks).T

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from onelayer.compiler.factors.factorize import Factors
-from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.moments import Moments, OutputWeights
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
 
@@ -37,18 +37,31 @@ class QuantizedDense:
 
 
 def quantize_factors(
-    W: torch.Tensor, moments: Moments, factors: Factors, factor_dtype: FactorDtype, dtype: torch.dtype
+    W: torch.Tensor,
+    moments: Moments,
+    factors: Factors,
+    factor_dtype: FactorDtype,
+    dtype: torch.dtype,
+    weights: OutputWeights | None = None,
 ) -> QuantizedFactors:
     """Quantize the factors of W; the model uses them in its own `dtype`.
 
     After `up` is quantized, `down` is solved again: the least-squares fit of W to the new span of `up` is best for any
     input. After `down` is quantized, `up` is solved again in turn, which needs the moment of the inputs. Measured, this
-    halves the squared error that quantizing adds; another round gains a tenth of that.
+    halves the squared error that quantizing adds; another round gains a tenth of that. `weights` as in `factorize`.
     """
+    if weights is not None:
+        W, moments = weights.applied(W, moments)
     W = W.to(moments.gram.product_dtype)
     gram = moments.gram.total_FF.to(W)
+
+    def used(quantized: torch.Tensor) -> torch.Tensor:
+        """Return up (out, k) as the model uses it, weighted."""
+        up = dequantize_matrix(quantized, W.shape[0], factor_dtype, dtype).to(W).T
+        return up if weights is None else weights.weighted(up)
+
     up_quantized = quantize_matrix(factors.up.T, factor_dtype)
-    up = dequantize_matrix(up_quantized, W.shape[0], factor_dtype, dtype).to(W).T
+    up = used(up_quantized)
     projector = torch.linalg.solve(_regular(up.T @ up), up.T)
     exact = projector @ W
     down_quantized = quantize_matrix(exact, factor_dtype)
@@ -59,8 +72,10 @@ def quantize_factors(
         # The ridge leaves directions that calibration hardly saw unchanged.
         ridge = RIDGE * inner.diagonal().mean() + torch.finfo(W.dtype).tiny
         seen = inner + ridge * torch.eye(len(inner), dtype=W.dtype, device=W.device)
-        up_quantized = quantize_matrix(torch.linalg.solve(seen, down @ WG.T + ridge * up.T), factor_dtype)
-        up = dequantize_matrix(up_quantized, W.shape[0], factor_dtype, dtype).to(W).T
+        solved = torch.linalg.solve(seen, down @ WG.T + ridge * up.T)
+        exact_up = solved if weights is None else weights.unweighted(solved.T).T
+        up_quantized = quantize_matrix(exact_up, factor_dtype)
+        up = used(up_quantized)
         cross, total = ((up.T @ WG) * down).sum(dim=1), (WG * W).sum()
     else:
         # X is known only through W, so the error from rounding `down` is estimated from the input's energy per feature.
@@ -74,11 +89,17 @@ def quantize_factors(
 
 
 def quantize_dense(
-    W: torch.Tensor, moments: Moments, energy: float, factor_dtype: FactorDtype, dtype: torch.dtype
+    W: torch.Tensor,
+    moments: Moments,
+    energy: float,
+    factor_dtype: FactorDtype,
+    dtype: torch.dtype,
+    weights: OutputWeights | None = None,
 ) -> QuantizedDense:
     """Quantize W itself. An output moment does not know X, so the error is then estimated from the input's energy."""
     quantized, wide = quantize_matrix(W, factor_dtype), moments.gram.product_dtype
     E = W.to(wide) - dequantize_matrix(quantized, W.shape[1], factor_dtype, dtype).to(wide)
+    E = E if weights is None else weights.weighted(E)
     if moments.of_input:
         lost = ((E @ moments.gram.total_FF.to(E)) * E).sum()
     else:
@@ -87,8 +108,10 @@ def quantize_dense(
     return QuantizedDense(quantized, float(_relative(lost, energy)))
 
 
-def output_energy(W: torch.Tensor, moments: Moments) -> float:
+def output_energy(W: torch.Tensor, moments: Moments, weights: OutputWeights | None = None) -> float:
     """Compute ||X W^T||_F^2 without a spectrum."""
+    if weights is not None:
+        W, moments = weights.applied(W, moments)
     gram = moments.gram.total_FF
     return float(((W.to(gram) @ gram) * W.to(gram)).sum() if moments.of_input else gram.trace())
 

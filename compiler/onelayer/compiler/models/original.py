@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from onelayer.compiler.dequantize.checkpoint import unpacked
-from onelayer.compiler.models import transformers_models
-from onelayer.compiler.models.construction import modules_limit
+from onelayer.compiler.libraries.construction import modules_limit
+from onelayer.compiler.libraries.library import Library, library_of
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
@@ -16,10 +16,11 @@ from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 
 @dataclass(frozen=True)
 class Original:
-    """An original: packed weights of its `checkpoint` are unpacked in `dtype`."""
+    """An original of `library`: packed weights of its `checkpoint` are unpacked in `dtype`."""
 
-    config: PreTrainedConfig
-    model_class: type[PreTrainedModel]
+    library: Library
+    config: Any
+    model_class: Any
     dtype: torch.dtype
     checkpoint: Checkpoint
 
@@ -27,14 +28,15 @@ class Original:
     def open(cls, directory: str | Path) -> "Original":
         """Open `directory`. Raises `InputError` where checkpoint or class cannot be streamed, naming what and why."""
         stored = Checkpoint.open(directory)
-        config = transformers_models.read_config(stored.directory)
-        model_class = transformers_models.model_class(config, stored.directory)
-        dtype = transformers_models.compute_dtype(config, stored)
+        library = library_of(stored.directory)
+        config = library.read_config(stored.directory)
+        model_class = library.model_class(config, stored.directory)
+        dtype = library.compute_dtype(config, stored)
         name = TORCH_NAMES[str(dtype).removeprefix("torch.")]
         if not stored.is_gguf:
-            return cls(config, model_class, dtype, unpacked(stored, read_model_config(stored.directory), name))
+            return cls(library, config, model_class, dtype, unpacked(stored, read_model_config(stored.directory), name))
         from onelayer.compiler.dequantize.gguf import named_by_transformers
 
         limit = modules_limit(len(stored.tensors))
-        empty = transformers_models.empty_model(config, model_class, dtype, limit)
-        return cls(config, model_class, dtype, named_by_transformers(stored, empty, name))
+        empty = library.empty_model(config, model_class, dtype, limit)
+        return cls(library, config, model_class, dtype, named_by_transformers(stored, empty, name))

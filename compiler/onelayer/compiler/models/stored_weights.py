@@ -6,14 +6,14 @@ only while they are converted.
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from onelayer.compiler.models import transformers_models
-from onelayer.compiler.models.construction import modules_limit
-from onelayer.compiler.models.conversion import Conversion
-from onelayer.compiler.models.units import owner_of, set_tensor
+from onelayer.compiler.libraries.construction import modules_limit
+from onelayer.compiler.libraries.library import Library
+from onelayer.compiler.libraries.modules import owner_of
+from onelayer.compiler.models.units import set_tensor
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
 
@@ -23,23 +23,21 @@ class StoredWeights:
     `limit` is the number of modules that its model class may have.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, config: PreTrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype
-    ) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, library: Library, checkpoint: Checkpoint, config: Any, cls: Any, dtype: torch.dtype) -> None:
+        self.library, self.checkpoint = library, checkpoint
         self.dtype = dtype
         # Loading rules use the names of the bare model, so an untouched twin receives what is loaded.
         self.limit = modules_limit(len(checkpoint.tensors))
-        self._twin = transformers_models.build_skeleton(config, cls, dtype, limit=self.limit)
+        self._twin = library.build_skeleton(config, cls, dtype, limit=self.limit)
         # Empty (meta) parameters and buffers, which give the shape and dtype of each runtime name.
         self.bare_parameters: dict[str, torch.Tensor] = dict(self._twin.state_dict(keep_vars=True))
-        self._conversion = Conversion(self._twin, dtype)
-        self._plan = transformers_models.plan_loading(self._twin, checkpoint)
+        self._conversion = library.converter(self._twin, dtype)
+        self._plan = library.plan_loading(self._twin, checkpoint)
         self._made_from: dict[str, list[str]] = {}
         for name, keys in self._plan.checkpoint_keys.items():
             for key in keys:
                 self._made_from.setdefault(key, []).append(name)
-        self.computed = transformers_models.computed_parameters(self._twin, self._plan, checkpoint.directory)
+        self.computed = library.computed_parameters(self._twin, self._plan, checkpoint.directory)
 
     @cached_property
     def checkpoint_keys(self) -> dict[str, tuple[str, ...]]:
@@ -59,7 +57,7 @@ class StoredWeights:
 
     def tied_with(self, name: str) -> frozenset[str]:
         """Return the other runtime names that are the same parameter in the model."""
-        return transformers_models.tied_with(self._twin, name)
+        return self.library.tied_with(self._twin, name)
 
     def reads_rows(self, name: str) -> bool:
         """Whether rows of a parameter, or of the partner it is tied to, can be read without the rest of it."""

@@ -7,13 +7,13 @@ unit at a time. Held: headers and module objects; weights only inside `resident`
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.models import transformers_models
+from onelayer.compiler.libraries.modules import owner_of
 from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
 from onelayer.compiler.models.original import Original
 from onelayer.compiler.models.stored_weights import StoredWeights
@@ -21,7 +21,6 @@ from onelayer.compiler.models.units import (
     Unit,
     bare_name,
     names_read_by_rows,
-    owner_of,
     set_tensor,
     split_into_units,
     tensor_bytes,
@@ -40,7 +39,7 @@ class StreamedModel:
     def __init__(
         self,
         directory: str | Path,
-        prepare: Callable[[PreTrainedModel], None] | None = None,
+        prepare: Callable[[Any], None] | None = None,
         replaced: Collection[str] = (),
     ) -> None:
         """Open `directory`; `prepare` may wrap modules of the empty model (adapters) before it is split into units.
@@ -50,10 +49,11 @@ class StreamedModel:
         what and why.
         """
         original = Original.open(directory)
-        self.config, self.dtype, self.checkpoint = original.config, original.dtype, original.checkpoint
+        self.library, self.config = original.library, original.config
+        self.dtype, self.checkpoint = original.dtype, original.checkpoint
         cls = original.model_class
-        weights = self.weights = StoredWeights(self.checkpoint, self.config, cls, self.dtype)
-        self.model = transformers_models.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
+        weights = self.weights = StoredWeights(self.library, self.checkpoint, self.config, cls, self.dtype)
+        self.model = self.library.build_skeleton(self.config, cls, self.dtype, weights.computed, weights.limit)
         if prepare is not None:
             self._wrap(prepare)
         self._absent: dict[str, torch.Tensor] = {
@@ -80,7 +80,7 @@ class StreamedModel:
         self.lazy = names_read_by_rows({name: self._owners[name] for name in alone}, self.head)
         self.units, self.parameters_outside_units = self._split()
 
-    def _wrap(self, prepare: Callable[[PreTrainedModel], None]) -> None:
+    def _wrap(self, prepare: Callable[[Any], None]) -> None:
         """Let `prepare` see parameters on the host, without storage, so that it puts its own parameters there too."""
         owners = [owner_of(self.model, name) for name in self.weights.bare_parameters]
         empty = [(*owner, getattr(*owner)) for owner in owners if getattr(*owner).is_meta]  # the others are computed
@@ -110,7 +110,7 @@ class StreamedModel:
         for name, (owner, _) in self._owners.items():
             if name in self.weights.checkpoint_keys:
                 stored.setdefault(owner, {})[name] = tensor_bytes(self.weights.bare_parameters[name])
-        return split_into_units(self.model, transformers_models.block_modules(self.model), self.head, stored, self.lazy)
+        return split_into_units(self.model, self.library.block_modules(self.model), self.head, stored, self.lazy)
 
     @property
     def largest_unit_bytes(self) -> int:

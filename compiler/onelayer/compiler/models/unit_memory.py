@@ -186,6 +186,19 @@ def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
     return sum(sides) + 4 * max(sides, default=0) + 24 * values + graph + 4 * SLICE_BYTES
 
 
+def weighing_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
+    """Bound what weighing the factors of a unit's linears (out, in) by gradients holds in addition to computing them.
+
+    The moments of the gradients at all outputs and three times those of one as they are factored, one weight and its
+    moments once more in float64, the `graph` of one micro-batch, slices of the head and their gradients. Kept unit
+    inputs are not in it, as in `coding_bytes`.
+    """
+    linears = list(shapes)
+    outputs = [8 * rows * OUTPUT_BLOCK for rows, _ in linears]
+    weighted = max((8 * (2 * rows * columns + min(rows, columns) ** 2) for rows, columns in linears), default=0)
+    return sum(outputs) + 3 * max(outputs, default=0) + weighted + graph + 4 * SLICE_BYTES
+
+
 def decoding_bytes(values: int, value_bytes: int) -> int:
     """Bound what a product with a coded weight of `values` holds while it runs.
 

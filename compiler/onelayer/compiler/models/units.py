@@ -9,18 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from onelayer.compiler.libraries.modules import has_forward
+
 Forward = Callable[..., Any]
-
-
-def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """Return the module that holds the parameter or buffer `name`, and its attribute in that module."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def has_forward(module: torch.nn.Module) -> bool:
-    """Whether a module has a forward of its own; lists and other containers have none."""
-    return type(module).forward is not torch.nn.Module.forward
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from onelayer.compiler.data.labeled_rows import DataSource, read_for
 from onelayer.compiler.data.tokens import Tokens, load_tokenizer
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.transformers_models import model_class, read_config
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.transformers_models import model_class, read_config
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.polish.trained_adapter import FreshAdapter, attach_trainable, write_polished

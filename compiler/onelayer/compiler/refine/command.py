@@ -25,6 +25,7 @@ from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import GradientRefinePass, RefinePass, UnitTraining, refine_workspace
+from onelayer.compiler.refine.own_inputs import OwnInputsPass
 from onelayer.compiler.refine.resume import REFINE_WORK, RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
 from onelayer.compiler.results import Report, Result
@@ -57,12 +58,13 @@ def refine_emulator(
 ) -> RefineResult:
     """Train an emulator's factors, a unit at a time, to reproduce the outputs of `model`; write the result.
 
-    Ranks, dtype and bytes stay the same. Each unit is trained for `steps` steps on the original's own inputs. A step
+    Ranks, dtype and bytes stay the same. Each unit is trained for `steps` steps. `inputs` says on which inputs: the
+    "original"'s, or those that the units of the "emulator" refined so far have made, the default for codes. A step
     uses `step_samples` of the `samples` examples, or all if there are fewer, and computes `batch_size` at once.
     `learning_rate` is relative to the size of each factor. Training leaves the factors in no order, so the result
-    cannot be sliced. Experts of mixtures are left unchanged. With `backward`, a pass goes on to the loss and back, and
-    each unit also learns the gradients at its inputs and at its linears' outputs; a model without a loss has none, and
-    an emulator is used for its gradients. An interrupted run continues after its last finished unit.
+    cannot be sliced. Experts of mixtures are left unchanged. With `backward`, a pass goes on to the loss and back,
+    and each unit also learns the gradients at its inputs and at its linears' outputs; a model without a loss has
+    none, and an emulator is used for its gradients. An interrupted run continues after its last finished unit.
     Raises `InputError` for bad input.
     """
     chosen, output = RefineSettings.of(settings), Path(output)
@@ -80,6 +82,7 @@ def refine_emulator(
         raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
     step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
     chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": backward})
+    chosen = chosen.resolved(coded=bool(opened.facts.codes))
     return _refine(streamed, opened, tokens, output, chosen)
 
 
@@ -88,8 +91,10 @@ def _refine(
 ) -> RefineResult:
     """Stream the original, train the emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)
-    # What waits for the way back grows with every unit; on a host that is the device itself it lies in files.
-    keeps = settings.backward and device.type == "cpu" and settings.host_memory_bytes is None
+    # What waits for the way back grows with every unit, and twins double what waits. On a host that is the device
+    # itself it lies in files.
+    waits = settings.backward or settings.inputs == "emulator"
+    keeps = waits and device.type == "cpu" and settings.host_memory_bytes is None
     spill_pool = SpillPool(0 if keeps else settings.host_memory_bytes)
     batches = make_batches(tokens, streamed.config, settings.batch_size)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -109,7 +114,8 @@ def _refine(
         if settings.backward:
             GradientRefinePass(training, batches, spill_pool).refine()
         else:
-            RefinePass(training, spill_pool).refine(batches)
+            kind = OwnInputsPass if settings.inputs == "emulator" else RefinePass
+            kind(training, spill_pool).refine(batches)
 
         def publish() -> RefineResult:
             at_once = max(math.prod(batch.shape) for batch in batches)

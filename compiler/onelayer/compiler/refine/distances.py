@@ -35,7 +35,10 @@ class Distances:
 
         An output without finite rows is not counted. `guarded`: keep rows that are not finite out of gradients.
         """
-        with self._replaced(), _guarded(self.unit, self.linears if guarded and call.dropped_rows else ()):
+        with (
+            replaced_linears(self.unit, self.linears),
+            _guarded(self.unit, self.linears if guarded and call.dropped_rows else ()),
+        ):
             outputs, _ = rerun(self.unit, call.kept, self.device, asked=call.asked)
         return self._between(call, outputs)
 
@@ -48,7 +51,10 @@ class Distances:
             distance, outputs = self.of_outputs(call, guarded=True)
             return distance, outputs, torch.zeros((), device=self.device)
         _, exact = self._gradients(call, create_graph=False)
-        with self._replaced(twice=True), sdpa_kernel(SDPBackend.MATH):  # the only one with a second derivative
+        with (
+            replaced_linears(self.unit, self.linears, twice=True),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the only one with a second derivative
             found_outputs, found = self._gradients(call, create_graph=torch.is_grad_enabled())
         distance, outputs = self._between(call, found_outputs)
         pairs = zip(found, exact, strict=True)
@@ -90,16 +96,16 @@ class Distances:
             found = torch.autograd.grad(ends, points, begun, create_graph=create_graph, allow_unused=True)
         return outputs, found
 
-    @contextmanager
-    def _replaced(self, *, twice: bool = False) -> Iterator[None]:
-        """Let the unit compute with the factors instead of the weights; restore the weights on exit."""
-        modules: dict[str, Any] = {path: self.unit.module.get_submodule(path) for path in self.linears}
-        forwards: dict[nn.Module, Callable[..., Any]] = {
-            module: partial(self.linears[path].product, bias=module.bias, twice=twice)
-            for path, module in modules.items()
-        }
-        with replaced_forwards(self.unit, forwards):
-            yield
+
+@contextmanager
+def replaced_linears(unit: Unit, linears: Mapping[str, TrainedLinear], *, twice: bool = False) -> Iterator[None]:
+    """Let a unit compute with `linears`, by path below it, instead of its weights; restore the weights on exit."""
+    modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        module: partial(linears[path].product, bias=module.bias, twice=twice) for path, module in modules.items()
+    }
+    with replaced_forwards(unit, forwards):
+        yield
 
 
 def twice_differentiable(unit: Unit, error: RuntimeError) -> InputError | None:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
-from onelayer.compiler.machine.console import Progress, StopRequest
+from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
@@ -29,11 +29,11 @@ from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import RefineSettings
-from onelayer.compiler.refine.trained_linears import trained_linear
-from onelayer.compiler.streaming.gradient_stream import HOST, GradientStream, Record
+from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
+from onelayer.compiler.streaming.calibration_stream import CalibrationStream
+from onelayer.compiler.streaming.gradient_stream import HOST, Record
 from onelayer.compiler.streaming.spill import SpillPool
-from onelayer.compiler.streaming.stream import ParkedBatch, Stream
-from onelayer.compiler.streaming.token_loss import TokenLoss
+from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 
 
@@ -52,6 +52,14 @@ class UnitTraining:
         """Whether a unit has something to train and is not finished."""
         return not self.work.has(unit) and bool(linears_of(unit, self.emulator))
 
+    def linears(self, unit: Unit, emulator: Emulator) -> dict[str, TrainedLinear]:
+        """Read what replaces a unit's linears in an emulator, by path below the unit."""
+        dtype, device = self.streamed.dtype, self.meter.device
+        return {
+            name.removeprefix(f"{unit.name}."): trained_linear(emulator, name, dtype, device)
+            for name in linears_of(unit, emulator)
+        }
+
     def train(self, unit: Unit, calls: list[Call]) -> None:
         """Train a resident unit on its calls, if there are any, and write its factors."""
         if processes().any(bool(calls)):
@@ -59,12 +67,7 @@ class UnitTraining:
         self.stop.check()
 
     def _train(self, unit: Unit, calls: list[Call]) -> None:
-        device = self.meter.device
-        names = {name.removeprefix(f"{unit.name}."): name for name in linears_of(unit, self.emulator)}
-        linears = {
-            path: trained_linear(self.emulator, name, self.streamed.dtype, device) for path, name in names.items()
-        }
-        team = processes()
+        linears, team = self.linears(unit, self.emulator), processes()
         before, after = refine_unit(unit, linears, calls, self.settings, self.meter, team)
         figures = RefinedUnit(
             name=unit.name,
@@ -77,7 +80,7 @@ class UnitTraining:
 
         def finish() -> None:
             stored = {
-                names[path] + ending: tensor.cpu()
+                f"{unit.name}.{path}{ending}": tensor.cpu()
                 for path, linear in linears.items()
                 for ending, tensor in linear.stored().items()
             }
@@ -98,7 +101,7 @@ class RefinePass(Stream):
             training.streamed,
             meter.device,
             meter,
-            on_unit=self._on_unit,
+            on_unit=self.watching,
             spill_pool=spill_pool,
             description="refine",
             team=processes(),
@@ -115,43 +118,58 @@ class RefinePass(Stream):
         wanted = [unit.position for unit in self.streamed.units if self.training.is_wanted(unit)]
         if wanted:
             self.stop_after = max(wanted)
-            self.run([batch.inputs for batch in batches], lambda index, output: None)
+            self.run(self.passing([batch.inputs for batch in batches]), lambda index, output: None)
+
+    def passing(self, batches: list[Batch]) -> list[Batch]:
+        """Return what runs through the model for these batches."""
+        return batches
 
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the resident unit for one visit; if it is to be trained, keep its inputs and outputs."""
-        if self._calls is None:
-            return super().run_unit(visit, run)
         inputs = with_contents((visit.args, visit.kwargs))
-        kept = UnitInputs.of(inputs, self._known.setdefault(visit.index, WeakTensorKeyDictionary()))
+        kept = None if self._calls is None else self.learned_inputs(visit, inputs)
+        if self._calls is None or kept is None:
+            return super().run_unit(visit, run)
         outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), HOST)
         call = Call.of(self._samples[visit.index], kept, outputs)
         self.spill_pool.hold((kept.tensors, call.targets))
         self._calls.append(call)
         return fill_containers(inputs[0], outputs)
 
+    def learned_inputs(self, visit: ParkedBatch, inputs: Any) -> UnitInputs | None:
+        """Return the inputs for which a unit learns to give the outputs of this visit; None if it does not learn it."""
+        return self.kept(visit.index, inputs)
+
+    def kept(self, index: int, inputs: Any) -> UnitInputs:
+        """Keep inputs of a batch; tensors that several units read are kept once."""
+        return UnitInputs.of(inputs, self._known.setdefault(index, WeakTensorKeyDictionary()))
+
     @contextmanager
-    def _on_unit(self, unit: Unit) -> Iterator[None]:
+    def watching(self, unit: Unit) -> Iterator[None]:
         """Train a unit's factors after all batches have run through it."""
-        if not self.training.is_wanted(unit):
-            yield
-            return
-        self._calls = []
+        self._calls = [] if self.training.is_wanted(unit) else None
         try:
             yield
-            calls = self._calls
+            self.train_now(unit)
         finally:
             self._calls = None
-        self.training.train(unit, calls)
+
+    def train_now(self, unit: Unit) -> None:
+        """Train the resident unit on the calls so far, if it is to be trained and is not trained yet."""
+        if self._calls is not None:
+            calls, self._calls = self._calls, None
+            self.training.train(unit, calls)
 
 
-class GradientRefinePass(GradientStream):
+class GradientRefinePass(CalibrationStream):
     """A pass forward and back over the original that trains every unit on what runs through it and what comes back.
 
     Units are trained on the way back, from the last to the first, on the original's inputs, outputs and gradients.
     """
 
     def __init__(self, training: UnitTraining, batches: Sequence[TokenBatch], spill_pool: SpillPool) -> None:
-        meter, settings = training.meter, training.settings
+        meter = training.meter
+        wanted = {unit.position for unit in training.streamed.units if training.is_wanted(unit)}
         super().__init__(
             training.streamed,
             meter.device,
@@ -160,29 +178,17 @@ class GradientRefinePass(GradientStream):
             spill_pool=spill_pool,
             description="refine",
             trained=len(batches),
-            seed=settings.seed,
+            seed=training.settings.seed,
             dropout=False,
+            first_wanted=min(wanted, default=0),
         )
-        self.training, self.batches = training, batches
-        self._wanted = {unit.position for unit in self.streamed.units if training.is_wanted(unit)}
+        self.training, self.batches, self._wanted = training, batches, wanted
         self._taken: list[Call] | None = None
 
     def refine(self) -> None:
         """Stream forward with the loss, then back to the first unit that is not trained yet."""
-        if not self._wanted:
-            return
-        loss = TokenLoss(self.batches, len(self.batches), self.device)
-        with Progress(2 * len(self.streamed.units), "refine") as bar, self:
-            self.bar = bar
-            self.run([batch.inputs for batch in self.batches], loss.take)
-            if not loss.finish():
-                raise RuntimeError("the loss on the calibration data is not finite; check the checkpoint and the data")
-            self.on_unit = self._on_unit
-            self.reverse()
-
-    def wants_gradients(self, unit: Unit) -> bool:
-        """Whether gradients are wanted of a unit or of one before it."""
-        return unit.is_block and unit.position >= min(self._wanted)
+        if self._wanted:
+            self.both_ways(self.batches, self._on_unit)
 
     def watch_rerun(self, unit: Unit, record: Record, outputs: list[torch.Tensor]) -> None:
         """Keep a call of a unit that is to be trained: its inputs, its outputs and their gradients."""

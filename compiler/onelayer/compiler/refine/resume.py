@@ -6,6 +6,7 @@ The file exists only when it is complete, so a kill costs at most one unit.
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ REFINE_WORK = WorkKind("refine", finished=UNIT_PATTERN)
 class RefinedUnit(Result):
     """The relative error ||outputs - the original's|| / ||the original's|| of a unit, before and after.
 
-    Both are measured on the original's inputs. So are the errors of the gradients at its inputs and at its linears'
-    outputs, if these were learned too. `dropped_rows` counts rows of the original's outputs that were not finite; they
-    are left out.
+    Both are measured on the inputs that it learned from. So are the errors of the gradients at its inputs and at its
+    linears' outputs, if these were learned too. `dropped_rows` counts rows of the original's outputs that were not
+    finite; they are left out.
     """
 
     name: str
@@ -83,16 +84,23 @@ class RefineWork:
         self._check_unchanged()
         write_safetensors(self._file(unit), entries, {"figures": figures.model_dump_json()})
 
+    @property
+    def refined(self) -> Emulator:
+        """The emulator with the factors of finished units in place of its own."""
+        replaced = {name: info for _, table in self._finished.values() for name, info in table.items()}
+        checkpoint = self.emulator.checkpoint
+        return replace(self.emulator, checkpoint=replace(checkpoint, tensors={**checkpoint.tensors, **replaced}))
+
     def publish(self, output: Path, record: Mapping[str, Any], meter: Meter) -> None:
         """Write the emulator with the finished units' factors in place of its own, under a new digest.
 
         Its record has the errors of the units. The errors of single linears no longer hold and are removed.
         """
         emulator = self.emulator
-        refined = {name: info for _, table in self._finished.values() for name, info in table.items()}
+        refined = self.refined.checkpoint.tensors
         by_file = {
             file: [
-                copy_entry(name, refined.get(name, info))
+                copy_entry(name, refined[name])
                 for name, info in emulator.checkpoint.tensors.items()
                 if info.file == file
             ]

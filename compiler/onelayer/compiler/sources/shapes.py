@@ -8,9 +8,11 @@ from onelayer.compiler.errors import InputError
 
 Row = Mapping[str, Any]
 
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # every shape may have these columns too
 OWN = ("text", "messages", "prompt", "completion", "chosen")  # a row with one of these is no foreign one
 COLUMNS = (
     *("text", "label", "prompt", "completion", "chosen", "rejected", "choices", "answer", "messages", "tools"),
+    *("image", "images", "audio", "audios"),
     *("instruction", "input", "context", "output", "response", "system", "history", "conversations", "data"),
 )
 SPEAKERS = {
@@ -40,6 +42,14 @@ def own_row(row: object, source: str) -> tuple[object, str | None]:
     """
     if not isinstance(row, Mapping):
         return row, None
+    own, shape = _converted(row, source)
+    if shape is None:
+        return row, None
+    return {**{name: row[name] for name in MEDIA if row.get(name) is not None}, **own}, shape
+
+
+def _converted(row: Row, source: str) -> tuple[Row, str | None]:
+    """Convert the texts of a row."""
     given = {name: value for name, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= given.keys():
         return _preference(given, source)

@@ -1,5 +1,6 @@
 """The config.json of a model directory: read as a document, and written as transformers reads it. Torch-free."""
 
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
         raise InputError(f"{path}: field architectures: is not a list of names; restore the file")
     return document
+
+
+def is_diffusers_config(document: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a diffusers model: such a model is named by its class, and has no type."""
+    return "_class_name" in document and "model_type" not in document
 
 
 def write_model_config(directory: Path, document: dict[str, Any]) -> None:

@@ -161,6 +161,7 @@ class Stream:
                 while here := [visit for visit in parked if visit.unit is unit]:
                     visit = min(here, key=lambda visit: self.priority(visit.index))
                     assert visit.resume is not None
+                    self.before_call(visit, here)
                     with self._name_failure(visit.index, unit), self.batch_context(visit.index):
                         output = self.run_unit(visit, run)
                         visit.args, visit.kwargs = (), {}
@@ -174,6 +175,9 @@ class Stream:
         return following[0] if following and type(following[0].module) is type(unit.module) else None
 
     # ---- what a pass that keeps more than outputs overrides --------------------------------------------------------
+
+    def before_call(self, visit: ParkedBatch, here: Sequence[ParkedBatch]) -> None:
+        """Prepare the call of the resident unit for one of the batches parked at it, which are `here`."""
 
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the resident unit for one parked batch; return its output on the host."""

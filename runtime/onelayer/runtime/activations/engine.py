@@ -2,6 +2,7 @@
 
 `layer`: the whole layer from its compressed input. `sublayer`: each norm output is compressed once, and serves the
 norm's own backward and the recomputation of the attention or MLP that reads it. A layer without such norms falls back.
+A layer that holds layers, like a stage of Swin, runs as it is: those inside it are recomputed, each by itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onelayer.runtime.activations.layer_plan import LayerPlan, plan_layer
 from onelayer.runtime.activations.norms import CompressedNorm, Norm, NormCopy
@@ -24,6 +26,11 @@ Where = Literal["layer", "sublayer"]
 def has_trainable(module: nn.Module) -> bool:
     """Whether any parameter in it is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def holds_layers(layer: nn.Module) -> bool:
+    """Whether a layer contains other layers that are recomputed."""
+    return any(isinstance(part, GradientCheckpointingLayer) for part in layer.modules() if part is not layer)
 
 
 class ActivationEngine:
@@ -61,7 +68,7 @@ class ActivationEngine:
         layer = next((value for value in args if isinstance(value, nn.Module)), getattr(call, "__self__", None))
         given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point() and tensor.ndim > 1]
         needed = layer is None or has_trainable(layer) or any(tensor.requires_grad for tensor in given)
-        if not given or not needed or not torch.is_grad_enabled():
+        if not given or not needed or not torch.is_grad_enabled() or (layer is not None and holds_layers(layer)):
             return call(*args, **kwargs)
         if layer is not None and self.where == "sublayer":
             plan = self._plan(layer, call, given[0], args, kwargs)

@@ -31,11 +31,22 @@ class _Slot:
     """The place of a tensor in stored arguments."""
 
     stand_in: StandIn
+    strides: tuple[int, ...]
     requires_grad: bool
 
     def fill(self) -> torch.Tensor:
-        # Autograd must save the same tensors as in the first run, so this needs a gradient if the original does.
-        return self.stand_in.rebuild().requires_grad_(self.requires_grad)
+        # Autograd must save the same tensors as in the first run, so this needs a gradient if the original does. It
+        # also lies in memory as the original did, since operators choose what they save by the layout of their input.
+        return _laid_out(self.stand_in.rebuild(), self.strides).requires_grad_(self.requires_grad)
+
+
+@torch.no_grad()
+def _laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return the tensor with these strides; a stride of zero repeats its first entry."""
+    if tensor.stride() == strides:
+        return tensor
+    distinct = tensor[tuple(slice(None) if stride else slice(1) for stride in strides)]
+    return distinct.new_empty_strided(distinct.shape, strides).copy_(distinct).expand(tensor.shape)
 
 
 def checkpointed_call(
@@ -53,9 +64,9 @@ def checkpointed_call(
     def slot(tensor: torch.Tensor) -> Any:
         stand_in = stand_ins.get(id(tensor))
         # An exact tensor is kept itself, so that checkpoint guards it like any other.
-        return (
-            tensor if stand_in is None or isinstance(stand_in, ExactTensor) else _Slot(stand_in, tensor.requires_grad)
-        )
+        if stand_in is None or isinstance(stand_in, ExactTensor):
+            return tensor
+        return _Slot(stand_in, tensor.stride(), tensor.requires_grad)
 
     # Checkpoint restores the random state of the devices of its arguments.
     marker = next(tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in stand_ins).detach().new_empty(0)

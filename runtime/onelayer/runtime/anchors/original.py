@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.emulators.facts import EmulatorFacts
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.modules import owner_of
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.units import Unit, owner_of, set_tensor
+from onelayer.compiler.models.units import Unit, set_tensor
 
 
 class AdaptedOriginal:

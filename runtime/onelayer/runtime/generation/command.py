@@ -79,7 +79,7 @@ def _loaded(directory: Path, adapter: str | Path | None) -> Any:
     """Load the model, and its adapter, as any program does."""
     import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
     from onelayer.compiler.adapters.reader import Adapter
-    from onelayer.compiler.models.transformers_models import load_config, model_class
+    from onelayer.compiler.libraries.transformers_models import load_config, model_class
     from onelayer.compiler.storage.checkpoint import Checkpoint
 
     checkpoint, config = Checkpoint.open(directory), load_config(directory)

@@ -212,8 +212,6 @@ def _impossible_codes(manifest: Manifest) -> list[Fault]:
     if emulator is None:
         return []
     faults: list[Fault] = []
-    if emulator.backward and not (manifest.prefers_codes or (emulator.memory is not None and manifest.may_be_coded)):
-        faults.append((("emulator", "backward"), "only codes are weighted by gradients, set form: coded"))
     if emulator.form != "coded":
         return faults
     if emulator.ratio is not None:

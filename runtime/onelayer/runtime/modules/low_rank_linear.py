@@ -86,7 +86,7 @@ def load_emulator(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     This checks the files, then does the same as `from_pretrained(path, **kwargs)` of that class after
     `import onelayer.runtime`. Raises `InputError` if `path` is not an emulator.
     """
-    from onelayer.compiler.models.transformers_models import load_config, model_class
+    from onelayer.compiler.libraries.transformers_models import load_config, model_class
     from onelayer.compiler.storage.checkpoint import Checkpoint
     from onelayer.compiler.storage.model_config import read_model_config
 

@@ -112,11 +112,13 @@ def unknown_costs(basis: CostBasis) -> StepCosts:
 
 
 def compile_costs(basis: CostBasis) -> StepCosts:
-    """Predict a compile: one pass over the original, and with codes one back."""
+    """Predict a compile: one pass over the original, and one back if errors are weighted by gradients."""
     tokens = basis.manifest.stream.batch_size * basis.emulator.calibration.max_length
     ratio = basis.ratio if basis.size.coded else widest_ratio(basis.ratio, basis.emulator.allocation)
-    peak = compile_bytes(basis.shapes, ratio, tokens, basis.size.coded)
-    read = basis.model_bytes * (2 if basis.size.coded and basis.emulator.backward is not False else 1)
+    asked, coded = basis.emulator.backward, basis.size.coded
+    backward = asked is not False if coded else asked is True
+    peak = compile_bytes(basis.shapes, ratio, tokens, coded, backward)
+    read = basis.model_bytes * (2 if backward else 1)
     return StepCosts(read_bytes=read, write_bytes=basis.emulator_bytes(basis.ratio), peak_bytes=peak)
 
 

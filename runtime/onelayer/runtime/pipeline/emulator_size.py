@@ -40,6 +40,7 @@ def planned_run(manifest: Manifest, task: str) -> PlannedRun:
         compile_tokens=batch * longest,
         refine_tokens=0 if refinement is None else refinement.batch_size * longest,
         refine_backward=refinement is not None and refinement.backward,
+        compile_backward=emulator.backward is True,
         scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
     )
 
@@ -58,13 +59,14 @@ def runs_in_key(manifest: Manifest) -> list[dict[str, Any]]:
 def _in_key(run: PlannedRun) -> dict[str, Any]:
     """Name a run's fields as stored keys do: `is_sliced` was `is_cut` when the first were made.
 
-    `coded` is what the size decides, not what it is decided by. `refine_backward` is left out with its default, which
-    keeps the keys from before it.
+    `coded` is what the size decides, not what it is decided by. The two passes back are left out if they do not run,
+    which keeps the keys from before them.
     """
     fields = asdict(run)
     del fields["coded"]
-    if not run.refine_backward:
-        del fields["refine_backward"]
+    for name in ("refine_backward", "compile_backward"):
+        if not fields[name]:
+            del fields[name]
     return {"is_cut" if name == "is_sliced" else name: value for name, value in fields.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.sources.files import data_files
-from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
+from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import file_digest, sha256_json
 from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.stamps import FileStamps
@@ -81,6 +81,15 @@ class Step:
 def model_source(manifest: Manifest) -> Source:
     """Return the original that a manifest names."""
     return Source(manifest.model.path, is_model=True, revision=manifest.model.revision)
+
+
+def model_path(model: Source) -> Path:
+    """Return a model as the functions of steps take it: a path as it is, a Hub id as its downloaded snapshot.
+
+    The path of a GGUF file is what adapters of it have to name.
+    """
+    path = Path(model.text)
+    return path if path.is_absolute() else resolve_model(model.text, model.revision)
 
 
 def source_digests(steps: Iterable[Step]) -> dict[Source, str | None]:

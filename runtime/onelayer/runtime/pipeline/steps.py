@@ -10,7 +10,7 @@ from typing import Any
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Refine
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
-from onelayer.runtime.pipeline.step import Source, Step, model_source
+from onelayer.runtime.pipeline.step import Source, Step, model_path, model_source
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 from onelayer.runtime.planning.choice import Size
 
@@ -77,16 +77,16 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
 def _form_keywords(emulator: Emulator, size: Size) -> dict[str, Any]:
     """Say how large the emulator is and what it is made of."""
     if not size.coded:
-        return {**size.compile_settings(emulator.allocation), "form": "factors"}
+        return {**size.compile_settings(emulator.allocation), "form": "factors", "backward": emulator.backward}
     given = size.compile_settings(emulator.allocation) if emulator.memory is not None else {}
     return {"keep_bytes": emulator.share, **given, "form": emulator.form, "backward": emulator.backward}
 
 
 def _form_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
-    """Return what decides the form; nothing if it can only be factors, as before there were codes."""
+    """Return what decides the form; nothing if it can only be factors without a pass back, as before it existed."""
     by_memory = emulator.memory is not None
     if not (manifest.prefers_codes or (by_memory and manifest.may_be_coded)):
-        return {}
+        return {"backward": True} if emulator.backward else {}
     return {"form": emulator.form, "backward": emulator.backward is not False}
 
 
@@ -113,15 +113,14 @@ def _slice_step(ratio: float) -> Step:
 def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: float | None) -> Step:
     """Refine the common emulator, or its slice of `ratio`, on its calibration data."""
     model, calibration = model_source(manifest), emulator.calibration
-    settings = refine.model_dump(mode="json", exclude=set() if refine.backward else {"backward"})  # keeps older keys
+    settings = refine.model_dump(mode="json")
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import refine_emulator
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = refine_emulator(
             inputs["emulator"],
-            model=resolve_model(model.text, model.revision),
+            model=model_path(model),
             calibration=list(calibration.data),
             output=output,
             max_length=calibration.max_length,
@@ -132,7 +131,9 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
         return result.model_dump(mode="json")
 
     fields = {
-        **settings,
+        **refine.recorded(),
+        # Whose inputs it learns from is decided by the form, which may depend on the model.
+        **({"inputs": refine.inputs or "auto"} if _form_fields(manifest, emulator) else {}),
         "max_length": calibration.max_length,
         "seed": manifest.seed,
         **({} if ratio is None else {"ratio": ratio}),

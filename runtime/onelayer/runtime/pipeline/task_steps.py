@@ -12,7 +12,7 @@ from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Lora, Polish, Training
 from onelayer.runtime.pipeline.kinds import EVALUATION
-from onelayer.runtime.pipeline.step import Source, Step, model_source
+from onelayer.runtime.pipeline.step import Source, Step, model_path, model_source
 from onelayer.runtime.training.settings import TrainSettings
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
 
@@ -26,12 +26,11 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import correct_adapter
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = correct_adapter(
             inputs["adapter"],
             emulator=inputs["emulator"],
-            model=resolve_model(model.text, model.revision),
+            model=model_path(model),
             output=output,
             limit=limit,
             **held_out,
@@ -54,11 +53,10 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import polish_adapter
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = polish_adapter(
             inputs["adapter"],
-            model=resolve_model(model.text, model.revision),
+            model=model_path(model),
             data=_given(data),
             output=output,
             max_length=max_length,
@@ -81,9 +79,8 @@ def merge_step(task: str, model: Source, adapter: str) -> Step:
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import merge_adapter
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
-        base = resolve_model(model.text, model.revision)
+        base = model_path(model)
         return merge_adapter(inputs["adapter"], model=base, output=output).model_dump(mode="json")
 
     return Step(f"{task}.merge", "merge", execute, {}, {"model": model}, needs={"adapter": adapter}, task=task)
@@ -97,10 +94,9 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import evaluate_model
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = evaluate_model(
-            resolve_model(model.text, model.revision),
+            model_path(model),
             _given(test),
             adapters=list(inputs.values()),
             max_length=max_length,
@@ -165,10 +161,9 @@ def reference_step(manifest: Manifest, task: str, model: Source) -> Step:
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import reference_scores
-        from onelayer.compiler.storage.checkpoint import resolve_model
 
         result = reference_scores(
-            resolve_model(model.text, model.revision),
+            model_path(model),
             _given(data),
             output,
             method=method,
@@ -193,10 +188,9 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     referred = training.method != "sft" and not direct
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
-        from onelayer.compiler.storage.checkpoint import resolve_model
         from onelayer.runtime import train_lora
 
-        original = resolve_model(model.text, model.revision) if direct or anchored else None
+        original = model_path(model) if direct or anchored else None
         base = original if direct else inputs["emulator"]
         assert base is not None
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}

@@ -21,6 +21,7 @@ from onelayer.compiler.models.unit_memory import (
     step_bytes,
     training_bytes,
     trial_bytes,
+    weighing_bytes,
 )
 from onelayer.runtime.planning.coded import coded_emulator
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
@@ -49,7 +50,7 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
         chosen = chosen_correct_bytes(shapes, kept, planned.lora_rank, planned.scored_tokens, planned.on_gpu)
         corrected = max(corrected, chosen)
     return {
-        "compile": compile_bytes(shapes, planned.widest(ratio), compiled, planned.coded),
+        "compile": compile_bytes(shapes, planned.widest(ratio), compiled, planned.coded, planned.compile_backward),
         "refine": refined
         and refine_bytes(
             shapes,
@@ -151,25 +152,38 @@ def _width(shapes: ModelShapes, block: BlockShape) -> int:
 PROCESS_BYTES = 500 << 20
 
 
-def compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int, coded: bool = False) -> int:
+def compile_bytes(
+    shapes: ModelShapes, ratio: float, batch_tokens: int, coded: bool = False, backward: bool = False
+) -> int:
     """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver.
 
-    With codes the way back through a block is added. Experts are compressed as factors there too.
+    With codes, or with factors and `backward`, the way back through a block is added. Experts are compressed as factors
+    with codes too.
     """
     factored = [block for block, _ in shapes.kinds if block.experts is not None or not coded]
     peaks = [_compile_block(shapes, block, ratio, batch_tokens) for block in factored]
+    if backward and not coded:
+        back = (weighing_bytes(_sides(block), _graph(shapes, block, batch_tokens)) for block in factored)
+        return max(peak + weighed for peak, weighed in zip(peaks, back, strict=True))
     return max([*peaks, coded_compile_bytes(shapes, batch_tokens)] if coded else peaks)
 
 
 def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
 
-    def block_bytes(block: BlockShape) -> int:
-        graph = graph_bytes(_width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
-        linears = [(linear.out_features, linear.in_features) for linear in block.compressible]
-        return block.parameters * shapes.value_bytes + coding_bytes(linears, graph)
+    return max(
+        block.parameters * shapes.value_bytes
+        + coding_bytes(_sides(block), _graph(shapes, block, batch_tokens, on_gpu=on_gpu))
+        for block, _ in shapes.kinds
+    )
 
-    return max(block_bytes(block) for block, _ in shapes.kinds)
+
+def _graph(shapes: ModelShapes, block: BlockShape, batch_tokens: int, *, on_gpu: bool = True) -> int:
+    return graph_bytes(_width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
+
+
+def _sides(block: BlockShape) -> list[tuple[int, int]]:
+    return [(linear.out_features, linear.in_features) for linear in block.compressible]
 
 
 def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int) -> int:

@@ -35,7 +35,7 @@ def _shapes_from_config(directory: Path) -> ModelShapes:
     document = read_model_config(directory)
     import torch
 
-    from onelayer.compiler.models import transformers_models
+    from onelayer.compiler.libraries import transformers_models
 
     config = transformers_models.read_config(directory)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

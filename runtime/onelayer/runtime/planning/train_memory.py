@@ -39,6 +39,7 @@ class PlannedRun:
     fields are the tokens that a pass over the original has on the device at once. For compile and refine None means one
     example. `refine_tokens` is 0 if factors are not refined, `scored_tokens` is 0 if no held-out text chooses the
     correction. `coded`: the emulator consists of codes. `refine_backward`: a refinement learns gradients too.
+    `compile_backward`: factors are weighted by gradients.
     """
 
     batch_size: int
@@ -54,6 +55,7 @@ class PlannedRun:
     scored_tokens: int = 0
     coded: bool = False
     refine_backward: bool = False
+    compile_backward: bool = False
 
     def widest(self, ratio: float) -> float:
         """Return the ratio at which a compile computes factors."""

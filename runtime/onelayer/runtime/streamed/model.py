@@ -31,7 +31,7 @@ def streamed_for_training(model: str | Path, **settings: Unpack[StreamedKeywords
     directory = resolve_model(model, asked.revision)
     from transformers import GenerationConfig
 
-    from onelayer.compiler.models.transformers_models import GENERATION_FILE
+    from onelayer.compiler.libraries.transformers_models import GENERATION_FILE
     from onelayer.runtime.streamed.engine import StreamingEngine, parts_of
 
     engine = StreamingEngine(directory, asked)

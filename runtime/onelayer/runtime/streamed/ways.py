@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.models.unit_memory import resident_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint
@@ -20,16 +21,30 @@ from onelayer.runtime.streamed.settings import Holding, StreamedSettings
 
 
 def chosen_way(
-    directory: Path, dtype: torch.dtype, settings: Holding, tokens: int, device: torch.device
+    directory: Path,
+    dtype: torch.dtype,
+    settings: Holding,
+    tokens: int,
+    device: torch.device,
+    quantization: str | None = None,
 ) -> StreamedSettings | None:
     """Return how a model of `dtype` is streamed; None if it is held whole. Print which, with its cost.
 
-    `tokens` are those of the largest batch.
+    `tokens` are those of the largest batch. Weights quantized by the method `quantization` are unpacked as they are
+    read, so such a model always streams; `InputError` is raised if it shall be held.
     """
     checkpoint = Checkpoint.open(directory)
-    needed, free = _resident_bytes(checkpoint, dtype, tokens, device), _free_bytes(device)
-    streams = settings.way == "streamed" or (settings.way == "auto" and needed > free)
-    text = f"{size(needed)} for weights and activations of {tokens} tokens, {size(free)} are free"
+    if quantization is not None:
+        if settings.way == "resident":
+            raise InputError(
+                f"--way resident: {directory} has {quantization} weights, which are unpacked as they stream; use "
+                "--way streamed --cache SIZE to keep layers in memory"
+            )
+        streams, text = True, f"{quantization} weights are unpacked layer by layer"
+    else:
+        needed, free = _resident_bytes(checkpoint, dtype, tokens, device), _free_bytes(device)
+        streams = settings.way == "streamed" or (settings.way == "auto" and needed > free)
+        text = f"{size(needed)} for weights and activations of {tokens} tokens, {size(free)} are free"
     if not streams:
         notice(f"trained in memory: {text}")
         return None

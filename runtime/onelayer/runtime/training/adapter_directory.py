@@ -46,6 +46,7 @@ def write_adapter_directory(
         class_name=model.model_class.__name__,
         class_module=model.model_class.__module__,
         fan_in_fan_out=transposed,
+        quantization=model.quantization,
     )
     write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)

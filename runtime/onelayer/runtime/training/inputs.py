@@ -12,11 +12,12 @@ from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable,
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.preferences import read_preferences
 from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
+from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import processes
-from onelayer.compiler.sources.data_set import names_of
+from onelayer.compiler.sources.data_set import data_sets, names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
@@ -35,7 +36,7 @@ class TrainModel:
     """Facts about a model directory. `ranks` are those of its compressed modules (none in a plain model).
 
     `base` is the original. `classes` are the classes that it predicts; None for a causal model. `stamps` are those of
-    its files from before they were digested.
+    its files from before they were digested. `quantization` is the method of an original's quantized weights.
     """
 
     directory: Path
@@ -47,13 +48,14 @@ class TrainModel:
     tokenizer: "PreTrainedTokenizerBase"
     classes: Classes | None
     stamps: FileStamps
+    quantization: str | None = None
     streaming: StreamedSettings | None = None
 
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
         import torch
 
-        from onelayer.compiler.models.transformers_models import empty_model
+        from onelayer.compiler.libraries.transformers_models import empty_model
 
         return empty_model(self.config, self.model_class, torch.float32)
 
@@ -89,20 +91,25 @@ class TrainData:
 def read_model(directory: Path, name: str) -> TrainModel:
     """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
 
-    from onelayer.compiler.models.transformers_models import load_config, model_class
+    from onelayer.compiler.libraries.transformers_models import load_config, model_class
+    from onelayer.compiler.models.original import Original
 
-    stamps = Checkpoint.open(directory).stamps
-    method = (read_model_config(directory).get("quantization_config") or {}).get("quant_method")
+    stored = Checkpoint.open(directory)
+    packing = quantization_settings(read_model_config(directory))
     digest = model_digest(directory)
     ranks: Mapping[str, int] = {}
     base = {"model": name, "revision": _snapshot_revision(directory), "digest": digest}
-    if method == "onelayer":
+    quantization = None
+    if packing is not None and quantization_method(packing) == "onelayer":
         facts = Emulator.open(directory).facts
         ranks = facts.compressed
         base = {"model": facts.base_model, "revision": facts.base_revision, "digest": facts.base_digest}
-    elif method is not None:
-        raise InputError(f"{directory}/config.json: quantization_config: {method!r} weights; give an emulator")
-    config = load_config(directory)
+        config = load_config(directory)
+    elif packing is not None or stored.is_gguf:
+        original = Original.open(directory)
+        config, quantization = original.config, original.checkpoint.quantization
+    else:
+        config = load_config(directory)
     loaded_class = model_class(config, directory)
     if not is_trainable(loaded_class):
         raise InputError(
@@ -111,7 +118,8 @@ def read_model(directory: Path, name: str) -> TrainModel:
         )
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
     tokenizer = load_tokenizer(directory)
-    return TrainModel(directory, ranks, digest, base, config, loaded_class, tokenizer, classes, stamps)
+    read = (config, loaded_class, tokenizer, classes, stored.stamps, quantization)
+    return TrainModel(directory, ranks, digest, base, *read)
 
 
 def original_source(
@@ -170,6 +178,19 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     cut = sum(item.cut for item in preferences)
     tell_cut(settings.max_length, len(preferences) + skipped, cut, skipped)
     return TrainData(rows, sha256_json([rows, settings.method]), skipped, cut)
+
+
+def places(data: DataSource) -> dict[str, Any]:
+    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
+    sources = data_sets(data)
+    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
+
+
+def training_device(arguments: Mapping[str, Any]) -> "torch.device":
+    """Return the device of a training with these arguments of its trainer."""
+    from onelayer.compiler.machine.devices import pick_device
+
+    return pick_device("cpu" if arguments.get("use_cpu") else None)
 
 
 def _snapshot_revision(directory: Path) -> str | None:
@@ -232,7 +253,7 @@ def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: "to
             raise InputError(f"--way streamed: {model.directory} is an emulator, which is made to fit; leave it out")
         return model
     dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.float32
-    streaming = chosen_way(model.directory, dtype, settings, tokens, device)
+    streaming = chosen_way(model.directory, dtype, settings, tokens, device, model.quantization)
     if streaming is not None:
         if settings.activations != "none":
             kept = "a streamed model keeps inputs of layers"

@@ -19,7 +19,6 @@ from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
-from onelayer.compiler.sources.data_set import data_sets
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -39,9 +38,11 @@ from onelayer.runtime.training.inputs import (
     held_by,
     longest_batch,
     original_source,
+    places,
     preference_data,
     read_model,
     tokenized,
+    training_device,
 )
 from onelayer.runtime.training.settings import (
     INSTALL,
@@ -155,25 +156,20 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     fields = lora_fields(settings, model.ranks)
     linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
     examples, held_out = sources.rows(model, settings, arguments["per_device_train_batch_size"])
+    model = held_by(model, settings, longest_batch(examples, arguments), training_device(arguments))
     record = {
         "format_version": 1,
         "kind": "adapter",
         "corrected": False,
         "trained_on": {"path": str(directory), "digest": model.digest},
         "base": model.base,
-        "data": {**_places(sources.data), "digest": examples.digest, "examples": len(examples.rows)},
+        "data": {**places(sources.data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments),
     }
     run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
         referenced, report = run.with_reference(work)
         return referenced.train(work, output, started, report)
-
-
-def _places(data: DataSource) -> dict[str, Any]:
-    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
-    sources = data_sets(data)
-    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
 
 
 def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -204,25 +200,26 @@ class _Run:
     reference: Reference | None
 
     def with_reference(self, work: Path) -> tuple["_Run", Report | None]:
-        """Return the run with log-probabilities of the original in its rows, if it learns preferences on an emulator.
+        """Return the run with log-probabilities of the original in its rows, if it learns preferences and needs them.
 
-        The report says what it cost to find them, if this was not done before.
+        An emulator does, and a streamed original: it would be read once more in every step. The report says what it
+        cost to find them, if this was not done before.
         """
         method, reference, report = self.settings.method, self.reference, None
         sets = [self.examples, *([] if self.held_out is None else [self.held_out])]
-        if method == "sft" or not self.model.ranks:
+        original = self.original if self.model.streaming is None else self.model.directory
+        if method == "sft" or (reference is None and original is None):
             return self, None
         if reference is None:
-            assert self.original is not None
+            assert original is not None
             answers = {key: row for data in sets for key, row in answers_of(data.rows, method).items()}
             device = "cpu" if self.arguments.get("use_cpu") else None
-            reference, report = own_reference(work, self.original, answers, device)
+            reference, report = own_reference(work, original, answers, device)
         examples, *held_out = [replace(data, rows=with_reference(data.rows, method, reference)) for data in sets]
         return replace(self, examples=examples, held_out=held_out[0] if held_out else None), report
 
     def train(self, work: Path, output: Path, started: float, reference: Report | None) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
-        from onelayer.compiler.machine.devices import pick_device
         from onelayer.runtime.streamed.ways import show_streams, streaming_figures
         from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
         from onelayer.runtime.training.anchored import anchor
@@ -230,12 +227,11 @@ class _Run:
         from onelayer.runtime.training.compressed_activations import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
-        team, device = processes(), pick_device("cpu" if self.arguments.get("use_cpu") else None)
-        model = held_by(self.model, self.settings, longest_batch(self.examples, self.arguments), device)
-        with _global_random_state(), Meter(device) as meter:
+        team = processes()
+        with _global_random_state(), Meter(training_device(self.arguments)) as meter:
             gpu = meter.on_gpu
             rows = (self.examples, self.held_out)
-            trainer = make_trainer(self.settings.method, model, rows, self.fields, self.arguments, work, gpu)
+            trainer = make_trainer(self.settings.method, self.model, rows, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)

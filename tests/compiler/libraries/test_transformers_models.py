@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.tiny_models import save_tiny, tiny_llama
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.models import transformers_models
-from onelayer.compiler.models.units import has_forward
+from onelayer.compiler.libraries import transformers_models
+from onelayer.compiler.libraries.modules import has_forward, missing_parameters
 from onelayer.compiler.storage.checkpoint import Checkpoint
 
 
@@ -71,7 +71,7 @@ def test_renamed_stacked_and_tied_names_are_planned(tmp_path: Path) -> None:
     stacked = [name for name in plan.checkpoint_keys if name.endswith("experts.gate_up_proj")]
     assert stacked
     assert all(len(plan.checkpoint_keys[name]) == 8 and name not in plan.stored_unchanged for name in stacked)
-    assert not transformers_models.missing_parameters(skeleton, plan)
+    assert not missing_parameters(skeleton, plan)
     save_tiny("llama_tied", tmp_path / "tied")
     config = transformers_models.read_config(tmp_path / "tied")
     skeleton = transformers_models.build_skeleton(config, transformers.LlamaForCausalLM, torch.float32)
@@ -122,11 +122,11 @@ def test_quantized_weights_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_no_other_module_of_the_compiler_uses_that_surface() -> None:
     private = {
-        "conversion_mapping": ("transformers_models.py",),
+        "conversion_mapping": ("conversion.py",),
         "core_model_loading": ("transformers_models.py", "conversion.py"),
         "LoadStateDictConfig": ("conversion.py",),
         "_get_dtype_plan": ("conversion.py",),
-        "_no_split_modules": ("transformers_models.py",),
+        "_no_split_modules": ("transformers_models.py", "diffusers_models.py"),
         "_keys_to_ignore_on_load_missing": ("transformers_models.py",),
         "all_tied_weights_keys": ("transformers_models.py",),
     }

@@ -1,21 +1,32 @@
 """Checkpoint tensors in, parameters out, by transformers' own loading, for a part of a model at a time.
 
-Used here, and nowhere else: `convert_and_load_state_dict_in_model`, `LoadStateDictConfig`, `_get_dtype_plan`.
-`tests/compiler/models/test_transformers_models.py` shows which one broke.
+Used here, and nowhere else: `get_model_conversion_mapping`, `convert_and_load_state_dict_in_model`,
+`LoadStateDictConfig`, `_get_dtype_plan`.
+`tests/compiler/libraries/test_transformers_models.py` shows which one broke.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.models.transformers_models import conversion_rules
+
+
+def conversion_rules(model: PreTrainedModel) -> list[WeightConverter | WeightRenaming]:
+    """Return transformers' rules from checkpoint tensors to the parameters of a model."""
+    return cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model))
 
 
 class Conversion:

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from onelayer.compiler.data.rows import Message
+from onelayer.compiler.conversations.parts import Message, text_of, texts_of, with_text
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.time_limit import TimeLimitError, time_limit
 
@@ -144,12 +144,12 @@ class Chat:
         """Raise `InputError` if the template leaves out the text of a message, or the tools."""
         marks = [f"{MARK}{chr(0xE100 + index % 0x1000)}" for index in range(len(self.messages))]
         texts = [
-            {**message, "content": mark} if message["content"].strip() else message
+            with_text(message, mark) if text_of(message).strip() else message
             for message, mark in zip(self.messages, marks, strict=True)
         ]
         text, reached = self.render(texts), 0
         for index, message in enumerate(self.messages):
-            place = text.find(marks[index]) if message["content"].strip() else reached
+            place = text.find(marks[index]) if text_of(message).strip() else reached
             calls_lost = self._lacks_calls(index)
             if place < 0 or calls_lost or not _shown(message, self.text):
                 what = "calls" if calls_lost else "text"
@@ -183,7 +183,7 @@ class Chat:
 
     def _prepared(self, message: Message) -> Message:
         own = {name: value for name, value in message.items() if name != "weight"}  # for the loss, not for the template
-        if self.parts:
+        if self.parts and isinstance(own["content"], str):
             own["content"] = [{"type": "text", "text": own["content"]}]
         if self.json_arguments and "tool_calls" in own:
             own["tool_calls"] = [_with_json_arguments(call) for call in own["tool_calls"]]
@@ -192,14 +192,14 @@ class Chat:
 
 def has_text(message: Message) -> bool:
     """Return whether a message has a text or calls."""
-    return bool(message["content"].strip() or message.get("tool_calls"))
+    return bool(text_of(message).strip() or message.get("tool_calls"))
 
 
 def marked(message: Message) -> Message:
     """Return a message with a mark in place of its text, or if it has calls, of a value of their arguments."""
     calls = message.get("tool_calls")
     if not calls:
-        return {**message, "content": MARK}
+        return with_text(message, MARK)
     function = calls[-1]["function"]
     arguments, found = _marked_value(function["arguments"])
     changed = {**function, "arguments": arguments} if found else {**function, "name": MARK}
@@ -235,10 +235,11 @@ def _marked_value(value: Any) -> tuple[Any, bool]:
 
 def _shown(message: Message, text: str) -> bool:
     """Return whether a rendering holds a message. Templates may trim texts, escape them, and drop reasoning."""
-    content = message["content"]
-    answer = content.rpartition("</think>")[2].strip() or content.strip()
+    whole = text_of(message)
+    answer = whole.rpartition("</think>")[2].strip() or whole.strip()
+    answers = [answer] if isinstance(message["content"], str) else texts_of(message)
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    texts = [answer, *(text for call in calls for text in (call["name"], *call["arguments"].values()))]
+    texts = [*answers, *(text for call in calls for text in (call["name"], *call["arguments"].values()))]
     return all(
         wanted in text or json.dumps(wanted, ensure_ascii=False)[1:-1] in text or json.dumps(wanted)[1:-1] in text
         for wanted in texts

@@ -1,22 +1,19 @@
 """The place where the streaming side touches transformers' semi-private surface.
 
 In: a model directory. Out: the real model class without weights, and its own rules for turning checkpoint tensors into
-parameters. Used here, and nowhere else: `get_model_conversion_mapping`, `rename_source_key`, `initialize_weights`,
+parameters. Used here, and nowhere else: `rename_source_key`, `initialize_weights`,
 `_no_split_modules`, `_keys_to_ignore_on_load_missing`, `all_tied_weights_keys`, `named_non_persistent_buffers`;
 `conversion.py` has what it takes to convert tensors.
-`tests/compiler/models/test_transformers_models.py` shows which one broke.
+`tests/compiler/libraries/test_transformers_models.py` shows which one broke.
 """
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -26,14 +23,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onelayer.compiler.dequantize.formats import FIELD, check_library, format_of, quantization_settings
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.models.construction import MODULES_WITHOUT_WEIGHTS, building, check_tables
-from onelayer.compiler.models.units import has_forward, owner_of
+from onelayer.compiler.libraries.construction import MODULES_WITHOUT_WEIGHTS, building, check_tables
+from onelayer.compiler.libraries.conversion import Conversion, conversion_rules
+from onelayer.compiler.libraries.modules import (
+    FLOAT_DTYPES,
+    LoadPlan,
+    missing_parameters,
+    modules_in_lists,
+    owner_of,
+    refuse_missing,
+    refuse_quantized,
+)
 from onelayer.compiler.storage.checkpoint import Checkpoint, floating_bytes
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
+DENOISES: bool = False
 GENERATION_FILE = "generation_config.json"
-# The floating dtypes of weights by their safetensors names, as in `FLOAT_NAMES`.
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -164,35 +169,7 @@ def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
     )
     if declared:
         return declared
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    inner = {part for module in lists for part in module.modules() if part is not module}
-    return frozenset(part for module in lists if module not in inner for item in module for part in _callable(item))
-
-
-def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    if has_forward(module):
-        yield module
-    else:
-        for child in module.children():
-            yield from _callable(child)
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Which checkpoint keys make which parameters.
-
-    `checkpoint_keys[name]` are the checkpoint keys of a runtime name. `stored_unchanged` are the names that are one
-    stored tensor, at most renamed, with no operation on it. `alias[name]` is the tied parameter that is stored instead.
-    """
-
-    checkpoint_keys: dict[str, tuple[str, ...]]
-    stored_unchanged: frozenset[str]
-    alias: dict[str, str]
-
-
-def conversion_rules(model: PreTrainedModel) -> list[WeightConverter | WeightRenaming]:
-    """Return transformers' rules from checkpoint tensors to the parameters of a model."""
-    return cast("list[WeightConverter | WeightRenaming]", get_model_conversion_mapping(model))
+    return modules_in_lists(model)
 
 
 def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
@@ -216,9 +193,7 @@ def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:
             converted.update(names)
         for target in names:
             if target in expected:
-                if checkpoint.tensors[key].dtype not in FLOAT_DTYPES and expected[target].is_floating_point():
-                    stored_as = checkpoint.tensors[key].dtype
-                    raise InputError(f"tensor {key}: {stored_as} are quantized values; give the unquantized original")
+                refuse_quantized(key, checkpoint.tensors[key].dtype, expected[target])
                 keys.setdefault(target, []).append(key)
     stored = {name: tuple(sources) for name, sources in keys.items()}
     stored_unchanged = frozenset(
@@ -252,12 +227,6 @@ def tied_with(model: PreTrainedModel, name: str) -> frozenset[str]:
     return frozenset({source, *(target for target, tied in ties.items() if tied == source)}) - {name}
 
 
-def missing_parameters(model: PreTrainedModel, plan: LoadPlan) -> list[str]:
-    """List the parameters that neither the checkpoint nor a tie provides."""
-    known = plan.checkpoint_keys.keys() | plan.alias.keys()
-    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in known]
-
-
 def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path) -> frozenset[str]:
     """Find missing parameters that the model computes itself: its class says that no checkpoint has to hold them.
 
@@ -266,9 +235,10 @@ def computed_parameters(model: PreTrainedModel, plan: LoadPlan, directory: Path)
     patterns = model._keys_to_ignore_on_load_missing or ()
     missing = missing_parameters(model, plan)
     computed = frozenset(name for name in missing if any(re.search(pattern, name) for pattern in patterns))
-    if wanting := [name for name in missing if name not in computed]:
-        raise InputError(
-            f"{directory}: {len(wanting)} parameters of {type(model).__name__} are not in the checkpoint, "
-            f"{wanting[0]!r} first; give a checkpoint of this class"
-        )
+    refuse_missing(model, [name for name in missing if name not in computed], directory)
     return computed
+
+
+def converter(model: PreTrainedModel, dtype: torch.dtype) -> Conversion:
+    """Return what converts the tensors of a checkpoint for an empty model."""
+    return Conversion(model, dtype)

@@ -9,8 +9,8 @@ the end of what closes it.
 from collections.abc import Sequence
 from functools import cached_property
 
-from onelayer.compiler.data.chat import MARK, Chat, has_text, mark_span, marked
-from onelayer.compiler.data.rows import Message
+from onelayer.compiler.conversations.chat import MARK, Chat, has_text, mark_span, marked
+from onelayer.compiler.conversations.parts import Message
 from onelayer.compiler.errors import InputError
 
 Span = tuple[int, int]  # characters [start, end) of a text

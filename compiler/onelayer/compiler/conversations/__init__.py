@@ -1,0 +1,1 @@
+"""The wing of conversations: messages and their parts checked, rendered by chat templates, turns located."""
