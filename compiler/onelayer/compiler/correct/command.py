@@ -251,5 +251,5 @@ def _report(
     if choice is not None:
         workspace = max(workspace, choice.workspace_bytes)
         bytes_read += choice.bytes_read
-    workspace += streamed.unpacking_bytes(meter.on_gpu)
+    workspace += streamed.host_bytes(meter.on_gpu)
     return meter.report(streamed.largest_unit_bytes, workspace, bytes_read)

@@ -101,7 +101,7 @@ class Anchors:
         streamed = self.original.streamed
         unit_bytes, on_gpu = streamed.largest_unit_bytes, self.meter.on_gpu
         workspace = anchoring_bytes(unit_bytes, widest(streamed), streamed.dtype.itemsize, self._longest, on_gpu)
-        workspace += streamed.unpacking_bytes(on_gpu)
+        workspace += streamed.host_bytes(on_gpu)
         return AnchorReport(
             every=every,
             bits=self.bits,

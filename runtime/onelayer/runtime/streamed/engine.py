@@ -173,7 +173,7 @@ class StreamingEngine:
         adapter = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         unit, value_bytes, on_gpu = self.streamed.largest_unit_bytes, self.streamed.dtype.itemsize, self._meter.on_gpu
         workspace = step_bytes(unit, self._width, value_bytes, self.step_tokens, ADAPTER_COPIES * adapter, on_gpu)
-        held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
+        held = self.streamed.host_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 
 
