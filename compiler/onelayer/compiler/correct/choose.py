@@ -28,7 +28,7 @@ from onelayer.compiler.correct.correction import Gap
 from onelayer.compiler.correct.trials import NAME, Gaps, Trials, tried_linears
 from onelayer.compiler.data.batches import TokenBatch, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.samples import Samples
@@ -52,6 +52,7 @@ class HeldOut:
     batch_size: int
     device: torch.device
     host_memory_bytes: int | None = None
+    max_image_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         raise InputError("max_length and batch_size must be at least 1")
     adapted, classes = open_scored(model, {NAME: adapter})
     streamed = adapted.streamed
-    samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
+    reader = load_reader(model, type(streamed.model), held_out.max_image_pixels)
+    samples = Samples.read(held_out.data, reader, held_out.max_length, classes)
     batches = samples.counted_batches(streamed.config, held_out.batch_size)
     rows = sum(samples.counted)
     trials = _Passes(adapter, adapted, emulator, held_out, meter, rows)

@@ -5,7 +5,7 @@ i % v.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ class Scoring:
         self._waiting: dict[int, DeferredLogits] = {}
         self._reference: torch.Tensor | None = None
 
-    def inputs(self) -> list[dict[str, torch.Tensor]]:
+    def inputs(self) -> list[Mapping[str, torch.Tensor]]:
         """Return the model's arguments for every stream index."""
         return [batch.inputs for batch in self.batches for _ in range(self.variants)]
 
@@ -217,4 +217,5 @@ def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variant
     head_width = int(getattr(config, "head_dim", None) or width // heads)
     itemsize = max(4, streamed.dtype.itemsize)
     states = sum(math.prod(batch.shape) * (2 * width + 2 * head_width + batch.shape[1]) * itemsize for batch in batches)
+    states += sum(batch.made_bytes for batch in batches)
     return min(spill_pool.budget_bytes, variants * states) + variants * len(batches) * 2 * SMALLEST_BYTES

@@ -15,7 +15,8 @@ import transformers
 
 from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -76,7 +77,7 @@ def refine_emulator(
     streamed = StreamedModel(directory)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_reader(directory, type(streamed.model), chosen.max_image_pixels)
     tokens, backward = calibration_tokens(streamed, calibration, tokenizer, chosen, backward=chosen.backward)
     if backward and not processes().is_alone:
         raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")

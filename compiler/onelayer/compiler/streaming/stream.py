@@ -17,6 +17,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves
 
+from onelayer.compiler.data.batches import BatchInputs
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
@@ -131,6 +132,7 @@ class Stream:
         No configuration field gives the longest row: rotary positions have no end. An index outside a table that is no
         token of the batch is a position. Models that count positions from 2 have two fewer positions than rows.
         """
+        batch = self._made(batch)
         try:
             return (self.call or self.streamed.model)(**batch)
         except OutsideTableError as error:
@@ -144,6 +146,14 @@ class Stream:
                 f"--max-length: an example has {length} tokens, and the model's table of positions ends after {limit} "
                 f"({error.rows} rows); give --max-length {limit}"
             ) from error
+
+    def _made(self, batch: Batch) -> Mapping[str, Any]:
+        """Return the arguments of a batch; those that are made now wait where parked states do."""
+        if not isinstance(batch, BatchInputs):
+            return batch
+        arguments = batch.tensors()
+        self.spill_pool.hold(arguments)
+        return arguments
 
     def _visit(
         self,
