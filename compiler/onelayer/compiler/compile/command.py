@@ -4,7 +4,6 @@ In: a checkpoint and a data set. Out: an emulator directory. Held on the device:
 one micro-batch. Read: every tensor once, embeddings by rows.
 """
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,11 +82,6 @@ def compile_emulator(
         )
     check_companions(streamed.checkpoint.directory)
     resolved, ranks = _chosen(streamed, asked)
-    if not processes().is_alone:
-        if resolved.code_width is not None:
-            raise InputError("codes are the work of one process; start it without torchrun, or give --form factors")
-        if resolved.backward:
-            raise InputError("--backward: is the work of one process; start it without torchrun, or leave it out")
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
@@ -165,13 +159,12 @@ def _finished(
     """Write what no unit of the stream wrote, and publish the emulator."""
     streamed, settings, writer = job.streamed, job.settings, job.writer
     writer.write_rest()
-    at_once = max(math.prod(batch.shape) for batch in batches)
     keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
+    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole)
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     elif settings.backward:
-        workspace += backward_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.host_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)

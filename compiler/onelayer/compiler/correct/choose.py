@@ -167,10 +167,10 @@ class _Passes:
             description="correct",
             team=team,
         )
-        held = scoring_workspace(streamed, batches, len(variants), device, self._spill_pool)
+        stream.run([*inputs, *more], lambda index, output: scoring.take(index, output) if index < len(inputs) else None)
+        held = scoring_workspace(stream, batches, len(variants))
         waiting = parked_bytes(streamed, unscored, 1, self._spill_pool) if device.type == "cpu" else 0
         self.workspace_bytes = max(self.workspace_bytes, held + waiting)
-        stream.run([*inputs, *more], lambda index, output: scoring.take(index, output) if index < len(inputs) else None)
         return scoring.finish(device)
 
 

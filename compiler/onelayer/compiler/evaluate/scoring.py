@@ -16,10 +16,10 @@ from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import DeferredLogits
-from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
+from onelayer.compiler.streaming.stream import Stream
 from onelayer.compiler.streaming.token_scores import Divergence, TokenScores
 
 
@@ -196,13 +196,15 @@ class Scoring:
         return total / count, agreed / count
 
 
-def scoring_workspace(
-    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, spill_pool: SpillPool
-) -> int:
+def scoring_workspace(stream: Stream, batches: Sequence[TokenBatch], variants: int) -> int:
     """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
-    tokens = max(math.prod(batch.shape) for batch in batches)
-    parked = parked_bytes(streamed, batches, variants, spill_pool) if device.type == "cpu" else 0
-    return scoring_bytes(streamed.largest_unit_bytes, widest(streamed), tokens) + parked
+    streamed, loads = stream.streamed, stream.loads
+    parked = 0
+    if stream.device.type == "cpu":
+        parked = parked_bytes(streamed, batches, variants, stream.spill_pool)
+        states = variants * len(batches) * loads.most_states * max(4, streamed.dtype.itemsize)
+        parked = max(parked, min(stream.spill_pool.budget_bytes, states))
+    return scoring_bytes(streamed.largest_unit_bytes, loads.most_values(streamed)) + parked
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:

@@ -29,6 +29,7 @@ from onelayer.compiler.models.units import Unit, hidden_forwards
 from onelayer.compiler.streaming.recorded_outputs import Recorded, asked_outputs, hand_over, recording
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.unit_loader import UnitLoader
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 Batch = Mapping[str, Any]
 
@@ -74,6 +75,7 @@ class Stream:
     call: Callable[..., Any] | None = None
     team: Processes = field(default_factory=Processes)
     visits: int = 0  # of units, by all processes together
+    loads: UnitLoads = field(default_factory=UnitLoads)  # of this process's batches
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `call(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
@@ -174,6 +176,7 @@ class Stream:
                     self.before_call(visit, here)
                     with self._name_failure(visit.index, unit), self.batch_context(visit.index):
                         output = self.run_unit(visit, run)
+                        self.loads.note(unit, (visit.args, visit.kwargs), output)
                         visit.args, visit.kwargs = (), {}
                     self.meter.sample()
                     parked.remove(visit)
