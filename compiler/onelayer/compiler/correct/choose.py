@@ -25,6 +25,7 @@ from onelayer.compiler.correct.candidates import (
     runs_per_row,
 )
 from onelayer.compiler.correct.correction import Gap
+from onelayer.compiler.correct.memory import trial_bytes
 from onelayer.compiler.correct.trials import NAME, Gaps, Trials, tried_linears
 from onelayer.compiler.data.batches import TokenBatch, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
@@ -38,7 +39,6 @@ from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import trial_bytes
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 
