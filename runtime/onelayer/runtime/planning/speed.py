@@ -127,9 +127,9 @@ def seconds_at(
     train = FORWARD + BACKWARD + (RECOMPUTE if planned.where != "none" else 0)
     exact_tokens = polish_batch * max_length
     runs = runs_per_row(CHOOSING_ROWS, FIRST_ROWS)
-    # Factors are evaluated twice and trained. A training step runs forward, back to inputs and back to factors, at
-    # equal cost.
-    refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
+    # Factors are evaluated twice and trained, and codes run once more to give the next layer its inputs. A training
+    # step runs forward, back to inputs and back to factors, at equal cost.
+    refined_tokens = ((3 if coded else 2) * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
         compile=round_significant(
             max(read, (FORWARD * active * samples * max_length + moments) / flops) + sum(backward), SECONDS_DIGITS
