@@ -33,7 +33,7 @@ OPTIONS = {
     ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
-        "EMULATOR --backward --batch-size --calibration --columns --config --device --host-memory --json "
+        "EMULATOR --backward --batch-size --calibration --columns --config --device --host-memory --inputs --json "
         "--learning-rate --max-length --model --output --resume --samples --seed --split --step-samples --steps"
     ),
     "train": (
