@@ -66,13 +66,33 @@ def training_bytes(
     return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
-def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapter_bytes: int, on_gpu: bool) -> int:
+def step_bytes(
+    unit_bytes: int,
+    width: int,
+    value_bytes: int,
+    tokens: int,
+    adapter_bytes: int,
+    on_gpu: bool,
+    slices: int = 4 * SLICE_BYTES,
+) -> int:
     """Bound what an exact step on `tokens` at once holds in addition to the unit that computes.
 
-    The unit that is read ahead, the head's slices and their gradients, the adapter with its optimizer, and the graph of
-    the widest unit. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
+    The unit that is read ahead, the head's `slices` and their gradients, the adapter with its optimizer, and the graph
+    of the widest unit. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
     """
-    return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
+    return unit_bytes + slices + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
+
+
+def loss_bytes(vocabulary: int, hidden: int, value_bytes: int, tokens: int) -> int:
+    """Bound what the loss of a whole batch of `tokens` holds: slices of the head and of logits, and hidden states.
+
+    The states are there ten times: as the layers gave them, as positions that are counted, with their gradients in
+    float32 and in the model's dtype, and on their way to the micro-batches (measured: 35 to 39 bytes a value in
+    float32).
+    """
+    head = min(SLICE_BYTES, vocabulary * hidden * value_bytes)
+    logits = 3 * min(SLICE_BYTES, 4 * vocabulary * tokens)
+    return max(RESERVE_BYTES, head + logits) + 10 * tokens * hidden * max(4, value_bytes)
 
 
 def resident_bytes(weight_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:

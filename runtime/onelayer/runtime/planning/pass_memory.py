@@ -14,6 +14,7 @@ from onelayer.compiler.models.unit_memory import (
     coding_bytes,
     correction_bytes,
     graph_bytes,
+    loss_bytes,
     moment_bytes,
     routed_width,
     scoring_bytes,
@@ -137,6 +138,17 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
     return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
+
+
+def streamed_bytes(shapes: ModelShapes, planned: PlannedRun) -> int:
+    """Bound a step of a streamed original on the device, with one row at once and the loss of the whole batch."""
+    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
+    adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, planned.lora_rank)
+    vocabulary = shapes.vocabulary if shapes.has_vocabulary_head else 0
+    loss = loss_bytes(vocabulary, shapes.hidden, shapes.value_bytes, planned.tokens)
+    block, row = shapes.largest_block_bytes, planned.max_length
+    step = step_bytes(block, widest, shapes.value_bytes, row, adapter, planned.on_gpu, slices=loss)
+    return block + step + (0 if planned.on_gpu else shapes.unpacking_bytes)
 
 
 def _width(shapes: ModelShapes, block: BlockShape) -> int:

@@ -4,7 +4,6 @@ Reads headers and config.json only; no weight is loaded. Predictions count the b
 `scripts/plan/measure.py` compare them with counts of live tensors.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
-from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
@@ -27,7 +26,6 @@ from onelayer.runtime.planning.anchor_costs import (
 )
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
-    LARGEST_RATIO,
     SMALLEST_RATIO,
     Alternative,
     Choice,
@@ -36,6 +34,7 @@ from onelayer.runtime.planning.choice import (
     best_stored,
     choose_each,
     limiting_pass,
+    remarks,
 )
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
@@ -43,12 +42,11 @@ from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
+from onelayer.runtime.planning.ways import WayCost, WayName, fastest_way, way_costs
 from onelayer.runtime.training.settings import TrainSettings
 
 SAMPLES = CompileSettings.default("samples")
 MAX_LENGTH, BATCH_SIZE, LORA_RANK = (TrainSettings.default(name) for name in ("max_length", "batch_size", "lora_rank"))
-# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
-PAYS_BELOW = 0.8
 POLISH_BATCH = PolishSettings.default("batch_size")
 
 
@@ -80,7 +78,8 @@ class TrainParts(Result):
 class PlanResult(Result):
     """What fits in `memory_bytes`; `ratio` is None if nothing does. `bf16` means the original's own dtype.
 
-    `form`, `factor_dtype`, `ratio` and `keep_bytes` are those of the best choice, as in `FactorChoice`.
+    `form`, `factor_dtype`, `ratio` and `keep_bytes` are those of the best choice, as in `FactorChoice`. `fastest` is
+    the one of `ways` that fits and takes the least time; None if no speed is known.
     """
 
     model: str
@@ -103,6 +102,8 @@ class PlanResult(Result):
     seconds: Seconds | None
     anchored: list[AnchorCost]
     anchor_choice: AnchorChoice | None
+    ways: list[WayCost]
+    fastest: WayName | None
     remarks: list[str]
 
 
@@ -119,6 +120,7 @@ def plan_run(
     emulator: str | Path | None = None,
     max_steps: int | None = None,
     hours: float | None = None,
+    host_memory_bytes: int | None = None,
     speed: Speed | None = None,
     timing: bool = True,
     revision: str | None = None,
@@ -127,7 +129,8 @@ def plan_run(
 
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
     them together with the ratio. `emulator` is an emulator of this model: its spectra predict what each choice would
-    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. Durations follow from `speed`, by
+    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. `host_memory_bytes` is what a
+    streamed training may use of the host: it keeps the layers that fit. Durations follow from `speed`, by
     default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
     `InputError` for bad input.
     """
@@ -141,6 +144,8 @@ def plan_run(
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
     spectra = None if emulator is None else read_spectra(Path(emulator))
+    seconds = None if speed is None else _seconds(shapes, best, speed)
+    ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -159,10 +164,12 @@ def plan_run(
         give_up=alternatives(shapes, best, memory_bytes),
         choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
         speed=speed,
-        seconds=None if speed is None else _seconds(shapes, best, speed),
+        seconds=seconds,
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
-        remarks=_remarks(shapes, best, memory_bytes),
+        ways=ways,
+        fastest=fastest_way(ways, max_steps),
+        remarks=remarks(shapes, best, memory_bytes),
     )
 
 
@@ -265,34 +272,3 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
         samples=SAMPLES,
         polish_batch=POLISH_BATCH,
     )
-
-
-def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str]:
-    """List the remarks that a reader needs in addition to the figures."""
-    remarks = []
-    whole = choice.memory.peak - choice.memory.emulator + shapes.unpacked_bytes
-    if whole <= memory_bytes:
-        remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
-    if choice.ratio is not None and shapes.packed_bytes is not None:
-        emulator = emulator_bytes(shapes, choice.ratio, choice.stored)
-        if emulator > PAYS_BELOW * shapes.packed_bytes:
-            remarks.append(
-                f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
-                "original takes itself; train on that packed (QLoRA), or plan with less memory"
-            )
-    stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
-    if stacked:
-        share = stacked / shapes.parameters
-        remarks.append(
-            f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
-            "to transformers' experts interface they stay as they are"
-        )
-    if choice.ratio is not None and choice.ratio < 0.15 and choice.stored != "coded":
-        remarks.append("below a ratio of 0.15 little of what is learned reaches the original; polish the adapter")
-    if choice.stored == "coded":
-        remarks.append("an emulator of codes cannot be sliced; with --form factors it can")
-    if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        remarks.append(f"bitsandbytes is missing here: {INSTALL}")
-    if choice.ratio == LARGEST_RATIO:
-        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is considered")
-    return remarks
