@@ -145,7 +145,7 @@ def streamed_bytes(shapes: ModelShapes, planned: PlannedRun) -> int:
     widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, planned.lora_rank)
     vocabulary = shapes.vocabulary if shapes.has_vocabulary_head else 0
-    loss = loss_bytes(vocabulary, shapes.hidden, shapes.value_bytes, planned.tokens)
+    loss = loss_bytes(vocabulary, shapes.hidden, shapes.value_bytes, planned.tokens, planned.on_gpu)
     block, row = shapes.largest_block_bytes, planned.max_length
     step = step_bytes(block, widest, shapes.value_bytes, row, adapter, planned.on_gpu, slices=loss)
     return block + step + (0 if planned.on_gpu else shapes.unpacking_bytes)

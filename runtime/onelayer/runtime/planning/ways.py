@@ -12,7 +12,7 @@ from typing import Literal
 from onelayer.compiler.results import Result, round_significant
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY
 from onelayer.runtime.planning.anchor_costs import anchor_seconds, renewal_bytes
-from onelayer.runtime.planning.choice import SMALLEST_RATIO, USABLE_SHARE, Choice, activation_choices
+from onelayer.runtime.planning.choice import SMALLEST_RATIO, USABLE_SHARE, Choice, activation_choices, with_room
 from onelayer.runtime.planning.pass_memory import PROCESS_BYTES, streamed_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import BACKWARD, FORWARD, RECOMPUTE, SECONDS_DIGITS, Seconds, Speed
@@ -57,17 +57,17 @@ def way_costs(
     exact = [_resident(shapes, choice.planned, usable, speed)]
     exact.append(_streamed(shapes, choice.planned, usable, host_memory_bytes, speed))
     step = once = anchors = None
+    anchored = with_room(shapes, choice, renewal_bytes(shapes, choice.memory, choice.planned) - usable)
     if speed is not None and seconds is not None:
-        ratio = choice.ratio or SMALLEST_RATIO
         step, once = seconds.train_step, seconds.compile + seconds.refine + seconds.correct
+        ratio = anchored.ratio or SMALLEST_RATIO
         anchors = _rounded(step + anchor_seconds(shapes, ratio, choice.planned, speed, ANCHOR_EVERY))
-    fits, renewal = choice.ratio is not None, renewal_bytes(shapes, choice.memory, choice.planned)
-    peak = max(choice.memory.peak, renewal)
+    peak = max(anchored.memory.peak, renewal_bytes(shapes, anchored.memory, choice.planned))
     read = shapes.stored_bytes // ANCHOR_EVERY
     return [
         *exact,
-        _way("anchored", fits and peak <= usable, peak, read, anchors, once),
-        _way("emulator", fits, choice.memory.peak, 0, step, once),
+        _way("anchored", anchored.ratio is not None and peak <= usable, peak, read, anchors, once),
+        _way("emulator", choice.ratio is not None, choice.memory.peak, 0, step, once),
     ]
 
 

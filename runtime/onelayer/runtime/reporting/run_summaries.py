@@ -120,7 +120,8 @@ def plan_steps_summary(document: Mapping[str, Any]) -> str:
     ]
     to_run = [row for row in document["steps"] if row["state"] == "to run"]
     total = f"{len(to_run)} of {len(rows)} steps to run"
-    return f"{table([head, *rows])}\n{total}; bytes and peaks are predictions"
+    note = "" if document["note"] is None else f"\nnote: {document['note']}"
+    return f"{table([head, *rows])}\n{total}; bytes and peaks are predictions{note}"
 
 
 def _size(size_bytes: int | None) -> str | None:

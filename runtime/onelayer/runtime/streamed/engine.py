@@ -175,7 +175,8 @@ class StreamingEngine:
         unit, value_bytes, on_gpu = self.streamed.largest_unit_bytes, self.streamed.dtype.itemsize, self._meter.on_gpu
         text, head = self.streamed.config.get_text_config(), self.streamed.head
         vocabulary = text.vocab_size if head is not None else 0
-        loss = loss_bytes(vocabulary, getattr(text, "hidden_size", 0), value_bytes, self.batch_tokens)
+        hidden = getattr(text, "hidden_size", 0)
+        loss = loss_bytes(vocabulary, hidden, value_bytes, self.batch_tokens, on_gpu)
         trained = ADAPTER_COPIES * adapter
         workspace = step_bytes(unit, self._width, value_bytes, self.step_tokens, trained, on_gpu, slices=loss)
         held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
