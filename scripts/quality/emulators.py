@@ -12,7 +12,7 @@ factors were trained unit by unit against the original (`refine`).
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -135,7 +135,7 @@ def layer_prefix(name: str) -> str:
 
 
 @torch.no_grad()
-def _grams(model: Any, linears: Mapping[str, Any], batches: list[dict[str, Any]]) -> dict[str, Moments]:
+def _grams(model: Any, linears: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> dict[str, Moments]:
     grams = {}
     handles = []
     for name, module in linears.items():

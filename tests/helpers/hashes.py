@@ -1,4 +1,4 @@
-"""Hashes of an emulator's files."""
+"""Hashes of the files of a directory."""
 
 import json
 from pathlib import Path
@@ -12,3 +12,9 @@ def hashes(directory: Path) -> dict[str, str]:
     document = json.loads((directory / "emulator.json").read_text())
     del document["report"]
     return {**found, "emulator.json": json.dumps(document)}
+
+
+def tree_hashes(directory: Path) -> dict[str, str]:
+    """Hash every file below a directory by content."""
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    return {file.relative_to(directory).as_posix(): sha256_file(file) for file in files}

@@ -162,6 +162,7 @@ def save_pipeline(family: str, directory: Path, dtype: torch.dtype = torch.float
         pipe = FAMILIES[family](**shape)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
+                part.eval()
                 for parameter in part.parameters():
                     if (parameter == 0).all():
                         parameter.data.normal_(0, 0.02)

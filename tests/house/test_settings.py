@@ -14,6 +14,7 @@ import onelayer.runtime
 from helpers.places import ROOT
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings
 from onelayer.compiler.correct.settings import CorrectKeywords, CorrectSettings
+from onelayer.compiler.encode.settings import EncodeKeywords, EncodeSettings
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.polish.settings import PolishKeywords, PolishSettings
@@ -27,6 +28,7 @@ PASSES: list[tuple[Any, type[Settings], type]] = [
     (onelayer.compiler.refine_emulator, RefineSettings, RefineKeywords),
     (onelayer.compiler.correct_adapter, CorrectSettings, CorrectKeywords),
     (onelayer.compiler.polish_adapter, PolishSettings, PolishKeywords),
+    (onelayer.compiler.encode_images, EncodeSettings, EncodeKeywords),
     (onelayer.compiler.evaluate_model, EvaluateSettings, EvaluateKeywords),
     (onelayer.runtime.train_lora, TrainSettings, TrainKeywords),
     (onelayer.runtime.streamed_for_training, StreamedSettings, StreamedKeywords),

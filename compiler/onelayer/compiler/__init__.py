@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from onelayer.compiler.compile.command import compile_emulator as compile_emulator
     from onelayer.compiler.correct.command import correct_adapter as correct_adapter
     from onelayer.compiler.emulators.slice import slice_emulator as slice_emulator
+    from onelayer.compiler.encode.command import encode_images as encode_images
     from onelayer.compiler.errors import InputError as InputError
     from onelayer.compiler.evaluate.command import evaluate_model as evaluate_model
     from onelayer.compiler.evaluate.reference import reference_scores as reference_scores
@@ -21,6 +22,7 @@ _HOME_OF = {
     "compile_emulator": "compile.command",
     "correct_adapter": "correct.command",
     "data_set": "sources.data_set",
+    "encode_images": "encode.command",
     "evaluate_model": "evaluate.command",
     "inspect_path": "inspect",
     "merge_adapter": "adapters.merge",

@@ -27,6 +27,10 @@ OPTIONS = {
         "--json --keep-bytes --max-length --memory --output --rank-allocation --ratio --resume --samples --seed "
         "--solver --split"
     ),
+    "encode": (
+        "MODEL --class-data --class-prompt --data --device --guidance --instance-prompt --json --output --resolution "
+        "--resume --seed"
+    ),
     "slice": "EMULATOR --json --output --ratio",
     "refine": (
         "EMULATOR --backward --batch-size --calibration --columns --config --device --host-memory --json "
@@ -57,6 +61,7 @@ OPTIONS = {
 FUNCTIONS = {
     "plan": "plan_run",
     "compile": "compile_emulator",
+    "encode": "encode_images",
     "slice": "slice_emulator",
     "refine": "refine_emulator",
     "train": "train_lora",

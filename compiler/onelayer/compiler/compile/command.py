@@ -4,7 +4,6 @@ In: a checkpoint and a data set. Out: an emulator directory. Held on the device:
 one micro-batch. Read: every tensor once, embeddings by rows.
 """
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import transformers
 
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.job import Compilation
-from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks
+from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks, tell_unvisited
 from onelayer.compiler.compile.resume import WorkDirectory
 from onelayer.compiler.compile.selection import (
     Ranks,
@@ -32,7 +31,8 @@ from onelayer.compiler.compile.writer import EmulatorWriter
 from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import is_trainable
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.emulators.slice import slice_to_ranks
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -129,7 +129,7 @@ def _compile(
 ) -> CompileResult:
     """Stream the original, write its emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)
-    tokenizer = load_tokenizer(streamed.checkpoint.directory)
+    tokenizer = load_reader(streamed.checkpoint.directory, type(streamed.model), settings.max_image_pixels)
     tokens, backward = calibration_tokens(
         streamed, calibration, tokenizer, settings, backward=settings.backward is True
     )
@@ -164,19 +164,20 @@ def _finished(
     """Write what no unit of the stream wrote, and publish the emulator."""
     streamed, settings, writer = job.streamed, job.settings, job.writer
     writer.write_rest()
-    at_once = max(math.prod(batch.shape) for batch in batches)
     keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
+    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole)
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     elif settings.backward:
-        workspace += backward_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.unpacking_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     result = compile_result(writer, settings, output, report)
     figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})
-    writer.finish(base, {**facts, **remarks(writer, [*job.ranks, *job.stack_ranks], job.revisited), **figures})
+    remarked = remarks(writer, [*job.ranks, *job.stack_ranks], job.revisited)
+    tell_unvisited(remarked["dense"])
+    writer.finish(base, {**facts, **remarked, **figures})
     if settings.rank_allocation == "uniform":
         writer.work.publish(output)
         return result

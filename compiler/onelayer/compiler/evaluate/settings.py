@@ -13,6 +13,7 @@ class EvaluateKeywords(TypedDict, total=False):
     """The keywords of `evaluate_model`."""
 
     max_length: int
+    max_image_pixels: int | None
     batch_size: int
     device: str | None
     revision: str | None

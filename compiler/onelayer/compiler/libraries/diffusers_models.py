@@ -35,6 +35,7 @@ try:
 except ImportError as error:
     raise InputError(f'a model of diffusers needs diffusers ({error}); pip install "onelayer[diffusion]"') from None
 
+DENOISES: bool = True
 Config = dict[str, Any]
 # Classes of diffusers, which are typed in part only.
 Model = Any

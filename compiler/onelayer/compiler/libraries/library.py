@@ -24,7 +24,12 @@ class Converter(Protocol):
 
 
 class Library(Protocol):
-    """What each library answers. A config is of the library's own kind; only the library looks inside."""
+    """What each library answers. A config is of the library's own kind; only the library looks inside.
+
+    `DENOISES` tells models that are called with encoded images and noise from those that are called with tokens.
+    """
+
+    DENOISES: bool
 
     def read_config(self, directory: Path) -> Any:
         """Read the config of a model that can be streamed. Raises `InputError` for any other."""

@@ -19,7 +19,8 @@ from onelayer.compiler.adapters.writer import Base
 from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.labeled_rows import DataSource, read_for
-from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries.transformers_models import model_class, read_config
@@ -63,9 +64,10 @@ class PolishTask:
         start = start if isinstance(start, FreshAdapter) else resolve_model(start)
         stamps = [Checkpoint.open(directory).stamps]
         stamps += [] if isinstance(start, FreshAdapter) else [adapter_stamps(start)]
-        tokenizer = load_tokenizer(directory)
         config = read_config(directory)
-        classes = predicted_classes(model_class(config, directory), config, directory)
+        found_class = model_class(config, directory)
+        tokenizer = load_reader(directory, found_class, settings.max_image_pixels)
+        classes = predicted_classes(found_class, config, directory)
         if classes is not None and settings.packing:
             raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
         length = settings.max_length

@@ -5,7 +5,6 @@ original's outputs. Held on the device: one unit of the original, its factors wi
 batch.
 """
 
-import math
 import platform
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,7 +14,8 @@ import transformers
 
 from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -36,6 +36,7 @@ from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.compiler.streaming.calibration import calibration_tokens
 from onelayer.compiler.streaming.spill import SpillPool
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 
 class RefineResult(Result):
@@ -76,7 +77,7 @@ def refine_emulator(
     streamed = StreamedModel(directory)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_reader(directory, type(streamed.model), chosen.max_image_pixels)
     tokens, backward = calibration_tokens(streamed, calibration, tokenizer, chosen, backward=chosen.backward)
     if backward and not processes().is_alone:
         raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
@@ -111,15 +112,15 @@ def _refine(
     ):
         work = RefineWork(path, emulator, streamed.checkpoint)
         training = UnitTraining(streamed, emulator, work, settings, meter, stop)
+        loads = UnitLoads()
         if settings.backward:
-            GradientRefinePass(training, batches, spill_pool).refine()
+            GradientRefinePass(training, batches, spill_pool, loads).refine()
         else:
             kind = OwnInputsPass if settings.inputs == "emulator" else RefinePass
-            kind(training, spill_pool).refine(batches)
+            kind(training, spill_pool, loads).refine(batches)
 
         def publish() -> RefineResult:
-            at_once = max(math.prod(batch.shape) for batch in batches)
-            workspace = refine_workspace(streamed, emulator, at_once, meter.on_gpu, backward=settings.backward)
+            workspace = refine_workspace(streamed, emulator, loads, meter.on_gpu, backward=settings.backward)
             workspace += streamed.unpacking_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
             result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)

@@ -18,6 +18,7 @@ from onelayer.compiler.storage.digests import file_digest, sha256_file, sha256_j
 from onelayer.compiler.storage.files import check_directory, read_json
 from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.gguf_format import SUFFIX, read_gguf_header
+from onelayer.compiler.storage.pipeline_directory import denoiser_directory, is_pipeline, read_pipeline_index
 from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
 from onelayer.compiler.storage.stamps import FileStamps
 
@@ -237,12 +238,29 @@ def _single_file(directory: Path) -> Path:
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     """Return a local directory, the one that stands for a GGUF file, or the downloaded snapshot of a Hub id.
 
-    Of a Hub id only weights, config and tokenizer are downloaded.
+    Of a Hub id only weights, config and tokenizer are downloaded. Of a pipeline the denoiser's directory is returned.
     """
     if is_gguf(Path(model)):
         return gguf_directory(Path(model))
-    if Path(model).exists():
-        return Path(model)
+    directory = _local_directory(model, revision)
+    return denoiser_directory(directory) if is_pipeline(directory) else directory
+
+
+def resolve_pipeline(model: str | Path, revision: str | None = None) -> Path:
+    """Return the local directory of a pipeline. Raises `InputError` if it is none."""
+    directory = _local_directory(model, revision)
+    read_pipeline_index(directory)
+    return directory
+
+
+def _local_directory(model: str | Path, revision: str | None) -> Path:
+    path = Path(model)
+    if path.is_file() and path.suffix == ".safetensors":
+        raise InputError(
+            f"{path}: is a single-file checkpoint; give a directory (diffusers: from_single_file, save_pretrained)"
+        )
+    if path.exists():
+        return path
     name = str(model)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{name}: no such directory; give a model directory or a Hub id like org/name")

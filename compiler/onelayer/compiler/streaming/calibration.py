@@ -1,16 +1,13 @@
 """Reads what a pass calibrates on, with the loss's labels if gradients flow back."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from onelayer.compiler.data.classes import Classes, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, read_tokens
-from onelayer.compiler.data.tokens import Tokens
+from onelayer.compiler.data.tokens import AnyTokenizer, Tokens
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.models.streamed_model import StreamedModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Sampled(Protocol):
@@ -32,7 +29,7 @@ class Sampled(Protocol):
 def calibration_tokens(
     streamed: StreamedModel,
     calibration: DataSource,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: AnyTokenizer,
     settings: Sampled,
     *,
     backward: bool,
@@ -51,7 +48,7 @@ def calibration_tokens(
 
 
 def _with_labels(
-    classes: Classes | None, calibration: DataSource, tokenizer: "PreTrainedTokenizerBase", settings: Sampled
+    classes: Classes | None, calibration: DataSource, tokenizer: AnyTokenizer, settings: Sampled
 ) -> list[Tokens]:
     if classes is None:
         return read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed)

@@ -9,6 +9,7 @@ import typer
 
 from onelayer.runtime.cli.adapters import correct, merge, polish, train
 from onelayer.runtime.cli.emulators import compile_, refine, slice_
+from onelayer.runtime.cli.images import encode
 from onelayer.runtime.cli.models import evaluate, generate, inspect, plan
 from onelayer.runtime.cli.runs import app as artifacts_app
 from onelayer.runtime.cli.runs import run
@@ -38,6 +39,7 @@ def _root(
 
 
 app.command()(plan)
+app.command()(encode)
 app.command("compile")(compile_)
 app.command()(refine)
 app.command("slice")(slice_)

@@ -36,6 +36,7 @@ from onelayer.runtime.planning.choice import (
     limiting_pass,
     remarks,
 )
+from onelayer.runtime.planning.media import Media
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -104,6 +105,7 @@ class PlanResult(Result):
     anchor_choice: AnchorChoice | None
     ways: list[WayCost]
     fastest: WayName | None
+    media: Media | None
     remarks: list[str]
 
 
@@ -114,6 +116,8 @@ def plan_run(
     max_length: int = MAX_LENGTH,
     batch_size: int = BATCH_SIZE,
     lora_rank: int = LORA_RANK,
+    images: int = 1,
+    image_side: int | None = None,
     factor_dtype: FactorDtype | None = None,
     form: Form = "auto",
     on_gpu: bool = True,
@@ -128,22 +132,21 @@ def plan_run(
     """Plan for a device with `memory_bytes`. `model` may be a directory with only a config.json and no weights.
 
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
-    them together with the ratio. `emulator` is an emulator of this model: its spectra predict what each choice would
-    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. `host_memory_bytes` is what a
-    streamed training may use of the host: it keeps the layers that fit. Durations follow from `speed`, by
-    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
-    `InputError` for bad input.
+    them together with the ratio. An example of a model that reads images has `images` of them, tiles counted, with
+    sides of `image_side` pixels or as the tower is made for. `emulator` is an emulator of this model: its spectra
+    predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed.
+    `host_memory_bytes` is what a streamed training may use of the host: it keeps the layers that fit. Durations follow
+    from `speed`, by default measured for a second on this machine (not if `timing` is false or there are no weights to
+    read). Raises `InputError` for bad input.
     """
-    if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
-        raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
+    _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
-    shapes = read_shapes(directory)
+    shapes = read_shapes(directory, images, image_side).at_length(max_length)
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
     best = choices[_best(choices, factor_dtype, form)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
-    spectra = None if emulator is None else read_spectra(Path(emulator))
     seconds = None if speed is None else _seconds(shapes, best, speed)
     ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(
@@ -162,15 +165,28 @@ def plan_run(
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
-        choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
+        choices=_choices(shapes, choices, emulator),
         speed=speed,
         seconds=seconds,
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
+        media=shapes.media,
         ways=ways,
         fastest=fastest_way(ways, max_steps),
-        remarks=remarks(shapes, best, memory_bytes),
+        remarks=remarks(shapes, best, planned.max_length, memory_bytes),
     )
+
+
+def _choices(shapes: ModelShapes, choices: Mapping[Stored, Choice], emulator: str | Path | None) -> list[FactorChoice]:
+    spectra = None if emulator is None else read_spectra(Path(emulator))
+    return [factor_choice(shapes, choice, spectra) for choice in choices.values()]
+
+
+def _check_positive(*numbers: int) -> None:
+    if min(numbers) < 1:
+        raise InputError(
+            "--memory, --batch-size, --max-length, --images and --image-side must be positive, with at least two tokens"
+        )
 
 
 def size_for(
@@ -187,7 +203,7 @@ def size_for(
     The compile computes `compile_tokens` at once, by default one example of 512. What is given is kept: a dtype or
     an allocation of ranks means factors. Raises `InputError` if nothing fits.
     """
-    shapes = read_shapes(resolve_model(model))
+    shapes = read_shapes(resolve_model(model)).at_length(MAX_LENGTH)
     if form == "auto" and rank_allocation is not None:
         form = "factors"
     allocation = rank_allocation or "spectrum"

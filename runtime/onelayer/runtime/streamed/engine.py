@@ -141,7 +141,7 @@ class StreamingEngine:
             return None
         size = self.settings.micro_batch_size
         if size is None:
-            per_row = graph_bytes(self._width, tokens, self.streamed.dtype.itemsize, self._meter.on_gpu)
+            per_row = graph_bytes(self._width * tokens, self.streamed.dtype.itemsize, self._meter.on_gpu)
             size = max(1, int(MICRO_BATCH_SHARE * self._free_bytes()) // per_row)
         size = min(size, rows)
         self.step_tokens = max(self.step_tokens, tokens * size)
@@ -177,8 +177,8 @@ class StreamingEngine:
         vocabulary = text.vocab_size if head is not None else 0
         hidden = getattr(text, "hidden_size", 0)
         loss = loss_bytes(vocabulary, hidden, value_bytes, self.batch_tokens, on_gpu)
-        trained = ADAPTER_COPIES * adapter
-        workspace = step_bytes(unit, self._width, value_bytes, self.step_tokens, trained, on_gpu, slices=loss)
+        values, trained = self._width * self.step_tokens, ADAPTER_COPIES * adapter
+        workspace = step_bytes(unit, values, value_bytes, trained, on_gpu, slices=loss)
         held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 

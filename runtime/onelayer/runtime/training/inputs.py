@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
+from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
+from onelayer.compiler.data.tokens import AnyTokenizer, Tokens, asked_and_answered, load_tokenizer, text_tokenizer
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -45,11 +46,16 @@ class TrainModel:
     base: dict[str, Any]
     config: "PreTrainedConfig"
     model_class: "type[PreTrainedModel]"
-    tokenizer: "PreTrainedTokenizerBase"
+    reader: AnyTokenizer
     classes: Classes | None
     stamps: FileStamps
     quantization: str | None = None
     streaming: StreamedSettings | None = None
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of texts. Raises `InputError` if the model reads none."""
+        return text_tokenizer(self.reader)
 
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
@@ -88,8 +94,8 @@ class TrainData:
     cut: int
 
 
-def read_model(directory: Path, name: str) -> TrainModel:
-    """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
+def read_model(directory: Path, name: str, max_image_pixels: int | None = None) -> TrainModel:
+    """Read config, tokenizer, processor and headers. `name` is the user's name of the model: a path or a Hub id."""
 
     from onelayer.compiler.libraries.transformers_models import load_config, model_class
     from onelayer.compiler.models.original import Original
@@ -117,8 +123,8 @@ def read_model(directory: Path, name: str) -> TrainModel:
             "training needs"
         )
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
-    tokenizer = load_tokenizer(directory)
-    read = (config, loaded_class, tokenizer, classes, stored.stamps, quantization)
+    reader = load_reader(directory, loaded_class, max_image_pixels)
+    read = (config, loaded_class, reader, classes, stored.stamps, quantization)
     return TrainModel(directory, ranks, digest, base, *read)
 
 
@@ -165,7 +171,7 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     if model.classes is not None or model.config.is_encoder_decoder:
         raise InputError(f"{model.directory}: --method {settings.method} is for models that predict the next token")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    preferences, skipped = read_preferences(data, settings.method, model.tokenizer, settings.max_length)
+    preferences, skipped = read_preferences(data, settings.method, model.reader, settings.max_length)
     rows = trainer_rows(preferences, settings.method, batch_size)
     answers = answers_of(rows, settings.method)
     check_token_ids((tokens.input_ids for tokens in answers.values()), model.config)
@@ -213,7 +219,7 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled = labeled_rows(
         data,
-        lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
+        lambda example: [tokenize_for(model.classes, example, model.reader, max_length, append_eos=True)],
         max_length,
     )
     check_token_ids((tokens.input_ids for tokens in labeled.tokens), model.config)

@@ -160,6 +160,7 @@ class TrainKeywords(TypedDict, total=False):
     save_steps: int
     report_to: str | list[str]
     max_length: int
+    max_image_pixels: int | None
     seed: int
     activations: str
     activation_rank: int | float | str

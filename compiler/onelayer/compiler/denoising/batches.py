@@ -1,0 +1,89 @@
+"""Encoded images in, batches that a denoiser can be called with out. A batch is one image: prompts differ in length."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from onelayer.compiler.denoising.encoded import EncodedImages
+from onelayer.compiler.denoising.layout import Layout
+from onelayer.compiler.denoising.noise import NoiseProcess
+from onelayer.compiler.denoising.settings import Weighting
+
+PROMPTS_HELD = 8
+SEED_STEP = 1_000_003  # seeds of neighboring runs have no row in common
+
+
+@dataclass(frozen=True)
+class DenoisingBatch:
+    """A noisy image: the arguments of the denoiser, what it should answer, and the weight of its loss.
+
+    `answer` finds the prediction in what the denoiser returns. `order` has the number of the image.
+    """
+
+    inputs: dict[str, Any]
+    target: torch.Tensor
+    weight: float
+    answer: Layout
+    positions: int
+    order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of images, and the positions of one."""
+        return 1, self.positions
+
+    def loss(self, output: Any) -> torch.Tensor:
+        """Compute the weighted mean squared error of an answer, in float32; gradients flow back."""
+        return self.weight * self.error(self.prediction(output))
+
+    def prediction(self, output: Any) -> torch.Tensor:
+        """Return what an answer predicts, in float32 and in the layout of the target."""
+        tensors = output.sample if hasattr(output, "sample") else output
+        tensors = tensors[0] if isinstance(tensors, tuple) else tensors
+        return self.answer.forward(tensors).float()
+
+    def error(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Compute the mean squared error of a prediction."""
+        return (prediction - self.target.to(prediction.device)).square().mean()
+
+
+class NoisyImages:
+    """Encoded images with noise; which noise depends on the numbers alone, so that every run sees the same."""
+
+    def __init__(self, images: EncodedImages, dtype: torch.dtype, seed: int = 0, weighting: Weighting = "none") -> None:
+        self.images, self.dtype, self.seed = images, dtype, seed
+        self._process: NoiseProcess = images.process(weighting)
+        # Rows of one prompt share its tensors.
+        self._template = lru_cache(PROMPTS_HELD)(images.template_of)
+
+    def at(self, row: int, place: float, number: int) -> DenoisingBatch:
+        """Return an image at a place in 0..1 on the axis of times, with the noise of that number."""
+        return self._batch(row, place, self._generator(number))
+
+    def drawn(self, row: int, number: int, weight: float = 1.0) -> DenoisingBatch:
+        """Return an image at a time that is drawn as in training; its loss is multiplied by `weight` too."""
+        generator = self._generator(number)
+        batch = self._batch(row, self._process.drawn(generator), generator)
+        return replace(batch, weight=weight * batch.weight)
+
+    def stratified(self, rows: list[int], count: int) -> list[DenoisingBatch]:
+        """Return `count` batches whose times cover the axis evenly; images take turns."""
+        places = [(number + 0.5) / count for number in range(count)]
+        order = torch.randperm(count, generator=self._generator(0)).tolist()
+        return [self.at(rows[number % len(rows)], places[order[number]], number + 1) for number in range(count)]
+
+    def held_out(self, row: int, count: int) -> list[DenoisingBatch]:
+        """Return one image at `count` times that cover the axis evenly, each with its own noise."""
+        return [self.at(row, (number + 0.5) / count, row * count + number + 1) for number in range(count)]
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * SEED_STEP + number)
+
+    def _batch(self, row: int, place: float, generator: torch.Generator) -> DenoisingBatch:
+        noisy = self._process.noisy(self.images.latent(row), place, generator)
+        template = self._template(self.images.rows[row].prompt)
+        inputs = template.arguments(noisy.sample, noisy.time, self.dtype)
+        answer = self.images.answer
+        return DenoisingBatch(inputs, noisy.target, noisy.weight, answer, template.positions, (row,))

@@ -1,0 +1,1 @@
+"""The encode pass: images and captions become the inputs of a denoiser."""

@@ -1,0 +1,200 @@
+"""A pipeline directory as this pass uses it: components that stream, and the pipeline's own code around them.
+
+No component has weights here. The denoiser and the VAE inside the pipeline are empty float32 models, so that probes
+lose nothing to rounding.
+"""
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from onelayer.compiler.denoising.template import FIRST_TIME
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries import diffusers_models
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.storage.pipeline_directory import (
+    INDEX_FILE,
+    components_of,
+    denoiser_directory,
+    read_pipeline_index,
+)
+
+HOST = torch.device("cpu")
+
+
+class Recorded(BaseException):
+    """Ends a pipeline when it has called what was to be recorded. No pipeline catches it."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(name)
+        self.name, self.value = name, value
+
+
+class OpenPipeline:
+    """A pipeline without weights: `encoders` and `vae` stream, `denoiser` is the name of the denoiser."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open every component. Raises `InputError` naming one that is missing or cannot be used."""
+        import diffusers
+
+        self.directory = directory
+        index = read_pipeline_index(directory)
+        self.denoiser_directory = denoiser_directory(directory)
+        self.denoiser = self.denoiser_directory.name
+        self.class_name: str = index["_class_name"]
+        cls = getattr(diffusers, self.class_name, None)
+        file = directory / INDEX_FILE
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+            raise InputError(
+                f"{file}: field _class_name: {self.class_name!r} is not a pipeline of diffusers "
+                f"{diffusers.__version__}; custom code is not run, give a stock pipeline"
+            )
+        self.components = components_of(index)
+        for needed in ("vae", "scheduler"):
+            if needed not in self.components:
+                raise InputError(f"{file}: has no {needed}, which encoding needs; give a whole pipeline")
+        for name in self.components:
+            if not (directory / name).is_dir() and name != "safety_checker":
+                raise InputError(f"{directory / name}: is missing, {INDEX_FILE} names it; download the pipeline again")
+        self.encoders = {name: StreamedModel(directory / name) for name in self.components if self._is_encoder(name)}
+        self.vae = StreamedModel(directory / "vae")
+        if not hasattr(self.vae.model, "encode"):
+            raise InputError(f"{directory / 'vae'}: {type(self.vae.model).__name__} encodes no images")
+        self.pipe = self._opened(cls)
+
+    def _is_encoder(self, name: str) -> bool:
+        library, class_name = self.components[name]
+        if library != "transformers":
+            return False
+        import transformers
+
+        cls = getattr(transformers, class_name, None)
+        return isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+
+    def _opened(self, cls: Any) -> Any:
+        """Open the pipeline by its own class, with empty models in the places of its components."""
+        import diffusers
+
+        given: dict[str, Any] = {name: part.model for name, part in self.encoders.items()}
+        given |= {"vae": empty(self.directory / "vae"), self.denoiser: empty(self.denoiser_directory)}
+        given |= {"safety_checker": None} if "safety_checker" in self.components else {}
+        diffusers.utils.logging.set_verbosity_error()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipe = cls.from_pretrained(str(self.directory), **given)
+        except InputError:
+            raise
+        except Exception as error:  # tokenizers and schedulers raise whatever their files make them raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"{self.directory}: the pipeline cannot be opened ({reason}); restore it") from None
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The class and the config of the scheduler."""
+        scheduler = self.pipe.scheduler
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        return {"class_name": type(scheduler).__name__, "config": config}
+
+    def run(
+        self,
+        prompt: str,
+        size: int,
+        *,
+        seed: int = 0,
+        guidance: float = 1.0,
+        forwards: dict[str, Callable[..., Any]],
+        time: float = FIRST_TIME,
+        step: Callable[..., Any] | None = None,
+        decode: Callable[..., Any] | None = None,
+    ) -> Recorded:
+        """Run the pipeline for one step at a time of the scheduler until something raises `Recorded`; return that.
+
+        `forwards` are those of its components. `step` and `decode` replace the scheduler's and the VAE's. Raises
+        `InputError` if the pipeline fails or ends before.
+        """
+        pipe = self._private(time, step)
+        asked = {
+            "prompt": prompt,
+            "height": size,
+            "width": size,
+            "num_inference_steps": 1,
+            "num_frames": 1,
+            "guidance_scale": guidance,
+            "true_cfg_scale": 1.0,  # a second pass for a negative prompt is guidance too
+            "use_resolution_binning": False,
+            "output_type": "np",
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        known = inspect.signature(type(pipe).__call__).parameters
+        replaced = {getattr(pipe, name): {"forward": forward} for name, forward in forwards.items()}
+        if decode is not None:
+            replaced[pipe.vae] = {"decode": decode}
+        try:
+            for module, methods in replaced.items():
+                module.__dict__.update(methods)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipe(**{name: value for name, value in asked.items() if name in known})
+        except Recorded as found:
+            return found
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise InputError(f"{self.directory}: {self.class_name} cannot be recorded ({reason})") from error
+        finally:
+            for module, methods in replaced.items():
+                for name in methods:
+                    module.__dict__.pop(name, None)
+        raise InputError(f"{self.directory}: {self.class_name} never called its denoiser; give another pipeline")
+
+    def _private(self, time: float, step: Callable[..., Any] | None) -> Any:
+        """Return the pipeline with a scheduler of its own, which has one step at the given time."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        plain = scheduler.set_timesteps
+
+        @functools.wraps(plain)
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
+            plain(*args, **kwargs)
+            scheduler.timesteps = torch.full_like(scheduler.timesteps[:1].float(), time)
+            scheduler.num_inference_steps = 1
+
+        scheduler.set_timesteps = set_timesteps
+        if step is not None:
+            scheduler.step = step
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input = lambda sample, *args, **kwargs: sample
+        cls = type(self.pipe)
+        # Models without weights are on no device, and a pipeline would take that for its own.
+        on_host = type(cls.__name__, (cls,), {"device": HOST, "_execution_device": HOST})
+        settings = inspect.signature(cls.__init__).parameters
+        plain_settings = {
+            name: value
+            for name, value in self.pipe.config.items()
+            if name in settings and name not in self.pipe.components
+        }
+        pipe = on_host(**{**self.pipe.components, **plain_settings, "scheduler": scheduler})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def empty(directory: Path) -> Any:
+    """Build a component of diffusers in float32, without weights, that says it is on the host.
+
+    Raises `InputError` naming what is wrong with it.
+    """
+    config = diffusers_models.read_config(directory)
+    cls = diffusers_models.model_class(config, directory)
+    model = diffusers_models.build_skeleton(config, cls, torch.float32)
+    model.__class__ = type(cls.__name__, (cls,), {"device": HOST})
+    return model
