@@ -17,13 +17,6 @@ from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.runtime.planning.anchor_costs import (
-    AnchorChoice,
-    AnchorCost,
-    anchor_costs,
-    anchor_seconds,
-    choose_every,
-)
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
     SMALLEST_RATIO,
@@ -43,7 +36,17 @@ from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
-from onelayer.runtime.planning.ways import WayCost, WayName, fastest_way, way_costs
+from onelayer.runtime.planning.ways import (
+    AnchorChoice,
+    AnchorCost,
+    WayCost,
+    WayName,
+    anchor_costs,
+    anchor_seconds,
+    choose_every,
+    fastest_way,
+    way_costs,
+)
 from onelayer.runtime.training.settings import TrainSettings
 
 SAMPLES = CompileSettings.default("samples")
