@@ -81,7 +81,7 @@ def test_a_quantized_original_is_not_held_and_a_mixture_computes_little() -> Non
 
 def test_a_larger_batch_holds_more_of_its_loss() -> None:
     few, many = (ways(LLAMA_8B, 12 * GIB, rows=rows)["streamed"].peak_bytes for rows in (8, 64))
-    assert many - few == 56 * 512 * 4096 * (8 * 2 + 4)
+    assert 24 * 56 * 512 * 4096 >= many - few > 10 * 56 * 512 * 4096
 
 
 def test_anchors_take_a_smaller_emulator() -> None:
