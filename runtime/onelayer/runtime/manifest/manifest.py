@@ -123,8 +123,7 @@ def load_manifest(path: str | Path) -> Manifest:
         faults += _impossible_preferences(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
-    if manifest.train.on == "original":
-        manifest = manifest.model_copy(update={"emulator": None})
+    manifest = manifest.model_copy(update={"emulator": None}) if manifest.train.on == "original" else manifest
     manifest._path = path.resolve()
     return manifest
 
