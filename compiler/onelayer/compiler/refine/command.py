@@ -120,7 +120,7 @@ def _refine(
 
         def publish() -> RefineResult:
             workspace = refine_workspace(streamed, emulator, loads, meter.on_gpu, backward=settings.backward)
-            workspace += streamed.unpacking_bytes(meter.on_gpu)
+            workspace += streamed.host_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
             result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)
             work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)

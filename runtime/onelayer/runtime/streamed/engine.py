@@ -184,7 +184,7 @@ class StreamingEngine:
         head = head_workspace(self.streamed, self.batch_tokens, GRADIENT_LOGITS)
         head += states_bytes(hidden, value_bytes, self.batch_tokens, on_gpu)
         workspace = step_bytes(unit, head, graph, ADAPTER_COPIES * adapter, on_gpu)
-        held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
+        held = self.streamed.host_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 
 
