@@ -22,24 +22,28 @@ LAYER = {
 REST = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def write_gguf(file: Path, kind: str = "Q8_0", tied: bool = False) -> Any:
-    """Write a model with its matrices in one type, its tokenizer too; return the gguf package's reader of the file."""
+def write_gguf(file: Path, kind: str = "Q8_0", tied: bool = False, **sizes: int) -> Any:
+    """Write a model with its matrices in one type, its tokenizer too; return the gguf package's reader of the file.
+
+    `sizes` are fields of the configuration in place of those of `DECODER`.
+    """
     gguf: Any = import_module("gguf")
-    model = seeded(lambda: tiny_llama(tie_word_embeddings=tied))
+    model = seeded(lambda: tiny_llama(tie_word_embeddings=tied, **sizes))
+    shape = {**DECODER, **sizes}
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
-    writer.add_block_count(DECODER["num_hidden_layers"])
-    writer.add_context_length(DECODER["max_position_embeddings"])
-    writer.add_embedding_length(DECODER["hidden_size"])
-    writer.add_feed_forward_length(DECODER["intermediate_size"])
-    writer.add_head_count(DECODER["num_attention_heads"])
-    writer.add_head_count_kv(DECODER["num_key_value_heads"])
+    writer.add_block_count(shape["num_hidden_layers"])
+    writer.add_context_length(shape["max_position_embeddings"])
+    writer.add_embedding_length(shape["hidden_size"])
+    writer.add_feed_forward_length(shape["intermediate_size"])
+    writer.add_head_count(shape["num_attention_heads"])
+    writer.add_head_count_kv(shape["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(DECODER["vocab_size"])
+    writer.add_vocab_size(shape["vocab_size"])
     _add_tokenizer(writer, gguf)
     state = model.state_dict()
-    for name, parameter in _named(DECODER["num_hidden_layers"]):
+    for name, parameter in _named(shape["num_hidden_layers"]):
         if name == "output" and tied:
             continue
         values = state[f"{parameter}.weight"].numpy()

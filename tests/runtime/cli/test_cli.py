@@ -19,8 +19,8 @@ from onelayer.runtime.cli.main import main
 # Scripts and manifests depend on these names: a change here affects every user.
 OPTIONS = {
     "plan": (
-        "MODEL --batch-size --emulator --factor-dtype --form --hours --json --lora-rank --max-length --max-steps "
-        "--memory"
+        "MODEL --batch-size --emulator --factor-dtype --form --host-memory --hours --image-side --images --json "
+        "--lora-rank --max-length --max-steps --memory"
     ),
     "compile": (
         "MODEL --backward --batch-size --calibration --columns --config --device --factor-dtype --form --host-memory "

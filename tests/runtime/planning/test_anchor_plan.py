@@ -7,9 +7,9 @@ import pytest
 
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY
-from onelayer.runtime.planning.anchor_costs import choose_every
 from onelayer.runtime.planning.plan import PlanResult, plan_run
 from onelayer.runtime.planning.speed import Speed
+from onelayer.runtime.planning.ways import choose_every
 from onelayer.runtime.reporting.run_summaries import plan_summary
 
 GIB = 1 << 30

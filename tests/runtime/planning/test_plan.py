@@ -19,7 +19,6 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, best_of
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.runtime.planning.anchor_costs import anchor_costs
 from onelayer.runtime.planning.choice import LARGEST_RATIO, USABLE_SHARE, Size, best_ratio, choose_each, limiting_pass
 from onelayer.runtime.planning.pass_memory import WHOLE
 from onelayer.runtime.planning.plan import plan_run, size_for
@@ -27,6 +26,7 @@ from onelayer.runtime.planning.read_shapes import read_shapes, shapes_from_heade
 from onelayer.runtime.planning.speed import Speed
 from onelayer.runtime.planning.sub_blocks import expert_parts
 from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, stored_copy_bytes, train_memory
+from onelayer.runtime.planning.ways import anchor_costs
 
 GIB = 1 << 30
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {

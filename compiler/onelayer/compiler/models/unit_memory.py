@@ -91,6 +91,15 @@ def step_bytes(unit_bytes: int, head: int, graph: int, adapter_bytes: int, on_gp
     return RESERVE_BYTES + adapter_bytes + (max(graph, head) if on_gpu else unit_bytes + graph + head)
 
 
+def states_bytes(hidden: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
+    """Bound what the hidden states of a whole batch hold in addition to the loss: a streamed model gives them to all.
+
+    As the layers gave them, as they wait for the way back, and with the gradients of both. On a host with the holes
+    that they leave in the heap (measured in float32, with the copies of the loss: 35 to 39 bytes a value).
+    """
+    return tokens * hidden * (4 * value_bytes if on_gpu else 5 * max(4, value_bytes))
+
+
 def resident_bytes(weight_bytes: int, all_values: int, value_bytes: int, on_gpu: bool) -> int:
     """Bound what training an adapter of a model that is held whole takes for a batch.
 

@@ -13,6 +13,7 @@ from onelayer.runtime.cli.options import (
     Adapters,
     Against,
     Data,
+    HostMemoryToPlan,
     Json,
     Memory,
     Plot,
@@ -137,13 +138,14 @@ def plan(
         float | None,
         typer.Option(help="Time for a training of --max-steps; chooses how often anchors are renewed."),
     ] = None,
+    host_memory_bytes: HostMemoryToPlan = None,
     as_json: Json = False,
     **settings: Unpack[PlanKeywords],
 ) -> None:
     """Show what fits in a memory budget, before any weight is read.
 
     Prints the best emulator that can be trained, how its factors and activations are stored, predicted peaks and rough
-    durations.
+    durations; and which way of training is the fastest: on the original, in memory or streamed, or on an emulator.
 
         \b
         Example:
@@ -155,7 +157,14 @@ def plan(
 
     print_result(
         lambda: plan_run(
-            model, memory_bytes, images=images, image_side=image_side, emulator=emulator, hours=hours, **settings
+            model,
+            memory_bytes,
+            images=images,
+            image_side=image_side,
+            emulator=emulator,
+            hours=hours,
+            host_memory_bytes=host_memory_bytes,
+            **settings,
         ),
         plan_summary,
         as_json,

@@ -105,6 +105,15 @@ Memory = Annotated[
     int,
     typer.Option("--memory", parser=parse_bytes, metavar="SIZE", help="Memory of the device to plan for, like 24GiB."),
 ]
+HostMemoryToPlan = Annotated[
+    int | None,
+    typer.Option(
+        "--host-memory",
+        parser=parse_bytes,
+        metavar="SIZE",
+        help="Host memory of a streamed training to plan for; it keeps the layers that fit. Default: it keeps none.",
+    ),
+]
 CompileMemory = Annotated[
     int | None,
     typer.Option(

@@ -123,8 +123,7 @@ def load_manifest(path: str | Path) -> Manifest:
         faults += _impossible_preferences(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
-    if manifest.train.on == "original":
-        manifest = manifest.model_copy(update={"emulator": None})
+    manifest = manifest.model_copy(update={"emulator": None}) if manifest.train.on == "original" else manifest
     manifest._path = path.resolve()
     return manifest
 
@@ -160,6 +159,8 @@ def _nothing_to_train_on(manifest: Manifest) -> list[Fault]:
     """Find what needs an emulator where the original is trained itself: anchors, or the word."""
     if manifest.emulator is None and manifest.train.on == "emulator":
         return [(("train", "on"), "there is no emulator, add one or set it to original")]
+    if manifest.train.on == "auto" and (manifest.emulator is None or manifest.emulator.memory is None):
+        return [(("train", "on"), "auto chooses between original and emulator for a card, give emulator.memory")]
     if manifest.emulator is not None and manifest.train.on != "original":
         return []
     places: list[tuple[Location, Anchor | None]] = [(("train", "anchor"), manifest.train.anchor)]
@@ -202,6 +203,8 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
             continue
         if emulator is None:
             faults.append((where, "there is no emulator, add one or leave the ratio out"))
+        elif manifest.train.on == "auto":
+            faults.append((where, "a slice needs the emulator, set train.on to emulator or leave the ratio out"))
         elif (stored := _known_ratio(emulator)) is not None and task.ratio >= stored:
             faults.append((where, f"must be below {stored:.4g}, the ratio of the emulator that it is sliced from"))
     return faults
@@ -210,11 +213,9 @@ def _impossible_ratios(manifest: Manifest) -> list[Fault]:
 def _impossible_codes(manifest: Manifest) -> list[Fault]:
     """Find what does not go with an emulator of codes, or only with one."""
     emulator = manifest.emulator
-    if emulator is None:
+    if emulator is None or emulator.form != "coded":
         return []
     faults: list[Fault] = []
-    if emulator.form != "coded":
-        return faults
     if emulator.ratio is not None:
         faults.append((("emulator", "ratio"), "the size of codes is a share of bytes, give keep_bytes"))
     return faults + [

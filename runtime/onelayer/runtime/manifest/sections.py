@@ -144,11 +144,12 @@ class Training(Lengths, Section):
 
     `method` is `sft` for answers, `dpo` or `kto` for preferences; `args` are the own arguments of its SFTConfig,
     DPOConfig or KTOConfig. `on` is what is trained on; if omitted, the emulator where there is one. With `original` an
-    emulator is left unused. `way` holds the original in memory or streams it; no result depends on it.
+    emulator is left unused; `auto` takes the faster of both on this machine. `way` holds the original in memory or
+    streams it; no result depends on it.
     """
 
     method: Method = TrainSettings.default("method")
-    on: Literal["emulator", "original"] | None = None
+    on: Literal["emulator", "original", "auto"] | None = None
     way: Way = TrainSettings.default("way")
     lora: Lora = Lora()
     activations: Activations = Activations()

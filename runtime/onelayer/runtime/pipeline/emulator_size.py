@@ -1,26 +1,43 @@
-"""Chooses the size of a manifest's emulator, from a ratio, a share of bytes or a memory budget."""
+"""Chooses the size of a manifest's emulator, from a ratio, a share of bytes or a memory budget, and whether it pays."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, within_bytes
+from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
+from onelayer.compiler.storage.digests import sha256_json
+from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.planning.choice import EVERY_FORM, USABLE_SHARE, Size, best_ratio, best_stored, limiting_pass
+from onelayer.runtime.pipeline.step import model_source
+from onelayer.runtime.planning.choice import (
+    EVERY_FORM,
+    SMALLEST_RATIO,
+    USABLE_SHARE,
+    Choice,
+    Size,
+    best_ratio,
+    best_stored,
+    limiting_pass,
+)
 from onelayer.runtime.planning.coded import coded_emulator
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import PlannedRun, Stored
+from onelayer.runtime.planning.speed import Speed, seconds_at, try_speed
+from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes, train_memory
+from onelayer.runtime.planning.ways import WayCost, way_costs
+from onelayer.runtime.store.store import ArtifactStore
 from onelayer.runtime.training.settings import TrainSettings
 
 # Raise it by hand when the planner's choice changes for the same shapes and settings.
 PLANNER_VERSION = 7
 DEFAULT_BATCH_SIZE = TrainSettings.default("batch_size")
 AUTO_RANK = 0.125  # the rank to plan with if it will be measured
+TrainedOn = Literal["emulator", "original"]
 
 
 def planned_run(manifest: Manifest, task: str) -> PlannedRun:
@@ -139,3 +156,89 @@ def _common(ratios: Mapping[str, float | None]) -> float | None:
     """Return the largest ratio with which all can be trained."""
     known = [ratio for ratio in ratios.values() if ratio is not None]
     return min(known) if len(known) == len(ratios) else None
+
+
+def decided(manifest: Manifest, store: ArtifactStore, measure: bool) -> tuple[Manifest, str | None]:
+    """Return a manifest that says what is trained on, and a note about it where `train.on` is auto.
+
+    The faster of emulator and original is taken, at speeds that are measured on this machine once: the decision is kept
+    in the store, since a second measurement could turn it over. Without `measure` an open decision stays open: a dry
+    run reads no weights and does not import torch.
+    """
+    if manifest.train.on != "auto":
+        return manifest, None
+    settings = manifest.model_dump(mode="json", exclude={"output", "stream"})
+    file = store.home / "decisions" / f"{sha256_json(settings)[:32]}.json"
+    on = _kept(file)
+    if on is None and not measure:
+        return manifest, "train.on is auto: the run measures this machine first, shown is training on the emulator"
+    if on is None:
+        model = model_source(manifest)
+        on = _faster(manifest, resolve_model(model.text, model.revision))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"on": on})
+    train = manifest.train.model_copy(update={"on": on})
+    emulator = manifest.emulator if on == "emulator" else None
+    return manifest.model_copy(update={"train": train, "emulator": emulator}), f"train.on is auto: the {on} is faster"
+
+
+def _kept(file: Path) -> TrainedOn | None:
+    """Read a decision; None if there is none that can be read."""
+    try:
+        found = read_json(file)["on"]
+    except (InputError, KeyError, TypeError):
+        return None
+    return next((on for on in get_args(TrainedOn) if on == found), None)
+
+
+def _faster(manifest: Manifest, directory: Path) -> TrainedOn:
+    """Compare the seconds of all tasks on the emulator with those on the original. Raises `InputError` if none fits.
+
+    An emulator is made once for all. Of tasks that do not set `max_steps` only a step is compared.
+    """
+    emulator, shapes = manifest.emulator, shapes_from_headers(directory)
+    assert emulator is not None
+    assert emulator.memory is not None
+    speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
+    try:
+        size = size_of_shapes(manifest, emulator, shapes)
+    except InputError:
+        least = Size(SMALLEST_RATIO, None)
+        each = [_exact_seconds(manifest, task, _ways(manifest, task, shapes, least, speed)) for task in manifest.tasks]
+        if None in each:
+            raise
+        return "original"
+    counts = [manifest.training(task).args.get("max_steps") for task in manifest.tasks]
+    emulated = exact = 0.0
+    for number, task in enumerate(manifest.tasks):
+        ways = _ways(manifest, task, shapes, size, speed)
+        taken = ways["emulator" if manifest.training(task).anchor is None else "anchored"]
+        steps = None if None in counts else counts[number]
+        seconds = taken.seconds(steps)
+        original = _exact_seconds(manifest, task, ways, steps)
+        if seconds is None or original is None:
+            return "emulator"
+        once = taken.once_seconds if number and steps is not None else None
+        emulated, exact = emulated + seconds - (once or 0.0), exact + original
+    return "emulator" if emulated < exact else "original"
+
+
+def _ways(manifest: Manifest, task: str, shapes: ModelShapes, size: Size, speed: Speed) -> dict[str, WayCost]:
+    """Return the costs of all ways to train a task, by their names."""
+    emulator, run = manifest.emulator, replace(planned_run(manifest, task), coded=size.coded)
+    assert emulator is not None
+    assert emulator.memory is not None
+    memory = train_memory(shapes, emulator_bytes(shapes, size.ratio, size.stored), run)
+    samples, polished = emulator.calibration.samples, run.batch_size
+    seconds = seconds_at(speed, shapes, run, ratio=size.ratio, samples=samples, polish_batch=polished)
+    choice = Choice(run, size.stored, size.ratio, memory)
+    return {way.way: way for way in way_costs(shapes, choice, emulator.memory, None, speed, seconds)}
+
+
+def _exact_seconds(
+    manifest: Manifest, task: str, ways: Mapping[str, WayCost], steps: int | None = None
+) -> float | None:
+    """Return the seconds on the original as `train.way` holds it; None if it does not fit."""
+    wanted = manifest.training(task).way
+    names = ("resident", "streamed") if wanted == "auto" else (wanted,)
+    return next((ways[name].seconds(steps) for name in names if ways[name].fits), None)

@@ -6,6 +6,7 @@ from typing import Literal
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest, check_tasks
 from onelayer.runtime.pipeline.costs import Costs, StepCosts
+from onelayer.runtime.pipeline.emulator_size import decided
 from onelayer.runtime.pipeline.kinds import STEP_KINDS, sliceable_artifact, step_costs
 from onelayer.runtime.pipeline.reasons import UNCHANGED, RunRecord, reason_to_run
 from onelayer.runtime.pipeline.reuse import describe_emulator
@@ -30,15 +31,18 @@ class PlannedStep(StepCosts):
 
 
 class Plan(Result):
-    """The steps that a run would check or execute."""
+    """The steps that a run would check or execute. `note` says what `train.on: auto` decided, or that it is open."""
 
     steps: list[PlannedStep]
+    note: str | None = None
 
 
 def plan(manifest: Manifest, store: ArtifactStore | None = None, tasks: list[str] | None = None) -> Plan:
     """List every step of a manifest with its state and the reason, from digests alone."""
-    planner = _Planner(manifest, store or ArtifactStore(), steps_of(manifest, check_tasks(manifest, tasks)))
-    return Plan(steps=[planner.foresee(step) for step in planner.steps])
+    store = store or ArtifactStore()
+    manifest, note = decided(manifest, store, measure=False)
+    planner = _Planner(manifest, store, steps_of(manifest, check_tasks(manifest, tasks)))
+    return Plan(steps=[planner.foresee(step) for step in planner.steps], note=note)
 
 
 def specify(

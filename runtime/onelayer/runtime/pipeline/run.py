@@ -14,6 +14,7 @@ from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.runtime.manifest.manifest import Manifest, check_tasks
 from onelayer.runtime.pipeline.costs import Costs
+from onelayer.runtime.pipeline.emulator_size import decided
 from onelayer.runtime.pipeline.kinds import STEP_KINDS, sliceable_artifact, step_costs
 from onelayer.runtime.pipeline.outputs import FinishedRun, check_results, publish_run
 from onelayer.runtime.pipeline.plan import specify
@@ -67,6 +68,9 @@ def run(
     The user's files are read before the first step starts, so a mistake in them raises `InputError` immediately.
     """
     store = store or ArtifactStore()
+    manifest, note = decided(manifest, store, measure=True)
+    if note is not None:
+        notify(note)
     steps = steps_of(manifest, check_tasks(manifest, tasks))
     check_results(manifest, steps)
     _download_models(steps, notify)

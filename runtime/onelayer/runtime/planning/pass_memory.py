@@ -20,6 +20,7 @@ from onelayer.compiler.models.unit_memory import (
     routed_width,
     scoring_bytes,
     solving_bytes,
+    states_bytes,
     step_bytes,
     training_bytes,
     weighing_bytes,
@@ -148,6 +149,17 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int, on_gpu: bool 
     block = shapes.largest_block_bytes
     graph = graph_bytes(_batch_values(shapes, tokens), shapes.value_bytes, on_gpu)
     return block + step_bytes(block, _head_bytes(shapes, tokens, GRADIENT_LOGITS), graph, adapter, on_gpu)
+
+
+def streamed_bytes(shapes: ModelShapes, planned: PlannedRun) -> int:
+    """Bound a step of a streamed original on the device, with one row at once and the loss of the whole batch."""
+    adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, planned.lora_rank)
+    block, value_bytes, tokens = shapes.largest_block_bytes, shapes.value_bytes, planned.tokens
+    graph = graph_bytes(_batch_values(shapes, planned.max_length), value_bytes, planned.on_gpu)
+    head = _head_bytes(shapes, tokens, GRADIENT_LOGITS)
+    head += states_bytes(shapes.hidden, value_bytes, tokens, planned.on_gpu)
+    step = step_bytes(block, head, graph, adapter, planned.on_gpu)
+    return block + step + (0 if planned.on_gpu else shapes.unpacking_bytes)
 
 
 def _batch_values(shapes: ModelShapes, tokens: int) -> int:

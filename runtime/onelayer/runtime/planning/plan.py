@@ -17,13 +17,6 @@ from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
-from onelayer.runtime.planning.anchor_costs import (
-    AnchorChoice,
-    AnchorCost,
-    anchor_costs,
-    anchor_seconds,
-    choose_every,
-)
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
     SMALLEST_RATIO,
@@ -43,6 +36,17 @@ from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
+from onelayer.runtime.planning.ways import (
+    AnchorChoice,
+    AnchorCost,
+    WayCost,
+    WayName,
+    anchor_costs,
+    anchor_seconds,
+    choose_every,
+    fastest_way,
+    way_costs,
+)
 from onelayer.runtime.training.settings import TrainSettings
 
 SAMPLES = CompileSettings.default("samples")
@@ -78,7 +82,8 @@ class TrainParts(Result):
 class PlanResult(Result):
     """What fits in `memory_bytes`; `ratio` is None if nothing does. `bf16` means the original's own dtype.
 
-    `form`, `factor_dtype`, `ratio` and `keep_bytes` are those of the best choice, as in `FactorChoice`.
+    `form`, `factor_dtype`, `ratio` and `keep_bytes` are those of the best choice, as in `FactorChoice`. `fastest` is
+    the one of `ways` that fits and takes the least time; None if no speed is known.
     """
 
     model: str
@@ -101,6 +106,8 @@ class PlanResult(Result):
     seconds: Seconds | None
     anchored: list[AnchorCost]
     anchor_choice: AnchorChoice | None
+    ways: list[WayCost]
+    fastest: WayName | None
     media: Media | None
     remarks: list[str]
 
@@ -120,6 +127,7 @@ def plan_run(
     emulator: str | Path | None = None,
     max_steps: int | None = None,
     hours: float | None = None,
+    host_memory_bytes: int | None = None,
     speed: Speed | None = None,
     timing: bool = True,
     revision: str | None = None,
@@ -130,8 +138,9 @@ def plan_run(
     them together with the ratio. An example of a model that reads images has `images` of them, tiles counted, with
     sides of `image_side` pixels or as the tower is made for. `emulator` is an emulator of this model: its spectra
     predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed.
-    Durations follow from `speed`, by default measured for a second on this machine (not if `timing` is false or there
-    are no weights to read). Raises `InputError` for bad input.
+    `host_memory_bytes` is what a streamed training may use of the host: it keeps the layers that fit. Durations follow
+    from `speed`, by default measured for a second on this machine (not if `timing` is false or there are no weights to
+    read). Raises `InputError` for bad input.
     """
     _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
@@ -141,6 +150,8 @@ def plan_run(
     best = choices[_best(choices, factor_dtype, form)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
+    seconds = None if speed is None else _seconds(shapes, best, speed)
+    ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -159,10 +170,12 @@ def plan_run(
         give_up=alternatives(shapes, best, memory_bytes),
         choices=_choices(shapes, choices, emulator),
         speed=speed,
-        seconds=None if speed is None else _seconds(shapes, best, speed),
+        seconds=seconds,
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
         media=shapes.media,
+        ways=ways,
+        fastest=fastest_way(ways, max_steps),
         remarks=remarks(shapes, best, planned.max_length, memory_bytes),
     )
 

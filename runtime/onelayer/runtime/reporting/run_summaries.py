@@ -52,9 +52,27 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         )
     anchored = [(row["every"], *_anchor_cells(row)) for row in document["anchored"]]
     lines += ["", table([("anchor every", "seconds a step", "read a step", "offsets", "peak"), *anchored])]
+    lines += ["", _ways(document)]
     if (choice := document["anchor_choice"]) is not None:
         lines.append(_anchored_run(choice))
     return "\n".join([*lines, *(f"note: {remark}" for remark in document["remarks"])])
+
+
+def _ways(document: Mapping[str, Any]) -> str:
+    """Format the ways to train, and name the fastest that fits."""
+    rows = [
+        (
+            row["way"],
+            "yes" if row["fits"] else "no",
+            *(size(row[name]) for name in ("peak_bytes", "read_bytes_per_step", "cache_bytes")),
+            row["seconds_per_step"],
+            row["once_seconds"],
+        )
+        for row in document["ways"]
+    ]
+    head = ("way to train", "fits", "peak", "read a step", "--cache", "seconds a step", "seconds once")
+    named = "" if document["fastest"] is None else f"\nfastest that fits: {document['fastest']}"
+    return table([head, *rows]) + named
 
 
 def _anchored_run(choice: Mapping[str, Any]) -> str:
@@ -105,7 +123,8 @@ def plan_steps_summary(document: Mapping[str, Any]) -> str:
     ]
     to_run = [row for row in document["steps"] if row["state"] == "to run"]
     total = f"{len(to_run)} of {len(rows)} steps to run"
-    return f"{table([head, *rows])}\n{total}; bytes and peaks are predictions"
+    note = "" if document["note"] is None else f"\nnote: {document['note']}"
+    return f"{table([head, *rows])}\n{total}; bytes and peaks are predictions{note}"
 
 
 def _size(size_bytes: int | None) -> str | None:

@@ -22,7 +22,13 @@ from onelayer.compiler.machine.devices import free_bytes, move, pick_device
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.linears import head_workspace, widest
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import ADAPTER_COPIES, GRADIENT_LOGITS, graph_bytes, step_bytes
+from onelayer.compiler.models.unit_memory import (
+    ADAPTER_COPIES,
+    GRADIENT_LOGITS,
+    graph_bytes,
+    states_bytes,
+    step_bytes,
+)
 from onelayer.compiler.models.units import Unit, hidden_forwards
 from onelayer.compiler.results import Report
 from onelayer.compiler.streaming import token_loss  # noqa: F401  # the loss of deferred logits, by slices
@@ -54,7 +60,7 @@ class StreamingEngine:
         self.streamed = StreamedModel(directory)
         self.bar: Shown = Silent()
         self.is_running = False
-        self.step_tokens = 0  # tokens of the largest micro-batch so far
+        self.step_tokens = self.batch_tokens = 0  # tokens of the largest micro-batch and batch so far
         self.kept_bytes = 0  # most that the host held of kept unit inputs
         self._spill_pool = SpillPool(settings.host_memory_bytes)
         self._meter = Meter(self.device).__enter__()
@@ -135,6 +141,7 @@ class StreamingEngine:
     def _rows_at_once(self, arguments: Any, rows: int | None) -> int | None:
         """Return how many rows a micro-batch has, at most those of the batch; None if it cannot be split."""
         tokens = tokens_per_row(arguments)
+        self.batch_tokens = max(self.batch_tokens, tokens * (rows or 1))
         if rows is None:
             self.step_tokens = max(self.step_tokens, tokens)
             return None
@@ -173,7 +180,9 @@ class StreamingEngine:
         adapter = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         unit, value_bytes, on_gpu = self.streamed.largest_unit_bytes, self.streamed.dtype.itemsize, self._meter.on_gpu
         graph = graph_bytes(self._width * self.step_tokens, value_bytes, on_gpu)
-        head = head_workspace(self.streamed, self.step_tokens, GRADIENT_LOGITS)
+        hidden = getattr(self.streamed.config.get_text_config(), "hidden_size", 0)
+        head = head_workspace(self.streamed, self.batch_tokens, GRADIENT_LOGITS)
+        head += states_bytes(hidden, value_bytes, self.batch_tokens, on_gpu)
         workspace = step_bytes(unit, head, graph, ADAPTER_COPIES * adapter, on_gpu)
         held = self.streamed.host_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
