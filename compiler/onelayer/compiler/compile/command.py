@@ -82,11 +82,6 @@ def compile_emulator(
         )
     check_companions(streamed.checkpoint.directory)
     resolved, ranks = _chosen(streamed, asked)
-    if not processes().is_alone:
-        if resolved.code_width is not None:
-            raise InputError("codes are the work of one process; start it without torchrun, or give --form factors")
-        if resolved.backward:
-            raise InputError("--backward: is the work of one process; start it without torchrun, or leave it out")
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)

@@ -106,12 +106,13 @@ class Compilation:
             spill_pool=self.spill_pool,
             loads=self.loads,
             description="compile",
-            trained=len(batches),
+            team=self.team,
             seed=self.settings.seed,
             dropout=False,
             first_wanted=first_wanted,
         )
         stream.both_ways(batches, self.on_unit)
+        self.revisited = set().union(*self.team.gather(self.revisited))
 
     @contextmanager
     def _stopping(self, unit: Unit) -> Iterator[None]:

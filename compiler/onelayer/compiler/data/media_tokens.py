@@ -97,7 +97,7 @@ class MediaReader:
             raise InputError(
                 f"{example.source}: the model reads one {kind} and no text; write rows of '{kind}', 'label'"
             )
-        output, digests = processed(self.processor, example.media, {})
+        output, digests = processed(self.processor, (example.media,), {})
         tensors = kept_tensors(output, self.processor, 0)
         shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
         return Tokens([], [], label=0, inputs=Made(self.processor, example.media, {}, digests, shapes, 0))
@@ -117,7 +117,7 @@ class MediaReader:
     @cached_property
     def _token_inputs(self) -> Sequence[str]:
         """The names of what the processor makes for each token, besides its id."""
-        output, _ = processed(self.processor, (), {"text": ["a"]})
+        output, _ = processed(self.processor, [], {"text": ["a"]})
         return sorted(set(output) - set(TEXT_OUTPUTS))
 
     def _plain(self, example: Example, append_eos: bool) -> tuple[str, list[Span]]:
@@ -141,7 +141,7 @@ class MediaReader:
         self._check_marks(example, text)
         arguments = {"text": [text], "add_special_tokens": False}
         asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        output, digests = processed(self.processor, example.media, {**arguments, **asked})
+        output, digests = processed(self.processor, [example.media], {**arguments, **asked})
         moved = (output.get("text_replacement_offsets") or [[]])[0]
         expanded = _with_replacements(text, moved)
         ids, offsets = first_row(output["input_ids"]), first_row(output["offset_mapping"])
@@ -185,7 +185,7 @@ class MediaReader:
         mark = str(self.processor.stock.image_token)
         placeholders = mark * len(example.media)
         arguments = {"text": [placeholders + prompt.replace("<image>", "")], PREFIX_ARGUMENT: [completion]}
-        output, digests = processed(self.processor, example.media, arguments)
+        output, digests = processed(self.processor, [example.media], arguments)
         ids, labels = first_row(output["input_ids"]), first_row(output["labels"])
         image_id = self.processor.text_tokenizer.convert_tokens_to_ids(mark)
         last = max((place for place, token in enumerate(ids) if token == image_id), default=-1)

@@ -181,7 +181,6 @@ class GradientRefinePass(CalibrationStream):
             on_unit=self._stopping,
             spill_pool=spill_pool,
             description="refine",
-            trained=len(batches),
             seed=training.settings.seed,
             dropout=False,
             loads=loads,

@@ -24,12 +24,13 @@ class CalibrationStream(GradientStream):
     def both_ways(self, batches: Sequence[TokenBatch], on_way_back: Callable[[Unit], Any]) -> None:
         """Run all batches to the loss, then back; `on_way_back` watches the units of the way back.
 
-        Raises `RuntimeError` if the loss is not finite.
+        Each process of the team runs its share. Raises `RuntimeError` if the loss is not finite.
         """
-        loss = TokenLoss(batches, len(batches), self.device)
+        loss = TokenLoss(batches, len(batches), self.device, self.team)
+        self.trained, self.places = loss.trained, loss.places
         with Progress(2 * len(self.streamed.units), self.description) as bar, self:
             self.bar = bar
-            self.run([batch.inputs for batch in batches], loss.take)
+            self.run(loss.inputs, loss.take)
             if not loss.finish():
                 raise RuntimeError("the loss on the calibration data is not finite; check the checkpoint and the data")
             self.on_unit = on_way_back

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,14 @@ from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable,
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import AnyTokenizer, Tokens, asked_and_answered, load_tokenizer, text_tokenizer
+from onelayer.compiler.data.tokens import (
+    AnyTokenizer,
+    RowInputs,
+    Tokens,
+    asked_and_answered,
+    load_tokenizer,
+    text_tokenizer,
+)
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -90,12 +97,14 @@ class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
+    `inputs` are what the rows' images and audio become, if there are any.
     """
 
     rows: list[dict[str, Any]]
     digest: str
     skipped: int
     cut: int
+    inputs: Sequence[RowInputs | None] | None = None
 
 
 def read_model(directory: Path, name: str, max_image_pixels: int | None = None) -> TrainModel:
@@ -210,8 +219,8 @@ def _snapshot_revision(directory: Path) -> str | None:
 
 def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
     """Return a row for the trainer of a model: the ids that it reads, and what it predicts."""
-    if tokens.label is not None and tokens.inputs is not None:
-        return {"made": tokens.inputs, "labels": tokens.label}
+    if tokens.label is not None and not tokens.input_ids:
+        return {"labels": tokens.label}
     if tokens.label is not None:
         return {"input_ids": tokens.input_ids, "labels": tokens.label}
     if model.config.is_encoder_decoder:
@@ -239,23 +248,26 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             )
         for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        digest.update(((tokens.inputs and tokens.inputs.digest) or "").encode())
+        if tokens.inputs is not None and tokens.inputs.digest is not None:
+            digest.update(tokens.inputs.digest.encode())
         rows.append(_row(tokens, model))
     labeled.tell()
-    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)
+    inputs = [tokens.inputs for tokens in labeled.tokens]
+    given = inputs if any(item is not None for item in inputs) else None
+    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut, given)
 
 
-def _rows_of(row: Mapping[str, Any]) -> int:
-    """Count the tokens of a row; without ids the patches of its image, or the frames of its sound, as is usual."""
-    if "made" not in row:
-        return sum(len(ids) for name, ids in row.items() if name.endswith("_ids"))
-    shapes = row["made"].shapes.values()
+def _rows_at_most(inputs: RowInputs) -> int:
+    """Count the patches of an image, or the frames of a recording, as most models make them."""
+    shapes = inputs.shapes.values()
     return max(math.prod(shape) // (shape[1] * PATCH_SIDE**2 if len(shape) == 4 else FRAME_VALUES) for shape in shapes)
 
 
 def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
     """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
-    longest = max(_rows_of(row) for row in examples.rows)
+    longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
+    if not longest:  # rows without a text
+        longest = max(_rows_at_most(inputs) for inputs in examples.inputs or () if inputs is not None)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])
 

@@ -31,13 +31,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from onelayer.compiler.adapters.attach import linear_targets
 from onelayer.compiler.data.classes import reads_media_alone
 from onelayer.compiler.data.preferences import PreferenceMethod
-from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.data.tokens import IGNORED, RowInputs
 from onelayer.compiler.errors import InputError
+from onelayer.runtime.collators.classes import ClassCollator
+from onelayer.runtime.collators.media import ROW, MediaCollator
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
 from onelayer.runtime.training.guarded import GuardedTrainer
 from onelayer.runtime.training.inputs import TrainData, TrainModel
-from onelayer.runtime.training.media_rows import joined_rows
 from onelayer.runtime.training.preference_trainers import DpoTrainer, KtoTrainer, preference_trainer
 from onelayer.runtime.training.settings import LoraFields
 from onelayer.runtime.training.trainer_args import Method
@@ -145,23 +146,44 @@ def make_trainer(
 
 def _data_sets(rows: Rows) -> dict[str, Dataset | None]:
     """Return the data sets of a trainer, by the names of its parameters."""
-    train, held_out = (None if data is None else _data_set(data) for data in rows)
+    train, held_out = (None if data is None else Dataset.from_list(data.rows) for data in rows)
     return {"train_dataset": train, "eval_dataset": held_out}
 
 
-def _data_set(data: TrainData) -> Any:
-    """Return the rows as a data set; those that make inputs when they are taken stay a list."""
-    return data.rows if "made" in data.rows[0] else Dataset.from_list(data.rows)
+def _numbered(sets: dict[str, Any], rows: Rows) -> list[RowInputs | None]:
+    """Number the rows of all data sets in a column, and list their other inputs in that order."""
+    inputs: list[RowInputs | None] = []
+    for name, data in zip(sets, rows, strict=True):
+        if data is not None:
+            numbers = list(range(len(inputs), len(inputs) + len(data.rows)))
+            sets[name] = sets[name].add_column(ROW, numbers)
+            inputs += data.inputs or [None] * len(data.rows)
+    return inputs
+
+
+def _pad_token_id(model: TrainModel) -> int:
+    """Return what rows are padded with, as TRL chooses it: nothing reads it, since it is masked."""
+    tokenizer: Any = model.tokenizer
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _token_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> LoraTrainer:
     # Rows are ready for the collator, unless TRL packs them.
-    config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
+    defaults: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}}
+    sets, media = _data_sets(rows), {}
+    if any(data is not None and data.inputs is not None for data in rows):
+        for name in ("packing", "padding_free"):
+            if arguments.get(name):
+                raise InputError(f"{name}: rows with images or audio stay apart; leave it out")
+        media["data_collator"] = MediaCollator(_numbered(sets, rows), _pad_token_id(model))
+        defaults["remove_unused_columns"] = False
+    config = SFTConfig(**{**defaults, **arguments})
     loaded = model.load()
     return LoraTrainer(
         model=loaded,
         args=config,
-        **_data_sets(rows),
+        **sets,
+        **media,
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
         callbacks=[MarkComplete()],
@@ -214,9 +236,10 @@ def _plain_config(model: TrainModel, arguments: dict[str, Any]) -> TrainingArgum
 
 def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
     """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
-    processing: dict[str, Any] = {"data_collator": joined_rows}
-    alone = reads_media_alone(model.model_class)
+    sets, alone = _data_sets(rows), reads_media_alone(model.model_class)
+    processing: dict[str, Any] = {}
     if alone:
+        processing["data_collator"] = ClassCollator(_numbered(sets, rows))
         arguments = {**arguments, "remove_unused_columns": False}  # no column is an argument of the model yet
     else:
         processing = {"data_collator": DataCollatorWithPadding(model.tokenizer), "processing_class": model.tokenizer}
@@ -237,7 +260,7 @@ def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments:
     return ClassTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        **_data_sets(rows),
+        **sets,
         compute_loss_func=_class_loss,
         **processing,
         callbacks=[MarkComplete()],
