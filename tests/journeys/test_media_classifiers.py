@@ -95,7 +95,7 @@ def test_files_named_by_rows_are_the_same_as_those_of_folders(folder: Path, tmp_
         for index in range(4)
     ]
     (tmp_path / "by_rows" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reader = load_reader(folder / "model", type(loaded(folder / "model")))
+    reader: Any = load_reader(folder / "model", type(loaded(folder / "model")))
     digests = [
         [reader.tokens_of(example, 8, False).inputs.digest for example in read_examples(source)]
         for source in (folder / "data", tmp_path / "by_rows")
