@@ -32,8 +32,8 @@ LIGHT = {
         "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/integers "
         "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
-        "faults inspect machine/console machine/distributed machine/hardware machine/meter media/* models/unit_memory "
-        "results settings sources/* storage/* */settings"
+        "faults inspect machine/console machine/distributed machine/hardware machine/meter machine/primitives media/* "
+        "models/unit_memory results settings sources/* storage/* */settings"
     ),
     "runtime": (
         "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* version "

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.media_files import picture
+from helpers.tiny_models import tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
-from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.inspect import inspect_path
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -109,6 +111,7 @@ def test_an_emulator_of_tower_and_text_loads_in_stock_transformers(
     data = folder / "rows.jsonl"
     result = compile_emulator(model, data, tmp_path / "e", ratio=0.5, form="factors", max_length=LENGTH, batch_size=2)
     of_tower = ["vis" in linear.name for linear in result.linears]
+    assert inspect_path(model)["reads"] == inspect_path(tmp_path / "e")["reads"] == ["text", "image"]
     assert any(of_tower)
     assert not all(of_tower)
     emulator = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "e").eval()
@@ -150,6 +153,21 @@ def test_images_are_never_labeled_and_only_text_is_cut(models: Any, folder: Path
     assert cut[2].inputs is not None
     assert rows[2].inputs is not None
     assert cut[2].inputs.shapes == rows[2].inputs.shapes
+
+
+def test_a_limit_of_pixels_makes_images_fewer_tokens(models: Any, folder: Path) -> None:
+    model, resident = models["qwen2_5_vl"]
+    full, small = (
+        read_tokens(folder / "rows.jsonl", load_reader(model, type(resident), limit), LENGTH) for limit in (None, 600)
+    )
+    counts = [[len(row.input_ids) for row in rows] for rows in (full, small)]
+    assert [more > less for more, less in zip(*counts, strict=True)] == [True, False, True, True, True]
+    assert tokens_digest(full) != tokens_digest(small)
+
+
+def test_a_model_of_texts_refuses_images_in_one_line(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"rows.jsonl:1: has 1 image\(s\), and the model of .* reads text only"):
+        read_tokens(folder / "rows.jsonl", tiny_tokenizer(), LENGTH)
 
 
 def test_rows_that_a_model_cannot_read_are_refused(models: Any, folder: Path, tmp_path: Path) -> None:

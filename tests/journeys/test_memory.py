@@ -67,6 +67,19 @@ def check_promise(report: Report) -> None:
     assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes
 
 
+def test_rows_of_many_lengths_in_half_precision_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
+    """Every length has kernels of its own, which a CPU keeps: 500 MiB of 70 before their number was limited."""
+    prepare(
+        tmp_path,
+        causal("Llama", hidden_size=128, intermediate_size=256).to(torch.bfloat16),
+        [{"text": " ".join(WORDS.split()[: 1 + number % 9] * (1 + number // 9))} for number in range(40)],
+    )
+    for command, settings in ((compiled, {"batch_size": 4}), (refined, {"batch_size": 4})):
+        report = measured(command, tmp_path, own_store, **settings)
+        check_promise(report)
+        assert report.workspace_bytes < 220 << 20
+
+
 @pytest.mark.parametrize(("batch_size", "max_length"), [(16, 64), (1, 1024)])
 def test_large_batches_and_long_samples_stay_within_the_prediction(
     batch_size: int, max_length: int, tmp_path: Path, own_store: Path

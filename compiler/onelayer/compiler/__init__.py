@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from onelayer.compiler.machine.primitives import limit_primitives
+
 if TYPE_CHECKING:
     from onelayer.compiler.adapters.merge import merge_adapter as merge_adapter
     from onelayer.compiler.compile.command import compile_emulator as compile_emulator
@@ -32,6 +34,8 @@ _HOME_OF = {
     "slice_emulator": "emulators.slice",
 }
 __all__ = sorted(_HOME_OF)
+
+limit_primitives()  # before anything computes
 
 
 def __getattr__(name: str) -> Any:

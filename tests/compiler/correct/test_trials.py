@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.peft_adapters import load_original, random_adapter
-from helpers.reference_emulators import write_emulator
-from helpers.tiny_models import save_tiny
+from helpers.corrections import TEXTS, Setting
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.correct import trials
+from onelayer.compiler.correct import choose
 from onelayer.compiler.correct.candidates import CANDIDATES
-from onelayer.compiler.correct.command import CorrectResult, correct_adapter
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
@@ -25,7 +22,6 @@ from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.files import read_json
 from onelayer.compiler.streaming.spill import SpillPool
 
-TEXTS = ["the quick brown fox jumps over the lazy dog", "what is the sum of two and three ?", "name a city"]
 LORA: dict[str, dict[str, Any]] = {
     "llama": {"r": 3, "lora_alpha": 12, "target_modules": "all-linear"},
     "gpt2": {"r": 3, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"]},
@@ -33,21 +29,6 @@ LORA: dict[str, dict[str, Any]] = {
     "gemma2": {"r": 2, "use_rslora": True, "target_modules": ["up_proj"], "modules_to_save": ["norm"]},
     "llama_tied": {"r": 2, "target_modules": ["v_proj"], "trainable_token_indices": [5, 3]},
 }
-
-
-class Setting:
-    def __init__(self, root: Path, family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> None:
-        self.root = root
-        model = save_tiny(family, root / "original", dtype, shards=2)
-        skip = ("gate", "experts") if "moe" in family else ()
-        write_emulator(model, root / "original", root / "emulator", ratio=0.3, skip=skip)
-        random_adapter(load_original(root / "original"), root / "adapter", **lora)
-        self.data = root / "held-out.jsonl"
-        self.data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-
-    def correct(self, name: str, **changes: Any) -> CorrectResult:
-        paths = {"emulator": self.root / "emulator", "model": self.root / "original", "output": self.root / name}
-        return correct_adapter(self.root / "adapter", **{**paths, **changes})
 
 
 @pytest.mark.parametrize("family", LORA)
@@ -66,7 +47,7 @@ def test_every_loss_is_that_of_the_adapter_the_candidate_would_write(
         if (solver, scale) == ("span", 1.0):
             paths.append(Path(setting.correct(f"alone-{number}", limit=limit).output))
         else:
-            monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", ((solver, limit, scale),))
+            monkeypatch.setattr("onelayer.compiler.correct.choose.CANDIDATES", ((solver, limit, scale),))
             paths.append(Path(setting.correct(f"alone-{number}", limit="auto", data=setting.data).output))
             monkeypatch.undo()
     scores = evaluate_model(tmp_path / "original", setting.data, adapters=[tmp_path / "adapter", *paths]).results[1:]
@@ -138,7 +119,7 @@ def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
             own(self, arguments)
             held.append(self.held_bytes)
 
-    monkeypatch.setattr("onelayer.compiler.correct.trials.SpillPool", Noted)
+    monkeypatch.setattr("onelayer.compiler.correct.choose.SpillPool", Noted)
     free = setting.correct("free", limit="auto", data=setting.data)
     most = max(held)
     assert most > 0
@@ -159,9 +140,9 @@ def test_parked_states_are_predicted_and_go_to_disk_beyond_the_budget(
 
 def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(tmp_path, "llama", **LORA["llama"])
-    monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", (("span", 3.0, 1.1),))
+    monkeypatch.setattr("onelayer.compiler.correct.choose.CANDIDATES", (("span", 3.0, 1.1),))
     setting.correct("auto", limit="auto", data=setting.data)
-    whole = trials.score_candidates
+    whole = choose.score_candidates
 
     def without_last(*arguments: Any) -> Any:
         found = whole(*arguments)
@@ -175,7 +156,7 @@ def test_linears_that_the_data_never_reaches_are_corrected_too(tmp_path: Path, m
 def test_a_scale_holds_for_every_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without correction, the written adapter is the trained one, scaled, also for linears kept whole."""
     setting = Setting(tmp_path, "qwen3_moe", r=3, lora_alpha=6, target_modules=["q_proj", "lm_head", "embed_tokens"])
-    monkeypatch.setattr("onelayer.compiler.correct.trials.CANDIDATES", (("span", 0.0, 1.2),))
+    monkeypatch.setattr("onelayer.compiler.correct.choose.CANDIDATES", (("span", 0.0, 1.2),))
     result = setting.correct("auto", limit="auto", data=setting.data)
     assert {linear.compressed for linear in result.linears} == {True, False}
     plain, scaled = (Adapter.open(tmp_path / name) for name in ("adapter", "auto"))
@@ -236,8 +217,8 @@ def test_a_choice_by_few_rows_or_at_the_end_of_the_scales_is_told(
     told = capsys.readouterr().err
     assert "--data: 3 rows, and fewer than 100 choose by chance" in told
     assert "the scale 0.65 is the smallest that is tried" in told
-    monkeypatch.setattr(trials, "FEW_ROWS", 3)
-    monkeypatch.setattr(trials, "SCALES", (0.5, 1.5))
+    monkeypatch.setattr(choose, "FEW_ROWS", 3)
+    monkeypatch.setattr(choose, "SCALES", (0.5, 1.5))
     setting.correct("enough", data=setting.data)
     told = capsys.readouterr().err
     assert "choose by chance" not in told

@@ -56,7 +56,7 @@ def test_two_bits_lose_an_eighth_of_the_square_of_each_offset(pair_of: Any, name
     for bits in (32, 2):
         with pair.anchors(bits) as anchors:
             anchors.renew([pair.batch])
-            found[bits] = {unit: offset.rebuild() for unit, offset in anchors._waiting[0].items()}
+            found[bits] = {unit: offset.rebuild() for unit, offset in anchors._waiting[0][0][1].items()}
     assert found[32].keys() == found[2].keys()
     assert len(found[32]) >= 2
     for unit, exact in found[32].items():
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_a_dense_reference(pair_of: Any, name: str, reco
     pair = pair_of(name)
     with pair.anchors(32) as anchors:
         anchors.renew([pair.batch])
-        with pair.dense_offsets(anchors._waiting[0]):
+        with pair.dense_offsets(anchors._waiting[0][0][1]):
             wanted = gradients(pair.dense.train(), pair.batch)
         plain = gradients(pair.emulator.train(), pair.batch)
         with anchors.next_batch():

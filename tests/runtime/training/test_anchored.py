@@ -19,6 +19,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
 from onelayer.runtime import TrainResult, train_lora
 from onelayer.runtime.anchors.anchors import Anchors
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY
 from onelayer.runtime.training.trainers import LoraTrainer
 
 Train = Callable[..., TrainResult]
@@ -180,11 +181,18 @@ def test_resuming_equals_not_stopping(
     assert adapter_digest(tmp_path / "parts") == adapter_digest(tmp_path / "whole")
 
 
+def test_an_emulator_whose_original_is_named_is_anchored(anchored: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    result = anchored(anchor_every=None, max_steps=1)
+    assert result.anchors is not None
+    assert result.anchors.every == ANCHOR_EVERY == 10
+    assert "anchors are renewed every 10 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model": None}, "--anchor-every 2: needs the original; give --model"),
-        ({"anchor_every": None}, "only anchored training, and preferences on an emulator, read it"),
+        ({"anchor_every": None, "emulator": "original"}, "nothing reads it, since .*original is no emulator"),
         ({"emulator": "original"}, "is no emulator, so nothing can be anchored"),
         ({"model": "half"}, "give the original it was compiled from"),
         ({"lora": {"bias": "all"}}, "lora.bias: biases that are trained cannot be anchored"),

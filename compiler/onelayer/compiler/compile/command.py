@@ -168,7 +168,7 @@ def _finished(
     elif settings.backward:
         workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
-    workspace += streamed.unpacking_bytes(meter.on_gpu)
+    workspace += streamed.host_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     result = compile_result(writer, settings, output, report)
     figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})

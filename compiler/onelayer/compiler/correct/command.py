@@ -17,10 +17,10 @@ from onelayer.compiler.adapters.fit import check_fit
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base, write_adapter
 from onelayer.compiler.correct.candidates import Candidate, CorrectionSettings, Solver
+from onelayer.compiler.correct.choose import Choice, HeldOut, score_candidates
 from onelayer.compiler.correct.correction import Correction, Gap
 from onelayer.compiler.correct.gaps import correct_workspace, measure_gaps
 from onelayer.compiler.correct.settings import CorrectKeywords, CorrectSettings, chosen_limit
-from onelayer.compiler.correct.trials import Choice, HeldOut, score_candidates
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -258,5 +258,5 @@ def _report(
     if choice is not None:
         workspace = max(workspace, choice.workspace_bytes)
         bytes_read += choice.bytes_read
-    workspace += streamed.unpacking_bytes(meter.on_gpu)
+    workspace += streamed.host_bytes(meter.on_gpu)
     return meter.report(streamed.largest_unit_bytes, workspace, bytes_read)

@@ -122,7 +122,7 @@ def evaluate_model(
             emulator.checkpoint.check_unchanged()
         workspace = scoring_workspace(stream, batches, len(variants), compared=emulator is not None)
         workspace += replaced_bytes(streamed, adapted.replacements)
-        workspace += streamed.unpacking_bytes(meter.on_gpu)
+        workspace += streamed.host_bytes(meter.on_gpu)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:
             workspace += _factor_bytes(emulator, streamed)

@@ -82,6 +82,11 @@ class Samples:
         """Make batches of the samples, with which the model can be called."""
         return make_batches(self.tokens, config, batch_size)
 
+    def counted_batches(self, config: PreTrainedConfig, batch_size: int) -> list[TokenBatch]:
+        """Make batches of the samples that the loss counts; they are numbered without the others."""
+        counted = [tokens for tokens, counts in zip(self.tokens, self.counted, strict=True) if counts]
+        return make_batches(counted, config, batch_size)
+
 
 def _choices(example: Example, tokenizer: AnyTokenizer, max_length: int) -> list[Tokens]:
     """Tokenize every choice of an example. Raises `InputError` if a choice does not fit or is empty."""

@@ -37,11 +37,26 @@ class SampleScores:
         """Begin without any tokens."""
         return cls([0.0] * samples, [0] * samples, [0] * samples)
 
-    def loss(self, counted: Sequence[bool]) -> float:
-        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count.
+    @property
+    def samples(self) -> int:
+        """The number of samples that were scored."""
+        return sum(count > 0 for count in self.counts)
+
+    def plus(self, other: "SampleScores") -> "SampleScores":
+        """Return the sums of both; a sample that one of them lacks has zeros there."""
+
+        def added(one: Sequence[Any], more: Sequence[Any]) -> list[Any]:
+            return [a + b for a, b in zip(one, more, strict=True)]
+
+        losses, hits = added(self.losses, other.losses), added(self.hits, other.hits)
+        return SampleScores(losses, hits, added(self.counts, other.counts))
+
+    def loss(self, counted: Sequence[bool] | None = None) -> float:
+        """Compute the mean cross-entropy in nats over the labeled tokens of the samples that count, all by default.
 
         Raises `FloatingPointError` if it is not finite: such a score says nothing, and JSON cannot hold it.
         """
+        counted = [True] * len(self.counts) if counted is None else counted
         loss = total(self.losses, counted) / total(self.counts, counted)
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -78,7 +93,8 @@ class Scoring:
     """Collects the outputs of a stream and scores them; deferred logits by slices of the head, after the last output.
 
     With `against`, the predictions of that variant are compared with those of variant 0. Hidden states that wait for
-    the head are parked where the stream parks its own. Each process of `team` scores its share of the batches.
+    the head are parked where the stream parks its own. Each process of `team` scores its share of the batches. The
+    batches hold all samples, unless `samples` counts those of which they are a part.
     """
 
     def __init__(
@@ -88,9 +104,10 @@ class Scoring:
         spill_pool: SpillPool,
         against: int | None = None,
         team: Processes | None = None,
+        samples: int | None = None,
     ) -> None:
         self.team = team or Processes()
-        self._samples = sum(len(batch.order) for batch in batches)
+        self._samples = sum(len(batch.order) for batch in batches) if samples is None else samples
         self.batches = batches = [batches[index] for index in self.team.share(len(batches))]
         self.variants = variants
         self.spill_pool = spill_pool

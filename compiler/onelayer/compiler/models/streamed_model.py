@@ -14,6 +14,7 @@ from torch import nn
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries.modules import owner_of
+from onelayer.compiler.machine.primitives import primitive_bytes
 from onelayer.compiler.models.lazy_tensors import AbsentWeight, DiskMatrix
 from onelayer.compiler.models.original import Original
 from onelayer.compiler.models.stored_weights import StoredWeights
@@ -117,9 +118,10 @@ class StreamedModel:
         """Weights of the largest unit, as they are held when it runs."""
         return max(unit.weight_bytes for unit in self.units)
 
-    def unpacking_bytes(self, on_gpu: bool) -> int:
-        """Count what unpacking a weight holds in addition to the unit. It is on the host, so nothing on a card."""
-        return 0 if on_gpu else self.checkpoint.unpacking_bytes
+    def host_bytes(self, on_gpu: bool) -> int:
+        """Count what a host that computes holds in addition to a unit and the pass: unpacking a weight, and kernels."""
+        unpacking = 0 if on_gpu else self.checkpoint.unpacking_bytes
+        return unpacking + primitive_bytes(self.dtype.itemsize, on_gpu)
 
     def tensors_of(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The tensors of a unit that is resident now, by runtime name; stand-ins for those that are lazy."""

@@ -114,7 +114,7 @@ def polish_adapter(
             task.publish(Path(output), opened, streamed, state, failure)
             workspace = polish_workspace(streamed, stream.loads, state, meter.on_gpu)
             workspace += replaced_bytes(streamed, adapted.replacements)
-            workspace += streamed.unpacking_bytes(meter.on_gpu)
+            workspace += streamed.host_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
             return _result(Path(output), state, job, report)
 

@@ -27,7 +27,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import GradientRefinePass, RefinePass, UnitTraining, refine_workspace
 from onelayer.compiler.refine.own_inputs import OwnInputsPass
 from onelayer.compiler.refine.resume import REFINE_WORK, RefinedUnit, RefineWork
-from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
+from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings, ResolvedRefineSettings
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -83,12 +83,11 @@ def refine_emulator(
         raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
     step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
     chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": backward})
-    chosen = chosen.resolved(coded=bool(opened.facts.codes))
-    return _refine(streamed, opened, tokens, output, chosen)
+    return _refine(streamed, opened, tokens, output, chosen.resolved(coded=bool(opened.facts.codes)))
 
 
 def _refine(
-    streamed: StreamedModel, emulator: Emulator, tokens: list[Tokens], output: Path, settings: RefineSettings
+    streamed: StreamedModel, emulator: Emulator, tokens: list[Tokens], output: Path, settings: ResolvedRefineSettings
 ) -> RefineResult:
     """Stream the original, train the emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)
@@ -121,7 +120,7 @@ def _refine(
 
         def publish() -> RefineResult:
             workspace = refine_workspace(streamed, emulator, loads, meter.on_gpu, backward=settings.backward)
-            workspace += streamed.unpacking_bytes(meter.on_gpu)
+            workspace += streamed.host_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
             result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)
             work.publish(output, {**facts, **result.model_dump(mode="json", include={"units", "report"})}, meter)

@@ -28,7 +28,7 @@ from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
-from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.settings import ResolvedRefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.gradient_stream import HOST, Record
@@ -45,7 +45,7 @@ class UnitTraining:
     streamed: StreamedModel
     emulator: Emulator
     work: RefineWork
-    settings: RefineSettings
+    settings: ResolvedRefineSettings
     meter: Meter
     stop: StopRequest
 

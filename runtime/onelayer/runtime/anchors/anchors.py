@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 
 from onelayer.compiler.emulators.facts import EmulatorFacts
-from onelayer.compiler.factors.offsets import CodedOffset
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter
@@ -23,13 +22,18 @@ from onelayer.compiler.models.unit_memory import anchoring_bytes
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch
 from onelayer.compiler.streaming.unit_loads import UnitLoads
-from onelayer.runtime.anchors.hooks import AnchorHooks
+from onelayer.runtime.anchors.hooks import AnchorHooks, Call
 from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units, emulated_modules
 from onelayer.runtime.anchors.report import AnchorReport
 from onelayer.runtime.anchors.stream import HOST, OffsetStream
 
 # What a collated batch of preferences holds for the loss alone.
-PREFERENCE_INPUTS = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+PREFERENCE_INPUTS = {
+    "completion_mask", "ref_chosen_logps", "ref_rejected_logps",
+    "label", "ref_logps", "KL_completion_mask", "ref_KL_logps",
+}  # fmt: skip
+# KTO calls the model with other answers first, without gradients; their inputs have this before their names.
+MISMATCHED = "KL_"
 
 
 class Anchors:
@@ -52,11 +56,11 @@ class Anchors:
         self.original = AdaptedOriginal(directory, adapted)
         units = compressed_units(self.original.streamed, facts)
         self._modules = emulated_modules(adapted, units)
-        self._hooks = AnchorHooks(self._modules)
+        self._hooks = AnchorHooks(adapted, self._modules)
         # With a card, states wait on the host. A host that is the device itself would hold more of them the more steps
         # there are between renewals, so there they wait in files.
         self._spill_pool = SpillPool(None if meter.on_gpu else 0)
-        self._waiting: deque[dict[str, CodedOffset]] = deque()
+        self._waiting: deque[list[Call]] = deque()
         self._renewals, self._seconds, self._offset_bytes = 0, 0.0, 0
         self._loads = UnitLoads()
 
@@ -80,13 +84,14 @@ class Anchors:
             precision=self.precision,
             bar=bar,
         )
-        inputs = [model_inputs(batch, self.adapted) for batch in batches]
+        calls = [model_calls(batch, self.adapted) for batch in batches]
+        inputs = [call for each in calls for call in each]
         with evaluating(self.adapted):
-            self._waiting.extend(stream.find(inputs))
+            found = iter(stream.find(inputs))
+        self._waiting.extend([(call.get("input_ids"), next(found)) for call in each] for each in calls)
         self._renewals += 1
-        self._offset_bytes = max(
-            self._offset_bytes, sum(offset.stored_bytes for found in self._waiting for offset in found.values())
-        )
+        offsets = (offset for each in self._waiting for _, by_unit in each for offset in by_unit.values())
+        self._offset_bytes = max(self._offset_bytes, sum(offset.stored_bytes for offset in offsets))
         self._seconds += time.perf_counter() - started
 
     def next_batch(self) -> AbstractContextManager[None]:
@@ -102,7 +107,7 @@ class Anchors:
         streamed = self.original.streamed
         unit_bytes, on_gpu = streamed.largest_unit_bytes, self.meter.on_gpu
         workspace = anchoring_bytes(unit_bytes, self._loads.most_values(streamed), streamed.dtype.itemsize, on_gpu)
-        workspace += streamed.unpacking_bytes(on_gpu)
+        workspace += streamed.host_bytes(on_gpu)
         return AnchorReport(
             every=every,
             bits=self.bits,
@@ -116,8 +121,11 @@ class Anchors:
         )
 
 
-def model_inputs(batch: Mapping[str, Any], adapted: PeftModel) -> Batch:
-    """Return what the model is called with for a collated batch, on the host, without what only the loss needs."""
+def model_calls(batch: Mapping[str, Any], adapted: PeftModel) -> list[Batch]:
+    """Return what the model is called with for a collated batch, on the host, without what only the loss needs.
+
+    It is one call, or two for KTO, in the order in which they are made.
+    """
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     for name in PREFERENCE_INPUTS & inputs.keys():
         del inputs[name]
@@ -125,8 +133,9 @@ def model_inputs(batch: Mapping[str, Any], adapted: PeftModel) -> Batch:
     base: Any = adapted.get_base_model()
     if base.config.is_encoder_decoder and labels is not None and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
-    moved: Batch = move(inputs, HOST)
-    return moved
+    mismatched = {name: inputs.pop(name) for name in list(inputs) if name.startswith(MISMATCHED)}
+    first = {name.removeprefix(MISMATCHED): value for name, value in mismatched.items()}
+    return [move(call, HOST) for call in (first, inputs) if call]
 
 
 @contextmanager

@@ -165,8 +165,8 @@ def _anchored_read(basis: CostBasis, trained_on: int) -> int | None:
 
 
 def correct_costs(basis: CostBasis) -> StepCosts:
-    """Predict a correction. Original and emulator are read once, even if held-out text chooses the limit."""
-    read = basis.model_bytes + basis.emulator_bytes(basis.ratio)
+    """Predict a correction. The original is read once; twice if held-out text chooses, unless it has few rows."""
+    read = (2 if basis.planned.scored_tokens else 1) * basis.model_bytes + basis.emulator_bytes(basis.ratio)
     peak = pass_bytes(basis.shapes, basis.ratio, basis.planned)["correct"]
     return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
 

@@ -4,6 +4,7 @@ from onelayer.compiler.correct.candidates import CANDIDATES
 from onelayer.compiler.correct.memory import CorrectedShape, correction_bytes, trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.machine.primitives import primitive_bytes
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
     EXPERT_ROWS,
@@ -49,7 +50,7 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
     if planned.scored_tokens:
         chosen = chosen_correct_bytes(shapes, kept, planned.lora_rank, planned.scored_tokens, planned.on_gpu)
         corrected = max(corrected, chosen)
-    return {
+    found = {
         "compile": compile_bytes(shapes, planned.widest(ratio), compiled, planned.coded, planned.compile_backward),
         "refine": refined
         and refine_bytes(
@@ -63,6 +64,8 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
         ),
         "correct": corrected,
     }
+    kernels = primitive_bytes(shapes.value_bytes, planned.on_gpu)
+    return {name: size and size + kernels for name, size in found.items()}
 
 
 def correct_bytes(shapes: ModelShapes, ratio: float, lora_rank: int) -> int:

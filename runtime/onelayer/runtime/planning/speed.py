@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
-from onelayer.compiler.correct.candidates import CANDIDATES
+from onelayer.compiler.correct.candidates import FIRST_ROWS, FIRST_SHARE, runs_per_row
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.files import BUFFER_BYTES
@@ -23,6 +23,8 @@ FORWARD = BACKWARD = RECOMPUTE = 2
 # The defaults of refine: its samples, and the samples of all steps of a layer together.
 REFINE_SAMPLES = RefineSettings.default("samples")
 REFINE_TRAINED = RefineSettings.default("steps") * RefineSettings.default("step_samples")
+# From so many held-out rows on, a larger number of them costs no more runs for each.
+CHOOSING_ROWS = round(FIRST_ROWS / FIRST_SHARE)
 
 
 class Speed(Result):
@@ -37,8 +39,9 @@ class Seconds(Result):
     """Rough durations of passes over the whole model, one training step, and one exact step with its two passes.
 
     `compile_backward` is the part of the compile that weighs errors by the loss's gradients; None if nothing is coded.
-    `correct_1000_tokens` is what 1000 tokens of held-out data add to a correction that they choose: they run through
-    the original as it is, and once with each candidate.
+    `correct_1000_tokens` is what 1000 tokens of held-out data add to a correction that they choose, if there are
+    `CHOOSING_ROWS` rows or more: all run through the original as it is and with the best candidates, a share of them
+    with each. The original is then read once more.
     """
 
     compile: float
@@ -123,9 +126,10 @@ def seconds_at(
     backward = coded_seconds(speed, shapes, samples * max_length) if coded else (0.0, 0.0)
     train = FORWARD + BACKWARD + (RECOMPUTE if planned.where != "none" else 0)
     exact_tokens = polish_batch * max_length
-    # Factors are evaluated twice and trained. A training step runs forward, back to inputs and back to factors, at
-    # equal cost.
-    refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
+    runs = runs_per_row(CHOOSING_ROWS, FIRST_ROWS)
+    # Factors are evaluated twice and trained, and codes run once more to give the next layer its inputs. A training
+    # step runs forward, back to inputs and back to factors, at equal cost.
+    refined_tokens = ((3 if coded else 2) * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
         compile=round_significant(
             max(read, (FORWARD * active * samples * max_length + moments) / flops) + sum(backward), SECONDS_DIGITS
@@ -140,7 +144,7 @@ def seconds_at(
             train * active_values(shapes, ratio, coded) * planned.tokens / flops, SECONDS_DIGITS
         ),
         correct=round_significant(read, SECONDS_DIGITS),
-        correct_1000_tokens=round_significant(FORWARD * active * 1000 * (1 + len(CANDIDATES)) / flops, SECONDS_DIGITS),
+        correct_1000_tokens=round_significant(FORWARD * active * 1000 * runs / flops, SECONDS_DIGITS),
         evaluate_1000_tokens=round_significant(max(read, FORWARD * active * 1000 / flops), SECONDS_DIGITS),
         polish_step=round_significant(
             max(read, FORWARD * active * exact_tokens / flops)

@@ -18,6 +18,7 @@ from onelayer.compiler.factors.stored_forms import (
     is_factored,
     kept_values,
 )
+from onelayer.compiler.machine.primitives import primitive_bytes
 from onelayer.runtime.planning.coded import coded_emulator, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
@@ -135,11 +136,17 @@ class TrainMemory:
     loss: int
     recompute: int
     optimizer: int
+    kernels: int = 0
 
     @property
     def peak(self) -> int:
         """The largest of three moments: the loss, the backward pass of one layer, the optimizer's step."""
-        return self.emulator + self.adapter + max(self.saved + max(self.loss, self.recompute), self.optimizer)
+        return (
+            self.emulator
+            + self.adapter
+            + self.kernels
+            + max(self.saved + max(self.loss, self.recompute), self.optimizer)
+        )
 
 
 def train_memory(shapes: ModelShapes, emulator: int, planned: PlannedRun) -> TrainMemory:
@@ -161,6 +168,7 @@ def train_memory(shapes: ModelShapes, emulator: int, planned: PlannedRun) -> Tra
         recompute=max(layers.backward(block) for block, _ in shapes.kinds)
         + (largest_decoding_bytes(shapes) if planned.coded else 0),
         optimizer=3 * MASTER_BYTES * parameters,  # gradients, and the step's temporaries
+        kernels=primitive_bytes(shapes.value_bytes, planned.on_gpu),
     )
 
 

@@ -175,7 +175,7 @@ class StreamingEngine:
         graph = graph_bytes(self._width * self.step_tokens, value_bytes, on_gpu)
         head = head_workspace(self.streamed, self.step_tokens, GRADIENT_LOGITS)
         workspace = step_bytes(unit, head, graph, ADAPTER_COPIES * adapter, on_gpu)
-        held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
+        held = self.streamed.host_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 
 

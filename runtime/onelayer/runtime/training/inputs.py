@@ -31,6 +31,7 @@ from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resol
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY
 from onelayer.runtime.streamed.model import streamed_for_training
 from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.settings import TrainSettings
@@ -141,6 +142,14 @@ def read_model(directory: Path, name: str, max_image_pixels: int | None = None) 
     return TrainModel(directory, ranks, digest, base, *read)
 
 
+def with_default_anchors(settings: TrainSettings, model: TrainModel, original: str | Path | None) -> TrainSettings:
+    """Return settings that anchor an emulator whose original is named: without preferences, nothing else reads it."""
+    if original is None or settings.anchor_every is not None or settings.method != "sft" or not model.ranks:
+        return settings
+    notice(f"--model {original}: anchors are renewed every {ANCHOR_EVERY} steps; --anchor-every says how often")
+    return settings.model_copy(update={"anchor_every": ANCHOR_EVERY})
+
+
 def original_source(
     settings: TrainSettings, model: TrainModel, original: str | Path | None, has_reference: bool
 ) -> Path | None:
@@ -153,16 +162,12 @@ def original_source(
         raise InputError(f"--anchor-every {settings.anchor_every}: needs the original; give --model")
     if anchored and not model.ranks:
         raise InputError(f"{model.directory}: is no emulator, so nothing can be anchored; leave --anchor-every out")
-    if anchored and settings.method == "kto":
-        raise InputError("--anchor-every: kto calls the model twice for a batch, so it cannot be anchored; use dpo")
     refers = settings.method != "sft" and bool(model.ranks) and not has_reference
     if refers and original is None:
         raise InputError(f"--method {settings.method}: the original is the reference of an emulator; give --model")
     if original is not None and not (anchored or refers):
-        raise InputError(
-            f"--model {original}: only anchored training, and preferences on an emulator, read it; give --anchor-every "
-            "or --method too, or leave it out"
-        )
+        reason = "--reference has its scores" if model.ranks else f"{model.directory} is no emulator"
+        raise InputError(f"--model {original}: nothing reads it, since {reason}; leave it out")
     if original is None:
         return None
     if anchored and settings.lora is not None and settings.lora.get("bias", "none") != "none":

@@ -23,7 +23,7 @@ from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
-from onelayer.runtime.anchors.settings import BITS_RULE, AnchorBits
+from onelayer.runtime.anchors.settings import ANCHOR_EVERY, BITS_RULE, AnchorBits
 from onelayer.runtime.streamed.settings import Holding
 from onelayer.runtime.training.trainer_args import (
     LEARNING_RATES,
@@ -110,7 +110,7 @@ class TrainSettings(Lengths, Seeded, Holding):
             description="Stream --model over the rows of the next K steps, and give each layer what it lacks of the "
             "original's answer."
         ),
-        Option(metavar="K"),
+        Option(metavar="K", default=f"{ANCHOR_EVERY} with --model"),
     ] = None
     anchor_bits: Annotated[
         AnchorBits, Field(description="Bits per value of what is given: 1, 2, 4, or 32 for float32."), Must(BITS_RULE)

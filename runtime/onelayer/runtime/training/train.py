@@ -43,6 +43,7 @@ from onelayer.runtime.training.inputs import (
     read_model,
     tokenized,
     training_device,
+    with_default_anchors,
 )
 from onelayer.runtime.training.settings import (
     INSTALL,
@@ -152,6 +153,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     reference = None
     if sources.reference is not None:
         reference = given_reference(Path(sources.reference), model.base["digest"])
+    settings = with_default_anchors(settings, model, sources.original)
     original = original_source(settings, model, sources.original, reference is not None)
     fields = lora_fields(settings, model.ranks)
     linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
