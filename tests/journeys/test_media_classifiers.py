@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from onelayer.compiler.data.media_tokens import load_reader
-from onelayer.compiler.data.readers import read_examples
-from onelayer.compiler.sources.data_set import data_set
+from onelayer.compiler.data.readers import media_files, read_examples
+from onelayer.compiler.sources.data_set import DataSet, data_set
 from onelayer.runtime.cli.main import main
 from scripts.sweep.classifiers import LABELS, prepare, resident_loss
 
@@ -101,6 +101,8 @@ def test_files_named_by_rows_are_the_same_as_those_of_folders(folder: Path, tmp_
         for source in (folder / "data", tmp_path / "by_rows")
     ]
     assert digests[0] == digests[1]
+    listed = [media_files(DataSet(path=str(source))) for source in (folder / "data", tmp_path / "by_rows")]
+    assert [len(files) for files in listed] == [12, 12]  # manifests digest these
     assert len(set(digests[0])) == 12
     assert [example.label for example in read_examples(folder / "data")][::4] == list(LABELS)
 

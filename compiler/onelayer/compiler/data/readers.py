@@ -15,11 +15,11 @@ from onelayer.compiler.media.sources import Folder
 from onelayer.compiler.sources.data_set import DataSet, DataSource, data_sets
 from onelayer.compiler.sources.files import KINDS, NumberedRow, data_files, file_rows, kind_of, mentions
 from onelayer.compiler.sources.hub import HUB_ID, hub_rows
-from onelayer.compiler.sources.media_folders import class_rows, media_kind
+from onelayer.compiler.sources.media_folders import FILE_NAME, class_rows, media_kind
 from onelayer.compiler.sources.shapes import own_row, renamed
 
 FIRST_ROWS = 8
-MEDIA_WORDS = (b"image", b"audio")  # in the names of columns and in the types of parts
+MEDIA_WORDS = (b"image", b"audio", FILE_NAME.encode())  # in the names of columns and in the types of parts
 
 
 def read_examples(data: DataSource, limit: int | None = None) -> list[Example]:
@@ -53,6 +53,9 @@ def media_files(source: DataSet) -> list[Path]:
     else:
         named = [(path, Folder(path.parent, path.parent))] if path.is_file() and kind_of(path) is not None else []
     found: set[Path] = set()
+    if path.is_dir() and not named:
+        with suppress(InputError):
+            found = {path / str(row.get("image") or row.get("audio")) for _, row in class_rows(path, source.split)}
     for file, folder in named:
         if not mentions(file, MEDIA_WORDS):
             continue
