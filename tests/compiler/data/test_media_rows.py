@@ -252,3 +252,15 @@ def test_files_that_rows_name_are_listed_once_and_texts_are_not_parsed(tmp_path:
     assert media_files(DataSet(path=str(tmp_path / "rows.jsonl"))) == [tmp_path / "a.png", tmp_path / "b.png"]
     assert media_files(DataSet(path=str(tmp_path / "text.jsonl"))) == []
     assert media_files(DataSet(path="some/hub-id")) == []
+
+
+def test_images_embedded_in_a_parquet_file_are_read(tmp_path: Path) -> None:
+    import pyarrow as arrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    images = [{"bytes": encoded(picture(seed=seed)), "path": None} for seed in (1, 2)]
+    columns = {"image": images, "prompt": ["what?", "and?"], "completion": ["a", "b"]}
+    parquet.write_table(arrow.table(columns), tmp_path / "rows.parquet")
+    examples = read_examples(tmp_path / "rows.parquet")
+    assert [example.media[0].read() for example in examples] == [image["bytes"] for image in images]
+    assert [example.prompt for example in examples] == ["<image>what?", "<image>and?"]

@@ -21,8 +21,8 @@ TEXT_OUTPUTS = ("input_ids", "attention_mask", "labels", "offset_mapping", "text
 class Made:
     """The inputs of one row that a processor makes: at every call from the bytes of the sources.
 
-    `arguments` are the processor's texts; `names` are those of the tensors that are kept, cut at `length` tokens of
-    `whole`.
+    `arguments` are those of the processor other than media: the text, and how it is tokenized. `digests` are those of
+    the sources when they were first read. What belongs to tokens is cut at `length`.
     """
 
     processor: RowProcessor
@@ -88,18 +88,13 @@ def padded_tensors(rows: Sequence[Any], length: int) -> "dict[str, torch.Tensor]
     for row in shown:
         row.check_unchanged(digests[: len(row.media)])
         digests = digests[len(row.media) :]
-    own = media_names(processor)
-    tensors = kept_tensors(output, processor, length)
+    own, width = media_names(processor), min(len(first_row(output["input_ids"])), length)
     return {
         name: tensor
-        if name in own or tensor.ndim < 2 or tensor.shape[1] >= length or tensor.shape[1] != _width(output, length)
+        if name in own or tensor.ndim < 2 or tensor.shape[1] != width
         else torch.cat([tensor, tensor.new_zeros(len(tensor), length - tensor.shape[1], *tensor.shape[2:])], dim=1)
-        for name, tensor in tensors.items()
+        for name, tensor in kept_tensors(output, processor, length).items()
     }
-
-
-def _width(output: Any, length: int) -> int:
-    return min(len(first_row(output["input_ids"])), length)
 
 
 def processed(
