@@ -19,6 +19,7 @@ from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, t
 GIB = 1 << 30
 CARDS_GIB = (8, 12, 16, 24)
 MAX_LENGTH, BATCH_SIZE = 1024, 4
+TILES = 3  # of the image in an example of a vision-language model: 768 tokens of its text
 ASSUMED = Speed(read_bytes_per_second=3e9, flops_per_second=6e13, device="assumed")
 
 # Dimensions from the models' own config.json. `paper`: GB that EMLoC reports for tuning a model of about this size.
@@ -41,6 +42,16 @@ def _dense(
     }
 
 
+def _vision(text: dict[str, Any]) -> dict[str, Any]:
+    """Return an InternVL of InternViT-6B, tiles of 448 pixels, and a language model."""
+    tower = {
+        **{"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 45, "num_attention_heads": 25},
+        **{"image_size": [448, 448], "patch_size": [14, 14], "norm_type": "rms_norm", "use_qk_norm": True},
+    }
+    kind = {"architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "dtype": "bfloat16"}
+    return {**kind, "text_config": text, "vision_config": tower, "image_seq_length": 256, "downsample_ratio": 0.5}
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "8B dense (Llama 3 8B)": _dense(4096, 14336, 32, 32, 8, 128, 128256),
     "14B dense (Qwen3 14B)": _dense(5120, 17408, 40, 40, 8, 128, 151936),
@@ -61,9 +72,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": False,
     },
+    "26B vision-language (InternVL 2.5 26B)": _vision(_dense(6144, 16384, 48, 48, 8, 128, 92553)),
+    "38B vision-language (InternVL 2.5 38B)": _vision(_dense(5120, 27648, 64, 40, 8, 128, 151674)),
 }
 
-PAPER_MODELS = ("20B dense (InternLM 2.5 20B)", "32B dense (Qwen3 32B)")
+PAPER_MODELS = ("26B vision-language (InternVL 2.5 26B)", "38B vision-language (InternVL 2.5 38B)")
 PAPER_NOTE = "EMLoC reports 18.6 GB for a 26B and 20.1 GB for a 38B vision-language model, both with an emulator of 5B"
 
 
@@ -81,8 +94,9 @@ def main() -> None:
         plans = [planned(config, card * GIB) for card in CARDS_GIB]
         assert plans[-1].seconds is not None
         print(f"| {' | '.join([name, *map(cell, plans), f'{plans[-1].seconds.polish_step:.0f} s'])} |")
-    print(f"\n{PAPER_NOTE}. Their language models have 20B and 32B parameters; with an emulator of 5B of those")
-    print(f"and one example of {MAX_LENGTH} tokens at a time:\n")
+    print(f"\n{PAPER_NOTE}. With an emulator of 5B")
+    print(f"and one example of {MAX_LENGTH} tokens and {TILES} tiles of an image at a time, each layer")
+    print("recomputed from its exact input:\n")
     for name in PAPER_MODELS:
         emulator, peak = small_emulator(MODELS[name])
         print(f"- {name}: emulator {emulator / 1e9:.1f} GB, training {peak / 1e9:.1f} GB, predicted")
@@ -92,7 +106,8 @@ def planned(config: dict[str, Any], memory_bytes: int) -> PlanResult:
     """Plan for one card."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        return plan_run(folder, memory_bytes, max_length=MAX_LENGTH, batch_size=BATCH_SIZE, speed=ASSUMED)
+        length = {"max_length": MAX_LENGTH, "images": TILES}
+        return plan_run(folder, memory_bytes, batch_size=BATCH_SIZE, speed=ASSUMED, **length)
 
 
 def cell(plan: PlanResult) -> str:
@@ -106,14 +121,14 @@ def cell(plan: PlanResult) -> str:
 
 
 def small_emulator(config: dict[str, Any]) -> tuple[int, int]:
-    """Predict the bytes of an emulator of 5B parameters, and of training on it with whole activations."""
+    """Predict the bytes of an emulator of 5B parameters, and of training on it with layers recomputed."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        shapes = read_shapes(Path(folder))
+        shapes = read_shapes(Path(folder), TILES).at_length(MAX_LENGTH)
     ratios = [step / 1000 for step in range(10, 950)]
     ratio = max(ratio for ratio in ratios if emulator_bytes(shapes, ratio) <= 5e9 * shapes.value_bytes)
     emulator = emulator_bytes(shapes, ratio)
-    return emulator, train_memory(shapes, emulator, PlannedRun(1, MAX_LENGTH)).peak
+    return emulator, train_memory(shapes, emulator, PlannedRun(1, MAX_LENGTH, where="layer")).peak
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
     """Count the parameters of the repeated layers in stacks of matrices (experts), except the stacks in `but`."""
     names = [name for unit in streamed.units if unit.is_block for name in unit.parameters if name not in but]
     tensors = [streamed.weights.bare_parameters[name] for name in names if name not in streamed.weights.aliases]
-    return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
+    return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3 and len(tensor) > 1)
 
 
 def coded_workspace(

@@ -104,7 +104,7 @@ def make_batches(tokens: Sequence[Tokens], config: PreTrainedConfig, batch_size:
     """
     # Some configurations lack this field: composed models have it in a nested one, others not at all.
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    if batch_size > 1 and pad is None and any(item.label is not None for item in tokens):
+    if batch_size > 1 and pad is None and any(item.label is not None and item.input_ids for item in tokens):
         raise InputError("config.json: field pad_token_id is not set, so a classifier takes one text at a time; set it")
     check_token_ids((item.input_ids for item in tokens), config)
     split = [_inputs(item, config) for item in tokens]
@@ -136,7 +136,7 @@ def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[in
     start token.
     """
     if tokens.label is not None:
-        return {"input_ids": tokens.input_ids}, tokens.label
+        return {"input_ids": tokens.input_ids} if tokens.input_ids else {}, tokens.label
     if not config.is_encoder_decoder:
         places = {} if tokens.positions is None else {"position_ids": tokens.positions}
         return {"input_ids": tokens.input_ids, **places}, [*tokens.labels[1:], IGNORED]

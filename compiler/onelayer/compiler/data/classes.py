@@ -1,11 +1,11 @@
-"""The classes that a model predicts, and rows tokenized for it: for the next token, or for one class of a text.
+"""The classes that a model predicts, and rows tokenized for it: for the next token, or for one class of the row.
 
-Sequence classifiers are the classes in transformers' sequence-classification registry. Their logits have shape (batch,
+Classifiers are the classes in transformers' registries for texts, images and sound. Their logits have shape (batch,
 classes). Evaluation, exact steps and training all tokenize their rows here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,11 @@ def predicted_classes(
     if not is_classifier(cls):
         if cls.can_generate():
             return None
+        if cls.__name__.endswith("ForCTC"):
+            raise InputError(
+                f"{directory}: {cls.__name__} aligns text with sound by CTC, which is not supported; give a speech "
+                "model that writes text token by token, or a classifier"
+            )
         raise InputError(
             f"{directory}: {cls.__name__} predicts no next token and no class of a text, so there is no loss to "
             "measure; give a language model or a sequence classifier"
@@ -82,10 +87,22 @@ def is_trainable(cls: "type[PreTrainedModel]") -> bool:
 
 
 def is_classifier(cls: "type[PreTrainedModel]") -> bool:
-    """Return whether transformers lists the class as a sequence classifier."""
+    """Return whether transformers lists the class as a classifier of texts, images or sound."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-    return cls.__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    return cls.__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values() or reads_media_alone(cls)
+
+
+def reads_media_alone(cls: "type[PreTrainedModel]") -> bool:
+    """Return whether transformers lists the class as a classifier of images or sound, which reads no text."""
+    from transformers.models.auto import modeling_auto
+
+    registries = (
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    )
+    listed = (names for registry in registries for names in registry.values())
+    return any(cls.__name__ in ((names,) if isinstance(names, str) else names) for names in listed)
 
 
 def tokenize_for(
@@ -109,6 +126,12 @@ def tokenize_for(
                 "one, or remove the field"
             )
         return tokenize(example, tokenizer, max_length, append_eos)
+    if isinstance(tokenizer, RowReader) and tokenizer.tokenizer is None:
+        if example.label is None:
+            raise InputError(
+                f"{example.source}: has no 'label', and the model is a classifier of {classes.count} classes; add it"
+            )
+        return replace(tokenizer.tokens_of(example, max_length, append_eos), label=classes.number_of(example))
     if example.text is None or example.label is None:
         raise InputError(
             f"{example.source}: has no 'label', and the model is a classifier of {classes.count} classes; write rows "

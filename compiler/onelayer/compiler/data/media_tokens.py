@@ -69,6 +69,8 @@ class MediaReader:
             if source.kind not in self.processor.reads:
                 reads = " and ".join(("text", *self.processor.reads))
                 raise InputError(f"{source}: the model reads {reads}, and no {source.kind}; remove it from the row")
+        if self.tokenizer is None:
+            return self._alone(example)
         if self._takes_prefix:
             return self._prefixed(example, max_length)
         if not example.media:
@@ -83,6 +85,22 @@ class MediaReader:
         else:
             text, spans = conversation(example, self.processor.text_tokenizer)
         return self._expanded(example, text, spans, max_length)
+
+    def _alone(self, example: Example) -> Tokens:
+        """Return a row of one medium and no text, for a model that predicts its class; the class is set later.
+
+        Raises `InputError` for rows with a text, or with another number of media.
+        """
+        texts = (example.text, example.prompt, example.messages)
+        if len(example.media) != 1 or any(text is not None for text in texts):
+            kind = self.processor.reads[0]
+            raise InputError(
+                f"{example.source}: the model reads one {kind} and no text; write rows of '{kind}', 'label'"
+            )
+        output, digests = processed(self.processor, (example.media,), {})
+        tensors = kept_tensors(output, self.processor, 0)
+        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+        return Tokens([], [], label=0, inputs=Made(self.processor, example.media, {}, digests, shapes, 0))
 
     @cached_property
     def _takes_prefix(self) -> bool:

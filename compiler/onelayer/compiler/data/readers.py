@@ -5,7 +5,7 @@ Calibration, training and evaluation share this file, so that all three read the
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from onelayer.compiler.data.rows import Example, example_from_row, of_one_kind
@@ -15,10 +15,11 @@ from onelayer.compiler.media.sources import Folder
 from onelayer.compiler.sources.data_set import DataSet, DataSource, data_sets
 from onelayer.compiler.sources.files import KINDS, NumberedRow, data_files, file_rows, kind_of, mentions
 from onelayer.compiler.sources.hub import HUB_ID, hub_rows
+from onelayer.compiler.sources.media_folders import FILE_NAME, class_rows, media_kind
 from onelayer.compiler.sources.shapes import own_row, renamed
 
 FIRST_ROWS = 8
-MEDIA_WORDS = (b"image", b"audio")  # in the names of columns and in the types of parts
+MEDIA_WORDS = (b"image", b"audio", FILE_NAME.encode())  # in the names of columns and in the types of parts
 
 
 def read_examples(data: DataSource, limit: int | None = None) -> list[Example]:
@@ -52,6 +53,9 @@ def media_files(source: DataSet) -> list[Path]:
     else:
         named = [(path, Folder(path.parent, path.parent))] if path.is_file() and kind_of(path) is not None else []
     found: set[Path] = set()
+    if path.is_dir() and not named:
+        with suppress(InputError):
+            found = {path / str(row.get("image") or row.get("audio")) for _, row in class_rows(path, source.split)}
     for file, folder in named:
         if not mentions(file, MEDIA_WORDS):
             continue
@@ -88,8 +92,15 @@ def _places(
         raise InputError(f"{source}: a configuration is for Hub data sets; leave it out")
     if path.is_dir():
         files, others = data_files(path, source.split)
+        others = [file for file in others if media_kind(file.name) is None]
+        labeled = iter(()) if files else class_rows(path, source.split)
+        if first := next(labeled, None):
+            yield str(path), chain([first], labeled), Folder(path, path)
+            return
         if not files:
-            raise InputError(f"{source}: no examples, the directory holds no {KINDS} file")
+            raise InputError(
+                f"{source}: no examples, the directory holds no {KINDS} file and no folders of images or recordings"
+            )
         if others and not quiet:
             names = ", ".join(file.relative_to(path).as_posix() for file in others[:5])
             notice(f"{source}: {len(files)} files read, {len(others)} left out ({names}{', ...' * (len(others) > 5)})")

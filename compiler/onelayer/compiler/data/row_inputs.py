@@ -111,7 +111,9 @@ def processed(
         limit = processor.max_image_pixels
         given["images"] = [[read_image(source, limit) for source in row if source.kind == "image"] for row in rows]
     if recordings := [read_audio(source, processor.rate_hz) for source in media if source.kind == "audio"]:
-        given |= {"audio": recordings, "sampling_rate": processor.rate_hz}
+        # A feature extractor alone has another name for what it reads than a processor.
+        name = "raw_speech" if processor.stock is processor.feature_extractor else "audio"
+        given |= {name: recordings, "sampling_rate": processor.rate_hz}
     try:
         return processor.stock(**given), digests
     except Exception as error:  # processors raise anything for a medium that is too small, or too many of them
@@ -124,7 +126,7 @@ def processed(
 
 def kept_tensors(output: Any, processor: RowProcessor, length: int) -> "dict[str, torch.Tensor]":
     """Return the tensors of a processor's output that a model reads besides the ids; those of tokens are cut."""
-    whole = len(first_row(output["input_ids"]))
+    whole = len(first_row(output["input_ids"])) if "input_ids" in output else -1
     own = media_names(processor)
     kept = type(output)({name: value for name, value in output.items() if name not in TEXT_OUTPUTS})
     tensors = dict(kept.convert_to_tensors("pt"))

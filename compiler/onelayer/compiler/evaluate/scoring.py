@@ -220,7 +220,8 @@ def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variant
     """
     config = streamed.config.get_text_config()
     width = int(config.hidden_size)
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    heads = getattr(config, "num_attention_heads", 1)
+    heads = heads if isinstance(heads, int) and heads else 1  # a model of stages has a list, and no rotary angles
     head_width = int(getattr(config, "head_dim", None) or width // heads)
     itemsize = max(4, streamed.dtype.itemsize)
     states = sum(math.prod(batch.shape) * (2 * width + 2 * head_width + batch.shape[1]) * itemsize for batch in batches)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.media_folders import with_named_file
 
 Row = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ def own_row(row: object, source: str) -> tuple[object, str | None]:
     """
     if not isinstance(row, Mapping):
         return row, None
+    row = with_named_file(row)
     own, shape = _converted(row, source)
     if shape is None:
         return row, None

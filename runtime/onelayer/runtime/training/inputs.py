@@ -1,6 +1,7 @@
 """Reads the inputs of training: facts about a model directory, without weights, and token rows with their digest."""
 
 import hashlib
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,9 @@ from onelayer.runtime.training.settings import TrainSettings
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What becomes one row of a tower: a patch of an image in each of its channels, 20 ms of sound at 16 kHz.
+PATCH_SIDE, FRAME_VALUES = 14, 320
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,8 @@ def _snapshot_revision(directory: Path) -> str | None:
 
 def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
     """Return a row for the trainer of a model: the ids that it reads, and what it predicts."""
+    if tokens.label is not None and not tokens.input_ids:
+        return {"labels": tokens.label}
     if tokens.label is not None:
         return {"input_ids": tokens.input_ids, "labels": tokens.label}
     if model.config.is_encoder_decoder:
@@ -256,9 +262,17 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
     return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut, given)
 
 
+def _rows_at_most(inputs: RowInputs) -> int:
+    """Count the patches of an image, or the frames of a recording, as most models make them."""
+    shapes = inputs.shapes.values()
+    return max(math.prod(shape) // (shape[1] * PATCH_SIDE**2 if len(shape) == 4 else FRAME_VALUES) for shape in shapes)
+
+
 def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
     """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
     longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
+    if not longest:  # rows without a text
+        longest = max(_rows_at_most(inputs) for inputs in examples.inputs or () if inputs is not None)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])
 

@@ -29,9 +29,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.data.classes import reads_media_alone
 from onelayer.compiler.data.preferences import PreferenceMethod
 from onelayer.compiler.data.tokens import IGNORED, RowInputs
 from onelayer.compiler.errors import InputError
+from onelayer.runtime.collators.classes import ClassCollator
 from onelayer.runtime.collators.media import ROW, MediaCollator
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
@@ -234,31 +236,45 @@ def _plain_config(model: TrainModel, arguments: dict[str, Any]) -> TrainingArgum
 
 def _class_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> ClassTrainer:
     """Save the head too, as PEFT does by default. With an empty `modules_to_save` it stays unchanged."""
+    sets, alone = _data_sets(rows), reads_media_alone(model.model_class)
+    processing: dict[str, Any] = {}
+    if alone:
+        processing["data_collator"] = ClassCollator(_numbered(sets, rows))
+        arguments = {**arguments, "remove_unused_columns": False}  # no column is an argument of the model yet
+    else:
+        processing = {"data_collator": DataCollatorWithPadding(model.tokenizer), "processing_class": model.tokenizer}
+        _check_padding(model, arguments["per_device_train_batch_size"])
     config = _plain_config(model, arguments)
-    pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
-    if arguments["per_device_train_batch_size"] > 1 and (None in pads or pads[0] != pads[1]):
-        raise InputError(
-            f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
-            "classifier cannot tell where padded texts end; set both to the same id, or set batch_size to 1"
-        )
     loaded = model.load()
     set_seed(config.seed)
-    if fields.modules_to_save == []:
+    if alone or fields.modules_to_save == []:
         excluded = fields.exclude_modules  # a pattern already decides what is excluded
         if not isinstance(excluded, str):
             excluded = [*(excluded or ()), *SEQ_CLS_HEAD_NAMES]
-        lora = _lora_config(loaded, fields, modules_to_save=None, exclude_modules=excluded)
+        saved = fields.modules_to_save
+        if saved is None:  # PEFT's own wrapper for classifiers hands arguments of texts to every model
+            saved = [name for name, _ in loaded.named_children() if name in SEQ_CLS_HEAD_NAMES]
+        lora = _lora_config(loaded, fields, modules_to_save=saved or None, exclude_modules=excluded)
     else:
         lora = _lora_config(loaded, fields, task_type="SEQ_CLS")
     return ClassTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        **_data_sets(rows),
-        data_collator=DataCollatorWithPadding(model.tokenizer),
+        **sets,
         compute_loss_func=_class_loss,
-        processing_class=model.tokenizer,
+        **processing,
         callbacks=[MarkComplete()],
     )
+
+
+def _check_padding(model: TrainModel, batch_size: int) -> None:
+    """Raise `InputError` if a classifier cannot tell where the texts of a batch end."""
+    pads = (getattr(model.config.get_text_config(), "pad_token_id", None), model.tokenizer.pad_token_id)
+    if batch_size > 1 and (None in pads or pads[0] != pads[1]):
+        raise InputError(
+            f"{model.directory}: pad_token_id is {pads[0]} in config.json and {pads[1]} in the tokenizer, so a "
+            "classifier cannot tell where padded texts end; set both to the same id, or set batch_size to 1"
+        )
 
 
 def _class_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
