@@ -50,7 +50,10 @@ OPTIONS = {
         "--warmup-steps"
     ),
     "merge": "ADAPTER... --json --model --output --weight",
-    "evaluate": "MODEL --adapter --against --batch-size --columns --config --data --device --json --max-length --split",
+    "evaluate": (
+        "MODEL --adapter --against --batch-size --columns --config --data --device --json --max-length "
+        "--noise-samples --split"
+    ),
     "generate": "MODEL --adapter --chat --json --max-new-tokens --prompt --revision --seed --temperature",
     "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",

@@ -20,6 +20,7 @@ from onelayer.compiler.models.unit_memory import step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
+from onelayer.compiler.streaming.denoising_loss import DenoisingLoss, PassBatch, loss_of
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.token_loss import TokenLoss
 
@@ -39,7 +40,7 @@ class PolishJob:
         stream: GradientStream,
         state: PolishState,
         rows: TrainRows,
-        held_out: Sequence[TokenBatch],
+        held_out: Sequence[PassBatch],
         settings: PolishSettings,
         save: Callable[[], None],
     ) -> None:
@@ -95,7 +96,7 @@ class PolishJob:
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
-        loss = TokenLoss([*batches, *asked], len(batches), self.stream.device, self.stream.team)
+        loss = loss_of([*batches, *asked], len(batches), self.stream.device, self.stream.team)
         self.stream.trained, self.stream.seed = loss.trained, self.settings.seed * 1_000_003 + step
         self.stream.rank, self.stream.places = self.settings.activation_rank, loss.places
         self.stream.run(loss.inputs, loss.take)
@@ -160,7 +161,7 @@ class PolishJob:
         for rank in (None, self.settings.activation_rank):
             self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
             self.stream.places = ()
-            loss = TokenLoss([batch], 1, self.stream.device)  # in every process the same
+            loss = loss_of([batch], 1, self.stream.device)  # in every process the same
             self.stream.run(loss.inputs, loss.take)
             loss.finish()
             self.stream.reverse()
@@ -172,12 +173,12 @@ class PolishJob:
     def _measure(self) -> None:
         """Measure the held-out loss of the present adapter in its own forward stream."""
         self.stream.trained = 0
-        loss = TokenLoss(self.held_out, 0, self.stream.device, self.stream.team)
+        loss = loss_of(self.held_out, 0, self.stream.device, self.stream.team)
         self.stream.run(loss.inputs, loss.take)
         loss.finish()
         self._note_held_out(loss)
 
-    def _note_held_out(self, loss: TokenLoss) -> None:
+    def _note_held_out(self, loss: TokenLoss | DenoisingLoss) -> None:
         """Note a held-out loss, if it is finite. It may not be, even after a step whose own loss was."""
         if loss.held_out_loss is None:
             return
