@@ -40,7 +40,8 @@ OPTIONS = {
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
         "--cache --columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
         "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --micro-batch-size --model "
-        "--output --report-to --resume --save-steps --seed --split --target-modules --warmup --way"
+        "--output --prior-weight --report-to --resume --save-steps --seed --split --target-modules --warmup --way "
+        "--weighting"
     ),
     "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (

@@ -50,10 +50,20 @@ class DenoisingBatch:
 
 
 class NoisyImages:
-    """Encoded images with noise; which noise depends on the numbers alone, so that every run sees the same."""
+    """Encoded images with noise; which noise depends on the numbers alone, so that every run sees the same.
 
-    def __init__(self, images: EncodedImages, dtype: torch.dtype, seed: int = 0, weighting: Weighting = "none") -> None:
-        self.images, self.dtype, self.seed = images, dtype, seed
+    `weighting` and `prior_weight` are those of training.
+    """
+
+    def __init__(
+        self,
+        images: EncodedImages,
+        dtype: torch.dtype,
+        seed: int = 0,
+        weighting: Weighting = "none",
+        prior_weight: float = 1.0,
+    ) -> None:
+        self.images, self.dtype, self.seed, self.prior_weight = images, dtype, seed, prior_weight
         self._process: NoiseProcess = images.process(weighting)
         # Rows of one prompt share its tensors.
         self._template = lru_cache(PROMPTS_HELD)(images.template_of)
@@ -62,8 +72,15 @@ class NoisyImages:
         """Return an image at a place in 0..1 on the axis of times, with the noise of that number."""
         return self._batch(row, place, self._generator(number))
 
-    def drawn(self, row: int, number: int, weight: float = 1.0) -> DenoisingBatch:
-        """Return an image at a time that is drawn as in training; its loss is multiplied by `weight` too."""
+    @property
+    def positions(self) -> int:
+        """The most positions of an image."""
+        prompts = {row.prompt for row in self.images.rows}
+        return max(self._template(prompt).positions for prompt in prompts)
+
+    def drawn(self, row: int, number: int) -> DenoisingBatch:
+        """Return an image at a time that is drawn as in training; class images have the weight `prior_weight`."""
+        weight = self.prior_weight if self.images.rows[row].is_class else 1.0
         generator = self._generator(number)
         batch = self._batch(row, self._process.drawn(generator), generator)
         return replace(batch, weight=weight * batch.weight)

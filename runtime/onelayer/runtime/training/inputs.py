@@ -12,6 +12,7 @@ from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable,
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.preferences import read_preferences
 from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
+from onelayer.compiler.denoising.batches import NoisyImages
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -22,13 +23,14 @@ from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resol
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.runtime.modules.import_hook import register_loader
 from onelayer.runtime.streamed.model import streamed_for_training
 from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,36 @@ class TrainModel:
     base: dict[str, Any]
     config: "PreTrainedConfig"
     model_class: "type[PreTrainedModel]"
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Any
     classes: Classes | None
     stamps: FileStamps
     quantization: str | None = None
     streaming: StreamedSettings | None = None
 
+    @property
+    def denoises(self) -> bool:
+        """Whether it is a denoiser, whose config is a plain dictionary."""
+        return isinstance(self.config, dict)
+
+    @property
+    def dtype(self) -> "torch.dtype | None":
+        """The dtype that it computes in, where its config or its weights name one."""
+        config: Any = self.config
+        if not self.denoises:
+            plain: torch.dtype | None = config.dtype
+            return plain
+        from onelayer.compiler.libraries.diffusers_models import compute_dtype
+
+        return compute_dtype(config, Checkpoint.open(self.directory))
+
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
         import torch
 
-        from onelayer.compiler.libraries.transformers_models import empty_model
+        from onelayer.compiler.libraries.library import library_of
 
-        return empty_model(self.config, self.model_class, torch.float32)
+        empty: PreTrainedModel = library_of(self.directory).empty_model(self.config, self.model_class, torch.float32)
+        return empty
 
     def load(self) -> "PreTrainedModel":
         """Load the model with its weights onto the host, or open it for streaming if `streaming` says how.
@@ -68,9 +87,9 @@ class TrainModel:
             streamed = streamed_for_training(self.directory, **self.streaming.model_dump())
             self.stamps.check()
             return streamed
-        import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
-
-        model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
+        register_loader()
+        dtype: dict[str, Any] = {"torch_dtype": self.dtype} if self.denoises else {}
+        model: PreTrainedModel = self.model_class.from_pretrained(str(self.directory), **dtype)
         self.stamps.check()
         return model
 
@@ -80,20 +99,24 @@ class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
+    For a denoiser `rows` describe the encoded `images`.
     """
 
     rows: list[dict[str, Any]]
     digest: str
     skipped: int
     cut: int
+    images: NoisyImages | None = None
 
 
 def read_model(directory: Path, name: str) -> TrainModel:
     """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
 
-    from onelayer.compiler.libraries.transformers_models import load_config, model_class
+    from onelayer.compiler.libraries.library import library_of
     from onelayer.compiler.models.original import Original
 
+    library = library_of(directory)
+    load_config, model_class = library.load_config, library.model_class
     stored = Checkpoint.open(directory)
     packing = quantization_settings(read_model_config(directory))
     digest = model_digest(directory)
@@ -111,6 +134,8 @@ def read_model(directory: Path, name: str) -> TrainModel:
     else:
         config = load_config(directory)
     loaded_class = model_class(config, directory)
+    if library.DENOISES:
+        return TrainModel(directory, ranks, digest, base, config, loaded_class, None, None, stored.stamps, quantization)
     if not is_trainable(loaded_class):
         raise InputError(
             f"{directory}: {loaded_class.__name__} is not a language model or a sequence classifier, which "
@@ -150,7 +175,7 @@ def original_source(
         raise InputError("lora.bias: biases that are trained cannot be anchored; leave it or --anchor-every out")
     directory = resolve_model(original)
     Emulator.open(model.directory).check_original(directory)
-    if load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
+    if not model.denoises and load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
         raise InputError(
             f"{model.directory}: its tokenizer has other tokens than that of {directory}; copy the original's files"
         )
@@ -234,6 +259,8 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
 
 def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
     """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
+    if examples.images is not None:
+        return examples.images.positions
     longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])
@@ -248,7 +275,9 @@ def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: "to
 
     from onelayer.runtime.streamed.ways import chosen_way
 
-    if model.ranks:
+    if model.denoises and settings.way == "streamed":
+        raise InputError(f"--way streamed: {model.directory} is a denoiser, use `onelayer polish` for exact steps")
+    if model.ranks or model.denoises:
         if settings.way == "streamed":
             raise InputError(f"--way streamed: {model.directory} is an emulator, which is made to fit; leave it out")
         return model
