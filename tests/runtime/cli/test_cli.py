@@ -47,8 +47,8 @@ OPTIONS = {
     "polish": (
         "ADAPTER --activations --batch-size --columns --config --data --device --eval-data --eval-steps "
         "--host-memory --json --learning-rate --lora-alpha --lora-rank --max-gradient-norm --max-length "
-        "--micro-batch-size --model --output --packing --resume --seed --split --steps --target-modules "
-        "--warmup-steps"
+        "--micro-batch-size --model --output --packing --prior-weight --resume --seed --split --steps --target-modules "
+        "--warmup-steps --weighting"
     ),
     "merge": "ADAPTER... --json --model --output --weight",
     "evaluate": (

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from helpers.encoded_pipelines import EncodedPipeline, encoded_pipeline
 from helpers.hashes import tree_hashes
 from onelayer.compiler import compile_emulator, correct_adapter, merge_adapter
+from onelayer.compiler.denoising.batches import DrawnImages
 from onelayer.compiler.errors import InputError
 from onelayer.runtime import train_lora
-from onelayer.runtime.training.denoising import DenoisingTrainer, DrawnRows
+from onelayer.runtime.training.denoising import DenoisingTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HOW: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4, "lora_alpha": 8}
@@ -87,10 +88,10 @@ def test_an_interrupted_training_continues_to_the_same_bytes(
 
 def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Path) -> None:
     result = train_lora(flux.denoiser, flux.images, tmp_path / "out", max_steps=1, batch_size=2, weighting="none")
-    rows, model = DrawnRows(flux.noisy(), 2), flux.load()
+    rows, model = DrawnImages(flux.noisy(), 2), flux.load()
     wanted = []
     for number in range(2):
-        batch = rows.noisy.drawn(rows.row(number), number + 1)
+        batch = rows.batch(number)
         with torch.no_grad():
             wanted.append(float(batch.loss(model(**batch.inputs))))
     assert result.losses[0][1] == pytest.approx(sum(wanted) / 2, rel=1e-5)
@@ -100,13 +101,13 @@ def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Pat
 
 def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:
     noisy = flux.noisy()
-    rows = DrawnRows(noisy, 12)
+    rows = DrawnImages(noisy, 2)
     taken = [rows.row(number) for number in range(12)]
     assert [noisy.images.rows[row].is_class for row in taken] == [False, True] * 6
     assert sorted(taken[0:6:2]) == sorted(taken[6:12:2]) == [0, 1, 2]
     assert [rows.row(number) for number in range(12)] == taken
     noisy.prior_weight = 0.0
-    assert {DrawnRows(noisy, 6).row(number) for number in range(6)} == {0, 1, 2}
+    assert {rows.row(number) for number in range(6)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,41 @@ class NoisyImages:
         inputs = template.arguments(noisy.sample, noisy.time, self.dtype)
         answer = self.images.answer
         return DenoisingBatch(inputs, noisy.target, noisy.weight, answer, template.positions, (row,))
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """The order in which training takes images; which image and which noise depend on the number and the seed alone.
+
+    Images of the subject are taken in a new order in every round. With class images, every second one is of the class,
+    as in DreamBooth (arXiv 2208.12242).
+    """
+
+    noisy: NoisyImages
+    batch_size: int
+
+    @property
+    def digest(self) -> str:
+        """The digest of the images."""
+        return self.noisy.images.digest
+
+    def row(self, number: int) -> int:
+        """Return which image is the one of this number."""
+        images = self.noisy.images
+        classes = images.numbers(is_class=True) if self.noisy.prior_weight else []
+        subject = images.numbers(is_class=False) or classes
+        if not classes:
+            return self._taken(subject, number)
+        return self._taken(classes if number % 2 else subject, number // 2)
+
+    def _taken(self, rows: list[int], turn: int) -> int:
+        generator = torch.Generator().manual_seed(self.noisy.seed * SEED_STEP + turn // len(rows))
+        return rows[int(torch.randperm(len(rows), generator=generator)[turn % len(rows)])]
+
+    def batch(self, number: int) -> DenoisingBatch:
+        """Return an image with the noise of its number."""
+        return self.noisy.drawn(self.row(number), number + 1)
+
+    def step(self, step: int) -> list[DenoisingBatch]:
+        """Return the images of a step, counted from 0."""
+        return [self.batch(number) for number in range(step * self.batch_size, (step + 1) * self.batch_size)]

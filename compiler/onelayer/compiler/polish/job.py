@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelayer.compiler.data.batches import TokenBatch, make_batches
+from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.train_rows import TrainRows
+from onelayer.compiler.denoising.batches import DrawnImages
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.models.unit_memory import step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
@@ -39,7 +40,7 @@ class PolishJob:
         self,
         stream: GradientStream,
         state: PolishState,
-        rows: TrainRows,
+        rows: TrainRows | DrawnImages,
         held_out: Sequence[PassBatch],
         settings: PolishSettings,
         save: Callable[[], None],
@@ -116,8 +117,10 @@ class PolishJob:
             "bytes_read": self.stream.streamed.checkpoint.bytes_read - start_bytes,
         }
 
-    def _batches(self, step: int) -> list[TokenBatch]:
+    def _batches(self, step: int) -> Sequence[PassBatch]:
         """Return the examples of a step as the model is called with them."""
+        if isinstance(self.rows, DrawnImages):
+            return self.rows.step(step)
         rows = self.rows.batch(step)
         if self.settings.packing:
             rows = [join_rows(pack) for pack in packs_of(rows, self.settings.max_length)]
@@ -126,7 +129,9 @@ class PolishJob:
     def _check_packing(self) -> None:
         """Try the fullest pack of all steps and the one with the longest row, which show differences by length."""
         check_takes_positions(self.stream.streamed.model)
-        steps = (packs_of(self.rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
+        rows = self.rows
+        assert isinstance(rows, TrainRows), "images are not packed"
+        steps = (packs_of(rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
         shared = [pack for packs in steps for pack in packs if len(pack) > 1]
         if shared:
             fullest = max(shared, key=lambda pack: sum(len(row.input_ids) for row in pack))
@@ -190,12 +195,15 @@ class PolishJob:
 def polish_workspace(
     streamed: "StreamedModel",
     width: int,
-    rows: "TrainRows",
+    rows: "TrainRows | DrawnImages",
     settings: "PolishSettings",
     state: "PolishState",
     on_gpu: bool,
 ) -> int:
     """Predict the workspace of a polish that is about to run."""
-    longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
-    tokens = settings.micro_batch_size * longest
+    if isinstance(rows, DrawnImages):
+        tokens = rows.noisy.positions
+    else:
+        longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
+        tokens = settings.micro_batch_size * longest
     return step_bytes(streamed.largest_unit_bytes, width, streamed.dtype.itemsize, tokens, state.bytes, on_gpu)

@@ -5,7 +5,7 @@ which gives the same gradient.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 
 from onelayer.compiler.adapters.attach import linear_targets
-from onelayer.compiler.denoising.batches import DenoisingBatch, NoisyImages
+from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages, NoisyImages
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.denoising.settings import ScoredNoise
 from onelayer.compiler.errors import InputError
@@ -31,33 +31,17 @@ Row = dict[str, Any]
 
 
 class DrawnRows(Dataset[Row]):
-    """The rows of a whole training in order; which image and which noise depend on the number and the seed alone.
+    """The rows of a whole training in order."""
 
-    Images of the subject are taken in a new order in every round. With class images, every second row is one of them,
-    as in DreamBooth (arXiv 2208.12242).
-    """
-
-    def __init__(self, noisy: NoisyImages, count: int) -> None:
-        self.noisy, self.count = noisy, count
-        self._subject = noisy.images.numbers(is_class=False)
-        self._class = noisy.images.numbers(is_class=True) if noisy.prior_weight else []
+    def __init__(self, drawn: DrawnImages, count: int) -> None:
+        self.drawn, self.count = drawn, count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, number: int) -> Row:
         """Return a row: arguments, target and weight."""
-        return row_of(self.noisy.drawn(self.row(number), number + 1))
-
-    def row(self, number: int) -> int:
-        """Return the number of the image in a row."""
-        if not self._class:
-            return self._taken(self._subject, number)
-        return self._taken(self._class if number % 2 else self._subject, number // 2)
-
-    def _taken(self, rows: Sequence[int], turn: int) -> int:
-        generator = torch.Generator().manual_seed(self.noisy.seed * len(rows) + turn // len(rows))
-        return rows[int(torch.randperm(len(rows), generator=generator)[turn % len(rows)])]
+        return row_of(self.drawn.batch(number))
 
 
 class FixedRows(Dataset[Row]):
@@ -162,7 +146,7 @@ def denoising_trainer(
     trainer = DenoisingTrainer(
         model=adapted,
         args=config,
-        train_dataset=DrawnRows(images, plan.steps * plan.batch_size),
+        train_dataset=DrawnRows(DrawnImages(images, plan.batch_size), plan.steps * plan.batch_size),
         eval_dataset=None if scored is None else FixedRows(scored, ScoredNoise.default("noise_samples")),
         data_collator=_only,
         callbacks=[MarkComplete()],
