@@ -22,7 +22,7 @@ from onelayer.compiler.data.tokens import IGNORED, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.evaluate.samples import Samples
 from onelayer.runtime import load_emulator, train_lora
-from scripts.quality.emulators import COMPILED, REFINED, compiled, derived, dropped, elastic, refined, resident
+from scripts.quality.emulators import COMPILED, compiled, derived, dropped, elastic, refined, refinement_of, resident
 
 Score = tuple[float, float]
 
@@ -64,9 +64,9 @@ class Bench:
     def emulator(self, kind: str, size: float) -> Path:
         """Return the emulator of one kind and size."""
         name, given = f"{kind}-{size}", (self.model, self.given.train, self.calibration)
-        if kind.endswith(REFINED):
-            emulator = self.emulator(kind.removesuffix(REFINED), size)
-            return self.made(name, lambda path: refined(path, emulator, *given))
+        if ending := refinement_of(kind):
+            emulator = self.emulator(kind.removesuffix(ending), size)
+            return self.made(name, lambda path: refined(kind, path, emulator, *given))
         if kind == "dropped":
             return self.made(name, lambda path: dropped(size, path, self.model))
         if kind in COMPILED:

@@ -1,18 +1,19 @@
 """Makes the emulators that the quality benchmark compares: ours, the published one, and others at equal bytes.
 
 A kind is a name from `KINDS`; a size is a share of the linears' bytes at 16 bits. The product itself makes `published`
-(bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (with `-uniform`: uniform), `qlora`
-(all linears whole in nf4), and `coded` (codes with a thin low-rank part; `coded-forward` without the pass back). Other
-kinds replace the factors of `published`, so that everything else is equal: `plain-svd` uses no calibration,
-`sequential` takes its statistics from the emulator instead of the original, `rescaled` gives each linear the original's
-output energy. `dropped` keeps some layers whole instead (offsite tuning). `-refined` after a kind means that its
-factors were trained unit by unit against the original (`refine`).
+(bf16 factors, uniform ranks), `bf16`, `int8` and `nf4` with ranks by spectrum (with `-uniform`: uniform), `qlora` (all
+linears whole in nf4), and `coded` (codes with a thin low-rank part; `coded-forward` without the pass back). Other kinds
+replace the factors of `published`, so that everything else is equal: `plain-svd` uses no calibration, `sequential`
+takes its statistics from the emulator instead of the original, `rescaled` gives each linear the original's output
+energy. `dropped` keeps some layers whole instead (offsite tuning). `-refined` after a kind means that its factors were
+trained unit by unit against the original (`refine`), `-refined-original` on the original's inputs whatever the form,
+and `-refined-gradients` that they learned gradients too.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -50,7 +51,12 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 DERIVED = ("plain-svd", "sequential", "rescaled")
 KINDS = (*COMPILED, *DERIVED, "dropped")
-REFINED = "-refined"
+# How the factors were trained, by what follows the kind.
+REFINED: dict[str, dict[str, Any]] = {
+    "-refined": {},
+    "-refined-original": {"inputs": "original"},
+    "-refined-gradients": {"backward": True},
+}
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -66,10 +72,16 @@ def compiled(kind: str, size: float, output: Path, model: Path, data: Path, cali
     compile_emulator(model, str(data), output, keep_bytes=share, **COMPILED[kind], **calibration)
 
 
-def refined(output: Path, emulator: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
-    """Refine the emulator with the defaults of `refine`."""
+def refinement_of(kind: str) -> str:
+    """Return the ending of a kind that says how its factors were trained; empty if they were not."""
+    return next((ending for ending in REFINED if kind.endswith(ending)), "")
+
+
+def refined(kind: str, output: Path, emulator: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
+    """Refine the emulator as its kind says, otherwise with the defaults of `refine`."""
     given = {name: calibration[name] for name in ("max_length", "batch_size")}
-    refine_emulator(emulator, model=model, calibration=str(data), output=output, **given)
+    how = REFINED[refinement_of(kind)]
+    refine_emulator(emulator, model=model, calibration=str(data), output=output, **given, **how)
 
 
 def derived(kind: str, output: Path, published: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:
@@ -135,7 +147,7 @@ def layer_prefix(name: str) -> str:
 
 
 @torch.no_grad()
-def _grams(model: Any, linears: Mapping[str, Any], batches: list[dict[str, Any]]) -> dict[str, Moments]:
+def _grams(model: Any, linears: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> dict[str, Moments]:
     grams = {}
     handles = []
     for name, module in linears.items():

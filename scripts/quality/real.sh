@@ -47,6 +47,14 @@ for seed in 0 1 2; do
     esac
   done
 done
+# What a refinement adds to codes: on their own inputs, on the original's, and with gradients.
+refined=(coded-refined{,+anchor10}:{0.12,0.145} coded-refined-{original,gradients}{,+anchor10}:0.12)
+for part in "${parts[@]}"; do
+  case $part in
+    sections) encoder 0 --stages uncorrected --emulators "${refined[@]}" ;;
+    *) language "$part" 0 --stages uncorrected --emulators "${refined[@]}" ;;
+  esac
+done
 other=({coded,coded+anchor10}:0.2 {nf4,nf4+anchor10}:0.145)
 for part in "${parts[@]}"; do
   after=(--stages uncorrected "limit 3" --emulators coded+anchor{30,10,3}:0.12 coded:0.12 --polish coded+anchor10:{0.12,0.145})

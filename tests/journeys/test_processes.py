@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.launched import Launched, launch
 from helpers.peft_adapters import load_original, random_adapter
-from helpers.tiny_models import causal, save_tiny, tiny_tokenizer
+from helpers.tiny_models import VOCAB, causal, save_tiny, seeded, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.storage.digests import sha256_file
 
 TEXTS = [f"the quick brown fox {count} jumps over the lazy dog" + " again" * (count % 3) for count in range(7)]
@@ -76,6 +78,24 @@ def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path
     assert two["anchors"]["renewals"] == one["anchors"]["renewals"] == 2
     assert two["anchors"]["bytes_read"] == pytest.approx(one["anchors"]["bytes_read"], rel=0.05)
     assert two["anchors"]["offset_bytes"] < one["anchors"]["offset_bytes"]
+
+
+@pytest.mark.parametrize("form", [{"form": "coded", "keep_bytes": 0.25}, {"form": "factors", "ratio": 0.3}], ids=str)
+def test_a_pass_back_in_two_processes_gives_what_one_gives(place: Path, tmp_path: Path, form: dict[str, Any]) -> None:
+    config = LlamaConfig(hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
+    config.vocab_size = VOCAB
+    seeded(lambda: LlamaForCausalLM(config)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
+    compile_emulator(tmp_path / "model", place / "data.jsonl", tmp_path / "one", **SMALL, **form, backward=True)
+    command = ["compile", tmp_path / "model", "--backward", *options(calibration=place / "data.jsonl", **SMALL, **form)]
+    document(launch(2, [*command, "--output", tmp_path / "two", "--json"], tmp_path / "logs"))
+    one, two = (Emulator.open(tmp_path / name) for name in ("one", "two"))
+    assert one.facts.codes == two.facts.codes
+    assert bool(one.facts.codes) == (form["form"] == "coded")
+    for name in one.facts.compressed:
+        (first, second), (other, another) = one.factors(name), two.factors(name)
+        found = [a if b is None else a @ b for a, b in ((first, second), (other, another))]
+        assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
 
 
 def test_bad_input_is_one_line_whatever_the_number_of_processes(place: Path, tmp_path: Path) -> None:

@@ -133,14 +133,28 @@ def settings_keywords(model: type[BaseModel], keywords: type) -> Callable[[Calla
 
 
 MaxLength = Annotated[int, Field(ge=2, description="Examples are cut at this many tokens."), Option(metavar="TOKENS")]
+MaxImagePixels = Annotated[
+    PositiveInt | None,
+    Field(description="Images of more pixels are scaled down to this many. Default: no limit below 64 million."),
+    Option(metavar="PIXELS"),
+]
 Samples = Annotated[PositiveInt, Field(description="How many calibration examples to use.")]
 BatchSize = Annotated[PositiveInt, Field(description="Examples computed at once; more needs more memory.")]
 
 
 class Lengths(Settings):
-    """How long an example may be."""
+    """How long an example may be, and how large the images in it."""
 
     max_length: MaxLength = 512
+    max_image_pixels: MaxImagePixels = None
+
+    def lengths(self) -> dict[str, Any]:
+        """Return the values as keywords; the pixels are left out if they have no limit, so that older keys stay."""
+        return {name: value for name in Lengths.model_fields if (value := getattr(self, name)) is not None}
+
+    def recorded(self, *without: str) -> dict[str, Any]:
+        """Leave out pixels without a limit: records from before the field stay valid."""
+        return super().recorded(*without, *(("max_image_pixels",) if self.max_image_pixels is None else ()))
 
 
 class Batched(Settings):

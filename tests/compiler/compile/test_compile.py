@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def linear_outputs(
-    model: Any, names: list[str], batches: list[dict[str, torch.Tensor]]
+    model: Any, names: list[str], batches: Sequence[Mapping[str, torch.Tensor]]
 ) -> dict[str, list[torch.Tensor]]:
     """Collect inputs and outputs (before the bias) of named linears, as the resident model computes them."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}

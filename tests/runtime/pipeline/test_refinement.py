@@ -86,9 +86,9 @@ def test_its_memory_is_predicted_before_it_runs(tmp_path: Path, project: Project
 
 
 def test_the_bound_counts_what_is_trained_and_the_graph() -> None:
-    assert training_bytes([100, 300], 40, 10, 2, True) == 26 * 400 + 16 * 300 + 2 * 10 * 40 * 4
+    assert training_bytes([100, 300], 10 * 40, 2, True) == 26 * 400 + 16 * 300 + 2 * 10 * 40 * 4
     # On a host twice as much, for holes in the heap.
-    assert training_bytes([100, 300], 40, 10, 2, False) == 26 * 400 + 16 * 300 + 4 * 10 * 40 * 4
+    assert training_bytes([100, 300], 10 * 40, 2, False) == 26 * 400 + 16 * 300 + 4 * 10 * 40 * 4
 
 
 def exit_code(*arguments: str) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.model_shapes import decoder
@@ -15,6 +16,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 from onelayer.runtime.manifest.manifest import Manifest, load_manifest
 from onelayer.runtime.pipeline.costs import CostBasis, compile_costs, train_costs
 from onelayer.runtime.pipeline.emulator_size import size_of_shapes
@@ -62,7 +64,10 @@ def test_what_is_counted_is_what_a_compile_makes(tmp_path: Path) -> None:
     ranks = selection.choose_codes(streamed, selection.choose_ranks(streamed, ratio, quantized=True), 0.25, codes.width)
     assert ranks is not None
     assert emulator_bytes(shapes, ratio, "coded") == selection.emulator_bytes(streamed, ranks, {}, "nf4", codes.width)
-    promised = streamed.largest_unit_bytes + selection.coded_workspace(streamed, ranks, 16, on_gpu=False)
+    loads = UnitLoads()
+    for unit in streamed.units:
+        loads.note(unit, torch.empty(1, 16, 1, device="meta"), None)
+    promised = streamed.largest_unit_bytes + selection.coded_workspace(streamed, ranks, loads, on_gpu=False)
     # On a host the pass adds the unit that is read ahead and a reserve; norms count as matrices in neither.
     further = streamed.largest_unit_bytes + RESERVE_BYTES
     assert promised == pytest.approx(coded_compile_bytes(shapes, 16, on_gpu=False) + further, rel=0.01)

@@ -114,8 +114,9 @@ def test_low_rank_experts_fit_where_dense_experts_would_not() -> None:
 def test_headers_are_read_without_torch(tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama")
     code = (
-        "import sys; from onelayer.runtime.pipeline.costs import *; from onelayer.runtime.planning.shapes import *; "
-        f"shapes_from_headers({str(folder)!r}); print({{'torch', 'transformers'}} & set(sys.modules))"
+        "import sys; from onelayer.runtime.pipeline.costs import *; "
+        f"from onelayer.runtime.planning.read_shapes import *; shapes_from_headers({str(folder)!r}); "
+        "print({'torch', 'transformers'} & set(sys.modules))"
     )
     paths = [str(ROOT / name) for name in ("compiler", "runtime")]
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {code}"]

@@ -5,6 +5,7 @@ in blocks of 64. Shape letters: N rows (tokens), F features.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -35,6 +36,16 @@ class BlockGram:
             self.dropped_rows += int((~keep_N).sum())
             x_NF = x_NF[keep_N]
         self.blocks += block_products(x_NF, self.block)
+
+    def added_up(self, add_up: Callable[[torch.Tensor], None]) -> "BlockGram":
+        """Return the sum of this one and those of other processes; `add_up` adds a tensor to theirs, in place."""
+        total = copy.copy(self)
+        total.blocks = self.blocks.clone()
+        counts = torch.tensor([self.rows, self.dropped_rows], device=self.device)
+        add_up(total.blocks)
+        add_up(counts)
+        total.rows, total.dropped_rows = counts.tolist()
+        return total
 
     def without(self, x: torch.Tensor) -> "BlockGram":
         """Return this one without the rows of `x` (..., F)."""

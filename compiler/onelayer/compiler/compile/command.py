@@ -4,7 +4,6 @@ In: a checkpoint and a data set. Out: an emulator directory. Held on the device:
 one micro-batch. Read: every tensor once, embeddings by rows.
 """
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import transformers
 
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.job import Compilation
-from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks
+from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks, tell_unvisited
 from onelayer.compiler.compile.resume import WorkDirectory
 from onelayer.compiler.compile.selection import (
     Ranks,
@@ -81,11 +80,6 @@ def compile_emulator(
         )
     check_companions(streamed.checkpoint.directory)
     resolved, ranks = _chosen(streamed, asked)
-    if not processes().is_alone:
-        if resolved.code_width is not None:
-            raise InputError("codes are the work of one process; start it without torchrun, or give --form factors")
-        if resolved.backward:
-            raise InputError("--backward: is the work of one process; start it without torchrun, or leave it out")
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
     stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
@@ -159,19 +153,20 @@ def _finished(
     """Write what no unit of the stream wrote, and publish the emulator."""
     streamed, settings, writer = job.streamed, job.settings, job.writer
     writer.write_rest()
-    at_once = max(math.prod(batch.shape) for batch in batches)
     keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, at_once, settings.factor_dtype, keeps_whole)
+    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole)
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     elif settings.backward:
-        workspace += backward_workspace(streamed, job.ranks, at_once, meter.on_gpu)
+        workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0
     workspace += streamed.unpacking_bytes(meter.on_gpu)
     report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     result = compile_result(writer, settings, output, report)
     figures = result.model_dump(mode="json", exclude={"output", "linears", "stacks", *settings.recorded()})
-    writer.finish(base, {**facts, **remarks(writer, [*job.ranks, *job.stack_ranks], job.revisited), **figures})
+    remarked = remarks(writer, [*job.ranks, *job.stack_ranks], job.revisited)
+    tell_unvisited(remarked["dense"])
+    writer.finish(base, {**facts, **remarked, **figures})
     if settings.rank_allocation == "uniform":
         writer.work.publish(output)
         return result

@@ -32,6 +32,7 @@ from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.denoising_loss import PassBatch
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 
 class Compilation:
@@ -61,6 +62,7 @@ class Compilation:
         self.stop = stop
         # Units that some batch reached after they were written; those visits are not in their moments.
         self.revisited: set[str] = set()
+        self.loads = UnitLoads()
         self._watched: set[str] = set()
         self._meter: Meter | None = None
         self._batches = 1  # of all processes
@@ -88,6 +90,7 @@ class Compilation:
             spill_pool=self.spill_pool,
             description="compile",
             team=self.team,
+            loads=self.loads,
         )
         stream.stop_after = max(wanted)
         stream.run([batches[index].inputs for index in self.team.share(len(batches))], lambda index, output: None)
@@ -101,13 +104,15 @@ class Compilation:
             meter,
             on_unit=self._stopping,
             spill_pool=self.spill_pool,
+            loads=self.loads,
             description="compile",
-            trained=len(batches),
+            team=self.team,
             seed=self.settings.seed,
             dropout=False,
             first_wanted=first_wanted,
         )
         stream.both_ways(batches, self.on_unit)
+        self.revisited = set().union(*self.team.gather(self.revisited))
 
     @contextmanager
     def _stopping(self, unit: Unit) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Hooks that gather the moments of linears while their unit runs."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +88,10 @@ class MomentHooks:
     def inputs(self) -> dict[str, BlockGram]:
         """The moments of the inputs of each linear that was called; several linears may share one."""
         return {name: site.gram for name, site in self._sites.items() if isinstance(site.gram, BlockGram)}
+
+    def take_inputs(self, inputs: Mapping[str, BlockGram]) -> None:
+        """Take moments of inputs that processes have added up in place of this one's."""
+        self._sites = {name: _Site(gram, {name}) for name, gram in inputs.items()}
 
     def output_weights(self, name: str) -> OutputWeights | None:
         """Return what the outputs of a linear count; None if no gradient came back to it."""

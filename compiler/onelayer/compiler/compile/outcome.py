@@ -3,7 +3,7 @@
 In: what the `EmulatorWriter` recorded, unit by unit. Out: plain values; no weights are read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from onelayer.compiler.compile.writer import EmulatorWriter
 from onelayer.compiler.emulators.figures import LinearSummary, StackSummary, kept_bytes_share
 from onelayer.compiler.factors.ranks import Allocation, Spectrum, allocate_by_spectrum
 from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.machine.console import notice
 from onelayer.compiler.models.linears import unit_linears, weight_shape
 from onelayer.compiler.results import Report, Result
+
+NEVER_VISITED = "never visited by the calibration data"
 
 
 class CompileResult(Result):
@@ -54,6 +57,16 @@ def spectrum_ranks(writer: EmulatorWriter, settings: ResolvedSettings) -> dict[s
     return allocate_by_spectrum(spectra, settings.ratio)
 
 
+def tell_unvisited(dense: Sequence[Mapping[str, str]]) -> None:
+    """Print a notice if the calibration data never reached some linears, such as those that read images."""
+    names = [item["name"] for item in dense if item["reason"] == NEVER_VISITED]
+    if names:
+        notice(
+            f"{len(names)} of the linears to compress stay dense ({names[0]}, ...): the calibration data never visited "
+            "them; give rows with images or audio for layers that read these"
+        )
+
+
 def remarks(writer: EmulatorWriter, wanted: Iterable[str], revisited: Iterable[str]) -> dict[str, Any]:
     """List what a reader of `emulator.json` should know: what stayed dense and why, and units seen only in part.
 
@@ -62,7 +75,7 @@ def remarks(writer: EmulatorWriter, wanted: Iterable[str], revisited: Iterable[s
     reasons = {name: reason for record in writer.records for name, reason in record.dense.items()}
     written = writer.linears.keys() | writer.stacks.keys()
     missing = (name for name in wanted if name not in written and name not in reasons)
-    dense = {**reasons, **dict.fromkeys(missing, "never visited by the calibration data")}
+    dense = {**reasons, **dict.fromkeys(missing, NEVER_VISITED)}
     return {
         "dense": [{"name": name, "reason": reason} for name, reason in dense.items()],
         "revisited": sorted(revisited),

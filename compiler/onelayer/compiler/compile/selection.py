@@ -7,7 +7,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
-from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, unit_width, weight_shape
+from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
@@ -20,6 +20,7 @@ from onelayer.compiler.models.unit_memory import (
     solving_bytes,
     weighing_bytes,
 )
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 Ranks = Mapping[str, int | None]
 
@@ -128,7 +129,7 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
-def coded_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
+def coded_workspace(streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool) -> int:
     """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
 
     That is what coding a unit takes (`coding_bytes`), the unit that is read ahead and a reserve.
@@ -136,17 +137,17 @@ def coded_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
-        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         worst = max(worst, coding_bytes(shapes, graph) + unit.weight_bytes)
     return worst + RESERVE_BYTES
 
 
-def backward_workspace(streamed: StreamedModel, ranks: Ranks, batch_tokens: int, on_gpu: bool) -> int:
+def backward_workspace(streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool) -> int:
     """Predict what weighing factors by gradients adds to `compile_workspace`, from shapes alone (`weighing_bytes`)."""
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
-        graph = graph_bytes(unit_width(streamed, unit), batch_tokens, streamed.dtype.itemsize, on_gpu)
+        graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         worst = max(worst, weighing_bytes(shapes, graph))
     return worst
 
@@ -155,7 +156,7 @@ def compile_workspace(
     streamed: StreamedModel,
     ranks: Ranks,
     stacks: Ranks,
-    batch_tokens: int,
+    loads: UnitLoads,
     factor_dtype: FactorDtype | None,
     keeps_whole: bool,
 ) -> int:
@@ -169,23 +170,22 @@ def compile_workspace(
     worst = 0
     for unit in streamed.units:
         experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
-        in_experts = [
-            _expert_workspace(found, stacks, batch_tokens, streamed.dtype.itemsize, factor_dtype) for found in experts
-        ]
+        rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
+        in_experts = [_expert_workspace(found, stacks, rows, value_bytes, factor_dtype) for found in experts]
         linears = [
-            CompiledShape(*weight_shape(module), ranks[name], streamed.dtype.itemsize, factor_dtype, keeps_whole)
+            CompiledShape(*weight_shape(module), ranks[name], value_bytes, factor_dtype, keeps_whole)
             for name, module in unit_linears(unit)
             if name in ranks
         ]
         moments = moment_bytes(linear.narrow for linear in linears)
-        batch = 8 * batch_tokens * sum(linear.out_features + linear.in_features for linear in linears)
+        batch = 8 * rows * sum(linear.out_features + linear.in_features for linear in linears)
         in_linears = moments + solving_bytes(linears) + batch
         worst = max(worst, unit.weight_bytes + max([in_linears, *in_experts]))
     return worst + RESERVE_BYTES
 
 
 def _expert_workspace(
-    found: ExpertStacks, ranks: Ranks, batch_tokens: int, value_bytes: int, factor_dtype: FactorDtype | None
+    found: ExpertStacks, ranks: Ranks, rows_at_once: int, value_bytes: int, factor_dtype: FactorDtype | None
 ) -> int:
     """Predict what one module of experts takes: its routed rows of a batch, or one expert while it is solved.
 
@@ -203,5 +203,5 @@ def _expert_workspace(
     moments = 2 * moment_bytes(min(shape) for shape in shapes)
     solver = max(expert.solver_bytes for expert in experts)
     rows = EXPERT_ROWS * sum(map(sum, shapes)) * (8 + 8)
-    batch = batch_tokens * expert_width(found) * 8
+    batch = rows_at_once * expert_width(found) * 8
     return max(moments + solver + rows + sum(stored) + max(stored), batch)

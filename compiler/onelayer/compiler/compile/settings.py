@@ -176,6 +176,7 @@ class CompileKeywords(TypedDict, total=False):
     factor_dtype: FactorDtype | None
     samples: int
     max_length: int
+    max_image_pixels: int | None
     batch_size: int
     solver: Solver
     rank_allocation: Allocation | None

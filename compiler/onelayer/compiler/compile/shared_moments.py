@@ -1,10 +1,13 @@
 """Adds up the moments that several processes gathered of one unit, each where its linears are compressed."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from onelayer.compiler.codes.forms import OUTPUT_BLOCK
+from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.compile.linear_moments import MomentHooks, of_output
 from onelayer.compiler.factors.moments import Moments
 from onelayer.compiler.factors.sum_grid import settled
@@ -28,26 +31,46 @@ def settle_grids(hooks: MomentHooks, team: Processes) -> None:
 
 
 def add_up_moments(hooks: MomentHooks, team: Processes) -> None:
-    """Leave in `hooks.moments` the sums over all processes for the linears that this one compresses, and only those.
+    """Leave in `hooks` the sums over all processes for the linears that this one compresses, and only those.
 
     Linears that share a moment in every process are compressed by one process. The work is spread by its cost.
     """
     if team.is_alone:
         return
-    moments = hooks.moments
-    described = team.gather({name: (_group(name, moments), item.of_input) for name, item in moments.items()})
+    moments, inputs = hooks.moments, hooks.inputs
+    grams: dict[str, Any] = {name: item.gram for name, item in moments.items()} | inputs
+    of_input = {name: name in inputs or moments[name].of_input for name in grams}
+    described = team.gather({name: (_group(name, grams), of_input[name]) for name in grams})
     refused = set[str]().union(*team.gather(hooks.refused))
     names = dict.fromkeys(name for found in described for name in found if name not in refused)
-    of_input = {name: all(found[name][1] for found in described if name in found) for name in names}
-    done = dict[str, Moments]()
-    for group, owner in _owners(_groups(described, names), hooks.linears, team.count).items():
+    by_input = {name: all(found[name][1] for found in described if name in found) for name in names}
+    summed, blocks = dict[str, Moments](), dict[str, BlockGram]()
+    owners = _owners(_groups(described, names), hooks.linears, team.count)
+    for group, owner in owners.items():
         members = [name for name in group if name in names]
-        mine = _own(members[0], of_input[members[0]], hooks)
-        _reduce(mine, owner, team)
-        if owner == team.rank:
-            done |= dict.fromkeys(members, mine)
+        if hooks.sides:
+            known = inputs.get(members[0])
+            gram = known or BlockGram(weight_shape(hooks.linears[members[0]])[1], hooks.device)
+            total = gram.added_up(partial(team.add_up_in, owner))
+            blocks |= dict.fromkeys(members, total) if owner == team.rank else {}
+        else:
+            mine = _own(members[0], by_input[members[0]], hooks)
+            _reduce(mine, owner, team)
+            summed |= dict.fromkeys(members, mine) if owner == team.rank else {}
+    _add_up_outputs(hooks, {name: owner for group, owner in owners.items() for name in group if name in names}, team)
     moments.clear()
-    moments.update(done)
+    moments.update(summed)
+    hooks.take_inputs(blocks)
+
+
+def _add_up_outputs(hooks: MomentHooks, owners: Mapping[str, int], team: Processes) -> None:
+    """Add up the moments of the gradients at each linear's outputs in the process that compresses it."""
+    known = set[str]().union(*team.gather(set(hooks.outputs)))
+    for name, owner in owners.items():
+        if name in known:
+            own = hooks.outputs.get(name)
+            gram = own or BlockGram(weight_shape(hooks.linears[name])[0], hooks.device, OUTPUT_BLOCK)
+            hooks.outputs[name] = gram.added_up(partial(team.add_up_in, owner))
 
 
 def _own(name: str, of_input: bool, hooks: MomentHooks) -> Moments:
@@ -59,9 +82,9 @@ def _own(name: str, of_input: bool, hooks: MomentHooks) -> Moments:
     return of_output(mine.gram, hooks.linears[name]) if mine.of_input and not of_input else mine
 
 
-def _group(name: str, moments: Mapping[str, Moments]) -> tuple[str, ...]:
+def _group(name: str, grams: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names that share a linear's Gram."""
-    return tuple(other for other, item in moments.items() if item.gram is moments[name].gram)
+    return tuple(other for other, gram in grams.items() if gram is grams[name])
 
 
 def _groups(described: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -4,6 +4,7 @@ A template is a program: it may trim texts, drop reasoning from earlier turns, o
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ MARK_NUMBER = 918273645918273645  # in place of a number, which a template may w
 # template, so the function is a macro in front of it.
 TODAY = datetime(2024, 7, 26)
 DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBdHIjmMpSyY"))
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+Span = tuple[int, int]  # characters [start, end) of a text
 DATE_MACRO = (
     "{%- macro strftime_now(format) -%}{{- format"
     + "".join(f" | replace('{directive}', '{TODAY.strftime(directive)}')" for directive in DIRECTIVES)
@@ -89,6 +92,20 @@ class Chat:
         template = self.tokenizer.get_chat_template(tools=self.tools)
         dated = DATE_MACRO + template if "strftime_now" in template else template
         return {"tools": self.tools, "chat_template": dated}
+
+    @cached_property
+    def generation_spans(self) -> list[Span] | None:
+        """The characters between the template's own `{% generation %}` marks; None if it has none."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not GENERATION_MARK.search(self.arguments["chat_template"]):
+            return None
+        arguments: dict[str, Any] = {**self.arguments, **self.tokenizer.special_tokens_map}
+        with self.faults():
+            rendered: Any = render_jinja_template([self.prepared], return_assistant_tokens_mask=True, **arguments)
+        texts, spans = rendered
+        assert texts == [self.text], "rendered by the same template"
+        return [(first, last) for first, last in spans[0]]
 
     @property
     def prepared(self) -> list[Message]:

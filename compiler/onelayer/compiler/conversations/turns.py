@@ -9,11 +9,10 @@ the end of what closes it.
 from collections.abc import Sequence
 from functools import cached_property
 
-from onelayer.compiler.conversations.chat import MARK, Chat, has_text, mark_span, marked
+from onelayer.compiler.conversations.chat import MARK, Chat, Span, has_text, mark_span, marked
 from onelayer.compiler.conversations.parts import Message
 from onelayer.compiler.errors import InputError
 
-Span = tuple[int, int]  # characters [start, end) of a text
 ANSWER = "\ue003\ue004\ue005"  # another mark, for an answer after the marked message
 
 
@@ -119,6 +118,29 @@ class Turns:
         messages = list(self.chat.messages)
         messages[index] = marked(messages[index])
         return messages
+
+
+def learned_spans(chat: Chat) -> list[Span]:
+    """Return the characters that a loss counts: the assistant's turns, those of weight 0 excepted.
+
+    The template's own `{% generation %}` marks decide what of a turn is written by the assistant, if it has them.
+    """
+    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    learned = [index for index in answers if chat.messages[index].get("weight") != 0]
+    marked_spans = chat.generation_spans if chat.tokenizer.is_fast else None
+    if marked_spans is not None and learned == answers:
+        return marked_spans
+    turns = Turns(chat)
+    spans = [turns.span(turn) for turn in learned]
+    if marked_spans is None:
+        return spans
+    both = [(max(one[0], other[0]), min(one[1], other[1])) for one in spans for other in marked_spans]
+    return [(first, last) for first, last in both if first < last]
+
+
+def completion_span(chat: Chat, prompt_messages: int) -> Span:
+    """Return the characters of all messages after the first `prompt_messages`, to the end of the text."""
+    return Turns(chat).start(prompt_messages), len(chat.text)
 
 
 def _before_mark(text: str) -> str:

@@ -126,7 +126,14 @@ def correct_adapter(
 
 def _held_out(data: DataSource, settings: CorrectSettings) -> HeldOut:
     device = pick_device(settings.device)
-    return HeldOut(data, settings.max_length, settings.batch_size, device, settings.host_memory_bytes)
+    return HeldOut(
+        data,
+        settings.max_length,
+        settings.batch_size,
+        device,
+        settings.host_memory_bytes,
+        settings.max_image_pixels,
+    )
 
 
 def _check_limit(limit: float | str | None, data: DataSource | None) -> None:

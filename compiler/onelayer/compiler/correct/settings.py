@@ -46,6 +46,7 @@ class CorrectKeywords(TypedDict, total=False):
 
     limit: float | Literal["auto", "default"] | None
     max_length: int
+    max_image_pixels: int | None
     batch_size: int
     device: str | None
     host_memory_bytes: int | None

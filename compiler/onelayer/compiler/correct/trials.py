@@ -27,7 +27,7 @@ from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
 from onelayer.compiler.data.batches import tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.samples import Samples
@@ -58,6 +58,7 @@ class HeldOut:
     batch_size: int
     device: torch.device
     host_memory_bytes: int | None = None
+    max_image_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
         raise InputError("max_length and batch_size must be at least 1")
     adapted, classes = open_scored(model, {NAME: adapter})
     streamed = adapted.streamed
-    samples = Samples.read(held_out.data, load_tokenizer(model), held_out.max_length, classes)
+    reader = load_reader(model, type(streamed.model), held_out.max_image_pixels)
+    samples = Samples.read(held_out.data, reader, held_out.max_length, classes)
     batches = samples.batches(streamed.config, held_out.batch_size)
     variants, spill_pool = 1 + len(CANDIDATES), SpillPool(held_out.host_memory_bytes)
     notice(f"--data: {len(samples.tokens)} rows run {variants} times each, once for every correction that is tried")
@@ -108,7 +110,7 @@ def score_candidates(adapter: Adapter, emulator: Emulator, model: Path, held_out
     best = min(candidates, key=lambda candidate: candidate.loss)  # a tie goes to the first, the most cautious
     _tell_doubts(best, sum(samples.counted))
     tried = _trial_workspace(streamed, adapter, emulator, meter.on_gpu)
-    workspace = scoring_workspace(streamed, batches, variants, held_out.device, spill_pool)
+    workspace = scoring_workspace(stream, batches, variants)
     return Choice(
         best=best,
         candidates=candidates,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.tokens import IGNORED, Tokens, not_doubled, tokenize
+from onelayer.compiler.data.tokens import IGNORED, AnyTokenizer, RowReader, Tokens, not_doubled, tokenize
 from onelayer.compiler.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 SINGLE_LABEL = "single_label_classification"
@@ -91,7 +91,7 @@ def is_classifier(cls: "type[PreTrainedModel]") -> bool:
 def tokenize_for(
     classes: Classes | None,
     example: Example,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: AnyTokenizer,
     max_length: int,
     append_eos: bool = False,
 ) -> Tokens:
@@ -114,6 +114,8 @@ def tokenize_for(
             f"{example.source}: has no 'label', and the model is a classifier of {classes.count} classes; write rows "
             "of 'text' and 'label'"
         )
+    if example.media or isinstance(tokenizer, RowReader):
+        raise InputError(f"{example.source}: classifiers of texts with images or audio are not supported; give texts")
     number = classes.number_of(example)
     ids = list(tokenizer(example.text, truncation=True, max_length=max_length)["input_ids"])
     cut = len(ids) == max_length and len(tokenizer(example.text, verbose=False)["input_ids"]) > max_length

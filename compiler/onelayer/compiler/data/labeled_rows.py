@@ -3,19 +3,15 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from onelayer.compiler.data.classes import Classes, tokenize_for
 from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.tokens import Tokens, tokenize
+from onelayer.compiler.data.tokens import AnyTokenizer, Tokens, tokenize
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.sources.data_set import DataSource as DataSource
 from onelayer.compiler.sources.data_set import names_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def tell_cut(max_length: int, total: int, cut: int, skipped: int) -> None:
@@ -70,7 +66,7 @@ def labeled_rows(
 
 
 def read_tokens(
-    data: DataSource, tokenizer: "PreTrainedTokenizerBase", max_length: int, samples: int | None = None, seed: int = 0
+    data: DataSource, tokenizer: AnyTokenizer, max_length: int, samples: int | None = None, seed: int = 0
 ) -> list[Tokens]:
     """Read the tokens of the labeled rows of `data`, drawn by `labeled_rows`, for any model."""
     return labeled_rows(
@@ -81,7 +77,7 @@ def read_tokens(
 def read_for(
     classes: Classes | None,
     data: DataSource,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: AnyTokenizer,
     max_length: int,
     append_eos: bool = False,
 ) -> list[Tokens]:

@@ -7,17 +7,14 @@ desirable or not (KTO, arXiv 2402.01306). Prompt and answers are told apart as i
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from onelayer.compiler.data.batches import tokens_digest
 from onelayer.compiler.data.readers import read_examples
 from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.tokens import IGNORED, Tokens, tokenize
+from onelayer.compiler.data.tokens import IGNORED, AnyTokenizer, Tokens, tokenize
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import DataSource, names_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PreferenceMethod = Literal["dpo", "kto"]
 FORMS: dict[PreferenceMethod, str] = {
@@ -49,7 +46,7 @@ def answered(prompt_ids: list[int], answer: list[int]) -> Tokens:
 
 
 def preferences_of(
-    example: Example, method: PreferenceMethod, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    example: Example, method: PreferenceMethod, tokenizer: AnyTokenizer, max_length: int
 ) -> list[Preference]:
     """Tokenize one row for a method; KTO takes a pair as two rows. Empty if an answer has no token within the limit.
 
@@ -98,7 +95,7 @@ def row_key(row: Tokens) -> str:
 
 
 def read_preferences(
-    data: DataSource, method: PreferenceMethod, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    data: DataSource, method: PreferenceMethod, tokenizer: AnyTokenizer, max_length: int
 ) -> tuple[list[Preference], int]:
     """Read the preferences of `data` in order, and count the rows that the limit leaves without an answer.
 

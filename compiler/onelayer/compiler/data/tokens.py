@@ -1,26 +1,43 @@
 """An example and a tokenizer in, token ids and labels out. Only this file decides what the loss counts."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, Union, runtime_checkable
 
-from onelayer.compiler.conversations.chat import Chat
-from onelayer.compiler.conversations.turns import Span, Turns
+from onelayer.compiler.conversations.chat import Chat, Span
+from onelayer.compiler.conversations.turns import completion_span, learned_spans
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import check_directory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
 IGNORED = -100  # the label that torch's cross-entropy and every transformers loss ignore
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "spiece*", "*.model")
-GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class RowInputs(Protocol):
+    """The arguments of a model for one row that are not its token ids, each with a leading dimension.
+
+    `shapes` are those of the tensors by name; `digest` is of all that decides their values, None if the ids do.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes by the names of the arguments."""
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of what the tensors are made of."""
+
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """Make the tensors, which nothing keeps."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +45,15 @@ class Tokens:
     """Token ids and labels of equal length: a label is the id if the loss counts it, else -100. Not shifted.
 
     `positions` is each token's index in its own row, if several rows are packed into this one. `label` is the number
-    of the class of the whole text, if the model predicts classes. `cut`: the row was longer than allowed.
+    of the class of the whole text, if the model predicts classes. `inputs` makes what the model reads in addition to
+    the ids: pixels of images, features of audio. `cut`: the row was longer than allowed.
     """
 
     input_ids: list[int]
     labels: list[int]
     positions: list[int] | None = None
     label: int | None = None
+    inputs: RowInputs | None = field(default=None, compare=False)
     cut: bool = field(default=False, compare=False)
 
     @property
@@ -46,6 +65,30 @@ class Tokens:
         if self.label is not None:
             return 1
         return sum(label != IGNORED for label in self.labels[1:])
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """What tokenizes the rows of a model that reads more than text; `tokenizer` is that of its texts."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer of texts; None if the model reads none."""
+
+    def tokens_of(self, example: Example, max_length: int, append_eos: bool) -> Tokens:
+        """Tokenize one example."""
+
+
+AnyTokenizer = Union["PreTrainedTokenizerBase", RowReader]  # a name in quotes takes no `|`
+
+
+def text_tokenizer(reader: AnyTokenizer) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model's texts. Raises `InputError` if it reads none."""
+    if not isinstance(reader, RowReader):
+        return reader
+    if reader.tokenizer is None:
+        raise InputError(f"{reader}: the model reads no text, so it has no tokenizer; give a language model")
+    return reader.tokenizer
 
 
 def asked_and_answered(tokens: Tokens) -> tuple[list[int], list[int]]:
@@ -77,14 +120,14 @@ def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def tokenize(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", max_length: int, append_eos: bool = False
-) -> Tokens:
+def tokenize(example: Example, tokenizer: AnyTokenizer, max_length: int, append_eos: bool = False) -> Tokens:
     """Tokenize one example to ids and labels, truncated at `max_length` tokens.
 
     Labeled are: all tokens of a `text`, the completion of `prompt` and `completion`, the assistant turns of `messages`.
     `append_eos` adds an end token to texts and completions without one; a chat template writes its own end of turn.
     """
+    if isinstance(tokenizer, RowReader):
+        return tokenizer.tokens_of(example, max_length, append_eos)
     if example.media:
         raise InputError(
             f"{example.source}: has {len(example.media)} {example.media[0].kind}(s), and the model of "
@@ -97,7 +140,7 @@ def tokenize(
         assert isinstance(example.completion, str)
         tokens = _pair_tokens(example.prompt, example.completion, tokenizer)
     else:
-        tokens, append_eos = _chat_tokens(example, tokenizer), False
+        tokens, append_eos = _spanned(*conversation(example, tokenizer), tokenizer), False
     if append_eos:
         tokens = _with_eos(tokens, tokenizer)
     ids = tokens.input_ids
@@ -133,11 +176,10 @@ def _pair_tokens(prompt: str, completion: str, tokenizer: "PreTrainedTokenizerBa
     return _labeled_from(ids, inside[0] if inside else len(ids))
 
 
-def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
-    """Tokenize a conversation by the tokenizer's chat template; the assistant's turns are labeled.
+def conversation(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
+    """Render a conversation by the tokenizer's chat template; return its text, and the characters that are labeled.
 
-    A turn of `weight` 0 is not. Labels come from the template's own `{% generation %}` marks, if it has them. A
-    completion runs to the end of the text.
+    Labeled are the assistant's turns, those of `weight` 0 excepted. A completion runs to the end of the text.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -150,47 +192,27 @@ def _chat_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Toke
         chat = Chat(example.source, [*example.prompt, *example.completion], tokenizer, example.tools)
         with chat.limited():
             chat = chat.checked()
-            return _spanned(chat, [(Turns(chat).start(len(example.prompt)), len(chat.text))])
+            return chat.text, [completion_span(chat, len(example.prompt))]
     chat = Chat(example.source, example.messages, tokenizer, example.tools)
     with chat.limited():
-        return _turn_tokens(chat.checked())
+        chat = chat.checked()
+        return chat.text, learned_spans(chat)
 
 
-def _turn_tokens(chat: Chat) -> Tokens:
-    """Label the assistant's turns of a conversation, those of weight 0 excepted."""
-    tokenizer = chat.tokenizer
-    answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    learned = [index for index in answers if chat.messages[index].get("weight") != 0]
-    marked = tokenizer.is_fast and GENERATION_MARK.search(tokenizer.get_chat_template(tools=chat.tools))
-    if marked and learned == answers:
-        return _marked(chat)
-    turns = Turns(chat)
-    tokens = _spanned(chat, [turns.span(turn) for turn in learned])
-    if not marked:
-        return tokens
-    pairs = zip(_marked(chat).labels, tokens.labels, strict=True)
-    return Tokens(tokens.input_ids, [label if own != IGNORED else IGNORED for own, label in pairs])
+def _spanned(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Label the tokens that begin in the given characters of a text."""
+    if not tokenizer.is_fast:
+        return _piecewise(text, spans, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    return Tokens(ids, labels_within(text, spans, ids, encoded["offset_mapping"]))
 
 
-def _marked(chat: Chat) -> Tokens:
-    """Take the labels from the template's own `{% generation %}` marks."""
-    with chat.faults():
-        encoded: Any = chat.tokenizer.apply_chat_template(
-            chat.prepared, return_dict=True, return_assistant_tokens_mask=True, **chat.arguments
-        )
-    ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
-    return Tokens(ids, [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)])
-
-
-def _spanned(chat: Chat, spans: Sequence[Span]) -> Tokens:
-    """Label the tokens that begin in the given characters of a conversation's rendering."""
-    if not chat.tokenizer.is_fast:
-        return _piecewise(chat.text, spans, chat.tokenizer)
-    encoded = chat.tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    places = [_first_character(chat.text, offset) for offset in offsets]
+def labels_within(text: str, spans: Sequence[Span], ids: Sequence[int], offsets: Sequence[Span]) -> list[int]:
+    """Return the labels of tokens at `offsets` of a text: those that begin in one of the spans are labeled."""
+    places = [_first_character(text, offset) for offset in offsets]
     inside = [any(first <= place < last for first, last in spans) for place in places]
-    return Tokens(ids, [token if labeled else IGNORED for token, labeled in zip(ids, inside, strict=True)])
+    return [token if labeled else IGNORED for token, labeled in zip(ids, inside, strict=True)]
 
 
 def _piecewise(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Tokens:

@@ -4,12 +4,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from onelayer.compiler.data.batches import tokens_digest
 from onelayer.compiler.data.classes import Classes
 from onelayer.compiler.data.labeled_rows import DataSource, read_for
-from onelayer.compiler.data.tokens import Tokens
+from onelayer.compiler.data.tokens import AnyTokenizer, Tokens
 from onelayer.compiler.machine.console import capped
 
 
@@ -25,7 +23,7 @@ class TrainRows:
     def read(
         cls,
         data: DataSource,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: AnyTokenizer,
         max_length: int,
         batch_size: int,
         seed: int,

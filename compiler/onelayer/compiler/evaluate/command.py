@@ -15,7 +15,7 @@ from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import replaced_bytes
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.tokens import load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.denoising.encoded import encoded_images
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -115,7 +115,8 @@ def evaluate_model(
     adapted, classes = open_scored(directory, named)
     streamed = adapted.streamed
     emulator = None if against is None else _open_emulator(against, directory, streamed)
-    samples = Samples.read(data, load_tokenizer(directory), chosen.max_length, classes)
+    reader = load_reader(directory, type(streamed.model), chosen.max_image_pixels)
+    samples = Samples.read(data, reader, chosen.max_length, classes)
     batches = samples.batches(streamed.config, chosen.batch_size)
     variants = [Variant(), *(Variant(adapter=name) for name in named)]
     if emulator is not None:
@@ -131,7 +132,7 @@ def evaluate_model(
         streamed.checkpoint.check_unchanged()
         if emulator is not None:
             emulator.checkpoint.check_unchanged()
-        workspace = scoring_workspace(streamed, batches, len(variants), device, spill_pool)
+        workspace = scoring_workspace(stream, batches, len(variants))
         workspace += replaced_bytes(streamed, adapted.replacements)
         workspace += streamed.unpacking_bytes(meter.on_gpu)
         bytes_read = streamed.checkpoint.bytes_read
@@ -170,7 +171,7 @@ def _evaluate_denoiser(
         stream.run(job.inputs(), job.take)
         scores = job.finish()
         streamed.checkpoint.check_unchanged()
-        workspace = job.workspace(streamed, spill_pool, meter.on_gpu)
+        workspace = job.workspace(stream)
         workspace += replaced_bytes(streamed, adapted.replacements)
         bytes_read = streamed.checkpoint.bytes_read
         if emulator is not None:

@@ -13,10 +13,8 @@ import torch
 from onelayer.compiler.denoising.batches import DenoisingBatch, NoisyImages
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.machine.distributed import Processes
-from onelayer.compiler.models.linears import widest
-from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import scoring_bytes
-from onelayer.compiler.streaming.spill import SpillPool
+from onelayer.compiler.streaming.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ class DenoisingScoring:
     def _mean(self, places: Sequence[int], variant: int) -> float:
         return math.fsum(self._errors[place, variant] for place in places) / len(places)
 
-    def workspace(self, streamed: StreamedModel, spill_pool: SpillPool, on_gpu: bool) -> int:
+    def workspace(self, stream: Stream) -> int:
         """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
-        positions = max(batch.positions for batch in self.batches)
-        at_once = scoring_bytes(streamed.largest_unit_bytes, widest(streamed), positions)
-        return at_once if on_gpu else at_once + spill_pool.budget_bytes
+        streamed = stream.streamed
+        waiting = stream.spill_pool.budget_bytes if stream.device.type == "cpu" else 0
+        return scoring_bytes(streamed.largest_unit_bytes, stream.loads.most_values(streamed)) + waiting

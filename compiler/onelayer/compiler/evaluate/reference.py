@@ -119,7 +119,7 @@ def score_rows(directory: Path, rows: Mapping[str, Tokens], settings: EvaluateSe
         stream.run(scoring.inputs(), scoring.take)
         (scores,) = scoring.finish(device)
         streamed.checkpoint.check_unchanged()
-        workspace = scoring_workspace(streamed, batches, 1, device, spill_pool)
+        workspace = scoring_workspace(stream, batches, 1)
         report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
     values = dict(zip(rows, (-loss for loss in scores.losses), strict=True))
     if not torch.tensor(list(values.values())).isfinite().all():

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from itertools import groupby
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from onelayer.compiler.data.batches import TokenBatch, make_batches
 from onelayer.compiler.data.classes import Classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows
 from onelayer.compiler.data.rows import Example
-from onelayer.compiler.data.tokens import Tokens, tokenize
+from onelayer.compiler.data.tokens import AnyTokenizer, Tokens, tokenize
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import names_of
 
@@ -44,7 +44,7 @@ class Samples:
 
     @classmethod
     def read(
-        cls, data: DataSource, tokenizer: PreTrainedTokenizerBase, max_length: int, classes: Classes | None = None
+        cls, data: DataSource, tokenizer: AnyTokenizer, max_length: int, classes: Classes | None = None
     ) -> "Samples":
         """Read all examples of `data` for a model that predicts `classes`, or tokens.
 
@@ -83,7 +83,7 @@ class Samples:
         return make_batches(self.tokens, config, batch_size)
 
 
-def _choices(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens]:
+def _choices(example: Example, tokenizer: AnyTokenizer, max_length: int) -> list[Tokens]:
     """Tokenize every choice of an example. Raises `InputError` if a choice does not fit or is empty."""
     rows = []
     for number, choice in enumerate(example.choices or ()):

@@ -5,7 +5,7 @@ i % v.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import DeferredLogits
-from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
+from onelayer.compiler.streaming.stream import Stream
 from onelayer.compiler.streaming.token_scores import Divergence, TokenScores
 
 
@@ -100,7 +100,7 @@ class Scoring:
         self._waiting: dict[int, DeferredLogits] = {}
         self._reference: torch.Tensor | None = None
 
-    def inputs(self) -> list[dict[str, torch.Tensor]]:
+    def inputs(self) -> list[Mapping[str, torch.Tensor]]:
         """Return the model's arguments for every stream index."""
         return [batch.inputs for batch in self.batches for _ in range(self.variants)]
 
@@ -179,13 +179,15 @@ class Scoring:
         return total / count, agreed / count
 
 
-def scoring_workspace(
-    streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, device: torch.device, spill_pool: SpillPool
-) -> int:
+def scoring_workspace(stream: Stream, batches: Sequence[TokenBatch], variants: int) -> int:
     """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
-    tokens = max(math.prod(batch.shape) for batch in batches)
-    parked = parked_bytes(streamed, batches, variants, spill_pool) if device.type == "cpu" else 0
-    return scoring_bytes(streamed.largest_unit_bytes, widest(streamed), tokens) + parked
+    streamed, loads = stream.streamed, stream.loads
+    parked = 0
+    if stream.device.type == "cpu":
+        parked = parked_bytes(streamed, batches, variants, stream.spill_pool)
+        states = variants * len(batches) * loads.most_states * max(4, streamed.dtype.itemsize)
+        parked = max(parked, min(stream.spill_pool.budget_bytes, states))
+    return scoring_bytes(streamed.largest_unit_bytes, loads.most_values(streamed)) + parked
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:
@@ -200,4 +202,5 @@ def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variant
     head_width = int(getattr(config, "head_dim", None) or width // heads)
     itemsize = max(4, streamed.dtype.itemsize)
     states = sum(math.prod(batch.shape) * (2 * width + 2 * head_width + batch.shape[1]) * itemsize for batch in batches)
+    states += sum(batch.made_bytes for batch in batches)
     return min(spill_pool.budget_bytes, variants * states) + variants * len(batches) * 2 * SMALLEST_BYTES

@@ -14,6 +14,7 @@ class EvaluateKeywords(TypedDict, total=False):
     """The keywords of `evaluate_model`."""
 
     max_length: int
+    max_image_pixels: int | None
     batch_size: int
     noise_samples: int
     device: str | None

@@ -156,8 +156,14 @@ def _fill_in(model: PreTrainedModel, computed: Collection[str]) -> None:
     model.eval()
 
 
+def holds_layers(module: torch.nn.Module) -> bool:
+    """Whether a module contains a list of layers, as a stage of Swin or an encoder: those are the layers then."""
+    lists = (part for part in module.modules() if isinstance(part, torch.nn.ModuleList))
+    return any(isinstance(item, GradientCheckpointingLayer) for part in lists for item in part)
+
+
 def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
-    """Find the repeated layers, which are what transformers itself declares indivisible.
+    """Find the repeated layers, which are what transformers itself declares indivisible and holds no further layers.
 
     In a model without such a declaration, they are the modules in its outermost `ModuleList`s.
     """
@@ -165,7 +171,8 @@ def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
     declared = frozenset(
         module
         for module in model.modules()
-        if type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer)
+        if (type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer))
+        and not holds_layers(module)
     )
     if declared:
         return declared

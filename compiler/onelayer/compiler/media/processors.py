@@ -109,7 +109,7 @@ def _stock(directory: Path) -> Any:
     cls = _processor_class(directory)
     own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if cls is not None and issubclass(cls, ProcessorMixin) and not _predicts_classes(directory):
-        return _without_video(cls).from_pretrained(directory, local_files_only=True, backend=BACKEND)
+        return without_video(cls).from_pretrained(directory, local_files_only=True, backend=BACKEND)
     path = next(directory / name for name in reversed(FILES) if (directory / name).is_file())
     document = read_json(path)
     if not isinstance(document, dict):
@@ -149,7 +149,7 @@ def _predicts_classes(directory: Path) -> bool:
     return str(names[0]).endswith(("ForImageClassification", "ForAudioClassification", "ForSequenceClassification"))
 
 
-def _without_video(cls: Any) -> Any:
+def without_video(cls: Any) -> Any:
     """Return the class, or without torchvision one of the same name that has no video processor.
 
     Only torchvision's video processors exist, and videos are refused anyway. transformers reads the fields of a

@@ -1,7 +1,7 @@
 """Formulas for the memory of a pass over the original, torch-free; planner and passes share them.
 
-Everything is in bytes unless a name says otherwise. A unit's `width` is how many values all its matrices read and give
-for one token, experts as in `routed_width`.
+Everything is in bytes unless a name says otherwise. `unit_values` is how many values all matrices of a unit read and
+give for one batch, experts as in `routed_width`; for several units it is that of the unit which has the most.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,18 +42,18 @@ def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -
     return experts_per_token * (opened + inner + 2 * hidden)
 
 
-def graph_bytes(width: int, tokens: int, value_bytes: int, on_gpu: bool) -> int:
+def graph_bytes(unit_values: int, value_bytes: int, on_gpu: bool) -> int:
     """Bound what the graph of one unit takes on a batch; on a host with the holes that it leaves in the heap.
 
     Norms, activations and residual sums take as much again as the matrices. On a host all of it counts twice: glibc's
     heap keeps holes between tensors below 32 MB and gives them back only when asked; asking at every step would take a
     third longer (manifests/LOG.md).
     """
-    return (2 if on_gpu else 4) * tokens * width * max(4, value_bytes)
+    return (2 if on_gpu else 4) * unit_values * max(4, value_bytes)
 
 
 def training_bytes(
-    values: Sequence[int], width: int, batch_tokens: int, value_bytes: int, on_gpu: bool, differentiated: int = 0
+    values: Sequence[int], unit_values: int, value_bytes: int, on_gpu: bool, differentiated: int = 0
 ) -> int:
     """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train.
 
@@ -61,44 +61,44 @@ def training_bytes(
     graph in float32 and in the model's dtype, with a gradient each, and the graph is that of the original, of the
     emulator and of its way back.
     """
-    graphs = (3 if differentiated else 1) * graph_bytes(width, batch_tokens, value_bytes, on_gpu)
+    graphs = (3 if differentiated else 1) * graph_bytes(unit_values, value_bytes, on_gpu)
     weights = 2 * (4 + value_bytes) * differentiated
     return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
-def step_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, adapter_bytes: int, on_gpu: bool) -> int:
-    """Bound what an exact step on `tokens` at once holds in addition to the unit that computes.
+def step_bytes(unit_bytes: int, unit_values: int, value_bytes: int, adapter_bytes: int, on_gpu: bool) -> int:
+    """Bound what an exact step on one micro-batch holds in addition to the unit that computes.
 
     The unit that is read ahead, the head's slices and their gradients, the adapter with its optimizer, and the graph of
     the widest unit. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
     """
-    return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(width, tokens, value_bytes, on_gpu)
+    return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(unit_values, value_bytes, on_gpu)
 
 
-def resident_bytes(weight_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
-    """Bound what training an adapter of a model that is held whole takes for a batch of `tokens`.
+def resident_bytes(weight_bytes: int, all_values: int, value_bytes: int, on_gpu: bool) -> int:
+    """Bound what training an adapter of a model that is held whole takes for a batch.
 
-    `width` is how many values all matrices of the model read and give for one token, the head's included.
+    `all_values` is how many values all matrices of the model read and give for the batch, the head's included.
     """
-    return weight_bytes + RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu)
+    return weight_bytes + RESERVE_BYTES + graph_bytes(all_values, value_bytes, on_gpu)
 
 
-def anchoring_bytes(unit_bytes: int, width: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:
-    """Bound what finding the offsets of `tokens` at once holds in addition to the emulator and the unit that computes.
+def anchoring_bytes(unit_bytes: int, unit_values: int, value_bytes: int, on_gpu: bool) -> int:
+    """Bound what finding the offsets of one batch holds in addition to the emulator and the unit that computes.
 
     Activations of one batch in the widest unit, of the original and of the emulator. On a host, holes in its heap as in
     `graph_bytes` and the unit that is read ahead too. Waiting batches and offsets are not in it: they lie on the host.
     """
-    return RESERVE_BYTES + graph_bytes(width, tokens, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
+    return RESERVE_BYTES + graph_bytes(unit_values, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
 
 
-def scoring_bytes(unit_bytes: int, width: int, tokens: int) -> int:
-    """Bound what scoring `tokens` at once holds in addition to the unit that computes.
+def scoring_bytes(unit_bytes: int, unit_values: int) -> int:
+    """Bound what scoring one batch holds in addition to the unit that computes.
 
     Slices of the head and of its logits, the unit that is read ahead, and the activations of one batch in the widest
     unit. Waiting batches are not in it: they lie on the host.
     """
-    return 3 * SLICE_BYTES + unit_bytes + 4 * tokens * width
+    return 3 * SLICE_BYTES + unit_bytes + 4 * unit_values
 
 
 def moment_bytes(sides: Iterable[int]) -> int:

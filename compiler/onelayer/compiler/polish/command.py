@@ -17,7 +17,6 @@ from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.polish.job import PolishJob, polish_workspace
 from onelayer.compiler.polish.resume import POLISH_WORK, PolishState
@@ -113,7 +112,7 @@ def polish_adapter(
 
         def publish() -> PolishResult:
             task.publish(Path(output), opened, streamed, state, failure)
-            workspace = polish_workspace(streamed, widest(streamed), task.rows, asked, state, meter.on_gpu)
+            workspace = polish_workspace(streamed, stream.loads, state, meter.on_gpu)
             workspace += replaced_bytes(streamed, adapted.replacements)
             workspace += streamed.unpacking_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)

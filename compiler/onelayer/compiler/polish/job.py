@@ -24,6 +24,7 @@ from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.streaming.denoising_loss import DenoisingLoss, PassBatch, loss_of
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.token_loss import TokenLoss
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 if TYPE_CHECKING:
     from onelayer.compiler.models.streamed_model import StreamedModel
@@ -194,16 +195,10 @@ class PolishJob:
 
 def polish_workspace(
     streamed: "StreamedModel",
-    width: int,
-    rows: "TrainRows | DrawnImages",
-    settings: "PolishSettings",
+    loads: UnitLoads,
     state: "PolishState",
     on_gpu: bool,
 ) -> int:
     """Predict the workspace of a polish that is about to run."""
-    if isinstance(rows, DrawnImages):
-        tokens = rows.noisy.positions
-    else:
-        longest = settings.max_length if settings.packing else min(settings.max_length, rows.longest)
-        tokens = settings.micro_batch_size * longest
-    return step_bytes(streamed.largest_unit_bytes, width, streamed.dtype.itemsize, tokens, state.bytes, on_gpu)
+    values = loads.most_values(streamed)
+    return step_bytes(streamed.largest_unit_bytes, values, streamed.dtype.itemsize, state.bytes, on_gpu)

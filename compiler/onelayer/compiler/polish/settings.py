@@ -104,6 +104,7 @@ class PolishKeywords(TypedDict, total=False):
     warmup_steps: int
     max_gradient_norm: float
     max_length: int
+    max_image_pixels: int | None
     eval_steps: int
     lora_rank: int | None
     lora_alpha: float | None

@@ -18,7 +18,8 @@ from onelayer.compiler.adapters.writer import Base
 from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.labeled_rows import DataSource, read_for
-from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.denoising.batches import DrawnImages, NoisyImages
 from onelayer.compiler.denoising.encoded import encoded_images
@@ -73,9 +74,10 @@ class PolishTask:
         if library_of(directory).DENOISES:
             images, scored = _noisy_images(directory, data, eval_data, settings)
             return cls(directory, base, start, images, scored, settings, device, stamps)
-        tokenizer = load_tokenizer(directory)
         config = read_config(directory)
-        classes = predicted_classes(model_class(config, directory), config, directory)
+        found_class = model_class(config, directory)
+        tokenizer = load_reader(directory, found_class, settings.max_image_pixels)
+        classes = predicted_classes(found_class, config, directory)
         if classes is not None and settings.packing:
             raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
         length = settings.max_length

@@ -5,7 +5,6 @@ original's outputs. Held on the device: one unit of the original, its factors wi
 batch.
 """
 
-import math
 import platform
 from pathlib import Path
 from typing import Any, Unpack
@@ -34,6 +33,7 @@ from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.compiler.streaming.calibration import Calibration, read_calibration
 from onelayer.compiler.streaming.spill import SpillPool
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 
 class RefineResult(Result):
@@ -108,15 +108,15 @@ def _refine(
     ):
         work = RefineWork(path, emulator, streamed.checkpoint)
         training = UnitTraining(streamed, emulator, work, settings, meter, stop)
+        loads = UnitLoads()
         if settings.backward:
-            GradientRefinePass(training, batches, spill_pool).refine()
+            GradientRefinePass(training, batches, spill_pool, loads).refine()
         else:
             kind = OwnInputsPass if settings.inputs == "emulator" else RefinePass
-            kind(training, spill_pool).refine(batches)
+            kind(training, spill_pool, loads).refine(batches)
 
         def publish() -> RefineResult:
-            at_once = max(math.prod(batch.shape) for batch in batches)
-            workspace = refine_workspace(streamed, emulator, at_once, meter.on_gpu, backward=settings.backward)
+            workspace = refine_workspace(streamed, emulator, loads, meter.on_gpu, backward=settings.backward)
             workspace += streamed.unpacking_bytes(meter.on_gpu)
             report = meter.report(streamed.largest_unit_bytes, workspace, streamed.checkpoint.bytes_read)
             result = RefineResult(output=str(output), steps=settings.steps, units=work.units, report=report)

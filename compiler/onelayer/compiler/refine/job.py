@@ -20,7 +20,7 @@ from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
-from onelayer.compiler.models.linears import unit_linears, unit_width
+from onelayer.compiler.models.linears import unit_linears
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES, SLICE_BYTES, code_training_bytes, training_bytes
 from onelayer.compiler.models.units import Unit
@@ -35,6 +35,7 @@ from onelayer.compiler.streaming.gradient_stream import HOST, Record
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 
 @dataclass
@@ -95,7 +96,7 @@ class UnitTraining:
 class RefinePass(Stream):
     """A pass over the original that trains the factors of every unit on what runs through it."""
 
-    def __init__(self, training: UnitTraining, spill_pool: SpillPool) -> None:
+    def __init__(self, training: UnitTraining, spill_pool: SpillPool, loads: UnitLoads) -> None:
         meter = training.meter
         super().__init__(
             training.streamed,
@@ -105,6 +106,7 @@ class RefinePass(Stream):
             spill_pool=spill_pool,
             description="refine",
             team=processes(),
+            loads=loads,
         )
         self.training = training
         self._calls: list[Call] | None = None  # of the running unit; None if it is not to be trained
@@ -167,7 +169,9 @@ class GradientRefinePass(CalibrationStream):
     Units are trained on the way back, from the last to the first, on the original's inputs, outputs and gradients.
     """
 
-    def __init__(self, training: UnitTraining, batches: Sequence[PassBatch], spill_pool: SpillPool) -> None:
+    def __init__(
+        self, training: UnitTraining, batches: Sequence[PassBatch], spill_pool: SpillPool, loads: UnitLoads
+    ) -> None:
         meter = training.meter
         wanted = {unit.position for unit in training.streamed.units if training.is_wanted(unit)}
         super().__init__(
@@ -177,9 +181,9 @@ class GradientRefinePass(CalibrationStream):
             on_unit=self._stopping,
             spill_pool=spill_pool,
             description="refine",
-            trained=len(batches),
             seed=training.settings.seed,
             dropout=False,
+            loads=loads,
             first_wanted=min(wanted, default=0),
         )
         self.training, self.batches, self._wanted = training, batches, wanted
@@ -221,7 +225,7 @@ def linears_of(unit: Unit, emulator: Emulator) -> list[str]:
 
 
 def refine_workspace(
-    streamed: StreamedModel, emulator: Emulator, batch_tokens: int, on_gpu: bool, *, backward: bool
+    streamed: StreamedModel, emulator: Emulator, loads: UnitLoads, on_gpu: bool, *, backward: bool
 ) -> int:
     """Predict what a refinement holds in addition to the largest unit, from shapes alone.
 
@@ -234,9 +238,9 @@ def refine_workspace(
     for unit in streamed.units:
         names = linears_of(unit, emulator)
         values = [_trained_values(emulator, name) for name in names]
-        width = unit_width(streamed, unit) if names else 0
+        computed = loads.values(streamed, unit) if names else 0
         twice = sum(math.prod(emulator.shape(name)) for name in names) if backward else 0
-        training = training_bytes(values, width, batch_tokens, streamed.dtype.itemsize, on_gpu, twice)
+        training = training_bytes(values, computed, streamed.dtype.itemsize, on_gpu, twice)
         coded = [math.prod(emulator.shape(name)) for name in names if name in emulator.facts.codes]
         training += code_training_bytes(max(coded, default=0))
         worst = max(worst, training + unit.weight_bytes)

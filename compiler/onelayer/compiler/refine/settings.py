@@ -63,6 +63,7 @@ class RefineKeywords(TypedDict, total=False):
     inputs: Inputs | None
     samples: int
     max_length: int
+    max_image_pixels: int | None
     batch_size: int
     device: str | None
     host_memory_bytes: int | None

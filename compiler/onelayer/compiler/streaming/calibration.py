@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.classes import Classes, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, read_tokens
-from onelayer.compiler.data.tokens import Tokens, load_tokenizer
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import AnyTokenizer, Tokens
 from onelayer.compiler.denoising.batches import NoisyImages
 from onelayer.compiler.denoising.encoded import encoded_images
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.denoising_loss import PassBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Sampled(Protocol):
@@ -29,6 +27,10 @@ class Sampled(Protocol):
     @property
     def max_length(self) -> int:
         """The tokens at which examples are cut."""
+
+    @property
+    def max_image_pixels(self) -> int | None:
+        """The pixels to which larger images of rows are scaled down."""
 
     @property
     def batch_size(self) -> int:
@@ -67,7 +69,7 @@ def read_calibration(
         batches = noisy.stratified(list(range(len(images.rows))), settings.samples)
         positions = sum(batch.positions for batch in batches)
         return Calibration(batches, images.digest, len(batches), positions, backward)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_reader(directory, type(streamed.model), settings.max_image_pixels)
     tokens, backward = calibration_tokens(streamed, calibration, tokenizer, settings, backward=backward)
     made = make_batches(tokens, streamed.config, settings.batch_size)
     positions = sum(len(item.input_ids) for item in tokens)
@@ -77,7 +79,7 @@ def read_calibration(
 def calibration_tokens(
     streamed: StreamedModel,
     calibration: DataSource,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: AnyTokenizer,
     settings: Sampled,
     *,
     backward: bool,
@@ -96,7 +98,7 @@ def calibration_tokens(
 
 
 def _with_labels(
-    classes: Classes | None, calibration: DataSource, tokenizer: "PreTrainedTokenizerBase", settings: Sampled
+    classes: Classes | None, calibration: DataSource, tokenizer: AnyTokenizer, settings: Sampled
 ) -> list[Tokens]:
     if classes is None:
         return read_tokens(calibration, tokenizer, settings.max_length, settings.samples, settings.seed)

@@ -23,9 +23,10 @@ class CalibrationStream(GradientStream):
     def both_ways(self, batches: Sequence[PassBatch], on_way_back: Callable[[Unit], Any]) -> None:
         """Run all batches to the loss, then back; `on_way_back` watches the units of the way back.
 
-        Raises `RuntimeError` if the loss is not finite.
+        Each process of the team runs its share. Raises `RuntimeError` if the loss is not finite.
         """
-        loss = loss_of(batches, len(batches), self.device)
+        loss = loss_of(batches, len(batches), self.device, self.team)
+        self.trained, self.places = loss.trained, loss.places
         with Progress(2 * len(self.streamed.units), self.description) as bar, self:
             self.bar = bar
             self.run(loss.inputs, loss.take)

@@ -17,6 +17,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves
 
+from onelayer.compiler.data.batches import BatchInputs
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
@@ -28,6 +29,7 @@ from onelayer.compiler.models.units import Unit, hidden_forwards
 from onelayer.compiler.streaming.recorded_outputs import Recorded, asked_outputs, hand_over, recording
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.unit_loader import UnitLoader
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 Batch = Mapping[str, Any]
 
@@ -73,6 +75,7 @@ class Stream:
     call: Callable[..., Any] | None = None
     team: Processes = field(default_factory=Processes)
     visits: int = 0  # of units, by all processes together
+    loads: UnitLoads = field(default_factory=UnitLoads)  # of this process's batches
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `call(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
@@ -131,6 +134,7 @@ class Stream:
         No configuration field gives the longest row: rotary positions have no end. An index outside a table that is no
         token of the batch is a position. Models that count positions from 2 have two fewer positions than rows.
         """
+        batch = self._made(batch)
         try:
             return (self.call or self.streamed.model)(**batch)
         except OutsideTableError as error:
@@ -144,6 +148,14 @@ class Stream:
                 f"--max-length: an example has {length} tokens, and the model's table of positions ends after {limit} "
                 f"({error.rows} rows); give --max-length {limit}"
             ) from error
+
+    def _made(self, batch: Batch) -> Mapping[str, Any]:
+        """Return the arguments of a batch; those that are made now wait where parked states do."""
+        if not isinstance(batch, BatchInputs):
+            return batch
+        arguments = batch.tensors()
+        self.spill_pool.hold(arguments)
+        return arguments
 
     def _visit(
         self,
@@ -164,6 +176,7 @@ class Stream:
                     self.before_call(visit, here)
                     with self._name_failure(visit.index, unit), self.batch_context(visit.index):
                         output = self.run_unit(visit, run)
+                        self.loads.note(unit, (visit.args, visit.kwargs), output)
                         visit.args, visit.kwargs = (), {}
                     self.meter.sample()
                     parked.remove(visit)

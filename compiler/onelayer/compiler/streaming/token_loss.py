@@ -53,7 +53,7 @@ class TokenLoss:
         self._waiting: dict[int, _Waiting] = {}
 
     @property
-    def inputs(self) -> list[dict[str, torch.Tensor]]:
+    def inputs(self) -> list[Mapping[str, torch.Tensor]]:
         """The model's arguments for every batch of this process."""
         return [batch.inputs for batch in self.batches]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from onelayer.compiler.libraries.transformers_models import holds_layers
 from onelayer.runtime.activations.layer_plan import LayerPlan, plan_layer
 from onelayer.runtime.activations.norms import CompressedNorm, Norm, NormCopy
 from onelayer.runtime.activations.padding import PaddingMask
@@ -26,11 +26,6 @@ Where = Literal["layer", "sublayer"]
 def has_trainable(module: nn.Module) -> bool:
     """Whether any parameter in it is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def holds_layers(layer: nn.Module) -> bool:
-    """Whether a layer contains other layers that are recomputed."""
-    return any(isinstance(part, GradientCheckpointingLayer) for part in layer.modules() if part is not layer)
 
 
 class ActivationEngine:

@@ -19,10 +19,10 @@ from onelayer.compiler.factors.offsets import CodedOffset
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.linears import widest
 from onelayer.compiler.models.unit_memory import anchoring_bytes
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch
+from onelayer.compiler.streaming.unit_loads import UnitLoads
 from onelayer.runtime.anchors.hooks import AnchorHooks
 from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units, emulated_modules
 from onelayer.runtime.anchors.report import AnchorReport
@@ -57,7 +57,8 @@ class Anchors:
         # there are between renewals, so there they wait in files.
         self._spill_pool = SpillPool(None if meter.on_gpu else 0)
         self._waiting: deque[dict[str, CodedOffset]] = deque()
-        self._renewals, self._seconds, self._offset_bytes, self._longest = 0, 0.0, 0, 0
+        self._renewals, self._seconds, self._offset_bytes = 0, 0.0, 0
+        self._loads = UnitLoads()
 
     @property
     def is_used_up(self) -> bool:
@@ -73,6 +74,7 @@ class Anchors:
             self.adapted.device,
             self.meter,
             spill_pool=self._spill_pool,
+            loads=self._loads,
             emulated=self._modules,
             bits=self.bits,
             precision=self.precision,
@@ -85,7 +87,6 @@ class Anchors:
         self._offset_bytes = max(
             self._offset_bytes, sum(offset.stored_bytes for found in self._waiting for offset in found.values())
         )
-        self._longest = max(self._longest, *(_tokens(batch) for batch in inputs))
         self._seconds += time.perf_counter() - started
 
     def next_batch(self) -> AbstractContextManager[None]:
@@ -100,7 +101,7 @@ class Anchors:
         """Return the figures so far, with the number of steps between renewals."""
         streamed = self.original.streamed
         unit_bytes, on_gpu = streamed.largest_unit_bytes, self.meter.on_gpu
-        workspace = anchoring_bytes(unit_bytes, widest(streamed), streamed.dtype.itemsize, self._longest, on_gpu)
+        workspace = anchoring_bytes(unit_bytes, self._loads.most_values(streamed), streamed.dtype.itemsize, on_gpu)
         workspace += streamed.unpacking_bytes(on_gpu)
         return AnchorReport(
             every=every,
@@ -137,8 +138,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _tokens(batch: Batch) -> int:
-    """Count the tokens of a batch, padding included; an encoder-decoder's on the longer side."""
-    return max(int(tensor.numel()) for tensor in batch.values() if tensor.ndim == 2)

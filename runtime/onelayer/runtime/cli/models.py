@@ -128,6 +128,11 @@ def plan(
         Path | None,
         typer.Option(metavar="DIR", help="An emulator of MODEL; its spectra predict what each choice loses."),
     ] = None,
+    images: Annotated[int, typer.Option(help="Images or recordings in an example; each tile of an image counts.")] = 1,
+    image_side: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", help="Side of an image; by default what the model is made for, else 448."),
+    ] = None,
     hours: Annotated[
         float | None,
         typer.Option(help="Time for a training of --max-steps; chooses how often anchors are renewed."),
@@ -149,7 +154,9 @@ def plan(
     from onelayer.runtime.planning.plan import plan_run
 
     print_result(
-        lambda: plan_run(model, memory_bytes, emulator=emulator, hours=hours, **settings),
+        lambda: plan_run(
+            model, memory_bytes, images=images, image_side=image_side, emulator=emulator, hours=hours, **settings
+        ),
         plan_summary,
         as_json,
     )

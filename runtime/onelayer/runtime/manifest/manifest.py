@@ -82,6 +82,7 @@ class Manifest(Seeded, Section):
             way=self.train.way,
             args=args,
             max_length=task.max_length or self.train.max_length,
+            max_image_pixels=self.train.max_image_pixels,
         )
 
     def _anchor(self, task: Task) -> Anchor | None:

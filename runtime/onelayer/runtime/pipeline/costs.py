@@ -12,12 +12,11 @@ from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.pipeline.emulator_size import planned_run, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import planned_run, shapes_of_examples, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.planning.anchor_costs import renewal_bytes
 from onelayer.runtime.planning.choice import Size
 from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
-from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, lora_parameters
 from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, train_memory
@@ -93,7 +92,7 @@ class Costs:
         if directory is None:
             return
         try:
-            self._shapes = shapes_from_headers(directory)
+            self._shapes = shapes_of_examples(manifest, directory)
         except InputError:  # the step itself reports what is wrong
             return
         if manifest.emulator is not None:

@@ -76,7 +76,15 @@ def emulator_size(manifest: Manifest, directory: Path) -> Size:
     assert emulator is not None
     if emulator.ratio is not None:
         return Size(emulator.ratio, emulator.factor_dtype)
-    return size_of_shapes(manifest, emulator, shapes_from_headers(directory))
+    return size_of_shapes(manifest, emulator, shapes_of_examples(manifest, directory))
+
+
+def shapes_of_examples(manifest: Manifest, directory: Path) -> ModelShapes:
+    """Read a model's shapes, with the images or sound of the shortest examples that a pass reads."""
+    lengths = [manifest.training(name).max_length for name in manifest.tasks]
+    if manifest.emulator is not None:
+        lengths.append(manifest.emulator.calibration.max_length)
+    return shapes_from_headers(directory).at_length(min(lengths))
 
 
 def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:

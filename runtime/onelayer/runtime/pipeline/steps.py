@@ -48,7 +48,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
             output,
             **_form_keywords(emulator, chosen),
             samples=calibration.samples,
-            max_length=calibration.max_length,
+            **calibration.lengths(),
             batch_size=manifest.stream.batch_size,
             device=manifest.stream.device,
             seed=manifest.seed,
@@ -63,7 +63,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
         **_form_fields(manifest, emulator),
         "samples": calibration.samples,
-        "max_length": calibration.max_length,
+        **calibration.lengths(),
         "seed": manifest.seed,
         # A Hub id is written into emulator and adapter, so it is part of the result; a local folder may move.
         "model": None if is_local else model.text,
@@ -123,7 +123,7 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
             model=model_path(model),
             calibration=list(calibration.data),
             output=output,
-            max_length=calibration.max_length,
+            **calibration.lengths(),
             device=manifest.stream.device,
             seed=manifest.seed,
             **settings,
@@ -134,7 +134,7 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
         **refine.recorded(),
         # Whose inputs it learns from is decided by the form, which may depend on the model.
         **({"inputs": refine.inputs or "auto"} if _form_fields(manifest, emulator) else {}),
-        "max_length": calibration.max_length,
+        **calibration.lengths(),
         "seed": manifest.seed,
         **({} if ratio is None else {"ratio": ratio}),
     }

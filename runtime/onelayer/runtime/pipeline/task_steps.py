@@ -41,14 +41,15 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
     fields: dict[str, Any] = {"limit": limit}
     sources = {"model": model}
     if limit == "auto":
-        fields["max_length"] = held_out["max_length"] = manifest.training(task).max_length
+        fields |= manifest.training(task).lengths()
+        held_out |= manifest.training(task).lengths()
         sources |= _data_sources("validation data", validation)
     return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
 
 
 def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish) -> Step:
     """Train a few exact steps on the original, starting from the corrected adapter."""
-    validation, max_length = manifest.tasks[task].validation, manifest.training(task).max_length
+    validation, lengths = manifest.tasks[task].validation, manifest.training(task).lengths()
     data, settings = manifest.tasks[task].train, polishing.model_dump(mode="json")
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
@@ -59,7 +60,7 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
             model=model_path(model),
             data=_given(data),
             output=output,
-            max_length=max_length,
+            **lengths,
             eval_data=None if validation is None else _given(validation),
             device=manifest.stream.device,
             seed=manifest.seed,
@@ -68,7 +69,7 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
         return result.model_dump(mode="json")
 
     sources = {"model": model, **_data_sources("train data", data), **_data_sources("validation data", validation)}
-    fields = {**settings, "max_length": max_length, "seed": manifest.seed}
+    fields = {**settings, **lengths, "seed": manifest.seed}
     needs = {"adapter": fitting_step(manifest, task)}
     passes = {"device": manifest.stream.device}
     return Step(f"{task}.polish", "polish", execute, fields, sources, needs=needs, task=task, passes=passes)
@@ -90,7 +91,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
     """Score the original and every adapter of a task in one stream, without a direct adapter whose training failed."""
     test = manifest.tasks[task].test
     assert test is not None
-    max_length = manifest.training(task).max_length
+    lengths = manifest.training(task).lengths()
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import evaluate_model
@@ -99,7 +100,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
             model_path(model),
             _given(test),
             adapters=list(inputs.values()),
-            max_length=max_length,
+            **lengths,
             batch_size=manifest.stream.batch_size,
             device=manifest.stream.device,
         )
@@ -119,7 +120,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
         f"{task}.evaluate",
         "evaluate",
         execute,
-        {"max_length": max_length},
+        lengths,
         {"model": model, **_data_sources("test data", test)},
         needs=needs,
         optional=frozenset({"direct"}),
@@ -222,7 +223,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         **semantic,
         **activations,
         **method,
-        "max_length": training.max_length,
+        **training.lengths(),
         "seed": manifest.seed,
     }
     if direct:
@@ -268,7 +269,7 @@ def train_arguments(training: Training) -> dict[str, Any]:
         "lora_rank": training.lora.r,
         "lora_alpha": training.lora.alpha,
         "target_modules": modules if isinstance(modules, str) else list(modules),
-        "max_length": training.max_length,
+        **training.lengths(),
         "activations": training.activations.where,
         "activation_rank": training.activations.rank,
         "lora": _further_lora_fields(training.lora),

@@ -1,5 +1,6 @@
 """Chooses factor dtype, ratio and activation storage for a memory budget, from shapes alone; names what limits them."""
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from typing import Any
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.factors.ranks import Allocation, rank_for
-from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype, best_of
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype, best_of
 from onelayer.compiler.results import Result
 from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator, share_of
 from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes
@@ -22,7 +23,8 @@ SMALLEST_RATIO, LARGEST_RATIO, STEPS = 0.01, 0.95, 1000
 # A more exact way to store activations is chosen only if it leaves this share of the ratio that the most compact one
 # allows. An error in the emulator costs more than an error in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
-
+# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
+PAYS_BELOW = 0.8
 
 EVERY_FORM: tuple[Stored, ...] = (*FACTOR_DTYPES, "coded")
 
@@ -230,3 +232,37 @@ def median_rank(shapes: ModelShapes, choice: Choice) -> int:
         return rank_for(choice.reached, linear.out_features, linear.in_features) or full
 
     return int(median(rank(linear) for block in shapes.blocks for linear in block.compressible))
+
+
+def remarks(shapes: ModelShapes, choice: Choice, max_length: int, memory_bytes: int) -> list[str]:
+    """List the remarks that a reader needs in addition to the figures."""
+    remarks = []
+    if shapes.media is not None and shapes.media.count * shapes.media.tokens >= max_length:
+        tokens = shapes.media.count * shapes.media.tokens
+        remarks.append(f"the images or sound of an example take up to {tokens} tokens: raise --max-length above that")
+    whole = choice.memory.peak - choice.memory.emulator + shapes.unpacked_bytes
+    if whole <= memory_bytes:
+        remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
+    if choice.ratio is not None and shapes.packed_bytes is not None:
+        emulator = emulator_bytes(shapes, choice.ratio, choice.stored)
+        if emulator > PAYS_BELOW * shapes.packed_bytes:
+            remarks.append(
+                f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
+                "original takes itself; train on that packed (QLoRA), or plan with less memory"
+            )
+    stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
+    if stacked:
+        share = stacked / shapes.parameters
+        remarks.append(
+            f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
+            "to transformers' experts interface they stay as they are"
+        )
+    if choice.ratio is not None and choice.ratio < 0.15 and choice.stored != "coded":
+        remarks.append("below a ratio of 0.15 little of what is learned reaches the original; polish the adapter")
+    if choice.stored == "coded":
+        remarks.append("an emulator of codes cannot be sliced; with --form factors it can")
+    if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        remarks.append(f"bitsandbytes is missing here: {INSTALL}")
+    if choice.ratio == LARGEST_RATIO:
+        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is considered")
+    return remarks

@@ -90,15 +90,14 @@ def chosen_correct_bytes(
 
 def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
-    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
-    return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, widest, batch_tokens)
+    values = _batch_values(shapes, batch_tokens)
+    return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, values)
 
 
 def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what finding offsets holds in addition to the emulator: a block of the original, and its workspace."""
-    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     block = shapes.largest_block_bytes
-    return block + anchoring_bytes(block, widest, shapes.value_bytes, batch_tokens, on_gpu)
+    return block + anchoring_bytes(block, _batch_values(shapes, batch_tokens), shapes.value_bytes, on_gpu)
 
 
 def refine_bytes(
@@ -126,17 +125,25 @@ def refine_bytes(
             values = [codes.trained_values(linear) for linear in block.compressible]
         training = code_training_bytes(max((linear.parameters for linear in block.compressible if codes), default=0))
         twice = sum(linear.parameters for linear in block.compressible) if backward else 0
-        training += training_bytes(values, _width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu, twice)
+        training += training_bytes(values, _values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu, twice)
         costs.append(block.parameters * shapes.value_bytes + max(training, 4 * SLICE_BYTES if backward else 0))
     return max(costs)
 
 
 def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
     """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
-    widest = max(_width(shapes, block) for block, _ in shapes.kinds)
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
-    return block + step_bytes(block, widest, shapes.value_bytes, tokens, adapter, on_gpu=True)
+    return block + step_bytes(block, _batch_values(shapes, tokens), shapes.value_bytes, adapter, on_gpu=True)
+
+
+def _batch_values(shapes: ModelShapes, tokens: int) -> int:
+    """Count what all matrices of one block read and give for a batch of `tokens`, of the block that has the most."""
+    return max(_values(shapes, block, tokens) for block, _ in shapes.kinds)
+
+
+def _values(shapes: ModelShapes, block: BlockShape, tokens: int) -> int:
+    return block.rows(tokens) * _width(shapes, block)
 
 
 def _width(shapes: ModelShapes, block: BlockShape) -> int:
@@ -145,7 +152,7 @@ def _width(shapes: ModelShapes, block: BlockShape) -> int:
     if block.experts is None:
         return dense
     opened, inner = (width // shapes.experts_per_token for width in expert_parts(shapes, block))
-    return dense + routed_width(shapes.experts_per_token, opened, inner, shapes.hidden)
+    return dense + routed_width(shapes.experts_per_token, opened, inner, block.hidden)
 
 
 # The size of a Python process that has only imported these libraries.
@@ -179,7 +186,7 @@ def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = T
 
 
 def _graph(shapes: ModelShapes, block: BlockShape, batch_tokens: int, *, on_gpu: bool = True) -> int:
-    return graph_bytes(_width(shapes, block), batch_tokens, shapes.value_bytes, on_gpu)
+    return graph_bytes(_values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu)
 
 
 def _sides(block: BlockShape) -> list[tuple[int, int]]:
@@ -187,7 +194,8 @@ def _sides(block: BlockShape) -> list[tuple[int, int]]:
 
 
 def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int) -> int:
-    parts = sub_blocks(block, shapes.hidden)
+    parts = sub_blocks(block)
+    rows = block.rows(batch_tokens)
     moments = widest = 0
     for part in parts:
         shared = any(linear.out_features >= linear.in_features for linear in part.readers)
@@ -196,10 +204,11 @@ def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_t
         moments += moment_bytes(sides)
         widest = max([widest, *sides])
     linears = [compiled_shape(linear, ratio, shapes.value_bytes) for linear in block.compressible]
-    width = max(part.opened + part.inner + 3 * part.hidden for part in parts) if parts else 4 * shapes.hidden
-    batch = batch_tokens * (width * shapes.value_bytes + 8 * max(part.inner for part in parts)) + moment_bytes([widest])
+    width = max((part.opened + part.inner + 3 * part.hidden for part in parts), default=4 * block.hidden)
+    inner = max((part.inner for part in parts), default=0)
+    batch = rows * (width * shapes.value_bytes + 8 * inner) + moment_bytes([widest])
     opened, inner = expert_parts(shapes, block)
-    routed = batch_tokens * (opened + inner + 2 * shapes.experts_per_token * shapes.hidden) * shapes.value_bytes
+    routed = rows * (opened + inner + 2 * shapes.experts_per_token * block.hidden) * shapes.value_bytes
     in_experts = sum(linear.stored_bytes for linear in linears) + _expert_bytes(shapes, block, ratio)
     fullest = max(solving_bytes(linears), batch, routed if inner else 0, in_experts)
     return block.parameters * shapes.value_bytes + moments + fullest

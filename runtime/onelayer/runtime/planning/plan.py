@@ -4,7 +4,6 @@ Reads headers and config.json only; no weight is loaded. Predictions count the b
 `scripts/plan/measure.py` compare them with counts of live tensors.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
-from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype
+from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
@@ -27,7 +26,6 @@ from onelayer.runtime.planning.anchor_costs import (
 )
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
-    LARGEST_RATIO,
     SMALLEST_RATIO,
     Alternative,
     Choice,
@@ -36,7 +34,9 @@ from onelayer.runtime.planning.choice import (
     best_stored,
     choose_each,
     limiting_pass,
+    remarks,
 )
+from onelayer.runtime.planning.media import Media
 from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
@@ -47,8 +47,6 @@ from onelayer.runtime.training.settings import TrainSettings
 
 SAMPLES = CompileSettings.default("samples")
 MAX_LENGTH, BATCH_SIZE, LORA_RANK = (TrainSettings.default(name) for name in ("max_length", "batch_size", "lora_rank"))
-# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
-PAYS_BELOW = 0.8
 POLISH_BATCH = PolishSettings.default("batch_size")
 
 
@@ -103,6 +101,7 @@ class PlanResult(Result):
     seconds: Seconds | None
     anchored: list[AnchorCost]
     anchor_choice: AnchorChoice | None
+    media: Media | None
     remarks: list[str]
 
 
@@ -113,6 +112,8 @@ def plan_run(
     max_length: int = MAX_LENGTH,
     batch_size: int = BATCH_SIZE,
     lora_rank: int = LORA_RANK,
+    images: int = 1,
+    image_side: int | None = None,
     factor_dtype: FactorDtype | None = None,
     form: Form = "auto",
     on_gpu: bool = True,
@@ -126,21 +127,20 @@ def plan_run(
     """Plan for a device with `memory_bytes`. `model` may be a directory with only a config.json and no weights.
 
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
-    them together with the ratio. `emulator` is an emulator of this model: its spectra predict what each choice would
-    lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. Durations follow from `speed`, by
-    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
-    `InputError` for bad input.
+    them together with the ratio. An example of a model that reads images has `images` of them, tiles counted, with
+    sides of `image_side` pixels or as the tower is made for. `emulator` is an emulator of this model: its spectra
+    predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed.
+    Durations follow from `speed`, by default measured for a second on this machine (not if `timing` is false or there
+    are no weights to read). Raises `InputError` for bad input.
     """
-    if memory_bytes <= 0 or min(max_length - 1, batch_size, lora_rank) < 1:
-        raise InputError("--memory, --batch-size and --max-length must be positive, with at least two tokens")
+    _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
-    shapes = read_shapes(directory)
+    shapes = read_shapes(directory, images, image_side).at_length(max_length)
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
     best = choices[_best(choices, factor_dtype, form)]
     if speed is None and timing and shapes.has_weights:
         speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
-    spectra = None if emulator is None else read_spectra(Path(emulator))
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
@@ -157,13 +157,26 @@ def plan_run(
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
-        choices=[factor_choice(shapes, choice, spectra) for choice in choices.values()],
+        choices=_choices(shapes, choices, emulator),
         speed=speed,
         seconds=None if speed is None else _seconds(shapes, best, speed),
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
-        remarks=_remarks(shapes, best, memory_bytes),
+        media=shapes.media,
+        remarks=remarks(shapes, best, planned.max_length, memory_bytes),
     )
+
+
+def _choices(shapes: ModelShapes, choices: Mapping[Stored, Choice], emulator: str | Path | None) -> list[FactorChoice]:
+    spectra = None if emulator is None else read_spectra(Path(emulator))
+    return [factor_choice(shapes, choice, spectra) for choice in choices.values()]
+
+
+def _check_positive(*numbers: int) -> None:
+    if min(numbers) < 1:
+        raise InputError(
+            "--memory, --batch-size, --max-length, --images and --image-side must be positive, with at least two tokens"
+        )
 
 
 def size_for(
@@ -180,7 +193,7 @@ def size_for(
     The compile computes `compile_tokens` at once, by default one example of 512. What is given is kept: a dtype or
     an allocation of ranks means factors. Raises `InputError` if nothing fits.
     """
-    shapes = read_shapes(resolve_model(model))
+    shapes = read_shapes(resolve_model(model)).at_length(MAX_LENGTH)
     if form == "auto" and rank_allocation is not None:
         form = "factors"
     allocation = rank_allocation or "spectrum"
@@ -265,34 +278,3 @@ def _seconds(shapes: ModelShapes, choice: Choice, speed: Speed) -> Seconds:
         samples=SAMPLES,
         polish_batch=POLISH_BATCH,
     )
-
-
-def _remarks(shapes: ModelShapes, choice: Choice, memory_bytes: int) -> list[str]:
-    """List the remarks that a reader needs in addition to the figures."""
-    remarks = []
-    whole = choice.memory.peak - choice.memory.emulator + shapes.unpacked_bytes
-    if whole <= memory_bytes:
-        remarks.append("the original itself fits: LoRA can be trained on it directly, without an emulator")
-    if choice.ratio is not None and shapes.packed_bytes is not None:
-        emulator = emulator_bytes(shapes, choice.ratio, choice.stored)
-        if emulator > PAYS_BELOW * shapes.packed_bytes:
-            remarks.append(
-                f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
-                "original takes itself; train on that packed (QLoRA), or plan with less memory"
-            )
-    stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
-    if stacked:
-        share = stacked / shapes.parameters
-        remarks.append(
-            f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
-            "to transformers' experts interface they stay as they are"
-        )
-    if choice.ratio is not None and choice.ratio < 0.15 and choice.stored != "coded":
-        remarks.append("below a ratio of 0.15 little of what is learned reaches the original; polish the adapter")
-    if choice.stored == "coded":
-        remarks.append("an emulator of codes cannot be sliced; with --form factors it can")
-    if choice.factor_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        remarks.append(f"bitsandbytes is missing here: {INSTALL}")
-    if choice.ratio == LARGEST_RATIO:
-        remarks.append(f"{LARGEST_RATIO} is the largest ratio of factors that is considered")
-    return remarks

@@ -17,21 +17,23 @@ from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Chec
 from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
+from onelayer.runtime.planning.media import Media, Table, is_kernel, reads_media, rows_of, tokens_of
 from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
 
 
-def read_shapes(directory: Path) -> ModelShapes:
+def read_shapes(directory: Path, images: int = 1, image_side: int | None = None) -> ModelShapes:
     """Read shapes from headers if there are weights (without torch), else from the config.
 
-    Raises `InputError` if the directory holds no model that can be streamed.
+    An example of a model that reads images or sound has `images` of them, with sides of `image_side` pixels or as in
+    `rows_of`. Raises `InputError` if the directory holds no model that can be streamed.
     """
     named = any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
     if named or next(directory.glob(f"*{SUFFIX}"), None):
-        return shapes_from_headers(directory)
-    return _shapes_from_config(directory)
+        return shapes_from_headers(directory, images, image_side)
+    return _shapes_from_config(directory, images, image_side)
 
 
-def _shapes_from_config(directory: Path) -> ModelShapes:
+def _shapes_from_config(directory: Path, images: int, image_side: int | None) -> ModelShapes:
     document = read_model_config(directory)
     import torch
 
@@ -46,7 +48,8 @@ def _shapes_from_config(directory: Path) -> ModelShapes:
     named = {"hidden_size", "vocab_size", "num_experts_per_tok"}
     text = config.get_text_config()
     known = {name: getattr(text, name) for name in named if isinstance(getattr(text, name, None), int)}
-    shapes = shapes_of(str(directory), {**document, **known}, table, dtype.itemsize, False)
+    full = {**config.to_dict(), **known}
+    shapes = shapes_of(str(directory), full, table, dtype.itemsize, False, images, image_side)
     settings = quantization_settings(document)
     return shapes if settings is None else _as_packed(shapes, format_of(settings, directory / CONFIG_FILE))
 
@@ -70,14 +73,17 @@ _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
 _WITHOUT_VOCABULARY = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
 
-def shapes_from_headers(directory: str | Path) -> ModelShapes:
-    """Read the shapes of a checkpoint. Raises `InputError` if it cannot be read or repeats no layers."""
+def shapes_from_headers(directory: str | Path, images: int = 1, image_side: int | None = None) -> ModelShapes:
+    """Read the shapes of a checkpoint, media as in `read_shapes`.
+
+    Raises `InputError` if it cannot be read or repeats no layers.
+    """
     stored = Checkpoint.open(directory)
     document = read_model_config(stored.directory)
     dtype, _ = next(iter(floating_bytes(stored).most_common(1)), ("F32", 0))
     checkpoint = unpacked(stored, document, dtype)
     table = {name: info.shape for name, info in checkpoint.tensors.items()}
-    shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True)
+    shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True, images, image_side)
     if checkpoint is stored and not stored.is_gguf:
         return shapes
     packed_bytes = sum(info.size_bytes for info in stored.tensors.values())
@@ -92,45 +98,83 @@ def shapes_from_headers(directory: str | Path) -> ModelShapes:
 
 
 def shapes_of(
-    name: str, config: Mapping[str, Any], table: Mapping[str, tuple[int, ...]], stored_bytes: int, has_weights: bool
+    name: str,
+    config: Mapping[str, Any],
+    table: Table,
+    stored_bytes: int,
+    has_weights: bool,
+    images: int = 1,
+    image_side: int | None = None,
 ) -> ModelShapes:
     """Derive shapes from a config document and tensor names; `stored_bytes` applies if the config has no dtype."""
     text = {**config, **(config.get("text_config") or {})}
-    inside: dict[str, dict[str, tuple[int, ...]]] = {}
-    outside: dict[str, tuple[int, ...]] = {}
-    for tensor, shape in table.items():
-        inner = _BLOCK.match(tensor)
-        if inner:
-            inside.setdefault(inner[1], {})[inner[2]] = shape
-        else:
-            outside[tensor] = shape
-    blocks = tuple(_block(block, tensors) for block, tensors in inside.items())
-    blocks = tuple(block for block in blocks if block.linears or block.experts)
+    hidden, vocabulary = _first_whole(text, _HIDDEN_NAMES), _first_whole(text, ("vocab_size",))
+    layers = _layers(table)
+    blocks = {path: _block(path, tensors) for path, tensors in layers.items()}
     if not blocks:
         raise InputError(f"{name}: has no linears in repeated layers to factorize")
-    loose = sum(math.prod(shape) for shape in outside.values())
-    loose += sum(
-        math.prod(shape)
-        for block, tensors in inside.items()
-        for shape in tensors.values()
-        if block not in {kept.name for kept in blocks}
-    )
-    widths = Counter(linear.in_features for block in blocks for linear in block.linears)
-    hidden = _first_whole(text, _HIDDEN_NAMES)
-    per_token = _first_whole(text, EXPERTS_PER_TOKEN_NAMES) or 1
+    within = {f"{path}.{tensor}" for path, tensors in layers.items() for tensor in tensors}
+    entries = {tensor: shape for tensor, shape in table.items() if tensor not in within}
+    media: Media | None = None
+    for path, block in blocks.items():
+        of_media = reads_media(path.rpartition(".")[0], entries, vocabulary)
+        if of_media:
+            rows = rows_of(path.rpartition(".")[0], entries, config, image_side)
+            media = Media(count=images, rows=rows, tokens=tokens_of(rows, config)) if media is None else media
+            blocks[path] = replace(block, media_rows=images * rows)
+        elif hidden is not None:
+            blocks[path] = replace(block, hidden=hidden)
+    reads_text = [block for block in blocks.values() if not block.media_rows]
     return ModelShapes(
         name=name,
         value_bytes=_value_bytes(text, stored_bytes),
-        hidden=hidden or widths.most_common(1)[0][0],
-        vocabulary=_first_whole(text, ("vocab_size",)) or 0,
-        blocks=blocks,
-        outside_parameters=loose,
-        experts_per_token=per_token,
+        hidden=(reads_text or list(blocks.values()))[-1].hidden,
+        vocabulary=vocabulary or 0,
+        blocks=tuple(blocks.values()),
+        outside_parameters=sum(math.prod(shape) for shape in entries.values()),
+        experts_per_token=_first_whole(text, EXPERTS_PER_TOKEN_NAMES) or 1,
         has_weights=has_weights,
         has_vocabulary_head=not any(
             str(kind).endswith(_WITHOUT_VOCABULARY) for kind in config.get("architectures") or ()
         ),
+        media=media if reads_text or media is None else media.model_copy(update={"tokens": 0}),
     )
+
+
+def _layers(table: Table) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Group the tensors of repeated layers by the layer's name; their names become relative to it.
+
+    Layers within layers are the layers (a stage of Swin). If two lists stand in one module, the longer one has the
+    layers (the other one merges what these give).
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor, shape in table.items():
+        if outer := _BLOCK.match(tensor):
+            found.setdefault(outer[1], {})[outer[2]] = shape
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, tensors in found.items():
+        nested: dict[str, dict[str, tuple[int, ...]]] = {}
+        for tensor, shape in tensors.items():
+            if inner := _BLOCK.match(tensor):
+                nested.setdefault(f"{path}.{inner[1]}", {})[inner[2]] = shape
+        inside = {name: part for name, part in nested.items() if _is_layer(part)}
+        layers |= inside or {path: tensors}
+    layers = {
+        path: tensors for path, tensors in layers.items() if (block := _block(path, tensors)).linears or block.experts
+    }
+    counts = Counter(path.rpartition(".")[0] for path in layers)
+    longest: dict[str, int] = {}
+    for path, count in counts.items():
+        parent = path.rpartition(".")[0]
+        longest[parent] = max(longest.get(parent, 0), count)
+    lists = {path for path, count in counts.items() if count == longest[path.rpartition(".")[0]]}
+    return {path: tensors for path, tensors in layers.items() if path.rpartition(".")[0] in lists}
+
+
+def _is_layer(tensors: Table) -> bool:
+    """Whether tensors are those of a layer: several linears and a norm. An expert has no norm."""
+    weights = [shape for tensor, shape in tensors.items() if tensor.endswith("weight")]
+    return sum(len(shape) == 2 for shape in weights) > 1 and any(len(shape) == 1 for shape in weights)
 
 
 def _first_whole(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
@@ -146,7 +190,7 @@ def _value_bytes(config: Mapping[str, Any], stored_bytes: int) -> int:
     return named.get(dtype.removeprefix("torch."), stored_bytes)
 
 
-def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> BlockShape:
+def _block(name: str, tensors: Table) -> BlockShape:
     """Sort one block's tensors, named relative to it, into linears, experts and the rest."""
     twins: dict[tuple[str, str], list[str]] = {}
     for tensor in tensors:
@@ -156,14 +200,17 @@ def _block(name: str, tensors: Mapping[str, tuple[int, ...]]) -> BlockShape:
     experts = _listed_experts(twins, tensors) or _stacked_experts(tensors)
     linears, other = [], 0
     for tensor, shape in tensors.items():
-        if tensor in stacked or len(shape) == 3:
+        if tensor in stacked or _is_stack(tensor, shape):
             continue
         routes = experts is not None and shape[0] == experts.count
         if len(shape) == 2 and tensor.endswith(".weight") and not routes:
             linears.append(LinearShape(tensor.removesuffix(".weight"), shape[0], shape[1]))
         else:
             other += math.prod(shape)
-    return BlockShape(name, tuple(linears), experts, other)
+    widths = Counter(linear.in_features for linear in linears or (experts.linears if experts else ()))
+    return BlockShape(
+        name, tuple(linears), experts, other, hidden=next((width for width, _ in widths.most_common(1)), 0)
+    )
 
 
 def _listed_experts(
@@ -179,9 +226,14 @@ def _listed_experts(
     return ExpertShapes(max(len(group) for group in groups), linears)
 
 
+def _is_stack(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stacks the matrices of experts; the kernel of a convolution has three sides too."""
+    return len(shape) == 3 and not is_kernel(tensor, shape)
+
+
 def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> ExpertShapes | None:
     """Find experts stored as one (count, out, in) tensor."""
-    stacks = {tensor: shape for tensor, shape in tensors.items() if len(shape) == 3}
+    stacks = {tensor: shape for tensor, shape in tensors.items() if _is_stack(tensor, shape)}
     if not stacks:
         return None
     linears = tuple(LinearShape(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())

@@ -6,10 +6,11 @@ equal shape, is an expert of a mixture.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onelayer.compiler.models.unit_memory import SMALL_SHARE
+from onelayer.runtime.planning.media import Media
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,23 @@ class ExpertShapes:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One repeated layer: its linears, its experts if any, and its number of other parameters."""
+    """One repeated layer: its linears, its experts if any, its number of other parameters, and its hidden width.
+
+    `media_rows` is how many rows it computes for the images or sound of an example (patches, frames); 0 for a layer
+    that computes the tokens of the text. `rows_per_token` converts tokens of a batch into rows of the layer.
+    """
 
     name: str
     linears: tuple[LinearShape, ...]
     experts: ExpertShapes | None
     other_parameters: int
+    hidden: int
+    media_rows: int = 0
+    rows_per_token: float = 1.0
+
+    def rows(self, tokens: int) -> int:
+        """Return how many rows the layer computes when a batch has `tokens`."""
+        return round(tokens * self.rows_per_token)
 
     @property
     def parameters(self) -> int:
@@ -76,6 +88,8 @@ class BlockShape:
 class ModelShapes:
     """All blocks in order. `outside_parameters` counts the rest, mostly embeddings and head.
 
+    `media` are the images or the sound of an example, if the model reads any; `hidden` and `vocabulary` are the text's.
+
     Of a quantized original `packed_bytes` is what its weights take on disk, and `unpacking_bytes` what unpacking one
     of them holds.
     """
@@ -91,6 +105,7 @@ class ModelShapes:
     has_vocabulary_head: bool = True
     packed_bytes: int | None = None
     unpacking_bytes: int = 0
+    media: Media | None = None
 
     @property
     def unpacked_bytes(self) -> int:
@@ -105,8 +120,16 @@ class ModelShapes:
     @cached_property
     def kinds(self) -> tuple[tuple[BlockShape, int], ...]:
         """One block of each distinct shape, with its count."""
-        counts = Counter((block.linears, block.experts, block.other_parameters) for block in self.blocks)
-        return tuple((BlockShape(f"{count} alike", *make), count) for make, count in counts.items())
+        counts = Counter(replace(block, name="") for block in self.blocks)
+        return tuple((replace(block, name=f"{count} alike"), count) for block, count in counts.items())
+
+    def at_length(self, max_length: int) -> "ModelShapes":
+        """Return the shapes for examples of `max_length` tokens, each with its images or sound."""
+        blocks = (
+            replace(block, rows_per_token=block.media_rows / max_length) if block.media_rows else block
+            for block in self.blocks
+        )
+        return replace(self, blocks=tuple(blocks))
 
     @property
     def parameters(self) -> int:
@@ -115,9 +138,13 @@ class ModelShapes:
 
     @property
     def active_parameters(self) -> int:
-        """The number of parameters that compute one token: in a mixture, only the experts that it is sent to."""
+        """The number of parameters that compute one token: in a mixture, only the experts that it is sent to.
+
+        Those that compute images or sound count once for each of their rows to a token.
+        """
         idle = 0.0
         for block in self.blocks:
+            idle += block.parameters * (1 - block.rows_per_token)
             if block.experts is not None:
                 idle += block.experts.parameters * (1 - min(1.0, self.experts_per_token / block.experts.count))
         return self.parameters - int(idle)

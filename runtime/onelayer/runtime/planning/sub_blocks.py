@@ -56,8 +56,9 @@ class SubBlock:
         return MASTER_BYTES * self.hidden + value_bytes * (self.opened + inner) + copy_bytes * copies + low
 
 
-def sub_blocks(block: BlockShape, hidden: int) -> tuple[SubBlock, ...]:
+def sub_blocks(block: BlockShape) -> tuple[SubBlock, ...]:
     """Divide a block into sub-blocks by the module that contains their linears."""
+    hidden = block.hidden
     groups: dict[str, list[LinearShape]] = {}
     for linear in block.linears:
         groups.setdefault(linear.name.rpartition(".")[0], []).append(linear)
@@ -76,7 +77,7 @@ def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:
         return 0, 0
     # Stacks may be transposed. The opening matrix is as wide as the closing one, or twice as wide with a gate.
     widths = [
-        linear.in_features if linear.out_features == shapes.hidden else linear.out_features
+        linear.in_features if linear.out_features == block.hidden else linear.out_features
         for linear in block.experts.stacks
     ]
     return shapes.experts_per_token * max(widths), shapes.experts_per_token * min(widths)

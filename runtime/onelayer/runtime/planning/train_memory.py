@@ -183,24 +183,24 @@ class LayerBytes:
 
     def stored(self, block: BlockShape) -> int:
         """Count the bytes kept from forward to backward."""
-        parts = sub_blocks(block, self.shapes.hidden)
+        parts, rows = sub_blocks(block), block.rows(self.planned.tokens)
         if self.planned.where == "none":
             return self._exact(block, parts)
-        copy = stored_copy_bytes(self.planned.tokens, self.shapes.hidden, self.planned.rank, self.shapes.value_bytes)
+        copy = stored_copy_bytes(rows, block.hidden, self.planned.rank, self.shapes.value_bytes)
         if self.planned.where == "layer":
             return copy
-        return len(parts) * (copy + MASTER_BYTES * self.planned.tokens)
+        return len(parts) * (copy + MASTER_BYTES * rows)
 
     def backward(self, block: BlockShape) -> int:
         """Count the bytes of what is recomputed, if anything is, and of the gradients of the widest sub-block."""
-        parts, hidden = sub_blocks(block, self.shapes.hidden), self.shapes.hidden
+        parts, hidden, rows = sub_blocks(block), block.hidden, block.rows(self.planned.tokens)
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
-        gradients = self.planned.tokens * ((6 if self.copy_bytes else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
+        gradients = rows * ((6 if self.copy_bytes else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
         if self.planned.where == "none":
             return gradients
         if self.planned.where == "layer":
-            return gradients + self._exact(block, parts) + self.planned.tokens * hidden * self.shapes.value_bytes
-        return gradients + max(self._exact(block, (part,)) for part in parts)
+            return gradients + self._exact(block, parts) + rows * hidden * self.shapes.value_bytes
+        return gradients + max((self._exact(block, (part,)) for part in parts), default=0)
 
     def _exact(self, block: BlockShape, parts: tuple[SubBlock, ...]) -> int:
         per_token = sum(
@@ -209,8 +209,8 @@ class LayerBytes:
         opened, inner = expert_parts(self.shapes, block)
         per_token += self.shapes.value_bytes * (opened + inner)
         if inner:  # each expert's output until it is weighted, and the order of rows three times
-            per_token += self.shapes.experts_per_token * (self.shapes.value_bytes * self.shapes.hidden + 3 * 8)
-        return self.planned.tokens * per_token
+            per_token += self.shapes.experts_per_token * (self.shapes.value_bytes * block.hidden + 3 * 8)
+        return block.rows(self.planned.tokens) * per_token
 
 
 def stored_copy_bytes(tokens: int, features: int, share: float | None, value_bytes: int) -> int:

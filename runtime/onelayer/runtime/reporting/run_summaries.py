@@ -34,6 +34,9 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         f"read per pass {size(predicted['read_bytes'])}",
         f"limited by {document['limit']}",
     ]
+    if (media := document["media"]) is not None:
+        shown = f", {media['tokens']} tokens of the text" if media["tokens"] else ""
+        lines.append(f"an example has {media['count']} of images or sound: {media['rows']} rows of a tower{shown} each")
     lines += [f"give up: {row['give_up']} allows {_larger(document, row['ratio'])}" for row in document["give_up"]]
     lines += ["", _choices(document)]
     if document["seconds"]:

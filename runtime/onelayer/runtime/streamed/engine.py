@@ -140,7 +140,7 @@ class StreamingEngine:
             return None
         size = self.settings.micro_batch_size
         if size is None:
-            per_row = graph_bytes(self._width, tokens, self.streamed.dtype.itemsize, self._meter.on_gpu)
+            per_row = graph_bytes(self._width * tokens, self.streamed.dtype.itemsize, self._meter.on_gpu)
             size = max(1, int(MICRO_BATCH_SHARE * self._free_bytes()) // per_row)
         size = min(size, rows)
         self.step_tokens = max(self.step_tokens, tokens * size)
@@ -172,7 +172,7 @@ class StreamingEngine:
         """Return what streaming promised and took so far."""
         adapter = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         unit, value_bytes, on_gpu = self.streamed.largest_unit_bytes, self.streamed.dtype.itemsize, self._meter.on_gpu
-        workspace = step_bytes(unit, self._width, value_bytes, self.step_tokens, ADAPTER_COPIES * adapter, on_gpu)
+        workspace = step_bytes(unit, self._width * self.step_tokens, value_bytes, ADAPTER_COPIES * adapter, on_gpu)
         held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 

@@ -77,7 +77,7 @@ def _resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype, tokens: int, dev
     shapes = [info.shape for info in checkpoint.tensors.values()]
     width = sum(sum(shape[-2:]) for shape in shapes if len(shape) >= 2)
     weights = dtype.itemsize * sum(math.prod(shape) for shape in shapes)
-    return resident_bytes(weights, width, dtype.itemsize, tokens, device.type != "cpu")
+    return resident_bytes(weights, width * tokens, dtype.itemsize, device.type != "cpu")
 
 
 def _free_bytes(device: torch.device) -> int:

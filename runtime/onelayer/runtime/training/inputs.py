@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from onelayer.compiler.data.batches import check_token_ids
 from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
+from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer
+from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer, text_tokenizer
 from onelayer.compiler.denoising.batches import NoisyImages
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.library import library_of
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.sources.data_set import data_sets, names_of
@@ -30,7 +32,7 @@ from onelayer.runtime.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TrainModel:
     base: dict[str, Any]
     config: "PreTrainedConfig"
     model_class: "type[PreTrainedModel]"
-    tokenizer: Any
+    reader: Any  # an `AnyTokenizer`; None for a denoiser
     classes: Classes | None
     stamps: FileStamps
     quantization: str | None = None
@@ -62,18 +64,17 @@ class TrainModel:
     def dtype(self) -> "torch.dtype | None":
         """The dtype that it computes in, where its config or its weights name one."""
         config: Any = self.config
-        if not self.denoises:
-            plain: torch.dtype | None = config.dtype
-            return plain
-        from onelayer.compiler.libraries.diffusers_models import compute_dtype
+        checkpoint = Checkpoint.open(self.directory)
+        return library_of(self.directory).compute_dtype(config, checkpoint) if self.denoises else config.dtype
 
-        return compute_dtype(config, Checkpoint.open(self.directory))
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of texts. Raises `InputError` if the model reads none."""
+        return text_tokenizer(self.reader)
 
     def empty(self) -> "PreTrainedModel":
         """Build the model without weights, with the modules of the original."""
         import torch
-
-        from onelayer.compiler.libraries.library import library_of
 
         empty: PreTrainedModel = library_of(self.directory).empty_model(self.config, self.model_class, torch.float32)
         return empty
@@ -109,10 +110,9 @@ class TrainData:
     images: NoisyImages | None = None
 
 
-def read_model(directory: Path, name: str) -> TrainModel:
-    """Read config, tokenizer and headers. `name` is the user's name of the model: a path or a Hub id."""
+def read_model(directory: Path, name: str, max_image_pixels: int | None = None) -> TrainModel:
+    """Read config, tokenizer, processor and headers. `name` is the user's name of the model: a path or a Hub id."""
 
-    from onelayer.compiler.libraries.library import library_of
     from onelayer.compiler.models.original import Original
 
     library = library_of(directory)
@@ -142,8 +142,8 @@ def read_model(directory: Path, name: str) -> TrainModel:
             "training needs"
         )
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
-    tokenizer = load_tokenizer(directory)
-    read = (config, loaded_class, tokenizer, classes, stored.stamps, quantization)
+    reader = load_reader(directory, loaded_class, max_image_pixels)
+    read = (config, loaded_class, reader, classes, stored.stamps, quantization)
     return TrainModel(directory, ranks, digest, base, *read)
 
 
@@ -190,7 +190,7 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     if model.classes is not None or model.config.is_encoder_decoder:
         raise InputError(f"{model.directory}: --method {settings.method} is for models that predict the next token")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    preferences, skipped = read_preferences(data, settings.method, model.tokenizer, settings.max_length)
+    preferences, skipped = read_preferences(data, settings.method, model.reader, settings.max_length)
     rows = trainer_rows(preferences, settings.method, batch_size)
     answers = answers_of(rows, settings.method)
     check_token_ids((tokens.input_ids for tokens in answers.values()), model.config)
@@ -238,7 +238,7 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     labeled = labeled_rows(
         data,
-        lambda example: [tokenize_for(model.classes, example, model.tokenizer, max_length, append_eos=True)],
+        lambda example: [tokenize_for(model.classes, example, model.reader, max_length, append_eos=True)],
         max_length,
     )
     check_token_ids((tokens.input_ids for tokens in labeled.tokens), model.config)

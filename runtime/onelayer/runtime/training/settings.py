@@ -166,6 +166,7 @@ class TrainKeywords(TypedDict, total=False):
     save_steps: int
     report_to: str | list[str]
     max_length: int
+    max_image_pixels: int | None
     seed: int
     weighting: Weighting
     prior_weight: float

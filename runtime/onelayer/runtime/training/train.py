@@ -152,7 +152,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     from onelayer.compiler.adapters.attach import linear_targets
 
     directory = resolve_model(sources.emulator)
-    model = read_model(directory, name=str(sources.emulator))
+    model = read_model(directory, str(sources.emulator), settings.max_image_pixels)
     reference = None
     if sources.reference is not None:
         reference = given_reference(Path(sources.reference), model.base["digest"])

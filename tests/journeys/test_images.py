@@ -1,0 +1,178 @@
+"""Vision-language models through the loop, with image, text and multi-image rows mixed."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import onelayer.runtime  # noqa: F401  # registers the loader of emulators
+from helpers.media_files import picture
+from onelayer.compiler import compile_emulator, evaluate_model
+from onelayer.compiler.data.batches import make_batches
+from onelayer.compiler.data.labeled_rows import read_tokens
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import IGNORED, Tokens
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.models.deferred_logits import DeferredLogits
+from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.stream import Stream
+from scripts.sweep.vision_models import save_vision_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LENGTH = 256
+SAID = {"role": "assistant", "content": "a thing"}
+ROWS: list[dict[str, Any]] = [
+    {"image": "0.png", "messages": [{"role": "user", "content": "what is it?"}, SAID]},
+    {"messages": [{"role": "user", "content": "what is the name?"}, SAID]},
+    {"images": ["1.png", "2.png"], "messages": [{"role": "user", "content": "<image> or <image>?"}, SAID]},
+    {"image": "1.png", "messages": [{"role": "user", "content": "what is it!"}, SAID]},
+    {"image": "0.png", "prompt": "what is it?", "completion": "the value"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for number, size in enumerate([(50, 40), (50, 40), (40, 64)]):
+        picture(*size, seed=number).save(root / f"{number}.png")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    root = tmp_path_factory.mktemp("models")
+    families = ("llava", "idefics3", "qwen2_5_vl")
+    return {family: (root / family, save_vision_model(family, root / family)) for family in families}
+
+
+def tokens_of(model: Path, resident: Any, rows: Path) -> list[Tokens]:
+    return read_tokens(rows, load_reader(model, type(resident)), LENGTH)
+
+
+def resident_loss(resident: Any, rows: list[Tokens]) -> float:
+    """Compute the mean loss row by row, with all that a processor makes of each."""
+    losses = []
+    for row in rows:
+        made = {} if row.inputs is None else row.inputs.tensors()
+        with torch.no_grad():
+            logits = resident(input_ids=torch.tensor([row.input_ids]), **made, use_cache=False).logits[0]
+        labels = torch.tensor(row.labels[1:])
+        kept = labels != IGNORED
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1][kept], labels[kept], reduction="none"))
+    return float(torch.cat(losses).double().mean())
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
+def test_streamed_logits_with_images_are_the_resident_ones(family: str, models: Any, folder: Path) -> None:
+    model, resident = models[family]
+    rows = tokens_of(model, resident, folder / "rows.jsonl")
+    assert sum(row.inputs is not None and "pixel_values" in row.inputs.shapes for row in rows) == 4
+    batches = make_batches(rows, resident.config, 2)
+    assert len(batches) < len(rows), "rows of equal shapes share a batch"
+    loads: Counter[str] = Counter()
+    found: dict[int, Any] = {}
+
+    @contextmanager
+    def counted(unit: Unit) -> Iterator[None]:
+        loads[unit.name] += 1
+        yield
+
+    streamed = StreamedModel(model)
+    with Meter(torch.device("cpu")) as meter:
+        stream = Stream(streamed, torch.device("cpu"), meter, counted)
+        stream.run([batch.inputs for batch in batches], found.__setitem__)
+    assert set(loads.values()) == {1}
+    for index, batch in enumerate(batches):
+        with torch.no_grad():
+            expected = resident(**batch.inputs, use_cache=False).logits
+        logits = found[index].logits
+        assert torch.equal(logits.materialize() if isinstance(logits, DeferredLogits) else logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
+def test_an_emulator_of_tower_and_text_loads_in_stock_transformers(
+    family: str, models: Any, folder: Path, tmp_path: Path
+) -> None:
+    model, resident = models[family]
+    data = folder / "rows.jsonl"
+    result = compile_emulator(model, data, tmp_path / "e", ratio=0.5, form="factors", max_length=LENGTH, batch_size=2)
+    of_tower = ["vis" in linear.name for linear in result.linears]
+    assert any(of_tower)
+    assert not all(of_tower)
+    emulator = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "e").eval()
+    scored = evaluate_model(model, data, against=tmp_path / "e", max_length=LENGTH, batch_size=2)
+    rows = tokens_of(tmp_path / "e", emulator, data)  # by the copied processor
+    assert scored.results[0].loss == pytest.approx(resident_loss(resident, rows), abs=1e-6)
+    assert scored.against is not None
+    assert scored.against.loss == pytest.approx(resident_loss(emulator, rows), abs=1e-5)
+
+
+def test_calibration_without_images_leaves_the_tower_dense_and_says_so(
+    models: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = models["llava"]
+    (tmp_path / "text.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    output = tmp_path / "e"
+    result = compile_emulator(model, tmp_path / "text.jsonl", output, ratio=0.5, form="factors", max_length=LENGTH)
+    assert not any("vision" in linear.name for linear in result.linears)
+    dense = {item["name"]: item["reason"] for item in json.loads((output / "emulator.json").read_text())["dense"]}
+    tower = [name for name in dense if "vision_tower" in name]
+    assert len(tower) == 18
+    assert {dense[name] for name in tower} == {"never visited by the calibration data"}
+    assert "give rows with images" in capsys.readouterr().err
+
+
+def test_images_are_never_labeled_and_only_text_is_cut(models: Any, folder: Path) -> None:
+    model, resident = models["idefics3"]
+    reader: Any = load_reader(model, type(resident))
+    rows = tokens_of(model, resident, folder / "rows.jsonl")
+    for row in rows:
+        shown = reader.tokenizer.decode([label for label in row.labels if label != IGNORED])
+        assert shown in ("a thing</s>", "the value")
+    image = reader.tokenizer.convert_tokens_to_ids("<image>")
+    last = max(place for place, token in enumerate(rows[0].input_ids) if token == image)
+    with pytest.raises(InputError, match=r"rows.jsonl:1: \d+ tokens to the end of its last image"):
+        read_tokens(folder / "rows.jsonl", reader, last, samples=None)
+    cut = read_tokens(folder / "rows.jsonl", reader, len(rows[2].input_ids) - 1)
+    assert [row.cut for row in cut] == [False, False, True, False, False]
+    assert cut[2].inputs is not None
+    assert rows[2].inputs is not None
+    assert cut[2].inputs.shapes == rows[2].inputs.shapes
+
+
+def test_rows_that_a_model_cannot_read_are_refused(models: Any, folder: Path, tmp_path: Path) -> None:
+    model, resident = models["llava"]
+    reader = load_reader(model, type(resident))
+    picture().save(tmp_path / "a.png")
+    for row, words in (
+        ({"text": "an <image> tag"}, "shows <image> 1 times and the row has 0"),
+        ({"image": "a.png", "text": "a cat"}, "has 'text' with an image; write 'messages'"),
+        ({"image": "a.png", "messages": [ROWS[1]["messages"][0], {**SAID, "content": "<image>"}]}, "shows <image> 2"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(InputError, match=words):
+            read_tokens(tmp_path / "rows.jsonl", reader, LENGTH)
+
+
+def test_an_image_that_changes_during_a_run_is_named(models: Any, tmp_path: Path) -> None:
+    model, resident = models["llava"]
+    picture(seed=1).save(tmp_path / "0.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    [row] = tokens_of(model, resident, tmp_path / "rows.jsonl")
+    picture(seed=2).save(tmp_path / "0.png")
+    [changed] = tokens_of(model, resident, tmp_path / "rows.jsonl")
+    assert row.inputs is not None
+    assert changed.inputs is not None
+    assert row.inputs.digest != changed.inputs.digest
+    with pytest.raises(InputError, match=r"0.png: changed while it was in use"):
+        row.inputs.tensors()
