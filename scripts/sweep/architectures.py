@@ -1,6 +1,6 @@
 """Streams every architecture of transformers' registries that a tiny configuration can build, and compares results.
 
-    python -m scripts.sweep.architectures [--registry causal-lm] [--only llama,bloom] [--compile | ...]
+    python -m scripts.sweep.architectures [--registry causal-lm] [--only llama,bloom] [--compile | ...] [--device D]
 
 Prints one line per model type: identical, close (with the largest difference), refused (with the reason), or not
 runnable even when resident. Configurations are shrunk by the meaning of their field names; no model is special.
@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from transformers.models.auto import modeling_auto
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.streaming.stream import BatchError
+from scripts.devices import CPU, opened
 from scripts.sweep.compare import difference, first_line, first_that_runs, moved, outputs_of, prepared, streamed_outputs
 from scripts.sweep.compile import compile_verdict, first_inputs, refine_verdict
 from scripts.sweep.configs import tiny_config
@@ -71,7 +73,7 @@ def random_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
     return model
 
 
-def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+def verdict(model_class: type[PreTrainedModel], registry: str, device: torch.device = CPU) -> tuple[str, str]:
     """Judge one class: ('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail)."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -88,7 +90,7 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
         else:
             return "not runnable", " | ".join(reasons)
         try:
-            found, loads, streamed = streamed_outputs(directory, batches)
+            found, loads, streamed = streamed_outputs(directory, batches, device)
         except InputError as error:
             return "refused", str(error).replace(name, "")[:150]
         except BatchError as error:
@@ -105,14 +107,14 @@ def verdict(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str
         return ("close" if worst < CLOSE else "differs"), detail
 
 
-def compiled(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+def compiled(model_class: type[PreTrainedModel], registry: str, device: torch.device = CPU) -> tuple[str, str]:
     """Judge compiling a class from text: ('optimal' | 'worse' | 'refused' | 'failed' | 'not runnable', detail)."""
-    return from_text(compile_verdict, model_class)
+    return from_text(partial(compile_verdict, device=device), model_class)
 
 
-def refined(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+def refined(model_class: type[PreTrainedModel], registry: str, device: torch.device = CPU) -> tuple[str, str]:
     """Judge refining a class's emulator: ('better' | 'unmoved' | 'refused' | 'failed' | 'not runnable', detail)."""
-    return from_text(refine_verdict, model_class)
+    return from_text(partial(refine_verdict, device=device), model_class)
 
 
 def from_text(
@@ -132,9 +134,9 @@ def from_text(
         return "failed", f"{type(error).__name__}: {first_line(error)}"
 
 
-def backward(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
+def backward(model_class: type[PreTrainedModel], registry: str, device: torch.device = CPU) -> tuple[str, str]:
     """Judge gradients: ('identical' | 'close' | 'differs' | 'refused' | 'failed' | 'not runnable', detail)."""
-    return tried(gradient_verdict, model_class, registry)
+    return tried(partial(gradient_verdict, device=device), model_class, registry)
 
 
 def packed(model_class: type[PreTrainedModel], registry: str) -> tuple[str, str]:
@@ -200,16 +202,26 @@ def main() -> int:
     parser.add_argument("--refine", action="store_true", help="compile emulators and train their factors")
     parser.add_argument("--gradients", action="store_true", help="compare LoRA gradients, streamed forward and back")
     parser.add_argument("--packing", action="store_true", help="compare gradients of packed rows, resident")
+    parser.add_argument("--device", help="where units run: cpu, cuda, or pretend, the tests' accelerator without one")
     arguments = parser.parse_args()
+    device = CPU if arguments.device is None else opened(arguments.device)
+    if arguments.packing and device != CPU:
+        parser.error("--packing compares resident models; leave --device out")
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     bad = 0
-    judges = {"compile": compiled, "refine": refined, "gradients": backward, "packing": packed}
+    judges: dict[str, Callable[..., tuple[str, str]]] = {
+        "compile": compiled,
+        "refine": refined,
+        "gradients": backward,
+        "packing": packed,
+    }
     judge = next((judge for name, judge in judges.items() if getattr(arguments, name)), verdict)
+    on_device = judge if device == CPU else partial(judge, device=device)
     for registry in REGISTRIES if arguments.registry == "all" else [arguments.registry]:
-        counts = sweep(registry, {name for name in arguments.only.split(",") if name}, judge)
+        counts = sweep(registry, {name for name in arguments.only.split(",") if name}, on_device)
         runnable = sum(counts.values()) - counts["not runnable"]
         good = counts["identical"] + counts["optimal"] + counts["exact"] + counts["better"]
         word = {compiled: "optimal", refined: "better", packed: "exact"}.get(judge, "identical")

@@ -16,9 +16,8 @@ from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming import stream
+from scripts.devices import CPU
 from scripts.sweep.inputs import Batch, candidates
-
-CPU = torch.device("cpu")
 
 
 def first_line(error: Exception) -> str:
@@ -103,9 +102,12 @@ def difference(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor
 
 
 def streamed_outputs(
-    directory: Path, batches: list[Batch]
+    directory: Path, batches: list[Batch], device: torch.device = CPU
 ) -> tuple[list[list[torch.Tensor]], Counter[str], StreamedModel]:
-    """Stream batches as if to another device, which shares nothing with the host; return outputs and loads by unit."""
+    """Stream batches to another device, which shares nothing with the host; return outputs and loads by unit.
+
+    The host itself is treated as such a device: it computes with copies.
+    """
     outputs: dict[int, Any] = {}
     loads: Counter[str] = Counter()
     streamed = StreamedModel(directory)
@@ -118,8 +120,9 @@ def streamed_outputs(
     def copied(values: Any, device: torch.device) -> Any:
         return tree_map_only(torch.Tensor, lambda x: x.clone() if type(x) is torch.Tensor else x, values)
 
-    with Meter(CPU) as meter, mock.patch.object(stream, "move", copied):
-        stream.Stream(streamed, CPU, meter, on_unit=on_unit).run(batches, outputs.__setitem__)
+    moving = mock.patch.object(stream, "move", copied) if device == CPU else contextlib.nullcontext()
+    with Meter(device) as meter, moving:
+        stream.Stream(streamed, device, meter, on_unit=on_unit).run(batches, outputs.__setitem__)
     return [tensors_of(outputs[index]) for index in range(len(batches))], loads, streamed
 
 

@@ -15,6 +15,7 @@ from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.refine import command as refining
 from onelayer.compiler.streaming import calibration as compile_data
+from scripts.devices import CPU
 from scripts.sweep.inputs import random_ids
 
 SAMPLES, LENGTH = 24, 16
@@ -28,7 +29,7 @@ def random_tokens() -> list[Tokens]:
     return [Tokens(row, row) for row in rows]
 
 
-def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
+def compile_verdict(model: PreTrainedModel, device: torch.device = CPU) -> tuple[str, str]:
     """Judge a tiny model's emulator: ('optimal' | 'close' | 'worse', detail); errors pass through."""
     from onelayer.runtime import load_emulator
 
@@ -39,7 +40,7 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
             mock.patch.object(compiling, "load_tokenizer", return_value=None),
             mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()),
         ):
-            result = compiling.compile_emulator(original, "random", output, ratio=0.5, batch_size=4, device="cpu")
+            result = compiling.compile_emulator(original, "random", output, ratio=0.5, batch_size=4, device=device.type)
         record = json.loads((output / "emulator.json").read_text())
         emulator = load_emulator(output)
         with torch.no_grad():
@@ -61,7 +62,7 @@ def compile_verdict(model: PreTrainedModel) -> tuple[str, str]:
     return ("optimal" if excess < SLACK else "close" if record["revisited"] else "worse"), detail
 
 
-def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
+def refine_verdict(model: PreTrainedModel, device: torch.device = CPU) -> tuple[str, str]:
     """Judge an emulator after some steps of every unit: ('better' | 'unmoved', detail); errors pass through."""
     from onelayer.runtime import load_emulator
 
@@ -72,9 +73,9 @@ def refine_verdict(model: PreTrainedModel) -> tuple[str, str]:
             for module in (compiling, refining):
                 stack.enter_context(mock.patch.object(module, "load_tokenizer", return_value=None))
             stack.enter_context(mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()))
-            compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device="cpu")
+            compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device=device.type)
             units = refining.refine_emulator(
-                begun, model=original, calibration="random", output=output, steps=20, batch_size=4, device="cpu"
+                begun, model=original, calibration="random", output=output, steps=20, batch_size=4, device=device.type
             ).units
         with torch.no_grad():
             answer = load_emulator(output)(**first_inputs(model))

@@ -21,22 +21,22 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming import gradient_stream
+from scripts.devices import CPU
 from scripts.sweep.compare import first_line, first_that_runs, prepared, tensors_of
 from scripts.sweep.inputs import Batch
 
-CPU = torch.device("cpu")
 Gradients = dict[str, torch.Tensor]
 # Relative to the largest gradient of a parameter; sums over several consumers are added in a different order.
 EXACT = 1e-6
 ROUNDING = 1e-5
 
 
-def gradient_verdict(model: PreTrainedModel, registry: str) -> tuple[str, str]:
+def gradient_verdict(model: PreTrainedModel, registry: str, device: torch.device = CPU) -> tuple[str, str]:
     """Judge one model: ('identical' | 'close' | 'differs', detail); failures before streaming raise."""
-    return _verdict(model, *first_that_runs(model, registry))
+    return _verdict(model, *first_that_runs(model, registry), device)
 
 
-def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch]) -> tuple[str, str]:
+def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch], device: torch.device) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model.save_pretrained(directory / "model")
@@ -47,7 +47,7 @@ def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch]) -> tuple[s
         if not any(bool(gradient.any()) for gradient in expected.values()):
             raise RuntimeError("no linear has a gradient")
         streamed = StreamedModel(directory / "model", lambda empty: _adapt(empty, directory / "adapter"))
-        found, loads = _streamed(streamed, batches)
+        found, loads = _streamed(streamed, batches, device)
     worst, place = _distance(found, expected)
     detail = f"{kind}; {len(expected)} factors; at most {max(loads.values())} loads of a unit"
     if worst == 0.0:
@@ -57,7 +57,7 @@ def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch]) -> tuple[s
         # A higher precision shrinks rounding, but not a mistake.
         try:
             finer_batches = [{name: _doubled(value) for name, value in batch.items()} for batch in batches]
-            result, finer = _verdict(model.double(), kind, finer_batches)
+            result, finer = _verdict(model.double(), kind, finer_batches, device)
         except Exception as error:  # some models compute a part in float32 in any dtype
             result, finer = "close" if worst <= ROUNDING else "differs", first_line(error)
         return "differs" if result == "differs" else "close", f"{detail}; in float64: {finer}"
@@ -139,10 +139,10 @@ def _resident(model: PreTrainedModel, batches: list[Batch]) -> Gradients:
 
 def _collected(model: PreTrainedModel) -> Gradients:
     named = ((name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name)
-    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    return {name: parameter.grad.cpu() for name, parameter in named if parameter.grad is not None}
 
 
-def _streamed(streamed: StreamedModel, batches: list[Batch]) -> tuple[Gradients, Counter[str]]:
+def _streamed(streamed: StreamedModel, batches: list[Batch], device: torch.device) -> tuple[Gradients, Counter[str]]:
     loads: Counter[str] = Counter()
 
     @contextlib.contextmanager
@@ -158,8 +158,8 @@ def _streamed(streamed: StreamedModel, batches: list[Batch]) -> tuple[Gradients,
 
     # Both run in evaluation mode: dropout would draw different numbers.
     as_it_is = mock.patch.object(gradient_stream, "training", return_value=contextlib.nullcontext())
-    with as_it_is, Meter(CPU) as meter:
-        stream = gradient_stream.GradientStream(streamed, CPU, meter, on_unit=on_unit, trained=len(batches))
+    with as_it_is, Meter(device) as meter:
+        stream = gradient_stream.GradientStream(streamed, device, meter, on_unit=on_unit, trained=len(batches))
         with stream:
             stream.run(batches, consume)
             stream.reverse()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+TOTAL_BYTES = 8 << 30
 PRODUCT = ("compiler/onelayer", "runtime/onelayer")
 
 
@@ -152,6 +153,10 @@ class PretendModule:
         return self.peak_bytes
 
     max_memory_reserved = max_memory_allocated
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        """Return the bytes that are free, and all of them."""
+        return TOTAL_BYTES - self.allocated_bytes, TOTAL_BYTES
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         """Measure the peak from here on."""

@@ -191,7 +191,7 @@ def _convolution(op: Any) -> Any:
         hosts = [call.to_host(item) for item in args]
         if call.is_mixed:
             raise RuntimeError(f"{DEVICE_ERROR} (in a convolution)")
-        if op is _aten.convolution_backward:
+        if op is _aten.convolution_backward.default:
             weight, transposed, groups = hosts[2], hosts[6], hosts[8]
             hosts.insert(3, [weight.shape[1] * groups if transposed else weight.shape[0]])
         return call.to_device(op(*hosts))
@@ -240,8 +240,8 @@ def register() -> None:
         "set_.source_Storage_storage_offset": set_storage,
         "set_.source_Tensor": set_tensor,
         "as_strided": as_strided,
-        "convolution_overrideable": _convolution(torch.convolution),
-        "convolution_backward_overrideable": _convolution(_aten.convolution_backward),
+        "convolution_overrideable": _convolution(_aten.convolution.default),
+        "convolution_backward_overrideable": _convolution(_aten.convolution_backward.default),
     }
     for name, kernel in kernels.items():
         own.impl(name, kernel, "PrivateUse1")

@@ -27,7 +27,7 @@ PUBLIC = {*onelayer.compiler.__all__, *onelayer.runtime.__all__}
 # wings.
 LIGHT = {
     "compiler": (
-        "adapters/config adapters/keys adapters/reader conversations/* correct/candidates data/pairs "
+        "adapters/config adapters/keys adapters/reader conversations/* correct/candidates correct/memory data/pairs "
         "data/readers data/rows data/tokens documents "
         "codes/forms dequantize/block_floats dequantize/checkpoint dequantize/formats dequantize/integers "
         "dequantize/libraries dequantize/packed errors "

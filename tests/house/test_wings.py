@@ -26,7 +26,7 @@ FLOORS = {
     ),
     "runtime": (
         {"sizes", "version"},
-        {"modules", "activations", "anchors", "preferences", "streamed", "store"},
+        {"collators", "modules", "activations", "anchors", "preferences", "streamed", "store"},
         {"training", "reporting", "generation"},
         {"planning"},
         {"manifest"},

@@ -14,8 +14,10 @@ from helpers.tiny_models import causal, tiny_tokenizer
 from onelayer.compiler import compile_emulator, evaluate_model, refine_emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.compiler.results import Report
+from onelayer.runtime.reporting.tables import report_line
 
 Pass = Callable[[Path], Report]
 # A table of levels that bitsandbytes keeps, and a counter.
@@ -115,3 +117,24 @@ def test_linears_that_are_not_small_are_solved_without_float64(rank: int) -> Non
         figures.append(factorize(W.to(device), moments, rank, torch.float32).error)
     assert not COUNTS.double_products
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_what_the_allocator_keeps_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COUNTS, "max_memory_reserved", lambda device: 3 * COUNTS.peak_bytes, raising=False)
+    report = compiled(prepared(tmp_path, 1, 2))
+    assert report.reserved_device_bytes == 3 * report.peak_device_bytes
+    assert "expandable_segments" in report_line(report.model_dump(mode="json"))
+    less = report.model_copy(update={"reserved_device_bytes": report.peak_device_bytes})
+    assert "expandable_segments" not in report_line(less.model_dump(mode="json"))
+
+
+@pytest.mark.usefixtures("pretend")
+def test_random_numbers_of_any_accelerator_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"now": torch.tensor([1])}
+    monkeypatch.setattr(COUNTS, "get_rng_state", lambda device: state["now"], raising=False)
+    monkeypatch.setattr(COUNTS, "set_rng_state", lambda value, device: state.update(now=value), raising=False)
+    for device in (None, torch.device("pretend:0")):
+        with forked_random(device):
+            state["now"] = torch.tensor([2])
+        assert state["now"].tolist() == [1]

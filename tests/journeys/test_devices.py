@@ -12,7 +12,7 @@ import pytest
 from helpers.places import ROOT
 
 
-@pytest.mark.parametrize("name", ["pretend_commands", "pretend_costs"])
+@pytest.mark.parametrize("name", ["pretend_commands", "pretend_costs", "pretend_promises"])
 def test_on_a_pretend_device(name: str) -> None:
     file = ROOT / "tests" / "journeys" / f"{name}.py"
     own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

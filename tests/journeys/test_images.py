@@ -10,20 +10,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.media_files import picture
-from onelayer.compiler import compile_emulator, evaluate_model
-from onelayer.compiler.data.batches import make_batches
+from helpers.tiny_models import tiny_tokenizer
+from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
+from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.inspect import inspect_path
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.stream import Stream
+from onelayer.runtime import train_lora
 from scripts.sweep.vision_models import save_vision_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,6 +111,7 @@ def test_an_emulator_of_tower_and_text_loads_in_stock_transformers(
     data = folder / "rows.jsonl"
     result = compile_emulator(model, data, tmp_path / "e", ratio=0.5, form="factors", max_length=LENGTH, batch_size=2)
     of_tower = ["vis" in linear.name for linear in result.linears]
+    assert inspect_path(model)["reads"] == inspect_path(tmp_path / "e")["reads"] == ["text", "image"]
     assert any(of_tower)
     assert not all(of_tower)
     emulator = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "e").eval()
@@ -150,6 +155,21 @@ def test_images_are_never_labeled_and_only_text_is_cut(models: Any, folder: Path
     assert cut[2].inputs.shapes == rows[2].inputs.shapes
 
 
+def test_a_limit_of_pixels_makes_images_fewer_tokens(models: Any, folder: Path) -> None:
+    model, resident = models["qwen2_5_vl"]
+    full, small = (
+        read_tokens(folder / "rows.jsonl", load_reader(model, type(resident), limit), LENGTH) for limit in (None, 600)
+    )
+    counts = [[len(row.input_ids) for row in rows] for rows in (full, small)]
+    assert [more > less for more, less in zip(*counts, strict=True)] == [True, False, True, True, True]
+    assert tokens_digest(full) != tokens_digest(small)
+
+
+def test_a_model_of_texts_refuses_images_in_one_line(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"rows.jsonl:1: has 1 image\(s\), and the model of .* reads text only"):
+        read_tokens(folder / "rows.jsonl", tiny_tokenizer(), LENGTH)
+
+
 def test_rows_that_a_model_cannot_read_are_refused(models: Any, folder: Path, tmp_path: Path) -> None:
     model, resident = models["llava"]
     reader = load_reader(model, type(resident))
@@ -176,3 +196,47 @@ def test_an_image_that_changes_during_a_run_is_named(models: Any, tmp_path: Path
     assert row.inputs.digest != changed.inputs.digest
     with pytest.raises(InputError, match=r"0.png: changed while it was in use"):
         row.inputs.tensors()
+
+
+def test_an_adapter_of_the_language_model_goes_through_the_loop(models: Any, folder: Path, tmp_path: Path) -> None:
+    model, _ = models["idefics3"]
+    data = folder / "rows.jsonl"
+    given: dict[str, Any] = {"max_length": LENGTH, "batch_size": 2}
+    trained: dict[str, Any] = {
+        "max_length": LENGTH,
+        "batch_size": 3,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lora_rank": 4,
+    }
+    emulator = tmp_path / "e"
+    compile_emulator(model, data, emulator, ratio=0.5, form="factors", **given)
+    train_lora(emulator, data, tmp_path / "a", **trained, anchor_every=2, model=model)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert keys
+    assert all(".text_model." in name for name in keys), "by default the language model is adapted, not the tower"
+    correct_adapter(tmp_path / "a", emulator=emulator, model=model, output=tmp_path / "c", limit=None)
+    polish_adapter(tmp_path / "c", model=model, data=data, output=tmp_path / "p", steps=1, **given)
+    merge_adapter(tmp_path / "p", model=model, output=tmp_path / "m")
+    assert (tmp_path / "m" / "processor_config.json").read_bytes() == (model / "processor_config.json").read_bytes()
+    scored = evaluate_model(model, data, adapters=[tmp_path / "p"], **given)
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "m").eval()
+    assert scored.results[1].loss != pytest.approx(scored.results[0].loss, abs=1e-3)
+    loss = resident_loss(merged, tokens_of(tmp_path / "m", merged, data))
+    assert scored.results[1].loss == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_streamed_original_learns_images_like_the_resident_one(models: Any, folder: Path, tmp_path: Path) -> None:
+    model, _ = models["llava"]
+    trained: dict[str, Any] = {"max_length": LENGTH, "batch_size": 3, "max_steps": 1, "learning_rate": 1e-2}
+    trained["target_modules"] = r".*vision_tower.*\.(q_proj|v_proj)"
+    losses = []
+    for way in ("resident", "streamed"):
+        result = train_lora(model, folder / "rows.jsonl", tmp_path / way, way=way, **trained)
+        losses.append(result.losses)
+    keys = [load_file(tmp_path / way / "adapter_model.safetensors") for way in ("resident", "streamed")]
+    assert losses[0] == losses[1]
+    assert keys[0].keys() == keys[1].keys()
+    assert all("vision_tower" in name for name in keys[0])
+    for name, tensor in keys[0].items():
+        torch.testing.assert_close(keys[1][name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,11 +1,14 @@
 """The architecture sweep on a few models that differ as much as possible in structure."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from helpers.places import ROOT
 from onelayer.compiler.streaming.stream import BatchError
 
 
@@ -53,6 +56,13 @@ def test_code_that_edits_weights_between_units_is_refused_by_name(tmp_path: Path
     model.save_pretrained(tmp_path)
     with pytest.raises(BatchError, match="div_ needs the values of a weight outside its unit"):
         streamed_outputs(tmp_path, [{"input_ids": torch.tensor([[5, 6, 7]])}])
+
+
+def test_a_sweep_takes_the_pretend_device() -> None:
+    command = [sys.executable, "-m", "scripts.sweep.architectures", "--device", "pretend", "--only", "llama,mamba2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "causal-lm: 2 of 2 identical" in done.stdout, done.stdout
 
 
 def test_a_difference_is_seen() -> None:

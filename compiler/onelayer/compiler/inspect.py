@@ -8,6 +8,7 @@ from onelayer.compiler.adapters.reader import adapter_digest, read_provenance
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.media.processors import media_read
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.files import check_directory, directory_bytes, read_json
 from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
@@ -32,7 +33,8 @@ def inspect_path(path: str | Path, plot: str | Path | None = None) -> dict[str, 
         return {"kind": "adapter", **facts, **_adapter(directory)}
     if (directory / "emulator.json").is_file():
         emulator = Emulator.open(directory)
-        return {"kind": "emulator", **facts, **read_json(directory / "emulator.json"), "digest": emulator.digest}
+        record = read_json(directory / "emulator.json")
+        return {"kind": "emulator", **facts, **record, "digest": emulator.digest, "reads": _reads(directory)}
     if (directory / "config.json").is_file():
         return {"kind": "checkpoint", **facts, **_checkpoint(directory)}
     raise InputError(f"{path}: holds no config.json, adapter_config.json or artifact.json; give another directory")
@@ -59,11 +61,18 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
         "digest": model_digest(directory),
         "architectures": config.get("architectures"),
         "model_type": config.get("model_type"),
+        "reads": _reads(directory),
         "quantization": _quantization(checkpoint, config),
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
         "bytes_by_dtype": dtypes,
     }
+
+
+def _reads(directory: Path) -> list[str]:
+    """List what the rows of a model may hold: text with a tokenizer, images and audio with a processor for them."""
+    has_tokenizer = any(directory.glob("tokenizer*")) or any(directory.glob("vocab*"))
+    return [*(["text"] if has_tokenizer else []), *media_read(directory)]
 
 
 def _quantization(checkpoint: Checkpoint, config: dict[str, Any]) -> str | None:

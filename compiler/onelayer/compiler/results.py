@@ -12,7 +12,8 @@ class Result(BaseModel):
 class Report(Result):
     """The figures of every streamed command. All are measured, except `workspace_bytes`, which is predicted.
 
-    On a GPU, `peak_device_bytes` is the most that its allocator handed out. On a CPU, it is the growth of the process's
+    On a GPU, `peak_device_bytes` is the most that its allocator handed out, and `reserved_device_bytes` the most that
+    it held of the device, with what it kept between uses (None on a CPU). On a CPU, it is the growth of the process's
     anonymous memory during the pass. `peak_host_bytes` is the anonymous memory of the whole process at its peak.
     """
 
@@ -22,6 +23,7 @@ class Report(Result):
     peak_host_bytes: int
     bytes_read: int
     seconds: float
+    reserved_device_bytes: int | None = None
 
 
 def round_significant(value: float, digits: int) -> float:

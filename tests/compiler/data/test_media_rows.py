@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from helpers.media_files import data_uri, encoded, picture, recording
-from onelayer.compiler.data.readers import read_examples
+from onelayer.compiler.data.readers import media_files, read_examples
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import DataSet
 
 ASKED = {"role": "user", "content": "what?"}
 SAID = {"role": "assistant", "content": "a cat"}
@@ -240,3 +241,14 @@ def test_paths_lead_from_their_file_and_stay_within_the_data(folder: Path, tmp_p
     assert example.media[0].read() == (tmp_path / "a.png").read_bytes()
     with pytest.raises(InputError, match="lies outside"):
         read_examples(rows)
+
+
+def test_files_that_rows_name_are_listed_once_and_texts_are_not_parsed(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        picture().save(tmp_path / name)
+    rows = [{"text": "x"}, {"image": "b.png", **IMAGE}, {"images": ["a.png", "b.png"], **IMAGE}, {"image": "none.png"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.jsonl").write_text('{"text": "x"}\nno json at all\n')
+    assert media_files(DataSet(path=str(tmp_path / "rows.jsonl"))) == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert media_files(DataSet(path=str(tmp_path / "text.jsonl"))) == []
+    assert media_files(DataSet(path="some/hub-id")) == []

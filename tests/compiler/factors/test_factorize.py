@@ -244,6 +244,7 @@ def test_iteration_agrees_with_the_dense_route_to_six_digits(
     assert output_error(W, product(exact), X) == pytest.approx(optimum, rel=1e-6)
     assert output_error(W, published(W, X, rank), X) == pytest.approx(optimum, rel=1e-6)
     assert exact.error == pytest.approx(optimum, rel=1e-6)
+    assert not exact.solved_again
     assert exact.optimal_error == pytest.approx(optimum, rel=1e-6)
     torch.testing.assert_close(exact.singular_values.double(), torch.linalg.svdvals(X @ W.T)[:rank], rtol=1e-4, atol=0)
     again = factorize(W.float(), moments, rank, torch.float32)
@@ -260,6 +261,7 @@ def test_a_massive_channel_is_left_to_float64(kind: str, full_solves: list[torch
     X[:, 7] *= 1e5  # the largest eigenvalue is over 1e7 times the others, which float32 cannot tell from its rounding
     factors = factorize(W.float(), moments_of(W.float().double(), X), 40, torch.float64)
     assert full_solves == [shape]
+    assert factors.solved_again
     optimum = dense_optimum(W.float().double(), X, 40)
     assert output_error(W.float().double(), product(factors), X) == pytest.approx(optimum, rel=1e-5)
 

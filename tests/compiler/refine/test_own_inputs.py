@@ -141,6 +141,7 @@ def test_whose_inputs_they_are(root: Path, result: RefineResult) -> None:
         ("emulator", False),
         ("emulator", True),
     ]
+    assert {key[1]: each.learning_rate for key, each in chosen.items()} == {False: 0.01, True: 0.03}
     assert "inputs" not in chosen[None, False].recorded(), "records from before there was a choice stay valid"
     assert RefineSettings(backward=True).resolved(coded=True).inputs == "original"
     with pytest.raises(InputError, match="--inputs emulator: gradients are known for the original's inputs alone"):

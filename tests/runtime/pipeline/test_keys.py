@@ -1,10 +1,12 @@
 """Keys of the store that must not change, so that existing artifacts are found again."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from helpers.fake_steps import FakeSteps, Project
+from helpers.media_files import picture
 from onelayer.runtime.pipeline.plan import plan
 from onelayer.runtime.pipeline.run import run
 
@@ -71,6 +73,19 @@ def test_columns_make_another_key_and_no_columns_none(project: Project) -> None:
     project.path.write_text(project.path.read_text().replace("polish: {steps: 3}", "polish: null"))
     assert not run(project.manifest, project.store).failed
     assert str(project.fakes.data["train sql"]) == f"{project.path.parent / 'sql.csv'} (columns text=question)"
+
+
+def test_an_image_that_rows_name_is_part_of_the_key(project: Project) -> None:
+    folder = project.path.parent
+    row = {"image": "a.png", "prompt": "what?", "completion": "a cat"}
+    (folder / "sql.jsonl").write_text(json.dumps(row) + "\n")
+    keys = []
+    for seed in (1, 2, 1):
+        picture(seed=seed).save(folder / "a.png")
+        steps = {step.name: step.key for step in plan(project.manifest, project.store).steps}
+        keys.append(steps["sql.direct"])
+        assert steps["support.direct"] == KEYS["support.direct"]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_plan_names_the_keys_that_a_run_makes(project: Project) -> None:

@@ -54,6 +54,9 @@ def test_whose_inputs_it_learns_from_is_in_its_key_if_it_may_be_coded(project: P
     assert fields("ratio: 0.25", "inputs: emulator")["inputs"] == "emulator"
     assert fields("keep_bytes: 0.145", "")["inputs"] == "auto"
     assert fields("keep_bytes: 0.145", "inputs: original")["inputs"] == "original"
+    rates = [fields(size, "")["learning_rate"] for size in ("ratio: 0.25", "keep_bytes: 0.145")]
+    assert rates == [0.01, "auto"]
+    assert fields("keep_bytes: 0.145", "learning_rate: 0.01")["learning_rate"] == 0.01
 
 
 def test_returning_to_an_earlier_setting_runs_nothing(project: Project) -> None:

@@ -12,6 +12,7 @@ from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.correct.candidates import CANDIDATES
+from onelayer.compiler.correct.memory import CorrectedShape, correction_bytes, trial_bytes
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import parked_bytes
@@ -20,11 +21,8 @@ from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
     RESERVE_BYTES,
     CompiledShape,
-    CorrectedShape,
-    correction_bytes,
     moment_bytes,
     solving_bytes,
-    trial_bytes,
 )
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.runtime.planning.pass_memory import (
@@ -117,7 +115,7 @@ def test_compile(setup: Setup) -> None:
 def test_a_compile_counts_rounding_and_both_forms() -> None:
     """By hand: the solver of a wide linear, and the rounding of its factors and of its whole weight."""
     plain = CompiledShape(64, 256, 32, 2)
-    assert plain.solver_bytes == 8 * 64 * 256 + 8 * 4 * 64 * 64 + (16 + 2) * 32 * 64
+    assert plain.solver_bytes == 8 * 64 * 256 + 8 * 32 * (64 + 4 * 256) + (16 + 2) * 32 * 64
     assert plain.stored_bytes == 2 * 32 * (64 + 256)
     rounded = CompiledShape(64, 256, 32, 2, "nf4", keeps_whole=True)
     values = 32 * (64 + 256)
@@ -179,19 +177,19 @@ def test_correct_chosen_by_text(setup: Setup, tmp_path: Path) -> None:
     streamed = StreamedModel(setup.model)
     batches = Samples.read(setup.data, load_tokenizer(setup.model), LENGTH).batches(streamed.config, 1)
     waiting = parked_bytes(streamed, batches, len(CANDIDATES), SpillPool())
-    tried = planned - evaluate_bytes(setup.shapes, LENGTH)
+    tried = planned - evaluate_bytes(setup.shapes, LENGTH, on_gpu=False)
     assert promised(result) - promised(scored) == tried + waiting
 
 
 def test_evaluate(setup: Setup) -> None:
     """Both use the same formula; on a host the pass also counts waiting batches."""
     result = evaluate_model(setup.model, setup.data, max_length=LENGTH, device="cpu")
-    planned = evaluate_bytes(setup.shapes, LENGTH)
+    planned = evaluate_bytes(setup.shapes, LENGTH, on_gpu=False)
     assert planned <= promised(result) <= planned + 8 * MIB
 
 
 def test_polish(setup: Setup, tmp_path: Path) -> None:
-    """Both use the same formula, for a GPU in the planner: on a host the graph counts twice because of the heap."""
+    """Both use the same formula."""
     result = polish_adapter(
         setup.adapter,
         model=setup.model,
@@ -202,7 +200,7 @@ def test_polish(setup: Setup, tmp_path: Path) -> None:
         max_length=LENGTH,
         device="cpu",
     )
-    planned = polish_bytes(setup.shapes, LORA_RANK, LENGTH)
+    planned = polish_bytes(setup.shapes, LORA_RANK, LENGTH, on_gpu=False)
     assert promised(result) == pytest.approx(planned, rel=0.02)
 
 

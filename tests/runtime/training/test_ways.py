@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine import devices
 from onelayer.runtime import TrainResult
 from onelayer.runtime.streamed import ways
 from onelayer.runtime.training.inputs import TrainData, longest_batch
@@ -38,7 +39,7 @@ def test_a_streamed_training_gives_the_resident_ones_adapter(
 def test_auto_streams_what_does_not_fit(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ways, "_free_bytes", lambda device: 1 << 10)
+    monkeypatch.setattr(ways, "free_bytes", lambda device: 1 << 10)
     result = train(emulator="original", cache_bytes=1 << 20, max_steps=1)
     assert result.streamed is not None
     assert "1.00 KiB are free; each batch reads 0 B" in capsys.readouterr().err
@@ -67,4 +68,4 @@ def test_the_largest_batch_is_counted() -> None:
 
 
 def test_free_memory_is_that_of_the_device() -> None:
-    assert ways._free_bytes(torch.device("cpu")) > 1 << 20
+    assert devices.free_bytes(torch.device("cpu")) > 1 << 20

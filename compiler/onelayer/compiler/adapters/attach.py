@@ -28,10 +28,14 @@ from onelayer.compiler.models.units import Unit, bare_name
 def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | list[str]:
     """Targets that adapt linear modules only: the given ones, or on a mixture the linears that "all-linear" means.
 
+    Of a model that reads images or audio too, "all-linear" means its language model; towers are adapted by name.
+
     PEFT takes "all-linear" and the names of experts to mean, too, the stacked parameters that experts became in
     transformers 5. LoRA on those is no pair of factors per linear, so it could not be corrected for the original.
     Raises `InputError` if they are named, or if a name or pattern means no module.
     """
+    if target_modules == "all-linear" and (prefix := _language_model(model)) is not None:
+        return _linears_below(model, prefix)
     probe = LoraConfig(target_modules=target_modules)
     convert_peft_config_for_transformers(probe, model, None)
     _check_names(model, target_modules, probe.target_modules or ())
@@ -43,6 +47,29 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
         f"target_modules: {', '.join(sorted(probe.target_parameters))} are experts or routers of a mixture, whose LoRA "
         "cannot be corrected for the original; name linear modules only, such as those of the attention, or all-linear"
     )
+
+
+def _language_model(model: nn.Module) -> str | None:
+    """Return the name of the language model inside a model of several; None if all of it is one."""
+    config: Any = getattr(model, "config", None)
+    if config is None or config.is_encoder_decoder or config.get_text_config() is config:
+        return None
+    whole: Any = model
+    decoder = whole.get_decoder() if hasattr(model, "get_decoder") else model
+    return next((name for name, module in model.named_modules() if module is decoder and name), None)
+
+
+def _linears_below(model: nn.Module, prefix: str) -> list[str]:
+    """List the linears of a part of a model, without what PEFT leaves out of "all-linear" on a mixture."""
+    probe = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(probe, model, None)
+    kept = {name.rpartition(".")[2] for name in probe.target_modules or ()} if probe.target_parameters else None
+    found = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear | Conv1D)
+    ]
+    return short_targets(model, [name for name in found if kept is None or name.rpartition(".")[2] in kept])
 
 
 def _check_names(model: nn.Module, targets: str | list[str], kept: Collection[str]) -> None:

@@ -154,9 +154,11 @@ def _finished(
     streamed, settings, writer = job.streamed, job.settings, job.writer
     writer.write_rest()
     keeps_whole = settings.factor_dtype is not None and settings.rank_allocation == "spectrum"
-    workspace = compile_workspace(streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole)
+    workspace = compile_workspace(
+        streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole, meter.on_gpu
+    )
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
+        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu, backward=settings.backward is True)
     elif settings.backward:
         workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0

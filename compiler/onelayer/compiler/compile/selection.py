@@ -7,13 +7,15 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
-from onelayer.compiler.models.linears import expert_width, stack_shapes, unit_linears, weight_shape
+from onelayer.compiler.models.linears import expert_width, head_workspace, stack_shapes, unit_linears, weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
+    GRADIENT_LOGITS,
     RESERVE_BYTES,
     SMALL_SHARE,
     CompiledShape,
+    adding_bytes,
     coding_bytes,
     graph_bytes,
     moment_bytes,
@@ -129,26 +131,31 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
     return sum(tensor.numel() for tensor in tensors if tensor.ndim == 3)
 
 
-def coded_workspace(streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool) -> int:
+def coded_workspace(
+    streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool, *, backward: bool = True
+) -> int:
     """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
 
-    That is what coding a unit takes (`coding_bytes`), the unit that is read ahead and a reserve.
+    That is what coding a unit takes (`coding_bytes`), on a host the unit that is read ahead, and a reserve.
     """
+    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS) if backward else 0
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
         graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
-        worst = max(worst, coding_bytes(shapes, graph) + unit.weight_bytes)
+        ahead = 0 if on_gpu else unit.weight_bytes
+        worst = max(worst, coding_bytes(shapes, graph, head, on_gpu) + ahead)
     return worst + RESERVE_BYTES
 
 
 def backward_workspace(streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool) -> int:
     """Predict what weighing factors by gradients adds to `compile_workspace`, from shapes alone (`weighing_bytes`)."""
+    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS)
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
         graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
-        worst = max(worst, weighing_bytes(shapes, graph))
+        worst = max(worst, weighing_bytes(shapes, graph, head))
     return worst
 
 
@@ -159,38 +166,49 @@ def compile_workspace(
     loads: UnitLoads,
     factor_dtype: FactorDtype | None,
     keeps_whole: bool,
+    on_gpu: bool,
 ) -> int:
     """Predict what a compile holds in addition to the largest unit, from shapes alone.
 
-    The moments of the unit, each linear's by itself; the solver of the widest linear and all that is stored; the inputs
-    and outputs of the unit's linears for one micro-batch; on a host that is the device too, the unit that is read
-    ahead; a reserve. Of experts the moments of one at a time, and what is stored of all. With `keeps_whole` a linear
-    that is quantized is stored as factors and whole.
+    The moments of the unit, each linear's by itself; the inputs and outputs of the unit's linears for one micro-batch,
+    and after it the solver of the widest linear and what is stored; a reserve. A host keeps holes of the batch while it
+    solves, all that is stored, and the unit that is read ahead. Of experts the moments of one at a time, and on a host
+    what is stored of all. With `keeps_whole` a linear that is quantized is stored as factors and whole.
     """
     worst = 0
     for unit in streamed.units:
         experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
         rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
-        in_experts = [_expert_workspace(found, stacks, rows, value_bytes, factor_dtype) for found in experts]
+        in_experts = [_expert_workspace(found, stacks, rows, value_bytes, factor_dtype, on_gpu) for found in experts]
         linears = [
             CompiledShape(*weight_shape(module), ranks[name], value_bytes, factor_dtype, keeps_whole)
             for name, module in unit_linears(unit)
             if name in ranks
         ]
         moments = moment_bytes(linear.narrow for linear in linears)
-        batch = 8 * rows * sum(linear.out_features + linear.in_features for linear in linears)
-        in_linears = moments + solving_bytes(linears) + batch
-        worst = max(worst, unit.weight_bytes + max([in_linears, *in_experts]))
+        values = rows * sum(linear.out_features + linear.in_features for linear in linears)
+        solver = solving_bytes(linears, on_gpu)
+        if on_gpu:
+            batch = 4 * values + adding_bytes(max((linear.narrow for linear in linears), default=0))
+            worst = max([worst, moments + max(solver, batch), *in_experts])
+        else:
+            worst = max(worst, unit.weight_bytes + max([moments + solver + 8 * values, *in_experts]))
     return worst + RESERVE_BYTES
 
 
 def _expert_workspace(
-    found: ExpertStacks, ranks: Ranks, rows_at_once: int, value_bytes: int, factor_dtype: FactorDtype | None
+    found: ExpertStacks,
+    ranks: Ranks,
+    rows_at_once: int,
+    value_bytes: int,
+    factor_dtype: FactorDtype | None,
+    on_gpu: bool,
 ) -> int:
     """Predict what one module of experts takes: its routed rows of a batch, or one expert while it is solved.
 
     Moments come twice, those of the rows that an expert was sent and those of all tokens. What is stored of all experts
-    comes once more for the larger stack, which is put together from its parts.
+    comes once more for the larger stack, which is put together from its parts. From a card it moves to the host, and
+    moments are taken of rows in float32.
     """
     experts, stored = [], []
     for leaf in found.leaves:
@@ -204,4 +222,7 @@ def _expert_workspace(
     solver = max(expert.solver_bytes for expert in experts)
     rows = EXPERT_ROWS * sum(map(sum, shapes)) * (8 + 8)
     batch = rows_at_once * expert_width(found) * 8
+    if on_gpu:
+        adding = rows // 2 + adding_bytes(max(min(shape) for shape in shapes))
+        return max(moments + max(adding, solver + 2 * max(expert.stored_bytes for expert in experts)), batch)
     return max(moments + solver + rows + sum(stored) + max(stored), batch)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from onelayer.compiler.correct.memory import BLOCK_BYTES
 from onelayer.compiler.machine.threads import single_threaded
-from onelayer.compiler.models.unit_memory import BLOCK_BYTES
 
 # Directions of A weaker than this share of the strongest are ignored: their basis vectors are arbitrary.
 RELATIVE_CUTOFF = 1e-6

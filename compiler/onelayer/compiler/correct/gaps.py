@@ -15,13 +15,13 @@ import torch
 from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.correct.correction import Gap, measure_gap
+from onelayer.compiler.correct.memory import CHUNK_BYTES, LINEARS_AT_ONCE, CorrectedShape, correction_bytes
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.machine.threads import read_ahead
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import CHUNK_BYTES, LINEARS_AT_ONCE, CorrectedShape, correction_bytes
 
 # Weights that transformers' conversion rules assemble are made one at a time: that code is not made for threads.
 _CONVERTING = Lock()

@@ -25,6 +25,7 @@ from onelayer.compiler.adapters.replacements import replaced_bytes, replaced_val
 from onelayer.compiler.correct.candidates import CANDIDATES, FEW_ROWS, SCALES, Candidate, Solver
 from onelayer.compiler.correct.correction import Gap, oblique_gap
 from onelayer.compiler.correct.gaps import linear_gap
+from onelayer.compiler.correct.memory import trial_bytes
 from onelayer.compiler.data.batches import tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.media_tokens import load_reader
@@ -38,7 +39,6 @@ from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import Processes, processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import trial_bytes
 from onelayer.compiler.models.units import Unit, named_parts
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream

@@ -99,7 +99,7 @@ class MediaReader:
     @cached_property
     def _token_inputs(self) -> Sequence[str]:
         """The names of what the processor makes for each token, besides its id."""
-        output, _ = processed(self.processor, (), {"text": ["a"]})
+        output, _ = processed(self.processor, [], {"text": ["a"]})
         return sorted(set(output) - set(TEXT_OUTPUTS))
 
     def _plain(self, example: Example, append_eos: bool) -> tuple[str, list[Span]]:
@@ -123,7 +123,7 @@ class MediaReader:
         self._check_marks(example, text)
         arguments = {"text": [text], "add_special_tokens": False}
         asked = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        output, digests = processed(self.processor, example.media, {**arguments, **asked})
+        output, digests = processed(self.processor, [example.media], {**arguments, **asked})
         moved = (output.get("text_replacement_offsets") or [[]])[0]
         expanded = _with_replacements(text, moved)
         ids, offsets = first_row(output["input_ids"]), first_row(output["offset_mapping"])
@@ -167,7 +167,7 @@ class MediaReader:
         mark = str(self.processor.stock.image_token)
         placeholders = mark * len(example.media)
         arguments = {"text": [placeholders + prompt.replace("<image>", "")], PREFIX_ARGUMENT: [completion]}
-        output, digests = processed(self.processor, example.media, arguments)
+        output, digests = processed(self.processor, [example.media], arguments)
         ids, labels = first_row(output["input_ids"]), first_row(output["labels"])
         image_id = self.processor.text_tokenizer.convert_tokens_to_ids(mark)
         last = max((place for place, token in enumerate(ids) if token == image_id), default=-1)

@@ -4,6 +4,7 @@ Calibration, training and evaluation share this file, so that all three read the
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.media.sources import Folder
 from onelayer.compiler.sources.data_set import DataSet, DataSource, data_sets
-from onelayer.compiler.sources.files import KINDS, NumberedRow, data_files, file_rows, kind_of
+from onelayer.compiler.sources.files import KINDS, NumberedRow, data_files, file_rows, kind_of, mentions
 from onelayer.compiler.sources.hub import HUB_ID, hub_rows
 from onelayer.compiler.sources.shapes import own_row, renamed
 
 FIRST_ROWS = 8
+MEDIA_WORDS = (b"image", b"audio")  # in the names of columns and in the types of parts
 
 
 def read_examples(data: DataSource, limit: int | None = None) -> list[Example]:
@@ -37,6 +39,28 @@ def check_first_rows(source: DataSet) -> None:
     """Raise `InputError` if a local source does not exist, or its first rows are no examples. Reads no Hub data set."""
     if Path(source.path).exists():
         list(islice(_examples(source, FIRST_ROWS, said=None), FIRST_ROWS))
+
+
+def media_files(source: DataSet) -> list[Path]:
+    """List the files of images and audio that the rows of a local source name, each once, in order of their paths.
+
+    Rows that are no examples name none. Only files that mention images or audio are parsed.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        named = [(file, Folder(file.parent, path)) for file in data_files(path, source.split)[0]]
+    else:
+        named = [(path, Folder(path.parent, path.parent))] if path.is_file() and kind_of(path) is not None else []
+    found: set[Path] = set()
+    for file, folder in named:
+        if not mentions(file, MEDIA_WORDS):
+            continue
+        for number, row in file_rows(file):
+            with suppress(InputError):
+                own, _ = own_row(renamed(row, source.columns, str(file)), str(file))
+                example = example_from_row(own, f"{file}:{number}", folder)
+                found |= {medium.path for medium in example.media if medium.path is not None}
+    return sorted(found)
 
 
 def _examples(source: DataSet, limit: int | None, said: set[str] | None) -> Iterator[Example]:

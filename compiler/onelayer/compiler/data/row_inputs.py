@@ -41,11 +41,15 @@ class Made:
 
     def tensors(self) -> "dict[str, torch.Tensor]":
         """Make the tensors. Raises `InputError` if a source changed since it was first read."""
-        output, digests = processed(self.processor, self.media, self.arguments)
+        output, digests = processed(self.processor, [self.media], self.arguments)
+        self.check_unchanged(digests)
+        return kept_tensors(output, self.processor, self.length)
+
+    def check_unchanged(self, digests: Sequence[str]) -> None:
+        """Raise `InputError` if the bytes of the sources are not those that were first read."""
         for source, now, before in zip(self.media, digests, self.digests, strict=True):
             if now != before:
                 raise InputError(f"{source}: changed while it was in use; run the command again")
-        return kept_tensors(output, self.processor, self.length)
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,55 @@ class Zeros:
         return {name: torch.zeros(shape, dtype=torch.int64) for name, shape in self.shapes.items()}
 
 
+def padded_tensors(rows: Sequence[Any], length: int) -> "dict[str, torch.Tensor]":
+    """Make the inputs of rows of several lengths together, as their processor pads them.
+
+    What belongs to tokens is padded with zeros to `length`. A row is `Made`, `Zeros` or None.
+    """
+    import torch
+
+    shown = [row for row in rows if isinstance(row, Made)]
+    if not shown:
+        names = {name for row in rows if row is not None for name in row.shapes}
+        return {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in sorted(names)}
+    processor, several = shown[0].processor, {"padding": True, "padding_side": "right"}
+    columns = [row.arguments if isinstance(row, Made) else {"text": ["a"]} for row in rows]
+    given = {
+        name: [item for column in columns for item in column[name]] if isinstance(value, list) else value
+        for name, value in shown[0].arguments.items()
+    }
+    media = [row.media if isinstance(row, Made) else () for row in rows]
+    output, digests = processed(processor, media, {**given, **several})
+    for row in shown:
+        row.check_unchanged(digests[: len(row.media)])
+        digests = digests[len(row.media) :]
+    own = media_names(processor)
+    tensors = kept_tensors(output, processor, length)
+    return {
+        name: tensor
+        if name in own or tensor.ndim < 2 or tensor.shape[1] >= length or tensor.shape[1] != _width(output, length)
+        else torch.cat([tensor, tensor.new_zeros(len(tensor), length - tensor.shape[1], *tensor.shape[2:])], dim=1)
+        for name, tensor in tensors.items()
+    }
+
+
+def _width(output: Any, length: int) -> int:
+    return min(len(first_row(output["input_ids"])), length)
+
+
 def processed(
-    processor: RowProcessor, media: Sequence[MediaSource], arguments: Mapping[str, Any]
+    processor: RowProcessor, rows: Sequence[Sequence[MediaSource]], arguments: Mapping[str, Any]
 ) -> tuple[Any, tuple[str, ...]]:
-    """Call the processor for one row, and return its output and the digests of the bytes.
+    """Call the processor for the media of some rows, and return its output and the digests of all bytes.
 
     Raises `InputError` if it fails.
     """
+    media = [source for row in rows for source in row]
     digests = tuple(source.digest() for source in media)
     given: dict[str, Any] = dict(arguments)
-    if images := [read_image(source, processor.max_image_pixels) for source in media if source.kind == "image"]:
-        given["images"] = [images]
+    if any(source.kind == "image" for source in media):
+        limit = processor.max_image_pixels
+        given["images"] = [[read_image(source, limit) for source in row if source.kind == "image"] for row in rows]
     if recordings := [read_audio(source, processor.rate_hz) for source in media if source.kind == "audio"]:
         given |= {"audio": recordings, "sampling_rate": processor.rate_hz}
     try:

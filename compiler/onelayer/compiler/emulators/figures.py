@@ -26,6 +26,7 @@ class LinearSummary(Result):
     `form` "dense" is a whole weight, quantized, with its full rank. "coded" is codes of `code_width` with residual
     factors of `rank`; `gradient_error` weighs the error by the loss's gradients at the output too (None without a pass
     back). Factors that a pass back weighs have all errors, singular values and energies weighted like that.
+    `float64_solves` counts matrices that float64 had to solve again: float32 did not certify the accuracy.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LinearSummary(Result):
     form: Literal["factors", "dense", "coded"] = "factors"
     code_width: CodeWidth | None = None
     gradient_error: float | None = None
+    float64_solves: int = 0
 
 
 class LinearFigures(LinearSummary):
@@ -81,6 +83,7 @@ class LinearFigures(LinearSummary):
             fallback=factors.fallback,
             prefix_errors=errors,
             dense_error=None if dense is None else round_significant(dense.error, FIGURE_DIGITS),
+            float64_solves=int(factors.solved_again),
         )
 
     @classmethod
@@ -195,6 +198,7 @@ class StackFigures(LinearFigures):
             fallback=f"{starved} of {len(experts)} experts: see expert_fallbacks" if starved else None,
             prefix_errors=[together(column) for column in zip(*prefixes, strict=True)] if prefixes else None,
             dense_error=if_known("dense_error"),
+            float64_solves=sum(item.float64_solves for item in experts),
             rows=rows,
             largest_error=max(item.error for item in experts),
             expert_fallbacks=fallbacks,

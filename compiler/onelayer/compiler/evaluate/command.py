@@ -132,7 +132,7 @@ def evaluate_model(
         streamed.checkpoint.check_unchanged()
         if emulator is not None:
             emulator.checkpoint.check_unchanged()
-        workspace = scoring_workspace(stream, batches, len(variants))
+        workspace = scoring_workspace(stream, batches, len(variants), compared=emulator is not None)
         workspace += replaced_bytes(streamed, adapted.replacements)
         workspace += streamed.unpacking_bytes(meter.on_gpu)
         bytes_read = streamed.checkpoint.bytes_read

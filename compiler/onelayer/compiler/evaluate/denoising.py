@@ -105,6 +105,6 @@ class DenoisingScoring:
 
     def workspace(self, stream: Stream) -> int:
         """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
-        streamed = stream.streamed
-        waiting = stream.spill_pool.budget_bytes if stream.device.type == "cpu" else 0
-        return scoring_bytes(streamed.largest_unit_bytes, stream.loads.most_values(streamed)) + waiting
+        streamed, on_gpu = stream.streamed, stream.device.type != "cpu"
+        waiting = 0 if on_gpu else stream.spill_pool.budget_bytes
+        return scoring_bytes(streamed.largest_unit_bytes, 0, stream.loads.most_values(streamed), on_gpu) + waiting

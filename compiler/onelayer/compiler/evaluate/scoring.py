@@ -16,8 +16,9 @@ from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import DeferredLogits
+from onelayer.compiler.models.linears import head_workspace
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
+from onelayer.compiler.models.unit_memory import SCORED_LOGITS, SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
 from onelayer.compiler.streaming.stream import Stream
 from onelayer.compiler.streaming.token_scores import Divergence, TokenScores
@@ -179,15 +180,19 @@ class Scoring:
         return total / count, agreed / count
 
 
-def scoring_workspace(stream: Stream, batches: Sequence[TokenBatch], variants: int) -> int:
-    """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
-    streamed, loads = stream.streamed, stream.loads
+def scoring_workspace(stream: Stream, batches: Sequence[TokenBatch], variants: int, *, compared: bool = False) -> int:
+    """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait.
+
+    With `compared`, the logits of one variant are compared with those of another.
+    """
+    streamed, loads, on_gpu = stream.streamed, stream.loads, stream.device.type != "cpu"
     parked = 0
-    if stream.device.type == "cpu":
+    if not on_gpu:
         parked = parked_bytes(streamed, batches, variants, stream.spill_pool)
         states = variants * len(batches) * loads.most_states * max(4, streamed.dtype.itemsize)
         parked = max(parked, min(stream.spill_pool.budget_bytes, states))
-    return scoring_bytes(streamed.largest_unit_bytes, loads.most_values(streamed)) + parked
+    head = head_workspace(streamed, loads.most_rows, SCORED_LOGITS, compared=compared)
+    return scoring_bytes(streamed.largest_unit_bytes, head, loads.most_values(streamed), on_gpu) + parked
 
 
 def parked_bytes(streamed: StreamedModel, batches: Sequence[TokenBatch], variants: int, spill_pool: SpillPool) -> int:

@@ -36,7 +36,8 @@ class Factors:
     Errors are relative Frobenius errors of the output over the calibration rows: `error` of the factors as stored,
     `optimal_error` the Eckart-Young bound sqrt(sum_{i>k} s_i^2 / sum s_i^2), None where the solver does not know all
     of the spectrum. `singular_values` (descending, at least the k leading ones) are those of Y, `energy` the sum of
-    all their squares. `fallback` says in words if calibration did not determine all of the factors.
+    all their squares. `fallback` says in words if calibration did not determine all of the factors. `solved_again`: in
+    float64, because float32 did not certify the accuracy.
     """
 
     up: torch.Tensor
@@ -46,6 +47,7 @@ class Factors:
     singular_values: torch.Tensor
     energy: float
     fallback: str | None
+    solved_again: bool = False
 
 
 def factorize(
@@ -71,7 +73,8 @@ def factorize(
         W, moments = weights.applied(W, moments)
     narrow = min(W.shape)
     leading, is_few = None, block_width(rank) < WORTHWHILE_SHARE * narrow
-    if narrow >= SMALL or (solver == "fast" and is_few):
+    tried = narrow >= SMALL or (solver == "fast" and is_few)
+    if tried:
         leading = certified_directions(W, moments, rank, TOLERANCE[solver], seed, whole=not is_few)
     iterated = leading is not None and solver == "fast"
     solved = leading or all_directions(W, moments, rank)
@@ -83,7 +86,9 @@ def factorize(
     used = up.to(W) if weights is None else weights.weighted(up.to(W))
     lost = _lost_energy(W, used, down.to(W), basis, projected, moments, gram, energy)
     optimal = None if iterated else _relative(energy - float(energies[:rank].sum(dtype=torch.float64)), energy)
-    return Factors(up, down, _relative(lost, energy), optimal, energies.sqrt(), energy, fallback)
+    return Factors(
+        up, down, _relative(lost, energy), optimal, energies.sqrt(), energy, fallback, tried and leading is None
+    )
 
 
 def _completed(
@@ -164,5 +169,6 @@ def _lost_energy(
         gram_basis = gram @ basis
         cross = (up * gram_basis).sum(dtype=torch.float64)
         inner = basis.T @ gram_basis
-        rounding = float(((up @ (down - projected)).square().sum(dim=0) * moments.input_energy).sum())
+        rounded = down - projected  # ||up r||^2 of each column r, without their product (out, in)
+        rounding = float((((up.T @ up) @ rounded * rounded).sum(dim=0) * moments.input_energy).sum())
     return energy - 2 * float(cross) + float(((up.T @ up) * inner).sum(dtype=torch.float64)) + rounding

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+import psutil
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -31,8 +32,23 @@ def move(values: Any, device: torch.device) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), values)
 
 
-def forked_random(device: torch.device) -> AbstractContextManager[None]:
-    """Restore the random generators of the host and of `device`, whatever its kind, on exit."""
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of `device` that nobody holds."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.get_device_module(device).mem_get_info(device)[0])
+
+
+def forked_random(device: torch.device | None = None) -> AbstractContextManager[None]:
+    """Restore the random generators of the host and of `device`, whatever its kind, on exit.
+
+    Without a device, restore those of all accelerators.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None:
+            return torch.random.fork_rng(devices=[])
+        return torch.random.fork_rng(devices=range(torch.accelerator.device_count()), device_type=accelerator.type)
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

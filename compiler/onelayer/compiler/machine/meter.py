@@ -84,6 +84,11 @@ class Meter:
             return int(self._allocator.max_memory_allocated(self.device))
         return self._peak_bytes - self._start_bytes
 
+    @property
+    def reserved_bytes(self) -> int | None:
+        """The most that the device's allocator held so far, with what it keeps between uses; None on a CPU."""
+        return int(self._allocator.max_memory_reserved(self.device)) if self.on_gpu else None
+
     def report(self, largest_unit_bytes: int, workspace_bytes: int, bytes_read: int) -> Report:
         """Return the figures of the pass so far."""
         return Report(
@@ -93,4 +98,5 @@ class Meter:
             peak_host_bytes=self._peak_bytes,
             bytes_read=bytes_read,
             seconds=round(time.perf_counter() - self._start_seconds, 3),
+            reserved_device_bytes=self.reserved_bytes,
         )

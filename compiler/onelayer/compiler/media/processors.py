@@ -7,6 +7,7 @@ transformers builds processors.
 
 import inspect
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +102,19 @@ def load_processor(
     parts = (processor.image_processor, processor.feature_extractor)
     names = [name for part in parts if part is not None for name in part.model_input_names[:1]]
     return processor if {*names} & inspect.signature(model_class.forward).parameters.keys() else None
+
+
+def media_read(directory: Path) -> list[MediaKind]:
+    """List the kinds of media that a model's directory has a processor for, from its files alone."""
+    documents = [read_json(directory / name) for name in FILES if (directory / name).is_file()]
+    keys = {key for document in documents if isinstance(document, dict) for key in document}
+    found: list[MediaKind] = ["image"] if keys & {"image_processor", "image_processor_type"} else []
+    return [*found, "audio"] if keys & {"feature_extractor", "feature_extractor_type"} - _of_images(keys) else found
+
+
+def _of_images(keys: Collection[str]) -> set[str]:
+    """Return what old configurations of image processors have too: they were called feature extractors."""
+    return {"feature_extractor_type"} if "image_processor_type" in keys else set()
 
 
 def _stock(directory: Path) -> Any:

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.models.experts import ExpertStacks, stacks_below
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import routed_width
+from onelayer.compiler.models.unit_memory import comparing_bytes, head_bytes, routed_width
 from onelayer.compiler.models.units import Unit
 
 
@@ -30,6 +30,18 @@ def expert_width(stacks: ExpertStacks) -> int:
 def widest(streamed: StreamedModel) -> int:
     """Return the width of the widest unit."""
     return max(unit_width(streamed, unit) for unit in streamed.units)
+
+
+def head_workspace(streamed: StreamedModel, tokens: int, logits: int, *, compared: bool = False) -> int:
+    """Predict what reading the head by slices holds, with `logits` copies of a slice for `tokens`; see `head_bytes`.
+
+    With `compared`, two models' logits are.
+    """
+    if streamed.head is None:  # its logits, if it has any, are formed in a unit
+        return 0
+    vocabulary, hidden = weight_shape(streamed.head)
+    head = head_bytes(vocabulary, hidden, streamed.dtype.itemsize, tokens, logits)
+    return head + (comparing_bytes(vocabulary, tokens) if compared else 0)
 
 
 def unit_linears(unit: Unit) -> Iterator[tuple[str, nn.Module]]:

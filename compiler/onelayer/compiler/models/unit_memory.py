@@ -14,6 +14,10 @@ from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 RESERVE_BYTES = 64 << 20
 # A matrix that stays on disk is applied by slices of this size, so that it costs as much whatever the vocabulary.
 SLICE_BYTES = 64 << 20
+# Copies of a slice of logits while they are scored, and while their gradient is taken.
+SCORED_LOGITS, GRADIENT_LOGITS = 2, 3
+# Logits of two models are compared at most this many at a time, in float64: both, and three results.
+COMPARED_VALUES = 1 << 20
 # Per trained value in float32: itself, its gradient, what it was, Adam's two moments, and its rounded form; that once
 # more in the model's dtype, if it is another.
 TRAINED_VALUE_BYTES = 26
@@ -27,11 +31,6 @@ SMALL_SHARE = 0.005
 # Rows of one expert that are computed at a time when its moments are taken.
 EXPERT_ROWS = 1024
 EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
-# A correction reads weights by rows, in chunks of about this size, and widens them by blocks that stay in a core's
-# cache, which triples the speed. It works on several linears at once.
-CHUNK_BYTES = 8 << 20
-BLOCK_BYTES = 1 << 20
-LINEARS_AT_ONCE = 3
 
 
 def routed_width(experts_per_token: int, opened: int, inner: int, hidden: int) -> int:
@@ -57,22 +56,39 @@ def training_bytes(
 ) -> int:
     """Bound what training the factors of one unit holds in addition to its weights; `values` of each linear train.
 
-    Where gradients are learned too, `differentiated` counts the weights that have a second derivative. They are in the
-    graph in float32 and in the model's dtype, with a gradient each, and the graph is that of the original, of the
-    emulator and of its way back.
+    Where gradients are learned too, `differentiated` counts the values that have a second derivative: the trained ones
+    and decoded weights. They are in the graph in float32 and in the model's dtype, if that is another, with a gradient
+    each, and the graph is that of the original, of the emulator and of its way back.
     """
     graphs = (3 if differentiated else 1) * graph_bytes(unit_values, value_bytes, on_gpu)
-    weights = 2 * (4 + value_bytes) * differentiated
+    weights = 2 * (4 + (value_bytes if value_bytes != 4 else 0)) * differentiated
     return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
-def step_bytes(unit_bytes: int, unit_values: int, value_bytes: int, adapter_bytes: int, on_gpu: bool) -> int:
+def head_bytes(vocabulary: int, hidden: int, value_bytes: int, tokens: int, logits: int) -> int:
+    """Bound what a head that is read by slices holds: a slice of its weight and `logits` copies of a slice of logits.
+
+    A slice of logits is in float32. A head that is smaller than a slice takes its own size. The hidden states and their
+    gradient come with their copies.
+    """
+    weight, slice_bytes = vocabulary * hidden * value_bytes, 4 * vocabulary * tokens
+    return min(SLICE_BYTES, weight) + logits * min(SLICE_BYTES, slice_bytes) + 4 * 4 * hidden * tokens
+
+
+def comparing_bytes(vocabulary: int, tokens: int) -> int:
+    """Bound what comparing two models' logits holds in addition to scoring one: the other's slice, and the results."""
+    values = vocabulary * tokens
+    return min(SLICE_BYTES, 4 * values) + (5 * 8 + 1) * min(COMPARED_VALUES, values)
+
+
+def step_bytes(unit_bytes: int, head: int, graph: int, adapter_bytes: int, on_gpu: bool) -> int:
     """Bound what an exact step on one micro-batch holds in addition to the unit that computes.
 
-    The unit that is read ahead, the head's slices and their gradients, the adapter with its optimizer, and the graph of
-    the widest unit. Kept unit inputs are not in it: they lie on the host and are reported by themselves.
+    The adapter with its optimizer, the `graph` of the widest unit or the `head` with its gradients, and a reserve. A
+    host holds the unit that is read ahead too, and keeps holes of the one while it has the other. Kept unit inputs are
+    not in it: they lie on the host and are reported by themselves.
     """
-    return unit_bytes + 4 * SLICE_BYTES + adapter_bytes + graph_bytes(unit_values, value_bytes, on_gpu)
+    return RESERVE_BYTES + adapter_bytes + (max(graph, head) if on_gpu else unit_bytes + graph + head)
 
 
 def resident_bytes(weight_bytes: int, all_values: int, value_bytes: int, on_gpu: bool) -> int:
@@ -92,18 +108,24 @@ def anchoring_bytes(unit_bytes: int, unit_values: int, value_bytes: int, on_gpu:
     return RESERVE_BYTES + graph_bytes(unit_values, value_bytes, on_gpu) + (0 if on_gpu else unit_bytes)
 
 
-def scoring_bytes(unit_bytes: int, unit_values: int) -> int:
+def scoring_bytes(unit_bytes: int, head: int, unit_values: int, on_gpu: bool) -> int:
     """Bound what scoring one batch holds in addition to the unit that computes.
 
-    Slices of the head and of its logits, the unit that is read ahead, and the activations of one batch in the widest
-    unit. Waiting batches are not in it: they lie on the host.
+    The activations of one batch in the widest unit, or in the unit's place the slices of the `head`, and a reserve. A
+    host holds both, and the unit that is read ahead. Waiting batches are not in it: they lie on the host.
     """
-    return 3 * SLICE_BYTES + unit_bytes + 4 * unit_values
+    activations = 4 * unit_values
+    return RESERVE_BYTES + (max(activations, head - unit_bytes) if on_gpu else unit_bytes + activations + head)
 
 
 def moment_bytes(sides: Iterable[int]) -> int:
     """Count square moments in float64, one for each of `sides`, which are numbers of features."""
     return sum(8 * side * side for side in sides)
+
+
+def adding_bytes(side: int) -> int:
+    """Count what adding to a square moment takes: a product in float32, and in float64 its rounding to a grid."""
+    return (4 + 8 + 8) * side * side
 
 
 @dataclass(frozen=True)
@@ -139,14 +161,14 @@ class CompiledShape:
         """Bound the solver.
 
         In float64 these are the weight, its product with a square root of the moment, and the eigenproblem of the
-        narrow side with its workspace. If the moment is the input's, they are instead the residual of the factors and
-        two products of it. The basis exists twice, and so does the stored factor made from it.
+        narrow side with its workspace; then the factors, three products of `down` with the moment, and a product of
+        `up`. The basis exists twice, and so does the stored factor made from it.
         """
-        rows, columns, narrow = self.out_features, self.in_features, self.narrow
+        rows, columns, narrow, rank = self.out_features, self.in_features, self.narrow, self.rank or 0
         product = 8 * rows * columns if rows > columns else 0
         solve = product + 8 * 4 * narrow * narrow
-        judge = 3 * 8 * rows * columns if rows >= columns else 8 * 2 * narrow * narrow
-        return 8 * rows * columns + max(solve, judge) + (2 * 8 + factor_value_bytes) * (self.rank or 0) * rows
+        judge = 8 * rank * (rows + 4 * columns)
+        return 8 * rows * columns + max(solve, judge) + (2 * 8 + factor_value_bytes) * rank * rows
 
     @property
     def _rounding_bytes(self) -> int:
@@ -167,36 +189,44 @@ class CompiledShape:
         return sum(linear_bytes(*shape, rank, self.factor_dtype, self.value_bytes) for rank in forms)
 
 
-def solving_bytes(linears: Sequence[CompiledShape]) -> int:
-    """Bound what compressing the linears of a unit holds at its end: the largest solver, and all that is stored."""
+def solving_bytes(linears: Sequence[CompiledShape], on_gpu: bool = False) -> int:
+    """Bound what compressing the linears of a unit holds at its end: the largest solver, and all that is stored.
+
+    From a card, what is stored moves to the host: it has that of the linear that is solved and of the one before.
+    """
     solver = max((linear.solver_bytes for linear in linears), default=0)
-    return solver + sum(linear.stored_bytes for linear in linears)
+    stored = [linear.stored_bytes for linear in linears]
+    return solver + (2 * max(stored, default=0) if on_gpu else sum(stored))
 
 
-def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
+def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int, on_gpu: bool) -> int:
     """Bound what coding the linears (out, in) of a unit holds in addition to its weights.
 
-    The moments of both sides of all of them in float64, the factors of both sides of one, its weight in float32 six
-    times as it is coded and its residual solved, the `graph` of one micro-batch, slices of the head and their
-    gradients. Kept unit inputs are not in it: they lie on the host, or in files if the host is the device.
+    The moments of both sides of all of them in float64, with the `graph` of one micro-batch while they are gathered;
+    then the factors of both sides of one, and its weight in float32 six times as it is coded and its residual solved.
+    Before that, slices of the `head` and their gradients. A host keeps holes of each while it has the others. Kept
+    unit inputs are not in it: they lie on the host, or in files if the host is the device.
     """
     linears = list(shapes)
     sides = [8 * (columns * group_size(columns) + rows * OUTPUT_BLOCK) for rows, columns in linears]
     values = max((rows * columns for rows, columns in linears), default=0)
-    return sum(sides) + 4 * max(sides, default=0) + 24 * values + graph + 4 * SLICE_BYTES
+    solver = 4 * max(sides, default=0) + 24 * values
+    if on_gpu:
+        return max(sum(sides) + max(graph, solver), head)
+    return sum(sides) + solver + graph + head
 
 
-def weighing_bytes(shapes: Iterable[tuple[int, int]], graph: int) -> int:
+def weighing_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int) -> int:
     """Bound what weighing the factors of a unit's linears (out, in) by gradients holds in addition to computing them.
 
     The moments of the gradients at all outputs and three times those of one as they are factored, one weight and its
-    moments once more in float64, the `graph` of one micro-batch, slices of the head and their gradients. Kept unit
+    moments once more in float64, the `graph` of one micro-batch, slices of the `head` and their gradients. Kept unit
     inputs are not in it, as in `coding_bytes`.
     """
     linears = list(shapes)
     outputs = [8 * rows * OUTPUT_BLOCK for rows, _ in linears]
     weighted = max((8 * (2 * rows * columns + min(rows, columns) ** 2) for rows, columns in linears), default=0)
-    return sum(outputs) + 3 * max(outputs, default=0) + weighted + graph + 4 * SLICE_BYTES
+    return sum(outputs) + 3 * max(outputs, default=0) + weighted + graph + head
 
 
 def decoding_bytes(values: int, value_bytes: int) -> int:
@@ -216,57 +246,3 @@ def code_training_bytes(values: int) -> int:
     each is multiplied by.
     """
     return 6 * 4 * values
-
-
-def trial_bytes(candidates: int, sides: int, unit_factors: Sequence[Sequence[int]], on_gpu: bool) -> int:
-    """Bound what the trials of a correction hold in addition to the stream that scores them.
-
-    `sides`: inputs and outputs of all adapted linears, each times the adapter's rank. Every adapted linear has p, b and
-    two errors; one unit at a time has the candidates. `unit_factors`: by unit, how many values the emulator's factors
-    of each linear have. All of a unit's are read to the host; those of one linear are copied to float32, twice.
-    """
-    read = 0 if on_gpu else 4 * max(map(sum, unit_factors), default=0)
-    copied = 2 * 4 * max((max(values, default=0) for values in unit_factors), default=0)
-    return 8 * (4 + candidates) * sides + read + copied
-
-
-@dataclass(frozen=True)
-class CorrectedShape:
-    """An adapted linear that is compressed: its sides, the emulator's rank, the adapter's, and its stored weight.
-
-    `is_plain`: the checkpoint stores the weight as one tensor, so it can be read by rows.
-    """
-
-    out_features: int
-    in_features: int
-    rank: int
-    lora_rank: int
-    weight_bytes: int
-    is_plain: bool = True
-
-    @property
-    def working_bytes(self) -> int:
-        """Bound what computing its gap holds.
-
-        Its factors in their dtype and in float32, a chunk of its weight and the next one (all of it, twice, if it is
-        not plain), one block, and six (out, r) in float64.
-        """
-        chunks = min(2 * CHUNK_BYTES, self.weight_bytes) if self.is_plain else 2 * self.weight_bytes
-        sides = self.out_features + self.in_features
-        factor_values = min(self.rank * sides, self.out_features * self.in_features)  # a whole weight has no factors
-        return chunks + BLOCK_BYTES + 8 * factor_values + 8 * 6 * self.lora_rank * sides
-
-    @property
-    def solved_bytes(self) -> int:
-        """Bound its corrected factors, in float64."""
-        return 8 * self.lora_rank * (self.out_features + self.in_features)
-
-
-def correction_bytes(linears: Sequence[CorrectedShape]) -> int:
-    """Bound what a correction holds: what is solved of all linears, and the fuller of two moments.
-
-    Those are the linears that are worked on at once, and the float32 copies that are written at the end.
-    """
-    working = LINEARS_AT_ONCE * max((linear.working_bytes for linear in linears), default=0)
-    solved = sum(linear.solved_bytes for linear in linears)
-    return solved + max(working, solved // 2)

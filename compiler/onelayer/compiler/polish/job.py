@@ -17,7 +17,8 @@ from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.train_rows import TrainRows
 from onelayer.compiler.denoising.batches import DrawnImages
 from onelayer.compiler.machine.console import Progress
-from onelayer.compiler.models.unit_memory import step_bytes
+from onelayer.compiler.models.linears import head_workspace
+from onelayer.compiler.models.unit_memory import GRADIENT_LOGITS, graph_bytes, step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
@@ -200,5 +201,6 @@ def polish_workspace(
     on_gpu: bool,
 ) -> int:
     """Predict the workspace of a polish that is about to run."""
-    values = loads.most_values(streamed)
-    return step_bytes(streamed.largest_unit_bytes, values, streamed.dtype.itemsize, state.bytes, on_gpu)
+    graph = graph_bytes(loads.most_values(streamed), streamed.dtype.itemsize, on_gpu)
+    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS)
+    return step_bytes(streamed.largest_unit_bytes, head, graph, state.bytes, on_gpu)

@@ -82,6 +82,8 @@ class PolishTask:
             raise InputError("--packing: a classifier predicts one class of a row, so rows stay apart; leave it out")
         length = settings.max_length
         rows = TrainRows.read(data, tokenizer, length, settings.batch_size, settings.seed, classes)
+        if settings.packing and any(row.inputs is not None for row in rows.rows):
+            raise InputError("--packing: rows for a model that reads images or audio stay apart; leave it out")
         held_out = [] if eval_data is None else read_for(classes, eval_data, tokenizer, length)
         return cls(directory, base, start, rows, held_out, settings, device, stamps)
 

@@ -17,6 +17,7 @@ from onelayer.compiler.adapters.reader import Adapter, adapter_digest
 from onelayer.compiler.adapters.writer import Base, write_adapter
 from onelayer.compiler.data.classes import is_classifier
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.polish.resume import Parameters
 
@@ -48,7 +49,7 @@ class FreshAdapter:
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in empty.modules()),
                 exclude_modules=list(SEQ_CLS_HEAD_NAMES) if is_classifier(type(empty)) else None,
             )
-            with torch.random.fork_rng(), warnings.catch_warnings():
+            with forked_random(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of PEFT's, about Conv1D and ties
                 torch.manual_seed(self.seed)
                 try:

@@ -24,7 +24,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.job import GradientRefinePass, RefinePass, UnitTraining, refine_workspace
 from onelayer.compiler.refine.own_inputs import OwnInputsPass
 from onelayer.compiler.refine.resume import REFINE_WORK, RefinedUnit, RefineWork
-from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
+from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings, ResolvedRefineSettings
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -79,12 +79,11 @@ def refine_emulator(
         raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
     step_samples = capped("--step-samples", chosen.step_samples, data.samples)
     chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": data.backward})
-    chosen = chosen.resolved(coded=bool(opened.facts.codes))
-    return _refine(streamed, opened, data, output, chosen)
+    return _refine(streamed, opened, data, output, chosen.resolved(coded=bool(opened.facts.codes)))
 
 
 def _refine(
-    streamed: StreamedModel, emulator: Emulator, data: Calibration, output: Path, settings: RefineSettings
+    streamed: StreamedModel, emulator: Emulator, data: Calibration, output: Path, settings: ResolvedRefineSettings
 ) -> RefineResult:
     """Stream the original, train the emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)

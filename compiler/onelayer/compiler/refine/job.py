@@ -20,14 +20,14 @@ from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
-from onelayer.compiler.models.linears import unit_linears
+from onelayer.compiler.models.linears import head_workspace, unit_linears
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import RESERVE_BYTES, SLICE_BYTES, code_training_bytes, training_bytes
+from onelayer.compiler.models.unit_memory import GRADIENT_LOGITS, RESERVE_BYTES, code_training_bytes, training_bytes
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
-from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.settings import ResolvedRefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.denoising_loss import PassBatch
@@ -45,7 +45,7 @@ class UnitTraining:
     streamed: StreamedModel
     emulator: Emulator
     work: RefineWork
-    settings: RefineSettings
+    settings: ResolvedRefineSettings
     meter: Meter
     stop: StopRequest
 
@@ -234,16 +234,16 @@ def refine_workspace(
     the device, the unit that is read ahead counts too. With `backward`, also the second graph and the weights in it, or
     slices of the head.
     """
-    worst = 4 * SLICE_BYTES if backward else 0
+    worst = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS) if backward else 0
     for unit in streamed.units:
         names = linears_of(unit, emulator)
         values = [_trained_values(emulator, name) for name in names]
         computed = loads.values(streamed, unit) if names else 0
-        twice = sum(math.prod(emulator.shape(name)) for name in names) if backward else 0
-        training = training_bytes(values, computed, streamed.dtype.itemsize, on_gpu, twice)
         coded = [math.prod(emulator.shape(name)) for name in names if name in emulator.facts.codes]
+        twice = sum(values) + sum(coded) if backward else 0
+        training = training_bytes(values, computed, streamed.dtype.itemsize, on_gpu, twice)
         training += code_training_bytes(max(coded, default=0))
-        worst = max(worst, training + unit.weight_bytes)
+        worst = max(worst, training + (0 if on_gpu else unit.weight_bytes))
     return worst + RESERVE_BYTES
 
 

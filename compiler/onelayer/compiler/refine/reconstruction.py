@@ -17,7 +17,7 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.distances import Distances, twice_differentiable
-from onelayer.compiler.refine.settings import RefineSettings
+from onelayer.compiler.refine.settings import ResolvedRefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear
 
 
@@ -40,7 +40,7 @@ def refine_unit(
     unit: Unit,
     linears: Mapping[str, TrainedLinear],
     calls: Sequence[Call],
-    settings: RefineSettings,
+    settings: ResolvedRefineSettings,
     meter: Meter,
     team: Processes,
 ) -> tuple[UnitErrors, UnitErrors]:
@@ -78,7 +78,7 @@ def _train(
     distances: Distances,
     before: UnitErrors,
     calls: Sequence[Call],
-    settings: RefineSettings,
+    settings: ResolvedRefineSettings,
     meter: Meter,
     team: Processes,
 ) -> None:
@@ -134,7 +134,7 @@ def _add_up_gradients(factors: Sequence[torch.Tensor], team: Processes) -> None:
         team.add_up([factor.grad])
 
 
-def _shuffled(weights: Sequence[float], settings: RefineSettings, position: int) -> Iterator[list[int]]:
+def _shuffled(weights: Sequence[float], settings: ResolvedRefineSettings, position: int) -> Iterator[list[int]]:
     """Yield the numbers of the calls of each step; every round goes through all calls, in a new order."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + position)
     chosen, weight = list[int](), 0.0

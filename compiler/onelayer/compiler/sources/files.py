@@ -5,7 +5,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 
@@ -62,6 +62,20 @@ def file_rows(path: Path) -> Iterator[NumberedRow]:
     if kind is None:
         raise InputError(f"{path}: unknown kind of data; use {KINDS} (one JSON object per line in a .jsonl file)")
     return readers[kind](path)
+
+
+def mentions(path: Path, words: Sequence[bytes]) -> bool:
+    """Return whether one of some words is in a file, read piece by piece; true for a packed file."""
+    if path.suffix == ".gz":
+        return True
+    overlap = max(map(len, words)) - 1
+    tail = b""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            if any(word in tail + block for word in words):
+                return True
+            tail = block[-overlap:]
+    return False
 
 
 def _opened(path: Path) -> BufferedReader:

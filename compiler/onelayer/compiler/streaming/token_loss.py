@@ -85,8 +85,8 @@ class TokenLoss:
         """Read the head, fill in the losses, send gradients back; False, and none sent, where a loss is not finite."""
         for index, rows, weight, start in _slices(self._waiting, range(len(self.batches))):
             waiting = self._waiting[index]
-            logits_NS = waiting.logits.slice_of(waiting.hidden[rows].detach().to(self.device), weight, *start)
-            waiting.scores.update(rows, logits_NS, start[0])
+            hidden_NH = waiting.hidden[rows].detach().to(self.device)
+            waiting.scores.update(rows, waiting.logits.slice_of(hidden_NH, weight, *start), start[0])
         if self._waiting:  # the host waits once for all
             sums = torch.stack([waiting.scores.losses.sum() for waiting in self._waiting.values()]).tolist()
             for index, value in zip(self._waiting, sums, strict=True):
@@ -147,7 +147,7 @@ def _slice_gradient(
     inside_N = ((labels_N >= start) & (labels_N < stop)).to(gradient_NS.dtype)
     places_N = (labels_N - start).clamp(0, stop - start - 1)
     gradient_NS.scatter_add_(1, places_N[:, None], -inside_N[:, None])
-    (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, (gradient_NS * scale).to(logits_NS.dtype))
+    (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, gradient_NS.mul_(scale).to(logits_NS.dtype))
     return gradient_NH
 
 

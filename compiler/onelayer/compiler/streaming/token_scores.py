@@ -5,8 +5,7 @@ Shape letters: N predicted tokens, S a slice of the vocabulary.
 
 import torch
 
-# Logits that are compared at a time: their copies in float64 stay small next to a slice of the head.
-DIVERGENCE_VALUES = 1 << 20
+from onelayer.compiler.models.unit_memory import COMPARED_VALUES
 
 
 class TokenScores:
@@ -29,7 +28,7 @@ class TokenScores:
         # The comparison is strict: among equals the first token wins, as in an argmax over all tokens.
         self.best_N[rows] = torch.where(highest_N > before_N, best_N + start, self.best_N[rows])
         now_N = torch.maximum(before_N, highest_N)
-        grown_N = (logits_NS - now_N[:, None]).exp().sum(dim=-1, dtype=torch.float64)
+        grown_N = (logits_NS - now_N[:, None]).exp_().sum(dim=-1, dtype=torch.float64)
         self._sum_N[rows] = self._sum_N[rows] * (before_N - now_N).double().exp() + grown_N
         self._highest_N[rows] = now_N
         inside_N = (self.labels_N[rows] >= start) & (self.labels_N[rows] < start + logits_NS.shape[1])
@@ -71,7 +70,7 @@ class Divergence:
 
     def update(self, rows: slice, p_logits_NS: torch.Tensor, q_logits_NS: torch.Tensor) -> None:
         """Add the same slice of both models' logits for the predictions in `rows`, a few rows at a time."""
-        step, begin = max(1, DIVERGENCE_VALUES // p_logits_NS.shape[1]), rows.start or 0
+        step, begin = max(1, COMPARED_VALUES // p_logits_NS.shape[1]), rows.start or 0
         for first in range(0, len(p_logits_NS), step):
             last = min(first + step, len(p_logits_NS))
             self._update(slice(begin + first, begin + last), p_logits_NS[first:last], q_logits_NS[first:last])
@@ -80,7 +79,7 @@ class Divergence:
         p_NS, q_NS = p_logits_NS.double(), q_logits_NS.double()
         before_N = self._highest_N[rows]
         now_N = torch.maximum(before_N, p_NS.amax(dim=-1).float())
-        weights_NS = (p_NS - now_N[:, None].double()).exp()
+        weights_NS = (p_NS - now_N[:, None].double()).exp_()
         # A token that the first model excludes does not count, whatever the second model predicts.
         gaps_NS = torch.where(weights_NS > 0, p_NS - q_NS, 0.0)
         shrink_N = (before_N - now_N).double().exp()

@@ -42,6 +42,11 @@ class UnitLoads:
         return max(self.values(streamed, unit) for unit in streamed.units)
 
     @property
+    def most_rows(self) -> int:
+        """The most rows that any unit saw in one call."""
+        return max(self._rows.values(), default=0)
+
+    @property
     def most_states(self) -> int:
         """The most values that a batch hands from one unit to the next, with those that the next returns."""
         return max(self._states.values(), default=0)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.runtime.activations.norms import Norm, recognize
 from onelayer.runtime.activations.recompute import tensors_in
 
@@ -45,8 +46,7 @@ def plan_layer(
     so that transformers' recorders of router logits and hidden states do not see it.
     """
     trace = _Trace(layer, list(shared))
-    devices = [hidden.device] if hidden.device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=hidden.device.type if devices else "cuda"), trace.watching():
+    with forked_random(hidden.device), trace.watching():
         # With a gradient, as if a trained layer came before it, the first layer is judged like the others.
         contextvars.Context().run(call, hidden.detach().requires_grad_())
     if not trace.blocks:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.runtime.activations.compression import ActivationCompression, Rank
 from onelayer.runtime.activations.figures import Figures
 from onelayer.runtime.activations.report import ActivationReport, LayerFigures
@@ -25,8 +26,7 @@ Loss = Callable[[], torch.Tensor]
 
 def gradients(parameters: Sequence[nn.Parameter], loss: Loss) -> list[torch.Tensor]:
     """Return the gradient of each parameter, zeros if the loss does not depend on it; dropout as in the next step."""
-    devices = sorted({parameter.device.index for parameter in parameters if parameter.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with forked_random(), torch.enable_grad():
         computed = torch.autograd.grad(loss(), parameters, allow_unused=True)
     return [
         torch.zeros_like(parameter) if gradient is None else gradient

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from onelayer.compiler.emulators.facts import EmulatorFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries.modules import owner_of
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, set_tensor
 
@@ -33,7 +33,7 @@ class AdaptedOriginal:
         config: Any = copy.deepcopy(self._adapted.peft_config[self._adapted.active_adapter])
         config.task_type = None  # a task adds a head by name; the modules to save are in the configuration already
         config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in empty.modules())
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with forked_random(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's, about ties and Conv1D
             get_peft_model(empty, config, self._adapted.active_adapter, low_cpu_mem_usage=True)
         empty.eval()

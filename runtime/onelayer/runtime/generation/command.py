@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.results import Result
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -50,7 +51,7 @@ def generate_text(
     chosen: dict[str, Any] = {"do_sample": asked.temperature > 0, "max_new_tokens": asked.max_new_tokens}
     if asked.temperature > 0:
         chosen["temperature"] = asked.temperature
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked_random(), torch.no_grad():
         set_seed(asked.seed)
         written = loaded.generate(**{name: ids.to(loaded.device) for name, ids in inputs.items()}, **chosen)
     tokens = written[0, inputs["input_ids"].shape[1] :] if not loaded.config.is_encoder_decoder else written[0]

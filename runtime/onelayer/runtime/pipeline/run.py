@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from onelayer.runtime.pipeline.reasons import UNCHANGED, RunRecord, reason_to_ru
 from onelayer.runtime.pipeline.reuse import describe_emulator, slice_larger
 from onelayer.runtime.pipeline.step import Source, Step, model_directory, model_source, source_digests, unchanged
 from onelayer.runtime.pipeline.steps import steps_of
+from onelayer.runtime.store.locks import BusyError
 from onelayer.runtime.store.record import Artifact, Notify, StepSpec, silent
 from onelayer.runtime.store.store import ArtifactStore
 
@@ -72,9 +73,7 @@ def run(
     costs = Costs(manifest, model_directory(model_source(manifest)))
     with ExitStack() as in_use:
         runner = _Runner(store, RunRecord.of(manifest.path, store), source_digests(steps), in_use, notify)
-        results = [
-            runner.bring_up(step, f"[{number}/{len(steps)}] {step.name}") for number, step in enumerate(steps, start=1)
-        ]
+        results = runner.bring_up_all(steps)
         foreseen = {step.name: step_costs(step, costs).peak_bytes for step in steps}
         results = [_with_memory(result, runner.made.get(result.name), foreseen[result.name]) for result in results]
         done = RunResult(steps=results, evaluations=_evaluations(steps, runner.made, store))
@@ -95,8 +94,27 @@ class _Runner:
     notify: Notify
     made: dict[str, Artifact] = field(default_factory=dict)
 
-    def bring_up(self, step: Step, title: str) -> StepResult:
-        """Find or make the artifact of one step; a failure is also returned as a result."""
+    def bring_up_all(self, steps: Sequence[Step]) -> list[StepResult]:
+        """Bring up steps in their order. A step that another run is making is put off while there is other work."""
+        titles = {step.name: f"[{number}/{len(steps)}] {step.name}" for number, step in enumerate(steps, start=1)}
+        remaining, results = list(steps), dict[str, StepResult]()
+        while remaining:
+            names = {step.name for step in remaining}
+            ready = [step for step in remaining if names.isdisjoint(step.needs.values())]
+            for step, wait in [*((step, False) for step in ready), (ready[0], True)]:
+                try:
+                    results[step.name] = self.bring_up(step, titles[step.name], wait=wait)
+                except BusyError:
+                    continue
+                remaining.remove(step)
+                break
+        return [results[step.name] for step in steps]
+
+    def bring_up(self, step: Step, title: str, *, wait: bool) -> StepResult:
+        """Find or make the artifact of one step; a failure is also returned as a result.
+
+        Without `wait`, raises `BusyError` if another run is making it.
+        """
         tell = partial(_tell, self.notify, title)
         blocked = [need for role, need in step.needs.items() if need not in self.made and role not in step.optional]
         if blocked:
@@ -106,7 +124,9 @@ class _Runner:
         known = {name: artifact.digest for name, artifact in self.made.items()}
         spec, _ = specify(step, self.sources, known)
         try:
-            result, artifact = self._ensure_step(step, spec, tell)
+            result, artifact = self._ensure_step(step, spec, tell, wait=wait)
+        except BusyError:
+            raise
         except Exception as error:
             name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             result = _outcome(step, "failed", " ".join(f"{name}{error}".split()), spec.key)
@@ -119,7 +139,7 @@ class _Runner:
         self.record.remember(step, spec)
         return result
 
-    def _ensure_step(self, step: Step, spec: StepSpec, tell: Notify) -> tuple[StepResult, Artifact]:
+    def _ensure_step(self, step: Step, spec: StepSpec, tell: Notify, *, wait: bool) -> tuple[StepResult, Artifact]:
         """Find or make one artifact whose inputs all exist."""
         store, kind = self.store, STEP_KINDS[step.kind]
         inputs = {role: store.payload(self.made[need].key) for role, need in step.needs.items() if need in self.made}
@@ -137,7 +157,7 @@ class _Runner:
 
         begun_with = step.begun_with(inputs)
         artifact, ran = store.ensure(
-            spec, make, kind.digest, resumable=kind.resumable, begun_with=begun_with, notify=tell
+            spec, make, kind.digest, resumable=kind.resumable, begun_with=begun_with, notify=tell, wait=wait
         )
         path = str(store.payload(artifact.key))
         if ran:

@@ -3,6 +3,7 @@
 Nothing here downloads. Held: nothing; a step executes only on request.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onelayer.compiler.data.readers import media_files
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.sources.files import data_files
@@ -101,13 +103,23 @@ def source_digests(steps: Iterable[Step]) -> dict[Source, str | None]:
 def source_digest(source: Source) -> str | None:
     """Digest the present content of a source; None for a Hub model that is not downloaded yet.
 
-    A data set on the Hub is identified by its name alone, so a change of its content goes unnoticed.
+    Files of images and audio that rows name count. A data set on the Hub is identified by its name alone, so a change
+    of its content goes unnoticed.
     """
     if source.is_model:
         directory = model_directory(source)
         return None if directory is None else directory_digest(directory)
     content = _content_digest(source.text)
+    if media := _media_files(source):
+        content = sha256_json({"content": content, "media": {name: file_digest(path) for name, path in media.items()}})
     return content if source.data is None else sha256_json({"content": content, **source.data.details})
+
+
+def _media_files(source: Source) -> dict[str, Path]:
+    """Return the files of images and audio that the rows of a data set name, by their places next to it."""
+    base = Path(source.text) if Path(source.text).is_dir() else Path(source.text).parent
+    files = media_files(source.data or DataSet(path=source.text))
+    return {os.path.relpath(file, base): file for file in files}
 
 
 def _content_digest(text: str) -> str:
@@ -143,7 +155,7 @@ def _files_of(source: Source) -> list[Path]:
         return []
     if source.is_model:
         return [path / "config.json", *Checkpoint.open(path).files, *_tokenizer_files(path)]
-    return [path] if path.is_file() else _data_files(path)
+    return [*([path] if path.is_file() else _data_files(path)), *_media_files(source).values()]
 
 
 def _data_files(directory: Path) -> list[Path]:

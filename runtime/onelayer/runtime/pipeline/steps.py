@@ -14,6 +14,9 @@ from onelayer.runtime.pipeline.step import Source, Step, model_path, model_sourc
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 from onelayer.runtime.planning.choice import Size
 
+# What a refinement leaves to the form of the emulator.
+BY_FORM = ("inputs", "learning_rate")
+
 
 def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     """List the steps for the given tasks, each after those it needs. All tasks share one step for the emulator."""
@@ -82,10 +85,14 @@ def _form_keywords(emulator: Emulator, size: Size) -> dict[str, Any]:
     return {"keep_bytes": emulator.share, **given, "form": emulator.form, "backward": emulator.backward}
 
 
+def _may_be_coded(manifest: Manifest, emulator: Emulator) -> bool:
+    """Whether the emulator becomes codes if the model and the memory allow it."""
+    return manifest.prefers_codes or (emulator.memory is not None and manifest.may_be_coded)
+
+
 def _form_fields(manifest: Manifest, emulator: Emulator) -> dict[str, Any]:
     """Return what decides the form; nothing if it can only be factors without a pass back, as before it existed."""
-    by_memory = emulator.memory is not None
-    if not (manifest.prefers_codes or (by_memory and manifest.may_be_coded)):
+    if not _may_be_coded(manifest, emulator):
         return {"backward": True} if emulator.backward else {}
     return {"form": emulator.form, "backward": emulator.backward is not False}
 
@@ -132,8 +139,8 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
 
     fields = {
         **refine.recorded(),
-        # Whose inputs it learns from is decided by the form, which may depend on the model.
-        **({"inputs": refine.inputs or "auto"} if _form_fields(manifest, emulator) else {}),
+        # What the form decides may depend on the model.
+        **({name: getattr(refine, name) or "auto" for name in BY_FORM} if _may_be_coded(manifest, emulator) else {}),
         **calibration.lengths(),
         "seed": manifest.seed,
         **({} if ratio is None else {"ratio": ratio}),

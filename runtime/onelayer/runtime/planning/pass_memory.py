@@ -1,26 +1,26 @@
 """Predicts the device peak of every pass over the original, from shapes alone. Torch-free."""
 
 from onelayer.compiler.correct.candidates import CANDIDATES
+from onelayer.compiler.correct.memory import CorrectedShape, correction_bytes, trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
     EXPERT_ROWS,
-    SLICE_BYTES,
+    GRADIENT_LOGITS,
+    SCORED_LOGITS,
     CompiledShape,
-    CorrectedShape,
     anchoring_bytes,
     code_training_bytes,
     coding_bytes,
-    correction_bytes,
     graph_bytes,
+    head_bytes,
     moment_bytes,
     routed_width,
     scoring_bytes,
     solving_bytes,
     step_bytes,
     training_bytes,
-    trial_bytes,
     weighing_bytes,
 )
 from onelayer.runtime.planning.coded import coded_emulator
@@ -85,13 +85,20 @@ def chosen_correct_bytes(
     """Bound a correction chosen by held-out text: an evaluation plus the adapter weights of every candidate."""
     factors = [[values_at(linear, ratio) for linear in block.compressible] for block, _ in shapes.kinds]
     tried = trial_bytes(len(CANDIDATES), lora_parameters(shapes, lora_rank), factors, on_gpu)
-    return evaluate_bytes(shapes, batch_tokens) + tried
+    return evaluate_bytes(shapes, batch_tokens, on_gpu) + tried
 
 
-def evaluate_bytes(shapes: ModelShapes, batch_tokens: int) -> int:
+def evaluate_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
-    values = _batch_values(shapes, batch_tokens)
-    return shapes.largest_block_bytes + scoring_bytes(shapes.largest_block_bytes, values)
+    head, block = _head_bytes(shapes, batch_tokens, SCORED_LOGITS), shapes.largest_block_bytes
+    return block + scoring_bytes(block, head, _batch_values(shapes, batch_tokens), on_gpu)
+
+
+def _head_bytes(shapes: ModelShapes, tokens: int, logits: int) -> int:
+    """Bound what reading the head by slices holds; see `head_bytes`."""
+    if not shapes.has_vocabulary_head:
+        return 0
+    return head_bytes(shapes.vocabulary, shapes.hidden, shapes.value_bytes, tokens, logits)
 
 
 def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
@@ -123,18 +130,21 @@ def refine_bytes(
         values = [min(linear.parameters, int(margin * values_at(linear, ratio))) for linear in block.compressible]
         if codes is not None:
             values = [codes.trained_values(linear) for linear in block.compressible]
-        training = code_training_bytes(max((linear.parameters for linear in block.compressible if codes), default=0))
-        twice = sum(linear.parameters for linear in block.compressible) if backward else 0
+        decoded = [linear.parameters for linear in block.compressible] if codes is not None else []
+        twice = sum(values) + sum(decoded) if backward else 0
+        training = code_training_bytes(max(decoded, default=0))
         training += training_bytes(values, _values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu, twice)
-        costs.append(block.parameters * shapes.value_bytes + max(training, 4 * SLICE_BYTES if backward else 0))
+        head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS) if backward else 0
+        costs.append(block.parameters * shapes.value_bytes + max(training, head))
     return max(costs)
 
 
-def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int) -> int:
+def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int, on_gpu: bool = True) -> int:
     """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
-    return block + step_bytes(block, _batch_values(shapes, tokens), shapes.value_bytes, adapter, on_gpu=True)
+    graph = graph_bytes(_batch_values(shapes, tokens), shapes.value_bytes, on_gpu)
+    return block + step_bytes(block, _head_bytes(shapes, tokens, GRADIENT_LOGITS), graph, adapter, on_gpu)
 
 
 def _batch_values(shapes: ModelShapes, tokens: int) -> int:
@@ -170,17 +180,19 @@ def compile_bytes(
     factored = [block for block, _ in shapes.kinds if block.experts is not None or not coded]
     peaks = [_compile_block(shapes, block, ratio, batch_tokens) for block in factored]
     if backward and not coded:
-        back = (weighing_bytes(_sides(block), _graph(shapes, block, batch_tokens)) for block in factored)
+        head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
+        back = (weighing_bytes(_sides(block), _graph(shapes, block, batch_tokens), head) for block in factored)
         return max(peak + weighed for peak, weighed in zip(peaks, back, strict=True))
     return max([*peaks, coded_compile_bytes(shapes, batch_tokens)] if coded else peaks)
 
 
 def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
+    head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
 
     return max(
         block.parameters * shapes.value_bytes
-        + coding_bytes(_sides(block), _graph(shapes, block, batch_tokens, on_gpu=on_gpu))
+        + coding_bytes(_sides(block), _graph(shapes, block, batch_tokens, on_gpu=on_gpu), head, on_gpu)
         for block, _ in shapes.kinds
     )
 

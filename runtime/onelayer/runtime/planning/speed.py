@@ -123,9 +123,9 @@ def seconds_at(
     backward = coded_seconds(speed, shapes, samples * max_length) if coded else (0.0, 0.0)
     train = FORWARD + BACKWARD + (RECOMPUTE if planned.where != "none" else 0)
     exact_tokens = polish_batch * max_length
-    # Factors are evaluated twice and trained. A training step runs forward, back to inputs and back to factors, at
-    # equal cost.
-    refined_tokens = (2 * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
+    # Factors are evaluated twice and trained, and codes run once more to give the next layer its inputs. A training
+    # step runs forward, back to inputs and back to factors, at equal cost.
+    refined_tokens = ((3 if coded else 2) * REFINE_SAMPLES + 3 * REFINE_TRAINED) * max_length
     return Seconds(
         compile=round_significant(
             max(read, (FORWARD * active * samples * max_length + moments) / flops) + sum(backward), SECONDS_DIGITS

@@ -48,6 +48,8 @@ def compile_summary(document: Mapping[str, Any]) -> str:
         experts, fallbacks = (sum(row[field] for row in stacks) for field in ("experts", "fallbacks"))
         matrices = f"{experts} expert matrices in {len(stacks)} stacks"
         remarks.append(f"{matrices}, {fallbacks} of them completed by a fallback")
+    if again := sum(row.get("float64_solves", 0) for row in [*document["linears"], *stacks]):
+        remarks.append(f"{again} matrices were solved again in float64: float32 did not certify their accuracy")
     if dense:
         remarks.append(
             f"{dense:,} expert parameters stay dense: their class does not support transformers' experts interface"

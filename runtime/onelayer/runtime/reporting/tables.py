@@ -5,6 +5,9 @@ from typing import Any
 
 from onelayer.runtime.sizes import broken_promise, size
 
+# An allocator that keeps so many times what it hands out wastes a card.
+MOST_RESERVED = 1.5
+
 
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Format rows of cells as aligned columns."""
@@ -71,12 +74,27 @@ def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 def report_line(report: Mapping[str, Any]) -> str:
     """Format the memory contract in one line: what was measured and what was promised; a broken promise in another."""
     promised = report["largest_unit_bytes"] + report["workspace_bytes"]
-    broken = _broken(report)
-    return (
-        (f"{broken}\n" if broken else "") + f"device peak {size(report['peak_device_bytes'])} "
-        f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
-        f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, {report['seconds']:.1f} s"
+    broken, reserved = _broken(report), report.get("reserved_device_bytes")
+    return "\n".join(
+        part
+        for part in (
+            broken,
+            f"device peak {size(report['peak_device_bytes'])} "
+            f"(largest unit {size(report['largest_unit_bytes'])} + workspace = {size(promised)}), "
+            + ("" if reserved is None else f"{size(reserved)} reserved, ")
+            + f"host peak {size(report['peak_host_bytes'])}, read {size(report['bytes_read'])}, "
+            f"{report['seconds']:.1f} s",
+            _advice(report["peak_device_bytes"], reserved),
+        )
+        if part
     )
+
+
+def _advice(peak_bytes: int, reserved_bytes: int | None) -> str:
+    """Advise, against an allocator that keeps much more of a device than it hands out."""
+    if reserved_bytes is None or reserved_bytes < MOST_RESERVED * peak_bytes:
+        return ""
+    return "the allocator reserves much more than it hands out; set PYTORCH_ALLOC_CONF=expandable_segments:True"
 
 
 def _broken(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 
+class BusyError(RuntimeError):
+    """Another run is making an artifact, and the caller does not wait for it."""
+
+
 class ArtifactLocks:
     """The locks of a store's artifacts, as files in `<root>/.locks`."""
 
@@ -21,11 +25,16 @@ class ArtifactLocks:
         self._locks = root / ".locks"
 
     @contextlib.contextmanager
-    def making(self, key: str, notify: Notify = silent) -> Iterator[None]:
-        """Hold the right to make or remove an artifact. If another run has it, print a notice and wait."""
+    def making(self, key: str, notify: Notify = silent, *, wait: bool = True) -> Iterator[None]:
+        """Hold the right to make or remove an artifact.
+
+        If another run has it, print a notice and wait; without `wait` raise `BusyError`.
+        """
         self._locks.mkdir(parents=True, exist_ok=True)
         lock = _lock(self._locks / f"{key}.lock")
         if not _acquired(lock):
+            if not wait:
+                raise BusyError(f"another run is working on {key[:12]}")
             notify(f"another run is working on {key[:12]}, waiting for it")
             lock.acquire()
         try:

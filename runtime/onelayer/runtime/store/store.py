@@ -77,15 +77,17 @@ class ArtifactStore:
         resumable: bool = False,
         begun_with: Mapping[str, Any] | None = None,
         notify: Notify = silent,
+        wait: bool = True,
     ) -> tuple[Artifact, bool]:
         """Return the artifact of `spec`, and whether it had to be made: `make(folder)` creates and fills a folder.
 
-        If several callers have the same spec, one makes it and the others wait. With `resumable`, the remains of an
+        If several callers have the same spec, one makes it and the others wait; a caller that does not `wait` gets a
+        `BusyError`. With `resumable`, the remains of an
         interrupted attempt stay next to that folder for the next attempt, if both began with the same libraries and the
         same `begun_with`. Those are facts that change no result, only how a step resumes. `digest` identifies a payload
         with files that differ from run to run (reports); by default all files count.
         """
-        with self._locks.making(spec.key, notify):
+        with self._locks.making(spec.key, notify, wait=wait):
             found = self.find(spec.key)
             if found is not None:
                 if self.damage(found) is None:

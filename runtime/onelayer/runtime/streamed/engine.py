@@ -18,11 +18,11 @@ from torch import nn
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import move, pick_device
+from onelayer.compiler.machine.devices import free_bytes, move, pick_device
 from onelayer.compiler.machine.meter import Meter
-from onelayer.compiler.models.linears import widest
+from onelayer.compiler.models.linears import head_workspace, widest
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import ADAPTER_COPIES, graph_bytes, step_bytes
+from onelayer.compiler.models.unit_memory import ADAPTER_COPIES, GRADIENT_LOGITS, graph_bytes, step_bytes
 from onelayer.compiler.models.units import Unit, hidden_forwards
 from onelayer.compiler.results import Report
 from onelayer.compiler.streaming import token_loss  # noqa: F401  # the loss of deferred logits, by slices
@@ -149,7 +149,7 @@ class StreamingEngine:
     def _free_bytes(self) -> int:
         """Return the free memory of the device, without what the unit that is read ahead will take."""
         if self._meter.on_gpu:
-            return max(0, torch.cuda.mem_get_info(self.device)[0] - 2 * self.streamed.largest_unit_bytes)
+            return max(0, free_bytes(self.device) - 2 * self.streamed.largest_unit_bytes)
         return max(0, psutil.virtual_memory().available // 2 - 2 * self.streamed.largest_unit_bytes)
 
     def _arrange(self) -> None:
@@ -172,7 +172,9 @@ class StreamingEngine:
         """Return what streaming promised and took so far."""
         adapter = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
         unit, value_bytes, on_gpu = self.streamed.largest_unit_bytes, self.streamed.dtype.itemsize, self._meter.on_gpu
-        workspace = step_bytes(unit, self._width * self.step_tokens, value_bytes, ADAPTER_COPIES * adapter, on_gpu)
+        graph = graph_bytes(self._width * self.step_tokens, value_bytes, on_gpu)
+        head = head_workspace(self.streamed, self.step_tokens, GRADIENT_LOGITS)
+        workspace = step_bytes(unit, head, graph, ADAPTER_COPIES * adapter, on_gpu)
         held = self.streamed.unpacking_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 

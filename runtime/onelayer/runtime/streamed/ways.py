@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
+from onelayer.compiler.machine.devices import free_bytes
 from onelayer.compiler.models.unit_memory import resident_bytes
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.runtime.sizes import size
@@ -42,7 +42,7 @@ def chosen_way(
             )
         streams, text = True, f"{quantization} weights are unpacked layer by layer"
     else:
-        needed, free = _resident_bytes(checkpoint, dtype, tokens, device), _free_bytes(device)
+        needed, free = _resident_bytes(checkpoint, dtype, tokens, device), free_bytes(device)
         streams = settings.way == "streamed" or (settings.way == "auto" and needed > free)
         text = f"{size(needed)} for weights and activations of {tokens} tokens, {size(free)} are free"
     if not streams:
@@ -78,10 +78,6 @@ def _resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype, tokens: int, dev
     width = sum(sum(shape[-2:]) for shape in shapes if len(shape) >= 2)
     weights = dtype.itemsize * sum(math.prod(shape) for shape in shapes)
     return resident_bytes(weights, width * tokens, dtype.itemsize, device.type != "cpu")
-
-
-def _free_bytes(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _read_speed(checkpoint: Checkpoint) -> float:

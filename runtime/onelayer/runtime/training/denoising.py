@@ -127,7 +127,7 @@ def noisy_images(data: DataSource, model: TrainModel, settings: TrainSettings) -
     images.check_denoiser(model.base["digest"], str(model.base["model"]))
     assert model.dtype is not None
     noisy = NoisyImages(images, model.dtype, settings.seed, **settings.noise)
-    return TrainData([asdict(row) for row in images.rows], images.digest, 0, 0, noisy)
+    return TrainData([asdict(row) for row in images.rows], images.digest, 0, 0, images=noisy)
 
 
 def denoising_trainer(

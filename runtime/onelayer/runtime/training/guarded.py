@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.activations.compression import compress_activations
 from onelayer.runtime.activations.figures import Figures, SavedBytes
@@ -133,6 +134,6 @@ class GuardedTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out rows. The random numbers of the training stay as they are."""
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with forked_random():
             scores: dict[str, float] = super().evaluate(*args, **kwargs)
         return scores

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable,
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import Tokens, asked_and_answered, load_tokenizer, text_tokenizer
+from onelayer.compiler.data.tokens import RowInputs, Tokens, asked_and_answered, load_tokenizer, text_tokenizer
 from onelayer.compiler.denoising.batches import NoisyImages
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
@@ -100,13 +100,14 @@ class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
-    For a denoiser `rows` describe the encoded `images`.
+    `inputs` are what the rows' images and audio become, if there are any. A denoiser's `rows` describe its `images`.
     """
 
     rows: list[dict[str, Any]]
     digest: str
     skipped: int
     cut: int
+    inputs: Sequence[RowInputs | None] | None = None
     images: NoisyImages | None = None
 
 
@@ -252,9 +253,13 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
             )
         for ids in (tokens.input_ids, tokens.labels if tokens.label is None else [tokens.label]):
             digest.update(array("q", [len(ids), *ids]).tobytes())
+        if tokens.inputs is not None and tokens.inputs.digest is not None:
+            digest.update(tokens.inputs.digest.encode())
         rows.append(_row(tokens, model))
     labeled.tell()
-    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut)
+    inputs = [tokens.inputs for tokens in labeled.tokens]
+    given = inputs if any(item is not None for item in inputs) else None
+    return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut, given)
 
 
 def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:

@@ -287,11 +287,12 @@ def _global_random_state() -> Iterator[None]:
     import random
 
     import numpy
-    import torch
+
+    from onelayer.compiler.machine.devices import forked_random
 
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with forked_random():
             yield
     finally:
         random.setstate(python_state)

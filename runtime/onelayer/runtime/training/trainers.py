@@ -30,8 +30,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
 from onelayer.compiler.data.preferences import PreferenceMethod
-from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.data.tokens import IGNORED, RowInputs
 from onelayer.compiler.errors import InputError
+from onelayer.runtime.collators.media import ROW, MediaCollator
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
 from onelayer.runtime.training.denoising import DenoisingTrainer, denoising_trainer
@@ -150,14 +151,40 @@ def _data_sets(rows: Rows) -> dict[str, Dataset | None]:
     return {"train_dataset": train, "eval_dataset": held_out}
 
 
+def _numbered(sets: dict[str, Any], rows: Rows) -> list[RowInputs | None]:
+    """Number the rows of all data sets in a column, and list their other inputs in that order."""
+    inputs: list[RowInputs | None] = []
+    for name, data in zip(sets, rows, strict=True):
+        if data is not None:
+            numbers = list(range(len(inputs), len(inputs) + len(data.rows)))
+            sets[name] = sets[name].add_column(ROW, numbers)
+            inputs += data.inputs or [None] * len(data.rows)
+    return inputs
+
+
+def _pad_token_id(model: TrainModel) -> int:
+    """Return what rows are padded with, as TRL chooses it: nothing reads it, since it is masked."""
+    tokenizer: Any = model.tokenizer
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
 def _token_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> LoraTrainer:
     # Rows are ready for the collator, unless TRL packs them.
-    config = SFTConfig(**{"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}, **arguments})
+    defaults: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": not arguments.get("packing")}}
+    sets, media = _data_sets(rows), {}
+    if any(data is not None and data.inputs is not None for data in rows):
+        for name in ("packing", "padding_free"):
+            if arguments.get(name):
+                raise InputError(f"{name}: rows with images or audio stay apart; leave it out")
+        media["data_collator"] = MediaCollator(_numbered(sets, rows), _pad_token_id(model))
+        defaults["remove_unused_columns"] = False
+    config = SFTConfig(**{**defaults, **arguments})
     loaded = model.load()
     return LoraTrainer(
         model=loaded,
         args=config,
-        **_data_sets(rows),
+        **sets,
+        **media,
         processing_class=model.tokenizer,
         peft_config=_lora_config(loaded, fields, task_type="CAUSAL_LM"),
         callbacks=[MarkComplete()],

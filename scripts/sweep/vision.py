@@ -1,0 +1,115 @@
+"""Puts tiny vision-language models of ten families through every command, on rows with images, and compares.
+
+    python -m scripts.sweep.vision [--only llava,idefics3]
+
+Prints one line per family: how far the streamed loss is from the resident one (row by row, with all that the processor
+makes of each), the loss of the corrected and of the merged adapter, and the losses of training. SmolVLM's processor
+needs the package num2words.
+"""
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from onelayer.compiler import (
+    compile_emulator,
+    correct_adapter,
+    evaluate_model,
+    merge_adapter,
+    polish_adapter,
+    refine_emulator,
+)
+from onelayer.compiler.data.labeled_rows import read_tokens
+from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.data.tokens import IGNORED
+from onelayer.runtime import train_lora
+from scripts.sweep.compare import first_line
+from scripts.sweep.vision_models import FAMILIES, save_vision_model
+
+SIZES = [(50, 40), (64, 32), (33, 64)]
+SAID = {"role": "assistant", "content": "a thing"}
+LENGTH: dict[str, Any] = {"max_length": 1024}
+STEPS: dict[str, Any] = {**LENGTH, "max_steps": 3, "batch_size": 3, "learning_rate": 1e-2, "lora_rank": 4}
+
+
+def write_rows(folder: Path, family: str) -> Path:
+    """Write images and rows: one, none and two images, and an answer to a plain prompt."""
+    draw = np.random.default_rng(0)
+    for number, (width, height) in enumerate(SIZES):
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    prompt = {"image": "0.png", "prompt": "what is it?", "completion": "the value"}
+    rows: list[dict[str, Any]] = [prompt, {**prompt, "image": "1.png"}, {**prompt, "image": "2.png"}]
+    if family != "paligemma":  # answers one prompt about one image
+        rows += [
+            {"image": "0.png", "messages": [{"role": "user", "content": "what is it?"}, SAID]},
+            {"messages": [{"role": "user", "content": "what is the name?"}, SAID]},
+            {"images": ["1.png", "2.png"], "messages": [{"role": "user", "content": "<image> or <image>?"}, SAID]},
+        ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def resident_loss(directory: Path, data: Path) -> float:
+    """Compute the mean loss of a model in memory over the labeled tokens, row by row."""
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(directory).eval()
+    losses = []
+    for row in read_tokens(data, load_reader(directory, type(model)), LENGTH["max_length"]):
+        made = {} if row.inputs is None else row.inputs.tensors()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row.input_ids]), **made, use_cache=False).logits[0]
+        labels = torch.tensor(row.labels[1:])
+        kept = labels != IGNORED
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1][kept], labels[kept], reduction="none"))
+    return float(torch.cat(losses).double().mean())
+
+
+def verdict(family: str) -> str:
+    """Run every command for one family, and describe what came out."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        model, emulator, adapter, corrected = (root / part for part in ("model", "emulator", "adapter", "corrected"))
+        save_vision_model(family, model)
+        data = write_rows(root, family)
+        compiled = compile_emulator(model, data, emulator, ratio=0.5, form="factors", batch_size=2, **LENGTH)
+        tower = sum("vis" in linear.name for linear in compiled.linears)
+        trained = train_lora(emulator, data, adapter, **STEPS)
+        train_lora(emulator, data, root / "anchored", anchor_every=2, model=model, **STEPS)
+        correct_adapter(adapter, emulator=emulator, model=model, output=corrected, limit=None)
+        merge_adapter(corrected, model=model, output=root / "merged")
+        refine_emulator(emulator, model=model, calibration=data, output=root / "refined", steps=3, **LENGTH)
+        polish_adapter(corrected, model=model, data=data, output=root / "polished", steps=1, batch_size=3, **LENGTH)
+        scores = evaluate_model(model, data, adapters=[corrected], batch_size=2, **LENGTH).results
+        off = abs(scores[0].loss - resident_loss(model, data))
+        merged = abs(scores[1].loss - resident_loss(root / "merged", data))
+        losses = ", ".join(f"{loss:.4f}" for _, loss in trained.losses)
+        return (
+            f"{len(compiled.linears)} linears, {tower} of the tower; streamed and resident loss differ by {off:.1e}, "
+            f"corrected and merged by {merged:.1e}; trained {losses}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one line for each family."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(FAMILIES), help="families, separated by commas")
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    for family in parser.parse_args(arguments).only.split(","):
+        try:
+            print(f"{family:16} {verdict(family)}", flush=True)
+        except Exception as error:
+            print(f"{family:16} failed: {type(error).__name__}: {first_line(error)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
