@@ -142,7 +142,7 @@ class Bench:
         scored = evaluate_model(
             self.model, str(data), adapters=list(adapters), max_length=self.given.max_length, batch_size=8
         )
-        return [(result.loss, result.token_accuracy) for result in scored.results]
+        return [(result.loss, result.token_accuracy or 0.0) for result in scored.results]
 
     def record(self, rows: list[dict[str, Any]], **common: Any) -> None:
         """Append lines to the results."""

@@ -77,6 +77,7 @@ class Setup:
             adapters = [self.path / "adapter"] if (self.path / "adapter").exists() else []
             scored = evaluate_model(model, data, adapters=adapters, against=self.path / "emulator", **common)
             assert scored.against is not None
+            assert scored.against.kl_per_token is not None
             return [*(score.loss for score in scored.results), scored.against.kl_per_token], scored.report
         if command == "correct":
             corrected = correct_adapter(

@@ -161,6 +161,7 @@ def test_an_exact_emulator_agrees_and_adapters_are_scored_beside_it(tmp_path: Pa
     paths: dict[str, Any] = {"adapters": [tmp_path / "adapter"], "against": tmp_path / "emulator"}
     result = evaluate_model(tmp_path / "original", tmp_path / "text.jsonl", **paths)
     assert result.against is not None
+    assert result.against.kl_per_token is not None
     assert result.against.kl_per_token < 1e-6
     assert result.against.top1_agreement == 1.0
     assert result.results[1].loss != pytest.approx(result.results[0].loss, rel=1e-2)

@@ -40,17 +40,21 @@ OPTIONS = {
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
         "--cache --columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
         "--learning-rate --lora-alpha --lora-rank --max-length --max-steps --method --micro-batch-size --model "
-        "--output --report-to --resume --save-steps --seed --split --target-modules --warmup --way"
+        "--output --prior-weight --report-to --resume --save-steps --seed --split --target-modules --warmup --way "
+        "--weighting"
     ),
     "correct": "ADAPTER --columns --config --data --emulator --json --limit --model --output --split",
     "polish": (
         "ADAPTER --activations --batch-size --columns --config --data --device --eval-data --eval-steps "
         "--host-memory --json --learning-rate --lora-alpha --lora-rank --max-gradient-norm --max-length "
-        "--micro-batch-size --model --output --packing --resume --seed --split --steps --target-modules "
-        "--warmup-steps"
+        "--micro-batch-size --model --output --packing --prior-weight --resume --seed --split --steps --target-modules "
+        "--warmup-steps --weighting"
     ),
     "merge": "ADAPTER... --json --model --output --weight",
-    "evaluate": "MODEL --adapter --against --batch-size --columns --config --data --device --json --max-length --split",
+    "evaluate": (
+        "MODEL --adapter --against --batch-size --columns --config --data --device --json --max-length "
+        "--noise-samples --split"
+    ),
     "generate": "MODEL --adapter --chat --json --max-new-tokens --prompt --revision --seed --temperature",
     "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",

@@ -22,7 +22,9 @@ def test_patterns_mean_the_same_after_a_reload(tmp_path: Path) -> None:
     assert all(list(pattern) != sorted(pattern) for pattern in patterns.values())
     targets = ["q_proj", "down_proj"]
     adapted = random_adapter(tiny_llama(), tmp_path / "peft", r=4, use_rslora=True, target_modules=targets, **patterns)
-    model: Any = SimpleNamespace(base={"model": "org/original", "revision": None}, model_class=type(tiny_llama()))
+    base = {"model": "org/original", "revision": None}
+    plain = {"quantization": None, "denoises": False}
+    model: Any = SimpleNamespace(base=base, model_class=type(tiny_llama()), **plain)
     (tmp_path / "ours").mkdir()
     write_adapter_directory(tmp_path / "ours", adapted, model, {"kind": "adapter"})
     ids = torch.arange(12).reshape(2, 6)

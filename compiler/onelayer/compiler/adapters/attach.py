@@ -52,7 +52,7 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
 def _language_model(model: nn.Module) -> str | None:
     """Return the name of the language model inside a model of several; None if all of it is one."""
     config: Any = getattr(model, "config", None)
-    if config is None or config.is_encoder_decoder or config.get_text_config() is config:
+    if not isinstance(model, PreTrainedModel) or config.is_encoder_decoder or config.get_text_config() is config:
         return None
     whole: Any = model
     decoder = whole.get_decoder() if hasattr(model, "get_decoder") else model

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.adapters.config import CONFIG_FILE
 from onelayer.compiler.adapters.keys import EMBEDDING_A, EMBEDDING_B, KEY_PREFIX, LORA_A, LORA_B
+from onelayer.compiler.adapters.pipeline_weights import PIPELINE_FILE, write_pipeline_weights
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE, WEIGHTS_FILE, Adapter
 from onelayer.compiler.storage.files import read_json, write_json, write_text
 from onelayer.compiler.storage.gguf_format import SUFFIX
@@ -42,6 +43,11 @@ class Base:
     fan_in_fan_out: bool
     quantization: str | None = None
 
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether pipelines of diffusers load its adapters."""
+        return self.class_module.partition(".")[0] == "diffusers"
+
 
 def write_adapter(
     directory: Path,
@@ -66,6 +72,8 @@ def write_adapter(
     entries.extend(copy_entry(key, source.tensors[key]) for key in sorted(carried))
     write_safetensors(directory / WEIGHTS_FILE, entries, {"format": "pt", **_flat(provenance)})
     _write_config(directory, targets, rank, source, base)
+    if base.is_denoiser:
+        write_pipeline_weights(directory, base.class_name)
     write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)
 
@@ -132,6 +140,16 @@ def model_card(base: Base, provenance: dict[str, Any]) -> str:
         state = "trained with exact steps on it, streamed layer by layer,"
     packed = base.quantization
     fits = f" Its weights are quantized ({packed}), and the adapter fits them as they are unpacked." if packed else ""
+    use = f"""from peft import PeftModel
+from transformers import {base.class_name}
+
+model = {base.class_name}.from_pretrained({place!r}{revision})
+model = PeftModel.from_pretrained(model, "path/to/this/directory")"""
+    if base.is_denoiser:
+        use = f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({place!r}{revision})
+pipe.load_lora_weights("path/to/this/directory", weight_name={PIPELINE_FILE!r})"""
     return f"""---
 {data.to_yaml()}
 ---
@@ -141,10 +159,6 @@ def model_card(base: Base, provenance: dict[str, Any]) -> str:
 A plain LoRA adapter for `{base.model}`, {state} by onelayer. `{PROVENANCE_FILE}` records how it was made.{fits}
 
 ```python
-from peft import PeftModel
-from transformers import {base.class_name}
-
-model = {base.class_name}.from_pretrained({place!r}{revision})
-model = PeftModel.from_pretrained(model, "path/to/this/directory")
+{use}
 ```
 """

@@ -28,11 +28,8 @@ from onelayer.compiler.compile.selection import (
 )
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings, ResolvedSettings
 from onelayer.compiler.compile.writer import EmulatorWriter
-from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
 from onelayer.compiler.data.classes import is_trainable
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.media_tokens import load_reader
-from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.emulators.slice import slice_to_ranks
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -46,7 +43,8 @@ from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import model_digest, resolve_model
 from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
-from onelayer.compiler.streaming.calibration import calibration_tokens
+from onelayer.compiler.streaming.calibration import Calibration, read_calibration
+from onelayer.compiler.streaming.denoising_loss import PassBatch
 from onelayer.compiler.streaming.spill import SpillPool
 
 
@@ -75,7 +73,7 @@ def compile_emulator(
     asked, output = CompileSettings.of(settings), Path(output)
     check_output(output, model)
     streamed = StreamedModel(resolve_model(model, asked.revision))
-    if not is_trainable(type(streamed.model)):
+    if not (streamed.library.DENOISES or is_trainable(type(streamed.model))):
         notice(
             f"{model}: {type(streamed.model).__name__} is no language model and no sequence classifier, so "
             "onelayer train will refuse its emulator; train with PEFT yourself, or polish the original"
@@ -124,18 +122,14 @@ def _compile(
 ) -> CompileResult:
     """Stream the original, write its emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)
-    tokenizer = load_reader(streamed.checkpoint.directory, type(streamed.model), settings.max_image_pixels)
-    tokens, backward = calibration_tokens(
-        streamed, calibration, tokenizer, settings, backward=settings.backward is True
-    )
-    if settings.backward and not backward:
+    data = read_calibration(streamed, calibration, settings, backward=settings.backward is True)
+    if settings.backward and not data.backward:
         settings = settings.model_copy(update={"backward": False})
     # On a card, what waits for the way back lies on the host. A host that is the device itself would hold more and more
     # of it with every unit, so there it lies in files, unless memory is given for it.
     keeps = settings.backward and device.type == "cpu"
     spill_pool = SpillPool(0 if keeps and settings.host_memory_bytes is None else settings.host_memory_bytes)
-    batches = make_batches(tokens, streamed.config, settings.batch_size)
-    facts = _facts(settings, tokens, device)
+    facts = _facts(settings, data, device)
     with (
         StopRequest() as stop,
         WorkDirectory.open(output, {"base": base, **facts}, settings.resume) as work,
@@ -144,14 +138,14 @@ def _compile(
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)
         kind = Compilation if settings.form == "factors" else CodedCompilation
         job = kind(streamed, ranks, stacks, writer, device, settings, stop, spill_pool)
-        job.stream(batches, meter)
-        return processes().by_first(lambda: _finished(job, meter, batches, base, facts, output))
+        job.stream(data.batches, meter)
+        return processes().by_first(lambda: _finished(job, meter, data.batches, base, facts, output))
 
 
 def _finished(
     job: Compilation,
     meter: Meter,
-    batches: Sequence[TokenBatch],
+    batches: Sequence[PassBatch],
     base: Mapping[str, Any],
     facts: Mapping[str, Any],
     output: Path,
@@ -183,12 +177,11 @@ def _finished(
     return result.model_copy(update={name: getattr(sliced, name) for name in changed})
 
 
-def _facts(settings: ResolvedSettings, tokens: Sequence[Tokens], device: torch.device) -> dict[str, Any]:
+def _facts(settings: ResolvedSettings, data: Calibration, device: torch.device) -> dict[str, Any]:
     """What decides the emulator's bytes apart from the model; a run can go on only if all of it is the same."""
-    counted = sum(len(item.input_ids) for item in tokens)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
-        "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens), "tokens": counted},
+        "calibration": {"digest": data.digest, "samples": data.samples, "tokens": data.positions},
         "settings": {**settings.recorded(), "device": device.type},
         "versions": {**versions, "transformers": transformers.__version__},
     }

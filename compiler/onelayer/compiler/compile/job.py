@@ -16,7 +16,6 @@ from onelayer.compiler.compile.selection import Ranks
 from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.compile.shared_moments import add_up_moments, settle_grids
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
-from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
 from onelayer.compiler.factors.factorize import factorize
@@ -30,6 +29,7 @@ from onelayer.compiler.models.linears import unit_linears, weight_of
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
+from onelayer.compiler.streaming.denoising_loss import PassBatch
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Stream
 from onelayer.compiler.streaming.unit_loads import UnitLoads
@@ -73,7 +73,7 @@ class Compilation:
         exact_on_host = self.settings.solver == "exact" and self.device.type == "cpu"
         return torch.float64 if exact_on_host else torch.float32
 
-    def stream(self, batches: Sequence[TokenBatch], meter: Meter) -> None:
+    def stream(self, batches: Sequence[PassBatch], meter: Meter) -> None:
         """Run the pass up to the last unit that is not written yet; with `backward`, also back to the first."""
         wanted = [unit.position for unit in self.streamed.units if unit.is_block and not self.writer.has(unit)]
         if not wanted:
@@ -96,7 +96,7 @@ class Compilation:
         stream.run([batches[index].inputs for index in self.team.share(len(batches))], lambda index, output: None)
         self.revisited = set().union(*self.team.gather(self.revisited))
 
-    def _stream_both_ways(self, batches: Sequence[TokenBatch], meter: Meter, first_wanted: int) -> None:
+    def _stream_both_ways(self, batches: Sequence[PassBatch], meter: Meter, first_wanted: int) -> None:
         """Run forward, which keeps the inputs of all units, and back, where units are watched and written."""
         stream = CalibrationStream(
             self.streamed,

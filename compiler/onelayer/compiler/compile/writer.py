@@ -14,6 +14,8 @@ from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
 from onelayer.compiler.dequantize.formats import without_quantization
 from onelayer.compiler.emulators.directory import (
     CODES_VERSION,
+    DIFFUSERS_INDEX,
+    DIFFUSERS_WEIGHTS,
     FORMAT_VERSION,
     INDEX_FILE,
     SHIM_FILE,
@@ -133,9 +135,11 @@ class EmulatorWriter:
         """Write index, config, companion files and `emulator.json`; return the emulator's digest."""
         shard_of = {name: record.shard for record in self.records for name in record.tensor_bytes}
         total_bytes = sum(size for record in self.records for size in record.tensor_bytes.values())
-        write_index(self.directory / INDEX_FILE, shard_of, total_bytes)
+        denoises = self.streamed.library.DENOISES
+        write_index(self.directory / (DIFFUSERS_INDEX if denoises else INDEX_FILE), shard_of, total_bytes)
         copy_companions(self.streamed.checkpoint.directory, self.directory)
-        write_text(self.directory / SHIM_FILE, SHIM_TEXT)
+        if not denoises:
+            write_text(self.directory / SHIM_FILE, SHIM_TEXT)
         write_model_config(self.directory, self._config(base))
         digest = model_digest(self.directory)
         linears = [item.model_dump(mode="json") for item in self.linears.values()]
@@ -155,8 +159,10 @@ class EmulatorWriter:
     def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         document = without_quantization(read_model_config(self.streamed.checkpoint.directory))
         dtype = str(self.streamed.dtype).removeprefix("torch.")
-        document["dtype"] = dtype
-        document["auto_map"] = auto_map(self.streamed.config)
+        loading = {"stored_dtype": dtype}
+        if not self.streamed.library.DENOISES:  # classes of diffusers warn of fields that they do not know
+            document |= {"dtype": dtype, "auto_map": auto_map(self.streamed.config)}
+            loading = {"weights_file": INDEX_FILE}
         linears = self.linears
         packed = {
             "unpacked_dtype": dtype,
@@ -181,12 +187,13 @@ class EmulatorWriter:
             "base_model": base["model"],
             "base_revision": base["revision"],
             "base_digest": base["digest"],
-            "weights_file": INDEX_FILE,
+            **loading,
         }
         return document
 
     def _write_shard(self, position: int, entries: list[Entry], **figures: Any) -> None:
-        shard = f"emulator-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
+        kind = DIFFUSERS_WEIGHTS if self.streamed.library.DENOISES else "emulator"
+        shard = f"{kind}-{position + 1:05d}-of-{self._shards:05d}.safetensors" if entries else ""
         digest = write_safetensors(self.directory / shard, entries, {"format": "pt"}) if entries else None
         self.streamed.checkpoint.check_unchanged()
         sizes = {entry.name: entry.size_bytes for entry in entries}

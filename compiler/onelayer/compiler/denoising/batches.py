@@ -50,10 +50,20 @@ class DenoisingBatch:
 
 
 class NoisyImages:
-    """Encoded images with noise; which noise depends on the numbers alone, so that every run sees the same."""
+    """Encoded images with noise; which noise depends on the numbers alone, so that every run sees the same.
 
-    def __init__(self, images: EncodedImages, dtype: torch.dtype, seed: int = 0, weighting: Weighting = "none") -> None:
-        self.images, self.dtype, self.seed = images, dtype, seed
+    `weighting` and `prior_weight` are those of training.
+    """
+
+    def __init__(
+        self,
+        images: EncodedImages,
+        dtype: torch.dtype,
+        seed: int = 0,
+        weighting: Weighting = "none",
+        prior_weight: float = 1.0,
+    ) -> None:
+        self.images, self.dtype, self.seed, self.prior_weight = images, dtype, seed, prior_weight
         self._process: NoiseProcess = images.process(weighting)
         # Rows of one prompt share its tensors.
         self._template = lru_cache(PROMPTS_HELD)(images.template_of)
@@ -62,8 +72,15 @@ class NoisyImages:
         """Return an image at a place in 0..1 on the axis of times, with the noise of that number."""
         return self._batch(row, place, self._generator(number))
 
-    def drawn(self, row: int, number: int, weight: float = 1.0) -> DenoisingBatch:
-        """Return an image at a time that is drawn as in training; its loss is multiplied by `weight` too."""
+    @property
+    def positions(self) -> int:
+        """The most positions of an image."""
+        prompts = {row.prompt for row in self.images.rows}
+        return max(self._template(prompt).positions for prompt in prompts)
+
+    def drawn(self, row: int, number: int) -> DenoisingBatch:
+        """Return an image at a time that is drawn as in training; class images have the weight `prior_weight`."""
+        weight = self.prior_weight if self.images.rows[row].is_class else 1.0
         generator = self._generator(number)
         batch = self._batch(row, self._process.drawn(generator), generator)
         return replace(batch, weight=weight * batch.weight)
@@ -87,3 +104,41 @@ class NoisyImages:
         inputs = template.arguments(noisy.sample, noisy.time, self.dtype)
         answer = self.images.answer
         return DenoisingBatch(inputs, noisy.target, noisy.weight, answer, template.positions, (row,))
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """The order in which training takes images; which image and which noise depend on the number and the seed alone.
+
+    Images of the subject are taken in a new order in every round. With class images, every second one is of the class,
+    as in DreamBooth (arXiv 2208.12242).
+    """
+
+    noisy: NoisyImages
+    batch_size: int
+
+    @property
+    def digest(self) -> str:
+        """The digest of the images."""
+        return self.noisy.images.digest
+
+    def row(self, number: int) -> int:
+        """Return which image is the one of this number."""
+        images = self.noisy.images
+        classes = images.numbers(is_class=True) if self.noisy.prior_weight else []
+        subject = images.numbers(is_class=False) or classes
+        if not classes:
+            return self._taken(subject, number)
+        return self._taken(classes if number % 2 else subject, number // 2)
+
+    def _taken(self, rows: list[int], turn: int) -> int:
+        generator = torch.Generator().manual_seed(self.noisy.seed * SEED_STEP + turn // len(rows))
+        return rows[int(torch.randperm(len(rows), generator=generator)[turn % len(rows)])]
+
+    def batch(self, number: int) -> DenoisingBatch:
+        """Return an image with the noise of its number."""
+        return self.noisy.drawn(self.row(number), number + 1)
+
+    def step(self, step: int) -> list[DenoisingBatch]:
+        """Return the images of a step, counted from 0."""
+        return [self.batch(number) for number in range(step * self.batch_size, (step + 1) * self.batch_size)]

@@ -18,6 +18,8 @@ from onelayer.compiler.denoising.noise import NoiseProcess
 from onelayer.compiler.denoising.settings import Weighting
 from onelayer.compiler.denoising.template import Form, Template
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import DataSource, data_sets
+from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
@@ -104,6 +106,19 @@ class EncodedImages:
     def numbers(self, *, is_class: bool) -> list[int]:
         """Return the numbers of the rows of the subject, or of its class."""
         return [number for number, row in enumerate(self.rows) if row.is_class == is_class]
+
+
+def encoded_images(data: DataSource, directory: Path) -> EncodedImages:
+    """Open the one directory of encoded images that `data` names, for the denoiser in `directory`.
+
+    Raises `InputError` for anything else, and for images that were encoded for another denoiser.
+    """
+    first, *more = data_sets(data)
+    if more:
+        raise InputError(f"{more[0]}: a denoiser reads one directory; encode all folders of images together")
+    images = EncodedImages.open(first.path)
+    images.check_denoiser(model_digest(directory), str(directory))
+    return images
 
 
 def numbered(directory: Path, kind: str, number: int) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.storage.companions import copy_companions
 from onelayer.compiler.storage.files import read_json, write_json, write_text
+from onelayer.compiler.storage.model_config import is_diffusers_config, read_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,6 +75,8 @@ def auto_map(config: "PreTrainedConfig") -> dict[str, str]:
 def copy_beside_weights(source: Path, target: Path) -> None:
     """Copy what belongs beside the weights of the emulator `source`, with a shim of our own whatever lies there."""
     copy_companions(source, target)
+    if is_diffusers_config(read_model_config(source)):
+        return
     document: dict[str, Any] = read_json(source / "config.json")
     own = f"{SHIM_FILE.removesuffix('.py')}."
     pointers = document.pop("auto_map", None) or {}
@@ -89,6 +92,9 @@ STACKS_VERSION = 2
 # With codes.
 CODES_VERSION = 3
 INDEX_FILE = "emulator.safetensors.index.json"
+# diffusers refuses a method that nobody registered, so emulators of its models can have the names that it looks for.
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+DIFFUSERS_INDEX = f"{DIFFUSERS_WEIGHTS}.safetensors.index.json"
 _CARD = """---
 base_model: {model}
 tags:

@@ -6,21 +6,25 @@ the adapters, one micro-batch; the head goes by in slices of the vocabulary, eac
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
+from onelayer.compiler.adapters.attach import adapted_model
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import replaced_bytes
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.data.media_tokens import load_reader
+from onelayer.compiler.denoising.encoded import encoded_images
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.denoising import DenoisingScores, DenoisingScoring
 from onelayer.compiler.evaluate.samples import Samples
 from onelayer.compiler.evaluate.scoring import SampleScores, Scoring, scoring_workspace, total
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.evaluate.variants import Variant, open_scored, switch_variants
+from onelayer.compiler.libraries.library import library_of
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
@@ -44,32 +48,38 @@ class Score(Result):
     if there are no such examples. For a sequence classifier `tokens` is the number of texts, and `token_accuracy` the
     share of texts whose class has the highest logit. `preference_accuracy` is the share of preferences whose better
     answer gained more log-likelihood over the original than the worse one; None for the original, and without any.
+    For a denoiser `loss` is the mean squared error of its predictions on images of the subject, at fixed times and
+    noises, `class_loss` that on images of the class, `tokens` the number of images, and `velocity_drift` the squared
+    distance of the predictions from the original's, relative to their square, on class images if there are any.
     """
 
     adapter: str | None
     loss: float
-    perplexity: float
-    token_accuracy: float
+    perplexity: float | None
+    token_accuracy: float | None
     tokens: int
     choice_accuracy: float | None
     questions: int
     preference_accuracy: float | None = None
     preferences: int = 0
+    class_loss: float | None = None
+    velocity_drift: float | None = None
 
 
 class Against(Result):
     """The distance of an emulator's predictions from the original's, over the labeled tokens.
 
     `kl_per_token` is the divergence of the emulator's distribution from the original's, in nats. `top1_agreement` is
-    the share of tokens with the same best guess.
+    the share of tokens with the same best guess. Of a denoiser these are None, and `velocity_drift` is the distance.
     """
 
     emulator: str
-    kl_per_token: float
-    top1_agreement: float
+    kl_per_token: float | None
+    top1_agreement: float | None
     loss: float
-    perplexity: float
-    token_accuracy: float
+    perplexity: float | None
+    token_accuracy: float | None
+    velocity_drift: float | None = None
 
 
 class EvaluateResult(Result):
@@ -100,6 +110,8 @@ def evaluate_model(
     device = pick_device(chosen.device)
     directory = resolve_model(model, chosen.revision)
     named = {f"adapter{number}": _open_adapter(path, directory) for number, path in enumerate(adapters)}
+    if library_of(directory).DENOISES:
+        return _evaluate_denoiser(directory, data, dict(zip(named, adapters, strict=True)), named, against, chosen)
     adapted, classes = open_scored(directory, named)
     streamed = adapted.streamed
     emulator = None if against is None else _open_emulator(against, directory, streamed)
@@ -134,6 +146,61 @@ def evaluate_model(
     ]
     compared = None if emulator is None else _compare(str(against), job, score_of(None, sums[-1], samples, sums[0]))
     return EvaluateResult(results=scores, against=compared, report=report)
+
+
+def _evaluate_denoiser(
+    directory: Path,
+    data: DataSource,
+    names: Mapping[str, str | Path],
+    adapters: Mapping[str, Adapter],
+    against: str | Path | None,
+    settings: EvaluateSettings,
+) -> EvaluateResult:
+    """Score a denoiser on encoded images."""
+    images, device, team = encoded_images(data, directory), pick_device(settings.device), processes()
+    adapted = adapted_model(directory, adapters)
+    streamed = adapted.streamed
+    emulator = None if against is None else _open_emulator(against, directory, streamed)
+    variants = [Variant(), *(Variant(adapter=name) for name in adapters)]
+    variants += [] if emulator is None else [Variant(emulator=emulator)]
+    spill_pool = SpillPool(settings.host_memory_bytes)
+    job = DenoisingScoring.of(images, streamed.dtype, settings.noise_samples, len(variants), team)
+    with Meter(device) as meter:
+        on_unit = switch_variants(adapted, variants, device)
+        stream = Stream(streamed, device, meter, on_unit, spill_pool, description="evaluate", team=team)
+        stream.run(job.inputs(), job.take)
+        scores = job.finish()
+        streamed.checkpoint.check_unchanged()
+        workspace = job.workspace(stream)
+        workspace += replaced_bytes(streamed, adapted.replacements)
+        bytes_read = streamed.checkpoint.bytes_read
+        if emulator is not None:
+            emulator.checkpoint.check_unchanged()
+            workspace += _factor_bytes(emulator, streamed)
+            bytes_read += emulator.checkpoint.bytes_read
+        report = meter.report(streamed.largest_unit_bytes, workspace, bytes_read)
+    adapter_names = [None, *(str(path) for path in names.values())]
+    results = [_denoising_score(name, score) for name, score in zip(adapter_names, scores, strict=False)]
+    compared = None
+    if emulator is not None:
+        fields = {"kl_per_token": None, "top1_agreement": None, "perplexity": None, "token_accuracy": None}
+        drift = scores[-1].drift
+        compared = Against(emulator=str(against), loss=scores[-1].loss, velocity_drift=drift, **fields)
+    return EvaluateResult(results=results, against=compared, report=report)
+
+
+def _denoising_score(adapter: str | None, scores: DenoisingScores) -> Score:
+    return Score(
+        adapter=adapter,
+        loss=scores.loss,
+        perplexity=None,
+        token_accuracy=None,
+        tokens=scores.images,
+        choice_accuracy=None,
+        questions=0,
+        class_loss=scores.class_loss,
+        velocity_drift=scores.drift,
+    )
 
 
 def _open_adapter(path: str | Path, model: Path) -> Adapter:

@@ -2,10 +2,11 @@
 
 from typing import TypedDict
 
+from onelayer.compiler.denoising.settings import ScoredNoise
 from onelayer.compiler.settings import Batched, Lengths, Machine, Revised
 
 
-class EvaluateSettings(Lengths, Batched, Machine, Revised):
+class EvaluateSettings(ScoredNoise, Lengths, Batched, Machine, Revised):
     """What can be set of an evaluation."""
 
 
@@ -15,6 +16,7 @@ class EvaluateKeywords(TypedDict, total=False):
     max_length: int
     max_image_pixels: int | None
     batch_size: int
+    noise_samples: int
     device: str | None
     revision: str | None
     host_memory_bytes: int | None

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onelayer.compiler.data.batches import TokenBatch, make_batches
+from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.train_rows import TrainRows
+from onelayer.compiler.denoising.batches import DrawnImages
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.models.linears import head_workspace
 from onelayer.compiler.models.unit_memory import GRADIENT_LOGITS, graph_bytes, step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
+from onelayer.compiler.streaming.denoising_loss import DenoisingLoss, PassBatch, loss_of
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.compiler.streaming.token_loss import TokenLoss
 from onelayer.compiler.streaming.unit_loads import UnitLoads
@@ -40,8 +42,8 @@ class PolishJob:
         self,
         stream: GradientStream,
         state: PolishState,
-        rows: TrainRows,
-        held_out: Sequence[TokenBatch],
+        rows: TrainRows | DrawnImages,
+        held_out: Sequence[PassBatch],
         settings: PolishSettings,
         save: Callable[[], None],
     ) -> None:
@@ -97,7 +99,7 @@ class PolishJob:
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
-        loss = TokenLoss([*batches, *asked], len(batches), self.stream.device, self.stream.team)
+        loss = loss_of([*batches, *asked], len(batches), self.stream.device, self.stream.team)
         self.stream.trained, self.stream.seed = loss.trained, self.settings.seed * 1_000_003 + step
         self.stream.rank, self.stream.places = self.settings.activation_rank, loss.places
         self.stream.run(loss.inputs, loss.take)
@@ -117,8 +119,10 @@ class PolishJob:
             "bytes_read": self.stream.streamed.checkpoint.bytes_read - start_bytes,
         }
 
-    def _batches(self, step: int) -> list[TokenBatch]:
+    def _batches(self, step: int) -> Sequence[PassBatch]:
         """Return the examples of a step as the model is called with them."""
+        if isinstance(self.rows, DrawnImages):
+            return self.rows.step(step)
         rows = self.rows.batch(step)
         if self.settings.packing:
             rows = [join_rows(pack) for pack in packs_of(rows, self.settings.max_length)]
@@ -127,7 +131,9 @@ class PolishJob:
     def _check_packing(self) -> None:
         """Try the fullest pack of all steps and the one with the longest row, which show differences by length."""
         check_takes_positions(self.stream.streamed.model)
-        steps = (packs_of(self.rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
+        rows = self.rows
+        assert isinstance(rows, TrainRows), "images are not packed"
+        steps = (packs_of(rows.batch(step), self.settings.max_length) for step in range(self.settings.steps))
         shared = [pack for packs in steps for pack in packs if len(pack) > 1]
         if shared:
             fullest = max(shared, key=lambda pack: sum(len(row.input_ids) for row in pack))
@@ -162,7 +168,7 @@ class PolishJob:
         for rank in (None, self.settings.activation_rank):
             self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
             self.stream.places = ()
-            loss = TokenLoss([batch], 1, self.stream.device)  # in every process the same
+            loss = loss_of([batch], 1, self.stream.device)  # in every process the same
             self.stream.run(loss.inputs, loss.take)
             loss.finish()
             self.stream.reverse()
@@ -174,12 +180,12 @@ class PolishJob:
     def _measure(self) -> None:
         """Measure the held-out loss of the present adapter in its own forward stream."""
         self.stream.trained = 0
-        loss = TokenLoss(self.held_out, 0, self.stream.device, self.stream.team)
+        loss = loss_of(self.held_out, 0, self.stream.device, self.stream.team)
         self.stream.run(loss.inputs, loss.take)
         loss.finish()
         self._note_held_out(loss)
 
-    def _note_held_out(self, loss: TokenLoss) -> None:
+    def _note_held_out(self, loss: TokenLoss | DenoisingLoss) -> None:
         """Note a held-out loss, if it is finite. It may not be, even after a step whose own loss was."""
         if loss.held_out_loss is None:
             return

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self, TypedDict
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from onelayer.compiler.denoising.settings import TrainedNoise, Weighting
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.settings import Lengths, Must, Option, Resumable, Revised, Seeded, Settings
 
@@ -57,7 +58,7 @@ class ExactSteps(Settings):
     ] = False
 
 
-class PolishSettings(ExactSteps, Lengths, Seeded, Resumable, Revised):
+class PolishSettings(TrainedNoise, ExactSteps, Lengths, Seeded, Resumable, Revised):
     """The settings of a polish; `lora_rank`, `lora_alpha` and `target_modules` are for a fresh adapter."""
 
     # A manifest has no infinity.
@@ -110,6 +111,8 @@ class PolishKeywords(TypedDict, total=False):
     target_modules: str | list[str] | None
     activations: KeptInputs
     packing: bool
+    weighting: Weighting
+    prior_weight: float
     device: str | None
     host_memory_bytes: int | None
     seed: int

@@ -10,20 +10,24 @@ from typing import Any
 import peft
 import torch
 import transformers
-from transformers import PreTrainedConfig
 
 from onelayer.compiler.adapters.attach import Adapted
 from onelayer.compiler.adapters.fit import check_made_for
 from onelayer.compiler.adapters.reader import Adapter, adapter_digest, adapter_stamps
 from onelayer.compiler.adapters.writer import Base
-from onelayer.compiler.data.batches import TokenBatch, make_batches, tokens_digest
+from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.labeled_rows import DataSource, read_for
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.data.train_rows import TrainRows
+from onelayer.compiler.denoising.batches import DrawnImages, NoisyImages
+from onelayer.compiler.denoising.encoded import encoded_images
+from onelayer.compiler.denoising.settings import ScoredNoise, TrainedNoise
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.library import library_of
 from onelayer.compiler.libraries.transformers_models import model_class, read_config
+from onelayer.compiler.models.original import Original
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
@@ -31,6 +35,7 @@ from onelayer.compiler.polish.trained_adapter import FreshAdapter, attach_traina
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.files import atomic_directory
 from onelayer.compiler.storage.stamps import FileStamps
+from onelayer.compiler.streaming.denoising_loss import PassBatch
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class PolishTask:
     directory: Path
     base: dict[str, Any]
     start: Path | FreshAdapter
-    rows: TrainRows
-    held_out: Sequence[Tokens]
+    rows: TrainRows | DrawnImages
+    held_out: Sequence[Tokens] | NoisyImages
     settings: PolishSettings
     device: torch.device
     stamps: Sequence[FileStamps]
@@ -64,6 +69,11 @@ class PolishTask:
         start = start if isinstance(start, FreshAdapter) else resolve_model(start)
         stamps = [Checkpoint.open(directory).stamps]
         stamps += [] if isinstance(start, FreshAdapter) else [adapter_stamps(start)]
+        name = str(Path(model).absolute()) if Path(model).exists() else str(model)
+        base = {"model": name, "revision": settings.revision, "digest": model_digest(directory)}
+        if library_of(directory).DENOISES:
+            images, scored = _noisy_images(directory, data, eval_data, settings)
+            return cls(directory, base, start, images, scored, settings, device, stamps)
         config = read_config(directory)
         found_class = model_class(config, directory)
         tokenizer = load_reader(directory, found_class, settings.max_image_pixels)
@@ -75,18 +85,18 @@ class PolishTask:
         if settings.packing and any(row.inputs is not None for row in rows.rows):
             raise InputError("--packing: rows for a model that reads images or audio stay apart; leave it out")
         held_out = [] if eval_data is None else read_for(classes, eval_data, tokenizer, length)
-        name = str(Path(model).absolute()) if Path(model).exists() else str(model)
-        base = {"model": name, "revision": settings.revision, "digest": model_digest(directory)}
         return cls(directory, base, start, rows, held_out, settings, device, stamps)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that can change the adapter; a run resumes only if all of it is the same."""
+        held_out = self.held_out
+        scored = held_out.images.digest if isinstance(held_out, NoisyImages) else tokens_digest(held_out)
         libraries = {"torch": torch, "transformers": transformers, "peft": peft}
         return {
             "base": self.base,
             "adapter": str(self.start) if isinstance(self.start, FreshAdapter) else adapter_digest(self.start),
-            "data": {"train": self.rows.digest, "held_out": tokens_digest(self.held_out)},
+            "data": {"train": self.rows.digest, "held_out": scored},
             "settings": {**self._recorded(), "device": self.device.type},
             "versions": {
                 "python": platform.python_version(),
@@ -95,9 +105,10 @@ class PolishTask:
         }
 
     def _recorded(self) -> dict[str, Any]:
-        limit = self.settings.max_gradient_norm
+        limit, noise = self.settings.max_gradient_norm, TrainedNoise.model_fields
+        of_text = () if isinstance(self.rows, DrawnImages) else noise  # older records of text stay valid
         return {
-            **self.settings.recorded("lora_rank", "lora_alpha", "target_modules"),
+            **self.settings.recorded("lora_rank", "lora_alpha", "target_modules", *of_text),
             "activations": self.settings.activation_rank,
             "max_gradient_norm": limit if math.isfinite(limit) else None,  # JSON has no infinity
         }
@@ -126,8 +137,13 @@ class PolishTask:
         if not adapter.modules:
             raise InputError(f"{adapter.directory}: adapts no module, there is nothing to train; give a LoRA adapter")
 
-    def held_out_batches(self, config: PreTrainedConfig) -> list[TokenBatch]:
+    def held_out_batches(self, config: Any) -> Sequence[PassBatch]:
         """Return the held-out data as the model is called with it."""
+        if isinstance(self.held_out, NoisyImages):
+            count, rows = ScoredNoise.default("noise_samples"), range(len(self.held_out.images.rows))
+            return [batch for row in rows for batch in self.held_out.held_out(row, count)]
+        if not self.held_out:
+            return []
         return make_batches(self.held_out, config, self.settings.micro_batch_size)
 
     def save(self, state: PolishState, work: Path) -> None:
@@ -157,3 +173,18 @@ class PolishTask:
         with atomic_directory(output) as partial:
             write_polished(partial, adapter, streamed.model, state.chosen(), base, {**record, "stopped": failure})
             self._check_unchanged()
+
+
+def _noisy_images(
+    directory: Path, data: DataSource, eval_data: DataSource | None, settings: PolishSettings
+) -> tuple[DrawnImages, Sequence[Tokens] | NoisyImages]:
+    """Open the encoded images of a denoiser, to train on and held out. Raises `InputError` for settings of text."""
+    if settings.packing:
+        raise InputError("--packing: is for models of text; leave it out")
+    dtype = Original.open(directory).dtype
+    noise = {name: getattr(settings, name) for name in TrainedNoise.model_fields}
+    noisy = NoisyImages(encoded_images(data, directory), dtype, settings.seed, **noise)
+    held_out: Sequence[Tokens] | NoisyImages = []
+    if eval_data is not None:
+        held_out = NoisyImages(encoded_images(eval_data, directory), dtype)
+    return DrawnImages(noisy, settings.batch_size), held_out

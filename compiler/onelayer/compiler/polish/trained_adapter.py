@@ -39,12 +39,13 @@ class FreshAdapter:
         Raises `InputError` if the targets name nothing that can be adapted.
         """
 
-        def prepare(empty: PreTrainedModel) -> None:
+        def prepare(empty: Any) -> None:
+            generates = hasattr(empty, "can_generate") and empty.can_generate() and not empty.config.is_encoder_decoder
             config = LoraConfig(
                 r=self.rank,
                 lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions, and says int
                 target_modules=linear_targets(empty, self.target_modules),
-                task_type="CAUSAL_LM" if empty.can_generate() and not empty.config.is_encoder_decoder else None,
+                task_type="CAUSAL_LM" if generates else None,
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in empty.modules()),
                 exclude_modules=list(SEQ_CLS_HEAD_NAMES) if is_classifier(type(empty)) else None,
             )

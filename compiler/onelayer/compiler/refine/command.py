@@ -12,10 +12,7 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.labeled_rows import DataSource
-from onelayer.compiler.data.media_tokens import load_reader
-from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -34,7 +31,7 @@ from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.companions import check_companions
 from onelayer.compiler.storage.files import check_disk, check_output
 from onelayer.compiler.storage.work_directory import work_directory
-from onelayer.compiler.streaming.calibration import calibration_tokens
+from onelayer.compiler.streaming.calibration import Calibration, read_calibration
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.unit_loads import UnitLoads
 
@@ -77,17 +74,16 @@ def refine_emulator(
     streamed = StreamedModel(directory)
     opened.check_original(directory)
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
-    tokenizer = load_reader(directory, type(streamed.model), chosen.max_image_pixels)
-    tokens, backward = calibration_tokens(streamed, calibration, tokenizer, chosen, backward=chosen.backward)
-    if backward and not processes().is_alone:
+    data = read_calibration(streamed, calibration, chosen, backward=chosen.backward)
+    if data.backward and not processes().is_alone:
         raise InputError("--backward: is the work of one process; start it without torchrun, or give --no-backward")
-    step_samples = capped("--step-samples", chosen.step_samples, len(tokens))
-    chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": backward})
-    return _refine(streamed, opened, tokens, output, chosen.resolved(coded=bool(opened.facts.codes)))
+    step_samples = capped("--step-samples", chosen.step_samples, data.samples)
+    chosen = chosen.model_copy(update={"step_samples": step_samples, "backward": data.backward})
+    return _refine(streamed, opened, data, output, chosen.resolved(coded=bool(opened.facts.codes)))
 
 
 def _refine(
-    streamed: StreamedModel, emulator: Emulator, tokens: list[Tokens], output: Path, settings: ResolvedRefineSettings
+    streamed: StreamedModel, emulator: Emulator, data: Calibration, output: Path, settings: ResolvedRefineSettings
 ) -> RefineResult:
     """Stream the original, train the emulator unit by unit, publish it whole."""
     device = pick_device(settings.device)
@@ -96,10 +92,10 @@ def _refine(
     waits = settings.backward or settings.inputs == "emulator"
     keeps = waits and device.type == "cpu" and settings.host_memory_bytes is None
     spill_pool = SpillPool(0 if keeps else settings.host_memory_bytes)
-    batches = make_batches(tokens, streamed.config, settings.batch_size)
+    batches = data.batches
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts: dict[str, Any] = {
-        "calibration": {"digest": tokens_digest(tokens), "samples": len(tokens)},
+        "calibration": {"digest": data.digest, "samples": data.samples},
         "settings": {**settings.recorded(), "device": device.type},
         "versions": {**versions, "transformers": transformers.__version__},
     }

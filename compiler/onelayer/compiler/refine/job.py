@@ -15,7 +15,6 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
-from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.devices import move
@@ -31,6 +30,7 @@ from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import ResolvedRefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
+from onelayer.compiler.streaming.denoising_loss import PassBatch
 from onelayer.compiler.streaming.gradient_stream import HOST, Record
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
@@ -113,7 +113,7 @@ class RefinePass(Stream):
         self._known: dict[int, WeakTensorKeyDictionary] = {}
         self._samples: list[int] = []  # in each batch
 
-    def refine(self, batches: Sequence[TokenBatch]) -> None:
+    def refine(self, batches: Sequence[PassBatch]) -> None:
         """Stream the original up to the last unit that is not trained yet, and train each unit on the way."""
         batches = [batches[index] for index in self.team.share(len(batches))]
         self._samples = [batch.shape[0] for batch in batches]
@@ -170,7 +170,7 @@ class GradientRefinePass(CalibrationStream):
     """
 
     def __init__(
-        self, training: UnitTraining, batches: Sequence[TokenBatch], spill_pool: SpillPool, loads: UnitLoads
+        self, training: UnitTraining, batches: Sequence[PassBatch], spill_pool: SpillPool, loads: UnitLoads
     ) -> None:
         meter = training.meter
         wanted = {unit.position for unit in training.streamed.units if training.is_wanted(unit)}

@@ -72,6 +72,12 @@ def names_of(data: DataSource) -> str:
     return ", ".join(str(source) for source in data_sets(data))
 
 
+def places(data: DataSource) -> dict[str, Any]:
+    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
+    sources = data_sets(data)
+    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
+
+
 def parse_columns(text: str) -> dict[str, str]:
     """Parse `prompt=question,completion=answer`. Raises `InputError` if it has another form."""
     pairs = [pair.partition("=") for pair in text.split(",")]

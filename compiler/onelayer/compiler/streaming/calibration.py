@@ -1,13 +1,20 @@
 """Reads what a pass calibrates on, with the loss's labels if gradients flow back."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from onelayer.compiler.data.batches import make_batches, tokens_digest
 from onelayer.compiler.data.classes import Classes, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, read_tokens
+from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.tokens import AnyTokenizer, Tokens
+from onelayer.compiler.denoising.batches import NoisyImages
+from onelayer.compiler.denoising.encoded import encoded_images
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.streaming.denoising_loss import PassBatch
 
 
 class Sampled(Protocol):
@@ -22,8 +29,51 @@ class Sampled(Protocol):
         """The tokens at which examples are cut."""
 
     @property
+    def max_image_pixels(self) -> int | None:
+        """The pixels to which larger images of rows are scaled down."""
+
+    @property
+    def batch_size(self) -> int:
+        """The number of examples that are computed at once."""
+
+    @property
     def seed(self) -> int:
         """The seed of the draw."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a pass calibrates on. `digest` identifies it, `positions` counts tokens or pixels of all samples.
+
+    `backward` tells whether gradients of the loss can flow back.
+    """
+
+    batches: Sequence[PassBatch]
+    digest: str
+    samples: int
+    positions: int
+    backward: bool
+
+
+def read_calibration(
+    streamed: StreamedModel, calibration: DataSource, settings: Sampled, *, backward: bool
+) -> Calibration:
+    """Read the calibration data of a model: text, or encoded images at times that cover the axis of times evenly.
+
+    Raises `InputError` for data of another kind.
+    """
+    directory = streamed.checkpoint.directory
+    if streamed.library.DENOISES:
+        images = encoded_images(calibration, directory)
+        noisy = NoisyImages(images, streamed.dtype, settings.seed)
+        batches = noisy.stratified(list(range(len(images.rows))), settings.samples)
+        positions = sum(batch.positions for batch in batches)
+        return Calibration(batches, images.digest, len(batches), positions, backward)
+    tokenizer = load_reader(directory, type(streamed.model), settings.max_image_pixels)
+    tokens, backward = calibration_tokens(streamed, calibration, tokenizer, settings, backward=backward)
+    made = make_batches(tokens, streamed.config, settings.batch_size)
+    positions = sum(len(item.input_ids) for item in tokens)
+    return Calibration(made, tokens_digest(tokens), len(tokens), positions, backward)
 
 
 def calibration_tokens(

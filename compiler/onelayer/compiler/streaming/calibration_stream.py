@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.models.units import Unit
+from onelayer.compiler.streaming.denoising_loss import PassBatch, loss_of
 from onelayer.compiler.streaming.gradient_stream import GradientStream
-from onelayer.compiler.streaming.token_loss import TokenLoss
 
 
 @dataclass
@@ -21,12 +20,12 @@ class CalibrationStream(GradientStream):
         """Whether gradients are wanted of a unit or of one before it."""
         return unit.is_block and unit.position >= self.first_wanted
 
-    def both_ways(self, batches: Sequence[TokenBatch], on_way_back: Callable[[Unit], Any]) -> None:
+    def both_ways(self, batches: Sequence[PassBatch], on_way_back: Callable[[Unit], Any]) -> None:
         """Run all batches to the loss, then back; `on_way_back` watches the units of the way back.
 
         Each process of the team runs its share. Raises `RuntimeError` if the loss is not finite.
         """
-        loss = TokenLoss(batches, len(batches), self.device, self.team)
+        loss = loss_of(batches, len(batches), self.device, self.team)
         self.trained, self.places = loss.trained, loss.places
         with Progress(2 * len(self.streamed.units), self.description) as bar, self:
             self.bar = bar

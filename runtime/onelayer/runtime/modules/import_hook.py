@@ -1,9 +1,9 @@
-"""Registers the emulator loader with transformers, now or when transformers is imported.
+"""Registers the emulator loaders with transformers and diffusers, now or when each of them is imported.
 
 Two things must hold. After `import onelayer.runtime`, plain `AutoModel.from_pretrained(emulator)` works, whichever was
 imported first. And `onelayer --help` and `run --dry-run`, whose modules are in this package too, answer in a fraction
 of a second, so importing the package must not import torch. So this is a post-import hook (as in PEP 369): the loader
-is registered right after transformers' own registry of loading methods has been imported, and not before.
+is registered right after a library's own registry of loading methods has been imported, and not before.
 """
 
 import importlib
@@ -14,38 +14,46 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-REGISTRY = "transformers.quantizers"
-PLUGIN = "onelayer.runtime.modules.transformers_plugin"  # importing it registers the loader
+# Importing a plugin registers the loader in the registry of its library.
+PLUGINS = {
+    "transformers.quantizers": "onelayer.runtime.modules.transformers_plugin",
+    "diffusers.quantizers.auto": "onelayer.runtime.modules.diffusers_plugin",
+}
 
 
 def register_loader() -> None:
-    """Register the emulator loader now if transformers' registry is imported, else right after its import."""
-    if REGISTRY in sys.modules:
-        importlib.import_module(PLUGIN)
-    elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryFinder())
+    """Register the emulator loaders now for registries that are imported, else right after their import."""
+    waiting = {finder.registry for finder in sys.meta_path if isinstance(finder, _RegistryFinder)}
+    for registry, plugin in PLUGINS.items():
+        if registry in sys.modules:
+            importlib.import_module(plugin)
+        elif registry not in waiting:
+            sys.meta_path.insert(0, _RegistryFinder(registry))
 
 
 class _RegistryFinder(MetaPathFinder):
     """Finds one module, once, by the other finders, and wraps its loader."""
 
+    def __init__(self, registry: str) -> None:
+        self.registry = registry
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != REGISTRY:
+        if fullname != self.registry:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _PluginLoader(spec.loader)
+            spec.loader = _PluginLoader(spec.loader, PLUGINS[fullname])
         return spec
 
 
 class _PluginLoader(Loader):
     """Loads a module with its own loader, then imports the plugin."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, plugin: str) -> None:
+        self._loader, self._plugin = loader, plugin
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -55,4 +63,4 @@ class _PluginLoader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        importlib.import_module(PLUGIN)
+        importlib.import_module(self._plugin)

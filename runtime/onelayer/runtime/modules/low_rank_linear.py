@@ -86,7 +86,7 @@ def load_emulator(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     This checks the files, then does the same as `from_pretrained(path, **kwargs)` of that class after
     `import onelayer.runtime`. Raises `InputError` if `path` is not an emulator.
     """
-    from onelayer.compiler.libraries.transformers_models import load_config, model_class
+    from onelayer.compiler.libraries.library import library_of
     from onelayer.compiler.storage.checkpoint import Checkpoint
     from onelayer.compiler.storage.model_config import read_model_config
 
@@ -95,6 +95,7 @@ def load_emulator(path: str | Path, **kwargs: Any) -> "PreTrainedModel":
     if section.get("quant_method") != "onelayer":
         raise InputError(f"{directory}: is not an emulator; make one with `onelayer compile`")
     Checkpoint.open(directory)
-    config = load_config(directory)
-    model: PreTrainedModel = model_class(config, directory).from_pretrained(directory, **kwargs)
+    library = library_of(directory)
+    model_class = library.model_class(library.load_config(directory), directory)
+    model: PreTrainedModel = model_class.from_pretrained(str(directory), **kwargs)
     return model

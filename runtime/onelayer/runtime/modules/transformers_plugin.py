@@ -195,7 +195,7 @@ def _find_module(model: "PreTrainedModel", name: str, modules: Mapping[str, nn.M
 
     Raises `InputError` if a module of the base model is missing.
     """
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # diffusers has none
     match = next((known for known in (name, name.removeprefix(prefix), prefix + name) if known in modules), None)
     if match is None and name.startswith(prefix):
         raise InputError(f"config.json: quantization_config.ranks names {name}, which {type(model).__name__} lacks")

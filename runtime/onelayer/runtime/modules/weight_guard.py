@@ -26,6 +26,8 @@ _METADATA = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()]
     + [getattr(torch.Tensor, name) for name in _METHODS.split()]
 )
+# PEFT and diffusers read shapes from `weight.data`, which is the guard again.
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _MESSAGE = (
     "this module of an emulator holds two low-rank factors and no weight (or packed bytes), so {operation} cannot use "
     "its weight; "
@@ -53,6 +55,8 @@ class GuardWeight(torch.Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answer metadata; refuse everything else."""
+        if func == _DATA:
+            return args[0]
         if func not in _METADATA:
             raise InputError(_MESSAGE.format(operation=getattr(func, "__name__", str(func))))
         with torch._C.DisableTorchFunctionSubclass():

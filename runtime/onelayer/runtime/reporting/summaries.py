@@ -87,7 +87,8 @@ def evaluate_summary(document: Mapping[str, Any]) -> str:
     rows = [(row["adapter"] or "original", row) for row in document["results"]]
     parts = [scores(rows), report_line(document["report"])]
     if against := document["against"]:
-        parts.insert(1, f"against the original\n{table([*against.items()])}")
+        known = [(name, value) for name, value in against.items() if value is not None]
+        parts.insert(1, f"against the original\n{table(known)}")
     return "\n".join(parts)
 
 

@@ -57,6 +57,10 @@ def _is_short(values: list[Any]) -> bool:
 
 def scores(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Format one row of figures per model, by name."""
+    if all(row["perplexity"] is None for _, row in rows):  # denoisers
+        names = ("loss", "class_loss", "velocity_drift", "tokens")
+        heads = ("", "loss", "class loss", "velocity drift", "images")
+        return table([heads, *((name, *(row.get(field) for field in names)) for name, row in rows)])
     head = ("", "loss", "perplexity", "token accuracy", "tokens")
     body = [(name, row["loss"], row["perplexity"], row["token_accuracy"], row["tokens"]) for name, row in rows]
     lines: list[tuple[Any, ...]] = [head, *body]

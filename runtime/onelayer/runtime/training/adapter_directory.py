@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.adapters.config import CONFIG_FILE
 from onelayer.compiler.adapters.keys import KEY_PREFIX
+from onelayer.compiler.adapters.pipeline_weights import write_pipeline_weights
 from onelayer.compiler.adapters.reader import PROVENANCE_FILE
 from onelayer.compiler.adapters.writer import Base, model_card
 from onelayer.compiler.storage.files import read_json, write_json, write_text
@@ -48,6 +49,8 @@ def write_adapter_directory(
         fan_in_fan_out=transposed,
         quantization=model.quantization,
     )
+    if model.denoises:
+        write_pipeline_weights(directory, base.class_name)
     write_text(directory / "README.md", model_card(base, provenance))
     write_json(directory / PROVENANCE_FILE, provenance)
 

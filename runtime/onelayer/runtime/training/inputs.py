@@ -1,7 +1,6 @@
 """Reads the inputs of training: facts about a model directory, without weights, and token rows with their digest."""
 
 import hashlib
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,25 +12,22 @@ from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable,
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
-from onelayer.compiler.data.tokens import (
-    AnyTokenizer,
-    RowInputs,
-    Tokens,
-    asked_and_answered,
-    load_tokenizer,
-    text_tokenizer,
-)
+from onelayer.compiler.data.row_inputs import tower_rows
+from onelayer.compiler.data.tokens import RowInputs, Tokens, asked_and_answered, load_tokenizer, text_tokenizer
+from onelayer.compiler.denoising.batches import NoisyImages
 from onelayer.compiler.dequantize.formats import quantization_method, quantization_settings
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.libraries.library import library_of
 from onelayer.compiler.machine.console import notice
 from onelayer.compiler.machine.distributed import processes
-from onelayer.compiler.sources.data_set import data_sets, names_of
+from onelayer.compiler.sources.data_set import names_of
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY
+from onelayer.runtime.modules.import_hook import register_loader
 from onelayer.runtime.streamed.model import streamed_for_training
 from onelayer.runtime.streamed.settings import StreamedSettings
 from onelayer.runtime.training.settings import TrainSettings
@@ -39,9 +35,6 @@ from onelayer.runtime.training.settings import TrainSettings
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# What becomes one row of a tower: a patch of an image in each of its channels, 20 ms of sound at 16 kHz.
-PATCH_SIDE, FRAME_VALUES = 14, 320
 
 
 @dataclass(frozen=True)
@@ -58,11 +51,23 @@ class TrainModel:
     base: dict[str, Any]
     config: "PreTrainedConfig"
     model_class: "type[PreTrainedModel]"
-    reader: AnyTokenizer
+    reader: Any  # an `AnyTokenizer`; None for a denoiser
     classes: Classes | None
     stamps: FileStamps
     quantization: str | None = None
     streaming: StreamedSettings | None = None
+
+    @property
+    def denoises(self) -> bool:
+        """Whether it is a denoiser, whose config is a plain dictionary."""
+        return isinstance(self.config, dict)
+
+    @property
+    def dtype(self) -> "torch.dtype | None":
+        """The dtype that it computes in, where its config or its weights name one."""
+        config: Any = self.config
+        checkpoint = Checkpoint.open(self.directory)
+        return library_of(self.directory).compute_dtype(config, checkpoint) if self.denoises else config.dtype
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -73,9 +78,8 @@ class TrainModel:
         """Build the model without weights, with the modules of the original."""
         import torch
 
-        from onelayer.compiler.libraries.transformers_models import empty_model
-
-        return empty_model(self.config, self.model_class, torch.float32)
+        empty: PreTrainedModel = library_of(self.directory).empty_model(self.config, self.model_class, torch.float32)
+        return empty
 
     def load(self) -> "PreTrainedModel":
         """Load the model with its weights onto the host, or open it for streaming if `streaming` says how.
@@ -86,9 +90,9 @@ class TrainModel:
             streamed = streamed_for_training(self.directory, **self.streaming.model_dump())
             self.stamps.check()
             return streamed
-        import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
-
-        model: PreTrainedModel = self.model_class.from_pretrained(self.directory)
+        register_loader()
+        dtype: dict[str, Any] = {"torch_dtype": self.dtype} if self.denoises else {}
+        model: PreTrainedModel = self.model_class.from_pretrained(str(self.directory), **dtype)
         self.stamps.check()
         return model
 
@@ -98,7 +102,7 @@ class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
-    `inputs` are what the rows' images and audio become, if there are any.
+    `inputs` are what the rows' images and audio become, if there are any. A denoiser's `rows` describe its `images`.
     """
 
     rows: list[dict[str, Any]]
@@ -106,19 +110,26 @@ class TrainData:
     skipped: int
     cut: int
     inputs: Sequence[RowInputs | None] | None = None
+    images: NoisyImages | None = None
 
 
 def read_model(directory: Path, name: str, max_image_pixels: int | None = None) -> TrainModel:
     """Read config, tokenizer, processor and headers. `name` is the user's name of the model: a path or a Hub id."""
 
-    from onelayer.compiler.libraries.transformers_models import load_config, model_class
     from onelayer.compiler.models.original import Original
 
+    library = library_of(directory)
+    load_config, model_class = library.load_config, library.model_class
     stored = Checkpoint.open(directory)
     packing = quantization_settings(read_model_config(directory))
     digest = model_digest(directory)
     ranks: Mapping[str, int] = {}
-    base = {"model": name, "revision": _snapshot_revision(directory), "digest": digest}
+    # The Hub's cache names its snapshots by commit.
+    base = {
+        "model": name,
+        "revision": directory.name if directory.parent.name == "snapshots" else None,
+        "digest": digest,
+    }
     quantization = None
     if packing is not None and quantization_method(packing) == "onelayer":
         facts = Emulator.open(directory).facts
@@ -131,6 +142,8 @@ def read_model(directory: Path, name: str, max_image_pixels: int | None = None) 
     else:
         config = load_config(directory)
     loaded_class = model_class(config, directory)
+    if library.DENOISES:
+        return TrainModel(directory, ranks, digest, base, config, loaded_class, None, None, stored.stamps, quantization)
     if not is_trainable(loaded_class):
         raise InputError(
             f"{directory}: {loaded_class.__name__} is not a language model or a sequence classifier, which "
@@ -174,7 +187,7 @@ def original_source(
         raise InputError("lora.bias: biases that are trained cannot be anchored; leave it or --anchor-every out")
     directory = resolve_model(original)
     Emulator.open(model.directory).check_original(directory)
-    if load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
+    if not model.denoises and load_tokenizer(directory).get_vocab() != model.tokenizer.get_vocab():
         raise InputError(
             f"{model.directory}: its tokenizer has other tokens than that of {directory}; copy the original's files"
         )
@@ -204,22 +217,11 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     return TrainData(rows, sha256_json([rows, settings.method]), skipped, cut)
 
 
-def places(data: DataSource) -> dict[str, Any]:
-    """Name the data for the record: one source as `path`, several as `paths`, in the order in which they were read."""
-    sources = data_sets(data)
-    return {"path": str(sources[0])} if len(sources) == 1 else {"paths": [str(source) for source in sources]}
-
-
 def training_device(arguments: Mapping[str, Any]) -> "torch.device":
     """Return the device of a training with these arguments of its trainer."""
     from onelayer.compiler.machine.devices import pick_device
 
     return pick_device("cpu" if arguments.get("use_cpu") else None)
-
-
-def _snapshot_revision(directory: Path) -> str | None:
-    """Return the commit of a model from the Hub's cache, which names its snapshots by commit."""
-    return directory.name if directory.parent.name == "snapshots" else None
 
 
 def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
@@ -262,17 +264,13 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
     return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut, given)
 
 
-def _rows_at_most(inputs: RowInputs) -> int:
-    """Count the patches of an image, or the frames of a recording, as most models make them."""
-    shapes = inputs.shapes.values()
-    return max(math.prod(shape) // (shape[1] * PATCH_SIDE**2 if len(shape) == 4 else FRAME_VALUES) for shape in shapes)
-
-
 def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
     """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
+    if examples.images is not None:
+        return examples.images.positions
     longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
     if not longest:  # rows without a text
-        longest = max(_rows_at_most(inputs) for inputs in examples.inputs or () if inputs is not None)
+        longest = max(tower_rows(inputs) for inputs in examples.inputs or () if inputs is not None)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])
 
@@ -286,7 +284,9 @@ def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: "to
 
     from onelayer.runtime.streamed.ways import chosen_way
 
-    if model.ranks:
+    if model.denoises and settings.way == "streamed":
+        raise InputError(f"--way streamed: {model.directory} is a denoiser, use `onelayer polish` for exact steps")
+    if model.ranks or model.denoises:
         if settings.way == "streamed":
             raise InputError(f"--way streamed: {model.directory} is an emulator, which is made to fit; leave it out")
         return model

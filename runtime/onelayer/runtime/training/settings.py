@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
+from onelayer.compiler.denoising.settings import TrainedNoise, Weighting
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.faults import faults_of, written
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
@@ -45,7 +46,7 @@ LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by a
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(Lengths, Seeded, Holding):
+class TrainSettings(TrainedNoise, Lengths, Seeded, Holding):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
     method: Annotated[
@@ -129,6 +130,11 @@ class TrainSettings(Lengths, Seeded, Holding):
             raise InputError("activation_report: nothing is compressed; set activations to layer or sublayer")
         return self
 
+    @property
+    def noise(self) -> dict[str, Any]:
+        """The settings of noise, by name."""
+        return {name: getattr(self, name) for name in TrainedNoise.model_fields}
+
     @classmethod
     def _refusal(cls, error: ValidationError, keywords: Mapping[str, Any]) -> str:
         return _first_fault(error, cls, keywords, "")
@@ -162,6 +168,8 @@ class TrainKeywords(TypedDict, total=False):
     max_length: int
     max_image_pixels: int | None
     seed: int
+    weighting: Weighting
+    prior_weight: float
     activations: str
     activation_rank: int | float | str
     activation_report: bool

@@ -19,6 +19,7 @@ from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result
 from onelayer.compiler.settings import settings_keywords
+from onelayer.compiler.sources.data_set import places
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
@@ -38,7 +39,6 @@ from onelayer.runtime.training.inputs import (
     held_by,
     longest_batch,
     original_source,
-    places,
     preference_data,
     read_model,
     tokenized,
@@ -131,6 +131,10 @@ class _Sources:
         """Tokenize the data, and the held-out data if there are any."""
 
         def read(data: DataSource) -> TrainData:
+            if model.denoises:
+                from onelayer.runtime.training.denoising import noisy_images
+
+                return noisy_images(data, model, settings)
             if settings.method == "sft":
                 return tokenized(data, model, settings.max_length)
             return preference_data(data, model, settings, batch_size)
@@ -166,7 +170,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
         "trained_on": {"path": str(directory), "digest": model.digest},
         "base": model.base,
         "data": {**places(sources.data), "digest": examples.digest, "examples": len(examples.rows)},
-        **_choices(settings, fields, arguments),
+        **_choices(settings, fields, arguments, model.denoises),
     }
     run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
@@ -174,7 +178,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
         return referenced.train(work, output, started, report)
 
 
-def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any]) -> dict[str, Any]:
+def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, Any], denoises: bool) -> dict[str, Any]:
     """List the choices that can change the adapter. A run can resume only if all of them are equal."""
     compressed = settings.activations != "none"
     anchored = settings.anchor_every is not None  # left out otherwise, so that older interrupted runs can go on
@@ -184,6 +188,7 @@ def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, A
         "activations": {"where": settings.activations, "rank": settings.activation_rank} if compressed else None,
         **({"anchor": {"every": settings.anchor_every, "bits": settings.anchor_bits}} if anchored else {}),
         **({} if settings.method == "sft" else {"method": settings.method}),
+        **(settings.noise if denoises else {}),
     }
 
 
@@ -226,7 +231,7 @@ class _Run:
         from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
         from onelayer.runtime.training.anchored import anchor
         from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss, train_until_stopped
-        from onelayer.runtime.training.compressed_activations import TrainActivations
+        from onelayer.runtime.training.guarded import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
         team = processes()
@@ -246,8 +251,7 @@ class _Run:
             if checkpoint is None or not trainer.take_up_finished(checkpoint):
                 train_until_stopped(trainer, work, checkpoint)
             peak_device_bytes = meter.sample()
-        adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
-        first_batch = trainer.first_batch
+        adapted, first_batch = trainer.accelerator.unwrap_model(trainer.model), trainer.first_batch
         assert first_batch is not None
         figures = {
             "train_loss": mean_loss(trainer.state.log_history),

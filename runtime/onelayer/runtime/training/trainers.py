@@ -37,6 +37,7 @@ from onelayer.runtime.collators.classes import ClassCollator
 from onelayer.runtime.collators.media import ROW, MediaCollator
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
+from onelayer.runtime.training.denoising import DenoisingTrainer, denoising_trainer
 from onelayer.runtime.training.guarded import GuardedTrainer
 from onelayer.runtime.training.inputs import TrainData, TrainModel
 from onelayer.runtime.training.preference_trainers import DpoTrainer, KtoTrainer, preference_trainer
@@ -100,7 +101,7 @@ class ClassTrainer(AnchoredTrainer, GuardedTrainer):
     """The trainer for sequence classifiers, which pads rows to the longest of their batch."""
 
 
-OurTrainer = LoraTrainer | SequenceTrainer | ClassTrainer | DpoTrainer | KtoTrainer
+OurTrainer = DenoisingTrainer | LoraTrainer | SequenceTrainer | ClassTrainer | DpoTrainer | KtoTrainer
 Rows = tuple[TrainData, TrainData | None]  # to train on, and held out
 
 
@@ -114,7 +115,7 @@ def make_trainer(
     on_gpu: bool,
 ) -> OurTrainer:
     """Make the trainer for the model. Raises `InputError` if arguments or targets do not fit together."""
-    dtype = model.config.dtype
+    dtype = model.dtype
     precision = {"bf16": on_gpu and dtype == torch.bfloat16, "fp16": on_gpu and dtype == torch.float16}
     own = {"output_dir": str(work), "use_cpu": not on_gpu, **precision}
     if rows[1] is not None:
@@ -123,8 +124,10 @@ def make_trainer(
         own |= {"eval_strategy": strategy, "per_device_eval_batch_size": batch_size, "prediction_loss_only": True}
     arguments = {**own, **arguments}
     try:
-        if method != "sft":
-            trainer: OurTrainer = _preference_trainer(method, model, rows, fields, arguments)
+        if model.denoises:
+            trainer: OurTrainer = denoising_trainer(model.load(), rows[0], rows[1], fields, arguments)
+        elif method != "sft":
+            trainer = _preference_trainer(method, model, rows, fields, arguments)
         elif model.classes is None and model.config.is_encoder_decoder:
             trainer = _sequence_trainer(model, rows, fields, arguments)
         elif model.classes is None:

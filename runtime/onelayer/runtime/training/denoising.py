@@ -1,0 +1,156 @@
+"""Training of a denoiser with transformers' `Trainer`: rows of noise for encoded images, and the loss.
+
+A batch is computed image by image, since prompts differ in length: `batch_size` images are so many accumulated steps,
+which gives the same gradient.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments, set_seed
+
+from onelayer.compiler.adapters.attach import linear_targets
+from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages, NoisyImages
+from onelayer.compiler.denoising.encoded import EncodedImages
+from onelayer.compiler.denoising.settings import ScoredNoise
+from onelayer.compiler.errors import InputError
+from onelayer.compiler.sources.data_set import DataSource, data_sets, names_of
+from onelayer.runtime.training.anchored import AnchoredTrainer
+from onelayer.runtime.training.callbacks import MarkComplete
+from onelayer.runtime.training.guarded import GuardedTrainer
+from onelayer.runtime.training.inputs import TrainData, TrainModel
+from onelayer.runtime.training.settings import LoraFields, TrainSettings
+
+Row = dict[str, Any]
+
+
+class DrawnRows(Dataset[Row]):
+    """The rows of a whole training in order."""
+
+    def __init__(self, drawn: DrawnImages, count: int) -> None:
+        self.drawn, self.count = drawn, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Row:
+        """Return a row: arguments, target and weight."""
+        return row_of(self.drawn.batch(number))
+
+
+class FixedRows(Dataset[Row]):
+    """Held-out images at fixed times and noises."""
+
+    def __init__(self, noisy: NoisyImages, samples: int) -> None:
+        self.noisy, self.samples = noisy, samples
+
+    def __len__(self) -> int:
+        return len(self.noisy.images.rows) * self.samples
+
+    def __getitem__(self, number: int) -> Row:
+        """Return a row: arguments, target and weight."""
+        row, place = divmod(number, self.samples)
+        return row_of(self.noisy.held_out(row, self.samples)[place])
+
+
+def row_of(batch: DenoisingBatch) -> Row:
+    """Return a batch as Trainer moves it to the device."""
+    return {"arguments": batch.inputs, "target": batch.target, "weight": batch.weight}
+
+
+def _only(rows: list[Row]) -> Row:
+    (row,) = rows
+    return row
+
+
+class _ScoredByNoise(Trainer):
+    """A Trainer whose loss is the weighted mean squared error of what a denoiser predicts."""
+
+    images: EncodedImages
+
+    def compute_loss(self, model: nn.Module, inputs: Row, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of one image."""
+        batch = DenoisingBatch({}, inputs["target"], inputs["weight"], self.images.answer, 0, ())
+        return batch.loss(model(**inputs["arguments"]))
+
+    def prediction_step(self, model: nn.Module, inputs: Row, *args: Any, **kwargs: Any) -> Any:
+        """Score one held-out image."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[Any]:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]  # rows are in a drawn order already
+
+
+class DenoisingTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByNoise):
+    """The trainer for denoisers."""
+
+
+@dataclass(frozen=True)
+class DenoisingPlan:
+    """How many steps a training takes, and how many images each of them."""
+
+    steps: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], images: int) -> "DenoisingPlan":
+        """Read the arguments of a Trainer. `images` counts those of the subject, once in an epoch."""
+        per_step = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+        if (steps := arguments.get("max_steps", -1)) > 0:
+            return cls(steps, per_step)
+        return cls(max(1, math.ceil(arguments.get("num_train_epochs", 3.0) * images / per_step)), per_step)
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments for batches of one image."""
+        own = {"gradient_accumulation_steps": self.batch_size}
+        own |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
+        without = ("max_length", "num_train_epochs")
+        more = {"max_steps": self.steps, "remove_unused_columns": False, "dataloader_pin_memory": False}
+        return {**{name: value for name, value in given.items() if name not in without}, **own, **more}
+
+
+def noisy_images(data: DataSource, model: TrainModel, settings: TrainSettings) -> TrainData:
+    """Open the encoded images of a denoiser. Raises `InputError` for settings that are for text alone."""
+    for option, given in (("--method", settings.method != "sft"), ("--packing", (settings.args or {}).get("packing"))):
+        if given:
+            raise InputError(f"{option}: is for models of text, not for {model.directory}; leave it out")
+    images = EncodedImages.open(data_sets(data)[0].path)
+    if len(data_sets(data)) > 1:
+        raise InputError(f"{names_of(data)}: a denoiser reads one directory; encode all folders of images together")
+    images.check_denoiser(model.base["digest"], str(model.base["model"]))
+    assert model.dtype is not None
+    noisy = NoisyImages(images, model.dtype, settings.seed, **settings.noise)
+    return TrainData([asdict(row) for row in images.rows], images.digest, 0, 0, images=noisy)
+
+
+def denoising_trainer(
+    loaded: Any, rows: TrainData, held_out: TrainData | None, fields: LoraFields, arguments: dict[str, Any]
+) -> DenoisingTrainer:
+    """Make the trainer of a loaded denoiser, with a fresh adapter on it. Held-out images are scored at fixed times."""
+    images = rows.images
+    assert images is not None
+    plan = DenoisingPlan.of(arguments, len(images.images.numbers(is_class=False)))
+    config = TrainingArguments(**plan.arguments(arguments))
+    scored = None if held_out is None else held_out.images
+    loaded.requires_grad_(False)
+    set_seed(config.seed)
+    targets = linear_targets(loaded, fields.target_modules)
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(**{**fields.model_dump(), "target_modules": targets}))
+    trainer = DenoisingTrainer(
+        model=adapted,
+        args=config,
+        train_dataset=DrawnRows(DrawnImages(images, plan.batch_size), plan.steps * plan.batch_size),
+        eval_dataset=None if scored is None else FixedRows(scored, ScoredNoise.default("noise_samples")),
+        data_collator=_only,
+        callbacks=[MarkComplete()],
+    )
+    trainer.images = images.images
+    trainer.model_accepts_loss_kwargs = False  # the mean over accumulated images is ours to ask for
+    return trainer

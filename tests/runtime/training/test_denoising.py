@@ -1,0 +1,128 @@
+"""Training of a denoiser on encoded images, and its adapter in diffusers' own pipelines."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.encoded_pipelines import EncodedPipeline, encoded_pipeline
+from helpers.hashes import tree_hashes
+from onelayer.compiler import compile_emulator, correct_adapter, merge_adapter
+from onelayer.compiler.denoising.batches import DrawnImages
+from onelayer.compiler.errors import InputError
+from onelayer.runtime import train_lora
+from onelayer.runtime.training.denoising import DenoisingTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+HOW: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> EncodedPipeline:
+    return encoded_pipeline("flux", tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="module")
+def emulator(flux: EncodedPipeline) -> Path:
+    output = flux.pipeline.parent / "emulator"
+    compile_emulator(flux.pipeline, flux.images, output, keep_bytes=0.25, factor_dtype="nf4", samples=4)
+    return output
+
+
+@pytest.fixture(scope="module")
+def adapter(flux: EncodedPipeline, emulator: Path) -> Path:
+    output = flux.pipeline.parent / "adapter"
+    result = train_lora(emulator, flux.images, output, eval_data=flux.images, **HOW)
+    assert result.steps == 4
+    assert [step for step, _ in result.losses] == [1, 2, 3, 4]
+    assert len(result.held_out) == 1
+    return output
+
+
+def test_the_adapter_and_its_merge_fit_the_original(
+    flux: EncodedPipeline, emulator: Path, adapter: Path, tmp_path: Path
+) -> None:
+    corrected = tmp_path / "corrected"
+    correct_adapter(adapter, emulator=emulator, model=flux.pipeline, output=corrected)
+    merge_adapter(corrected, model=flux.pipeline, output=tmp_path / "merged")
+    batch = flux.noisy().at(0, 0.5, 1)
+    for directory in (adapter, corrected):
+        kind: Any = type(flux.pipe)
+        pipe = kind.from_pretrained(str(flux.pipeline))
+        with torch.no_grad():
+            bare = pipe.transformer(**batch.inputs)[0]
+            wanted = peft.PeftModel.from_pretrained(flux.load(), str(directory))(**batch.inputs)[0]
+            pipe.load_lora_weights(str(directory), weight_name="pytorch_lora_weights.safetensors")
+            answer = pipe.transformer(**batch.inputs)[0]
+        torch.testing.assert_close(answer, wanted, rtol=0, atol=1e-6)
+        assert float((answer - bare).abs().max()) > 1e-3
+    with torch.no_grad():
+        merged = flux.load(tmp_path / "merged")(**batch.inputs)[0]
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=2e-6)
+
+
+def test_an_interrupted_training_continues_to_the_same_bytes(
+    flux: EncodedPipeline, emulator: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = DenoisingTrainer.training_step, list[int]()
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DenoisingTrainer, "training_step", failing)
+    output = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
+    train_lora(emulator, flux.images, output, eval_data=flux.images, save_steps=2, resume=True, **HOW)
+    assert len(calls) == 6 + 4
+    ours, theirs = tree_hashes(output), tree_hashes(adapter)
+    assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    assert ours["pytorch_lora_weights.safetensors"] == theirs["pytorch_lora_weights.safetensors"]
+
+
+def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Path) -> None:
+    result = train_lora(flux.denoiser, flux.images, tmp_path / "out", max_steps=1, batch_size=2, weighting="none")
+    rows, model = DrawnImages(flux.noisy(), 2), flux.load()
+    wanted = []
+    for number in range(2):
+        batch = rows.batch(number)
+        with torch.no_grad():
+            wanted.append(float(batch.loss(model(**batch.inputs))))
+    assert result.losses[0][1] == pytest.approx(sum(wanted) / 2, rel=1e-5)
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("transformer.") for name in weights)
+
+
+def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:
+    noisy = flux.noisy()
+    rows = DrawnImages(noisy, 2)
+    taken = [rows.row(number) for number in range(12)]
+    assert [noisy.images.rows[row].is_class for row in taken] == [False, True] * 6
+    assert sorted(taken[0:6:2]) == sorted(taken[6:12:2]) == [0, 1, 2]
+    assert [rows.row(number) for number in range(12)] == taken
+    noisy.prior_weight = 0.0
+    assert {rows.row(number) for number in range(6)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"method": "dpo"}, "--method dpo: the original is the reference"),
+        ({"args": {"packing": True}}, "--packing: is for models of text"),
+        ({"way": "streamed"}, "use `onelayer polish` for exact steps"),
+        ({"target_modules": ["to_qq"]}, "target_modules: to_qq"),
+        ({"anchor_every": 2}, "needs the original; give --model"),
+    ],
+)
+def test_settings_that_do_not_fit_a_denoiser_are_refused(
+    how: dict[str, Any], message: str, flux: EncodedPipeline, emulator: Path, tmp_path: Path
+) -> None:
+    model = flux.denoiser if "way" in how else emulator
+    with pytest.raises(InputError, match=message):
+        train_lora(model, flux.images, tmp_path / "out", max_steps=1, **how)
