@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.compile.settings import CompileSettings, Form
@@ -137,10 +138,10 @@ def plan_run(
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
     them together with the ratio. An example of a model that reads images has `images` of them, tiles counted, with
     sides of `image_side` pixels or as the tower is made for. `emulator` is an emulator of this model: its spectra
-    predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed.
-    `host_memory_bytes` is what a streamed training may use of the host: it keeps the layers that fit. Durations follow
-    from `speed`, by default measured for a second on this machine (not if `timing` is false or there are no weights to
-    read). Raises `InputError` for bad input.
+    predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. A
+    streamed training keeps the layers that fit into `host_memory_bytes` of the host. Durations follow from `speed`, by
+    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
+    `InputError` for bad input.
     """
     _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
@@ -157,15 +158,8 @@ def plan_run(
         memory_bytes=memory_bytes,
         max_length=max_length,
         batch_size=batch_size,
-        fits=best.ratio is not None,
-        form=best.form,
-        ratio=best.ratio,
-        keep_bytes=best.keep_bytes,
-        factor_dtype=best.factor_dtype,
-        activations=best.planned.where,
-        activation_rank=best.planned.rank,
+        **_of_choice(best),
         predicted=predict(shapes, best),
-        train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
         choices=_choices(shapes, choices, emulator),
@@ -178,6 +172,20 @@ def plan_run(
         fastest=fastest_way(ways, max_steps),
         remarks=remarks(shapes, best, planned.max_length, memory_bytes),
     )
+
+
+def _of_choice(best: Choice) -> dict[str, Any]:
+    """Name what a choice says of the emulator and of its training."""
+    return {
+        "fits": best.ratio is not None,
+        "form": best.form,
+        "ratio": best.ratio,
+        "keep_bytes": best.keep_bytes,
+        "factor_dtype": best.factor_dtype,
+        "activations": best.planned.where,
+        "activation_rank": best.planned.rank,
+        "train_parts": _parts(best),
+    }
 
 
 def _choices(shapes: ModelShapes, choices: Mapping[Stored, Choice], emulator: str | Path | None) -> list[FactorChoice]:

@@ -217,13 +217,6 @@ def preference_data(data: DataSource, model: TrainModel, settings: TrainSettings
     return TrainData(rows, sha256_json([rows, settings.method]), skipped, cut)
 
 
-def training_device(arguments: Mapping[str, Any]) -> "torch.device":
-    """Return the device of a training with these arguments of its trainer."""
-    from onelayer.compiler.machine.devices import pick_device
-
-    return pick_device("cpu" if arguments.get("use_cpu") else None)
-
-
 def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
     """Return a row for the trainer of a model: the ids that it reads, and what it predicts."""
     if tokens.label is not None and not tokens.input_ids:

@@ -42,7 +42,6 @@ from onelayer.runtime.training.inputs import (
     preference_data,
     read_model,
     tokenized,
-    training_device,
     with_default_anchors,
 )
 from onelayer.runtime.training.settings import (
@@ -53,7 +52,7 @@ from onelayer.runtime.training.settings import (
     lora_fields,
     trainer_arguments,
 )
-from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
+from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, training_device
 
 
 class TrainResult(Result):

@@ -4,14 +4,18 @@ Importing SFTConfig would import torch, and a manifest is checked without it.
 """
 
 import ast
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, create_model
 
 from onelayer.compiler.faults import unknown_name
+
+if TYPE_CHECKING:
+    import torch
 
 # A method's configuration and its ancestors, oldest first: (package, file, class). A test compares with
 # dataclasses.fields of each.
@@ -181,3 +185,10 @@ def _type(annotation: str) -> Any:
     kinds = set(annotation.split(" | ")) - {"None"}
     scalar = _SCALARS.get(kinds.pop()) if len(kinds) == 1 else None
     return Any if scalar is None else scalar | None
+
+
+def training_device(arguments: Mapping[str, Any]) -> "torch.device":
+    """Return the device of a training with these arguments of its trainer."""
+    from onelayer.compiler.machine.devices import pick_device
+
+    return pick_device("cpu" if arguments.get("use_cpu") else None)
