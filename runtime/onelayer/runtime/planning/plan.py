@@ -215,8 +215,7 @@ def size_for(
     an allocation of ranks means factors. Raises `InputError` if nothing fits.
     """
     shapes = read_shapes(resolve_model(model)).at_length(MAX_LENGTH)
-    if form == "auto" and rank_allocation is not None:
-        form = "factors"
+    form = "factors" if form == "auto" and rank_allocation is not None else form
     allocation = rank_allocation or "spectrum"
     planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=allocation, compile_tokens=compile_tokens)
     choices = choose_each(shapes, planned, memory_bytes)
