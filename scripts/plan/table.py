@@ -106,8 +106,7 @@ def planned(config: dict[str, Any], memory_bytes: int) -> PlanResult:
     """Plan for one card."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        length = {"max_length": MAX_LENGTH, "images": TILES}
-        return plan_run(folder, memory_bytes, batch_size=BATCH_SIZE, speed=ASSUMED, **length)
+        return plan_run(folder, memory_bytes, max_length=MAX_LENGTH, batch_size=BATCH_SIZE, images=TILES, speed=ASSUMED)
 
 
 def cell(plan: PlanResult) -> str:
