@@ -1,10 +1,12 @@
 """What a model reads of a row besides its token ids: tensors that are made when a batch is taken, and never kept."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onelayer.compiler.data.tokens import RowInputs
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.media.audio import read_audio
 from onelayer.compiler.media.images import read_image
@@ -14,6 +16,8 @@ from onelayer.compiler.media.sources import MediaSource
 if TYPE_CHECKING:
     import torch
 
+# What becomes one row of a tower: a patch of an image in each of its channels, 20 ms of sound at 16 kHz.
+PATCH_SIDE, FRAME_VALUES = 14, 320
 TEXT_OUTPUTS = ("input_ids", "attention_mask", "labels", "offset_mapping", "text_replacement_offsets")
 
 
@@ -146,3 +150,9 @@ def first_row(values: Any) -> list[Any]:
     """Return the first row of a list or an array as a list."""
     row = values[0]
     return list(row.tolist() if hasattr(row, "tolist") else row)
+
+
+def usual_rows(inputs: RowInputs) -> int:
+    """Count the patches of an image, or the frames of a recording, as most models make them of these inputs."""
+    shapes = inputs.shapes.values()
+    return max(math.prod(shape) // (shape[1] * PATCH_SIDE**2 if len(shape) == 4 else FRAME_VALUES) for shape in shapes)

@@ -1,7 +1,6 @@
 """Reads the inputs of training: facts about a model directory, without weights, and token rows with their digest."""
 
 import hashlib
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable,
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
+from onelayer.compiler.data.row_inputs import usual_rows
 from onelayer.compiler.data.tokens import (
     AnyTokenizer,
     RowInputs,
@@ -39,9 +39,6 @@ from onelayer.runtime.training.settings import TrainSettings
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# What becomes one row of a tower: a patch of an image in each of its channels, 20 ms of sound at 16 kHz.
-PATCH_SIDE, FRAME_VALUES = 14, 320
 
 
 @dataclass(frozen=True)
@@ -262,17 +259,11 @@ def tokenized(data: DataSource, model: TrainModel, max_length: int) -> TrainData
     return TrainData(rows, digest.hexdigest(), labeled.skipped, labeled.cut, given)
 
 
-def _rows_at_most(inputs: RowInputs) -> int:
-    """Count the patches of an image, or the frames of a recording, as most models make them."""
-    shapes = inputs.shapes.values()
-    return max(math.prod(shape) // (shape[1] * PATCH_SIDE**2 if len(shape) == 4 else FRAME_VALUES) for shape in shapes)
-
-
 def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
     """Count the tokens of the largest batch of a training; a row of preferences has those of all its answers."""
     longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
     if not longest:  # rows without a text
-        longest = max(_rows_at_most(inputs) for inputs in examples.inputs or () if inputs is not None)
+        longest = max(usual_rows(inputs) for inputs in examples.inputs or () if inputs is not None)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])
 
