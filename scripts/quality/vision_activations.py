@@ -138,13 +138,9 @@ def main() -> int:
         parser.add_argument(name, type=int, default=default)
     asked = parser.parse_args()
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-    }
-    config = ViTConfig(**sizes, image_size=SIDE, patch_size=8, num_labels=CLASSES)
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {**shape, "image_size": SIDE, "patch_size": 8, "num_labels": CLASSES}
+    config = ViTConfig(**sizes)
     base = ViTForImageClassification(config)
     learn(base, asked.base_steps, RATE, outlined=False, seed=0)
     found = f"{accuracy(base, outlined=False):.3f} of its own style and {accuracy(base, outlined=True):.3f} of the new"
