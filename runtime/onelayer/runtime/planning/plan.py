@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.compile.settings import CompileSettings, Form
@@ -16,7 +17,7 @@ from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
-from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
+from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
     SMALLEST_RATIO,
@@ -34,7 +35,7 @@ from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
-from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
+from onelayer.runtime.planning.speed import Seconds, Speed, measured_speed, seconds_at
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
 from onelayer.runtime.planning.ways import (
     AnchorChoice,
@@ -148,8 +149,7 @@ def plan_run(
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
     best = choices[_best(choices, factor_dtype, form)]
-    if speed is None and timing and shapes.has_weights:
-        speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
+    speed = speed or (measured_speed(directory, shapes) if timing else None)
     seconds = None if speed is None else _seconds(shapes, best, speed)
     ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(
@@ -157,13 +157,7 @@ def plan_run(
         memory_bytes=memory_bytes,
         max_length=max_length,
         batch_size=batch_size,
-        fits=best.ratio is not None,
-        form=best.form,
-        ratio=best.ratio,
-        keep_bytes=best.keep_bytes,
-        factor_dtype=best.factor_dtype,
-        activations=best.planned.where,
-        activation_rank=best.planned.rank,
+        **_chosen(best),
         predicted=predict(shapes, best),
         train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
@@ -190,6 +184,19 @@ def _check_positive(*numbers: int) -> None:
         raise InputError(
             "--memory, --batch-size, --max-length, --images and --image-side must be positive, with at least two tokens"
         )
+
+
+def _chosen(best: Choice) -> dict[str, Any]:
+    """Return the fields of a result that name its best choice."""
+    return {
+        "fits": best.ratio is not None,
+        "form": best.form,
+        "ratio": best.ratio,
+        "keep_bytes": best.keep_bytes,
+        "factor_dtype": best.factor_dtype,
+        "activations": best.planned.where,
+        "activation_rank": best.planned.rank,
+    }
 
 
 def size_for(
