@@ -9,6 +9,7 @@ from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.correct.candidates import FIRST_ROWS, FIRST_SHARE, runs_per_row
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
+from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun, active_values
@@ -64,6 +65,11 @@ def try_speed(file: Path, dtype_bytes: int) -> Speed:
         flops_per_second=_try_multiplying(torch.device(device), torch.bfloat16 if dtype_bytes == 2 else torch.float32),
         device=device,
     )
+
+
+def measured_speed(directory: Path, shapes: ModelShapes) -> Speed | None:
+    """Measure this machine over the weights of a model; None if there are none to read."""
+    return try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes) if shapes.has_weights else None
 
 
 def _try_reading(file: Path) -> float:
