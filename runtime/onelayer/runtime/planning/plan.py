@@ -17,7 +17,7 @@ from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
-from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
+from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.runtime.planning.choice import (
     EVERY_FORM,
     SMALLEST_RATIO,
@@ -35,7 +35,7 @@ from onelayer.runtime.planning.pass_memory import host_bytes, pass_bytes
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.spectra import FactorChoice, factor_choice, read_spectra
-from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at, try_speed
+from onelayer.runtime.planning.speed import Seconds, Speed, measured_speed, seconds_at
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, emulator_bytes
 from onelayer.runtime.planning.ways import (
     AnchorChoice,
@@ -138,10 +138,10 @@ def plan_run(
     `factor_dtype` fixes how factors are stored and `form` whether there are factors or codes; None and "auto" choose
     them together with the ratio. An example of a model that reads images has `images` of them, tiles counted, with
     sides of `image_side` pixels or as the tower is made for. `emulator` is an emulator of this model: its spectra
-    predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed. A
-    streamed training keeps the layers that fit into `host_memory_bytes` of the host. Durations follow from `speed`, by
-    default measured for a second on this machine (not if `timing` is false or there are no weights to read). Raises
-    `InputError` for bad input.
+    predict what each choice would lose. With `max_steps` and `hours` the plan chooses how often anchors are renewed.
+    `host_memory_bytes` is what a streamed training may use of the host: it keeps the layers that fit. Durations follow
+    from `speed`, by default measured for a second on this machine (not if `timing` is false or there are no weights to
+    read). Raises `InputError` for bad input.
     """
     _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
@@ -149,8 +149,7 @@ def plan_run(
     planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
     best = choices[_best(choices, factor_dtype, form)]
-    if speed is None and timing and shapes.has_weights:
-        speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
+    speed = speed or (measured_speed(directory, shapes) if timing else None)
     seconds = None if speed is None else _seconds(shapes, best, speed)
     ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(
@@ -158,8 +157,9 @@ def plan_run(
         memory_bytes=memory_bytes,
         max_length=max_length,
         batch_size=batch_size,
-        **_of_choice(best),
+        **_chosen(best),
         predicted=predict(shapes, best),
+        train_parts=_parts(best),
         limit=limiting_pass(shapes, best, memory_bytes),
         give_up=alternatives(shapes, best, memory_bytes),
         choices=_choices(shapes, choices, emulator),
@@ -174,20 +174,6 @@ def plan_run(
     )
 
 
-def _of_choice(best: Choice) -> dict[str, Any]:
-    """Name what a choice says of the emulator and of its training."""
-    return {
-        "fits": best.ratio is not None,
-        "form": best.form,
-        "ratio": best.ratio,
-        "keep_bytes": best.keep_bytes,
-        "factor_dtype": best.factor_dtype,
-        "activations": best.planned.where,
-        "activation_rank": best.planned.rank,
-        "train_parts": _parts(best),
-    }
-
-
 def _choices(shapes: ModelShapes, choices: Mapping[Stored, Choice], emulator: str | Path | None) -> list[FactorChoice]:
     spectra = None if emulator is None else read_spectra(Path(emulator))
     return [factor_choice(shapes, choice, spectra) for choice in choices.values()]
@@ -198,6 +184,19 @@ def _check_positive(*numbers: int) -> None:
         raise InputError(
             "--memory, --batch-size, --max-length, --images and --image-side must be positive, with at least two tokens"
         )
+
+
+def _chosen(best: Choice) -> dict[str, Any]:
+    """Return the fields of a result that name its best choice."""
+    return {
+        "fits": best.ratio is not None,
+        "form": best.form,
+        "ratio": best.ratio,
+        "keep_bytes": best.keep_bytes,
+        "factor_dtype": best.factor_dtype,
+        "activations": best.planned.where,
+        "activation_rank": best.planned.rank,
+    }
 
 
 def size_for(
@@ -215,7 +214,8 @@ def size_for(
     an allocation of ranks means factors. Raises `InputError` if nothing fits.
     """
     shapes = read_shapes(resolve_model(model)).at_length(MAX_LENGTH)
-    form = "factors" if form == "auto" and rank_allocation is not None else form
+    if form == "auto" and rank_allocation is not None:
+        form = "factors"
     allocation = rank_allocation or "spectrum"
     planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=allocation, compile_tokens=compile_tokens)
     choices = choose_each(shapes, planned, memory_bytes)
