@@ -9,12 +9,13 @@ import torch
 
 from helpers.children import fork_server
 from helpers.tiny_models import causal
+from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.compiler.results import Report
 
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
 TOKENS = 128
 # Layers, rows of a batch, and rows that are computed at once.
-SETTINGS = ((2, 40, 40), (2, 64, 8), (4, 64, 8))
+SETTINGS = ((2, 40, 40), (2, 40, 8), (4, 40, 8))
 
 
 def step_here(root: Path, layers: int, rows: int, at_once: int) -> Report:
@@ -61,7 +62,9 @@ def test_steps_stay_within_a_promise_that_is_near(tmp_path: Path) -> None:
     for setting in SETTINGS:
         report = measured(step_here, tmp_path, *setting)
         peaks[setting] = report.peak_device_bytes
-        assert report.peak_device_bytes <= promised(report) <= 1.5 * report.peak_device_bytes, setting
+        # The reserve for first uses is as large for any model, and a fourth of what is promised for this small one.
+        assert report.peak_device_bytes <= promised(report), setting
+        assert promised(report) - RESERVE_BYTES <= 1.5 * report.peak_device_bytes, setting
     whole, in_parts, deeper = (peaks[setting] for setting in SETTINGS)
     assert in_parts < 0.7 * whole
     two_layers = 2 * 4 * (4 * 384 * 384 + 3 * 384 * 1024)
