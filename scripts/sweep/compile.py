@@ -37,7 +37,7 @@ def compile_verdict(model: PreTrainedModel, device: torch.device = CPU) -> tuple
         original, output = Path(name, "original"), Path(name, "emulator")
         model.save_pretrained(original)
         with (
-            mock.patch.object(compiling, "load_reader", return_value=None),
+            mock.patch.object(compile_data, "load_reader", return_value=None),
             mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()),
         ):
             result = compiling.compile_emulator(original, "random", output, ratio=0.5, batch_size=4, device=device.type)
@@ -70,8 +70,7 @@ def refine_verdict(model: PreTrainedModel, device: torch.device = CPU) -> tuple[
         original, begun, output = (Path(name, part) for part in ("original", "begun", "output"))
         model.save_pretrained(original)
         with contextlib.ExitStack() as stack:
-            for module in (compiling, refining):
-                stack.enter_context(mock.patch.object(module, "load_reader", return_value=None))
+            stack.enter_context(mock.patch.object(compile_data, "load_reader", return_value=None))
             stack.enter_context(mock.patch.object(compile_data, "read_tokens", return_value=random_tokens()))
             compiling.compile_emulator(original, "random", begun, ratio=0.4, batch_size=4, device=device.type)
             units = refining.refine_emulator(

@@ -52,7 +52,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "add": lambda w: w + 1,
     "matmul": lambda w: torch.ones(2, 5) @ w,
     "linear": lambda w: torch.nn.functional.linear(torch.ones(2, 7), w),
-    "data": lambda w: w.data,
+    "data": lambda w: w.data + 1,
     "detach": lambda w: w.detach(),
     "clone": lambda w: w.clone(),
     "cast": lambda w: w.float(),

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from onelayer.compiler.denoising.batches import DenoisingBatch, NoisyImages
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.unit_memory import scoring_bytes
+from onelayer.compiler.streaming.spill import SMALLEST_BYTES
 from onelayer.compiler.streaming.stream import Stream
 
 
@@ -106,5 +108,11 @@ class DenoisingScoring:
     def workspace(self, stream: Stream) -> int:
         """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""
         streamed, on_gpu = stream.streamed, stream.device.type != "cpu"
-        waiting = 0 if on_gpu else stream.spill_pool.budget_bytes
+        waiting = 0
+        if not on_gpu:
+            runs = self.variants * len(self._mine)
+            states = runs * stream.loads.most_states * max(4, streamed.dtype.itemsize)
+            leaves = [leaf for place in self._mine for leaf in tree_leaves(self.batches[place].inputs)]
+            given = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+            waiting = min(stream.spill_pool.budget_bytes, states + given) + runs * 2 * SMALLEST_BYTES
         return scoring_bytes(streamed.largest_unit_bytes, 0, stream.loads.most_values(streamed), on_gpu) + waiting
