@@ -239,7 +239,8 @@ def test_refinement_trains_codebooks_scales_and_factors(
     source: Path, emulator: Path, tmp_path: Path, backward: bool
 ) -> None:
     given: dict[str, Any] = {"calibration": source / "mix.jsonl", "output": tmp_path / "refined", "backward": backward}
-    result = refine_emulator(emulator, model=source / "model", **given, steps=10, batch_size=12, step_samples=4)
+    steps: dict[str, Any] = {"steps": 10, "learning_rate": 0.01, "step_samples": 4}  # fewer steps than the rate is for
+    result = refine_emulator(emulator, model=source / "model", **given, **steps, batch_size=12)
     assert all(unit.after < unit.before for unit in result.units)
     if backward:
         errors = [(unit.gradients_before, unit.gradients_after) for unit in result.units]

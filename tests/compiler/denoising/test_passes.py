@@ -66,6 +66,7 @@ def test_evaluate_equals_the_resident_losses(flux: EncodedPipeline, tmp_path: Pa
     adapted = quiet_peft(flux.load(), r=2, target_modules=["to_q", "to_v"], init_lora_weights=False, task_type=None)
     adapted.save_pretrained(str(tmp_path / "adapter"))
     result = evaluate_model(flux.pipeline, flux.images, adapters=[tmp_path / "adapter"], noise_samples=2)
+    assert result.report.workspace_bytes < 256 << 20, "not the whole budget of states that wait"
     batches = [batch for row in range(5) for batch in flux.noisy().held_out(row, 2)]
     plain, losses, moved, squares = flux.load(), [], [], []
     with torch.no_grad():
