@@ -47,7 +47,7 @@ FULL_SIZE_MAPS = 6
 
 
 class EncodeResult(Result):
-    """What an encoding made: `latent` is the shape of one image's latent, `flow` whether noise is a straight line."""
+    """What an encoding made: `latent` is the shape of the latent of one image."""
 
     output: str
     images: int
