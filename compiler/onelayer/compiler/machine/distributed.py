@@ -111,7 +111,7 @@ class Processes:
         return list(range(-(-self.rank * count // self.count), -(-(self.rank + 1) * count // self.count)))
 
     def share_of_both(self, first: int, others: int) -> tuple[list[int], int]:
-        """Share `first` pieces of work and the `others` after them; return this process's, and how many are of the first."""
+        """Share `first` pieces of work and the `others` after them; return this process's, and how many are first."""
         mine = self.share(first)
         return [*mine, *(first + place for place in self.share(others))], len(mine)
 
