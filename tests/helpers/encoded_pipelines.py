@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from helpers.image_folders import write_images
-from helpers.tiny_pipelines import save_pipeline
 from onelayer.compiler import encode_images
 from onelayer.compiler.denoising.batches import NoisyImages
 from onelayer.compiler.denoising.encoded import EncodedImages
+from scripts.sweep.pipelines import save_pipeline
 
 SIZE = 32
 SUBJECT, CLASS = "a photo of sks dog", "a photo of dog"

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.hashes import tree_hashes
 from helpers.image_folders import write_images
-from helpers.tiny_pipelines import save_pipeline
 from onelayer.compiler import encode_images
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.encode import command
 from onelayer.compiler.encode.images import captioned_images, pixels
+from scripts.sweep.pipelines import save_pipeline
 
 SIZE = 32
 PROMPTS = ("a photo of sks dog", "a red circle on the white field")
