@@ -2,10 +2,10 @@
 
     python -m scripts.sweep.diffusion [--only flux,wan]
 
-Prints one row per family: the largest relative differences of the streamed denoiser from the resident one, of the
-gradients of exact steps from autograd, of `pipe.load_lora_weights` from PEFT, and of the merged denoiser from the
-adapted one; then the held-out losses of the original, the corrected and the polished adapter. A pipeline that is
-refused prints the refusal.
+Prints one row per family. Differences are relative to the largest value: recorded arguments from those of the resident
+pipeline, the latent that it decodes from its VAE's, the streamed denoiser from the resident one, gradients of exact
+steps from autograd's (of norms), `pipe.load_lora_weights` from PEFT, the merged denoiser from the adapted one. Then the
+held-out losses of the original, the corrected and the polished adapter. A pipeline that is refused prints the refusal.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import diffusers
 import numpy as np
 import peft
 import torch
+import transformers
 from PIL import Image
 
 from onelayer.compiler import (
@@ -35,6 +36,7 @@ from onelayer.compiler.adapters.pipeline_weights import PIPELINE_FILE
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages, NoisyImages
 from onelayer.compiler.denoising.encoded import EncodedImages
+from onelayer.compiler.encode.images import captioned_images, pixels
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.polish.trained_adapter import attach_trainable
 from onelayer.compiler.storage.pipeline_directory import denoiser_directory
@@ -43,10 +45,12 @@ from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.runtime import train_lora
 from scripts.devices import CPU
 from scripts.sweep.compare import difference, first_line, outputs_of, prepared, streamed_outputs
+from scripts.sweep.diffusion_inputs import latent_difference, recorded_difference
 from scripts.sweep.pipelines import FAMILIES, save_pipeline
 
 SIZE = 32
-CAPTIONS: dict[str, Any] = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of dog"}
+PROMPT = "a photo of sks dog"
+CAPTIONS: dict[str, Any] = {"instance_prompt": PROMPT, "class_prompt": "a photo of dog"}
 STEPS: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4}
 
 
@@ -68,9 +72,22 @@ class Sample:
         kind: Any = type(getattr(self.pipe, self.denoiser.name))
         return kind.from_pretrained(str(directory or self.denoiser)).eval()
 
+    @property
+    def encoded(self) -> EncodedImages:
+        """The encoded images."""
+        return EncodedImages.open(self.images)
+
     def noisy(self) -> NoisyImages:
         """Return the images with noise."""
-        return NoisyImages(EncodedImages.open(self.images), torch.float32)
+        return NoisyImages(self.encoded, torch.float32)
+
+
+def encoded_differences(sample: Sample) -> tuple[float, float]:
+    """Compare the arguments for the first prompt, and the latent of its image, with the resident pipeline's."""
+    sample.pipe.set_progress_bar_config(disable=True)
+    image, encoded = captioned_images(sample.pipeline.parent / "photos", PROMPT, "", is_class=False)[0], sample.encoded
+    what = sample.pipe, sample.denoiser.name, encoded, PROMPT, 0
+    return recorded_difference(*what, SIZE), latent_difference(*what, pixels(image, SIZE), SIZE)
 
 
 def streamed_difference(sample: Sample) -> float:
@@ -161,6 +178,7 @@ def verdict(family: str) -> str:
         loaded = loaded_difference(sample, polished)
         cells = [
             str(len(compiled.linears)),
+            *(f"{value:.1e}" for value in encoded_differences(sample)),
             f"{streamed_difference(sample):.1e}",
             f"{gradient_difference(sample, polished):.1e}",
             "no loader" if loaded is None else f"{loaded:.1e}",
@@ -176,8 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(FAMILIES), help="families, separated by commas")
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
-    print("| pipeline | linears | streamed | gradients | load_lora_weights | merged | loss | corrected | polished |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    names = "pipeline | linears | arguments | latent | streamed | gradients | load_lora_weights | merged"
+    print(f"| {names} | loss | corrected | polished |")
+    print("|" + "---|" * 11)
     for family in parser.parse_args(arguments).only.split(","):
         try:
             print(f"| {family} | {verdict(family)} |", flush=True)
