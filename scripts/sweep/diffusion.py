@@ -12,21 +12,17 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import peft
 import torch
 import transformers
-from PIL import Image
 
 from onelayer.compiler import (
     compile_emulator,
     correct_adapter,
-    encode_images,
     evaluate_model,
     merge_adapter,
     polish_adapter,
@@ -34,70 +30,38 @@ from onelayer.compiler import (
 )
 from onelayer.compiler.adapters.pipeline_weights import PIPELINE_FILE
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages, NoisyImages
-from onelayer.compiler.denoising.encoded import EncodedImages
+from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages
 from onelayer.compiler.encode.images import captioned_images, pixels
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.polish.trained_adapter import attach_trainable
-from onelayer.compiler.storage.pipeline_directory import denoiser_directory
 from onelayer.compiler.streaming.denoising_loss import loss_of
 from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.runtime import train_lora
 from scripts.devices import CPU
 from scripts.sweep.compare import difference, first_line, outputs_of, prepared, streamed_outputs
 from scripts.sweep.diffusion_inputs import latent_difference, recorded_difference
-from scripts.sweep.pipelines import FAMILIES, save_pipeline
+from scripts.sweep.encoded_pipelines import SIZE, SUBJECT, EncodedPipeline, encoded_pipeline
+from scripts.sweep.pipelines import FAMILIES
 
-SIZE = 32
-PROMPT = "a photo of sks dog"
-CAPTIONS: dict[str, Any] = {"instance_prompt": PROMPT, "class_prompt": "a photo of dog"}
 STEPS: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A pipeline on disk and encoded images of it; `pipe` is the same pipeline in memory."""
-
-    pipeline: Path
-    images: Path
-    pipe: Any
-
-    @property
-    def denoiser(self) -> Path:
-        """The directory of the denoiser."""
-        return denoiser_directory(self.pipeline)
-
-    def load(self, directory: Path | None = None) -> Any:
-        """Load the denoiser, or another directory of its class, with diffusers itself."""
-        kind: Any = type(getattr(self.pipe, self.denoiser.name))
-        return kind.from_pretrained(str(directory or self.denoiser)).eval()
-
-    @property
-    def encoded(self) -> EncodedImages:
-        """The encoded images."""
-        return EncodedImages.open(self.images)
-
-    def noisy(self) -> NoisyImages:
-        """Return the images with noise."""
-        return NoisyImages(self.encoded, torch.float32)
-
-
-def encoded_differences(sample: Sample) -> tuple[float, float]:
+def encoded_differences(sample: EncodedPipeline) -> tuple[float, float]:
     """Compare the arguments for the first prompt, and the latent of its image, with the resident pipeline's."""
     sample.pipe.set_progress_bar_config(disable=True)
-    image, encoded = captioned_images(sample.pipeline.parent / "photos", PROMPT, "", is_class=False)[0], sample.encoded
-    what = sample.pipe, sample.denoiser.name, encoded, PROMPT, 0
+    image = captioned_images(sample.photos, SUBJECT, "", is_class=False)[0]
+    what = sample.pipe, sample.denoiser.name, sample.encoded, SUBJECT, 0
     return recorded_difference(*what, SIZE), latent_difference(*what, pixels(image, SIZE), SIZE)
 
 
-def streamed_difference(sample: Sample) -> float:
+def streamed_difference(sample: EncodedPipeline) -> float:
     """Compare the streamed denoiser with the resident one, on three noisy images."""
     batches = [batch.inputs for batch in sample.noisy().stratified([0, 1], 3)]
     found, _, _ = streamed_outputs(sample.denoiser, batches)
     return difference(found, outputs_of(prepared(sample.load()), batches))
 
 
-def gradient_difference(sample: Sample, adapter: Path) -> float:
+def gradient_difference(sample: EncodedPipeline, adapter: Path) -> float:
     """Compare gradients of exact steps with autograd's, of three images; relative to the norm of each gradient."""
     batches = DrawnImages(sample.noisy(), 3).step(0)
     resident = peft.PeftModel.from_pretrained(sample.load(), str(adapter), is_trainable=True).eval()
@@ -123,13 +87,15 @@ def gradient_difference(sample: Sample, adapter: Path) -> float:
     return float(torch.stack(distances).max())
 
 
-def adapted_outputs(sample: Sample, adapter: Path, batches: Sequence[DenoisingBatch]) -> list[list[torch.Tensor]]:
+def adapted_outputs(
+    sample: EncodedPipeline, adapter: Path, batches: Sequence[DenoisingBatch]
+) -> list[list[torch.Tensor]]:
     """Run the resident denoiser with an adapter attached by PEFT."""
     model: Any = peft.PeftModel.from_pretrained(sample.load(), str(adapter))
     return outputs_of(model, [batch.inputs for batch in batches])
 
 
-def loaded_difference(sample: Sample, adapter: Path) -> float | None:
+def loaded_difference(sample: EncodedPipeline, adapter: Path) -> float | None:
     """Compare `pipe.load_lora_weights` with PEFT. None for a pipeline that loads no adapters."""
     pipe: Any = type(sample.pipe).from_pretrained(str(sample.pipeline))
     if not hasattr(pipe, "load_lora_weights"):
@@ -141,31 +107,18 @@ def loaded_difference(sample: Sample, adapter: Path) -> float | None:
     return difference(found, adapted_outputs(sample, adapter, batches))
 
 
-def merged_difference(sample: Sample, adapter: Path, merged: Path) -> float:
+def merged_difference(sample: EncodedPipeline, adapter: Path, merged: Path) -> float:
     """Compare the merged denoiser with the adapted one."""
     batches = [sample.noisy().at(0, 0.5, 1)]
     found = outputs_of(sample.load(merged), [batch.inputs for batch in batches])
     return difference(found, adapted_outputs(sample, adapter, batches))
 
 
-def encoded_sample(family: str, root: Path) -> Sample:
-    """Make a pipeline and encode three images of a subject and two of its class."""
-    pipe = save_pipeline(family, root / "pipe")
-    draw = np.random.default_rng(0)
-    for name, count in (("photos", 3), ("class", 2)):
-        (root / name).mkdir()
-        for number in range(count):
-            Image.fromarray(draw.integers(0, 256, (32, 40, 3), np.uint8)).save(root / name / f"{number}.png")
-    folders = {"data": root / "photos", "class_data": root / "class"}
-    encode_images(root / "pipe", output=root / "images", resolution=SIZE, **folders, **CAPTIONS)
-    return Sample(root / "pipe", root / "images", pipe)
-
-
 def verdict(family: str) -> str:
     """Run every command for one family, and describe what came out as cells of a table."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        sample = encoded_sample(family, root)
+        sample = encoded_pipeline(family, root)
         model, images = sample.pipeline, sample.images
         emulator, adapter, corrected, polished = (root / part for part in ("emulator", "adapter", "corrected", "last"))
         compiled = compile_emulator(model, images, root / "first", keep_bytes=0.25, factor_dtype="nf4", samples=6)

@@ -15,7 +15,7 @@ class FoundError(BaseException):
     """Ends a resident pipeline with what was to be seen."""
 
 
-def called_with(pipe: Any, name: str, prompt: str, size: int) -> dict[str, Any]:
+def called_with(pipe: Any, name: str, prompt: str, size: int, guidance: float = 1.0) -> dict[str, Any]:
     """Return the arguments of the resident pipeline's denoiser at its first time."""
     denoiser = getattr(pipe, name)
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -23,7 +23,7 @@ def called_with(pipe: Any, name: str, prompt: str, size: int) -> dict[str, Any]:
     def forward(*args: Any, **kwargs: Any) -> None:
         raise FoundError({**dict(zip(names, args, strict=False)), **kwargs})
 
-    arguments: dict[str, Any] = _found(pipe, prompt, size, {name: {"forward": forward}})
+    arguments: dict[str, Any] = _found(pipe, prompt, size, {name: {"forward": forward}}, guidance)
     return arguments
 
 
@@ -45,14 +45,16 @@ def decoded_from(pipe: Any, name: str, prompt: str, size: int, sample: torch.Ten
     return latent
 
 
-def _found(pipe: Any, prompt: str, size: int, replaced: dict[str, dict[str, Callable[..., Any]]]) -> Any:
-    """Run one step without guidance, with some methods replaced, until one of them ends it."""
+def _found(
+    pipe: Any, prompt: str, size: int, replaced: dict[str, dict[str, Callable[..., Any]]], guidance: float = 1.0
+) -> Any:
+    """Run one step, with some methods replaced, until one of them ends it."""
     asked = {
         "height": size,
         "width": size,
         "num_inference_steps": 1,
         "num_frames": 1,
-        "guidance_scale": 1.0,
+        "guidance_scale": guidance,
         "use_resolution_binning": False,
     }
     known = inspect.signature(type(pipe).__call__).parameters
@@ -70,10 +72,18 @@ def _found(pipe: Any, prompt: str, size: int, replaced: dict[str, dict[str, Call
 
 
 def recorded_difference(pipe: Any, name: str, encoded: EncodedImages, prompt: str, number: int, size: int) -> float:
-    """Compare recorded arguments for the prompt of a number with the resident pipeline's; infinite if forms differ."""
-    wanted = called_with(pipe, name, prompt, size)
+    """Compare recorded arguments for the prompt of a number with the resident pipeline's; infinite if forms differ.
+
+    Guidance is off, at 1 in most pipelines and at 0 in others.
+    """
+    found = (called_with(pipe, name, prompt, size, guidance) for guidance in (1.0, 0.0))
+    return min(_distance(encoded, number, wanted, float(pipe.scheduler.timesteps[0])) for wanted in found)
+
+
+def _distance(encoded: EncodedImages, number: int, wanted: dict[str, Any], time: float) -> float:
     sample = [leaf for leaf in tree_leaves(wanted) if isinstance(leaf, torch.Tensor)][encoded.form.sample]
-    time = float(pipe.scheduler.timesteps[0])
+    if sample.shape != encoded.template_of(number).leaves[encoded.form.sample].shape:
+        return float("inf")
     got = tree_leaves(encoded.template_of(number).arguments(sample, time, torch.float32))
     leaves = tree_leaves(wanted)
     if len(leaves) != len(got):

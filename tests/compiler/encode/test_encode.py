@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from helpers.hashes import tree_hashes
-from helpers.image_folders import write_images
 from onelayer.compiler import encode_images
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.encode import command
 from onelayer.compiler.encode.images import captioned_images, pixels
 from scripts.sweep.diffusion_inputs import latent_difference, recorded_difference
+from scripts.sweep.encoded_pipelines import write_images
 from scripts.sweep.pipelines import save_pipeline
 
 SIZE = 32
 PROMPTS = ("a photo of sks dog", "a red circle on the white field")
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+@pytest.mark.parametrize("family", ["flux", "sdxl", "zimage"])
 @pytest.mark.filterwarnings("ignore")
 def test_recorded_inputs_equal_those_of_the_resident_pipeline(family: str, tmp_path: Path) -> None:
     pipe = save_pipeline(family, tmp_path / "pipe")
