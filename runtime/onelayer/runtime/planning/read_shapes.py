@@ -40,10 +40,10 @@ def _shapes_from_config(directory: Path, images: int, image_side: int | None) ->
     if is_diffusers_config(document):
         from onelayer.compiler.libraries import diffusers_models
 
-        config = diffusers_models.read_config(directory)
-        found = diffusers_models.empty_model(config, diffusers_models.model_class(config, directory), torch.bfloat16)
-        table = {name: tuple(parameter.shape) for name, parameter in found.named_parameters()}
-        return denoiser_shapes(directory, dict(found.config), table, torch.bfloat16.itemsize, False, image_side)
+        known = diffusers_models.read_config(directory)
+        empty = diffusers_models.empty_model(known, diffusers_models.model_class(known, directory), torch.bfloat16)
+        sizes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+        return denoiser_shapes(directory, dict(empty.config), sizes, torch.bfloat16.itemsize, False, image_side)
     from onelayer.compiler.libraries import transformers_models
 
     config = transformers_models.read_config(directory)
