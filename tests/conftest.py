@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # On matrices this small a second thread only waits for the first.
 torch.set_num_threads(1)
+# A busy machine is no fault of the code, so no example has a limit of time.
+hypothesis.settings.register_profile("onelayer", deadline=None)
+hypothesis.settings.load_profile("onelayer")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
