@@ -23,6 +23,8 @@ from onelayer.runtime.planning.train_memory import PlannedRun, Stored, TrainMemo
 USABLE_SHARE = 0.95
 # Factors are considered up to the largest ratio. Above it only whole, rounded weights are.
 SMALLEST_RATIO, LARGEST_RATIO, STEPS = 0.01, 0.95, 1000
+# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
+PAYS_BELOW = 0.8
 # A more exact way to store activations is chosen only if it leaves this share of the ratio that the most compact one
 # allows. An error in the emulator costs more than an error in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
