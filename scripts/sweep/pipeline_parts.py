@@ -106,7 +106,6 @@ def qwen_vl() -> Any:
         },
         vision_start_token_id=252,
         vision_end_token_id=253,
-        vision_token_id=254,
         image_token_id=255,
         video_token_id=256,
     )
@@ -124,7 +123,6 @@ def gemma() -> Any:
             num_hidden_layers=2,
             num_key_value_heads=2,
             vocab_size=300,
-            attn_implementation="eager",
         )
     )
 
