@@ -158,8 +158,6 @@ def plan_run(
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
-        max_length=max_length,
-        batch_size=batch_size,
         **_chosen(best),
         predicted=predict(shapes, best),
         train_parts=_parts(best),
@@ -191,8 +189,10 @@ def _check_positive(*numbers: int) -> None:
 
 
 def _chosen(best: Choice) -> dict[str, Any]:
-    """Return the fields of a result that name its best choice."""
+    """Return the fields of a result that name its best choice, and its batches."""
     return {
+        "max_length": best.planned.max_length,
+        "batch_size": best.planned.batch_size,
         "fits": best.ratio is not None,
         "form": best.form,
         "ratio": best.ratio,
