@@ -26,8 +26,6 @@ PAYS_BELOW = 0.8
 # A more exact way to store activations is chosen only if it leaves this share of the ratio that the most compact one
 # allows. An error in the emulator costs more than an error in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
-# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
-PAYS_BELOW = 0.8
 
 EVERY_FORM: tuple[Stored, ...] = (*FACTOR_DTYPES, "coded")
 
@@ -196,7 +194,7 @@ def best_stored(ratios: Mapping[Stored, float | None]) -> Stored:
 
 
 def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
-    """Name what prevents a larger ratio, in one sentence."""
+    """Name what prevents a larger ratio, in one sentence: of several passes that would not fit, the largest."""
     if choice.reached == WHOLE:
         return f"nothing: all weights fit whole, rounded to {choice.factor_dtype}"
     end = largest_ratio(choice.planned, choice.stored)
@@ -206,12 +204,12 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     ratio = least if choice.ratio is None else choice.ratio + 1 / STEPS
     if ratio > LARGEST_RATIO and choice.stored != "coded":
         ratio = end
-    usable = int(budget_bytes * USABLE_SHARE)
+    memory = choice.memory
     passes = pass_bytes(shapes, ratio, choice.planned)
     largest_pass = max(passes, key=lambda name: passes[name])
-    if passes[largest_pass] > usable:
+    train_bytes = replace(memory, emulator=emulator_bytes(shapes, ratio, choice.stored)).peak
+    if passes[largest_pass] > max(train_bytes, int(budget_bytes * USABLE_SHARE)):
         return f"{largest_pass}: {LIMITS[largest_pass]}"
-    memory = choice.memory
     moments = {
         "the emulator's weights": memory.emulator,
         "saved activations": memory.saved,
