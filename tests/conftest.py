@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,9 @@ from helpers.reference_emulators import FACTOR_DTYPES, stored_as
 
 # On matrices this small a second thread only waits for the first.
 torch.set_num_threads(1)
+# A busy machine is no fault of the code, so no example has a limit of time.
+hypothesis.settings.register_profile("onelayer", deadline=None)
+hypothesis.settings.load_profile("onelayer")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

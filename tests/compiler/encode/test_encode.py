@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onelayer.compiler import encode_images
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.encode import command
 from onelayer.compiler.encode.images import captioned_images, pixels
+from onelayer.compiler.errors import InputError
 
 SIZE = 32
 PROMPTS = ("a photo of sks dog", "a red circle on the white field")
@@ -104,15 +106,21 @@ def test_an_interrupted_encoding_continues_to_the_same_bytes(tmp_path: Path, mon
     encoded = EncodedImages.open(tmp_path / "whole")
     assert (encoded.numbers(is_class=True), encoded.numbers(is_class=False)) == ([3], [0, 1, 2])
     plain, made = command._Encoding._latent, list[int]()
+    [weights] = (tmp_path / "pipe/vae").glob("*.safetensors")
 
     def failing(self: Any, image: Any, number: int, layout: Any) -> torch.Tensor:
         made.append(number)
         if made == [0, 1]:
             raise KeyboardInterrupt
+        if made == [0, 1, 1]:  # the VAE is replaced while it is used
+            shutil.copyfile(weights, tmp_path / "other")
+            (tmp_path / "other").replace(weights)
         return plain(self, image, number, layout)
 
     monkeypatch.setattr(command._Encoding, "_latent", failing)
     with pytest.raises(KeyboardInterrupt):
+        encode_images(tmp_path / "pipe", photos, tmp_path / "again", class_data=more, **how)
+    with pytest.raises(InputError, match="changed while it was read"):
         encode_images(tmp_path / "pipe", photos, tmp_path / "again", class_data=more, **how)
     assert not (tmp_path / "again").exists()
     encode_images(tmp_path / "pipe", photos, tmp_path / "again", class_data=more, **how)
