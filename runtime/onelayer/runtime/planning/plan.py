@@ -148,8 +148,7 @@ def plan_run(
     shapes = read_shapes(directory, images, image_side)
     if shapes.positions is not None:  # a denoiser computes one picture at a time
         max_length, batch_size = shapes.positions, 1
-    shapes = shapes.at_length(max_length)
-    planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
+    shapes, planned = shapes.at_length(max_length), PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
     best = choices[chosen_form(choices, factor_dtype, form)]
     speed = speed or (measured_speed(directory, shapes) if timing else None)
