@@ -1,11 +1,14 @@
 """GGUF tensors in, weights by their names in transformers out, as transformers itself reads such a file.
 
 Used here, and nowhere else: `get_gguf_hf_weights_map`, `TENSOR_PROCESSORS` and `TensorProcessor` of transformers'
-reader, which give names and undo llama.cpp's permutations, and `dequantize` of the package gguf.
+reader, which give names and undo llama.cpp's permutations; `get_tensor_name_map`, which they call, and `dequantize` of
+the package gguf.
 `tests/compiler/dequantize/test_gguf.py` shows which one broke.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from math import prod
 from typing import Any, ClassVar, cast
@@ -70,7 +73,8 @@ class GgufWeights(Unpacker):
     def __init__(self, architecture: str, model: PreTrainedModel) -> None:
         kind = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
         self._processor: Any = cast("Any", kind)(config=model.config.to_dict())
-        self.names: dict[str, str] = reading.get_gguf_hf_weights_map(model, self._processor)
+        with _one_name_map():
+            self.names: dict[str, str] = reading.get_gguf_hf_weights_map(model, self._processor)
 
     def unpack(self, info: PackedTensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Unpack every part and let transformers arrange it."""
@@ -91,6 +95,18 @@ class GgufWeights(Unpacker):
     def unpack_rows(self, part: TensorInfo, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Unpack some rows of a table; a row is a whole number of blocks."""
         return torch.from_numpy(_floats(part, rows)).to(dtype)
+
+
+@contextmanager
+def _one_name_map() -> Iterator[None]:
+    """Make the package's table of names once: transformers makes it for every module (19 ms each for 30 layers)."""
+    package: Any = import_module("gguf")
+    make = package.get_tensor_name_map
+    package.get_tensor_name_map = cache(make)
+    try:
+        yield
+    finally:
+        package.get_tensor_name_map = make
 
 
 def _floats(part: TensorInfo, rows: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
