@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as reading
 
 from onelayer.compiler.dequantize.checkpoint import UnpackedCheckpoint
+from onelayer.compiler.dequantize.gguf_blocks import BLOCKS, unpack_blocks
 from onelayer.compiler.dequantize.packed import (
     GGUF_SCRATCH_VALUE_BYTES,
     GGUF_TABLES,
@@ -29,7 +30,7 @@ from onelayer.compiler.dequantize.packed import (
 )
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.checkpoint import Checkpoint
-from onelayer.compiler.storage.gguf_format import TYPE_IDS
+from onelayer.compiler.storage.gguf_format import TYPE_IDS, TYPES
 from onelayer.compiler.storage.safetensors_format import TensorInfo
 
 
@@ -81,7 +82,7 @@ class GgufWeights(Unpacker):
         made: dict[str, Any] = {"tensors": {}}
         for name, rows in tensors.items():
             arranged = self._processor.process(
-                weights=_floats(info.parts[name], rows),
+                weights=_unpacked(info.parts[name], rows, torch.float32).numpy(),
                 name=name,
                 tensor_key_mapping=self.names,
                 parsed_parameters=made,
@@ -94,7 +95,7 @@ class GgufWeights(Unpacker):
 
     def unpack_rows(self, part: TensorInfo, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Unpack some rows of a table; a row is a whole number of blocks."""
-        return torch.from_numpy(_floats(part, rows)).to(dtype)
+        return _unpacked(part, rows, dtype)
 
 
 @contextmanager
@@ -109,17 +110,21 @@ def _one_name_map() -> Iterator[None]:
         package.get_tensor_name_map = make
 
 
-def _floats(part: TensorInfo, rows: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Unpack rows of bytes (n, row bytes) to float32 (n, ...)."""
-    shape = (len(rows), *part.shape[1:])
-    flat = rows.numpy().reshape(prod(shape[:-1]), -1) if len(part.shape) > 1 else rows.numpy().reshape(1, -1)
-    unpacked = np.empty((len(flat), shape[-1]), np.float32)
-    step = max(1, SLICE_BYTES // (4 * shape[-1]))
-    quantized = import_module("gguf.constants").GGMLQuantizationType(TYPE_IDS[part.dtype])
-    for start in range(0, len(flat), step):
-        unpacked[start : start + step] = _library().dequantize(flat[start : start + step], quantized)
-    return unpacked.reshape(shape)
+def _unpacked(part: TensorInfo, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack rows of bytes (n, row bytes) to `dtype` (n, ...), by slices in float32."""
+    _, block, block_bytes = TYPES[TYPE_IDS[part.dtype]]
+    packed = rows.view(-1, block_bytes)
+    unpacked = torch.empty(len(packed), block, dtype=dtype)
+    step = max(1, SLICE_BYTES // (4 * block))
+    unpack = unpack_blocks if part.dtype in BLOCKS else _by_the_package
+    for some, values in zip(packed.split(step), unpacked.split(step), strict=True):
+        values.copy_(unpack(some, part.dtype))
+    return unpacked.view(len(rows), *part.shape[1:])
 
 
-def _library() -> Any:
-    return import_module("gguf.quants")
+def _by_the_package(blocks: torch.Tensor, name: str) -> torch.Tensor:
+    """Unpack blocks (n, bytes of a block) to float32 (n, values of a block)."""
+    quantized = import_module("gguf.constants").GGMLQuantizationType(TYPE_IDS[name])
+    one_row = blocks.numpy().reshape(1, -1)  # the package takes 16 rows at a time
+    unpacked: torch.Tensor = torch.from_numpy(import_module("gguf.quants").dequantize(one_row, quantized))
+    return unpacked.view(len(blocks), -1)
