@@ -1,4 +1,4 @@
-"""Unpacking of GGUF blocks equals that of the package gguf bit for bit, for every type."""
+"""Unpacking of GGUF blocks equals that of the package gguf bit for bit, and what is computed then is in float32."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from onelayer.compiler.dequantize import gguf
+from onelayer.compiler.dequantize.packed import PackedTensor
 from onelayer.compiler.storage.gguf_format import TYPE_IDS, TYPES
 from onelayer.compiler.storage.safetensors_format import TensorInfo
 
@@ -35,3 +37,17 @@ def test_every_type_unpacks_as_the_package_does(name: str, monkeypatch: pytest.M
     assert found.dtype == np.float32
     assert np.isfinite(expected).mean() > 0.5
     np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_a_weight_that_transformers_computes_with_is_computed_in_float32() -> None:
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 8}
+    config = Gemma2Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, **sizes)
+    with torch.device("meta"):
+        form = gguf.GgufWeights("gemma2", Gemma2ForCausalLM(config))
+    part, weight = "blk.0.attn_norm.weight", "model.layers.0.input_layernorm.weight"
+    assert form.names[part] == weight
+    stored = torch.linspace(0.9, 1.1, 16)  # rounded to bfloat16 before 1 is taken away, they would lose most digits
+    place = (Path("model.gguf"), "F32", (16,), 0, 64)
+    info = PackedTensor(weight, *place, unpacker=form, parts={part: TensorInfo(part, *place)})
+    found = form.unpack(info, {part: stored.view(torch.uint8).view(16, 4)}, torch.bfloat16)
+    assert torch.equal(found, (stored - 1).bfloat16())

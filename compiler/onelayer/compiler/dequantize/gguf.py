@@ -33,6 +33,9 @@ from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.gguf_format import TYPE_IDS, TYPES
 from onelayer.compiler.storage.safetensors_format import TensorInfo
 
+# Whole numbers by the bytes of a float.
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def named_by_transformers(stored: Checkpoint, model: PreTrainedModel, dtype: str) -> Checkpoint:
     """Return a GGUF file's tensors as the weights of `model`, which is empty, in `dtype`.
@@ -63,6 +66,12 @@ def named_by_transformers(stored: Checkpoint, model: PreTrainedModel, dtype: str
     return UnpackedCheckpoint(stored.directory, stored.files, table, *shared, stored=stored, method="gguf")
 
 
+class _Bits(np.ndarray[Any, Any]):
+    """Floats as whole numbers of as many bits: numpy has no bfloat16. They can be moved; arithmetic is refused."""
+
+    __array_ufunc__ = None
+
+
 class GgufWeights(Unpacker):
     """The tensors of one GGUF file; `names` are those of weights by those in the file.
 
@@ -78,11 +87,23 @@ class GgufWeights(Unpacker):
             self.names: dict[str, str] = reading.get_gguf_hf_weights_map(model, self._processor)
 
     def unpack(self, info: PackedTensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Unpack every part and let transformers arrange it."""
+        """Unpack every part and let transformers arrange it; what it also computes with is in float32."""
+        try:
+            weight = self._arranged(info, tensors, dtype, only_moved=True)
+        except TypeError:
+            weight = self._arranged(info, tensors, torch.float32, only_moved=False)
+        require(tuple(weight.shape) == info.shape, f"unpacks to {tuple(weight.shape)}, not {info.shape}")
+        return weight.to(dtype)
+
+    def _arranged(
+        self, info: PackedTensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, only_moved: bool
+    ) -> torch.Tensor:
+        """Return a weight in `dtype`. Raises `TypeError` with `only_moved` if transformers computes with values."""
         made: dict[str, Any] = {"tensors": {}}
         for name, rows in tensors.items():
+            values = _unpacked(info.parts[name], rows, dtype)
             arranged = self._processor.process(
-                weights=_unpacked(info.parts[name], rows, torch.float32).numpy(),
+                weights=values.view(BITS[dtype.itemsize]).numpy().view(_Bits) if only_moved else values.numpy(),
                 name=name,
                 tensor_key_mapping=self.names,
                 parsed_parameters=made,
@@ -90,8 +111,7 @@ class GgufWeights(Unpacker):
             if arranged.name is not None:
                 made["tensors"][info.name] = torch.from_numpy(np.ascontiguousarray(arranged.weights))
         weight: torch.Tensor = made["tensors"][info.name]
-        require(tuple(weight.shape) == info.shape, f"unpacks to {tuple(weight.shape)}, not {info.shape}")
-        return weight.to(dtype)
+        return weight.view(dtype)
 
     def unpack_rows(self, part: TensorInfo, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Unpack some rows of a table; a row is a whole number of blocks."""

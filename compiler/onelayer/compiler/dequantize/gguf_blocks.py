@@ -32,9 +32,11 @@ def _shifted(packed: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
     A run of `size` bytes makes 8 / `bits` groups; the first takes the lowest bits of every byte.
     """
-    runs = packed.reshape(len(packed), -1, size)
-    levels = [(runs >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return torch.stack(levels, 2).flatten(1, 2)
+    # Shifts of bytes are not vectorized, those of 8 bytes at once are.
+    words = packed.contiguous().view(torch.int64).view(len(packed), -1, size // 8)
+    mask = ((1 << bits) - 1) * 0x0101010101010101
+    levels = [(words >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(levels, 2).view(torch.uint8).flatten(1, 2)
 
 
 def _nibbles(blocks: torch.Tensor, start: int) -> torch.Tensor:
