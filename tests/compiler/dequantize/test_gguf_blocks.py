@@ -40,7 +40,7 @@ def test_every_type_unpacks_as_the_package_does(name: str, monkeypatch: pytest.M
 
 
 def test_a_weight_that_transformers_computes_with_is_computed_in_float32() -> None:
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 8}
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 8}
     config = Gemma2Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, **sizes)
     with torch.device("meta"):
         form = gguf.GgufWeights("gemma2", Gemma2ForCausalLM(config))

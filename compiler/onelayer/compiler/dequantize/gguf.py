@@ -69,7 +69,7 @@ def named_by_transformers(stored: Checkpoint, model: PreTrainedModel, dtype: str
 class _Bits(np.ndarray[Any, Any]):
     """Floats as whole numbers of as many bits: numpy has no bfloat16. They can be moved; arithmetic is refused."""
 
-    __array_ufunc__ = None
+    __array_ufunc__ = None  # type: ignore[assignment]  # how numpy says that operands refuse
 
 
 class GgufWeights(Unpacker):
