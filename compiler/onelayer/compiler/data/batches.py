@@ -141,6 +141,11 @@ def _inputs(tokens: Tokens, config: PreTrainedConfig) -> tuple[dict[str, list[in
         places = {} if tokens.positions is None else {"position_ids": tokens.positions}
         return {"input_ids": tokens.input_ids, **places}, [*tokens.labels[1:], IGNORED]
     asked, answer = asked_and_answered(tokens)
+    read = {"decoder_input_ids": decoder_inputs(answer, config)}
+    return ({"input_ids": asked, **read} if asked else read), answer
+
+
+def decoder_inputs(answer: Sequence[int], config: PreTrainedConfig) -> list[int]:
+    """Return what the decoder of an encoder-decoder reads while it writes an answer: a start token, and the answer."""
     start = getattr(config, "decoder_start_token_id", None)
-    start = start if start is not None else config.pad_token_id
-    return {"input_ids": asked, "decoder_input_ids": [start, *answer[:-1]]}, answer
+    return [config.pad_token_id if start is None else start, *answer[:-1]]

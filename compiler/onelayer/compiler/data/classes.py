@@ -4,6 +4,7 @@ Classifiers are the classes in transformers' registries for texts, images and so
 classes). Evaluation, exact steps and training all tokenize their rows here.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,11 +52,7 @@ def predicted_classes(
     if not is_classifier(cls):
         if cls.can_generate():
             return None
-        if cls.__name__.endswith("ForCTC"):
-            raise InputError(
-                f"{directory}: {cls.__name__} aligns text with sound by CTC, which is not supported; give a speech "
-                "model that writes text token by token, or a classifier"
-            )
+        refuse_ctc(cls, directory)
         raise InputError(
             f"{directory}: {cls.__name__} predicts no next token and no class of a text, so there is no loss to "
             "measure; give a language model or a sequence classifier"
@@ -70,8 +67,35 @@ def predicted_classes(
     return Classes(count, {str(name): int(number) for name, number in (config.label2id or {}).items()})
 
 
+def refuse_ctc(cls: "type[PreTrainedModel]", directory: str | Path) -> None:
+    """Raise `InputError` for a speech model whose loss aligns text with sound, over all alignments (CTC)."""
+    if cls.__name__.endswith("ForCTC"):
+        raise InputError(
+            f"{directory}: {cls.__name__} aligns text with sound by CTC, which is not supported; give a speech "
+            "model that writes text token by token, or a classifier"
+        )
+
+
+def is_transcriber(cls: "type[PreTrainedModel]") -> bool:
+    """Return whether a model writes what it hears or sees: it reads no text, and its decoder alone takes token ids."""
+    takes = inspect.signature(cls.forward).parameters
+    return cls.can_generate() and "decoder_input_ids" in takes and "input_ids" not in takes
+
+
+def check_trainable(cls: "type[PreTrainedModel]", directory: str | Path) -> None:
+    """Raise `InputError` for a class that `onelayer train` does not take."""
+    refuse_ctc(cls, directory)
+    if not is_trainable(cls):
+        raise InputError(
+            f"{directory}: {cls.__name__} is not a language model or a sequence classifier, which training needs"
+        )
+
+
 def is_trainable(cls: "type[PreTrainedModel]") -> bool:
-    """Return whether `onelayer train` takes models of a class: causal, encoder-decoder, or a sequence classifier."""
+    """Return whether `onelayer train` takes models of a class.
+
+    It takes those that predict the next token, encoder-decoders of texts or media, and classifiers.
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -83,7 +107,8 @@ def is_trainable(cls: "type[PreTrainedModel]") -> bool:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
-    return any(cls.__name__ in registry.values() for registry in registries) or is_classifier(cls)
+    listed = any(cls.__name__ in registry.values() for registry in registries)
+    return listed or is_transcriber(cls) or is_classifier(cls)
 
 
 def is_classifier(cls: "type[PreTrainedModel]") -> bool:

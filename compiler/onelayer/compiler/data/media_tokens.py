@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.conversations.chat import Span
-from onelayer.compiler.data.row_inputs import TEXT_OUTPUTS, Made, Zeros, first_row, kept_tensors, media_names, processed
+from onelayer.compiler.data.classes import is_transcriber, refuse_ctc
+from onelayer.compiler.data.row_inputs import (
+    TEXT_OUTPUTS,
+    Made,
+    Zeros,
+    check_kinds,
+    first_row,
+    kept_tensors,
+    media_names,
+    medium_alone,
+    processed,
+)
 from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import (
     AnyTokenizer,
@@ -22,6 +33,7 @@ from onelayer.compiler.data.tokens import (
     load_tokenizer,
     tokenize,
 )
+from onelayer.compiler.data.transcripts import TranscriptReader
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.media.processors import RowProcessor, load_processor
 from onelayer.compiler.media.sources import MediaKind
@@ -37,9 +49,13 @@ def load_reader(
 ) -> AnyTokenizer:
     """Load what tokenizes the rows of a model: its tokenizer, with its processor if it reads more than text.
 
-    A chat template of the processor takes the place of the tokenizer's. Raises `InputError` if one cannot be loaded.
+    A chat template of the processor takes the place of the tokenizer's. Raises `InputError` if one cannot be loaded,
+    and for models whose rows nothing here can read.
     """
+    refuse_ctc(model_class, directory)
     processor = load_processor(directory, model_class, max_image_pixels)
+    if is_transcriber(model_class):
+        return TranscriptReader.open(directory, processor)
     if processor is None:
         return load_tokenizer(directory)
     if processor.tokenizer is not None and getattr(processor.stock, "chat_template", None):
@@ -65,12 +81,9 @@ class MediaReader:
 
     def tokens_of(self, example: Example, max_length: int, append_eos: bool) -> Tokens:
         """Tokenize one example; media are never labeled. Raises `InputError` for a row that the model cannot read."""
-        for source in example.media:
-            if source.kind not in self.processor.reads:
-                reads = " and ".join(("text", *self.processor.reads))
-                raise InputError(f"{source}: the model reads {reads}, and no {source.kind}; remove it from the row")
+        check_kinds(example, self.processor, ("text", *self.processor.reads))
         if self.tokenizer is None:
-            return self._alone(example)
+            return self._with_class(example)
         if self._takes_prefix:
             return self._prefixed(example, max_length)
         if not example.media:
@@ -86,7 +99,7 @@ class MediaReader:
             text, spans = conversation(example, self.processor.text_tokenizer)
         return self._expanded(example, text, spans, max_length)
 
-    def _alone(self, example: Example) -> Tokens:
+    def _with_class(self, example: Example) -> Tokens:
         """Return a row of one medium and no text, for a model that predicts its class; the class is set later.
 
         Raises `InputError` for rows with a text, or with another number of media.
@@ -97,10 +110,7 @@ class MediaReader:
             raise InputError(
                 f"{example.source}: the model reads one {kind} and no text; write rows of '{kind}', 'label'"
             )
-        output, digests = processed(self.processor, (example.media,), {})
-        tensors = kept_tensors(output, self.processor, 0)
-        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
-        return Tokens([], [], label=0, inputs=Made(self.processor, example.media, {}, digests, shapes, 0))
+        return Tokens([], [], label=0, inputs=medium_alone(self.processor, example))
 
     @cached_property
     def _takes_prefix(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onelayer.compiler.data.rows import Example
 from onelayer.compiler.data.tokens import RowInputs
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.media.audio import read_audio
@@ -101,6 +102,45 @@ def padded_tensors(rows: Sequence[Any], length: int) -> "dict[str, torch.Tensor]
     }
 
 
+def joined_media(rows: Sequence[RowInputs]) -> "dict[str, torch.Tensor]":
+    """Make the inputs of rows of one medium each, joined along the first dimension.
+
+    Recordings of unequal length are padded together by the processor, with a mask. Raises `InputError` if it makes
+    none, since then a row's result would depend on the others of its batch.
+    """
+    import torch
+
+    if all(row.shapes == rows[0].shapes for row in rows):
+        made = [row.tensors() for row in rows]
+        return {name: torch.cat([tensors[name] for tensors in made]) for name in made[0]}
+    shown = [row for row in rows if isinstance(row, Made)]
+    processor = shown[0].processor
+    if not getattr(processor.feature_extractor, "return_attention_mask", False):
+        raise InputError(
+            f"--batch-size: recordings of unequal length make no batch, since the processor of {processor.directory} "
+            "pads without a mask; cut them to one length, or give 1 and gradient_accumulation_steps"
+        )
+    output, digests = processed(processor, [row.media for row in shown], {"padding": True})
+    for row, digest in zip(shown, digests, strict=True):
+        row.check_unchanged([digest])
+    return dict(output.convert_to_tensors("pt"))
+
+
+def check_kinds(example: Example, processor: RowProcessor, reads: Sequence[str]) -> None:
+    """Raise `InputError` for a row with a medium of a kind that the model does not read; `reads` are all it does."""
+    for source in example.media:
+        if source.kind not in processor.reads:
+            shown = " and ".join(reads)
+            raise InputError(f"{source}: the model reads {shown}, and no {source.kind}; remove it from the row")
+
+
+def medium_alone(processor: RowProcessor, example: Example) -> Made:
+    """Return the inputs of a row of one medium, which no text goes with."""
+    output, digests = processed(processor, (example.media,), {})
+    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(kept_tensors(output, processor, 0).items())}
+    return Made(processor, example.media, {}, digests, shapes, 0)
+
+
 def processed(
     processor: RowProcessor, rows: Sequence[Sequence[MediaSource]], arguments: Mapping[str, Any]
 ) -> tuple[Any, tuple[str, ...]]:
@@ -115,6 +155,8 @@ def processed(
         limit = processor.max_image_pixels
         given["images"] = [[read_image(source, limit) for source in row if source.kind == "image"] for row in rows]
     if recordings := [read_audio(source, processor.rate_hz) for source in media if source.kind == "audio"]:
+        if "text" not in arguments:
+            _check_heard(processor, media, [len(samples) for samples in recordings])
         # A feature extractor alone has another name for what it reads than a processor.
         name = "raw_speech" if processor.stock is processor.feature_extractor else "audio"
         given |= {name: recordings, "sampling_rate": processor.rate_hz}
@@ -126,6 +168,15 @@ def processed(
             f"{where}: the processor of {processor.directory} refuses the row ({type(error).__name__}: {line}); "
             "change the row"
         ) from None
+
+
+def _check_heard(processor: RowProcessor, media: Sequence[MediaSource], samples: Sequence[int]) -> None:
+    """Raise `InputError` for a recording that the processor would cut: what it says there would be learned unheard."""
+    most = getattr(processor.feature_extractor, "n_samples", None)
+    for source, count in zip(media, samples, strict=True):
+        if most is not None and count > most:
+            given, heard = (f"{number / processor.rate_hz:.4g} s" for number in (count, most))
+            raise InputError(f"{source}: {given} of sound, and the model hears {heard}; split the row")
 
 
 def kept_tensors(output: Any, processor: RowProcessor, length: int) -> "dict[str, torch.Tensor]":

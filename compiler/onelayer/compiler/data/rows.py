@@ -7,9 +7,9 @@ from typing import Any
 from onelayer.compiler.conversations.fields import checked_string, kind_name, parsed
 from onelayer.compiler.conversations.messages import checked_messages, checked_tools
 from onelayer.compiler.conversations.parts import Given, Message, given_media, placed, placed_in_text
-from onelayer.compiler.data.pairs import with_prompt
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.media.sources import Folder, MediaSource
+from onelayer.compiler.sources.pairs import with_prompt
 
 FORMS = (
     "'text', 'text' with 'label', 'prompt' with 'completion', 'prompt' with 'chosen' and 'rejected', 'prompt' with "

@@ -46,7 +46,8 @@ class Tokens:
 
     `positions` is each token's index in its own row, if several rows are packed into this one. `label` is the number
     of the class of the whole text, if the model predicts classes. `inputs` makes what the model reads in addition to
-    the ids: pixels of images, features of audio. `cut`: the row was longer than allowed.
+    the ids: pixels of images, features of audio. `transcript`: all ids are written, and none is read. `cut`: the row
+    was longer than allowed.
     """
 
     input_ids: list[int]
@@ -54,6 +55,7 @@ class Tokens:
     positions: list[int] | None = None
     label: int | None = None
     inputs: RowInputs | None = field(default=None, compare=False)
+    transcript: bool = False
     cut: bool = field(default=False, compare=False)
 
     @property
@@ -94,10 +96,12 @@ def text_tokenizer(reader: AnyTokenizer) -> "PreTrainedTokenizerBase":
 def asked_and_answered(tokens: Tokens) -> tuple[list[int], list[int]]:
     """Return what an encoder-decoder reads of a row, and what it predicts.
 
-    It reads the tokens without a label, or all of a plain text, and predicts those with one.
+    It reads the tokens without a label, or all of a plain text, and predicts those with one. It reads none of a
+    transcript, whose medium it hears or sees.
     """
     asked = [token for token, label in zip(tokens.input_ids, tokens.labels, strict=True) if label == IGNORED]
-    return asked or tokens.input_ids, [label for label in tokens.labels if label != IGNORED]
+    alone = [] if tokens.transcript else tokens.input_ids
+    return asked or alone, [label for label in tokens.labels if label != IGNORED]
 
 
 def load_tokenizer(model_directory: str | Path) -> "PreTrainedTokenizerBase":

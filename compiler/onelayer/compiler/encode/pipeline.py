@@ -7,6 +7,7 @@ lose nothing to rounding.
 import copy
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -100,9 +101,13 @@ class OpenPipeline:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The class and the config of the scheduler."""
+        """The class and the config of the scheduler, without infinite limits of solvers, which JSON cannot hold."""
         scheduler = self.pipe.scheduler
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        config = {
+            name: value
+            for name, value in scheduler.config.items()
+            if not name.startswith("_") and not (isinstance(value, float) and math.isinf(value))
+        }
         return {"class_name": type(scheduler).__name__, "config": config}
 
     def run(

@@ -24,10 +24,8 @@ class DenoisingLoss:
         self, batches: Sequence[DenoisingBatch], trained: int, device: torch.device, team: Processes | None = None
     ) -> None:
         self.team = team or Processes()
-        mine, scored = self.team.share(trained), self.team.share(len(batches) - trained)
-        self.places = [*mine, *(trained + place for place in scored)]
+        self.places, self.trained = self.team.share_of_both(trained, len(batches) - trained)
         self.batches = [batches[place] for place in self.places]
-        self.trained = len(mine)
         self.device = device
         self.trained_tokens = sum(batch.positions for batch in batches[:trained])
         self._counts = trained, len(batches) - trained

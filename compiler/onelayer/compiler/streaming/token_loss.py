@@ -40,10 +40,8 @@ class TokenLoss:
         self, batches: Sequence[TokenBatch], trained: int, device: torch.device, team: Processes | None = None
     ) -> None:
         self.team = team or Processes()
-        mine, scored = self.team.share(trained), self.team.share(len(batches) - trained)
-        self.places = [*mine, *(trained + place for place in scored)]
+        self.places, self.trained = self.team.share_of_both(trained, len(batches) - trained)
         self.batches = [batches[place] for place in self.places]
-        self.trained = len(mine)
         self.device = device
         tokens = [int((batch.targets != IGNORED).sum()) for batch in batches]
         self.trained_tokens, self._scored_tokens = sum(tokens[:trained]), sum(tokens[trained:])

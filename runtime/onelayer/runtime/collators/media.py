@@ -24,12 +24,19 @@ class MediaCollator:
         """Return ids, labels and mask (B, T), and the inputs of the rows' media."""
         length = max(len(feature["input_ids"]) for feature in features)
         text = {
-            "input_ids": _padded([feature["input_ids"] for feature in features], length, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(feature["input_ids"]) for feature in features], length, 0),
-            "labels": _padded([feature["labels"] for feature in features], length, IGNORED),
+            "input_ids": padded([feature["input_ids"] for feature in features], length, self.pad_token_id),
+            "attention_mask": padded([[1] * len(feature["input_ids"]) for feature in features], length, 0),
+            "labels": padded([feature["labels"] for feature in features], length, IGNORED),
         }
         return {**text, **padded_tensors([self.inputs[feature[ROW]] for feature in features], length)}
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+def rows_of(inputs: Sequence[RowInputs | None], features: Sequence[dict[str, Any]]) -> list[RowInputs]:
+    """Return the inputs of some rows that all have some."""
+    found = [inputs[feature[ROW]] for feature in features]
+    return [item for item in found if item is not None]
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    """Return rows (B, length) that are padded on the right."""
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -80,6 +80,7 @@ def _loaded(directory: Path, adapter: str | Path | None) -> Any:
     """Load the model, and its adapter, as any program does."""
     import onelayer.runtime.modules.transformers_plugin  # noqa: F401  # registers the loader of emulators
     from onelayer.compiler.adapters.reader import Adapter
+    from onelayer.compiler.data.classes import is_transcriber
     from onelayer.compiler.libraries.transformers_models import load_config, model_class
     from onelayer.compiler.storage.checkpoint import Checkpoint
 
@@ -87,6 +88,10 @@ def _loaded(directory: Path, adapter: str | Path | None) -> Any:
     cls = model_class(config, directory)
     if not cls.can_generate():
         raise InputError(f"{directory}: {cls.__name__} writes no text; give a language model")
+    if is_transcriber(cls):
+        raise InputError(
+            f"{directory}: {cls.__name__} writes what it hears or sees, and reads no prompt; use it in code"
+        )
     if adapter is not None:
         Adapter.open(adapter)
     packed: dict[str, Any] = (

@@ -9,6 +9,8 @@ from statistics import median
 from typing import Any
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.compile.settings import Form
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype, best_of
 from onelayer.compiler.results import Result
@@ -26,8 +28,6 @@ PAYS_BELOW = 0.8
 # A more exact way to store activations is chosen only if it leaves this share of the ratio that the most compact one
 # allows. An error in the emulator costs more than an error in the backward pass (manifests/LOG.md).
 WORTHWHILE = 0.9
-# An emulator pays if it takes less than this share of its quantized original, which trainers can load packed.
-PAYS_BELOW = 0.8
 
 EVERY_FORM: tuple[Stored, ...] = (*FACTOR_DTYPES, "coded")
 
@@ -195,8 +195,20 @@ def best_stored(ratios: Mapping[Stored, float | None]) -> Stored:
     return "coded" if affords_codes else dtype
 
 
+def chosen_form(choices: Mapping[Stored, Choice], factor_dtype: FactorDtype | None, form: Form) -> Stored:
+    """Choose how linears are stored, among what was asked for."""
+    if form == "coded":
+        if factor_dtype not in (None, RESIDUAL_DTYPE):
+            raise InputError(f"--factor-dtype {factor_dtype}: codes leave their rest to {RESIDUAL_DTYPE} factors")
+        return "coded"
+    if factor_dtype is not None:
+        return factor_dtype
+    allowed: tuple[Stored, ...] = FACTOR_DTYPES if form == "factors" else EVERY_FORM
+    return best_stored({stored: choices[stored].ratio for stored in allowed})
+
+
 def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
-    """Name what prevents a larger ratio, in one sentence."""
+    """Name what prevents a larger ratio, in one sentence: of several passes that would not fit, the largest."""
     if choice.reached == WHOLE:
         return f"nothing: all weights fit whole, rounded to {choice.factor_dtype}"
     end = largest_ratio(choice.planned, choice.stored)
@@ -206,12 +218,12 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     ratio = least if choice.ratio is None else choice.ratio + 1 / STEPS
     if ratio > LARGEST_RATIO and choice.stored != "coded":
         ratio = end
-    usable = int(budget_bytes * USABLE_SHARE)
+    memory = choice.memory
     passes = pass_bytes(shapes, ratio, choice.planned)
     largest_pass = max(passes, key=lambda name: passes[name])
-    if passes[largest_pass] > usable:
+    train_bytes = replace(memory, emulator=emulator_bytes(shapes, ratio, choice.stored)).peak
+    if passes[largest_pass] > max(train_bytes, int(budget_bytes * USABLE_SHARE)):
         return f"{largest_pass}: {LIMITS[largest_pass]}"
-    memory = choice.memory
     moments = {
         "the emulator's weights": memory.emulator,
         "saved activations": memory.saved,
@@ -231,7 +243,7 @@ def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list
         smaller = max(1, planned.batch_size // 2)
         offers.append((f"--batch-size {smaller}", replace(planned, batch_size=smaller), stored))
         offers.append(("--batch-size 1", replace(planned, batch_size=1), stored))
-    if planned.max_length > 256:
+    if planned.max_length > 256 and shapes.positions is None:
         shorter = planned.max_length // 2
         offers.append((f"--max-length {shorter}", replace(planned, max_length=shorter), stored))
     if stored != "coded":

@@ -4,10 +4,13 @@ It imports transformers and torch, so import it only when training starts.
 """
 
 import copy
+import errno
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
+from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.activations.compression import compress_activations
@@ -29,6 +34,8 @@ from onelayer.runtime.training.settings import TrainSettings
 TRL_COUNTS = ("_metrics", "_total_train_tokens")
 
 
+# A checkpoint holds each trained value and two moments of it.
+OPTIMIZED_COPIES = 3
 RANK_FILE = "activation_rank.json"
 
 
@@ -97,6 +104,22 @@ class GuardedTrainer(Trainer):
             write_json(Path(self.args.output_dir) / FIRST_BATCH_FILE, self.first_batch.model_dump(mode="json"))
         return loss
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint. Raises `OSError` with the remedy if the disk is full, whatever its writers raise then."""
+        assert self.args.output_dir is not None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+            full = getattr(error, "errno", None) == errno.ENOSPC
+            if not full and shutil.disk_usage(self.args.output_dir).free > OPTIMIZED_COPIES * trained:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.args.output_dir}: the disk is full, the checkpoint of step {self.state.global_step} does not "
+                f"fit ({OPTIMIZED_COPIES * trained} bytes); make room and go on with --resume, the one before is kept",
+            ) from error
+
     def take_up_finished(self, checkpoint: Path) -> bool:
         """Take state and adapter from a checkpoint of the last step; false for one that has steps left.
 
@@ -137,3 +160,45 @@ class GuardedTrainer(Trainer):
         with forked_random():
             scores: dict[str, float] = super().evaluate(*args, **kwargs)
         return scores
+
+
+@dataclass
+class HeldOutSums:
+    """The sum of losses over held-out tokens, and the number of these."""
+
+    loss: float = 0.0
+    tokens: int = 0
+
+    def add(self, mean_loss: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: its mean loss over what `labels` (B, T) count."""
+        tokens = int((labels != IGNORED).sum())
+        self.loss, self.tokens = self.loss + float(mean_loss) * tokens, self.tokens + tokens
+
+    def mean(self, accelerator: Any) -> float:
+        """Compute the mean over the tokens of all processes."""
+        sums = torch.tensor([self.loss, self.tokens], dtype=torch.float64).to(accelerator.device)
+        total, tokens = accelerator.reduce(sums, "sum").tolist()
+        return float(total / tokens)
+
+
+class ScoredByToken(Trainer):
+    """A Trainer whose held-out loss is a mean over tokens. Trainer's own mean weighs each batch by its rows."""
+
+    _first_label = 0  # labels of a row before this one are predicted by nothing
+    _held_out = HeldOutSums()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Score the held-out rows by token."""
+        self._held_out = HeldOutSums()
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        output.metrics["eval_loss"] = self._held_out.mean(self.accelerator)
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Score one batch."""
+        labels = inputs["labels"]
+        scored = super().prediction_step(model, inputs, *args, **kwargs)
+        assert scored[0] is not None
+        self._held_out.add(scored[0], labels[..., self._first_label :])
+        return scored

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onelayer.compiler.data.batches import check_token_ids
-from onelayer.compiler.data.classes import Classes, is_classifier, is_trainable, predicted_classes, tokenize_for
+from onelayer.compiler.data.classes import Classes, check_trainable, is_classifier, predicted_classes, tokenize_for
 from onelayer.compiler.data.labeled_rows import DataSource, labeled_rows, tell_cut
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.preferences import read_preferences
@@ -144,11 +144,7 @@ def read_model(directory: Path, name: str, max_image_pixels: int | None = None) 
     loaded_class = model_class(config, directory)
     if library.DENOISES:
         return TrainModel(directory, ranks, digest, base, config, loaded_class, None, None, stored.stamps, quantization)
-    if not is_trainable(loaded_class):
-        raise InputError(
-            f"{directory}: {loaded_class.__name__} is not a language model or a sequence classifier, which "
-            "training needs"
-        )
+    check_trainable(loaded_class, directory)
     classes = predicted_classes(loaded_class, config, directory) if is_classifier(loaded_class) else None
     reader = load_reader(directory, loaded_class, max_image_pixels)
     read = (config, loaded_class, reader, classes, stored.stamps, quantization)
@@ -225,7 +221,7 @@ def _row(tokens: Tokens, model: TrainModel) -> dict[str, Any]:
         return {"input_ids": tokens.input_ids, "labels": tokens.label}
     if model.config.is_encoder_decoder:
         asked, answered = asked_and_answered(tokens)
-        return {"input_ids": asked, "labels": answered}
+        return {"input_ids": asked, "labels": answered} if asked else {"labels": answered}
     return {"input_ids": tokens.input_ids, "labels": tokens.labels}
 
 
@@ -262,7 +258,7 @@ def longest_batch(examples: TrainData, arguments: Mapping[str, Any]) -> int:
     if examples.images is not None:
         return examples.images.positions
     longest = max(sum(len(ids) for name, ids in row.items() if name.endswith("_ids")) for row in examples.rows)
-    if not longest:  # rows without a text
+    if not longest:  # rows without a text to read
         longest = max(tower_rows(inputs) for inputs in examples.inputs or () if inputs is not None)
     longest = arguments["max_length"] if arguments.get("packing") else longest
     return int(longest * arguments["per_device_train_batch_size"])

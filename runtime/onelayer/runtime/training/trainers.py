@@ -3,7 +3,6 @@
 It imports trl, transformers and torch, so import it only when training starts.
 """
 
-from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
@@ -12,89 +11,45 @@ import peft
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from onelayer.compiler.adapters.attach import linear_targets
-from onelayer.compiler.data.classes import reads_media_alone
+from onelayer.compiler.data.classes import is_transcriber, reads_media_alone
 from onelayer.compiler.data.preferences import PreferenceMethod
 from onelayer.compiler.data.tokens import IGNORED, RowInputs
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.collators.classes import ClassCollator
 from onelayer.runtime.collators.media import ROW, MediaCollator
+from onelayer.runtime.collators.transcripts import TranscriptCollator
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete, Progress, ScoreAtEnd
 from onelayer.runtime.training.denoising import DenoisingTrainer, denoising_trainer
-from onelayer.runtime.training.guarded import GuardedTrainer
+from onelayer.runtime.training.guarded import GuardedTrainer, ScoredByToken
 from onelayer.runtime.training.inputs import TrainData, TrainModel
 from onelayer.runtime.training.preference_trainers import DpoTrainer, KtoTrainer, preference_trainer
 from onelayer.runtime.training.settings import LoraFields
 from onelayer.runtime.training.trainer_args import Method
 
 
-@dataclass
-class HeldOutSums:
-    """The sum of losses over held-out tokens, and the number of these."""
-
-    loss: float = 0.0
-    tokens: int = 0
-
-    def add(self, mean_loss: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: its mean loss over what `labels` (B, T) count."""
-        tokens = int((labels != IGNORED).sum())
-        self.loss, self.tokens = self.loss + float(mean_loss) * tokens, self.tokens + tokens
-
-    def mean(self, accelerator: Any) -> float:
-        """Compute the mean over the tokens of all processes."""
-        sums = torch.tensor([self.loss, self.tokens], dtype=torch.float64).to(accelerator.device)
-        total, tokens = accelerator.reduce(sums, "sum").tolist()
-        return float(total / tokens)
-
-
-class _ScoredByToken(Trainer):
-    """A Trainer whose held-out loss is a mean over tokens. Trainer's own mean weighs each batch by its rows."""
-
-    _first_label = 0  # labels of a row before this one are predicted by nothing
-    _held_out = HeldOutSums()
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Score the held-out rows by token."""
-        self._held_out = HeldOutSums()
-        output = super().evaluation_loop(*args, **kwargs)
-        assert output.metrics is not None
-        output.metrics["eval_loss"] = self._held_out.mean(self.accelerator)
-        return output
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Score one batch."""
-        labels = inputs["labels"]
-        scored = super().prediction_step(model, inputs, *args, **kwargs)
-        assert scored[0] is not None
-        self._held_out.add(scored[0], labels[..., self._first_label :])
-        return scored
-
-
-class LoraTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByToken, SFTTrainer):
+class LoraTrainer(AnchoredTrainer, GuardedTrainer, ScoredByToken, SFTTrainer):
     """The trainer for models that predict the next token."""
 
     _first_label = 1
 
 
-class SequenceTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByToken):
-    """The trainer for encoder-decoders, which read one sequence of tokens and predict another."""
+class SequenceTrainer(AnchoredTrainer, GuardedTrainer, ScoredByToken):
+    """The trainer for encoder-decoders, which read one sequence of tokens or a medium, and predict another."""
 
 
 class ClassTrainer(AnchoredTrainer, GuardedTrainer):
@@ -209,17 +164,20 @@ def _preference_trainer(
 
 
 def _sequence_trainer(model: TrainModel, rows: Rows, fields: LoraFields, arguments: dict[str, Any]) -> SequenceTrainer:
-    config = _plain_config(model, arguments)
+    sets, media = _data_sets(rows), is_transcriber(model.model_class)
+    collator: Any = TranscriptCollator(_numbered(sets, rows), model.config) if media else None
+    config = _plain_config(model, {**arguments, "remove_unused_columns": False} if media else arguments)
     loaded = model.load()
-    if not hasattr(loaded, "prepare_decoder_input_ids_from_labels"):
+    if collator is None and not hasattr(loaded, "prepare_decoder_input_ids_from_labels"):
         raise InputError(f"{model.directory}: {type(loaded).__name__} does not say what its decoder reads of labels")
     set_seed(config.seed)
-    lora = _lora_config(loaded, fields, task_type="SEQ_2_SEQ_LM")
+    # PEFT's own wrapper for encoder-decoders hands token ids to every model.
+    lora = _lora_config(loaded, fields, **({} if media else {"task_type": "SEQ_2_SEQ_LM"}))
     return SequenceTrainer(
         model=peft.get_peft_model(loaded, lora),
         args=config,
-        **_data_sets(rows),
-        data_collator=DataCollatorForSeq2Seq(model.tokenizer, loaded, label_pad_token_id=IGNORED),
+        **sets,
+        data_collator=collator or DataCollatorForSeq2Seq(model.tokenizer, loaded, label_pad_token_id=IGNORED),
         compute_loss_func=_sequence_loss,
         processing_class=model.tokenizer,
         callbacks=[MarkComplete()],
