@@ -137,7 +137,7 @@ def floor_seconds(directory: Path, model: Any, tokens: int) -> float:
     weights = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     computing = 3 * tokens * weights / speed
     print(f"reading alone {reading:.1f} s at {size(int(rate))}/s, arithmetic alone {computing:.1f} s")
-    return max(reading, computing)
+    return float(max(reading, computing))
 
 
 def timed(work: Callable[[], Any]) -> float:
