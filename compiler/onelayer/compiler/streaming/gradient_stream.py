@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import forked_random, move, random_state
-from onelayer.compiler.machine.meter import return_free_memory
+from onelayer.compiler.machine.meter import FreedMemory, return_free_memory
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
@@ -102,6 +102,7 @@ class GradientStream(Stream):
     def reverse(self) -> None:
         """Run the pass back: add the gradients of all trained batches to `.grad` of every trained parameter."""
         assert self.loader is not None
+        freed = FreedMemory()
         with torch.no_grad(), self.progress() as bar:
             while (latest := self._latest_visit()) is not None:
                 visit, position = latest
@@ -112,9 +113,10 @@ class GradientStream(Stream):
                     self.loader.read_ahead(self._records[-1][1] if self._records else None)
                     with nullcontext() if self.on_unit is None else self.on_unit(unit) as run:
                         self._reverse_unit(unit, records, run)
-                return_free_memory()
+                freed.after_unit(self.spill_pool.held_bytes)
                 bar.reached(2 * len(self.streamed.units) - unit.position, unit.name, self.meter.sample())
         self.forget()
+        return_free_memory()
 
     def _latest_visit(self) -> tuple[int, int] | None:
         """Return the number of the latest visit that any process has to go back through, and its unit's position."""
