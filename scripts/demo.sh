@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the whole method on a small model, in minutes on two cores, without a network (after the first setup).
-# With --real, on SmolLM2-135M-Instruct from the package index, if it has the model.
+# Run the whole method on SmolLM2-135M-Instruct, which the package index has, in minutes on two cores and without a model
+# hub. After the first run it needs no network. With --small, on a model of 7M parameters that it trains first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh

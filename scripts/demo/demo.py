@@ -1,8 +1,8 @@
 """Runs the whole method on one model: prepare, run a manifest, print the results as one table.
 
 Run it with `scripts/demo.sh` (or `python -m scripts.demo.demo`). Everything is kept under $ONELAYER_HOME, so a second
-run only reads. The model is a small one that is trained first, or with --real SmolLM2-135M-Instruct, which then also
-answers a question. Where the package index lacks that model, the small one is used.
+run only reads. The model is SmolLM2-135M-Instruct, which also answers a question before and after; or, with --small
+and where the package index lacks that model, a small one that is trained first.
 """
 
 import argparse
@@ -40,12 +40,12 @@ ANSWERING = {
 def main() -> int:
     """Run the demo; the exit code is 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--real", action="store_true", help="use SmolLM2-135M-Instruct; takes longer")
+    parser.add_argument("--small", action="store_true", help="use a model of 7M parameters, trained here first")
     started = time.perf_counter()
 
-    # 1. Make a small language model, trained on source code, and two kinds of text that it has not seen; or take a real
-    #    model, and a task from the documentation of Python's standard library.
-    directory, name = _prepared(real=parser.parse_args().real)
+    # 1. Take a real model, and a task from the documentation of Python's standard library; or make a small one, trained
+    #    on source code, and two kinds of text that it has not seen.
+    directory, name = _prepared(real=not parser.parse_args().small)
 
     # 2. Run one manifest, as a user does: compile the emulator, then train, correct and score each task.
     manifest = load_manifest(shutil.copy(MANIFESTS / name, directory / name))

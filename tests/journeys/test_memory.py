@@ -49,17 +49,17 @@ def test_codes_stay_within_the_prediction_whatever_the_depth(tmp_path: Path, own
     """What waits for the way back lies in files: more layers, and more samples, hold no more."""
     settings = {"ratio": None, "keep_bytes": 0.2, "form": "coded", "host_memory_bytes": None, "max_length": 256}
     reports = []
-    for layers in (2, 4):
+    for layers, samples in ((2, 32), (4, 64)):
         root = tmp_path / f"of {layers}"
         root.mkdir()
         shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
-        prepare(root, causal("Llama", num_hidden_layers=layers, **shape), [{"text": WORDS * 60}] * 64)
+        prepare(root, causal("Llama", num_hidden_layers=layers, **shape), [{"text": WORDS * 60}] * samples)
         reports.append(measured(compiled, root, own_store, **settings))
-    kept_bytes = 64 * 256 * 256 * 4
+    kept_bytes = 32 * 256 * 256 * 4
     for report in reports:
         check_promise(report)
     grown = reports[1].peak_device_bytes - reports[0].peak_device_bytes
-    assert grown < 1.5 * kept_bytes, "two layers more keep twice these bytes of inputs"
+    assert grown < 3 * kept_bytes, "before they lay in files, states of 32 more samples and 2 more layers took 5 times"
 
 
 def test_the_holes_that_steps_leave_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:

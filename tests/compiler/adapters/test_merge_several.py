@@ -24,7 +24,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     weights=st.lists(st.floats(-2, 2), min_size=3, max_size=3),

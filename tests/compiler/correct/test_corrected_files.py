@@ -201,7 +201,7 @@ def test_a_value_that_is_not_finite_is_named_and_never_replaced(part: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rank=st.integers(1, 9),
     alpha=st.integers(1, 40),

@@ -36,7 +36,7 @@ def correct_linear(
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=sizes, scaling=st.floats(0.01, 8))
 def test_without_limit_it_is_the_closed_form(sizes: tuple[int, int, int, int, int], scaling: float) -> None:
     weight, up, down, a, b = random_linear(*sizes)
@@ -48,7 +48,7 @@ def test_without_limit_it_is_the_closed_form(sizes: tuple[int, int, int, int, in
     torch.testing.assert_close(found.a @ found.a.T, torch.eye(len(found.a), dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=sizes, scaling=st.floats(0.01, 8), limit=st.floats(0, 10))
 def test_with_a_limit_it_is_the_paper_direction_by_direction(
     sizes: tuple[int, int, int, int, int], scaling: float, limit: float
@@ -112,7 +112,7 @@ def test_zeros_give_finite_numbers(limit: float | None) -> None:
     assert empty.b.shape == (5, 0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes=sizes, scaling=st.floats(0.01, 8), transposed=st.booleans())
 def test_the_oblique_solution_is_the_least_squares_one(
     sizes: tuple[int, int, int, int, int], scaling: float, transposed: bool

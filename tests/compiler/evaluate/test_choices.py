@@ -197,7 +197,7 @@ def test_an_adapter_of_another_model_is_refused_in_one_line(
         evaluate_model(tmp_path / "model", data, adapters=[tmp_path / "adapter"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 9),
     st.integers(2, 40),

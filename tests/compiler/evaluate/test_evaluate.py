@@ -139,7 +139,7 @@ def test_a_dora_adapter_is_refused_by_name(tmp_path: Path, data: dict[str, Path]
         evaluate_model(tmp_path / "model", data["text"], adapters=[tmp_path / "a"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 9),
     st.integers(2, 40),

@@ -69,7 +69,7 @@ def test_factors_reach_the_published_optimum(shape: tuple[int, int], rank: int) 
     assert factors.fallback is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 60), st.data())
 def test_any_shape_gives_finite_factors_and_a_true_error(
     out_features: int, in_features: int, rows: int, data: st.DataObject

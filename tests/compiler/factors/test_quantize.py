@@ -23,7 +23,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 5),
     width=st.integers(1, 200),
@@ -154,7 +154,7 @@ def test_the_spectrum_leaves_whole_what_is_worth_it() -> None:
     assert None not in tight.values()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), factor_dtype=st.sampled_from(FACTOR_DTYPES), ratio=st.floats(0.1, 0.9))
 def test_the_budget_of_the_spectrum_is_in_quantized_bytes(
     data: st.DataObject, factor_dtype: FactorDtype, ratio: float

@@ -61,7 +61,7 @@ def test_a_file_without_a_whole_header_is_refused(raw: bytes, tmp_path: Path) ->
         read_header(file)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_corrupted_file_is_read_right_or_refused(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -81,7 +81,7 @@ def test_a_corrupted_file_is_read_right_or_refused(
     assert all(0 <= info.start <= info.end <= len(raw) for info in table.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.one_of(
         st.text(max_size=12), st.sampled_from(["../x.safetensors", "/x.safetensors", "a/b.safetensors", "."])

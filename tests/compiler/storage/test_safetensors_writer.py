@@ -56,7 +56,7 @@ def test_every_dtype_returns_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(parts=st.lists(st.tuples(shapes, st.sampled_from(DTYPES[:-2])), max_size=6))
 def test_any_mixture_is_aligned_and_readable(
     parts: list[tuple[tuple[int, ...], torch.dtype]], tmp_path_factory: pytest.TempPathFactory

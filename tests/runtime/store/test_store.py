@@ -15,6 +15,7 @@ import pytest
 
 from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.storage import digests
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.store.prune import prune
 from onelayer.runtime.store.record import StepSpec
@@ -163,6 +164,16 @@ def test_verify_names_the_flipped_file(store: ArtifactStore) -> None:
     flip_a_bit(store.payload(artifact.key) / "weights.bin")
     (fault,) = store.verify()
     assert (fault.key, fault.file) == (artifact.key, "weights.bin")
+
+
+def test_verify_reads_what_memory_believes(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "MEMO_FLOOR_BYTES", 0)
+    monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
+    monkeypatch.setattr(digests, "stamp_of", lambda status: (status.st_size,))  # a disk that damages without a trace
+    artifact, _ = store.ensure(spec(), fill)
+    flip_a_bit(store.payload(artifact.key) / "weights.bin")
+    assert store.damage(artifact) is None
+    assert [fault.file for fault in store.verify()] == ["weights.bin"]
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "add"])

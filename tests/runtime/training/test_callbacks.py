@@ -1,9 +1,11 @@
 """The parts around TRL's trainer: counting saved bytes, finding the checkpoint to continue from, the mean loss."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from onelayer.runtime.activations.figures import SavedBytes
 from onelayer.runtime.training import callbacks, checkpoints
@@ -16,6 +18,19 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
         h = layer(x)  # saves x, and the weight, which is resident
         (h * h).sum()  # saves h, twice
     assert saved.total() == 2 * 4 * 8 * 4
+
+
+def test_steps_are_told_off_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("onelayer.compiler.machine.console.LINE_SECONDS", -1.0)
+    progress: Any = callbacks.Progress()
+    state = TrainerState(max_steps=4)
+    progress.on_train_begin(None, state, None)
+    state.global_step = 2
+    progress.on_step_end(None, state, None)
+    progress.on_log(None, state, None, logs={"loss": 1.5})
+    progress.on_train_end(None, state, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("onelayer: train: 2 of 4 steps, loss 1.5000, 00:00 elapsed, about ")
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(tmp_path: Path) -> None:

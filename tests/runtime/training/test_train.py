@@ -69,6 +69,22 @@ def test_training_learns_and_reports(train: Train, tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.model_dump(mode="json")))["output"] == str(tmp_path / "adapter")
 
 
+def test_cut_rows_are_told_before_the_first_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    real = LoraTrainer.training_step
+
+    def step(self: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        told.append(capsys.readouterr().err)
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LoraTrainer, "training_step", step)
+    result = train(max_steps=1, max_length=6)
+    assert 0 < result.cut_examples < len(TEXTS)
+    assert f"--max-length 6: {result.cut_examples} of 6 examples are longer and are cut" in told[0]
+
+
 def test_saved_activations_follow_the_batch_and_checkpointing(train: Train) -> None:
     small = train("small", max_steps=1, batch_size=1).saved_activation_bytes
     large = train("large", max_steps=1, batch_size=6).saved_activation_bytes

@@ -110,6 +110,11 @@ class Processes:
         """Return which of `count` pieces of work are this process's, all neighbors; the first is always process 0's."""
         return list(range(-(-self.rank * count // self.count), -(-(self.rank + 1) * count // self.count)))
 
+    def share_of_both(self, first: int, others: int) -> tuple[list[int], int]:
+        """Share `first` pieces of work and the `others` after them; return this process's, and how many are first."""
+        mine = self.share(first)
+        return [*mine, *(first + place for place in self.share(others))], len(mine)
+
     def _broadcast(self, outcome: Any) -> Any:
         boxed = [outcome]
         self._call("broadcast_object_list", boxed, src=0)

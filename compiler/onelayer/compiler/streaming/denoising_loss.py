@@ -9,6 +9,7 @@ import torch
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.denoising.batches import DenoisingBatch
 from onelayer.compiler.machine.distributed import Processes
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.token_loss import TokenLoss
 
 PassBatch = TokenBatch | DenoisingBatch
@@ -24,10 +25,8 @@ class DenoisingLoss:
         self, batches: Sequence[DenoisingBatch], trained: int, device: torch.device, team: Processes | None = None
     ) -> None:
         self.team = team or Processes()
-        mine, scored = self.team.share(trained), self.team.share(len(batches) - trained)
-        self.places = [*mine, *(trained + place for place in scored)]
+        self.places, self.trained = self.team.share_of_both(trained, len(batches) - trained)
         self.batches = [batches[place] for place in self.places]
-        self.trained = len(mine)
         self.device = device
         self.trained_tokens = sum(batch.positions for batch in batches[:trained])
         self._counts = trained, len(batches) - trained
@@ -69,10 +68,14 @@ class DenoisingLoss:
 
 
 def loss_of(
-    batches: Sequence[PassBatch], trained: int, device: torch.device, team: Processes | None = None
+    batches: Sequence[PassBatch],
+    trained: int,
+    device: torch.device,
+    team: Processes | None = None,
+    pool: SpillPool | None = None,
 ) -> TokenLoss | DenoisingLoss:
-    """Return the loss of a pass over these batches, which are all of one kind."""
+    """Return the loss of a pass over these batches, which are all of one kind; `pool` holds what waits."""
     images = [batch for batch in batches if isinstance(batch, DenoisingBatch)]
     if images:
         return DenoisingLoss(images, trained, device, team)
-    return TokenLoss([batch for batch in batches if isinstance(batch, TokenBatch)], trained, device, team)
+    return TokenLoss([batch for batch in batches if isinstance(batch, TokenBatch)], trained, device, team, pool)

@@ -26,8 +26,7 @@ class AdaptedOriginal:
     def __init__(self, directory: Path, adapted: PeftModel) -> None:
         self._adapted = adapted
         self.streamed = StreamedModel(directory, self._attach)
-        trained = self._trained()
-        if unknown := trained.keys() - dict(self.streamed.model.named_parameters()).keys():
+        if unknown := self.trained.keys() - dict(self.streamed.model.named_parameters()).keys():
             raise InputError(f"{directory}: has no {min(unknown)}, which is trained; train without --anchor-every")
 
     def _attach(self, empty: PreTrainedModel) -> None:
@@ -39,13 +38,15 @@ class AdaptedOriginal:
             get_peft_model(empty, config, self._adapted.active_adapter, low_cpu_mem_usage=True)
         empty.eval()
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
         base = self._adapted.get_base_model()
         return {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
 
     def share_adapter(self) -> None:
         """Let the original use the trained parameters themselves, as they are now and as they will be."""
-        for name, parameter in self._trained().items():
+        for name, parameter in self.trained.items():
             set_tensor(*owner_of(self.streamed.model, name), parameter)
 
 
