@@ -148,8 +148,9 @@ def _internvl() -> tuple[Any, Any]:
 def _llava(side: int = SIZE, patch: int = PATCH, width: int = WIDTH) -> tuple[Any, Any]:
     """Make a LLaVA that reads images of a side in pixels; `width` is that of its tower."""
     tokens = tokenizer(["<image>"], "<image>\n")
-    tower = {"image_size": side, "patch_size": patch, "hidden_size": width, "intermediate_size": 2 * width}
+    tower: dict[str, Any] = {"image_size": side, "patch_size": patch, "hidden_size": width}
     tower |= {"model_type": "clip_vision_model", "num_hidden_layers": 3, "projection_dim": width}
+    tower["intermediate_size"] = 2 * width
     config = transformers.LlavaConfig(
         text_config={**TEXT, "model_type": "llama", "vocab_size": len(tokens)},
         vision_config={**TOWER, **tower},
