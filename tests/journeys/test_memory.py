@@ -1,20 +1,14 @@
 """The memory contract, measured in fresh processes: batches, long samples and prompts, and mixtures stay within it."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.children import fork_server
+from helpers.promised_runs import check_promise, compiled, measured, polished, refined
 from helpers.tiny_models import build, causal, tiny_tokenizer
-from onelayer.compiler.compile.command import compile_emulator
-from onelayer.compiler.polish.command import polish_adapter
-from onelayer.compiler.refine.command import refine_emulator
-from onelayer.compiler.results import Report
 
 WORDS = "the quick brown fox jumps over the lazy dog "
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -23,48 +17,10 @@ READER = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 2, "num_heads"
 MIXTURE = {"hidden_size": 128, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 4}
 
 
-def compiled(root: Path, **settings: Any) -> Report:
-    """Compile the model in `root` on the data there."""
-    given = {"host_memory_bytes": 0, "ratio": 0.2, **settings}
-    return compile_emulator(root / "model", root / "data.jsonl", root / "emulator", **given).report
-
-
-def refined(root: Path, **settings: Any) -> Report:
-    """Refine the emulator that `compiled` made."""
-    given = {"model": root / "model", "calibration": root / "data.jsonl", "steps": 2, **settings}
-    return refine_emulator(root / "emulator", output=root / "refined", host_memory_bytes=0, **given).report
-
-
-def polished(root: Path, **settings: Any) -> Report:
-    """Make a fresh adapter."""
-    given = {"model": root / "model", "data": root / "data.jsonl", "lora_rank": 8, "steps": 1, **settings}
-    return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
-
-
-def run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any], home: str) -> None:
-    os.environ["ONELAYER_HOME"] = home
-    torch.set_num_threads(1)
-    (root / "report.json").write_text(command(root, **settings).model_dump_json())
-
-
-def measured(command: Callable[..., Report], root: Path, home: Path, **settings: Any) -> Report:
-    """Measure in a child process: one that has computed before holds free memory, which would hide new allocations."""
-    (root / "report.json").unlink(missing_ok=True)
-    context = fork_server()
-    process = context.Process(target=run_here, args=(command, root, settings, str(home)))
-    process.start()
-    process.join()
-    return Report.model_validate_json((root / "report.json").read_text())
-
-
 def prepare(root: Path, model: Any, rows: list[dict[str, str]]) -> None:
     model.save_pretrained(root / "model")
     tiny_tokenizer(root / "model")
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def check_promise(report: Report) -> None:
-    assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes
 
 
 def test_rows_of_many_lengths_in_half_precision_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
