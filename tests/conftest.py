@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -15,6 +16,9 @@ import torch
 import transformers
 
 from helpers.reference_emulators import FACTOR_DTYPES, stored_as
+
+if TYPE_CHECKING:
+    from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 # On matrices this small a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -30,6 +34,24 @@ def factor_dtype(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """Run the test with emulators of every factor dtype."""
     with stored_as(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> "EncodedPipeline":
+    """Return a tiny FLUX with encoded images, which no test changes."""
+    from scripts.sweep.encoded_pipelines import encoded_pipeline
+
+    return encoded_pipeline("flux", tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def flux_emulator(flux: "EncodedPipeline") -> Path:
+    """Return an emulator of the tiny FLUX, which no test changes."""
+    from onelayer.compiler import compile_emulator
+
+    output = flux.pipeline.parent / "emulator"
+    compile_emulator(flux.pipeline, flux.images, output, keep_bytes=0.25, factor_dtype="nf4", samples=6)
+    return output
 
 
 @pytest.fixture(autouse=True)

@@ -8,30 +8,18 @@ import torch
 from diffusers.quantizers import auto
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
-from helpers.encoded_pipelines import EncodedPipeline, encoded_pipeline
 from helpers.peft_adapters import quiet_peft
 from onelayer.compiler import compile_emulator, evaluate_model, refine_emulator
 from onelayer.compiler.errors import InputError
+from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> EncodedPipeline:
-    return encoded_pipeline("flux", tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="module")
-def emulator(flux: EncodedPipeline) -> Path:
-    output = flux.pipeline.parent / "emulator"
-    compile_emulator(flux.pipeline, flux.images, output, keep_bytes=0.25, factor_dtype="nf4", samples=6)
-    return output
-
-
 def test_an_emulator_loads_in_stock_diffusers_and_saves_again(
-    flux: EncodedPipeline, emulator: Path, tmp_path: Path
+    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path
 ) -> None:
-    loaded, batch = flux.load(emulator), flux.noisy().at(0, 0.5, 1)
+    loaded, batch = flux.load(flux_emulator), flux.noisy().at(0, 0.5, 1)
     with torch.no_grad():
         answer = loaded(**batch.inputs)[0]
         original = flux.load()(**batch.inputs)[0]
@@ -39,23 +27,25 @@ def test_an_emulator_loads_in_stock_diffusers_and_saves_again(
     loaded.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(flux.load(tmp_path)(**batch.inputs)[0], answer)
-    compressed = evaluate_model(flux.pipeline, flux.images, against=emulator, noise_samples=1)
+    compressed = evaluate_model(flux.pipeline, flux.images, against=flux_emulator, noise_samples=1)
     assert compressed.against is not None
     assert 0 < (compressed.against.velocity_drift or 0) < 0.1
 
 
 def test_without_the_plugin_an_emulator_is_refused(
-    flux: EncodedPipeline, emulator: Path, monkeypatch: pytest.MonkeyPatch
+    flux: EncodedPipeline, flux_emulator: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for registry in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
         monkeypatch.delitem(registry, "onelayer")
     with pytest.raises(ValueError, match="Unknown quantization type, got onelayer"):
-        flux.load(emulator)
+        flux.load(flux_emulator)
 
 
-def test_a_refined_emulator_is_nearer_to_the_original(flux: EncodedPipeline, emulator: Path, tmp_path: Path) -> None:
+def test_a_refined_emulator_is_nearer_to_the_original(
+    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path
+) -> None:
     result = refine_emulator(
-        emulator, model=flux.pipeline, calibration=flux.images, output=tmp_path / "refined", samples=4, steps=3
+        flux_emulator, model=flux.pipeline, calibration=flux.images, output=tmp_path / "refined", samples=4, steps=3
     )
     assert all(unit.after <= unit.before for unit in result.units)
     assert len(result.units) == 3

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers.models import model_loading_utils, modeling_utils
 
-from helpers.tiny_pipelines import save_pipeline
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries.library import library_of
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.stream import Stream
+from scripts.sweep.pipelines import save_pipeline
 
 CPU = torch.device("cpu")
 

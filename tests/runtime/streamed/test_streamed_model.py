@@ -14,6 +14,8 @@ from onelayer.compiler.adapters.attach import linear_targets
 from onelayer.compiler.errors import InputError
 from onelayer.runtime import streamed_for_training
 
+# What a launcher of two processes gives each of them.
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 Gradients = dict[str, torch.Tensor]
 
 
@@ -141,3 +143,10 @@ def test_what_a_streamed_model_cannot_do_is_refused_by_name(tmp_path: Path) -> N
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--micro-batch-size 0: must be at least 1"):
         opened(tmp_path, micro_batch_size=0)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"model: a streamed model trains in one process; start it without torchrun"):
+        opened(tmp_path / "model")

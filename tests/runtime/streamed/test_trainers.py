@@ -1,6 +1,16 @@
-"""Trainers that know nothing of streams: the losses and adapters of the resident model, for every kind of model."""
+"""Trainers that know nothing of streams: the losses and adapters of the resident model, for every kind of model.
 
-import warnings
+| | dense | mixture | encoder | encoder-decoder |
+|---|---|---|---|---|
+| trainers | SFT, DPO, KTO | SFT, DPO | Trainer | Seq2SeqTrainer |
+| evaluation while training | yes | | yes | yes, with generated texts |
+| packing | yes | | | |
+| resume | yes | | yes | yes |
+| bfloat16 | | yes | yes | |
+
+`generate` of each is compared in `test_streamed_model.py`.
+"""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,99 +19,11 @@ import peft
 import pytest
 import torch
 import transformers
-from datasets import Dataset  # type: ignore[import-untyped]
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from helpers.classifiers import save_classifier
-from helpers.tiny_models import save_tiny, tiny_tokenizer
-from helpers.training_rows import TEXTS
-from onelayer.compiler.adapters.attach import linear_targets
+from helpers.streamed_trainers import check_equal, classes, dpo, kto, losses, sequences, sft, trained
+from helpers.tiny_models import save_tiny
 from onelayer.runtime import streamed_for_training
-
-COMMON: dict[str, Any] = {
-    "activation_checkpointing": True,  # what a streamed model does anyway
-    "max_steps": 2,
-    "per_device_train_batch_size": 3,
-    "learning_rate": 1e-2,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
-
-
-def lora(model: Any, **fields: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=2, target_modules=linear_targets(model, "all-linear"), **fields)
-
-
-def sft(model: Any, out: Path, **changes: Any) -> Any:
-    rows = Dataset.from_list([{"text": text} for text in TEXTS])
-    config = SFTConfig(output_dir=str(out), max_length=24, **{**COMMON, "bf16": False, **changes})
-    given = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tiny_tokenizer()}
-    return SFTTrainer(model=model, args=config, peft_config=lora(model, task_type="CAUSAL_LM"), **given)
-
-
-def dpo(model: Any, out: Path, **changes: Any) -> Any:
-    rows = [{"prompt": text, "chosen": " it is eight", "rejected": " rome"} for text in TEXTS]
-    config = DPOConfig(output_dir=str(out), max_length=24, **{**COMMON, "bf16": False, **changes})
-    given = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
-    return DPOTrainer(model=model, args=config, peft_config=lora(model, task_type="CAUSAL_LM"), **given)
-
-
-def classes(model: Any, out: Path) -> Any:
-    tokenizer = tiny_tokenizer()
-    rows = [{**tokenizer(text), "labels": number % 3} for number, text in enumerate(TEXTS)]
-    return transformers.Trainer(
-        model=peft.get_peft_model(model, lora(model, task_type="SEQ_CLS")),
-        args=transformers.TrainingArguments(output_dir=str(out), **COMMON),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=transformers.DataCollatorWithPadding(tokenizer),
-    )
-
-
-def sequences(model: Any, out: Path) -> Any:
-    tokenizer = tiny_tokenizer()
-    rows = [{**tokenizer(text), "labels": tokenizer(text[:9])["input_ids"]} for text in TEXTS]
-    return transformers.Seq2SeqTrainer(
-        model=peft.get_peft_model(model, lora(model, task_type="SEQ_2_SEQ_LM")),
-        args=transformers.Seq2SeqTrainingArguments(output_dir=str(out), **COMMON),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model=model),
-    )
-
-
-def trained(trainer: Any) -> dict[str, torch.Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train()
-    parameters = trainer.model.named_parameters()
-    return {name: parameter.detach().clone() for name, parameter in parameters if parameter.requires_grad}
-
-
-def losses(trainer: Any) -> list[float]:
-    history = trainer.state.log_history
-    return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
-
-
-def check_equal(make: Callable[..., Any], directory: Path, **changes: Any) -> Any:
-    """Train both models and compare; returns the trainer of the streamed model."""
-    (name,) = transformers.AutoConfig.from_pretrained(directory).architectures
-    pair, adapters = [], []
-    for open_model in (getattr(transformers, name).from_pretrained, streamed_for_training):
-        torch.manual_seed(0)
-        pair.append(make(open_model(directory), directory.parent / open_model.__name__, **changes))
-        adapters.append(trained(pair[-1]))
-    assert losses(pair[1]) == pytest.approx(losses(pair[0]), rel=1e-6)
-    assert adapters[1].keys() == adapters[0].keys()
-    for key, expected in adapters[0].items():
-        assert expected.abs().max() > 0
-        # Adam divides what rounding leaves of a gradient by itself, so an adapter differs by more than its gradients.
-        torch.testing.assert_close(adapters[1][key], expected, rtol=0, atol=2e-4 * COMMON["learning_rate"], msg=key)
-    return pair[1]
 
 
 def test_sft_with_evaluation_and_packing(tmp_path: Path) -> None:
@@ -121,15 +43,53 @@ def test_dpo_with_the_adapter_switched_off_as_the_reference(tmp_path: Path) -> N
     assert losses(trainer)[1] < losses(trainer)[0]
 
 
+def test_dpo_of_a_mixture(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "model")
+    trainer = check_equal(dpo, tmp_path / "model")
+    assert losses(trainer)[1] < losses(trainer)[0]
+
+
+def test_kto(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    trainer = check_equal(kto, tmp_path / "model")
+    assert losses(trainer)[1] != losses(trainer)[0]
+
+
 def test_a_classifier_whose_head_is_trained_whole(tmp_path: Path) -> None:
     for family in ("bert", "llama"):
         save_classifier(family, tmp_path / family / "model", pad_token_id=0)
-        check_equal(classes, tmp_path / family / "model")
+        trainer = check_equal(classes, tmp_path / family / "model", eval_strategy="steps", eval_steps=1)
+        assert len(losses(trainer)) == 4
 
 
-def test_an_encoder_decoder(tmp_path: Path) -> None:
+def test_an_encoder_in_bfloat16(tmp_path: Path) -> None:
+    save_classifier("bert", tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    trainer = check_equal(classes, tmp_path / "model", bf16=True)
+    assert trainer.accelerator.scaler is None
+    assert trainer.model.get_base_model().streaming.streamed.dtype == torch.bfloat16
+
+
+def test_an_encoder_decoder_that_is_evaluated_by_what_it_generates(tmp_path: Path) -> None:
     save_tiny("t5", tmp_path / "model")
-    check_equal(sequences, tmp_path / "model")
+    generating = {"eval_strategy": "epoch", "predict_with_generate": True, "generation_max_length": 6}
+    trainer = check_equal(sequences, tmp_path / "model", **generating)
+    assert len(losses(trainer)) == 3
+    assert len(trainer.predict(trainer.eval_dataset, max_new_tokens=5).predictions) == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "save"),
+    [(sequences, lambda path: save_tiny("t5", path)), (classes, lambda path: save_classifier("bert", path))],
+)
+def test_other_trainers_resume(make: Callable[..., Any], save: Callable[[Path], Any], tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    torch.manual_seed(0)
+    whole = trained(make(streamed_for_training(tmp_path / "model"), tmp_path / "out", **saving))
+    again = make(streamed_for_training(tmp_path / "model"), tmp_path / "out", **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    resumed = dict(again.model.named_parameters())
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_a_resumed_training_ends_like_an_undisturbed_one(tmp_path: Path) -> None:

@@ -8,34 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.encoded_pipelines import EncodedPipeline, encoded_pipeline
 from helpers.hashes import tree_hashes
-from onelayer.compiler import compile_emulator, correct_adapter, merge_adapter
+from onelayer.compiler import correct_adapter, merge_adapter
 from onelayer.compiler.denoising.batches import DrawnImages
 from onelayer.compiler.errors import InputError
 from onelayer.runtime import train_lora
 from onelayer.runtime.training.denoising import DenoisingTrainer
+from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HOW: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4, "lora_alpha": 8}
 
 
 @pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> EncodedPipeline:
-    return encoded_pipeline("flux", tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="module")
-def emulator(flux: EncodedPipeline) -> Path:
-    output = flux.pipeline.parent / "emulator"
-    compile_emulator(flux.pipeline, flux.images, output, keep_bytes=0.25, factor_dtype="nf4", samples=4)
-    return output
-
-
-@pytest.fixture(scope="module")
-def adapter(flux: EncodedPipeline, emulator: Path) -> Path:
+def adapter(flux: EncodedPipeline, flux_emulator: Path) -> Path:
     output = flux.pipeline.parent / "adapter"
-    result = train_lora(emulator, flux.images, output, eval_data=flux.images, **HOW)
+    result = train_lora(flux_emulator, flux.images, output, eval_data=flux.images, **HOW)
     assert result.steps == 4
     assert [step for step, _ in result.losses] == [1, 2, 3, 4]
     assert len(result.held_out) == 1
@@ -43,10 +31,10 @@ def adapter(flux: EncodedPipeline, emulator: Path) -> Path:
 
 
 def test_the_adapter_and_its_merge_fit_the_original(
-    flux: EncodedPipeline, emulator: Path, adapter: Path, tmp_path: Path
+    flux: EncodedPipeline, flux_emulator: Path, adapter: Path, tmp_path: Path
 ) -> None:
     corrected = tmp_path / "corrected"
-    correct_adapter(adapter, emulator=emulator, model=flux.pipeline, output=corrected)
+    correct_adapter(adapter, emulator=flux_emulator, model=flux.pipeline, output=corrected)
     merge_adapter(corrected, model=flux.pipeline, output=tmp_path / "merged")
     batch = flux.noisy().at(0, 0.5, 1)
     for directory in (adapter, corrected):
@@ -65,7 +53,7 @@ def test_the_adapter_and_its_merge_fit_the_original(
 
 
 def test_an_interrupted_training_continues_to_the_same_bytes(
-    flux: EncodedPipeline, emulator: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flux: EncodedPipeline, flux_emulator: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, calls = DenoisingTrainer.training_step, list[int]()
 
@@ -78,8 +66,8 @@ def test_an_interrupted_training_continues_to_the_same_bytes(
     monkeypatch.setattr(DenoisingTrainer, "training_step", failing)
     output = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
-        train_lora(emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
-    train_lora(emulator, flux.images, output, eval_data=flux.images, save_steps=2, resume=True, **HOW)
+        train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
+    train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, resume=True, **HOW)
     assert len(calls) == 6 + 4
     ours, theirs = tree_hashes(output), tree_hashes(adapter)
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
@@ -95,6 +83,14 @@ def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Pat
         with torch.no_grad():
             wanted.append(float(batch.loss(model(**batch.inputs))))
     assert result.losses[0][1] == pytest.approx(sum(wanted) / 2, rel=1e-5)
+    compressed: dict[str, Any] = {"activations": "layer", "activation_rank": 0.5, "activation_report": True}
+    again = train_lora(
+        flux.denoiser, flux.images, tmp_path / "more", max_steps=1, batch_size=2, weighting="none", **compressed
+    )
+    assert again.losses[0][1] == pytest.approx(result.losses[0][1], rel=1e-5)
+    assert again.saved_activation_bytes < 0.7 * result.saved_activation_bytes
+    assert again.activations is not None
+    assert 0.9 < (again.activations.gradient_cosine or 0) < 1
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("transformer.") for name in weights)
 
@@ -121,8 +117,8 @@ def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:
     ],
 )
 def test_settings_that_do_not_fit_a_denoiser_are_refused(
-    how: dict[str, Any], message: str, flux: EncodedPipeline, emulator: Path, tmp_path: Path
+    how: dict[str, Any], message: str, flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path
 ) -> None:
-    model = flux.denoiser if "way" in how else emulator
+    model = flux.denoiser if "way" in how else flux_emulator
     with pytest.raises(InputError, match=message):
         train_lora(model, flux.images, tmp_path / "out", max_steps=1, **how)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine import devices
+from onelayer.compiler.machine.distributed import Processes
 from onelayer.runtime import TrainResult
 from onelayer.runtime.streamed import ways
+from onelayer.runtime.training import inputs
 from onelayer.runtime.training.inputs import TrainData, longest_batch
 
 Train = Callable[..., TrainResult]
@@ -49,7 +51,11 @@ def test_auto_streams_what_does_not_fit(
     ("emulator", "settings", "message"),
     [
         ("half", {}, r"--way streamed: .*half is an emulator, which is made to fit; leave it out"),
-        ("original", {"activations": "layer"}, "--activations layer: a streamed model keeps inputs of layers"),
+        (
+            "original",
+            {"activations": "layer"},
+            "--activations layer: .* inputs of layers exactly, on the host and in files; leave",
+        ),
     ],
 )
 def test_what_does_not_go_with_streaming_is_refused(
@@ -57,6 +63,13 @@ def test_what_does_not_go_with_streaming_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         train(emulator=emulator, way="streamed", **settings)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_several_processes_are_refused(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "processes", lambda: Processes(0, 2))
+    with pytest.raises(InputError, match=r"--way streamed: runs in one process; start it without torchrun"):
+        train(emulator="original", way="streamed")
     assert not (tmp_path / "adapter").exists()
 
 

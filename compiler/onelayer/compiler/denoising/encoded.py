@@ -22,9 +22,9 @@ from onelayer.compiler.sources.data_set import DataSource, data_sets
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.digests import file_digest, sha256_json
 from onelayer.compiler.storage.files import read_json, write_json
+from onelayer.compiler.storage.pipeline_directory import ENCODED_FILE
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
 
-ENCODED_FILE = "encoded.json"
 FORMAT_VERSION = 1
 LATENTS, PROMPTS, LAYOUT_FILE = "latents", "prompts", "layout.safetensors"
 

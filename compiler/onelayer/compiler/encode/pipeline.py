@@ -7,6 +7,7 @@ lose nothing to rounding.
 import copy
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from onelayer.compiler.denoising.noise import NoiseProcess
 from onelayer.compiler.denoising.template import FIRST_TIME
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries import diffusers_models
@@ -68,6 +70,7 @@ class OpenPipeline:
         if not hasattr(self.vae.model, "encode"):
             raise InputError(f"{directory / 'vae'}: {type(self.vae.model).__name__} encodes no images")
         self.pipe = self._opened(cls)
+        NoiseProcess(**self.scheduler)  # refuses a scheduler that no later command could train with
 
     def _is_encoder(self, name: str) -> bool:
         library, class_name = self.components[name]
@@ -100,9 +103,13 @@ class OpenPipeline:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The class and the config of the scheduler."""
+        """The class and the config of the scheduler, without infinite limits of solvers, which JSON cannot hold."""
         scheduler = self.pipe.scheduler
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        config = {
+            name: value
+            for name, value in scheduler.config.items()
+            if not name.startswith("_") and not (isinstance(value, float) and math.isinf(value))
+        }
         return {"class_name": type(scheduler).__name__, "config": config}
 
     def run(

@@ -7,6 +7,8 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage.files import read_json
 
 INDEX_FILE = "model_index.json"
+# The file of encoded images, the data of a pipeline's denoiser.
+ENCODED_FILE = "encoded.json"
 # The names that diffusers itself gives the denoiser in every pipeline.
 DENOISERS = ("transformer", "unet")
 

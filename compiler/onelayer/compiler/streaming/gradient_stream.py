@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import forked_random, move, random_state
-from onelayer.compiler.machine.meter import return_free_memory
+from onelayer.compiler.machine.meter import FreedMemory, return_free_memory
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.recorded_outputs import Recorded, hand_over, recording
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
@@ -101,6 +102,7 @@ class GradientStream(Stream):
     def reverse(self) -> None:
         """Run the pass back: add the gradients of all trained batches to `.grad` of every trained parameter."""
         assert self.loader is not None
+        freed = FreedMemory()
         with torch.no_grad(), self.progress() as bar:
             while (latest := self._latest_visit()) is not None:
                 visit, position = latest
@@ -111,9 +113,10 @@ class GradientStream(Stream):
                     self.loader.read_ahead(self._records[-1][1] if self._records else None)
                     with nullcontext() if self.on_unit is None else self.on_unit(unit) as run:
                         self._reverse_unit(unit, records, run)
-                return_free_memory()
+                freed.after_unit(self.spill_pool.held_bytes)
                 bar.reached(2 * len(self.streamed.units) - unit.position, unit.name, self.meter.sample())
         self.forget()
+        return_free_memory()
 
     def _latest_visit(self) -> tuple[int, int] | None:
         """Return the number of the latest visit that any process has to go back through, and its unit's position."""
@@ -148,13 +151,6 @@ class GradientStream(Stream):
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
             record.kept.send_gradients(leaves)
-            self._hold_gradients(record.index)
-
-    def _hold_gradients(self, index: int) -> None:
-        """Let the pool hold the gradients of a batch that wait for the unit before."""
-        for record in self._records[-1][2] if self._records else ():
-            if record.index == index:
-                self.spill_pool.hold(record.slots)
 
     # ---- what the forward pass overrides ---------------------------------------------------------------------------
 
@@ -171,7 +167,7 @@ class GradientStream(Stream):
             here = move(inputs, self.device)
             outputs = move((call_with_containers(partial(run, visit.index), *here), recorded), HOST)
         if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
-            outputs, slots = cut_graph(outputs)
+            outputs, slots = cut_graph(outputs, self.spill_pool.hold)
             if not self._records or self._records[-1][0] != self.visits:
                 self._records.append((self.visits, visit.unit, []))
             self._records[-1][2].append(Record(visit.index, seed, kept, slots, visit.asked))
@@ -196,11 +192,19 @@ class GradientStream(Stream):
 
     @contextmanager
     def batch_context(self, index: int) -> Iterator[None]:
-        """Set training mode for a trained batch, and random numbers of its own."""
+        """Set training mode for a trained batch, and random numbers of its own; the pool holds what its graph keeps."""
         is_trained = index < self.trained
         numbers = self._random(self._next_seed(index)) if is_trained else nullcontext()
-        with training(self.streamed.model, is_trained and self.dropout), numbers:
+        with (
+            training(self.streamed.model, is_trained and self.dropout),
+            numbers,
+            saved_tensors_hooks(self._kept, _same),
+        ):
             yield
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.spill_pool.hold(tensor)
+        return tensor
 
     def loading(self) -> Any:
         """Return one loader for all passes, so that the unit at which a pass ends is held when the next begins."""
@@ -226,6 +230,10 @@ class GradientStream(Stream):
             before = random_state(self.device)
             yield
             self.is_random |= not all(map(torch.equal, before, random_state(self.device)))
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 @contextmanager

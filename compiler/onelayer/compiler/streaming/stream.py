@@ -22,7 +22,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import Processes
-from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.machine.meter import FreedMemory, Meter, return_free_memory
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, hidden_forwards
@@ -84,7 +84,7 @@ class Stream:
         that were stopped deliver no outputs. Raises `BatchError` from the first failure; no batch is left hanging.
         """
         parked: list[ParkedBatch] = []
-        last = self.stop_after
+        last, freed = self.stop_after, FreedMemory()
         ahead = {unit for unit in self.streamed.units if last is not None and unit.position <= last}
         inputs = [len(batch) for batch in batches]
 
@@ -116,12 +116,13 @@ class Stream:
                         break
                     ahead.discard(unit)
                     self._visit(unit, parked, loader, advance)
-                    return_free_memory()
+                    freed.after_unit(self.spill_pool.held_bytes)
                     bar.reached(unit.position + 1, unit.name, self.meter.sample(), self.meter.note)
             finally:
                 for visit in parked:
                     assert visit.resume is not None
                     visit.resume.throw()  # GreenletExit: unwinds the model's frames, returns here
+        return_free_memory()
 
     def _agreed(self, parked: Sequence[ParkedBatch], inputs: Sequence[int]) -> Unit | None:
         """Choose the unit that runs next in every process; None if no batch of any is parked."""

@@ -19,6 +19,7 @@ from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.unit_memory import anchoring_bytes
+from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch
 from onelayer.compiler.streaming.unit_loads import UnitLoads
@@ -39,8 +40,8 @@ MISMATCHED = "KL_"
 class Anchors:
     """Offsets of `bits` bits a value for the units of `adapted`, a PEFT model of the emulator that `facts` describe.
 
-    `precision()` is the context in which training computes. Raises `InputError` if the units of the original in
-    `directory` do not correspond to those of the emulator.
+    `precision()` is the context in which training computes. `on_unit(unit)` surrounds each unit of a stream. Raises
+    `InputError` if the units of the original in `directory` do not correspond to those of the emulator.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Anchors:
         bits: int,
         meter: Meter,
         precision: Callable[[], AbstractContextManager[Any]],
+        on_unit: Callable[[Unit], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.bits, self.adapted, self.meter, self.precision = bits, adapted, meter, precision
+        self._on_unit = on_unit
         self.original = AdaptedOriginal(directory, adapted)
         units = compressed_units(self.original.streamed, facts)
         self._modules = emulated_modules(adapted, units)
@@ -77,6 +80,7 @@ class Anchors:
             self.original.streamed,
             self.adapted.device,
             self.meter,
+            self._on_unit,
             spill_pool=self._spill_pool,
             loads=self._loads,
             emulated=self._modules,
@@ -93,6 +97,25 @@ class Anchors:
         offsets = (offset for each in self._waiting for _, by_unit in each for offset in by_unit.values())
         self._offset_bytes = max(self._offset_bytes, sum(offset.stored_bytes for offset in offsets))
         self._seconds += time.perf_counter() - started
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """Return a copy of what is trained, on the host."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.original.trained.items()}
+
+    @contextmanager
+    def using(self, adapter: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Let the model have an earlier adapter inside `with`."""
+        present = self.adapter()
+        try:
+            self._take(adapter)
+            yield
+        finally:
+            self._take(present)
+
+    def _take(self, adapter: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self.original.trained.items():
+                value.copy_(adapter[name])
 
     def next_batch(self) -> AbstractContextManager[None]:
         """Return the context in which the model is anchored for the next batch."""

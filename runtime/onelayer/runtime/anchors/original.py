@@ -15,6 +15,7 @@ from onelayer.compiler.emulators.facts import EmulatorFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries.modules import owner_of
 from onelayer.compiler.machine.devices import forked_random
+from onelayer.compiler.models.linears import is_linear
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, set_tensor
 
@@ -25,8 +26,7 @@ class AdaptedOriginal:
     def __init__(self, directory: Path, adapted: PeftModel) -> None:
         self._adapted = adapted
         self.streamed = StreamedModel(directory, self._attach)
-        trained = self._trained()
-        if unknown := trained.keys() - dict(self.streamed.model.named_parameters()).keys():
+        if unknown := self.trained.keys() - dict(self.streamed.model.named_parameters()).keys():
             raise InputError(f"{directory}: has no {min(unknown)}, which is trained; train without --anchor-every")
 
     def _attach(self, empty: PreTrainedModel) -> None:
@@ -38,13 +38,15 @@ class AdaptedOriginal:
             get_peft_model(empty, config, self._adapted.active_adapter, low_cpu_mem_usage=True)
         empty.eval()
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
         base = self._adapted.get_base_model()
         return {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
 
     def share_adapter(self) -> None:
         """Let the original use the trained parameters themselves, as they are now and as they will be."""
-        for name, parameter in self._trained().items():
+        for name, parameter in self.trained.items():
             set_tensor(*owner_of(self.streamed.model, name), parameter)
 
 
@@ -69,7 +71,7 @@ def emulated_modules(adapted: PeftModel, units: Mapping[str, Unit]) -> dict[str,
     """Return the emulator's module for each unit. Raises `InputError` if it has no such module of the same kind."""
     modules = dict(adapted.get_base_model().named_modules())
     for name, unit in units.items():
-        if unit.is_block and type(modules.get(name)) is not type(unit.module):
+        if unit.is_block and not is_linear(unit.module) and type(modules.get(name)) is not type(unit.module):
             kind = type(modules[name]).__name__ if name in modules else "absent"
             raise InputError(
                 f"{name}: is {type(unit.module).__name__} in the original and {kind} in the emulator; train without "

@@ -9,6 +9,8 @@ from statistics import median
 from typing import Any
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.compile.settings import Form
+from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype, best_of
 from onelayer.compiler.results import Result
@@ -193,6 +195,18 @@ def best_stored(ratios: Mapping[Stored, float | None]) -> Stored:
     return "coded" if affords_codes else dtype
 
 
+def chosen_form(choices: Mapping[Stored, Choice], factor_dtype: FactorDtype | None, form: Form) -> Stored:
+    """Choose how linears are stored, among what was asked for."""
+    if form == "coded":
+        if factor_dtype not in (None, RESIDUAL_DTYPE):
+            raise InputError(f"--factor-dtype {factor_dtype}: codes leave their rest to {RESIDUAL_DTYPE} factors")
+        return "coded"
+    if factor_dtype is not None:
+        return factor_dtype
+    allowed: tuple[Stored, ...] = FACTOR_DTYPES if form == "factors" else EVERY_FORM
+    return best_stored({stored: choices[stored].ratio for stored in allowed})
+
+
 def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str:
     """Name what prevents a larger ratio, in one sentence: of several passes that would not fit, the largest."""
     if choice.reached == WHOLE:
@@ -229,7 +243,7 @@ def alternatives(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> list
         smaller = max(1, planned.batch_size // 2)
         offers.append((f"--batch-size {smaller}", replace(planned, batch_size=smaller), stored))
         offers.append(("--batch-size 1", replace(planned, batch_size=1), stored))
-    if planned.max_length > 256:
+    if planned.max_length > 256 and shapes.positions is None:
         shorter = planned.max_length // 2
         offers.append((f"--max-length {shorter}", replace(planned, max_length=shorter), stored))
     if stored != "coded":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
+from onelayer.compiler.encode.settings import EncodeSettings
 from onelayer.compiler.results import Result
 
 Shape = tuple[int, ...]
@@ -20,6 +21,10 @@ Table = Mapping[str, Shape]
 ANY_IMAGE_SIDE, SOUND_SECONDS, SOUND_HZ = 448, 10, 16000
 # Samples to a frame of models that read waveforms and whose config.json names no strides.
 FRAME_SAMPLES = 320
+# A denoiser computes a picture and its prompt together; text encoders of pipelines answer with so many positions.
+PICTURE_SIDE, PROMPT_POSITIONS = EncodeSettings.default("resolution"), 512
+# How much smaller a latent is than its picture, where no config of an autoencoder says it.
+LATENT_SCALE, PACKED = 8, 2
 _POSITIONS = re.compile(r"pos(ition|_emb)")
 
 
@@ -80,6 +85,30 @@ def tokens_of(rows: int, config: Mapping[str, Any]) -> int:
     merged = part.get("spatial_merge_size") or part.get("scale_factor") or 1
     ratio = part.get("downsample_ratio") or 1 / merged
     return max(1, int(rows * ratio * ratio))
+
+
+def picture_positions(config: Mapping[str, Any], vae: Mapping[str, Any], side: int | None) -> int:
+    """Return the positions that a denoiser computes for a picture of `side` pixels and its prompt.
+
+    `vae` is the config of the pipeline's autoencoder. What each level of it halves, and how many channels of a latent
+    the denoiser takes at once, give the pixels of a position. A UNet is counted at its finest level.
+    """
+    levels = next((vae[name] for name in _LEVELS if isinstance(vae.get(name), list)), None)
+    scale = LATENT_SCALE if levels is None else 1 << (len(levels) - 1)
+    latent = vae.get("latent_channels") or vae.get("z_dim") or config.get("in_channels") or 1
+    packed = math.isqrt(max(1, (config.get("in_channels") or latent) // latent))
+    patch = _last(config.get("patch_size") or config.get("all_patch_size") or 1)
+    if packed == 1:  # a denoiser of packed latents names its patches too, and does not cut them again
+        packed = patch if vae else max(PACKED, patch)
+    step = scale * packed
+    return max(1, (side or PICTURE_SIDE) // step) ** 2 + PROMPT_POSITIONS
+
+
+_LEVELS = ("encoder_block_out_channels", "block_out_channels", "dim_mult")
+
+
+def _last(value: Any) -> int:
+    return int(value[-1] if isinstance(value, list | tuple) else value)
 
 
 def _nearest(layers: str, entries: Table) -> int:

@@ -10,23 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, copies_on_disk
-from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, FactorDtype
+from onelayer.compiler.factors.stored_forms import FactorDtype
 from onelayer.compiler.polish.settings import PolishSettings
 from onelayer.compiler.results import Result
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.runtime.planning.choice import (
-    EVERY_FORM,
     SMALLEST_RATIO,
     Alternative,
     Choice,
     Size,
     alternatives,
-    best_stored,
     choose_each,
+    chosen_form,
     limiting_pass,
     remarks,
 )
@@ -84,7 +82,8 @@ class PlanResult(Result):
     """What fits in `memory_bytes`; `ratio` is None if nothing does. `bf16` means the original's own dtype.
 
     `form`, `factor_dtype`, `ratio` and `keep_bytes` are those of the best choice, as in `FactorChoice`. `fastest` is
-    the one of `ways` that fits and takes the least time; None if no speed is known.
+    the one of `ways` that fits and takes the least time; None if no speed is known. `positions` are those of a picture
+    with its prompt, for a denoiser.
     """
 
     model: str
@@ -110,6 +109,7 @@ class PlanResult(Result):
     ways: list[WayCost]
     fastest: WayName | None
     media: Media | None
+    positions: int | None = None
     remarks: list[str]
 
 
@@ -145,18 +145,18 @@ def plan_run(
     """
     _check_positive(memory_bytes, max_length - 1, batch_size, lora_rank, images, image_side or 1)
     directory = resolve_model(model, revision)
-    shapes = read_shapes(directory, images, image_side).at_length(max_length)
-    planned = PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
+    shapes = read_shapes(directory, images, image_side)
+    if shapes.positions is not None:  # a denoiser computes one picture at a time
+        max_length, batch_size = shapes.positions, 1
+    shapes, planned = shapes.at_length(max_length), PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
-    best = choices[_best(choices, factor_dtype, form)]
+    best = choices[chosen_form(choices, factor_dtype, form)]
     speed = speed or (measured_speed(directory, shapes) if timing else None)
     seconds = None if speed is None else _seconds(shapes, best, speed)
     ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(
         model=str(model),
         memory_bytes=memory_bytes,
-        max_length=max_length,
-        batch_size=batch_size,
         **_chosen(best),
         predicted=predict(shapes, best),
         train_parts=_parts(best),
@@ -168,6 +168,7 @@ def plan_run(
         anchored=anchor_costs(shapes, best.ratio or SMALLEST_RATIO, best.planned, best.memory, speed),
         anchor_choice=_anchor_choice(shapes, best, speed, max_steps, hours),
         media=shapes.media,
+        positions=shapes.positions,
         ways=ways,
         fastest=fastest_way(ways, max_steps),
         remarks=remarks(shapes, best, planned.max_length, memory_bytes),
@@ -187,8 +188,10 @@ def _check_positive(*numbers: int) -> None:
 
 
 def _chosen(best: Choice) -> dict[str, Any]:
-    """Return the fields of a result that name its best choice."""
+    """Return the fields of a result that name its best choice, and its batches."""
     return {
+        "max_length": best.planned.max_length,
+        "batch_size": best.planned.batch_size,
         "fits": best.ratio is not None,
         "form": best.form,
         "ratio": best.ratio,
@@ -213,32 +216,22 @@ def size_for(
     The compile computes `compile_tokens` at once, by default one example of 512. What is given is kept: a dtype or
     an allocation of ranks means factors. Raises `InputError` if nothing fits.
     """
-    shapes = read_shapes(resolve_model(model)).at_length(MAX_LENGTH)
+    shapes = read_shapes(resolve_model(model))
+    batch, length = (BATCH_SIZE, MAX_LENGTH) if shapes.positions is None else (1, shapes.positions)
+    shapes = shapes.at_length(length)
     if form == "auto" and rank_allocation is not None:
         form = "factors"
     allocation = rank_allocation or "spectrum"
-    planned = PlannedRun(BATCH_SIZE, MAX_LENGTH, allocation=allocation, compile_tokens=compile_tokens)
+    planned = PlannedRun(batch, length, allocation=allocation, compile_tokens=compile_tokens)
     choices = choose_each(shapes, planned, memory_bytes)
-    best = choices[_best(choices, factor_dtype, form)]
+    best = choices[chosen_form(choices, factor_dtype, form)]
     if best.ratio is None:
         reason = limiting_pass(shapes, best, memory_bytes)
         raise InputError(
-            f"--memory: too little for {reason}, when training has {BATCH_SIZE} x {MAX_LENGTH} tokens at once; give "
-            "more memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
+            f"--memory: too little for {reason}, when training has {batch} x {length} tokens at once; give more "
+            "memory, or --keep-bytes with what `onelayer plan --batch-size --max-length` finds for less"
         )
     return best.size if factor_dtype is None else replace(best.size, factor_dtype=factor_dtype)
-
-
-def _best(choices: Mapping[Stored, Choice], factor_dtype: FactorDtype | None, form: Form) -> Stored:
-    """Choose how linears are stored, among what was asked for."""
-    if form == "coded":
-        if factor_dtype not in (None, RESIDUAL_DTYPE):
-            raise InputError(f"--factor-dtype {factor_dtype}: codes leave their rest to {RESIDUAL_DTYPE} factors")
-        return "coded"
-    if factor_dtype is not None:
-        return factor_dtype
-    allowed: tuple[Stored, ...] = FACTOR_DTYPES if form == "factors" else EVERY_FORM
-    return best_stored({stored: choices[stored].ratio for stored in allowed})
 
 
 def predict(shapes: ModelShapes, choice: Choice) -> Predicted:

@@ -15,9 +15,9 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
 from onelayer.compiler.storage.gguf_format import SUFFIX
-from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
+from onelayer.compiler.storage.model_config import CONFIG_FILE, is_diffusers_config, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
-from onelayer.runtime.planning.media import Media, Table, is_kernel, reads_media, rows_of, tokens_of
+from onelayer.runtime.planning.media import Media, Table, is_kernel, picture_positions, reads_media, rows_of, tokens_of
 from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
 
 
@@ -37,6 +37,13 @@ def _shapes_from_config(directory: Path, images: int, image_side: int | None) ->
     document = read_model_config(directory)
     import torch
 
+    if is_diffusers_config(document):
+        from onelayer.compiler.libraries import diffusers_models
+
+        known = diffusers_models.read_config(directory)
+        empty = diffusers_models.empty_model(known, diffusers_models.model_class(known, directory), torch.bfloat16)
+        sizes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+        return denoiser_shapes(directory, dict(empty.config), sizes, torch.bfloat16.itemsize, False, image_side)
     from onelayer.compiler.libraries import transformers_models
 
     config = transformers_models.read_config(directory)
@@ -67,6 +74,7 @@ def _as_packed(shapes: ModelShapes, form: PackedFormat) -> ModelShapes:
 
 
 _BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
+_MODULATION = re.compile(r"norm|mod(ulation)?(\.|$)", re.IGNORECASE)
 _EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
 # Endings of class names whose models predict labels or positions instead of words.
@@ -83,6 +91,8 @@ def shapes_from_headers(directory: str | Path, images: int = 1, image_side: int 
     dtype, _ = next(iter(floating_bytes(stored).most_common(1)), ("F32", 0))
     checkpoint = unpacked(stored, document, dtype)
     table = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if is_diffusers_config(document):
+        return denoiser_shapes(directory, document, table, DTYPE_BITS[dtype] // 8, True, image_side)
     shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True, images, image_side)
     if checkpoint is stored and not stored.is_gguf:
         return shapes
@@ -141,22 +151,69 @@ def shapes_of(
     )
 
 
+def denoiser_shapes(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    table: Table,
+    value_bytes: int,
+    has_weights: bool,
+    image_side: int | None = None,
+) -> ModelShapes:
+    """Derive the shapes of a denoiser: all its lists of layers compute the picture, and no head follows.
+
+    The autoencoder's config is read next to it, in its pipeline. Raises `InputError` if it repeats no layers.
+    """
+    layers, deeper = dict[str, dict[str, tuple[int, ...]]](), _outermost(table)
+    while deeper:
+        path, tensors = deeper.popitem()
+        inside = {f"{path}.{name}": part for name, part in _outermost(tensors).items() if _is_layer(part)}
+        deeper |= inside
+        layers |= {} if inside else {path: tensors}
+    blocks = {path: _block(path, layers[path]) for path in sorted(layers)}
+    blocks = {path: _marked(block) for path, block in blocks.items() if block.linears}
+    if not blocks:
+        raise InputError(f"{directory}: has no linears in repeated layers to factorize")
+    vae = Path(directory).parent / "vae"
+    known = read_model_config(vae) if (vae / CONFIG_FILE).is_file() else {}
+    total = sum(math.prod(shape) for shape in table.values())
+    return ModelShapes(
+        name=str(directory),
+        value_bytes=value_bytes,
+        hidden=max(block.hidden for block in blocks.values()),
+        vocabulary=0,
+        blocks=tuple(blocks.values()),
+        outside_parameters=total - sum(block.parameters for block in blocks.values()),
+        experts_per_token=1,
+        has_weights=has_weights,
+        has_vocabulary_head=False,
+        positions=picture_positions(config, known, image_side),
+    )
+
+
+def _marked(block: BlockShape) -> BlockShape:
+    """Mark the linears that compute a modulation from the time; their modules are norms or named after it."""
+    linears = (replace(linear, modulates=bool(_MODULATION.search(linear.name))) for linear in block.linears)
+    return replace(block, linears=tuple(linears))
+
+
+def _outermost(table: Table) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Group tensors by the first number in their names."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor, shape in table.items():
+        if outer := _BLOCK.match(tensor):
+            found.setdefault(outer[1], {})[outer[2]] = shape
+    return found
+
+
 def _layers(table: Table) -> dict[str, dict[str, tuple[int, ...]]]:
     """Group the tensors of repeated layers by the layer's name; their names become relative to it.
 
     Layers within layers are the layers (a stage of Swin). If two lists stand in one module, the longer one has the
     layers (the other one merges what these give).
     """
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for tensor, shape in table.items():
-        if outer := _BLOCK.match(tensor):
-            found.setdefault(outer[1], {})[outer[2]] = shape
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, tensors in found.items():
-        nested: dict[str, dict[str, tuple[int, ...]]] = {}
-        for tensor, shape in tensors.items():
-            if inner := _BLOCK.match(tensor):
-                nested.setdefault(f"{path}.{inner[1]}", {})[inner[2]] = shape
+    for path, tensors in _outermost(table).items():
+        nested = {f"{path}.{name}": part for name, part in _outermost(tensors).items()}
         inside = {name: part for name, part in nested.items() if _is_layer(part)}
         layers |= inside or {path: tensors}
     layers = {

@@ -15,11 +15,15 @@ from onelayer.runtime.planning.media import Media
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One weight matrix; its name is that of its module relative to the block."""
+    """One weight matrix; its name is that of its module relative to the block.
+
+    One that `modulates` reads a single row for each picture.
+    """
 
     name: str
     out_features: int
     in_features: int
+    modulates: bool = False
 
     @property
     def parameters(self) -> int:
@@ -91,7 +95,7 @@ class ModelShapes:
     `media` are the images or the sound of an example, if the model reads any; `hidden` and `vocabulary` are the text's.
 
     Of a quantized original `packed_bytes` is what its weights take on disk, and `unpacking_bytes` what unpacking one
-    of them holds.
+    of them holds. A denoiser computes `positions` for a picture with its prompt; None for other models.
     """
 
     name: str
@@ -106,6 +110,7 @@ class ModelShapes:
     packed_bytes: int | None = None
     unpacking_bytes: int = 0
     media: Media | None = None
+    positions: int | None = None
 
     @property
     def unpacked_bytes(self) -> int:

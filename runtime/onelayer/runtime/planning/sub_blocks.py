@@ -46,6 +46,8 @@ class SubBlock:
         They are the norm's input and output, what activation or attention needs, and the inputs of the adapters. In
         half precision each linear's adapter reads a copy of its own, of `copy_bytes` a value.
         """
+        if any(linear.modulates for linear in self.readers):
+            return 0  # a row for each picture, not for each token
         linears = len(self.readers) + (self.closing is not None)
         low = linears * lora_rank * (copy_bytes or value_bytes)
         if copy_bytes is None:

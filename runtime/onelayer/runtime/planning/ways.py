@@ -141,7 +141,8 @@ def way_costs(
     """Predict the cost of every way for the batches of `choice`, the best emulator. `seconds` are its durations."""
     usable = int(memory_bytes * USABLE_SHARE)
     exact = [_resident(shapes, choice.planned, usable, speed)]
-    exact.append(_streamed(shapes, choice.planned, usable, host_memory_bytes, speed))
+    if shapes.positions is None:  # a denoiser's exact steps are those of a polish
+        exact.append(_streamed(shapes, choice.planned, usable, host_memory_bytes, speed))
     step = once = anchors = None
     anchored = with_room(shapes, choice, renewal_bytes(shapes, choice.memory, choice.planned) - usable)
     if speed is not None and seconds is not None:

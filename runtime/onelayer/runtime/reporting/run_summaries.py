@@ -11,6 +11,8 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     """Format what fits, what it costs, what limits it and what could be given up."""
     memory, predicted = document["memory_bytes"], document["predicted"]
     settings = f"batches of {document['batch_size']} x {document['max_length']} tokens"
+    if (positions := document.get("positions")) is not None:
+        settings = f"a picture with its prompt at a time, {positions} positions"
     if document["fits"]:
         stored = document["activations"]
         how = "stored whole" if stored == "none" else f"compressed, {stored} at rank {document['activation_rank']}"

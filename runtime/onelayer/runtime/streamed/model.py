@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.runtime.streamed.settings import StreamedKeywords, StreamedSettings
@@ -25,9 +26,11 @@ def streamed_for_training(model: str | Path, **settings: Unpack[StreamedKeywords
     `Trainer` or a trainer of TRL trains it. A call streams forward and `backward()` streams back, each reading the
     model once, so give a trainer large batches; rows are computed `micro_batch_size` at a time. The weights do not
     change, and `save_pretrained` of a PEFT model writes the adapter. `model.streaming.report()` tells what it cost.
-    Raises `InputError` for a model that cannot be streamed.
+    Raises `InputError` for a model that cannot be streamed, and where a launcher started several processes.
     """
     asked = StreamedSettings.of(settings)
+    if not processes().is_alone:
+        raise InputError(f"{model}: a streamed model trains in one process; start it without torchrun")
     directory = resolve_model(model, asked.revision)
     from transformers import GenerationConfig
 

@@ -6,13 +6,13 @@ It imports transformers and torch, so import it only when training starts.
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from onelayer.compiler.machine.console import StopRequest, notice, open_bar
+from onelayer.compiler.machine.console import StopRequest, open_bar
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync
-from onelayer.runtime.training.checkpoints import HeldOutScore, mark_complete, newest_checkpoint
+from onelayer.runtime.training.checkpoints import HeldOutScore, mark_complete
 
 SHOWN = {"loss": "loss", "eval_loss": "held-out loss"}  # by their names in the trainer's log
 
@@ -85,17 +85,6 @@ class SaveAndStop(TrainerCallback):
         """Save and stop if asked to."""
         if self._stop.is_asked():
             control.should_save = control.should_training_stop = True
-
-
-def train_until_stopped(trainer: Trainer, work: Path, checkpoint: Path | None) -> None:
-    """Train to the end. Ctrl-C saves a checkpoint after the present step and raises `KeyboardInterrupt`."""
-    with StopRequest("step") as stop:
-        trainer.add_callback(SaveAndStop(stop))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        step, last, saved = trainer.state.global_step, trainer.state.max_steps, newest_checkpoint(work)
-        if step < last:
-            notice(f"stopped after step {step} of {last}; {saved.name if saved else 'no checkpoint'} is saved")
-            stop.check()
 
 
 class ScoreAtEnd(TrainerCallback):

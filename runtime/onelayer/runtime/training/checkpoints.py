@@ -55,11 +55,12 @@ def check_state(checkpoint: Path) -> None:
         TrainerState.load_from_json(str(file))
     except Exception as error:  # it takes the fields as they come
         raise InputError(f"{file}: no state of a trainer ({error}); {remedy}") from None
-    if state.global_step != _step(checkpoint):
+    if state.global_step != checkpoint_step(checkpoint):
         raise InputError(f"{file}: field global_step: is {state.global_step}; {remedy}")
 
 
-def _step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the number of steps that were taken before a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -100,7 +101,7 @@ def mark_complete(checkpoint: Path) -> None:
 def newest_checkpoint(work: Path) -> Path | None:
     """Return the checkpoint to continue from, or None; one that is damaged is passed over."""
     marked = [file.parent for file in work.glob(COMPLETE_CHECKPOINTS)]
-    newest_first = sorted(marked, key=_step, reverse=True)
+    newest_first = sorted(marked, key=checkpoint_step, reverse=True)
     return next((path for path in newest_first if _is_whole(path)), None)
 
 

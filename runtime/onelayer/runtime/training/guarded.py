@@ -4,7 +4,9 @@ It imports transformers and torch, so import it only when training starts.
 """
 
 import copy
+import errno
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +35,8 @@ from onelayer.runtime.training.settings import TrainSettings
 TRL_COUNTS = ("_metrics", "_total_train_tokens")
 
 
+# A checkpoint holds each trained value and two moments of it.
+OPTIMIZED_COPIES = 3
 RANK_FILE = "activation_rank.json"
 
 
@@ -100,6 +104,22 @@ class GuardedTrainer(Trainer):
             assert self.args.output_dir is not None
             write_json(Path(self.args.output_dir) / FIRST_BATCH_FILE, self.first_batch.model_dump(mode="json"))
         return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint. Raises `OSError` with the remedy if the disk is full, whatever its writers raise then."""
+        assert self.args.output_dir is not None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+            full = getattr(error, "errno", None) == errno.ENOSPC
+            if not full and shutil.disk_usage(self.args.output_dir).free > OPTIMIZED_COPIES * trained:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.args.output_dir}: the disk is full, the checkpoint of step {self.state.global_step} does not "
+                f"fit ({OPTIMIZED_COPIES * trained} bytes); make room and go on with --resume, the one before is kept",
+            ) from error
 
     def take_up_finished(self, checkpoint: Path) -> bool:
         """Take state and adapter from a checkpoint of the last step; false for one that has steps left.

@@ -283,7 +283,7 @@ def held_by(model: TrainModel, settings: TrainSettings, tokens: int, device: "to
     streaming = chosen_way(model.directory, dtype, settings, tokens, device, model.quantization)
     if streaming is not None:
         if settings.activations != "none":
-            kept = "a streamed model keeps inputs of layers"
+            kept = "a streamed model keeps inputs of layers exactly, on the host and in files"
             raise InputError(f"--activations {settings.activations}: {kept}; leave it out")
         if not processes().is_alone:
             raise InputError("--way streamed: runs in one process; start it without torchrun")

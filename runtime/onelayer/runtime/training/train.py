@@ -15,6 +15,7 @@ from typing import Any, Unpack
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.reference import Reference
+from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result
@@ -228,27 +229,27 @@ class _Run:
         """Load, train from the newest checkpoint if there is one, publish."""
         from onelayer.runtime.streamed.ways import show_streams, streaming_figures
         from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
-        from onelayer.runtime.training.anchored import anchor
-        from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss, train_until_stopped
+        from onelayer.runtime.training.anchored import anchor, train_until_stopped
+        from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss
         from onelayer.runtime.training.guarded import TrainActivations
         from onelayer.runtime.training.trainers import make_trainer
 
-        team = processes()
+        team, rows = processes(), (self.examples, self.held_out)
         with _global_random_state(), Meter(training_device(self.arguments)) as meter:
             gpu = meter.on_gpu
-            rows = (self.examples, self.held_out)
             trainer = make_trainer(self.settings.method, self.model, rows, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
                 assert trainer.model is not None
                 trainer.activations = TrainActivations(trainer.model, self.settings, work)
-            anchoring = None
-            if self.settings.anchor_every is not None:
-                assert self.original is not None
-                anchoring = anchor(trainer, self.model, self.original, self.settings, meter)
             show_streams(trainer.accelerator.unwrap_model(trainer.model), trainer.bar)
             trainer.first_batch, checkpoint = read_first_batch(work), team.by_first(lambda: checked_newest(work))
-            if checkpoint is None or not trainer.take_up_finished(checkpoint):
-                train_until_stopped(trainer, work, checkpoint)
+            anchoring = None
+            with StopRequest("step") as stop:
+                if self.settings.anchor_every is not None:
+                    assert self.original is not None
+                    anchoring = anchor(trainer, self.model, self.original, self.settings, meter, stop)
+                if checkpoint is None or not trainer.take_up_finished(checkpoint):
+                    train_until_stopped(trainer, work, checkpoint, stop)
             peak_device_bytes = meter.sample()
         adapted, first_batch = trainer.accelerator.unwrap_model(trainer.model), trainer.first_batch
         assert first_batch is not None
