@@ -79,8 +79,10 @@ def test_stock_classes_load_train_and_save_it(mixture: tuple[Any, Path]) -> None
 @pytest.mark.parametrize("mixture", ["mixtral"], indirect=True)
 def test_it_is_refined_evaluated_and_inspected_and_slices_are_refused(mixture: tuple[Any, Path]) -> None:
     _, root = mixture
-    sources = {"model": root / "model", "calibration": root / "mix.jsonl"}
-    refine_emulator(root / "emulator", **sources, output=root / "refined", steps=2, samples=4)
+    model, calibration = root / "model", root / "mix.jsonl"
+    refine_emulator(
+        root / "emulator", model=model, calibration=calibration, output=root / "refined", steps=2, samples=4
+    )
     before, after = (Emulator.open(root / name) for name in ("emulator", "refined"))
     for name in before.facts.stacks:
         assert all(torch.equal(value, after.stack(name)[ending]) for ending, value in before.stack(name).items())
