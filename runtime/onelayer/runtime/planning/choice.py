@@ -282,8 +282,7 @@ def remarks(shapes: ModelShapes, choice: Choice, max_length: int, memory_bytes: 
                 f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
                 "original takes itself; train on that packed (QLoRA), or plan with less memory"
             )
-    stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
-    if stacked:
+    if stacked := sum(block.experts.parameters for block in shapes.blocks if block.experts):
         share, coded = stacked / shapes.parameters, choice.stored == "coded"
         form = "codes" if coded and coded_experts(shapes, choice.reached) is not None else "factors"
         remarks.append(
