@@ -31,7 +31,7 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return model, root
 
 
-def test_experts_are_codes_within_the_bytes_asked_for_and_their_figures_are_true(mixture: tuple[Any, Path]) -> None:
+def test_experts_are_codes_of_the_size_asked_for_with_true_figures(mixture: tuple[Any, Path]) -> None:
     model, root = mixture
     emulator, read = Emulator.open(root / "emulator"), what_experts_read(model, root)
     document = json.loads((root / "emulator" / "emulator.json").read_text())
