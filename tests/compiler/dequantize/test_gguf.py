@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_commands_take_the_file(tmp_path: Path) -> None:
     assert result.changed == 4
     again = evaluate_model(tmp_path / "merged", data, max_length=16, device="cpu")
     assert again.results[0].tokens == scored.results[0].tokens
+
+
+def test_the_table_of_names_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = import_module("gguf")
+    make, made = package.get_tensor_name_map, []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(package, "get_tensor_name_map", counted)
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    StreamedModel(resolve_model(file))
+    assert len(made) == 1
+    assert package.get_tensor_name_map is counted
 
 
 def test_its_digest_is_that_of_its_content(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ TYPE_IDS = {name: number for number, (name, _, _) in TYPES.items()}
 # Kinds of metadata: a struct code for each number, then strings and arrays.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")
 ALIGNMENT = 32
 DIMENSIONS_LIMIT = 4
 KEY_LIMIT_BYTES = 1 << 16
@@ -121,12 +122,17 @@ class _Header:
         elif inner == STRING:
             if 8 * count > self.size_bytes - self.position:
                 raise ValueError("truncated")
-            for _ in range(count):
-                (length,) = self._numbers("Q")
-                self._skip(length)
+            self._skip_texts(count)
         else:
             raise ValueError(f"an array of kind {inner}")
         return None
+
+    def _skip_texts(self, count: int) -> None:
+        """Pass over texts; a tokenizer has hundreds of thousands."""
+        read, position = LENGTH.unpack_from, self.position
+        for _ in range(count):
+            position += LENGTH.size + read(self.content, position)[0]
+        self._skip(position - self.position)
 
     def _tensor_row(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._text(KEY_LIMIT_BYTES)
