@@ -136,7 +136,7 @@ def evaluate_onelayer(arguments: argparse.Namespace) -> Figures:
 
 def evaluate_accelerate(arguments: argparse.Namespace) -> Figures:
     """Score the same rows with accelerate's disk offload."""
-    from accelerate.utils import OffloadedWeightsLoader
+    from accelerate.utils import OffloadedWeightsLoader  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = arguments.work / "llama"
