@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from onelayer.compiler.denoising.noise import NoiseProcess
 from onelayer.compiler.denoising.template import FIRST_TIME
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries import diffusers_models
@@ -69,6 +70,7 @@ class OpenPipeline:
         if not hasattr(self.vae.model, "encode"):
             raise InputError(f"{directory / 'vae'}: {type(self.vae.model).__name__} encodes no images")
         self.pipe = self._opened(cls)
+        NoiseProcess(**self.scheduler)  # refuses a scheduler that no later command could train with
 
     def _is_encoder(self, name: str) -> bool:
         library, class_name = self.components[name]
