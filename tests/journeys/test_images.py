@@ -1,6 +1,7 @@
 """Vision-language models through the loop, with image, text and multi-image rows mixed."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.media_files import picture
+from helpers.places import ROOT
 from helpers.tiny_models import tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
 from onelayer.compiler.data.batches import make_batches, tokens_digest
@@ -28,6 +30,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.stream import Stream
 from onelayer.runtime import train_lora
+from onelayer.runtime.cli.main import main
 from scripts.sweep.vision import resident_loss
 from scripts.sweep.vision_models import save_vision_model
 
@@ -268,3 +271,23 @@ def test_packing_and_preferences_with_images_are_refused_by_one_line(models: Any
     with pytest.raises(InputError, match=r"pairs.jsonl:1: preferences with images are not supported"):
         train_lora(model, folder / "pairs.jsonl", output, method="dpo", max_length=LENGTH, max_steps=1)
     assert not output.exists()
+
+
+def test_a_dry_run_of_the_example_for_images_plans_every_step(
+    models: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = models["llava"]
+    monkeypatch.setenv("MODEL", str(model))
+    monkeypatch.setenv("ONELAYER_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    for name in ("0", "1", "2"):
+        shutil.copy(folder / f"{name}.png", tmp_path / "data")
+    for part in ("train", "validation", "test"):
+        shutil.copy(folder / "rows.jsonl", tmp_path / "data" / f"photos.{part}.jsonl")
+    shutil.copy(ROOT / "manifests" / "vision-7b-16gb.yaml", tmp_path / "manifest.yaml")
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(tmp_path / "manifest.yaml"), "--dry-run", "--json"])
+    shown = capsys.readouterr()
+    assert caught.value.code == 0, shown.err
+    steps = [step["name"] for step in json.loads(shown.out)["steps"]]
+    assert steps == ["compile", "refine", "photos.train", "photos.correct", "photos.evaluate"]
