@@ -47,6 +47,16 @@ def edited(name: str, **fields: Any) -> Break:
     return write
 
 
+def both(*breaks: Break) -> Break:
+    """Break the pipeline in several places."""
+
+    def write(root: Path) -> None:
+        for one in breaks:
+            one(root)
+
+    return write
+
+
 def without(name: str) -> Break:
     """Remove a file or a folder."""
 
@@ -124,7 +134,10 @@ CASES: dict[str, tuple[Break, str]] = {
     "a wrong class": (edited(f"{DENOISER}/config.json", _class_name="DreamModel"), "'DreamModel' is not a model of"),
     "a damaged tokenizer": (written("pipe/tokenizer/tokenizer.json", "{"), "the pipeline cannot be opened"),
     "an unknown prediction": (
-        edited("pipe/scheduler/scheduler_config.json", _class_name="DDIMScheduler", prediction_type="dreams"),
+        both(
+            edited("pipe/model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
+            edited("pipe/scheduler/scheduler_config.json", _class_name="DDIMScheduler", prediction_type="dreams"),
+        ),
         "prediction_type 'dreams' is unknown",
     ),
 }
