@@ -22,7 +22,7 @@ SPEED = Speed(read_bytes_per_second=3e9, flops_per_second=6e13, device="assumed"
 def test_shapes_are_those_that_stream(flux: EncodedPipeline, tmp_path: Path) -> None:
     shapes, streamed = read_shapes(flux.denoiser, image_side=32), StreamedModel(flux.denoiser)
     assert {block.name for block in shapes.blocks} == {unit.name for unit in streamed.units if "blocks" in unit.name}
-    blocks = [unit.module for unit in streamed.units if "blocks" in unit.name]
+    blocks = [flux.load().get_submodule(block.name) for block in shapes.blocks]
     sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
     assert shapes.largest_block_bytes == max(sizes)
     assert shapes.parameters == sum(parameter.numel() for parameter in flux.load().parameters())

@@ -83,6 +83,14 @@ def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Pat
         with torch.no_grad():
             wanted.append(float(batch.loss(model(**batch.inputs))))
     assert result.losses[0][1] == pytest.approx(sum(wanted) / 2, rel=1e-5)
+    compressed: dict[str, Any] = {"activations": "layer", "activation_rank": 0.5, "activation_report": True}
+    again = train_lora(
+        flux.denoiser, flux.images, tmp_path / "more", max_steps=1, batch_size=2, weighting="none", **compressed
+    )
+    assert again.losses[0][1] == pytest.approx(result.losses[0][1], rel=1e-5)
+    assert again.saved_activation_bytes < 0.7 * result.saved_activation_bytes
+    assert again.activations is not None
+    assert 0.9 < (again.activations.gradient_cosine or 0) < 1
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("transformer.") for name in weights)
 

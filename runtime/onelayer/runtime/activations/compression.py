@@ -122,7 +122,7 @@ def compress_activations(
     residual_bits: int = RESIDUAL_BITS,
     seed: int = 0,
 ) -> ActivationCompression:
-    """Train `model`, a transformers model or one wrapped by PEFT, with compressed activations from now on.
+    """Train `model`, of transformers or diffusers or one wrapped by PEFT, with compressed activations from now on.
 
     `rank` is the number of rows kept of each stored matrix, or as a float below 1 its share of the hidden size.
     `where` is "sublayer" or "layer", see the engine. `residual_bits` are the bits of each value's residual: 2, which
@@ -135,9 +135,12 @@ def compress_activations(
         raise InputError(f"rank: {rank!r}; give a number of rows, or a share of the hidden size below 1")
     if isinstance(residual_bits, bool) or residual_bits not in RESIDUAL_CHOICES:
         raise InputError(f"residual_bits: {residual_bits!r}; give one of {', '.join(map(str, RESIDUAL_CHOICES))}")
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    # Models of diffusers have this method as well. A PEFT model passes it on, but its class has none.
+    base: Any = next(
+        (module for module in model.modules() if hasattr(type(module), "_set_gradient_checkpointing")), None
+    )
     if base is None:
-        raise InputError(f"{type(model).__name__} is no transformers model, nor does it hold one")
+        raise InputError(f"{type(model).__name__} is no model of transformers or diffusers, nor does it hold one")
     if "_set_gradient_checkpointing" in vars(base):
         raise InputError("the activations of this model are compressed already; remove() the first compression")
     return ActivationCompression(base, rank, where, residual_bits, seed)

@@ -56,11 +56,12 @@ class ActivationEngine:
                 module.forward = own
 
     def run(self, call: Any, *args: Any) -> Any:
-        """Run `call(*args)`, where `call` is a layer's forward with its keyword arguments bound."""
+        """Run `call(*args)`; `call` is a layer's forward with its keyword arguments bound, or the layer itself."""
         kwargs: dict[str, Any] = {}
         if isinstance(call, partial):
             call, args, kwargs = call.func, (*call.args, *args), dict(call.keywords)
-        layer = next((value for value in args if isinstance(value, nn.Module)), getattr(call, "__self__", None))
+        named = (call, *args, getattr(call, "__self__", None))
+        layer = next((value for value in named if isinstance(value, nn.Module)), None)
         given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point() and tensor.ndim > 1]
         needed = layer is None or has_trainable(layer) or any(tensor.requires_grad for tensor in given)
         if not given or not needed or not torch.is_grad_enabled() or (layer is not None and holds_layers(layer)):
