@@ -30,7 +30,7 @@ from onelayer.compiler import (
 )
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.media_tokens import load_reader
-from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.runtime import train_lora
 from scripts.sweep.compare import first_line
 from scripts.sweep.vision_models import FAMILIES, save_vision_model
@@ -59,11 +59,16 @@ def write_rows(folder: Path, family: str) -> Path:
     return path
 
 
-def resident_loss(directory: Path, data: Path) -> float:
-    """Compute the mean loss of a model in memory over the labeled tokens, row by row."""
+def loss_in_memory(directory: Path, data: Path) -> float:
+    """Load a model, and compute its loss over the rows of `data`."""
     model: Any = transformers.AutoModelForImageTextToText.from_pretrained(directory).eval()
+    return resident_loss(model, read_tokens(data, load_reader(directory, type(model)), LENGTH["max_length"]))
+
+
+def resident_loss(model: Any, rows: Sequence[Tokens]) -> float:
+    """Compute the mean loss of a model in memory over the labeled tokens, row by row, with what a processor makes."""
     losses = []
-    for row in read_tokens(data, load_reader(directory, type(model)), LENGTH["max_length"]):
+    for row in rows:
         made = {} if row.inputs is None else row.inputs.tensors()
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row.input_ids]), **made, use_cache=False).logits[0]
@@ -89,8 +94,8 @@ def verdict(family: str) -> str:
         refine_emulator(emulator, model=model, calibration=data, output=root / "refined", steps=3, **LENGTH)
         polish_adapter(corrected, model=model, data=data, output=root / "polished", steps=1, batch_size=3, **LENGTH)
         scores = evaluate_model(model, data, adapters=[corrected], batch_size=2, **LENGTH).results
-        off = abs(scores[0].loss - resident_loss(model, data))
-        merged = abs(scores[1].loss - resident_loss(root / "merged", data))
+        off = abs(scores[0].loss - loss_in_memory(model, data))
+        merged = abs(scores[1].loss - loss_in_memory(root / "merged", data))
         losses = ", ".join(f"{loss:.4f}" for _, loss in trained.losses)
         return (
             f"{len(compiled.linears)} linears, {tower} of the tower; streamed and resident loss differ by {off:.1e}, "

@@ -38,7 +38,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SQUARE = {"height": SIZE, "width": SIZE}
 WORDS = "what is the value of the field name ? the answer is a thing"
 
-Family = Callable[[], tuple[Any, Any]]  # makes a model and its processor
+Family = Callable[..., tuple[Any, Any]]  # makes a model and its processor
 
 
 def template(image: str) -> str:
@@ -145,17 +145,22 @@ def _internvl() -> tuple[Any, Any]:
     return transformers.InternVLForConditionalGeneration(config), processor
 
 
-def _llava() -> tuple[Any, Any]:
+def _llava(side: int = SIZE, patch: int = PATCH, width: int = WIDTH) -> tuple[Any, Any]:
+    """Make a LLaVA that reads images of a side in pixels; `width` is that of its tower."""
     tokens = tokenizer(["<image>"], "<image>\n")
+    tower: dict[str, Any] = {"image_size": side, "patch_size": patch, "hidden_size": width}
+    tower |= {"model_type": "clip_vision_model", "num_hidden_layers": 3, "projection_dim": width}
+    tower["intermediate_size"] = 2 * width
     config = transformers.LlavaConfig(
         text_config={**TEXT, "model_type": "llama", "vocab_size": len(tokens)},
-        vision_config={**TOWER, "model_type": "clip_vision_model", "num_hidden_layers": 3, "projection_dim": WIDTH},
+        vision_config={**TOWER, **tower},
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
+        image_seq_length=(side // patch) ** 2,
         vision_feature_layer=-2,
     )
-    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SQUARE)
-    given = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    size: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    images = transformers.CLIPImageProcessorPil(**size)
+    given = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return transformers.LlavaForConditionalGeneration(config), _processor("LlavaProcessor", images, tokens, **given)
 
 
@@ -269,11 +274,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def save_vision_model(family: str, directory: Path) -> Any:
-    """Save a seeded tiny model of a family with its processor, and return the model; norms and biases get noise."""
+def save_vision_model(family: str, directory: Path, **changes: Any) -> Any:
+    """Save a seeded tiny model of a family with its processor, and return the model; norms and biases get noise.
+
+    `changes` are arguments of the family.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, processor = FAMILIES[family]()
+        model, processor = FAMILIES[family](**changes)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1 or not parameter.any():

@@ -31,14 +31,29 @@ MIXTURES: dict[str, Callable[[], Any]] = {
         "DeepseekV3", first_k_dense_replace=1, n_shared_experts=1, num_key_value_heads=4, **_ROUTED, **_LATENT
     ),
 }
+_WIDE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}
+# Of experts that are wide enough for codes.
+WIDE_MIXTURES: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: causal("Mixtral", intermediate_size=160, num_local_experts=4, num_experts_per_tok=2, **_WIDE),
+    "qwen3_moe": lambda: causal(
+        "Qwen3Moe",
+        moe_intermediate_size=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=192,
+        **_WIDE,
+    ),
+}
 IDS = torch.tensor([[5, 17, 40, 33, 8, 60, 21, 90, 14]])
 WORDS = CORPUS[0].split() + CORPUS[1].split()
 SETTINGS: dict[str, Any] = {"samples": 24, "max_length": 32, "device": "cpu"}
 
 
-def save_mixture(name: str, root: Path, change: Callable[[Any], None] = lambda model: None) -> Any:
+def save_mixture(
+    name: str, root: Path, change: Callable[[Any], None] = lambda model: None, *, wide: bool = False
+) -> Any:
     """Save a mixture, after some `change`, with tokenizer and calibration text below `root`; return the model."""
-    model = seeded(MIXTURES[name])
+    model = seeded((WIDE_MIXTURES if wide else MIXTURES)[name])
     with torch.no_grad():
         change(model)
     model.save_pretrained(root / "model", max_shard_size="60KB")

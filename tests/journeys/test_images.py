@@ -1,6 +1,7 @@
 """Vision-language models through the loop, with image, text and multi-image rows mixed."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.media_files import picture
+from helpers.places import ROOT
 from helpers.tiny_models import tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
 from onelayer.compiler.data.batches import make_batches, tokens_digest
@@ -28,11 +30,18 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.stream import Stream
 from onelayer.runtime import train_lora
+from onelayer.runtime.cli.main import main
+from scripts.sweep.vision import resident_loss
 from scripts.sweep.vision_models import save_vision_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LENGTH = 256
+PROJECTORS = {
+    "llava": {f"model.multi_modal_projector.linear_{number}" for number in (1, 2)},
+    "idefics3": {"model.connector.modality_projection.proj"},
+    "qwen2_5_vl": {f"model.visual.merger.mlp.{number}" for number in (0, 2)},
+}
 SAID = {"role": "assistant", "content": "a thing"}
 ROWS: list[dict[str, Any]] = [
     {"image": "0.png", "messages": [{"role": "user", "content": "what is it?"}, SAID]},
@@ -61,19 +70,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
 
 def tokens_of(model: Path, resident: Any, rows: Path) -> list[Tokens]:
     return read_tokens(rows, load_reader(model, type(resident)), LENGTH)
-
-
-def resident_loss(resident: Any, rows: list[Tokens]) -> float:
-    """Compute the mean loss row by row, with all that a processor makes of each."""
-    losses = []
-    for row in rows:
-        made = {} if row.inputs is None else row.inputs.tensors()
-        with torch.no_grad():
-            logits = resident(input_ids=torch.tensor([row.input_ids]), **made, use_cache=False).logits[0]
-        labels = torch.tensor(row.labels[1:])
-        kept = labels != IGNORED
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1][kept], labels[kept], reduction="none"))
-    return float(torch.cat(losses).double().mean())
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_5_vl"])
@@ -114,6 +110,9 @@ def test_an_emulator_of_tower_and_text_loads_in_stock_transformers(
     assert inspect_path(model)["reads"] == inspect_path(tmp_path / "e")["reads"] == ["text", "image"]
     assert any(of_tower)
     assert not all(of_tower)
+    names = {linear.name for linear in result.linears}
+    assert PROJECTORS[family] <= names
+    assert not any("lm_head" in name or "patch_embed" in name for name in names)
     emulator = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "e").eval()
     scored = evaluate_model(model, data, against=tmp_path / "e", max_length=LENGTH, batch_size=2)
     rows = tokens_of(tmp_path / "e", emulator, data)  # by the copied processor
@@ -133,7 +132,7 @@ def test_calibration_without_images_leaves_the_tower_dense_and_says_so(
     dense = {item["name"]: item["reason"] for item in json.loads((output / "emulator.json").read_text())["dense"]}
     tower = [name for name in dense if "vision_tower" in name]
     assert len(tower) == 18
-    assert {dense[name] for name in tower} == {"never visited by the calibration data"}
+    assert {dense[name] for name in [*tower, *PROJECTORS["llava"]]} == {"never visited by the calibration data"}
     assert "give rows with images" in capsys.readouterr().err
 
 
@@ -153,6 +152,23 @@ def test_images_are_never_labeled_and_only_text_is_cut(models: Any, folder: Path
     assert cut[2].inputs is not None
     assert rows[2].inputs is not None
     assert cut[2].inputs.shapes == rows[2].inputs.shapes
+
+
+def test_rows_of_a_parquet_file_with_bytes_are_those_of_its_files(models: Any, folder: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    model, resident = models["idefics3"]
+    chats = [row for row in ROWS if "messages" in row]
+    named = [row.get("images", [row["image"]] if "image" in row else []) for row in chats]
+    stored = [[{"bytes": (folder / name).read_bytes(), "path": name} for name in names] for names in named]
+    columns = {"images": stored, "messages": [row["messages"] for row in chats]}
+    parquet.write_table(arrow.table(columns), tmp_path / "rows.parquet")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    by_bytes, by_file = (
+        tokens_of(model, resident, rows) for rows in (tmp_path / "rows.parquet", folder / "chats.jsonl")
+    )
+    assert tokens_digest(by_bytes) == tokens_digest(by_file)
 
 
 def test_a_limit_of_pixels_makes_images_fewer_tokens(models: Any, folder: Path) -> None:
@@ -240,3 +256,38 @@ def test_a_streamed_original_learns_images_like_the_resident_one(models: Any, fo
     assert all("vision_tower" in name for name in keys[0])
     for name, tensor in keys[0].items():
         torch.testing.assert_close(keys[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_packing_and_preferences_with_images_are_refused_by_one_line(models: Any, folder: Path, tmp_path: Path) -> None:
+    model, _ = models["llava"]
+    data, output = folder / "rows.jsonl", tmp_path / "out"
+    for name in ("packing", "padding_free"):
+        with pytest.raises(InputError, match=f"^{name}: rows with images or audio stay apart; leave it out$"):
+            train_lora(model, data, output, max_length=LENGTH, max_steps=1, args={name: True})
+    with pytest.raises(InputError, match=r"--packing: rows for a model that reads images or audio stay apart"):
+        polish_adapter(None, model=model, data=data, output=output, lora_rank=2, packing=True, max_length=LENGTH)
+    preference = {"image": "0.png", "prompt": "what?", "chosen": "a thing", "rejected": "the value"}
+    (folder / "pairs.jsonl").write_text(json.dumps(preference) + "\n")
+    with pytest.raises(InputError, match=r"pairs.jsonl:1: preferences with images are not supported"):
+        train_lora(model, folder / "pairs.jsonl", output, method="dpo", max_length=LENGTH, max_steps=1)
+    assert not output.exists()
+
+
+def test_a_dry_run_of_the_example_for_images_plans_every_step(
+    models: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = models["llava"]
+    monkeypatch.setenv("MODEL", str(model))
+    monkeypatch.setenv("ONELAYER_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    for name in ("0", "1", "2"):
+        shutil.copy(folder / f"{name}.png", tmp_path / "data")
+    for part in ("train", "validation", "test"):
+        shutil.copy(folder / "rows.jsonl", tmp_path / "data" / f"photos.{part}.jsonl")
+    shutil.copy(ROOT / "manifests" / "vision-7b-16gb.yaml", tmp_path / "manifest.yaml")
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(tmp_path / "manifest.yaml"), "--dry-run", "--json"])
+    shown = capsys.readouterr()
+    assert caught.value.code == 0, shown.err
+    steps = [step["name"] for step in json.loads(shown.out)["steps"]]
+    assert steps == ["compile", "refine", "photos.train", "photos.correct", "photos.evaluate"]

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from onelayer.compiler.data.batches import tokens_digest
+from onelayer.compiler.data.classes import predicted_classes
+from onelayer.compiler.data.labeled_rows import read_for
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.readers import media_files, read_examples
 from onelayer.compiler.sources.data_set import DataSet, data_set
@@ -105,6 +108,28 @@ def test_files_named_by_rows_are_the_same_as_those_of_folders(folder: Path, tmp_
     assert [len(files) for files in listed] == [12, 12]  # manifests digest these
     assert len(set(digests[0])) == 12
     assert [example.label for example in read_examples(folder / "data")][::4] == list(LABELS)
+
+
+def test_a_parquet_file_with_bytes_gives_the_inputs_of_its_files(folder: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    files = sorted((folder / "data").glob("*/*.png"))
+    stored = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    labels = [LABELS.index(file.parent.name) for file in files]
+    parquet.write_table(arrow.table({"image": stored, "label": labels}), tmp_path / "rows.parquet")
+    model = loaded(folder / "model")
+    classes = predicted_classes(type(model), model.config, folder / "model")
+    reader = load_reader(folder / "model", type(model))
+    by_bytes, by_file = (
+        read_for(classes, source, reader, 8) for source in (tmp_path / "rows.parquet", folder / "data")
+    )
+    assert [row.label for row in by_bytes] == [row.label for row in by_file]
+    assert tokens_digest(by_bytes) == tokens_digest(by_file)
+    for embedded, named in zip(by_bytes, by_file, strict=True):
+        assert embedded.inputs is not None
+        assert named.inputs is not None
+        assert torch.equal(embedded.inputs.tensors()["pixel_values"], named.inputs.tensors()["pixel_values"])
 
 
 def test_a_split_is_a_folder(folder: Path, tmp_path: Path) -> None:

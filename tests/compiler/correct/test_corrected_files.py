@@ -36,11 +36,12 @@ import sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-original, adapter, dtype, output = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(original, dtype=getattr(torch, dtype))
-model = PeftModel.from_pretrained(model, adapter).eval()
-with torch.no_grad():
-    torch.save(model(torch.arange(24).reshape(2, 12)).logits.float(), output)
+for root in sys.argv[1:]:
+    for dtype in ("float32", "bfloat16"):
+        model = AutoModelForCausalLM.from_pretrained(f"{root}/original", dtype=getattr(torch, dtype))
+        model = PeftModel.from_pretrained(model, f"{root}/out").eval()
+        with torch.no_grad():
+            torch.save(model(torch.arange(24).reshape(2, 12)).logits.float(), f"{root}/{dtype}")
 assert not any(name.startswith("onelayer") for name in sys.modules)
 """
 
@@ -87,38 +88,31 @@ def dense_logits(root: Path, limit: float | None, computed_in: torch.dtype = tor
     return logits.float()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit", "kind"),
-    [(torch.float32, None, None), (torch.bfloat16, 1.0, None), *((torch.float32, 3.0, kind) for kind in FACTOR_DTYPES)],
-)
-def test_stock_peft_computes_the_dense_reference(
-    dtype: torch.dtype, limit: float | None, kind: FactorDtype | None, tmp_path: Path
-) -> None:
-    with stored_as(kind):
-        adapter = corrected(tmp_path, dtype, limit, **PATTERNS)
-    wanted = dense_logits(tmp_path, limit)
+def test_stock_peft_computes_the_dense_reference(tmp_path: Path) -> None:
+    cases: list[tuple[torch.dtype, float | None, FactorDtype | None]] = [
+        (torch.float32, None, None),
+        (torch.bfloat16, 1.0, None),
+        *((torch.float32, 3.0, kind) for kind in FACTOR_DTYPES),
+    ]
+    roots = [tmp_path / str(number) for number in range(len(cases))]
+    for root, (dtype, limit, kind) in zip(roots, cases, strict=True):
+        with stored_as(kind):
+            corrected(root, dtype, limit, **PATTERNS)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", STRANGER, *map(str, roots)]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
 
-    def logits(computed_in: str) -> torch.Tensor:
-        arguments: list[Any] = [
-            sys.executable,
-            "-c",
-            STRANGER,
-            tmp_path / "original",
-            adapter,
-            computed_in,
-            tmp_path / "logits",
-        ]
-        subprocess.run(arguments, check=True, env=environment, cwd=tmp_path, capture_output=True)
-        found: torch.Tensor = torch.load(tmp_path / "logits")
-        return found
+    for root, (dtype, limit, kind) in zip(roots, cases, strict=True):
+        wanted = dense_logits(root, limit)
 
-    def error(found: torch.Tensor) -> float:
-        return float((found - wanted).norm() / wanted.norm())
+        def error(found: torch.Tensor, wanted: torch.Tensor = wanted) -> float:
+            return float((found - wanted).norm() / wanted.norm())
 
-    assert error(logits("float32")) < 1e-5
-    if dtype is torch.bfloat16:  # PEFT rounds W x, the product with x and their sum, a rounded dense weight only once
-        assert error(logits("bfloat16")) < 4 * error(dense_logits(tmp_path, limit, torch.bfloat16))
+        assert error(torch.load(root / "float32")) < 1e-5, (dtype, limit, kind)
+        if dtype is torch.bfloat16:
+            # PEFT rounds W x, the product with x and their sum, a rounded dense weight only once.
+            dense = dense_logits(root, limit, torch.bfloat16)
+            assert error(torch.load(root / "bfloat16")) < 4 * error(dense)
 
 
 def read_as_vllm_does(directory: Path) -> dict[str, torch.Tensor]:

@@ -264,3 +264,29 @@ def test_images_embedded_in_a_parquet_file_are_read(tmp_path: Path) -> None:
     examples = read_examples(tmp_path / "rows.parquet")
     assert [example.media[0].read() for example in examples] == [image["bytes"] for image in images]
     assert [example.prompt for example in examples] == ["<image>what?", "<image>and?"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_and_audio_of_the_hub_are_read_as_they_are_stored(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets  # type: ignore[import-untyped]
+
+    sound = recording(tmp_path / "a.wav").read_bytes()
+    pixels = [encoded(picture(seed=seed)) for seed in (1, 2)]
+    chat = {"messages": [ASKED, SAID]}
+    rows = datasets.Dataset.from_list([{"images": pixels, **chat}, {"images": pixels[:1], **chat}])
+    labeled = datasets.Dataset.from_list([{"audio": sound, "label": 1}])
+    kinds = {"images": datasets.List(datasets.Image())}, {"audio": datasets.Audio()}
+    stored = {
+        f"owner/{name}": data.cast(datasets.Features({**data.features, **kind}))
+        for name, data, kind in zip(("chats", "sounds"), (rows, labeled), kinds, strict=True)
+    }
+    if streaming:
+        stored = {name: data.to_iterable_dataset() for name, data in stored.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: stored[path])
+    several, one = read_examples("owner/chats")
+    assert [source.read() for source in several.media] == pixels
+    assert [source.read() for source in one.media] == pixels[:1]
+    [heard] = read_examples("owner/sounds")
+    assert (heard.media[0].kind, heard.media[0].read(), heard.label) == ("audio", sound, 1)

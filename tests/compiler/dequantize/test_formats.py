@@ -10,6 +10,7 @@ import transformers
 from transformers.utils.quantization_config import Mxfp4Config
 
 from helpers import quantized_models as packers
+from onelayer.compiler.dequantize import numerics
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.deferred_logits import DeferredLogits
@@ -125,3 +126,22 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path) -> None:
     packers.edit_config(tmp_path, quantization_config=REFUSED[name])
     with pytest.raises(InputError, match=rf"config.json: field quantization_config: '{name}.* cannot be .*; give the"):
         StreamedModel(tmp_path)
+
+
+def test_a_slice_is_no_larger_where_a_block_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    multiply = numerics._multiply
+
+    def counted(wide: torch.Tensor, *arguments: Any) -> None:
+        rows.append(len(wide))
+        multiply(wide, *arguments)
+
+    monkeypatch.setattr(numerics, "_multiply", counted)
+    values, scales = torch.randn(300, 20).to(torch.float8_e4m3fn), torch.rand(3, 3)
+    wanted = values.float() * scales.repeat_interleave(128, 0)[:300].repeat_interleave(8, 1)[:, :20]
+    for most in (50, 128, 200, 256, 1000):
+        monkeypatch.setattr(numerics, "SLICE_BYTES", 4 * 20 * most)
+        rows.clear()
+        assert torch.equal(numerics.scale_blocks(values, scales, (128, 8), (300, 20), torch.float32), wanted)
+        assert max(rows) <= most
+        assert sum(rows) == 300

@@ -2,15 +2,14 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.children import fork_server
 from helpers.polish_runs import polished, prepare, same, weights
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.polish.resume import PolishState
@@ -45,27 +44,24 @@ def test_a_stopped_run_goes_on_where_it_was(setup: Path, monkeypatch: pytest.Mon
     assert not (setup / ".out.polish").exists()
 
 
-KILLED = """
-import sys
-import torch
-from onelayer.compiler import polish_adapter
-torch.set_num_threads(1)  # as these tests do: sums over several threads come out otherwise
-polish_adapter(sys.argv[1] + "/adapter", model=sys.argv[1] + "/model", data=sys.argv[1] + "/train.jsonl",
-    output=sys.argv[1] + "/out", steps=14, batch_size=5, learning_rate=1e-2, max_length=64)
-"""
+def polished_here(setup: Path, home: str) -> None:
+    os.environ["ONELAYER_HOME"] = home
+    torch.set_num_threads(1)  # as these tests do: sums over several threads come out otherwise
+    polished(setup, steps=14)
 
 
-def test_a_kill_loses_the_step_in_progress_and_no_more(setup: Path) -> None:
+def test_a_kill_loses_the_step_in_progress_and_no_more(setup: Path, own_store: Path) -> None:
     whole = polished(setup, output=setup / "whole", steps=14)
     state = setup / ".out.polish" / "state.safetensors"
     for finished in (1, 5):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(setup)], env={**os.environ})
+        process = fork_server().Process(target=polished_here, args=(setup, str(own_store)))
+        process.start()
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and steps_in(state) < finished:
+        while process.is_alive() and time.monotonic() < deadline and steps_in(state) < finished:
             time.sleep(0.01)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), "the run ended before it could be killed"
+        process.kill()
+        process.join()
         assert steps_in(state) >= finished
     result = polished(setup, steps=14)
     assert same(setup / "whole", setup / "out")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.dying_refinement import die_at_second_unit
 from helpers.peft_adapters import load_original
 from helpers.reference_emulators import dense_reference
 from helpers.tiny_models import save_tiny
@@ -16,7 +17,6 @@ from onelayer.compiler.data.tokens import IGNORED, load_tokenizer
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.refine.command import RefineResult, refine_emulator
-from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.storage.checkpoint import model_digest
 
 TEXT = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"
@@ -121,16 +121,7 @@ def test_a_killed_run_resumes_and_writes_the_same_weights(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refined(root, tmp_path / "undisturbed")
-    trained: list[str] = []
-    real = refine_unit
-
-    def dying(unit: Any, *rest: Any) -> Any:
-        trained.append(unit.name)
-        if len(trained) == 2:
-            raise MemoryError("as if killed")
-        return real(unit, *rest)
-
-    monkeypatch.setattr("onelayer.compiler.refine.job.refine_unit", dying)
+    trained = die_at_second_unit(monkeypatch)
     with pytest.raises(MemoryError):
         refined(root, tmp_path / "out")
     refined(root, tmp_path / "out")

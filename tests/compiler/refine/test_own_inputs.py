@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.dying_refinement import die_at_second_unit
 from helpers.layer_training import Training, trained_factors, watched
 from helpers.peft_adapters import load_original
 from helpers.reference_emulators import dense_reference
@@ -19,7 +20,6 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.command import RefineResult, refine_emulator
-from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.storage.checkpoint import model_digest
 
@@ -103,16 +103,7 @@ def test_the_last_layer_comes_nearer_than_on_the_originals_inputs(
 def test_a_killed_run_resumes_and_writes_the_same_weights(
     root: Path, result: RefineResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained: list[str] = []
-    real = refine_unit
-
-    def dying(unit: Any, *rest: Any) -> Any:
-        trained.append(unit.name)
-        if len(trained) == 2:
-            raise MemoryError("as if killed")
-        return real(unit, *rest)
-
-    monkeypatch.setattr("onelayer.compiler.refine.job.refine_unit", dying)
+    trained = die_at_second_unit(monkeypatch)
     with pytest.raises(MemoryError):
         refined(root, tmp_path / "out")
     again = refined(root, tmp_path / "out")

@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.dying_refinement import die_at_second_unit
 from helpers.layer_training import Training, trained_factors, watched
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.reference_emulators import FACTOR_DTYPES, dense_reference
@@ -24,7 +24,6 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import known_factor_dtype
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.refine.command import refine_emulator
-from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefineWork
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest
 from onelayer.compiler.storage.digests import sha256_file
@@ -124,16 +123,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refined(root, tmp_path / "undisturbed")
-    trained: list[str] = []
-    real: Callable[..., Any] = refine_unit
-
-    def dying(unit: Any, *rest: Any) -> Any:
-        trained.append(unit.name)
-        if len(trained) == 2:
-            raise MemoryError("as if killed")
-        return real(unit, *rest)
-
-    monkeypatch.setattr("onelayer.compiler.refine.job.refine_unit", dying)
+    trained = die_at_second_unit(monkeypatch)
     with pytest.raises(MemoryError):
         refined(root, tmp_path / "refined")
     assert not (tmp_path / "refined").exists()

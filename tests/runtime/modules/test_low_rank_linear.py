@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers.places import ROOT
 from helpers.reference_emulators import FACTOR_DTYPES, compressible, dense_reference, stored_as, write_emulator
 from helpers.tiny_models import TINY, save_tiny
 from onelayer.compiler.emulators.reader import Emulator
@@ -70,14 +65,6 @@ def tensor_bytes(directory: Path) -> dict[str, bytes]:
         for file in directory.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
-
-
-def run_python(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Run a script in a fresh process that can import onelayer but has not imported it."""
-    path = os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime"), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -189,61 +176,6 @@ def test_dtype_of_the_checkpoint_and_of_the_call(tmp_path: Path) -> None:
     emulator = write_emulator(model, tmp_path / "original", tmp_path / "emulator")
     assert {p.dtype for p in load_emulator(emulator).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load_emulator(emulator, dtype=torch.float32).parameters()} == {torch.float32}
-
-
-def test_a_process_without_the_plugin_fails_instead_of_training_noise(folders: Folders) -> None:
-    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = run_python(code, folders("llama")[2])
-    assert done.returncode == 1
-    assert "OSError" in done.stderr
-    assert "model.safetensors" in done.stderr
-
-
-def test_trust_remote_code_loads_saves_and_reloads(folders: Folders, tmp_path: Path) -> None:
-    model, _, emulator = folders("llama")
-    code = """
-        import os, sys
-        os.environ["HF_MODULES_CACHE"] = sys.argv[2] + "/modules"
-        import torch, transformers
-        assert not any(name.startswith("onelayer") for name in sys.modules)
-        from safetensors.torch import save_file
-        ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20]])
-        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-        assert type(model) is transformers.LlamaForCausalLM, type(model)
-        model.save_pretrained(sys.argv[2] + "/again")
-        again = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2] + "/again", trust_remote_code=True)
-        bare = transformers.AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-        assert type(bare) is transformers.LlamaModel, type(bare)
-        with torch.no_grad():
-            out = model(ids).logits
-            assert torch.equal(out, again(ids).logits)
-        save_file({"logits": out}, sys.argv[2] + "/out.safetensors")
-    """
-    done = run_python(code, emulator, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
-    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["logits"], logits(model), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("first", ["onelayer.runtime", "transformers.quantizers", "transformers"])
-def test_the_loader_registers_whichever_comes_first_and_torch_comes_last(first: str) -> None:
-    code = """
-        import importlib, sys
-        if sys.argv[1] == "onelayer.runtime":
-            import onelayer.runtime
-            import onelayer.runtime.manifest
-            assert not {"torch", "transformers"} & set(sys.modules)
-        importlib.import_module(sys.argv[1])
-        import onelayer.runtime
-        import transformers.quantizers.auto as registry
-        assert "onelayer" in registry.AUTO_QUANTIZER_MAPPING
-        waiting = [finder.registry for finder in sys.meta_path if "onelayer" in type(finder).__module__]
-        assert waiting == ["diffusers.quantizers.auto"]  # which is not imported here
-        import inspect
-        assert "HfQuantizer" in inspect.getsource(sys.modules["transformers.quantizers"])
-    """
-    done = run_python(code, first)
-    assert done.returncode == 0, done.stderr
 
 
 def edited(emulator: Path, output: Path, **fields: Any) -> Path:

@@ -109,3 +109,15 @@ def test_anchors_make_another_key_of_training_on_an_emulator_alone(project: Proj
     settings = project.fakes.arguments["train sql"]
     assert (settings["anchor_every"], settings["anchor_bits"]) == (10, 1)
     assert Path(settings["model"]).name == "model"
+
+
+def test_the_default_learning_rate_is_part_of_the_key(project: Project) -> None:
+    def key(args: str) -> str | None:
+        project.path.write_text(EVERY_KIND.replace("{learning_rate: 1e-4, max_steps: 5}", args))
+        return next(step.key for step in plan(project.manifest, project.store).steps if step.name == "sql.direct")
+
+    assert (
+        key("{max_steps: 5}")
+        == key("{learning_rate: 1e-3, max_steps: 5}")
+        != key("{learning_rate: 2e-4, max_steps: 5}")
+    )

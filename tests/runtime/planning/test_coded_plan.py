@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.mixtures import WIDE_MIXTURES
 from helpers.model_shapes import decoder
 from helpers.tiny_models import VOCAB, seeded
 from onelayer.compiler.codes.forms import DECODED_VALUES, WHOLE_SHARE
@@ -22,13 +23,13 @@ from onelayer.runtime.pipeline.costs import CostBasis, compile_costs, train_cost
 from onelayer.runtime.pipeline.emulator_size import size_of_shapes
 from onelayer.runtime.pipeline.steps import steps_of
 from onelayer.runtime.planning.choice import Choice, Size, best_ratio, best_stored, choose_each, limiting_pass
-from onelayer.runtime.planning.coded import coded_emulator, share_of
+from onelayer.runtime.planning.coded import coded_emulator, coded_experts, share_of
 from onelayer.runtime.planning.pass_memory import coded_compile_bytes, pass_bytes
 from onelayer.runtime.planning.plan import plan_run
 from onelayer.runtime.planning.read_shapes import shapes_from_headers
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import Speed, seconds_at
-from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, train_memory
+from onelayer.runtime.planning.train_memory import PlannedRun, active_values, emulator_bytes, train_memory
 from onelayer.runtime.reporting.run_summaries import plan_summary
 
 GIB = 1 << 30
@@ -67,10 +68,30 @@ def test_what_is_counted_is_what_a_compile_makes(tmp_path: Path) -> None:
     loads = UnitLoads()
     for unit in streamed.units:
         loads.note(unit, torch.empty(1, 16, 1, device="meta"), None)
-    promised = streamed.largest_unit_bytes + selection.coded_workspace(streamed, ranks, loads, on_gpu=False)
+    promised = streamed.largest_unit_bytes + selection.coded_workspace(
+        streamed, selection.Choice(ranks, {}), loads, on_gpu=False
+    )
     # On a host the pass adds the unit that is read ahead and a reserve; norms count as matrices in neither.
     further = streamed.largest_unit_bytes + RESERVE_BYTES
     assert promised == pytest.approx(coded_compile_bytes(shapes, 16, on_gpu=False) + further, rel=0.01)
+
+
+def test_experts_are_counted_as_the_codes_that_a_compile_makes(tmp_path: Path) -> None:
+    model = seeded(lambda: WIDE_MIXTURES["mixtral"]())
+    model.save_pretrained(tmp_path / "model")
+    streamed, shapes = StreamedModel(tmp_path / "model"), shapes_from_headers(tmp_path / "model")
+    ratio = 0.25 / WHOLE_SHARE
+    linears = selection.choose_codes(streamed, selection.choose_ranks(streamed, ratio, quantized=True), 0.25, 3)
+    stacks = selection.choose_stack_codes(streamed, selection.choose_stacks(streamed, ratio, quantized=True), 0.25, 3)
+    experts = coded_experts(shapes, ratio)
+    assert linears is not None
+    assert stacks is not None
+    assert experts is not None
+    assert experts.width == 3
+    assert set(stacks.values()) == {experts.rank(stack) for stack in shapes.blocks[0].stacks}
+    counted = selection.emulator_bytes(streamed, linears, stacks, "nf4", 3, 3)
+    assert emulator_bytes(shapes, ratio, "coded") == counted
+    assert active_values(shapes, ratio, coded=True) > shapes.active_parameters
 
 
 def test_a_size_of_codes_is_a_share_of_the_bytes() -> None:

@@ -171,6 +171,7 @@ def test_verify_reads_what_memory_believes(store: ArtifactStore, monkeypatch: py
     monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
     monkeypatch.setattr(digests, "stamp_of", lambda status: (status.st_size,))  # a disk that damages without a trace
     artifact, _ = store.ensure(spec(), fill)
+    assert store.damage(artifact) is None
     flip_a_bit(store.payload(artifact.key) / "weights.bin")
     assert store.damage(artifact) is None
     assert [fault.file for fault in store.verify()] == ["weights.bin"]

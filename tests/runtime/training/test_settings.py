@@ -24,7 +24,7 @@ def test_numbers_written_as_text_become_numbers() -> None:
     arguments = trainer_arguments(TrainSettings(args=args))
     assert (arguments["learning_rate"], arguments["warmup_steps"], arguments["optim"]) == (1e-4, 3, "adafactor")
     assert arguments["per_device_train_batch_size"] == 8
-    assert trainer_arguments(TrainSettings())["learning_rate"] == 2e-4
+    assert trainer_arguments(TrainSettings())["learning_rate"] == 1e-3
     assert SFTConfig.__dataclass_fields__.keys() >= TRAINER_DEFAULTS.keys() | arguments.keys()
 
 

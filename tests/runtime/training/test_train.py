@@ -85,6 +85,14 @@ def test_cut_rows_are_told_before_the_first_step(
     assert f"--max-length 6: {result.cut_examples} of 6 examples are longer and are cut" in told[0]
 
 
+def test_every_step_on_a_cpu_returns_what_it_freed(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other lengths would not fit into the holes of the last step: 253 MiB more than planned in three steps."""
+    returned: list[int] = []
+    monkeypatch.setattr("onelayer.runtime.training.guarded.return_free_memory", lambda: returned.append(1))
+    train(max_steps=2)
+    assert len(returned) == 2
+
+
 def test_saved_activations_follow_the_batch_and_checkpointing(train: Train) -> None:
     small = train("small", max_steps=1, batch_size=1).saved_activation_bytes
     large = train("large", max_steps=1, batch_size=6).saved_activation_bytes

@@ -21,6 +21,7 @@ from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import Replacements, replacements_of
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.faults import unknown_name
+from onelayer.compiler.libraries.parts import language_model
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, bare_name
 
@@ -34,7 +35,7 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
     transformers 5. LoRA on those is no pair of factors per linear, so it could not be corrected for the original.
     Raises `InputError` if they are named, or if a name or pattern means no module.
     """
-    if target_modules == "all-linear" and (prefix := _language_model(model)) is not None:
+    if target_modules == "all-linear" and (prefix := language_model(model)) is not None:
         return _linears_below(model, prefix)
     probe = LoraConfig(target_modules=target_modules)
     convert_peft_config_for_transformers(probe, model, None)
@@ -47,16 +48,6 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> str | l
         f"target_modules: {', '.join(sorted(probe.target_parameters))} are experts or routers of a mixture, whose LoRA "
         "cannot be corrected for the original; name linear modules only, such as those of the attention, or all-linear"
     )
-
-
-def _language_model(model: nn.Module) -> str | None:
-    """Return the name of the language model inside a model of several; None if all of it is one."""
-    config: Any = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or config.is_encoder_decoder or config.get_text_config() is config:
-        return None
-    whole: Any = model
-    decoder = whole.get_decoder() if hasattr(model, "get_decoder") else model
-    return next((name for name, module in model.named_modules() if module is decoder and name), None)
 
 
 def _linears_below(model: nn.Module, prefix: str) -> list[str]:

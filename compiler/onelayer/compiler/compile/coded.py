@@ -9,12 +9,14 @@ from dataclasses import replace
 import torch
 
 from onelayer.compiler.codes.encode import Coded, decode, encode
-from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeWidth
 from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
+from onelayer.compiler.compile.coded_experts import code_stacks
+from onelayer.compiler.compile.expert_factors import ExpertCalls
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.linear_moments import MomentHooks
-from onelayer.compiler.compile.writer import StoredLinear
+from onelayer.compiler.compile.writer import StoredLinear, StoredStack
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
 from onelayer.compiler.factors.moments import check_rows
@@ -45,13 +47,32 @@ class CodedCompilation(Compilation):
             if id(moments) not in factored:
                 factored[id(moments)] = Sides.of_inputs(moments.blocks)
             sides = replace(factored[id(moments)], outputs=hooks.output_weights(name))
-            yield name, self._code(name, weight.to(torch.float32), moments, sides)
+            rank, width = self.ranks[name], self.settings.code_width
+            yield name, self._code(name, weight.to(torch.float32), moments, sides, rank, width)
             return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves
 
-    def _code(self, name: str, W: torch.Tensor, moments: BlockGram, sides: Sides) -> StoredLinear:
+    def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
+        """Yield the stacks of experts, coded unless they are too small for codes."""
+        if (width := self.chosen.stack_width) is None:
+            yield from super()._stacks(calls)
+            return
+
+        def code(name: str, weight: torch.Tensor, moments: BlockGram, rank: int | None) -> StoredLinear:
+            return self._code(name, weight, moments, Sides.of_inputs(moments.blocks), rank, width)
+
+        yield from code_stacks(calls, self.stack_ranks, code)
+
+    def _code(
+        self,
+        name: str,
+        W: torch.Tensor,
+        moments: BlockGram,
+        sides: Sides,
+        rank: int | None,
+        width: CodeWidth | None,
+    ) -> StoredLinear:
         """Compress a weight (out, in) to the form that the plan chose for it."""
-        dtype, rank = self.streamed.dtype, self.ranks[name]
-        width = None if rank is None else self.settings.code_width
+        dtype = self.streamed.dtype
         if width is None or rank is None:
             stored, kept = _whole(W, RESIDUAL_DTYPE, dtype)
         else:

@@ -17,10 +17,12 @@ from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks, tell_unvisited
 from onelayer.compiler.compile.resume import WorkDirectory
 from onelayer.compiler.compile.selection import (
+    Choice,
     Ranks,
     backward_workspace,
     choose_codes,
     choose_ranks,
+    choose_stack_codes,
     choose_stacks,
     coded_workspace,
     compile_workspace,
@@ -82,13 +84,17 @@ def compile_emulator(
     resolved, ranks = _chosen(streamed, asked)
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
-    stacks = choose_stacks(streamed, resolved.ratio, quantized=is_quantized)
+    chosen = Choice(ranks, choose_stacks(streamed, resolved.ratio, quantized=is_quantized))
+    if (width := resolved.code_width) is not None:
+        coded = choose_stack_codes(streamed, chosen.stacks, resolved.share, width)
+        chosen = chosen if coded is None else Choice(ranks, coded, width)
     copies = copies_on_disk(resolved.rank_allocation, quantized=is_quantized)
-    check_disk(output, copies * emulator_bytes(streamed, ranks, stacks, resolved.factor_dtype, resolved.code_width))
+    stored = emulator_bytes(streamed, ranks, chosen.stacks, resolved.factor_dtype, width, chosen.stack_width)
+    check_disk(output, copies * stored)
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
     base = {"model": name, "revision": asked.revision, "digest": model_digest(streamed.checkpoint.directory)}
-    return _compile(streamed, ranks, stacks, calibration, output, base, resolved)
+    return _compile(streamed, chosen, calibration, output, base, resolved)
 
 
 def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSettings, Ranks]:
@@ -113,8 +119,7 @@ def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSe
 
 def _compile(
     streamed: StreamedModel,
-    ranks: Ranks,
-    stacks: Ranks,
+    chosen: Choice,
     calibration: DataSource,
     output: Path,
     base: Mapping[str, Any],
@@ -137,7 +142,7 @@ def _compile(
     ):
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)
         kind = Compilation if settings.form == "factors" else CodedCompilation
-        job = kind(streamed, ranks, stacks, writer, device, settings, stop, spill_pool)
+        job = kind(streamed, chosen, writer, device, settings, stop, spill_pool)
         job.stream(data.batches, meter)
         return processes().by_first(lambda: _finished(job, meter, data.batches, base, facts, output))
 
@@ -158,7 +163,7 @@ def _finished(
         streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole, meter.on_gpu
     )
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.ranks, job.loads, meter.on_gpu, backward=settings.backward is True)
+        workspace = coded_workspace(streamed, job.chosen, job.loads, meter.on_gpu, backward=settings.backward is True)
     elif settings.backward:
         workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0

@@ -87,17 +87,25 @@ class ExpertCalls:
 
     def moments(self, expert: int) -> dict[str, Moments]:
         """Return the moments of one expert by stack, over the rows that were sent to it."""
-        return self._moments(expert, self._tokens[expert])
+        return self._moments(expert, self.tokens(expert))
+
+    def tokens(self, expert: int) -> torch.Tensor:
+        """Return the ascending numbers of the tokens that were sent to an expert."""
+        return self._tokens[expert]
+
+    def pool(self) -> torch.Tensor:
+        """Return the numbers of all tokens of the unit, or of `POOLED_ROWS` of them."""
+        total = sum(len(part) for part in self.hidden)
+        return torch.linspace(0, total - 1, min(total, POOLED_ROWS)).round().long()
 
     def pooled(self, expert: int) -> dict[str, Moments]:
-        """Return the moments of one expert by stack over all tokens of the unit, or `POOLED_ROWS` of them."""
-        total = sum(len(part) for part in self.hidden)
-        return self._moments(expert, torch.linspace(0, total - 1, min(total, POOLED_ROWS)).round().long())
+        """Return the moments of one expert by stack over the pool of tokens."""
+        return self._moments(expert, self.pool())
 
     def _moments(self, expert: int, tokens: torch.Tensor) -> dict[str, Moments]:
         moments = {leaf: self._empty(leaf) for leaf in self.stacks.leaves}
         opening, closing = self.stacks.leaves
-        for x_SH in self._rows(tokens):
+        for x_SH in self.rows(tokens):
             opened_SO = self.stacks.product(opening, expert, x_SH)
             inner_SI = self.stacks.opened(expert, opened_SO)
             moments[opening].add(x_SH, opened_SO)
@@ -111,7 +119,7 @@ class ExpertCalls:
         of_input = out_features >= in_features
         return Moments.empty((out_features, in_features), of_input, self.device, self.product_dtype)
 
-    def _rows(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    def rows(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the hidden states of ascending token numbers over all calls, `EXPERT_ROWS` at a time."""
         starts = torch.tensor([0, *(len(part) for part in self.hidden)]).cumsum(0)
         for piece in tokens.split(EXPERT_ROWS):
@@ -156,12 +164,19 @@ def compress_stacks(
         moments = calls.moments(expert)
         for leaf, compressed in stored.items():
             dropped[leaf] += moments[leaf].gram.dropped_rows
-            _check_finite(stacks.path(leaf), dropped[leaf], sum(rows))
+            check_finite(stacks.path(leaf), dropped[leaf], sum(rows))
             fallback_moments = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
             name, weight = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert)
             compressed.append(
                 on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments))
             )
+    yield from stacked(stacks, stored, rows)
+
+
+def stacked(
+    stacks: ExpertStacks, stored: Mapping[str, list[StoredLinear]], rows: list[int]
+) -> Iterator[tuple[str, StoredStack]]:
+    """Yield each stack, put together from its experts, whose list is emptied; `rows` counts what each expert read."""
     for leaf, compressed in stored.items():
         figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in compressed], rows)
         tensors = {
@@ -176,7 +191,8 @@ def on_host(stored: StoredLinear) -> StoredLinear:
     return StoredLinear(stored.figures, {ending: tensor.cpu() for ending, tensor in stored.tensors.items()})
 
 
-def _check_finite(name: str, dropped: int, rows: int) -> None:
+def check_finite(name: str, dropped: int, rows: int) -> None:
+    """Raise `RuntimeError` naming a stack if too many of the rows that it read are not finite."""
     if dropped > NON_FINITE_LIMIT * rows:
         raise RuntimeError(
             f"{name}: at least {dropped} of {rows} calibration rows are not finite, more than "

@@ -12,7 +12,7 @@ import torch
 from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on, on_host
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.compile.resume import UnitRecord
-from onelayer.compiler.compile.selection import Ranks
+from onelayer.compiler.compile.selection import Choice
 from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.compile.shared_moments import add_up_moments, settle_grids
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
@@ -38,14 +38,14 @@ from onelayer.compiler.streaming.unit_loads import UnitLoads
 class Compilation:
     """The state of one pass: which weight gets which rank, and which units were written or visited too late.
 
-    `ranks` are those of linears, `stack_ranks` those of stacks of experts, which are uniform in every allocation.
+    `ranks` are those of linears, `stack_ranks` those of stacks of experts, which are uniform in every allocation and
+    coded if there is a `stack_width`.
     """
 
     def __init__(
         self,
         streamed: StreamedModel,
-        ranks: Ranks,
-        stack_ranks: Ranks,
+        chosen: Choice,
         writer: EmulatorWriter,
         device: torch.device,
         settings: ResolvedSettings,
@@ -54,7 +54,8 @@ class Compilation:
     ) -> None:
         self.team = processes()
         self.streamed = streamed
-        self.ranks, self.stack_ranks = ranks, stack_ranks
+        self.chosen = chosen
+        self.ranks, self.stack_ranks = chosen.linears, chosen.stacks
         self.spill_pool = spill_pool
         self.writer = writer
         self.device = device

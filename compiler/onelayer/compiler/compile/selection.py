@@ -1,8 +1,9 @@
 """What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from onelayer.compiler.codes.forms import CodeWidth, coded_bytes, coded_ranks
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeWidth, coded_bytes, coded_ranks, group_size
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
@@ -25,6 +26,15 @@ from onelayer.compiler.models.unit_memory import (
 from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 Ranks = Mapping[str, int | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ranks of all that is compressed: of linears, and of stacks of experts, coded in `stack_width` if given."""
+
+    linears: Ranks
+    stacks: Ranks
+    stack_width: CodeWidth | None = None
 
 
 def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
@@ -78,6 +88,15 @@ def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False
     return ranks
 
 
+def choose_stack_codes(
+    streamed: StreamedModel, names: Collection[str], share: float, width: CodeWidth
+) -> dict[str, int | None] | None:
+    """Like `choose_codes`, for the experts of the named stacks; None also if some of them would not be coded."""
+    shapes = {name: shape[1:] for name, shape in stack_shapes(streamed).items() if name in names}
+    ranks = coded_ranks(shapes, share, width)
+    return None if ranks is None or None in ranks.values() else ranks
+
+
 def saved_parameters(streamed: StreamedModel, ranks: Ranks, stacks: Ranks) -> int:
     """Count the weights that an emulator of these ranks saves."""
     saved = 0
@@ -98,13 +117,19 @@ def emulator_bytes(
     stacks: Ranks,
     factor_dtype: FactorDtype | None,
     width: CodeWidth | None = None,
+    stack_width: CodeWidth | None = None,
 ) -> int:
-    """Bytes of the weights of an emulator of these ranks; of the residual factors of codes of `width`, if given."""
+    """Bytes of the weights of an emulator of these ranks; of the residual factors of codes of `width`, if given.
+
+    Experts are codes of `stack_width`, if given.
+    """
     dtype_bytes = streamed.dtype.itemsize
     total = stored_parameters(streamed) * dtype_bytes
     for name, (count, out_features, in_features) in stack_shapes(streamed).items():
         if name in stacks:
             kept = linear_bytes(out_features, in_features, stacks[name], factor_dtype, dtype_bytes)
+            if stack_width is not None and (rank := stacks[name]) is not None:
+                kept = coded_bytes(out_features, in_features, stack_width, rank)
             total += count * (kept - dtype_bytes * out_features * in_features)
     for unit in streamed.units:
         for name, module in unit_linears(unit):
@@ -132,19 +157,28 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
 
 
 def coded_workspace(
-    streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool, *, backward: bool = True
+    streamed: StreamedModel, chosen: Choice, loads: UnitLoads, on_gpu: bool, *, backward: bool = True
 ) -> int:
     """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
 
-    That is what coding a unit takes (`coding_bytes`), on a host the unit that is read ahead, and a reserve.
+    That is what coding a unit takes (`coding_bytes`), and after it one expert at a time; on a host the unit that is
+    read ahead, and a reserve.
     """
     head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS) if backward else 0
     worst = 0
     for unit in streamed.units:
-        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]
+        shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in chosen.linears]
         graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         ahead = 0 if on_gpu else unit.weight_bytes
-        worst = max(worst, coding_bytes(shapes, graph, head, on_gpu) + ahead)
+        coding = coding_bytes(shapes, graph, head, on_gpu)
+        rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
+        experts = [
+            _expert_workspace(found, chosen, rows, value_bytes, RESIDUAL_DTYPE, on_gpu)
+            for found in stacks_below(unit.name, unit.module)
+            if chosen.stacks.keys() & set(found.paths)
+        ]
+        # A host keeps the moments of the unit's linears, and holes of the graph, while it codes the experts.
+        worst = max(worst, ahead + (max([coding, *experts]) if on_gpu else coding + max(experts, default=0)))
     return worst + RESERVE_BYTES
 
 
@@ -179,7 +213,8 @@ def compile_workspace(
     for unit in streamed.units:
         experts = [found for found in stacks_below(unit.name, unit.module) if stacks.keys() & set(found.paths)]
         rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
-        in_experts = [_expert_workspace(found, stacks, rows, value_bytes, factor_dtype, on_gpu) for found in experts]
+        chosen = Choice(ranks, stacks)
+        in_experts = [_expert_workspace(found, chosen, rows, value_bytes, factor_dtype, on_gpu) for found in experts]
         linears = [
             CompiledShape(*weight_shape(module), ranks[name], value_bytes, factor_dtype, keeps_whole)
             for name, module in unit_linears(unit)
@@ -198,7 +233,7 @@ def compile_workspace(
 
 def _expert_workspace(
     found: ExpertStacks,
-    ranks: Ranks,
+    chosen: Choice,
     rows_at_once: int,
     value_bytes: int,
     factor_dtype: FactorDtype | None,
@@ -210,19 +245,27 @@ def _expert_workspace(
     comes once more for the larger stack, which is put together from its parts. From a card it moves to the host, and
     moments are taken of rows in float32.
     """
-    experts, stored = [], []
-    for leaf in found.leaves:
-        count, out_features, in_features = found.shape(leaf)
-        if found.path(leaf) in ranks:
-            expert = CompiledShape(out_features, in_features, ranks[found.path(leaf)], value_bytes, factor_dtype)
-            experts.append(expert)
-            stored.append(count * expert.stored_bytes)
+    ranks, width, stored, solvers = chosen.stacks, chosen.stack_width, [], []
     shapes = [found.shape(leaf)[1:] for leaf in found.leaves]
-    moments = 2 * moment_bytes(min(shape) for shape in shapes)
-    solver = max(expert.solver_bytes for expert in experts)
+    for leaf, shape in zip(found.leaves, shapes, strict=True):
+        if (path := found.path(leaf)) not in ranks:
+            continue
+        rank = ranks[path]
+        if width is not None and rank is not None:
+            solvers.append(coding_bytes([shape], 0, 0, on_gpu))
+            stored.append(coded_bytes(*shape, width, rank))
+        else:
+            expert = CompiledShape(*shape, rank, value_bytes, factor_dtype)
+            solvers.append(expert.solver_bytes)
+            stored.append(expert.stored_bytes)
+    sides = [min(shape) for shape in shapes]
+    moments = 2 * moment_bytes(sides)
+    if width is not None:  # those of the inputs, whatever is narrow
+        moments = 2 * sum(8 * columns * group_size(columns) for _, columns in shapes)
+    solver, count = max(solvers), found.shape(found.opening)[0]
     rows = EXPERT_ROWS * sum(map(sum, shapes)) * (8 + 8)
     batch = rows_at_once * expert_width(found) * 8
     if on_gpu:
-        adding = rows // 2 + adding_bytes(max(min(shape) for shape in shapes))
-        return max(moments + max(adding, solver + 2 * max(expert.stored_bytes for expert in experts)), batch)
-    return max(moments + solver + rows + sum(stored) + max(stored), batch)
+        adding = rows // 2 + adding_bytes(max(sides) if width is None else max(columns for _, columns in shapes))
+        return max(moments + max(adding, solver + 2 * max(stored)), batch)
+    return max(moments + solver + rows + count * (sum(stored) + max(stored)), batch)

@@ -13,6 +13,7 @@ import torch
 from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
 from onelayer.compiler.dequantize.formats import without_quantization
 from onelayer.compiler.emulators.directory import (
+    CODED_STACKS_VERSION,
     CODES_VERSION,
     DIFFUSERS_INDEX,
     DIFFUSERS_WEIGHTS,
@@ -152,6 +153,8 @@ class EmulatorWriter:
 
     @property
     def _version(self) -> int:
+        if any(figures.form == "coded" for figures in self.stacks.values()):
+            return CODED_STACKS_VERSION
         if any(figures.form == "coded" for figures in self.linears.values()):
             return CODES_VERSION
         return STACKS_VERSION if self.stacks else FORMAT_VERSION
@@ -170,7 +173,11 @@ class EmulatorWriter:
             "quantized_dense": [name for name, figures in linears.items() if figures.form == "dense"],
         }
         stacks = {
-            name: {"shape": figures.shape, "rank": figures.rank if figures.form == "factors" else None}
+            name: {
+                "shape": figures.shape,
+                "rank": figures.rank if figures.form != "dense" else None,
+                **({"code_width": figures.code_width} if figures.form == "coded" else {}),
+            }
             for name, figures in self.stacks.items()
         }
         codes = {name: figures.code_width for name, figures in linears.items() if figures.form == "coded"}

@@ -39,14 +39,21 @@ def scale_blocks(
     stack = unpacked.view(-1, rows, columns)
     stored = values.reshape(len(stack), rows, values.shape[-1])
     grids = scales.expand(*shape[:-2], *scales.shape[-2:]).reshape(len(stack), *scales.shape[-2:])
-    step = max(1, SLICE_BYTES // (4 * columns * block[0])) * block[0]
+    slices = _slices(rows, max(1, SLICE_BYTES // (4 * columns)), block[0])
     for matrix, packed, grid in zip(stack, stored, grids, strict=True):
-        for start in range(0, rows, step):
-            part = packed[start : start + step]
+        for start, stop in slices:
+            part = packed[start:stop]
             wide = fp4_pairs(part) if part.shape[-1] != columns else part.float()
             _multiply(wide, grid[start // block[0] :], block)
-            matrix[start : start + step] = wide
+            matrix[start:stop] = wide
     return unpacked
+
+
+def _slices(rows: int, most: int, block: int) -> list[tuple[int, int]]:
+    """List (start, stop) of slices of at most `most` rows: whole blocks, or parts of a block that is larger."""
+    span = max(most - most % block, block)
+    spans = [(start, min(start + span, rows)) for start in range(0, rows, span)]
+    return [(start, min(start + most, stop)) for first, stop in spans for start in range(first, stop, most)]
 
 
 def _multiply(wide: torch.Tensor, grid: torch.Tensor, block: tuple[int, int]) -> None:

@@ -27,18 +27,26 @@ WeightsFile = Literal["emulator.safetensors.index.json", "emulator.safetensors"]
 class StackFacts(BaseModel):
     """A compressed stack: (E, out, in) of the stack that was replaced, and the rank of its experts' factors.
 
-    Without a rank, its matrices are quantized whole.
+    Without a rank, its matrices are quantized whole. With a code width, they are codes, and the factors hold what the
+    codes leave out.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     shape: tuple[int, int, int]
     rank: int | None
+    code_width: CodeWidth | None = None
 
     @property
     def full_rank(self) -> int:
         """The rank; for whole matrices, their full rank."""
         return min(self.shape[1:]) if self.rank is None else self.rank
+
+    @model_validator(mode="after")
+    def _codes_have_factors(self) -> Self:
+        if self.code_width is not None and self.rank is None:
+            raise ValueError("a coded stack needs the rank of its factors")
+        return self
 
 
 class EmulatorFacts(BaseModel):
@@ -47,14 +55,14 @@ class EmulatorFacts(BaseModel):
     If the factors are quantized, `shapes` holds (out, in) of every compressed module, modules in `quantized_dense` keep
     their whole weight, and all are used in `unpacked_dtype`. `stacks` are the compressed stacks of experts by the name
     of the parameter. `codes` are the code widths of modules whose weight is coded; those of them that are in `ranks`
-    have residual factors too. An emulator with stacks has format version 2, one with codes 3; older readers refuse
-    them.
+    have residual factors too. An emulator with stacks has format version 2, one with codes 3, one with coded stacks
+    4; older readers refuse them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     quant_method: Literal["onelayer"]
-    format_version: Literal[1, 2, 3]
+    format_version: Literal[1, 2, 3, 4]
     ranks: dict[str, int]
     factor_dtype: str | None = None
     unpacked_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
@@ -74,8 +82,10 @@ class EmulatorFacts(BaseModel):
             raise ValueError(f"{self.factor_dtype} factors need unpacked_dtype and the shapes of all modules")
         if self.codes and self.quantized_dtype is None:
             raise ValueError("codes need a known factor_dtype")
-        if self.quantized_dtype is None and any(stack.rank is None for stack in self.stacks.values()):
-            raise ValueError("a stack without a rank is quantized, in no known factor_dtype")
+        if self.quantized_dtype is None and any(
+            stack.rank is None or stack.code_width is not None for stack in self.stacks.values()
+        ):
+            raise ValueError("a stack without a rank, or of codes, is quantized, in no known factor_dtype")
         return self
 
     @property
@@ -121,7 +131,11 @@ def stack_sizes(facts: StackFacts, factor_dtype: FactorDtype | None) -> dict[str
         return {DENSE: (count, out_features, row_bytes(in_features, factor_dtype))}
     if factor_dtype is None:
         return {UP: (count, out_features, rank), DOWN: (count, rank, in_features)}
-    return {
+    sizes = {
         UP: (count, rank, row_bytes(out_features, factor_dtype)),
         DOWN: (count, rank, row_bytes(in_features, factor_dtype)),
     }
+    if (width := facts.code_width) is not None:
+        sizes[CODES] = (count, out_features, code_row_bytes(in_features, width))
+        sizes[CODEBOOK] = (count, CODEBOOK_ROWS, ENTRY_BYTES * width)
+    return sizes

@@ -187,6 +187,7 @@ class StackFigures(LinearFigures):
             shape=shape,
             rank=first.rank,
             form=first.form,
+            code_width=first.code_width,
             error=together([item.error for item in experts]),
             optimal_error=if_known("optimal_error"),
             unquantised_error=if_known("unquantised_error"),

@@ -85,16 +85,22 @@ class Emulator:
         if self.facts.quantized_dtype is None:
             return read(module + UP), read(module + DOWN)
         if module in self.facts.codes:
-            return self._decoded(module), None
+            return self._decoded(*self.coded(module), self.facts.shapes[module]), None
         held = {ending: read(module + ending) for ending in self.facts.linear_sizes(module)}
         return self._dequantized(held, self.facts.shapes[module])
 
     def coded(self, module: str) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
         """Read the codes of a coded module, and its residual factors up (out, k) and down (k, in) if it has any."""
+        return self._coded(
+            {ending: self.checkpoint.read(module + ending) for ending in self.facts.linear_sizes(module)},
+            self.facts.shapes[module],
+        )
+
+    def _coded(
+        self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]
+    ) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
         from onelayer.compiler.codes.encode import unpacked
 
-        held = {ending: self.checkpoint.read(module + ending) for ending in self.facts.linear_sizes(module)}
-        shape = self.facts.shapes[module]
         codes = unpacked(held[CODES], held[CODEBOOK], shape[1])
         if UP not in held:
             return codes, None
@@ -102,22 +108,23 @@ class Emulator:
         assert down is not None
         return codes, (up, down)
 
-    def _decoded(self, module: str) -> "torch.Tensor":
-        """Compute the weight (out, in) of a coded module, residual factors included."""
+    def _decoded(
+        self, codes: "Coded", residual: "tuple[torch.Tensor, torch.Tensor] | None", shape: tuple[int, int]
+    ) -> "torch.Tensor":
+        """Compute the weight (out, in) that codes stand for, residual factors included."""
         import torch
 
         from onelayer.compiler.codes.encode import decode
 
-        codes, residual = self.coded(module)
         dtype = getattr(torch, str(self.facts.unpacked_dtype))
-        weight = decode(codes, self.facts.shapes[module][1], dtype)
+        weight = decode(codes, shape[1], dtype)
         if residual is None:
             return weight
         return weight.float().addmm_(residual[0].float(), residual[1].float()).to(dtype)
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
         """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""
-        endings = (UP, DOWN) if self.facts.stacks[name].rank is not None else (DENSE,)
+        endings = stack_sizes(self.facts.stacks[name], self.facts.quantized_dtype)
         return {ending: self.checkpoint.read(stack_tensor(name, ending)) for ending in endings}
 
     def expert_factors(
@@ -127,7 +134,10 @@ class Emulator:
         own = {ending: tensor[expert] for ending, tensor in held.items()}
         if self.facts.quantized_dtype is None:
             return own[UP], own[DOWN]
-        return self._dequantized(own, self.facts.stacks[name].shape[1:])
+        shape = self.facts.stacks[name].shape[1:]
+        if CODES in own:
+            return self._decoded(*self._coded(own, shape), shape), None
+        return self._dequantized(own, shape)
 
     def _dequantized(
         self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]
@@ -150,7 +160,7 @@ class Emulator:
         return {
             stack_tensor(stack, ending): (stack, ending)
             for stack, facts in self.facts.stacks.items()
-            for ending in ((DENSE,) if facts.rank is None else (UP, DOWN))
+            for ending in stack_sizes(facts, self.facts.quantized_dtype)
         }
 
 

@@ -86,7 +86,7 @@ def slice_emulator(emulator: str | Path, ratio: float, output: str | Path) -> Sl
         raise InputError(f"--ratio {ratio}: must lie between 0 and 1, for example 0.25")
     check_output(Path(output), emulator)
     source = Emulator.open(emulator)
-    if source.facts.codes:
+    if source.facts.codes or any(stack.code_width is not None for stack in source.facts.stacks.values()):
         raise InputError(f"{source.directory}: holds codes, which cannot be sliced; compile a smaller emulator")
     figures, _ = _read_figures(source)
     if ratio > (stored := figures.settings.ratio):

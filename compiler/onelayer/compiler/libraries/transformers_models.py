@@ -34,6 +34,7 @@ from onelayer.compiler.libraries.modules import (
     refuse_missing,
     refuse_quantized,
 )
+from onelayer.compiler.libraries.parts import projectors
 from onelayer.compiler.storage.checkpoint import Checkpoint, floating_bytes
 from onelayer.compiler.storage.model_config import CONFIG_FILE, read_model_config
 
@@ -163,9 +164,10 @@ def holds_layers(module: torch.nn.Module) -> bool:
 
 
 def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
-    """Find the repeated layers, which are what transformers itself declares indivisible and holds no further layers.
+    """Find the layers, which are what transformers itself declares indivisible and holds no further layers.
 
-    In a model without such a declaration, they are the modules in its outermost `ModuleList`s.
+    In a model without such a declaration, they are the modules in its outermost `ModuleList`s. The projectors between
+    towers and a language model count as layers.
     """
     names = model._no_split_modules or ()
     declared = frozenset(
@@ -174,9 +176,8 @@ def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
         if (type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer))
         and not holds_layers(module)
     )
-    if declared:
-        return declared
-    return modules_in_lists(model)
+    layers = declared or modules_in_lists(model)
+    return layers | projectors(model, layers)
 
 
 def plan_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> LoadPlan:

@@ -19,7 +19,7 @@ class Unit:
     """A module that is loaded, run for every batch and dropped as one.
 
     `parameters` are the stored parameters and buffers below it by runtime name. `lazy` are those that stay on disk and
-    are read by rows. `is_block` tells a repeated layer from a norm or a projection.
+    are read by rows. `is_block` tells a repeated layer or a projector from a norm or a projection.
     """
 
     name: str

@@ -99,7 +99,7 @@ class PolishJob:
         start_seconds, start_bytes = time.perf_counter(), self.stream.streamed.checkpoint.bytes_read
         batches = self._batches(step)
         asked = self.held_out if step % self.settings.eval_steps == 0 else []
-        loss = loss_of([*batches, *asked], len(batches), self.stream.device, self.stream.team)
+        loss = loss_of([*batches, *asked], len(batches), self.stream.device, self.stream.team, self.stream.spill_pool)
         self.stream.trained, self.stream.seed = loss.trained, self.settings.seed * 1_000_003 + step
         self.stream.rank, self.stream.places = self.settings.activation_rank, loss.places
         self.stream.run(loss.inputs, loss.take)
@@ -168,7 +168,7 @@ class PolishJob:
         for rank in (None, self.settings.activation_rank):
             self.stream.trained, self.stream.seed, self.stream.rank = 1, self.settings.seed, rank
             self.stream.places = ()
-            loss = loss_of([batch], 1, self.stream.device)  # in every process the same
+            loss = loss_of([batch], 1, self.stream.device, pool=self.stream.spill_pool)  # in every process the same
             self.stream.run(loss.inputs, loss.take)
             loss.finish()
             self.stream.reverse()
@@ -180,7 +180,7 @@ class PolishJob:
     def _measure(self) -> None:
         """Measure the held-out loss of the present adapter in its own forward stream."""
         self.stream.trained = 0
-        loss = loss_of(self.held_out, 0, self.stream.device, self.stream.team)
+        loss = loss_of(self.held_out, 0, self.stream.device, self.stream.team, self.stream.spill_pool)
         self.stream.run(loss.inputs, loss.take)
         loss.finish()
         self._note_held_out(loss)

@@ -1,7 +1,8 @@
 """Hub data sets in, rows with their numbers out."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import DataSet
@@ -25,4 +26,17 @@ def hub_rows(source: DataSet, limit: int | None) -> Iterator[NumberedRow]:
         rows = datasets.load_dataset(source.path, split=source.split or "train", streaming=streaming, **config)
     except (OSError, ValueError, RuntimeError) as error:  # offline, unknown, gated, no such split, a script
         raise InputError(f"{source}: no such file, and no Hub data set that can be read ({error})") from None
+    if any(_holds_media(feature) for feature in (getattr(rows, "features", None) or {}).values()):
+        # The format of Arrow leaves bytes as they are stored; others decode each image or recording to an object.
+        rows = (row for table in rows.with_format("arrow") for row in table.to_pylist())
     yield from enumerate(rows, start=1)
+
+
+def _holds_media(feature: Any) -> bool:
+    """Return whether a column, or a part of it, is of images or audio."""
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return any(_holds_media(part) for part in feature.values())
+    inner = getattr(feature, "feature", None)  # of lists
+    return isinstance(feature, datasets.Image | datasets.Audio) or (inner is not None and _holds_media(inner))

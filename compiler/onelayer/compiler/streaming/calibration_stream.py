@@ -25,7 +25,7 @@ class CalibrationStream(GradientStream):
 
         Each process of the team runs its share. Raises `RuntimeError` if the loss is not finite.
         """
-        loss = loss_of(batches, len(batches), self.device, self.team)
+        loss = loss_of(batches, len(batches), self.device, self.team, self.spill_pool)
         self.trained, self.places = loss.trained, loss.places
         with Progress(2 * len(self.streamed.units), self.description) as bar, self:
             self.bar = bar

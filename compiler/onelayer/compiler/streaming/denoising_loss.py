@@ -9,6 +9,7 @@ import torch
 from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.denoising.batches import DenoisingBatch
 from onelayer.compiler.machine.distributed import Processes
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.token_loss import TokenLoss
 
 PassBatch = TokenBatch | DenoisingBatch
@@ -67,10 +68,14 @@ class DenoisingLoss:
 
 
 def loss_of(
-    batches: Sequence[PassBatch], trained: int, device: torch.device, team: Processes | None = None
+    batches: Sequence[PassBatch],
+    trained: int,
+    device: torch.device,
+    team: Processes | None = None,
+    pool: SpillPool | None = None,
 ) -> TokenLoss | DenoisingLoss:
-    """Return the loss of a pass over these batches, which are all of one kind."""
+    """Return the loss of a pass over these batches, which are all of one kind; `pool` holds what waits."""
     images = [batch for batch in batches if isinstance(batch, DenoisingBatch)]
     if images:
         return DenoisingLoss(images, trained, device, team)
-    return TokenLoss([batch for batch in batches if isinstance(batch, TokenBatch)], trained, device, team)
+    return TokenLoss([batch for batch in batches if isinstance(batch, TokenBatch)], trained, device, team, pool)

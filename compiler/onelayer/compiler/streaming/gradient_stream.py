@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -150,13 +151,6 @@ class GradientStream(Stream):
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
             record.kept.send_gradients(leaves)
-            self._hold_gradients(record.index)
-
-    def _hold_gradients(self, index: int) -> None:
-        """Let the pool hold the gradients of a batch that wait for the unit before."""
-        for record in self._records[-1][2] if self._records else ():
-            if record.index == index:
-                self.spill_pool.hold(record.slots)
 
     # ---- what the forward pass overrides ---------------------------------------------------------------------------
 
@@ -173,7 +167,7 @@ class GradientStream(Stream):
             here = move(inputs, self.device)
             outputs = move((call_with_containers(partial(run, visit.index), *here), recorded), HOST)
         if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
-            outputs, slots = cut_graph(outputs)
+            outputs, slots = cut_graph(outputs, self.spill_pool.hold)
             if not self._records or self._records[-1][0] != self.visits:
                 self._records.append((self.visits, visit.unit, []))
             self._records[-1][2].append(Record(visit.index, seed, kept, slots, visit.asked))
@@ -198,11 +192,19 @@ class GradientStream(Stream):
 
     @contextmanager
     def batch_context(self, index: int) -> Iterator[None]:
-        """Set training mode for a trained batch, and random numbers of its own."""
+        """Set training mode for a trained batch, and random numbers of its own; the pool holds what its graph keeps."""
         is_trained = index < self.trained
         numbers = self._random(self._next_seed(index)) if is_trained else nullcontext()
-        with training(self.streamed.model, is_trained and self.dropout), numbers:
+        with (
+            training(self.streamed.model, is_trained and self.dropout),
+            numbers,
+            saved_tensors_hooks(self._kept, _same),
+        ):
             yield
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.spill_pool.hold(tensor)
+        return tensor
 
     def loading(self) -> Any:
         """Return one loader for all passes, so that the unit at which a pass ends is held when the next begins."""
@@ -228,6 +230,10 @@ class GradientStream(Stream):
             before = random_state(self.device)
             yield
             self.is_random |= not all(map(torch.equal, before, random_state(self.device)))
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 @contextmanager

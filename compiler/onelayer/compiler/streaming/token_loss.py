@@ -16,6 +16,7 @@ from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import BY_SLICES, DeferredLogits
 from onelayer.compiler.models.unit_memory import SLICE_BYTES
+from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.token_scores import TokenScores
 
 
@@ -33,13 +34,19 @@ class TokenLoss:
 
     The first `trained` batches form one mean, whose gradients go back; the others form another, which is only
     measured. Hand `inputs` and `take` to the forward stream, then call `finish`. Each process of `team` has its share
-    of both: `places` are their numbers among all, of which the first `trained` here are trained on.
+    of both: `places` are their numbers among all, of which the first `trained` here are trained on. `pool` holds the
+    hidden states that wait for the head, and their gradients.
     """
 
     def __init__(
-        self, batches: Sequence[TokenBatch], trained: int, device: torch.device, team: Processes | None = None
+        self,
+        batches: Sequence[TokenBatch],
+        trained: int,
+        device: torch.device,
+        team: Processes | None = None,
+        pool: SpillPool | None = None,
     ) -> None:
-        self.team = team or Processes()
+        self.team, self.pool = team or Processes(), pool or SpillPool()
         self.places, self.trained = self.team.share_of_both(trained, len(batches) - trained)
         self.batches = [batches[place] for place in self.places]
         self.device = device
@@ -72,6 +79,7 @@ class TokenLoss:
         with torch.set_grad_enabled(index < self.trained):
             if isinstance(logits, DeferredLogits):
                 hidden_NH = logits.hidden[rows]
+                self.pool.hold((logits.hidden, hidden_NH))
                 self._waiting[index] = _Waiting(logits, hidden_NH, TokenScores(labels_N.to(self.device)))
                 return
             losses_N = torch.nn.functional.cross_entropy(logits[rows].float(), labels_N, reduction="none")
@@ -99,11 +107,11 @@ class TokenLoss:
 
     def _send_back(self) -> None:
         scale = 1 / max(1, self.trained_tokens)
-        gradients = {
-            index: torch.zeros(waiting.hidden.shape, dtype=torch.float32)
-            for index, waiting in self._waiting.items()
-            if index < self.trained and waiting.hidden.requires_grad
-        }
+        gradients = dict[int, torch.Tensor]()
+        for index, waiting in self._waiting.items():
+            if index < self.trained and waiting.hidden.requires_grad:
+                gradients[index] = torch.zeros(waiting.hidden.shape, dtype=torch.float32)
+                self.pool.hold(gradients[index])
         for index, rows, weight, start in _slices(self._waiting, sorted(gradients)):
             waiting = self._waiting[index]
             part = _slice_gradient(waiting, rows, weight, start, scale)

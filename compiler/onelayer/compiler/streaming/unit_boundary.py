@@ -23,6 +23,7 @@ from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.recorded_outputs import Recorded, recording
 
 Slots = list[torch.Tensor | None]
+Hold = Callable[[torch.Tensor], None]
 
 
 def differentiable(values: Any) -> list[torch.Tensor]:
@@ -51,11 +52,13 @@ def _replaced(values: Any, others: dict[int, torch.Tensor]) -> Any:
 
 
 class _Seam(torch.autograd.Function):
-    """Takes values without history and returns them as the beginning of a graph; gradients end in `slots`."""
+    """Takes values without history and returns them as the beginning of a graph; gradients end in `slots`, held."""
 
     @staticmethod
-    def forward(ctx: Any, slots: Slots, anchor: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.slots = slots
+    def forward(
+        ctx: Any, slots: Slots, hold: Hold, anchor: torch.Tensor, *values: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.slots, ctx.hold = slots, hold
         ctx.set_materialize_grads(False)
         # To autograd `.data` is not a view, so the model's code may change it in place like any other output.
         return tuple(value.data for value in values)
@@ -66,17 +69,21 @@ class _Seam(torch.autograd.Function):
             if gradient is not None:
                 before = ctx.slots[place]
                 ctx.slots[place] = gradient.detach() if before is None else before + gradient
-        return (None,) * (len(gradients) + 2)
+                ctx.hold(ctx.slots[place])
+        return (None,) * (len(gradients) + 3)
 
 
-def cut_graph(outputs: Any) -> tuple[Any, Slots]:
-    """Return the outputs of a unit as the beginning of a graph, and the slots that catch their gradients."""
+def cut_graph(outputs: Any, hold: Hold) -> tuple[Any, Slots]:
+    """Return the outputs of a unit as the beginning of a graph, and the slots that catch their gradients.
+
+    `hold` is called with each gradient while it waits.
+    """
     tensors = differentiable(outputs)
     slots: Slots = [None] * len(tensors)
     if not tensors:
         return outputs, slots
     with torch.enable_grad():
-        begun = _Seam.apply(slots, torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
+        begun = _Seam.apply(slots, hold, torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
     return _replaced(outputs, dict(zip(map(id, tensors), begun, strict=True))), slots
 
 

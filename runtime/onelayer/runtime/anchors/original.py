@@ -15,6 +15,7 @@ from onelayer.compiler.emulators.facts import EmulatorFacts
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries.modules import owner_of
 from onelayer.compiler.machine.devices import forked_random
+from onelayer.compiler.models.linears import is_linear
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, set_tensor
 
@@ -70,7 +71,7 @@ def emulated_modules(adapted: PeftModel, units: Mapping[str, Unit]) -> dict[str,
     """Return the emulator's module for each unit. Raises `InputError` if it has no such module of the same kind."""
     modules = dict(adapted.get_base_model().named_modules())
     for name, unit in units.items():
-        if unit.is_block and type(modules.get(name)) is not type(unit.module):
+        if unit.is_block and not is_linear(unit.module) and type(modules.get(name)) is not type(unit.module):
             kind = type(modules[name]).__name__ if name in modules else "absent"
             raise InputError(
                 f"{name}: is {type(unit.module).__name__} in the original and {kind} in the emulator; train without "

@@ -3,6 +3,7 @@
 Shapes: N tokens, `in` and `out` the features of the replaced linear, k the rank of its residual factors.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,22 @@ import torch
 from onelayer.compiler.codes.encode import unpacked
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, ENTRY_BYTES, CodeWidth, code_row_bytes
 from onelayer.compiler.codes.product import coded_product
+from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DOWN, UP
 from onelayer.compiler.factors.stored_forms import row_bytes
 from onelayer.runtime.modules.quantized_linear import PackedLinear, Quantization, quantized_product
+
+
+def product_with_codes(
+    x: torch.Tensor, held: Mapping[str, torch.Tensor], shape: tuple[int, int], quantization: Quantization
+) -> torch.Tensor:
+    """Map (N, in) to (N, out) by codes and, if there are any, residual factors, by the ending of their names."""
+    out_features, in_features = shape
+    dtype, coded = quantization.unpacked_dtype, unpacked(held[CODES], held[CODEBOOK], in_features)
+    y = coded_product(x, coded.codes, coded.codebook.to(dtype), coded.scales.to(dtype), in_features)
+    if UP in held:
+        small = quantized_product(x, held[DOWN], in_features, quantization, True)
+        y = y + quantized_product(small, held[UP], out_features, quantization, False)
+    return y
 
 
 class CodedLinear(PackedLinear):
@@ -36,13 +51,8 @@ class CodedLinear(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (N, in) to (N, out)."""
-        x = self.cast(input)
-        rows, codebook = self.get_parameter("lr_codes"), self.get_parameter("lr_codebook")
-        dtype, coded = self.quantization.unpacked_dtype, unpacked(rows, codebook, self.in_features)
-        y = coded_product(x, coded.codes, coded.codebook.to(dtype), coded.scales.to(dtype), self.in_features)
-        if self.rank is not None:
-            small = quantized_product(x, self.get_parameter("lr_down"), self.in_features, self.quantization, True)
-            y = y + quantized_product(small, self.get_parameter("lr_up"), self.out_features, self.quantization, False)
+        held = {f".{name}": self.get_parameter(name) for name in self.factors}
+        y = product_with_codes(self.cast(input), held, (self.out_features, self.in_features), self.quantization)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

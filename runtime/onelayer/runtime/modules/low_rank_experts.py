@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP, StackFacts, stack_sizes, stack_tensor
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
+from onelayer.runtime.modules.coded_linear import product_with_codes
 from onelayer.runtime.modules.quantized_linear import Quantization, quantized_product
 from onelayer.runtime.modules.weight_guard import GuardWeight
 
@@ -40,6 +41,8 @@ class CompressedStack:
             return nn.functional.linear(nn.functional.linear(x, held[DOWN]), held[UP])
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.facts.code_width is not None:
+            return product_with_codes(x, held, (out_features, in_features), self.quantization)
         if self.facts.rank is None:
             return quantized_product(x, held[DENSE], in_features, self.quantization, rows_are_outputs=True)
         x = quantized_product(x, held[DOWN], in_features, self.quantization, rows_are_outputs=True)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 METHOD = "onelayer"
-FORMAT_VERSIONS = (1, 2, 3)  # 2: with stacks of experts, 3: with codes
+FORMAT_VERSIONS = (1, 2, 3, 4)  # 2: with stacks of experts, 3: with codes, 4: with codes of experts
 
 
 @register_quantization_config(METHOD)

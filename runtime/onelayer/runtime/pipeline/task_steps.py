@@ -13,7 +13,7 @@ from onelayer.runtime.manifest.sections import Lora, Polish, Training
 from onelayer.runtime.pipeline.kinds import EVALUATION
 from onelayer.runtime.pipeline.step import Source, Step, data_sources, given, model_path, model_source
 from onelayer.runtime.training.settings import TrainSettings
-from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS
+from onelayer.runtime.training.trainer_args import LEARNING_RATES, NON_SEMANTIC_ARGS
 
 
 def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
@@ -212,6 +212,8 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
 
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
     semantic = {name: value for name, value in training.args.items() if name not in NON_SEMANTIC_ARGS}
+    if training.method == "sft":  # its default has changed once, and a result of the old one must not be found
+        semantic = {"learning_rate": LEARNING_RATES["sft"], **semantic}
     further = _further_lora_fields(training.lora)
     # Omitted if nothing is compressed, so that results from before the field existed are found.
     compressed = training.activations.where != "none"

@@ -14,7 +14,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype, best_of
 from onelayer.compiler.results import Result
-from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator, share_of
+from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator, coded_experts, share_of
 from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes
 from onelayer.runtime.planning.shapes import LinearShape, ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, TrainMemory, emulator_bytes, train_memory
@@ -282,11 +282,11 @@ def remarks(shapes: ModelShapes, choice: Choice, max_length: int, memory_bytes: 
                 f"an emulator does not pay: it takes {emulator / shapes.packed_bytes:.0%} of what the quantized "
                 "original takes itself; train on that packed (QLoRA), or plan with less memory"
             )
-    stacked = sum(block.experts.parameters for block in shapes.blocks if block.experts)
-    if stacked:
-        share = stacked / shapes.parameters
+    if stacked := sum(block.experts.parameters for block in shapes.blocks if block.experts):
+        share, coded = stacked / shapes.parameters, choice.stored == "coded"
+        form = "codes" if coded and coded_experts(shapes, choice.reached) is not None else "factors"
         remarks.append(
-            f"{share:.0%} of the parameters are experts, which are counted as factors; of a class that does not answer "
+            f"{share:.0%} of the parameters are experts, which are counted as {form}; of a class that does not answer "
             "to transformers' experts interface they stay as they are"
         )
     if choice.ratio is not None and choice.ratio < 0.15 and choice.stored != "coded":

@@ -27,7 +27,10 @@ LEAST_RATIO = LEAST_SHARE / WHOLE_SHARE
 
 @dataclass(frozen=True)
 class CodedEmulator:
-    """The code width of all linears, and the rank of the residual factors by (out, in); None: quantized whole."""
+    """Codes of linears or of experts: their width, and the rank of the residual factors by (out, in).
+
+    The rank None means that a weight is quantized whole.
+    """
 
     width: CodeWidth
     ranks: Mapping[tuple[int, int], int | None]
@@ -68,6 +71,23 @@ def coded_emulator(shapes: ModelShapes, ratio: float) -> CodedEmulator | None:
     return None if ranks is None else CodedEmulator(width, {linears[name]: rank for name, rank in ranks.items()})
 
 
+@lru_cache
+def coded_experts(shapes: ModelShapes, ratio: float) -> CodedEmulator | None:
+    """Return what compile makes of the experts with codes; None if there are none, or they become factors."""
+    share = share_of(ratio)
+    if (width := code_width(share)) is None:
+        return None
+    stacks = {
+        f"{place} {stack.name}": (stack.out_features, stack.in_features)
+        for place, block in enumerate(shapes.blocks)
+        for stack in block.stacks
+    }
+    ranks = coded_ranks(stacks, share, width)
+    if ranks is None or None in ranks.values():
+        return None
+    return CodedEmulator(width, {stacks[name]: rank for name, rank in ranks.items()})
+
+
 def share_of(ratio: float) -> float:
     """Return the share of the size at 16 bits that belongs to a ratio."""
     return ratio * WHOLE_SHARE
@@ -75,5 +95,6 @@ def share_of(ratio: float) -> float:
 
 def largest_decoding_bytes(shapes: ModelShapes) -> int:
     """Bound what a product with the largest linear holds for its decoded weight, at the finest codes."""
-    values = max((linear.parameters for block, _ in shapes.kinds for linear in block.compressible), default=0)
+    linears = (linear for block, _ in shapes.kinds for linear in (*block.compressible, *block.stacks))
+    values = max((linear.parameters for linear in linears), default=0)
     return decoding_bytes(values, shapes.value_bytes)

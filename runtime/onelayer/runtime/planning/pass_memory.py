@@ -1,5 +1,6 @@
 """Predicts the device peak of every pass over the original, from shapes alone. Torch-free."""
 
+from onelayer.compiler.codes.forms import group_size
 from onelayer.compiler.correct.candidates import CANDIDATES
 from onelayer.compiler.correct.memory import CorrectedShape, correction_bytes, trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
@@ -25,7 +26,7 @@ from onelayer.compiler.models.unit_memory import (
     training_bytes,
     weighing_bytes,
 )
-from onelayer.runtime.planning.coded import coded_emulator
+from onelayer.runtime.planning.coded import coded_emulator, coded_experts
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_bytes, values_at
@@ -189,10 +190,11 @@ def compile_bytes(
 ) -> int:
     """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver.
 
-    With codes, or with factors and `backward`, the way back through a block is added. Experts are compressed as factors
-    with codes too.
+    With codes, or with factors and `backward`, the way back through a block is added. Experts that are too small for
+    codes are compressed as factors.
     """
-    factored = [block for block, _ in shapes.kinds if block.experts is not None or not coded]
+    in_codes = coded and coded_experts(shapes, ratio) is not None
+    factored = [block for block, _ in shapes.kinds if not coded or (block.experts is not None and not in_codes)]
     peaks = [_compile_block(shapes, block, ratio, batch_tokens) for block in factored]
     if backward and not coded:
         head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
@@ -205,11 +207,20 @@ def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = T
     """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
     head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
 
-    return max(
-        block.parameters * shapes.value_bytes
-        + coding_bytes(_sides(block), _graph(shapes, block, batch_tokens, on_gpu=on_gpu), head, on_gpu)
-        for block, _ in shapes.kinds
-    )
+    def coding(block: BlockShape) -> int:
+        graph = _graph(shapes, block, batch_tokens, on_gpu=on_gpu)
+        linears = coding_bytes(_sides(block), graph, head, on_gpu)
+        return max(linears, _coded_expert_bytes(shapes, block))
+
+    return max(block.parameters * shapes.value_bytes + coding(block) for block, _ in shapes.kinds)
+
+
+def _coded_expert_bytes(shapes: ModelShapes, block: BlockShape) -> int:
+    """Count what one expert holds while it is coded: moments of its rows and of all tokens, some rows, the solver."""
+    experts = [(stack.out_features, stack.in_features) for stack in block.stacks]
+    moments = 2 * sum(8 * columns * group_size(columns) for _, columns in experts)
+    rows = EXPERT_ROWS * sum(map(sum, experts)) * shapes.value_bytes
+    return moments + max([rows, *(coding_bytes([expert], 0, 0, on_gpu=True) for expert in experts)])
 
 
 def _graph(shapes: ModelShapes, block: BlockShape, batch_tokens: int, *, on_gpu: bool = True) -> int:

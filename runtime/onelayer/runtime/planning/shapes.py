@@ -71,6 +71,11 @@ class BlockShape:
     media_rows: int = 0
     rows_per_token: float = 1.0
 
+    @property
+    def stacks(self) -> tuple[LinearShape, ...]:
+        """The matrices of one expert, as transformers stacks them; none without experts."""
+        return () if self.experts is None else self.experts.stacks
+
     def rows(self, tokens: int) -> int:
         """Return how many rows the layer computes when a batch has `tokens`."""
         return round(tokens * self.rows_per_token)

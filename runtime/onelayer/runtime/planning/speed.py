@@ -108,8 +108,11 @@ def _try_multiplying(device: "torch.device", dtype: "torch.dtype") -> float:  # 
 
 def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float, float]:
     """Predict what codes add to a compile: the search for codes with feedback, and the pass back over the samples."""
-    linears = [linear for block in shapes.blocks for linear in block.compressible]
-    search = sum(linear.parameters * (2 * CODEBOOK_ROWS + group_size(linear.in_features)) for linear in linears)
+    linears = [(linear, 1) for block in shapes.blocks for linear in block.compressible]
+    linears += [(stack, block.experts.count) for block in shapes.blocks if block.experts for stack in block.stacks]
+    search = sum(
+        count * linear.parameters * (2 * CODEBOOK_ROWS + group_size(linear.in_features)) for linear, count in linears
+    )
     read = shapes.stored_bytes / speed.read_bytes_per_second
     back = (RECOMPUTE + BACKWARD) * shapes.active_parameters * tokens
     return search / speed.flops_per_second, max(read, back / speed.flops_per_second)

@@ -19,7 +19,7 @@ from onelayer.compiler.factors.stored_forms import (
     kept_values,
 )
 from onelayer.compiler.machine.primitives import primitive_bytes
-from onelayer.runtime.planning.coded import coded_emulator, largest_decoding_bytes
+from onelayer.runtime.planning.coded import coded_emulator, coded_experts, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, SubBlock, expert_parts, lora_parameters, sub_blocks
 from onelayer.runtime.training.settings import TrainSettings
@@ -76,7 +76,8 @@ def factor_bytes(shapes: ModelShapes, dtype: FactorDtype) -> float:
 def emulator_bytes(shapes: ModelShapes, ratio: float, stored: Stored = "bf16") -> int:
     """Predict the size of an emulator, in memory and on disk. With quantized factors, dense linears are quantized too.
 
-    Experts count as factors: headers cannot say whether their class supports transformers' experts interface.
+    Experts count as factors, or as codes if they are large enough: headers cannot say whether their class supports
+    transformers' experts interface.
     """
     per_value = factor_bytes(shapes, RESIDUAL_DTYPE if stored == "coded" else stored)
     codes = coded_emulator(shapes, ratio) if stored == "coded" else None
@@ -88,7 +89,11 @@ def emulator_bytes(shapes: ModelShapes, ratio: float, stored: Stored = "bf16") -
         for stack in block.experts.stacks
     ]
     whole = sum(count * linear.parameters for linear, count in [*linears, *stacks])
-    kept = sum(count * values_at(stack, ratio) for stack, count in stacks) * per_value
+    experts = None if codes is None else coded_experts(shapes, ratio)
+    if experts is None:
+        kept = sum(count * values_at(stack, ratio) for stack, count in stacks) * per_value
+    else:
+        kept = sum(count * experts.stored_bytes(stack) for stack, count in stacks)
     if codes is None:
         kept += sum(count * values_at(linear, ratio) for linear, count in linears) * per_value
     else:
@@ -99,16 +104,13 @@ def emulator_bytes(shapes: ModelShapes, ratio: float, stored: Stored = "bf16") -
 def active_values(shapes: ModelShapes, ratio: float, coded: bool = False) -> int:
     """Count the emulator's weights that compute one token, whatever their size in bytes. Decoded ones count whole."""
     codes = coded_emulator(shapes, ratio) if coded else None
+    experts = None if codes is None else coded_experts(shapes, ratio)
     spared = 0
     for block, count in shapes.kinds:
-        linears = [(linear, 1) for linear in block.compressible]
-        if codes is not None:
-            spared -= count * sum(codes.computed_values(linear) - linear.parameters for linear, _ in linears)
-            linears = []
-        if block.experts is not None:
-            active = min(shapes.experts_per_token, block.experts.count)
-            linears += [(stack, active) for stack in block.experts.stacks]
-        spared += count * sum(times * (linear.parameters - values_at(linear, ratio)) for linear, times in linears)
+        active = 0 if block.experts is None else min(shapes.experts_per_token, block.experts.count)
+        for linears, form, times in ((block.compressible, codes, 1), (block.stacks, experts, active)):
+            kept = (values_at(linear, ratio) if form is None else form.computed_values(linear) for linear in linears)
+            spared += count * times * (sum(linear.parameters for linear in linears) - sum(kept))
     return shapes.active_parameters - spared
 
 

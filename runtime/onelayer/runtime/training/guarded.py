@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.devices import forked_random
+from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.activations.compression import compress_activations
 from onelayer.runtime.activations.figures import Figures, SavedBytes
@@ -143,6 +144,8 @@ class GuardedTrainer(Trainer):
             raise FloatingPointError(
                 f"the loss is {float(loss)} in step {step}; lower the learning rate, or check the data"
             )
+        if self.args.device.type == "cpu":  # rows of other lengths would add to the holes that these leave
+            return_free_memory()
         return loss
 
     def _plain_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

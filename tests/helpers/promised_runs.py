@@ -1,0 +1,54 @@
+"""Passes in fresh processes: a model and data in a folder in, the report of what was promised and measured out."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.children import fork_server
+from onelayer.compiler.compile.command import compile_emulator
+from onelayer.compiler.polish.command import polish_adapter
+from onelayer.compiler.refine.command import refine_emulator
+from onelayer.compiler.results import Report
+
+
+def compiled(root: Path, **settings: Any) -> Report:
+    """Compile the model in `root` on the data there."""
+    given = {"host_memory_bytes": 0, "ratio": 0.2, **settings}
+    return compile_emulator(root / "model", root / "data.jsonl", root / "emulator", **given).report
+
+
+def refined(root: Path, **settings: Any) -> Report:
+    """Refine the emulator that `compiled` made."""
+    given = {"model": root / "model", "calibration": root / "data.jsonl", "steps": 2, **settings}
+    return refine_emulator(root / "emulator", output=root / "refined", host_memory_bytes=0, **given).report
+
+
+def polished(root: Path, **settings: Any) -> Report:
+    """Make a fresh adapter."""
+    given = {"model": root / "model", "data": root / "data.jsonl", "lora_rank": 8, "steps": 1, **settings}
+    return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
+
+
+def _run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any], home: str) -> None:
+    """Run a command in this process."""
+    os.environ["ONELAYER_HOME"] = home
+    torch.set_num_threads(1)
+    (root / "report.json").write_text(command(root, **settings).model_dump_json())
+
+
+def measured(command: Callable[..., Report], root: Path, home: Path, **settings: Any) -> Report:
+    """Measure in a child process: one that has computed before holds free memory, which would hide new allocations."""
+    (root / "report.json").unlink(missing_ok=True)
+    context = fork_server()
+    process = context.Process(target=_run_here, args=(command, root, settings, str(home)))
+    process.start()
+    process.join()
+    return Report.model_validate_json((root / "report.json").read_text())
+
+
+def check_promise(report: Report) -> None:
+    """Assert that a peak is within what was promised."""
+    assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes
