@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.media_files import picture
 from helpers.model_shapes import decoder
 from helpers.places import ROOT
 from onelayer.compiler.errors import InputError
@@ -45,16 +46,20 @@ SIZED = {
 
 
 def placed(folder: Path, name: str) -> Manifest:
-    """Copy a manifest to its own folder, with one line in each file that it names."""
+    """Copy a manifest to its own folder, with one line in each file and one picture in each folder that it names."""
     text = (FOLDER / name).read_text()
 
     def files(value: Any) -> list[str]:
         if isinstance(value, dict | list):
             return [file for item in (value.values() if isinstance(value, dict) else value) for file in files(item)]
-        return [value] if isinstance(value, str) and value.endswith(".jsonl") else []
+        return [value] if isinstance(value, str) and (value.endswith(".jsonl") or value.startswith("data/")) else []
 
     for file in files(yaml.safe_load(text)):
         (folder / file).parent.mkdir(exist_ok=True)
+        if not file.endswith(".jsonl"):
+            (folder / file).mkdir(exist_ok=True)
+            picture().save(folder / file / "0.png")
+            continue
         (folder / file).write_text('{"text": "a"}\n')
     shutil.copy(FOLDER / name, folder / name)
     return load_manifest(folder / name)

@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat
 from onelayer.compiler.settings import OnDevice, Option, Revised, Seeded, Settings
 
 
-class EncodeSettings(Seeded, OnDevice, Revised, Settings):
-    """What can be set of an encoding."""
+class EncodedPictures(Settings):
+    """The size of pictures, and the captions of those without one of their own."""
 
     resolution: Annotated[
         int, Field(ge=16, description="Images are scaled and cropped to squares of this many pixels.")
@@ -27,6 +27,11 @@ class EncodeSettings(Seeded, OnDevice, Revised, Settings):
         PositiveFloat | None,
         Field(description="Guidance that a guidance-distilled denoiser gets as an argument; 1 by default."),
     ] = None
+
+
+class EncodeSettings(Seeded, OnDevice, Revised, EncodedPictures):
+    """What can be set of an encoding."""
+
     resume: Annotated[
         bool,
         Field(description="Take up an interrupted run with the same settings, or start over."),

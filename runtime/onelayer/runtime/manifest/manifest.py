@@ -10,10 +10,12 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
 from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
 from onelayer.compiler.settings import Seeded
+from onelayer.runtime.manifest.args import args_blocks, check_args, method_of
 from onelayer.runtime.manifest.sections import (
     Anchor,
     Correct,
     Emulator,
+    Images,
     Model,
     Polish,
     Section,
@@ -24,7 +26,7 @@ from onelayer.runtime.manifest.sections import (
 )
 from onelayer.runtime.manifest.values import Folder, TaskName
 from onelayer.runtime.manifest.yaml_file import read_yaml
-from onelayer.runtime.training.trainer_args import METHODS, Method, refused_args, reporter_fault, trainer_args_model
+from onelayer.runtime.training.trainer_args import METHODS, trainer_args_model
 
 
 class Manifest(Seeded, Section):
@@ -32,6 +34,7 @@ class Manifest(Seeded, Section):
 
     version: Literal[1]
     model: Model
+    images: Images | None = None
     emulator: Emulator | None = None
     train: Training = Training()
     correct: Correct = Correct()
@@ -94,7 +97,7 @@ class Manifest(Seeded, Section):
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
         """Return the limit of a task's correction."""
         # The loss of chosen answers says little of an adapter that learned preferences.
-        by_loss = self.train.method == "sft" and self.tasks[task_name].validation is not None
+        by_loss = self.train.method == "sft" and self.tasks[task_name].validation is not None and self.images is None
         return chosen_limit(self.correct.limit, by_loss)
 
     def polishing(self, task_name: str) -> Polish | None:
@@ -114,13 +117,14 @@ def load_manifest(path: str | Path) -> Manifest:
     for block, where in args_blocks(document):
         faults += check_args(block, where, method_of(document))
     try:
-        manifest = Manifest.model_validate(document, context={"folder": path.absolute().parent})
+        context = {"folder": path.absolute().parent, "images": document.get("images") is not None}
+        manifest = Manifest.model_validate(document, context=context)
     except ValidationError as error:
         faults += faults_of(error, Manifest, document)
     else:
         faults += _stopping_twice(manifest) + _nothing_to_choose_by(manifest) + _nothing_to_score(manifest)
         faults += _impossible_ratios(manifest) + _impossible_codes(manifest) + _nothing_to_train_on(manifest)
-        faults += _impossible_preferences(manifest)
+        faults += _impossible_preferences(manifest) + _impossible_images(manifest)
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest = manifest.model_copy(update={"emulator": None}) if manifest.train.on == "original" else manifest
@@ -189,6 +193,28 @@ def _impossible_preferences(manifest: Manifest) -> list[Fault]:
     return faults
 
 
+def _impossible_images(manifest: Manifest) -> list[Fault]:
+    """Find what does not go with a diffusion pipeline."""
+    if manifest.images is None:
+        return []
+    faults: list[Fault] = []
+    if not Path(manifest.model.path).is_absolute():
+        faults.append((("model", "path"), "images are encoded by a local pipeline, download it and give its directory"))
+    if manifest.train.method != "sft":
+        faults.append((("train", "method"), "a denoiser learns pictures, leave it out"))
+    if manifest.correct.limit == "auto":
+        faults.append((("correct", "limit"), "auto chooses by the loss on texts, give a number or none"))
+    data: list[tuple[Location, tuple[Any, ...] | None]] = [
+        (("tasks", name, part), getattr(task, part))
+        for name, task in manifest.tasks.items()
+        for part in ("train", "validation", "test")
+    ]
+    if manifest.emulator is not None:
+        data.append((("emulator", "calibration", "data"), manifest.emulator.calibration.data))
+    one = "a denoiser reads one folder, put all images into it"
+    return faults + [(where, one) for where, folders in data if folders is not None and len(folders) > 1]
+
+
 def _impossible_ratios(manifest: Manifest) -> list[Fault]:
     """Find ratios that are given twice, or that no slice of the emulator can have."""
     emulator = manifest.emulator
@@ -253,48 +279,3 @@ def manifest_schema() -> dict[str, Any]:
         for owner in ("Training", "Task"):
             schema["$defs"][owner]["properties"]["args"] = {"$ref": "#/$defs/TrainerArgs"}
     return schema
-
-
-# Arguments that a manifest sets elsewhere, with the place.
-_RESERVED_ARGS = {
-    "output_dir": "not here, the store decides where results go",
-    "resume_from_checkpoint": "not here, an interrupted training is resumed by running the manifest again",
-    "seed": "not here, set the manifest's top-level `seed`",
-    "max_length": "not here, set `max_length` under `train` or the task",
-}
-
-
-def method_of(document: dict[str, Any]) -> Method:
-    """Return the method of an unchecked document; `sft` if it names none that exists."""
-    train = document.get("train")
-    named = train.get("method") if isinstance(train, dict) else None
-    return next((method for method in METHODS if method == named), METHODS[0])
-
-
-def args_blocks(document: dict[str, Any]) -> list[tuple[dict[str, Any], Location]]:
-    """List every `args:` mapping of an unchecked document, with its place."""
-    tasks = document.get("tasks")
-    owners: list[tuple[Any, Location]] = [(document.get("train"), ("train",))]
-    owners += [(task, ("tasks", name)) for name, task in tasks.items()] if isinstance(tasks, dict) else []
-    return [
-        (owner["args"], (*where, "args"))
-        for owner, where in owners
-        if isinstance(owner, dict) and isinstance(owner.get("args"), dict)
-    ]
-
-
-def check_args(block: dict[str, Any], where: Location, method: Method) -> list[Fault]:
-    """Check one `args:` mapping against the method's configuration and put the coerced values in its place."""
-    refused = {name: f"cannot be set here, {remedy}" for name, remedy in refused_args(method).items()} | _RESERVED_ARGS
-    faults: list[Fault] = [((*where, name), refused[name]) for name in block if name in refused]
-    args_model = trainer_args_model(method)
-    if args_model is None:  # without the training extra no name can be checked; the train step names what to install
-        return faults
-    if (fault := reporter_fault(block.get("report_to"))) is not None:
-        faults.append(((*where, "report_to"), fault))
-    allowed = {name: value for name, value in block.items() if name not in refused}
-    try:
-        block.update(args_model.model_validate(allowed).model_dump(exclude_unset=True))
-    except ValidationError as error:
-        faults += [((*where, *place), text) for place, text in faults_of(error, args_model, allowed)]
-    return faults

@@ -13,11 +13,13 @@ from pydantic import (
 
 from onelayer.compiler.compile.settings import EmulatorSize, Sampling
 from onelayer.compiler.correct.settings import CorrectSettings
+from onelayer.compiler.encode.settings import EncodedPictures
 from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY, AnchorBits
 from onelayer.runtime.manifest.values import (
+    DataSource,
     DataSources,
     Size,
     checked_limit,
@@ -60,6 +62,15 @@ class Model(Section):
 
     path: Annotated[str, AfterValidator(model_source)]
     revision: str | None = None
+
+
+class Images(EncodedPictures, Section):
+    """How folders of images are encoded for the denoiser of a pipeline; with this section all data are such folders.
+
+    `class_data` are images of the subject's class, which training keeps as they are.
+    """
+
+    class_data: DataSource | None = None
 
 
 class Calibration(Sampling, Section):

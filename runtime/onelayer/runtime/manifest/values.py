@@ -38,7 +38,15 @@ def _exists(path: Path) -> bool:
 
 
 def _data_source(value: Any, info: ValidationInfo) -> str | DataSet:
-    """Check a path, or a mapping with more than a path. The first rows of a local source are read."""
+    """Check a path, or a mapping with more than a path. The first rows of a local source are read.
+
+    Data of a diffusion pipeline are folders of images, which the encoding reads.
+    """
+    if (info.context or {}).get("images"):
+        folder = _local(value, info) if isinstance(value, str) else None
+        if folder is None or not Path(folder).is_dir():
+            raise ValueError(f"{value}: is no folder of images in the manifest's folder")
+        return folder
     if isinstance(value, str):
         path = _data_path(value, info)
         check_first_rows(DataSet(path=path))

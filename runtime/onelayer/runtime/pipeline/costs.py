@@ -12,7 +12,7 @@ from onelayer.compiler.machine.hardware import shows_gpu
 from onelayer.compiler.results import Result
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator
-from onelayer.runtime.pipeline.emulator_size import planned_run, shapes_of_examples, size_of_shapes
+from onelayer.runtime.pipeline.emulator_size import of_pictures, planned_run, shapes_of_examples, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.planning.choice import Size
 from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
@@ -62,7 +62,12 @@ class CostBasis:
     def planned(self) -> PlannedRun:
         """The run that the step's task asks for, on a GPU if this machine shows one."""
         on_gpu = shows_gpu() and not self.manifest.training(self.task).args.get("use_cpu")
-        return replace(planned_run(self.manifest, self.task), coded=self.size.coded, on_gpu=on_gpu)
+        run = of_pictures(planned_run(self.manifest, self.task), self.shapes)
+        return replace(run, coded=self.size.coded, on_gpu=on_gpu)
+
+    def tokens(self, batch_size: int, max_length: int) -> int:
+        """Return what a pass has on the device at once: a batch, or the positions of a picture."""
+        return self.shapes.positions or batch_size * max_length
 
     @property
     def model_bytes(self) -> int:
@@ -112,7 +117,7 @@ def unknown_costs(basis: CostBasis) -> StepCosts:
 
 def compile_costs(basis: CostBasis) -> StepCosts:
     """Predict a compile: one pass over the original, and one back if errors are weighted by gradients."""
-    tokens = basis.manifest.stream.batch_size * basis.emulator.calibration.max_length
+    tokens = basis.tokens(basis.manifest.stream.batch_size, basis.emulator.calibration.max_length)
     ratio = basis.ratio if basis.size.coded else widest_ratio(basis.ratio, basis.emulator.allocation)
     asked, coded = basis.emulator.backward, basis.size.coded
     backward = asked is not False if coded else asked is True
@@ -131,7 +136,7 @@ def refine_costs(basis: CostBasis) -> StepCosts:
     """Predict a refinement: one pass over original and emulator, two over the original if gradients are learned."""
     refinement = basis.emulator.refinement
     assert refinement is not None
-    tokens = refinement.batch_size * basis.emulator.calibration.max_length
+    tokens = basis.tokens(refinement.batch_size, basis.emulator.calibration.max_length)
     backward, coded = refinement.backward, basis.size.coded
     peak = refine_bytes(basis.shapes, basis.ratio, tokens, basis.emulator.allocation, coded=coded, backward=backward)
     written = basis.emulator_bytes(basis.ratio)
@@ -187,6 +192,6 @@ def merge_costs(basis: CostBasis) -> StepCosts:
 
 def evaluate_costs(basis: CostBasis) -> StepCosts:
     """Predict an evaluation: one pass over the original."""
-    tokens = basis.manifest.stream.batch_size * basis.manifest.training(basis.task).max_length
+    tokens = basis.tokens(basis.manifest.stream.batch_size, basis.manifest.training(basis.task).max_length)
     peak = evaluate_bytes(basis.shapes, tokens)
     return StepCosts(read_bytes=basis.model_bytes, write_bytes=0, peak_bytes=peak)

@@ -101,7 +101,18 @@ def shapes_of_examples(manifest: Manifest, directory: Path) -> ModelShapes:
     lengths = [manifest.training(name).max_length for name in manifest.tasks]
     if manifest.emulator is not None:
         lengths.append(manifest.emulator.calibration.max_length)
-    return shapes_from_headers(directory).at_length(min(lengths))
+    side = None if manifest.images is None else manifest.images.resolution
+    shapes = shapes_from_headers(directory, image_side=side)
+    return shapes.at_length(shapes.positions or min(lengths))
+
+
+def of_pictures(run: PlannedRun, shapes: ModelShapes) -> PlannedRun:
+    """Return a run as a denoiser computes it: one picture with its prompt at a time."""
+    positions = shapes.positions
+    if positions is None:
+        return run
+    refined = None if run.refine_tokens is None else positions * bool(run.refine_tokens)
+    return replace(run, batch_size=1, max_length=positions, compile_tokens=positions, refine_tokens=refined)
 
 
 def size_of_shapes(manifest: Manifest, emulator: Emulator, shapes: ModelShapes) -> Size:
@@ -148,7 +159,7 @@ def _allowed(manifest: Manifest, emulator: Emulator) -> tuple[Stored, ...]:
 
 def _ratios(manifest: Manifest, shapes: ModelShapes, memory_bytes: int, dtype: Stored) -> dict[str, float | None]:
     """Find the largest ratio with which each task can be trained."""
-    runs = {name: planned_run(manifest, name) for name in _planned_tasks(manifest)}
+    runs = {name: of_pictures(planned_run(manifest, name), shapes) for name in _planned_tasks(manifest)}
     return {name: best_ratio(shapes, run, memory_bytes, dtype).ratio for name, run in runs.items()}
 
 

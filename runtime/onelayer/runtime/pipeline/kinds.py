@@ -62,6 +62,7 @@ class StepKind:
 
 
 STEP_KINDS = {
+    "encode": StepKind(version=1, resumable=True),
     "compile": StepKind(
         version=4,
         digest=directory_digest,

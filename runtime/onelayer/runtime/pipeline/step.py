@@ -17,7 +17,7 @@ from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.sources.files import data_files
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import file_digest, sha256_json
-from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
+from onelayer.compiler.storage.pipeline_directory import INDEX_FILE, components_of, read_pipeline_index
 from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.manifest.manifest import Manifest
 
@@ -33,10 +33,11 @@ Execute = Callable[[Mapping[str, Path], Path], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """An input from the user that a step reads: the model, or one data set."""
+    """An input from the user that a step reads: the model, one data set, or files whose content alone counts."""
 
     text: str  # an absolute path or a Hub id
     is_model: bool = False
+    is_plain: bool = False
     revision: str | None = None
     data: DataSet | None = None  # if more than the path decides what is read
 
@@ -109,7 +110,7 @@ def source_digest(source: Source) -> str | None:
     if source.is_model:
         directory = model_directory(source)
         return None if directory is None else directory_digest(directory)
-    content = _content_digest(source.text)
+    content = _content_digest(source)
     if media := _media_files(source):
         content = sha256_json({"content": content, "media": {name: file_digest(path) for name, path in media.items()}})
     return content if source.data is None else sha256_json({"content": content, **source.data.details})
@@ -117,19 +118,38 @@ def source_digest(source: Source) -> str | None:
 
 def _media_files(source: Source) -> dict[str, Path]:
     """Return the files of images and audio that the rows of a data set name, by their places next to it."""
+    if source.is_plain:
+        return {}
     base = Path(source.text) if Path(source.text).is_dir() else Path(source.text).parent
     files = media_files(source.data or DataSet(path=source.text))
     return {os.path.relpath(file, base): file for file in files}
 
 
-def _content_digest(text: str) -> str:
+def _content_digest(source: Source) -> str:
     """Digest a file, or all files of a directory by their places in it."""
-    path = Path(text)
+    path = Path(source.text)
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        return sha256_json({file.relative_to(path).as_posix(): file_digest(file) for file in _data_files(path)})
-    return sha256_json({"hub": text})
+        return sha256_json({file.relative_to(path).as_posix(): file_digest(file) for file in _data_files(source)})
+    return sha256_json({"hub": source.text})
+
+
+def given(role: str, data: tuple[str | DataSet, ...], inputs: Mapping[str, Path]) -> Any:
+    """Return data as a function takes and records it: one source alone, several as a list."""
+    found = all_given(role, data, inputs)
+    return found[0] if len(found) == 1 else found
+
+
+def all_given(role: str, data: tuple[str | DataSet, ...], inputs: Mapping[str, Path]) -> list[Any]:
+    """Return data as a list; of images it is what an earlier step encoded."""
+    return [path for name, path in inputs.items() if name == role or name.startswith(f"{role} ")] or list(data)
+
+
+def data_sources(role: str, data: tuple[str | DataSet, ...] | None) -> dict[str, Source]:
+    """Return data by their roles in a step. The first has the role of a single one, which keeps keys of old results."""
+    sources = [Source.of(source) for source in data or ()]
+    return {role if number == 1 else f"{role} {number}": source for number, source in enumerate(sources, 1)}
 
 
 @contextmanager
@@ -155,11 +175,14 @@ def _files_of(source: Source) -> list[Path]:
         return []
     if source.is_model:
         return [path / "config.json", *Checkpoint.open(path).files, *_tokenizer_files(path)]
-    return [*([path] if path.is_file() else _data_files(path)), *_media_files(source).values()]
+    return [*([path] if path.is_file() else _data_files(source)), *_media_files(source).values()]
 
 
-def _data_files(directory: Path) -> list[Path]:
-    """List what may be read: the files at the top, and those with rows below."""
+def _data_files(source: Source) -> list[Path]:
+    """List what may be read of a directory: the files at the top, and those with rows below; or all of plain files."""
+    directory = Path(source.text)
+    if source.is_plain:
+        return sorted(file for file in directory.rglob("*") if file.is_file())
     top = [file for file in directory.iterdir() if file.is_file() and file.name[0] != "."]
     return sorted({*top, *data_files(directory)[0]})
 
@@ -169,6 +192,20 @@ def _tokenizer_files(directory: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
+def pipeline_parts(directory: Path) -> dict[str, Source]:
+    """Return what an encoding reads of a pipeline in addition to its denoiser: the models, and the files of the rest.
+
+    Raises `InputError` if it is no pipeline.
+    """
+    parts = {"index": Source(str(directory / INDEX_FILE), is_plain=True)}
+    for name in components_of(read_pipeline_index(directory)):
+        path = directory / name
+        if path.is_dir():
+            is_model = (path / "config.json").is_file()
+            parts[name] = Source(str(path), is_model=is_model, is_plain=not is_model)
+    return parts
+
+
 def directory_digest(directory: Path) -> str:
     """Digest the files of a model directory that decide results: weights, config.json, tokenizer and chat templates."""
     files = {path.relative_to(directory).as_posix(): file_digest(path) for path in _tokenizer_files(directory)}
@@ -176,10 +213,10 @@ def directory_digest(directory: Path) -> str:
 
 
 def model_directory(source: Source) -> Path | None:
-    """Return the model's directory if it is on this machine; never downloads."""
+    """Return the model's directory, of a pipeline that of its denoiser, if it is on this machine; never downloads."""
     path = Path(source.text)
     if path.is_absolute():
-        return gguf_directory(path) if is_gguf(path) else path
+        return resolve_model(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

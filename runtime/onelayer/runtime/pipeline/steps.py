@@ -4,13 +4,14 @@ Nothing here imports torch before a step executes.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from onelayer.runtime.manifest.manifest import Manifest
-from onelayer.runtime.manifest.sections import Emulator, Refine
+from onelayer.runtime.manifest.sections import Emulator, Images, Refine
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
-from onelayer.runtime.pipeline.step import Source, Step, model_path, model_source
+from onelayer.runtime.pipeline.step import Source, Step, all_given, model_path, model_source, pipeline_parts
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 from onelayer.runtime.planning.choice import Size
 
@@ -28,7 +29,47 @@ def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
         steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
     for task in tasks:
         steps += steps_of_task(manifest, task)
-    return steps
+    return steps if manifest.images is None else _reading_encoded(manifest, manifest.images, steps)
+
+
+def _reading_encoded(manifest: Manifest, images: Images, steps: list[Step]) -> list[Step]:
+    """Let every step read encoded images instead of folders; each folder is encoded once, before all else."""
+    folders = [source for step in steps for source in step.sources.values() if not source.is_model]
+    names = {source: f"encode {number}" for number, source in enumerate(dict.fromkeys(folders), start=1)}
+    encoding = [_encode_step(manifest, images, source, name) for source, name in names.items()]
+    reading = []
+    for step in steps:
+        needs = {role: names[source] for role, source in step.sources.items() if not source.is_model}
+        models = {role: source for role, source in step.sources.items() if source.is_model}
+        reading.append(replace(step, sources=models, needs={**step.needs, **needs}))
+    return [*encoding, *reading]
+
+
+def _encode_step(manifest: Manifest, images: Images, folder: Source, name: str) -> Step:
+    """Encode a folder of images, with those of the class, by the text encoders and the autoencoder of the pipeline."""
+    model = model_source(manifest)
+    settings = images.model_dump(mode="json", exclude={"class_data"})
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import encode_images
+
+        result = encode_images(
+            model.text,
+            folder.text,
+            output,
+            class_data=None if images.class_data is None else Source.of(images.class_data).text,
+            device=manifest.stream.device,
+            seed=manifest.seed,
+            **settings,
+        )
+        return result.model_dump(mode="json")
+
+    parts = pipeline_parts(Path(model.text))
+    sources = {"model": model, "images": replace(folder, is_plain=True), **parts}
+    if images.class_data is not None:
+        sources["class images"] = replace(Source.of(images.class_data), is_plain=True)
+    passes = {"device": manifest.stream.device}
+    return Step(name, "encode", execute, {**settings, "seed": manifest.seed}, sources, passes=passes)
 
 
 def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
@@ -47,7 +88,7 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         chosen = size()
         result = compile_emulator(
             model.text,
-            list(calibration.data),
+            all_given("calibration", calibration.data, inputs),
             output,
             **_form_keywords(emulator, chosen),
             samples=calibration.samples,
@@ -128,7 +169,7 @@ def refine_step(manifest: Manifest, emulator: Emulator, refine: Refine, ratio: f
         result = refine_emulator(
             inputs["emulator"],
             model=model_path(model),
-            calibration=list(calibration.data),
+            calibration=all_given("calibration", calibration.data, inputs),
             output=output,
             **calibration.lengths(),
             device=manifest.stream.device,

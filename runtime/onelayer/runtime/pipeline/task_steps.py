@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.storage.files import write_json
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Lora, Polish, Training
 from onelayer.runtime.pipeline.kinds import EVALUATION
-from onelayer.runtime.pipeline.step import Source, Step, model_path, model_source
+from onelayer.runtime.pipeline.step import Source, Step, data_sources, given, model_path, model_source
 from onelayer.runtime.training.settings import TrainSettings
 from onelayer.runtime.training.trainer_args import LEARNING_RATES, NON_SEMANTIC_ARGS
 
@@ -22,7 +21,7 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
     held_out: dict[str, Any] = {}
     limit, validation = manifest.limit(task), manifest.tasks[task].validation
     if limit == "auto" and validation is not None:
-        held_out = {"data": _given(validation), **manifest.stream.model_dump()}
+        held_out = {"data": given("validation data", validation, {}), **manifest.stream.model_dump()}
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import correct_adapter
@@ -43,7 +42,7 @@ def correct_step(manifest: Manifest, task: str, model: Source) -> Step:
     if limit == "auto":
         fields |= manifest.training(task).lengths()
         held_out |= manifest.training(task).lengths()
-        sources |= _data_sources("validation data", validation)
+        sources |= data_sources("validation data", validation)
     return Step(f"{task}.correct", "correct", execute, fields, sources, needs=needs, task=task)
 
 
@@ -58,17 +57,17 @@ def polish_step(manifest: Manifest, task: str, model: Source, polishing: Polish)
         result = polish_adapter(
             inputs["adapter"],
             model=model_path(model),
-            data=_given(data),
+            data=given("train data", data, inputs),
             output=output,
             **lengths,
-            eval_data=None if validation is None else _given(validation),
+            eval_data=None if validation is None else given("validation data", validation, inputs),
             device=manifest.stream.device,
             seed=manifest.seed,
             **settings,
         )
         return result.model_dump(mode="json")
 
-    sources = {"model": model, **_data_sources("train data", data), **_data_sources("validation data", validation)}
+    sources = {"model": model, **data_sources("train data", data), **data_sources("validation data", validation)}
     fields = {**settings, **lengths, "seed": manifest.seed}
     needs = {"adapter": fitting_step(manifest, task)}
     passes = {"device": manifest.stream.device}
@@ -96,16 +95,17 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import evaluate_model
 
+        adapters = {name: path for name, path in inputs.items() if name in needs}
         result = evaluate_model(
             model_path(model),
-            _given(test),
-            adapters=list(inputs.values()),
+            given("test data", test, inputs),
+            adapters=list(adapters.values()),
             **lengths,
             batch_size=manifest.stream.batch_size,
             device=manifest.stream.device,
         )
         document: dict[str, Any] = result.model_dump(mode="json")
-        names: dict[str | None, str] = {None: "original", **{str(path): name for name, path in inputs.items()}}
+        names: dict[str | None, str] = {None: "original", **{str(path): name for name, path in adapters.items()}}
         rows = [{"name": names[row["adapter"]], **row} for row in document["results"]]
         output.mkdir(exist_ok=True)
         write_json(output / EVALUATION, {**document, "results": rows})
@@ -121,7 +121,7 @@ def evaluate_step(manifest: Manifest, task: str, model: Source) -> Step:
         "evaluate",
         execute,
         lengths,
-        {"model": model, **_data_sources("test data", test)},
+        {"model": model, **data_sources("test data", test)},
         needs=needs,
         optional=frozenset({"direct"}),
         task=task,
@@ -165,17 +165,17 @@ def reference_step(manifest: Manifest, task: str, model: Source) -> Step:
 
         result = reference_scores(
             model_path(model),
-            _given(data),
+            given("train data", data, inputs),
             output,
             method=method,
             train_batch_size=batch_size,
-            eval_data=None if held_out is None else _given(held_out),
+            eval_data=None if held_out is None else given("validation data", held_out, inputs),
             max_length=training.max_length,
             **manifest.stream.model_dump(),
         )
         return result.model_dump(mode="json")
 
-    sources = {"model": model, **_data_sources("train data", data), **_data_sources("validation data", held_out)}
+    sources = {"model": model, **data_sources("train data", data), **data_sources("validation data", held_out)}
     return Step(f"{task}.reference", "reference", execute, fields, sources, task=task)
 
 
@@ -183,7 +183,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     """Train on the emulator, or with `direct` on the original itself (the upper bound), streamed if it does not fit."""
     training = manifest.training(task)
     model, data = model_source(manifest), manifest.tasks[task].train
-    sources = _data_sources("train data", data)
+    sources = data_sources("train data", data)
     anchored = training.anchor is not None and not direct
     scored = manifest.tasks[task].validation if training.args.get("eval_steps") is not None else None
     referred = training.method != "sft" and not direct
@@ -195,7 +195,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
         base = original if direct else inputs["emulator"]
         assert base is not None
         anchors = {**anchor_arguments(training), "model": original} if anchored else {}
-        held_out = {} if scored is None else {"eval_data": _given(scored)}
+        held_out = {} if scored is None else {"eval_data": given("validation data", scored, inputs)}
         reference = {"reference": inputs["reference"]} if referred else {}
         held = {"way": training.way} if direct else {}
         settings = {
@@ -207,7 +207,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
             "seed": manifest.seed,
             "resume": True,
         }
-        result = train_lora(base, _given(data), output, **settings)
+        result = train_lora(base, given("train data", data, inputs), output, **settings)
         return result.model_dump(mode="json")
 
     lora = training.lora.model_dump(mode="json", include={"r", "alpha", "target_modules"})
@@ -237,17 +237,6 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
     if referred:
         needs["reference"] = f"{task}.reference"
     return Step(f"{task}.train", "train", execute, fields, sources, needs=needs, task=task)
-
-
-def _given(data: tuple[str | DataSet, ...]) -> str | DataSet | list[str | DataSet]:
-    """Return data as a function takes and records it: one source alone, several as a list."""
-    return data[0] if len(data) == 1 else list(data)
-
-
-def _data_sources(role: str, data: tuple[str | DataSet, ...] | None) -> dict[str, Source]:
-    """Return data by their roles in a step. The first has the role of a single one, which keeps keys of old results."""
-    sources = [Source.of(source) for source in data or ()]
-    return {role if number == 1 else f"{role} {number}": source for number, source in enumerate(sources, 1)}
 
 
 def emulator_step(manifest: Manifest, task: str) -> str:
