@@ -59,6 +59,8 @@ def placed(folder: Path, name: str) -> Manifest:
         if not file.endswith(".jsonl"):
             (folder / file).mkdir(exist_ok=True)
             picture().save(folder / file / "0.png")
+            (folder / "flux-dev").mkdir(exist_ok=True)  # a pipeline encodes them, and it must be there
+            (folder / "flux-dev" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
             continue
         (folder / file).write_text('{"text": "a"}\n')
     shutil.copy(FOLDER / name, folder / name)
