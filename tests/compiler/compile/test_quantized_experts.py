@@ -91,7 +91,7 @@ def test_a_damaged_emulator_of_experts_is_refused(tmp_path: Path) -> None:
         load_emulator(tmp_path / "emulator")
     bad["quantization_config"]["stacks"][name] = {"shape": [4, 32, 64], "rank": None}
     write_json(config, bad)
-    with pytest.raises(InputError, match="without a rank is quantized"):
+    with pytest.raises(InputError, match="without a rank, or of codes, is quantized"):
         Emulator.open(tmp_path / "emulator")
 
 

@@ -136,7 +136,7 @@ def test_refused_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_refused_models() -> None:
-    with pytest.raises(InputError, match="no transformers model"):
+    with pytest.raises(InputError, match="Linear is no model of transformers or diffusers"):
         compress_activations(torch.nn.Linear(2, 2))
     model = tiny_llama()
     first = compress_activations(model)

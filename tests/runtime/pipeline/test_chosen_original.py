@@ -21,7 +21,7 @@ AUTO = MANIFEST.replace("ratio: 0.25", "memory: 2GiB").replace(
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setattr(emulator_size, "shapes_from_headers", lambda directory: SHAPES)
+    monkeypatch.setattr(emulator_size, "shapes_from_headers", lambda directory, image_side=None: SHAPES)
     return Project(tmp_path, FakeSteps(monkeypatch))
 
 

@@ -74,7 +74,9 @@ def test_layers_and_rows_are_those_of_the_model(name: str, tmp_path: Path) -> No
     model = saved(tmp_path / "model", name)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
-    blocks = (unit for unit in StreamedModel(tmp_path / "model").units if unit.is_block)
+    # A projector is planned as it is in the original, which holds more than what is compiled of it.
+    units = (unit for unit in StreamedModel(tmp_path / "model").units if unit.is_block)
+    blocks = (unit for unit in units if "projector" not in unit.name and "merger" not in unit.name)
     compiled = [sorted(weight_shape(module) for _, module in unit_linears(unit)) for unit in blocks]
     for source in ("model", "config"):
         shapes = read_shapes(tmp_path / source, images=2)

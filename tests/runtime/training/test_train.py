@@ -124,7 +124,7 @@ def test_resuming_equals_not_stopping(train: Train, tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="continue it with --resume"):
         train("parts", **settings)
     with pytest.raises(InputError, match="begun with other args"):
-        train("parts", **{**settings, "learning_rate": 1e-3}, resume=True)
+        train("parts", **{**settings, "learning_rate": 2e-3}, resume=True)
     parts = train("parts", **settings, resume=True)
     assert parts.train_loss == whole.train_loss
     assert adapter_digest(tmp_path / "parts") == adapter_digest(tmp_path / "whole")
