@@ -10,6 +10,7 @@ from helpers.fake_steps import FakeSteps, Project
 from helpers.tiny_models import save_tiny
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.pipeline.plan import specify
+from onelayer.runtime.pipeline.run import run
 from onelayer.runtime.pipeline.step import source_digests
 from onelayer.runtime.pipeline.steps import steps_of
 
@@ -67,6 +68,8 @@ def test_a_task_takes_lists_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     several = keys(project)
     assert several["sql.train"].keys() - alone["sql.train"].keys() == {"train data 2"}
     assert several["sql.evaluate"].keys() - alone["sql.evaluate"].keys() == {"test data 2"}
+    run(project.manifest, project.store)
+    assert [Path(path).name for path in project.fakes.data["train sql"]] == ["sql.jsonl", "mix.jsonl"]
     before = several["sql.train"]
     project.append("mix.jsonl")
     assert keys(project)["sql.train"] != before
