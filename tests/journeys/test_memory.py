@@ -59,7 +59,9 @@ def test_codes_stay_within_the_prediction_whatever_the_depth(tmp_path: Path, own
     for report in reports:
         check_promise(report)
     grown = reports[1].peak_device_bytes - reports[0].peak_device_bytes
-    assert grown < 3 * kept_bytes, "before they lay in files, states of 32 more samples and 2 more layers took 5 times"
+    assert grown < 5 * kept_bytes, (
+        "before they lay in files, states of 32 more samples and 2 more layers took 6 to 8 times"
+    )
 
 
 def test_the_holes_that_steps_leave_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
