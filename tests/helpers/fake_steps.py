@@ -107,7 +107,7 @@ class FakeSteps:
         return Document(report=REPORT)
 
     def train_lora(self, emulator: Path, data: Any, output: Path, **settings: Any) -> Document:
-        first = data[0] if isinstance(data, list) else data
+        first: Any = data[0] if isinstance(data, list) else data
         file = Path(getattr(first, "path", first))
         self.calls.append(f"train {file.stem}" + (" direct" if Path(emulator).name == "model" else ""))
         self.data[self.calls[-1]] = data
