@@ -1,10 +1,12 @@
 """Adapters of every kind on every architecture: evaluate, polish, correct and merge do what PEFT's own model does."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.adapter_kinds import SHAPES, by_peft, kinds_of, load_model, mean_loss, save_adapter, save_model
 from helpers.reference_emulators import write_emulator
@@ -47,6 +49,20 @@ def test_adapters_of_all_kinds_are_evaluated_together_as_in_peft(name: str, root
         wanted = {kind: float(mean_loss(by_peft(root, adapter), root)) for kind, adapter in adapters.items()}
         assert result.results[0].loss == pytest.approx(float(mean_loss(load_model(root), root)), rel=1e-5)
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_saved_table_changes_what_is_tied_to_it(roots: dict[str, Path], tmp_path: Path) -> None:
+    root = roots["qwen2_tied"]
+    adapter = save_adapter("qwen2_tied", "changed embedding", root)
+    shutil.copytree(adapter, tmp_path / "alone")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    alone = {key: tensor for key, tensor in tensors.items() if "lm_head" not in key}
+    assert any("embed_tokens" in key for key in alone)
+    save_file(alone, tmp_path / "alone" / "adapter_model.safetensors", {"format": "pt"})
+    result = evaluate_model(root / "model", root / "rows.jsonl", adapters=[tmp_path / "alone"])
+    with torch.no_grad():
+        wanted = float(mean_loss(by_peft(root, adapter), root))
+    assert result.results[1].loss == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "kind"), every(6, 0))
