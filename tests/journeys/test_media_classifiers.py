@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from helpers.commands import refused, run, through_every_command
 from onelayer.compiler.data.batches import tokens_digest
 from onelayer.compiler.data.classes import predicted_classes
 from onelayer.compiler.data.labeled_rows import read_for
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.readers import media_files, read_examples
 from onelayer.compiler.sources.data_set import DataSet, data_set
-from onelayer.runtime.cli.main import main
 from scripts.sweep.classifiers import LABELS, prepare, resident_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,36 +33,10 @@ def loaded(model: Path) -> Any:
     return AutoModelForImageClassification.from_pretrained(model)
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, arguments), "--json"])
-    shown = capsys.readouterr()
-    assert caught.value.code == 0, shown.err
-    return json.loads(shown.out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, arguments)])
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_a_folder_of_images_goes_through_every_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, data, made = folder / "model", folder / "data", folder / "made"
-    emulator = run(capsys, "compile", model, "--calibration", data, "--output", made / "emulator", "--ratio", "0.5")
+    model, made = folder / "model", folder / "made"
+    emulator, polished, scored = through_every_command(capsys, folder, "--activations", "sublayer")
     assert {item["name"].split(".")[2] for item in emulator["linears"]} == {"0", "1"}
-    trained = ("--max-steps", "3", "--batch-size", "4", "--learning-rate", "0.02", "--activations", "sublayer")
-    run(capsys, "train", made / "emulator", "--data", data, "--output", made / "adapter", *trained)
-    fits = ("--emulator", made / "emulator", "--model", model)
-    run(capsys, "correct", made / "adapter", *fits, "--output", made / "corrected")
-    steps = ("--steps", "2", "--batch-size", "6", "--micro-batch-size", "3", "--learning-rate", "0.01")
-    polished = run(
-        capsys, "polish", made / "corrected", "--model", model, "--data", data, "--output", made / "polished", *steps
-    )
-    run(capsys, "merge", made / "polished", "--model", model, "--output", made / "merged")
-    adapter = ("--adapter", made / "polished")
-    scored = run(capsys, "evaluate", model, "--data", data, *adapter, "--batch-size", "5")
     original, adapted = scored["results"]
     merged = loaded(made / "merged")
     assert original["tokens"] == 12

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
+from helpers.commands import refused, run, through_every_command
 from helpers.media_files import picture, recording
 from helpers.tiny_speech import SECONDS, noise, save_whisper, write_transcripts
 from onelayer.compiler.data.batches import make_batches
@@ -22,7 +23,6 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.stream import Stream
-from onelayer.runtime.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,36 +64,10 @@ def resident_loss(model: Any, folder: Path) -> float:
     return total / count
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, arguments), "--json"])
-    shown = capsys.readouterr()
-    assert caught.value.code == 0, shown.err
-    return json.loads(shown.out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, arguments)])
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_a_folder_of_transcripts_goes_through_every_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, data, made = folder / "model", folder / "data", folder / "made"
-    emulator = run(capsys, "compile", model, "--calibration", data, "--output", made / "emulator", "--ratio", "0.5")
+    model, made = folder / "model", folder / "made"
+    emulator, polished, scored = through_every_command(capsys, folder, "--model", model, "--anchor-every", "2")
     assert {item["name"].split(".")[1] for item in emulator["linears"]} == {"encoder", "decoder"}
-    trained = ("--max-steps", "3", "--batch-size", "4", "--learning-rate", "0.02")
-    anchored = ("--model", model, "--anchor-every", "2")
-    run(capsys, "train", made / "emulator", "--data", data, "--output", made / "adapter", *trained, *anchored)
-    fits = ("--emulator", made / "emulator", "--model", model)
-    run(capsys, "correct", made / "adapter", *fits, "--output", made / "corrected")
-    steps = ("--steps", "2", "--batch-size", "6", "--micro-batch-size", "3", "--learning-rate", "0.01")
-    polished = run(
-        capsys, "polish", made / "corrected", "--model", model, "--data", data, "--output", made / "polished", *steps
-    )
-    run(capsys, "merge", made / "polished", "--model", model, "--output", made / "merged")
-    scored = run(capsys, "evaluate", model, "--data", data, "--adapter", made / "polished", "--batch-size", "3")
     original, adapted = scored["results"]
     assert original["loss"] == pytest.approx(resident_loss(loaded(model), folder), abs=1e-6)
     assert adapted["loss"] == pytest.approx(resident_loss(loaded(made / "merged"), folder), abs=1e-6)
