@@ -73,7 +73,13 @@ def test_classifiers_and_their_heads_are_anchored(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("llama", "padded"), ("llama", "layer"), ("classifier", "padded"), ("t5", "accumulated"), ("mixtral", "accumulated")],
+    [
+        ("llama", "padded"),
+        ("llama", "layer"),
+        ("classifier", "padded"),
+        ("t5", "accumulated"),
+        ("mixtral", "accumulated"),
+    ],
 )
 def test_an_emulator_equal_to_the_original_gives_direct_trainings_bytes(
     whole_of: Callable[[str], Path], tmp_path: Path, kind: str, name: str

@@ -134,7 +134,7 @@ def slice_costs(basis: CostBasis) -> StepCosts:
 
 def refine_costs(basis: CostBasis) -> StepCosts:
     """Predict a refinement: one pass over original and emulator, two over the original if gradients are learned."""
-    refinement = basis.emulator.refinement
+    refinement = basis.emulator.refine
     assert refinement is not None
     tokens = basis.tokens(refinement.batch_size, basis.emulator.calibration.max_length)
     backward, coded = refinement.backward, basis.size.coded

@@ -15,7 +15,7 @@ from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype, best_of
 from onelayer.compiler.results import Result
 from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator, coded_experts, share_of
-from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes
+from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes, renewal_bytes
 from onelayer.runtime.planning.shapes import LinearShape, ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, TrainMemory, emulator_bytes, train_memory
 
@@ -115,8 +115,9 @@ def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, stor
     fixed = train_memory(shapes, 0, planned)
 
     def fits(ratio: float) -> bool:
-        passes = pass_bytes(shapes, ratio, planned)
-        return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, stored)) <= usable
+        memory = replace(fixed, emulator=emulator_bytes(shapes, ratio, stored))
+        held = [*pass_bytes(shapes, ratio, planned).values(), memory.peak]
+        return max(*held, renewal_bytes(shapes, memory, planned) if planned.anchored else 0) <= usable
 
     least = math.ceil(LEAST_RATIO * STEPS) if planned.coded else round(SMALLEST_RATIO * STEPS)
     low, high = least, STEPS - 1 if planned.coded else round(LARGEST_RATIO * STEPS)
@@ -221,7 +222,10 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     memory = choice.memory
     passes = pass_bytes(shapes, ratio, choice.planned)
     largest_pass = max(passes, key=lambda name: passes[name])
-    train_bytes = replace(memory, emulator=emulator_bytes(shapes, ratio, choice.stored)).peak
+    larger = replace(memory, emulator=emulator_bytes(shapes, ratio, choice.stored))
+    train_bytes = larger.peak
+    if choice.planned.anchored and renewal_bytes(shapes, larger, choice.planned) > max(train_bytes, *passes.values()):
+        return "train: a layer of the original and its batch, in addition to the emulator, where anchors are renewed"
     if passes[largest_pass] > max(train_bytes, int(budget_bytes * USABLE_SHARE)):
         return f"{largest_pass}: {LIMITS[largest_pass]}"
     moments = {

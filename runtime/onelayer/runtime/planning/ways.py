@@ -13,8 +13,7 @@ from onelayer.compiler.factors.stored_forms import residual_bytes
 from onelayer.compiler.results import Result, round_significant
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY
 from onelayer.runtime.planning.choice import SMALLEST_RATIO, USABLE_SHARE, Choice, activation_choices, with_room
-from onelayer.runtime.planning.coded import largest_decoding_bytes
-from onelayer.runtime.planning.pass_memory import PROCESS_BYTES, anchor_bytes, streamed_bytes
+from onelayer.runtime.planning.pass_memory import PROCESS_BYTES, renewal_bytes, streamed_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import BACKWARD, FORWARD, RECOMPUTE, SECONDS_DIGITS, Seconds, Speed
 from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, active_values, train_memory
@@ -100,12 +99,6 @@ def anchor_costs(
         )
         for every in SHOWN_STEPS
     ]
-
-
-def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
-    """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
-    decoding = largest_decoding_bytes(shapes) if planned.coded else 0
-    return memory.emulator + memory.adapter + decoding + anchor_bytes(shapes, planned.tokens, planned.on_gpu)
 
 
 class WayCost(Result):
