@@ -171,7 +171,8 @@ def _projectors(
     """
     for path, names in projectors(entries, layers, towers, vocabulary).items():
         tower = towers[nearest_tower(path, towers)]
-        linears = tuple(LinearShape(name[len(path) + 1 :], *entries[f"{name}.weight"]) for name in sorted(names))
+        sides = {name: entries[f"{name}.weight"] for name in sorted(names)}
+        linears = tuple(LinearShape(name[len(path) + 1 :], out, width) for name, (out, width) in sides.items())
         total = sum(math.prod(shape) for name, shape in entries.items() if name.startswith(f"{path}."))
         width = linears[0].in_features
         yield BlockShape(
