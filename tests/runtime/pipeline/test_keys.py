@@ -112,7 +112,7 @@ def test_anchors_make_another_key_of_training_on_an_emulator_alone(project: Proj
     assert Path(settings["model"]).name == "model"
 
 
-def test_a_model_of_several_has_another_key_of_compile_since_projectors_are_compiled(project: Project) -> None:
+def test_a_model_with_projectors_has_another_key_of_compile(project: Project) -> None:
     """Its emulators from before kept projectors dense; every other model keeps its keys."""
     config = project.path.parent / "model" / "config.json"
     config.write_text(json.dumps({"model_type": "fake", "text_config": {"model_type": "fake"}}))
