@@ -195,7 +195,7 @@ class LayerBytes:
     def stored(self, block: BlockShape) -> int:
         """Count the bytes kept from forward to backward."""
         parts, rows = sub_blocks(block), block.rows(self.planned.tokens)
-        if self.planned.where == "none":
+        if self.planned.where == "none" or block.projects:
             return self._exact(block, parts)
         copy = stored_copy_bytes(rows, block.hidden, self.planned.rank, self.shapes.value_bytes)
         if self.planned.where == "layer":
@@ -207,7 +207,7 @@ class LayerBytes:
         parts, hidden, rows = sub_blocks(block), block.hidden, block.rows(self.planned.tokens)
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
         gradients = rows * ((6 if self.copy_bytes else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
-        if self.planned.where == "none":
+        if self.planned.where == "none" or block.projects:
             return gradients
         if self.planned.where == "layer":
             return gradients + self._exact(block, parts) + rows * hidden * self.shapes.value_bytes
