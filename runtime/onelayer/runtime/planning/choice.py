@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
@@ -133,23 +132,6 @@ def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, stor
         largest = next((step / STEPS for step in steps if coded_emulator(shapes, step / STEPS) is not None), None)
     held = emulator_bytes(shapes, least / STEPS if largest is None else largest, stored)
     return Choice(planned, stored, largest, replace(fixed, emulator=held))
-
-
-def with_room(shapes: ModelShapes, choice: Choice, missing_bytes: int) -> Choice:
-    """Return the choice with an emulator that is smaller by at least `missing_bytes`; its ratio is None if none is."""
-    if missing_bytes <= 0 or choice.ratio is None:
-        return choice
-    allowed, coded = choice.memory.emulator - missing_bytes, choice.stored == "coded"
-    least = math.ceil(LEAST_RATIO * STEPS) if coded else round(SMALLEST_RATIO * STEPS)
-    steps = range(least, min(round(choice.ratio * STEPS), round(LARGEST_RATIO * STEPS) + 1))
-
-    def held(step: int) -> int:
-        return emulator_bytes(shapes, step / STEPS, choice.stored)
-
-    for step in reversed(steps[: bisect_right(steps, allowed, key=held)]):
-        if not coded or coded_emulator(shapes, step / STEPS) is not None:
-            return replace(choice, ratio=step / STEPS, memory=replace(choice.memory, emulator=held(step)))
-    return replace(choice, ratio=None)
 
 
 def largest_ratio(planned: PlannedRun, stored: Stored) -> float:
