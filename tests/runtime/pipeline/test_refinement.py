@@ -150,7 +150,7 @@ def test_a_refined_emulator_lists_no_outdated_errors(tmp_path: Path, capsys: pyt
         ("ratio: 0.25, refine: {}", True),
     ],
 )
-def test_an_emulator_sized_in_bytes_is_refined_by_default_if_there_are_no_anchors(
+def test_an_emulator_of_some_bytes_is_refined_without_anchors(
     project: Project, tmp_path: Path, size: str, refined: bool
 ) -> None:
     project.edit("train: {", "train: {anchor: none, ")
