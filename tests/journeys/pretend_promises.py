@@ -51,9 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         causal(name, **{**SHAPE, **changes}).save_pretrained(path / name)
         tiny_tokenizer(path / name)
-    for layers in (2, 6):
+    for name, layers in (("Llama", 2), ("Llama", 6), ("Gemma2", 2)):
         shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": 2048}
-        causal("Llama", **shape).save_pretrained(path / f"of {layers}")
+        causal(name, **shape).save_pretrained(path / f"{name} of {layers}")
+    causal("Llama", **shape).bfloat16().save_pretrained(path / "in bfloat16")
     texts = [f"{count} " + "the quick brown fox jumps over the lazy dog " * 2 for count in range(4)]
     (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     for form, settings in FORMS.items():
@@ -91,15 +92,17 @@ def polished(place: Path, **settings: Any) -> Report:
     return polish_adapter(None, **given, lora_rank=4, steps=1, **settings).report
 
 
-def streamed(place: Path, layers: int, rows: int, **settings: Any) -> Report:
+def streamed(place: Path, name: str, rows: int, **settings: Any) -> Report:
     """Take a step of an ordinary loop on a streamed model."""
-    model: Any = streamed_for_training(place / f"of {layers}", device=settings["device"], micro_batch_size=2)
+    model: Any = streamed_for_training(place / name, device=settings["device"], micro_batch_size=2)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear")).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(3, 100, (rows, settings["max_length"]))
-    adapted(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
+    for _ in range(2):  # the second holds the optimizer's moments
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     report: Report = model.streaming.report()
     return report
 
@@ -123,9 +126,11 @@ PASSES: dict[str, Callable[..., Report]] = {
     "evaluate": evaluated,
     "correct": corrected,
     "polish": polished,
-    "streamed": partial(streamed, layers=2, rows=2),
-    "streamed, a larger batch": partial(streamed, layers=2, rows=16),
-    "streamed, deeper": partial(streamed, layers=6, rows=16),
+    "streamed": partial(streamed, name="Llama of 2", rows=2),
+    "streamed, a larger batch": partial(streamed, name="Llama of 2", rows=16),
+    "streamed, deeper": partial(streamed, name="Llama of 6", rows=16),
+    "streamed, in bfloat16": partial(streamed, name="in bfloat16", rows=16),
+    "streamed, with capped logits": partial(streamed, name="Gemma2 of 2", rows=16),
 }
 
 

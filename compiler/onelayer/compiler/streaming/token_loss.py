@@ -16,7 +16,7 @@ from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import BY_SLICES, DeferredLogits
-from onelayer.compiler.models.unit_memory import SLICE_BYTES
+from onelayer.compiler.models.unit_memory import LOGITS_COPIES, SLICE_BYTES
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.token_scores import TokenScores
 
@@ -164,9 +164,11 @@ def _slices(
     head, device = waiting[present[0]].logits.head, waiting[present[0]].scores.labels_N.device
     for start, stop in head.row_slices():
         weight = head.read(start, stop).to(device)
-        step = max(1, SLICE_BYTES // (4 * (stop - start)))
         for index in present:
             count = len(waiting[index].hidden)
+            # Logits that were capped or scaled are differentiated in smaller pieces, with their copies.
+            parts = 1 + -(-waiting[index].logits.derived_copies // LOGITS_COPIES)
+            step = max(1, min(SLICE_BYTES // (4 * (stop - start)), count) // parts)
             for first in range(0, count, step):
                 yield index, slice(first, min(first + step, count)), weight, (start, stop)
 
