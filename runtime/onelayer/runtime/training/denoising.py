@@ -61,7 +61,7 @@ class FixedRows(Dataset[Row]):
 
 def row_of(batch: DenoisingBatch) -> Row:
     """Return a batch as Trainer moves it to the device."""
-    return {"arguments": batch.inputs, "target": batch.target, "weight": batch.weight}
+    return {"arguments": batch.inputs, "target": batch.target, "weights": batch.weights}
 
 
 def _only(rows: list[Row]) -> Row:
@@ -76,7 +76,7 @@ class _ScoredByNoise(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Row, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of one image."""
-        batch = DenoisingBatch({}, inputs["target"], inputs["weight"], self.images.answer, 0, ())
+        batch = DenoisingBatch({}, inputs["target"], inputs["weights"], self.images.answer, 0, ())
         return batch.loss(model(**inputs["arguments"]))
 
     def prediction_step(self, model: nn.Module, inputs: Row, *args: Any, **kwargs: Any) -> Any:
