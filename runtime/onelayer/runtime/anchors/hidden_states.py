@@ -14,7 +14,7 @@ def hidden_state(unit: str, output: Any) -> torch.Tensor:
     """
     first = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-        raise InputError(f"{unit}: returns {type(output).__name__}, which has no offset; train without --anchor-every")
+        raise InputError(f"{unit}: returns {type(output).__name__}, which has no offset; train without anchors")
     return first
 
 

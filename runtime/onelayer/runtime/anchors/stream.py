@@ -56,7 +56,7 @@ class OffsetStream(Stream):
             with self.precision():
                 return super().run_unit(visit, run)
         if name in self._offsets[visit.index]:
-            raise InputError(f"{name}: runs more than once for a batch; train without --anchor-every")
+            raise InputError(f"{name}: runs more than once for a batch; train without anchors")
         module = self.emulated[name]
         inputs = with_contents((visit.args, visit.kwargs))
         here = move(inputs, self.device)
