@@ -39,8 +39,8 @@ def gradient(dtype: torch.dtype, slice_rows: int, share: float, capped: bool) ->
     labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
     labels[::5] = IGNORED
     head = SlicedHead(dtype, slice_rows)
-    logits = DeferredLogits.over(hidden, head, None)
-    logits = torch.tanh(logits.float() / 5) * 5 if capped else logits.float()
+    formed = DeferredLogits.over(hidden, head, None).float()
+    logits = torch.tanh(formed / 5) * 5 if capped else formed
     if share == 1:
         loss = torch.nn.functional.cross_entropy(logits, labels)
     else:
