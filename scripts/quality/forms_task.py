@@ -1,9 +1,9 @@
 """Draws forms, writes questions about them as rows, and trains the tiny vision-language model that reads them.
 
 A form is a page of 64 x 64 pixels with four lines `key:value`, drawn in the font that comes with Pillow. `read` asks
-for the value of a key and `all` for the whole page; the base learns these two from black text on white. Two tasks are
-new to it: `dark`, the whole page in light text on a dark ground, and `up`, only the values, from the last line to the
-first. Nothing can be answered without the page. A row holds its page as a data URI.
+for the value of a key and `all` for the whole page; the base is shown both, in black on white. Two tasks are new to it:
+`faint`, the whole page in gray on gray, and `values`, only the values. Nothing can be answered without the page. A row
+holds its page as a data URI.
 """
 
 import base64
@@ -31,7 +31,8 @@ KEYS = ("age", "day", "fee", "gas", "job", "lot", "net", "oil", "pin", "qty", "t
 SIDE, LINES, LINE, COLUMN, DIGITS, FONT_SIZE = 64, 4, 16, 8, 4, 13
 IMAGE_TOKENS, LENGTH, BATCH = 16, 160, 32
 FRAME = ("<fake_token_around_image>", "<global-img>")
-TASKS = {"dark": ("all", True), "up": ("up", False)}  # what is asked, and whether the page is dark
+FAINT = (120, 180)  # the tones of text and ground of a faint page
+TASKS = {"faint": ("all", True), "values": ("values", False)}  # what is asked, and whether the page is faint
 BASE_KINDS = ("read", "all", "all")
 HELD_OUT, TRAINED = 3_000_000, 2_000_000  # the first numbers of forms that the base has not seen
 
@@ -44,7 +45,7 @@ def _glyph(char: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def example(number: int, kinds: Sequence[str], dark: bool) -> tuple[np.ndarray, str, str]:
+def example(number: int, kinds: Sequence[str], faint: bool) -> tuple[np.ndarray, str, str]:
     """Return the page (SIDE, SIDE, 3), the question and the answer of a form; a number always gives the same."""
     numbers = random.Random(number)
     lines = [(key, str(numbers.randrange(10 ** (DIGITS - 1), 10**DIGITS))) for key in numbers.sample(KEYS, LINES)]
@@ -52,25 +53,24 @@ def example(number: int, kinds: Sequence[str], dark: bool) -> tuple[np.ndarray, 
     asked, answer = {
         "read": (f"{key}?", value),
         "all": ("all?", " ".join(f"{key} {value}" for key, value in lines)),
-        "up": ("up?", " ".join(value for _, value in reversed(lines))),
+        "values": ("values?", " ".join(value for _, value in lines)),
     }[numbers.choice(kinds)]
     page = np.full((SIDE, SIDE), 255, dtype=np.uint8)
     for row, (key, value) in enumerate(lines):
         for column, char in enumerate(f"{key}:{value}"):
             page[row * LINE : (row + 1) * LINE, column * COLUMN : (column + 1) * COLUMN] = _glyph(char)
     colors = np.stack([page] * 3, axis=-1)
-    if dark:
-        tint = np.array([0.9, 0.95, 1.0]) * (0.8 + 0.2 * numbers.random())
-        colors = (30 + 0.85 * tint * (255 - colors)).clip(0, 255).astype(np.uint8)
+    if faint:
+        colors = (FAINT[0] + (FAINT[1] - FAINT[0]) * (colors / 255)).astype(np.uint8)
     return colors, asked, answer
 
 
 def write_rows(path: Path, task: str, first: int, count: int) -> None:
     """Write rows of one task from the forms of some numbers."""
-    kind, dark = TASKS[task]
+    kind, faint = TASKS[task]
     rows = []
     for number in range(first, first + count):
-        page, asked, answer = example(number, [kind], dark)
+        page, asked, answer = example(number, [kind], faint)
         file = io.BytesIO()
         Image.fromarray(page).save(file, "PNG")
         source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -104,11 +104,11 @@ def _new_model() -> tuple[Any, Any]:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
-def _batch(tokens: Any, numbers: range, kinds: Sequence[str], dark: bool) -> tuple[dict[str, torch.Tensor], Any]:
+def _batch(tokens: Any, numbers: range, kinds: Sequence[str], faint: bool) -> tuple[dict[str, torch.Tensor], Any]:
     """Make inputs and labels of forms as the product reads their rows, without files between."""
     pages, rows, starts = [], [], []
     for number in numbers:
-        page, asked, answer = example(number, kinds, dark)
+        page, asked, answer = example(number, kinds, faint)
         before = f"<s><user>{FRAME[0]}{FRAME[1]}{'<image>' * IMAGE_TOKENS}{FRAME[0]}{asked}\n<assistant>"
         head, said = (tokens(text, add_special_tokens=False)["input_ids"] for text in (before, f"{answer}</s>\n"))
         pages.append(page)
@@ -160,8 +160,8 @@ def check_reading(model: Path, rows: Path, task: str, first: int) -> None:
     """Check that the product reads a row as the base was trained on it. Raises `ValueError` if it does not."""
     reader: Any = load_reader(model, transformers.Idefics3ForConditionalGeneration)
     row = read_tokens(rows, reader, LENGTH)[0]
-    kind, dark = TASKS[task]
-    inputs, labels = _batch(reader.tokenizer, range(first, first + 1), [kind], dark)
+    kind, faint = TASKS[task]
+    inputs, labels = _batch(reader.tokenizer, range(first, first + 1), [kind], faint)
     assert row.inputs is not None
     pixels = row.inputs.tensors()["pixel_values"]
     same = [row.input_ids == inputs["input_ids"][0].tolist(), row.labels == labels[0].tolist()]
