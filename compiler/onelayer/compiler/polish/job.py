@@ -15,7 +15,7 @@ import torch
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.train_rows import TrainRows
-from onelayer.compiler.denoising.batches import DrawnImages
+from onelayer.compiler.denoising.batches import DrawnImages, joined_batches
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.models.linears import head_workspace
 from onelayer.compiler.models.unit_memory import GRADIENT_LOGITS, graph_bytes, step_bytes
@@ -122,7 +122,7 @@ class PolishJob:
     def _batches(self, step: int) -> Sequence[PassBatch]:
         """Return the examples of a step as the model is called with them."""
         if isinstance(self.rows, DrawnImages):
-            return self.rows.step(step)
+            return joined_batches(self.rows.step(step), self.settings.micro_batch_size)
         rows = self.rows.batch(step)
         if self.settings.packing:
             rows = [join_rows(pack) for pack in packs_of(rows, self.settings.max_length)]

@@ -33,7 +33,7 @@ def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     steps = [] if emulator is None else [_compile_step(manifest, emulator)]
     ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
     steps += [_slice_step(ratio) for ratio in ratios if ratio is not None]
-    if emulator is not None and (refinement := emulator.refinement) is not None:
+    if emulator is not None and (refinement := emulator.refine) is not None:
         steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
     for task in tasks:
         steps += steps_of_task(manifest, task)

@@ -26,10 +26,10 @@ from onelayer.compiler.models.unit_memory import (
     training_bytes,
     weighing_bytes,
 )
-from onelayer.runtime.planning.coded import coded_emulator, coded_experts
+from onelayer.runtime.planning.coded import coded_emulator, coded_experts, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
-from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_bytes, values_at
+from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, expert_factor_bytes, values_at
 
 # With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
 # (manifests/LOG.md), so the planner allows 1.5 times.
@@ -110,6 +110,12 @@ def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) ->
     """Bound what finding offsets holds in addition to the emulator: a block of the original, and its workspace."""
     block = shapes.largest_block_bytes
     return block + anchoring_bytes(block, _batch_values(shapes, batch_tokens), shapes.value_bytes, on_gpu)
+
+
+def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
+    """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
+    decoding = largest_decoding_bytes(shapes) if planned.coded else 0
+    return memory.emulator + memory.adapter + decoding + anchor_bytes(shapes, planned.tokens, planned.on_gpu)
 
 
 def refine_bytes(

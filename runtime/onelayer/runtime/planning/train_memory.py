@@ -40,7 +40,7 @@ class PlannedRun:
     fields are the tokens that a pass over the original has on the device at once. For compile and refine None means one
     example. `refine_tokens` is 0 if factors are not refined, `scored_tokens` is 0 if no held-out text chooses the
     correction. `coded`: the emulator consists of codes. `refine_backward`: a refinement learns gradients too.
-    `compile_backward`: factors are weighted by gradients.
+    `compile_backward`: factors are weighted by gradients. `anchored`: the original streams by while training.
     """
 
     batch_size: int
@@ -57,6 +57,7 @@ class PlannedRun:
     coded: bool = False
     refine_backward: bool = False
     compile_backward: bool = False
+    anchored: bool = False
 
     def widest(self, ratio: float) -> float:
         """Return the ratio at which a compile computes factors."""
