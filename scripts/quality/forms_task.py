@@ -2,7 +2,7 @@
 
 A form is a page of 64 x 64 pixels with four lines `key:value`, drawn in the font that comes with Pillow. `read` asks
 for the value of a key and `all` for the whole page; the base is shown both, in black on white. Two tasks are new to it:
-`faint`, the whole page in gray on gray, and `values`, only the values. Nothing can be answered without the page. A row
+`faint`, the whole page in gray on gray, and `half`, only the first two lines. Nothing can be answered without the page. A row
 holds its page as a data URI.
 """
 
@@ -32,7 +32,7 @@ SIDE, LINES, LINE, COLUMN, DIGITS, FONT_SIZE = 64, 4, 16, 8, 4, 13
 IMAGE_TOKENS, LENGTH, BATCH = 16, 160, 32
 FRAME = ("<fake_token_around_image>", "<global-img>")
 FAINT = (120, 180)  # the tones of text and ground of a faint page
-TASKS = {"faint": ("all", True), "values": ("values", False)}  # what is asked, and whether the page is faint
+TASKS = {"faint": ("all", True), "half": ("half", False)}  # what is asked, and whether the page is faint
 BASE_KINDS = ("read", "all", "all")
 HELD_OUT, TRAINED = 3_000_000, 2_000_000  # the first numbers of forms that the base has not seen
 
@@ -53,7 +53,7 @@ def example(number: int, kinds: Sequence[str], faint: bool) -> tuple[np.ndarray,
     asked, answer = {
         "read": (f"{key}?", value),
         "all": ("all?", " ".join(f"{key} {value}" for key, value in lines)),
-        "values": ("values?", " ".join(value for _, value in lines)),
+        "half": ("half?", " ".join(f"{key} {value}" for key, value in lines[: LINES // 2])),
     }[numbers.choice(kinds)]
     page = np.full((SIDE, SIDE), 255, dtype=np.uint8)
     for row, (key, value) in enumerate(lines):

@@ -97,9 +97,11 @@ def verdict(family: str) -> str:
         polish_adapter(corrected, model=model, data=data, output=root / "polished", steps=1, batch_size=3, **LENGTH)
         scored = evaluate_model(model, data, adapters=[corrected], against=emulator, batch_size=2, **LENGTH)
         assert scored.against is not None
-        pairs = {"original": scored.results[0], "emulator": scored.against, "merged": scored.results[1]}
-        places = {"original": model, "emulator": emulator, "merged": root / "merged"}
-        off = ", ".join(f"{name} {abs(pairs[name].loss - loss_in_memory(places[name], data)):.1e}" for name in pairs)
+        original, adapted = (result.loss for result in scored.results)
+        streamed = {"model": original, "emulator": scored.against.loss, "merged": adapted}
+        off = ", ".join(
+            f"{name} {abs(loss - loss_in_memory(root / name, data)):.1e}" for name, loss in streamed.items()
+        )
         losses = ", ".join(f"{loss:.4f}" for _, loss in trained.losses)
         return (
             f"{len(compiled.linears)} linears, {tower} of the tower; {streamed_and_in_memory(model, data)}; losses "
