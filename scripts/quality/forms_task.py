@@ -2,8 +2,8 @@
 
 A form is a page of 64 x 64 pixels with four lines `key:value`, drawn in the font that comes with Pillow. `read` asks
 for the value of a key and `all` for the whole page; the base is shown both, in black on white. Two tasks are new to it:
-`faint`, the whole page in gray on gray, and `half`, only the first two lines. Nothing can be answered without the page. A row
-holds its page as a data URI.
+`faint`, the whole page in gray on gray, and `half`, only the first two lines. Nothing can be answered without the page.
+A row holds its page as a data URI.
 """
 
 import base64
