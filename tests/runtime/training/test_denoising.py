@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.hashes import tree_hashes
 from helpers.peft_adapters import quiet_peft
-from onelayer.compiler import correct_adapter, merge_adapter
+from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
 from onelayer.compiler.denoising.batches import DrawnImages
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
@@ -108,12 +108,32 @@ def test_right_after_a_renewal_the_emulator_answers_like_the_original(
         assert anchors.is_used_up
 
 
+@pytest.fixture(scope="module")
+def coded(flux: EncodedPipeline) -> Path:
+    """Return an emulator of codes, whose small linears are quantized whole."""
+    output = flux.pipeline.parent / "coded"
+    result = compile_emulator(flux.pipeline, flux.images, output, form="coded", keep_bytes=0.26, samples=4)
+    assert {linear.form for linear in result.linears} == {"coded", "dense"}
+    assert all(0 < (linear.gradient_error or 0) < 0.7 for linear in result.linears)
+    return output
+
+
+def test_what_is_learned_on_codes_reaches_the_original(flux: EncodedPipeline, coded: Path, tmp_path: Path) -> None:
+    adapter, corrected, polished = (tmp_path / name for name in ("adapter", "corrected", "polished"))
+    train_lora(coded, flux.images, adapter, **{**HOW, "max_steps": 2})
+    correct_adapter(adapter, emulator=coded, model=flux.pipeline, output=corrected)
+    steps: dict[str, Any] = {"steps": 1, "batch_size": 2, "micro_batch_size": 2}
+    polish_adapter(corrected, model=flux.pipeline, data=flux.images, output=polished, **steps)
+    scores = evaluate_model(flux.pipeline, flux.images, adapters=[corrected, polished], noise_samples=1).results
+    assert scores[2].loss < scores[1].loss < scores[0].loss - 1e-2
+
+
 def test_an_anchored_training_continues_to_the_same_bytes(
-    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flux: EncodedPipeline, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**HOW, "max_steps": 3, "batch_size": 1, "anchor_every": 2, "save_steps": 1, "dropout": 0.3}
     settings["model"] = flux.pipeline
-    whole = train_lora(flux_emulator, flux.images, tmp_path / "whole", **settings)
+    whole = train_lora(coded, flux.images, tmp_path / "whole", **settings)
     assert whole.anchors is not None
     assert whole.anchors.renewals == 2
     plain, calls = DenoisingTrainer.training_step, list[int]()
@@ -127,8 +147,8 @@ def test_an_anchored_training_continues_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(DenoisingTrainer, "training_step", failing)
         with pytest.raises(KeyboardInterrupt):
-            train_lora(flux_emulator, flux.images, tmp_path / "parts", **settings)
-    train_lora(flux_emulator, flux.images, tmp_path / "parts", resume=True, **settings)
+            train_lora(coded, flux.images, tmp_path / "parts", **settings)
+    train_lora(coded, flux.images, tmp_path / "parts", resume=True, **settings)
     for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         assert file_digest(tmp_path / "parts" / file) == file_digest(tmp_path / "whole" / file)
 
