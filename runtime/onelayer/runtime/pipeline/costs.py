@@ -186,7 +186,8 @@ def polish_costs(basis: CostBasis) -> StepCosts:
     """Predict a polish: every step reads the original twice."""
     polishing, training = basis.manifest.polishing(basis.task), basis.manifest.training(basis.task)
     assert polishing is not None
-    peak = polish_bytes(basis.shapes, training.lora.r, polishing.micro_batch_size * training.max_length)
+    positions = basis.shapes.positions or training.max_length
+    peak = polish_bytes(basis.shapes, training.lora.r, polishing.micro_batch_size * positions)
     read = 2 * polishing.steps * basis.model_bytes
     return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
 
