@@ -111,7 +111,7 @@ def test_an_adapter_is_trained_on_it_with_anchors_and_reloaded(mixture: tuple[An
     assert anchored[0][1] == pytest.approx(direct[0][1], abs=1e-4)
     assert abs(plain[0][1] - direct[0][1]) > 1e-3
     loaded = AutoModelForCausalLM.from_pretrained(root / "emulator", dtype="auto")
-    PeftModel.from_pretrained(loaded, tmp_path / "anchored").save_pretrained(tmp_path / "again")
+    PeftModel.from_pretrained(loaded, tmp_path / "anchored").save_pretrained(str(tmp_path / "again"))
     saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("anchored", "again")]
     assert saved[0] == saved[1]
 
