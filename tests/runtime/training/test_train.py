@@ -111,22 +111,22 @@ def test_the_old_checkpoint_goes_after_the_new_one_is_complete(
     settings: dict[str, Any] = {"max_steps": 3, "args": {"save_steps": 1, "save_total_limit": 1}}
     work, marked = tmp_path / ".adapter.training", checkpoints.mark_complete
 
-    def dying(checkpoint: Path) -> None:
-        if checkpoint.name == "checkpoint-2":
+    kept, dies = list[list[str]](), [True]
+
+    def mark(checkpoint: Path) -> None:
+        if checkpoint.name == "checkpoint-2" and dies.pop():
             raise KilledError
         marked(checkpoint)
+        kept.append(sorted(item.name for item in work.glob("checkpoint-*")))
 
-    monkeypatch.setattr("onelayer.runtime.training.callbacks.mark_complete", dying)
+    monkeypatch.setattr("onelayer.runtime.training.callbacks.mark_complete", mark)
     with pytest.raises(KilledError):
         train(**settings)
     assert checkpoints.newest_checkpoint(work) == work / "checkpoint-1"
-    kept: list[list[str]] = []
-    monkeypatch.setattr(
-        "onelayer.runtime.training.callbacks.mark_complete",
-        lambda path: (marked(path), kept.append(sorted(item.name for item in work.glob("checkpoint-*")))),
-    )
+    dies.append(False)
     assert train(resume=True, **settings).steps == 3
-    assert kept == [["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    names = [f"checkpoint-{step}" for step in (1, 2, 3)]
+    assert kept == [names[:1], names[:2], names[1:]]
 
 
 def test_resuming_equals_not_stopping(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
