@@ -269,6 +269,15 @@ class AnyGenerator(metaclass=_GeneratorMeta):
         return made
 
 
+_real_empty_like: Any = torch.empty_like
+
+
+def _empty_like(tensor: torch.Tensor, *args: Any, **fields: Any) -> torch.Tensor:
+    is_to_be_pinned = fields.pop("pin_memory", False)
+    made: torch.Tensor = _real_empty_like(tensor, *args, **fields)
+    return pin_memory(made) if is_to_be_pinned else made
+
+
 def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
     """Let `parameter.data = ...` change the device, which PyTorch allows for CUDA and not for this backend."""
     if self.device.type != value.device.type and NAME in (self.device.type, value.device.type):
@@ -290,4 +299,6 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.UntypedStorage, "cpu", _storage_cpu)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch, "empty_like", _empty_like)
     COUNTS.reset()

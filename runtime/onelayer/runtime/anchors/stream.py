@@ -18,7 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.offsets import CodedOffset, code_offset
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import move
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 from onelayer.runtime.anchors.hidden_states import hidden_state
@@ -59,7 +58,7 @@ class OffsetStream(Stream):
             raise InputError(f"{name}: runs more than once for a batch; train without --anchor-every")
         module = self.emulated[name]
         inputs = with_contents((visit.args, visit.kwargs))
-        here = move(inputs, self.device)
+        here = self.transfers.upload(inputs)
         unchanged = UnitInputs.of(here, WeakTensorKeyDictionary())
         with self.precision():
             emulated = call_with_containers(lambda args, kwargs: module(*args, **kwargs), *here)
@@ -68,7 +67,7 @@ class OffsetStream(Stream):
         offset = hidden_state(name, outputs[0]).float() - hidden_state(name, emulated[0]).float()
         coded = self._offsets[visit.index][name] = code_offset(offset, self.bits).to(HOST)
         self.spill_pool.hold(coded.tensors)
-        return fill_containers(inputs[0], move(outputs, HOST))
+        return fill_containers(inputs[0], self.transfers.download(outputs))
 
     def progress(self) -> Any:
         """Return the bar of the whole work, or else one of this pass."""
