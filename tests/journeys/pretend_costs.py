@@ -69,7 +69,7 @@ def evaluated(path: Path) -> Report:
 def polished(path: Path) -> Report:
     """Take an exact step on the device."""
     given: dict[str, Any] = {"model": path / "model", "data": path / "data.jsonl", "output": path / "polished"}
-    sizes = {"lora_rank": 2, "steps": 1, "batch_size": 8, "micro_batch_size": 1, "max_length": 12}
+    sizes: dict[str, Any] = {"lora_rank": 2, "steps": 1, "batch_size": 8, "micro_batch_size": 1, "max_length": 12}
     return polish_adapter(None, **given, **sizes, device="pretend").report
 
 
