@@ -146,7 +146,8 @@ def encoded(directory: Path, model: Path, pictures: Sequence[Picture], class_pic
 def pretrained(directory: Path) -> None:
     """Train the world's model from scratch and save it."""
     torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
+    kind: Any = diffusers.FluxTransformer2DModel
+    model = kind(
         patch_size=1, in_channels=3 * PATCH**2, num_layers=1, num_single_layers=1, attention_head_dim=WIDTH // 4,
         num_attention_heads=4, joint_attention_dim=TEXT, pooled_projection_dim=TEXT, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
