@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 TOTAL_BYTES = 8 << 30
 PRODUCT = ("compiler/onelayer", "runtime/onelayer")
@@ -82,7 +81,7 @@ class PretendModule:
         self.lock = threading.RLock()
         self.default_stream_ = PretendStream()
         self.stream_now = self.default_stream_
-        self.allocated_bytes = self.peak_bytes = 0
+        self.allocated_bytes = self.peak_bytes = self.recent_peak_bytes = 0
         self.limit_bytes: int | None = None
         self.waits: Counter[tuple[str, str]] = Counter()  # by kind and by the product's line
         self.transfers: Counter[tuple[str, str]] = Counter()  # by direction and kind, and by the product's line
@@ -94,7 +93,7 @@ class PretendModule:
         self.transfers.clear()
         self.double_products.clear()
         self.limit_bytes = None
-        self.peak_bytes = self.allocated_bytes
+        self.peak_bytes = self.recent_peak_bytes = self.allocated_bytes
 
     def wait(self, kind: str) -> None:
         """Count one wait of the host for the device."""
@@ -108,6 +107,7 @@ class PretendModule:
                 self.allocated_bytes -= size_bytes
                 raise torch.OutOfMemoryError(f"pretend device: {size_bytes} bytes more than {self.limit_bytes}")
             self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+            self.recent_peak_bytes = max(self.recent_peak_bytes, self.allocated_bytes)
 
     def gave_back(self, size_bytes: int) -> None:
         """Count bytes that are held no more."""
@@ -149,8 +149,8 @@ class PretendModule:
         return self.allocated_bytes
 
     def max_memory_allocated(self, device: Any = None) -> int:
-        """Return the most bytes that were held."""
-        return self.peak_bytes
+        """Return the most bytes that were held since the peak was reset."""
+        return self.recent_peak_bytes
 
     max_memory_reserved = max_memory_allocated
 
@@ -159,8 +159,8 @@ class PretendModule:
         return TOTAL_BYTES - self.allocated_bytes, TOTAL_BYTES
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """Measure the peak from here on."""
-        self.peak_bytes = self.allocated_bytes
+        """Measure the peak from here on; `peak_bytes` stays that of the test."""
+        self.recent_peak_bytes = self.allocated_bytes
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Return the dtypes of autocast."""
@@ -202,12 +202,11 @@ class PretendModule:
 
 
 COUNTS = PretendModule()
-_pinned: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def is_pinned(tensor: torch.Tensor, device: Any = None) -> bool:
-    """Whether a host tensor is one that `pin_memory` made, or a view of it."""
-    return tensor in _pinned or (tensor._base is not None and tensor._base in _pinned)
+    """Whether the memory of a host tensor is memory that `pin_memory` made."""
+    return hasattr(tensor.untyped_storage(), "_is_pinned")
 
 
 def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -215,5 +214,15 @@ def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     if is_pinned(tensor):
         return tensor
     copied = tensor.detach().clone()
-    _pinned[copied] = True
+    copied.untyped_storage()._is_pinned = True  # type: ignore[attr-defined]  # lives as long as the storage
     return copied
+
+
+_real_empty_like: Any = torch.empty_like
+
+
+def empty_like(tensor: torch.Tensor, *args: Any, **fields: Any) -> torch.Tensor:
+    """Make an empty tensor, in memory that counts as pinned if `pin_memory` is set."""
+    is_to_be_pinned = fields.pop("pin_memory", False)
+    made: torch.Tensor = _real_empty_like(tensor, *args, **fields)
+    return pin_memory(made) if is_to_be_pinned else made

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
-from helpers.pretend_counts import COUNTS, PretendStream, is_pinned, pin_memory, product_line
+from helpers.pretend_counts import COUNTS, PretendStream, empty_like, is_pinned, pin_memory, product_line
 
 NAME = "pretend"
 DEVICE_ERROR = "Expected all tensors to be on the same device, but found at least two devices, pretend:0 and cpu!"
@@ -290,4 +290,6 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.UntypedStorage, "cpu", _storage_cpu)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
     COUNTS.reset()

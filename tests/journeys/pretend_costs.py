@@ -11,13 +11,14 @@ import torch
 from helpers import pretend_device
 from helpers.pretend_counts import COUNTS
 from helpers.tiny_models import causal, tiny_tokenizer
-from onelayer.compiler import compile_emulator, evaluate_model, refine_emulator
+from onelayer.compiler import compile_emulator, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.codes.encode import encode
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments
 from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
+from onelayer.compiler.refine.job import UnitTraining
 from onelayer.compiler.results import Report
 from onelayer.runtime.modules.coded_linear import CodedLinear
 from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
@@ -49,14 +50,14 @@ def compiled(path: Path, **settings: Any) -> Report:
     return compile_emulator(path / "model", path / "data.jsonl", path / "emulator", **given).report
 
 
-def refined(path: Path) -> Report:
-    """Refine on the device what `compiled` made, with one step whatever the number of rows."""
+def refined(path: Path, steps: int = 1) -> Report:
+    """Refine on the device what `compiled` made, with as many steps whatever the number of rows."""
     return refine_emulator(
         path / "emulator",
         model=path / "model",
         calibration=path / "data.jsonl",
-        output=path / "refined",
-        steps=1,
+        output=path / f"refined-{len(list(path.iterdir()))}",
+        steps=steps,
         step_samples=2,
         max_length=12,
         batch_size=1,
@@ -69,31 +70,63 @@ def evaluated(path: Path) -> Report:
     return evaluate_model(path / "model", path / "data.jsonl", max_length=12, batch_size=1, device="pretend").report
 
 
-# Waits and transfers that one more batch costs in each unit. A unit takes four tensors up and gives one back, for which
-# the host waits. Refinement does so once, and takes inputs and targets up again for the errors before and after.
-PER_UNIT_AND_BATCH = {compiled: (1, 5), refined: (1, 15), evaluated: (1, 5)}
+def polished(path: Path) -> Report:
+    """Take an exact step on the device."""
+    given: dict[str, Any] = {"model": path / "model", "data": path / "data.jsonl", "output": path / "polished"}
+    sizes: dict[str, Any] = {"lora_rank": 2, "steps": 1, "batch_size": 8, "micro_batch_size": 1, "max_length": 12}
+    return polish_adapter(None, **given, **sizes, device="pretend").report
 
 
-def costs(run: Pass, path: Path) -> tuple[int, int]:
-    """Count the waits and transfers of one pass."""
+# Waits, transfers, and transfers that block, which one more batch costs in each unit. A unit takes four tensors up and
+# gives one back, for which the host waits. Refinement does so once, and takes inputs and targets up again for errors
+# before and after. An exact step also takes inputs and a gradient up and gives a gradient back.
+PER_UNIT_AND_BATCH = {compiled: (1, 5, 0), refined: (1, 15, 0), evaluated: (1, 5, 0), polished: (2, 11, 0)}
+# Transfers of the nine parameters of a unit, forward and back; none blocks.
+PER_UNIT = {compiled: 9, refined: 9, evaluated: 9, polished: 18}
+LOADED = "stored_weights.py"
+
+
+def costs(run: Pass, path: Path) -> tuple[tuple[int, int, int], int]:
+    """Count the waits, transfers and blocking transfers of one pass, and its transfers of weights that do not block."""
     COUNTS.reset()
     run(path)
-    return sum(COUNTS.waits.values()), sum(COUNTS.transfers.values())
+    blocking = sum(count for (kind, _), count in COUNTS.transfers.items() if "blocking" in kind)
+    loaded = sum(
+        count for (kind, line), count in COUNTS.transfers.items() if line.startswith(LOADED) and "blocking" not in kind
+    )
+    return (sum(COUNTS.waits.values()), sum(COUNTS.transfers.values()), blocking), loaded
 
 
 @pytest.mark.usefixtures("pretend")
 def test_a_batch_costs_each_unit_a_fixed_number_of_waits_and_transfers(tmp_path: Path) -> None:
-    found = dict[tuple[Pass, int, int], tuple[int, int]]()
+    found = dict[tuple[Pass, int, int], tuple[tuple[int, int, int], int]]()
     for layers in (1, 2):
         for rows in (6, 7):
             path = prepared(tmp_path / f"{layers}-{rows}", layers, rows)
             found |= {(run, layers, rows): costs(run, path) for run in PER_UNIT_AND_BATCH}
     for run, expected in PER_UNIT_AND_BATCH.items():
         of_one, of_two = (
-            [more - fewer for more, fewer in zip(found[run, layers, 7], found[run, layers, 6], strict=True)]
+            [more - fewer for more, fewer in zip(found[run, layers, 7][0], found[run, layers, 6][0], strict=True)]
             for layers in (1, 2)
         )
         assert tuple(two - one for one, two in zip(of_one, of_two, strict=True)) == expected, run.__name__
+        assert found[run, 2, 6][1] - found[run, 1, 6][1] == PER_UNIT[run], run.__name__
+
+
+@pytest.mark.usefixtures("pretend")
+def test_refinement_keeps_calls_on_the_device_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = prepared(tmp_path, 1, 4, hidden_size=64, intermediate_size=160)
+    compiled(path)
+    uploads, promised = {}, UnitTraining._promised_bytes
+    for steps, room in ((4, 1), (8, 1), (4, 0), (8, 0)):
+        monkeypatch.setattr(UnitTraining, "_promised_bytes", promised if room else lambda training: 0)
+        COUNTS.reset()
+        report = refined(path, steps=steps)
+        assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes - RESERVE_BYTES
+        uploads[steps, room] = sum(count for (kind, _), count in COUNTS.transfers.items() if kind == "to device")
+    # Steps 1 and 2 are a round through all calls; each step takes up two calls of five tensors unless they are there.
+    assert uploads[8, 0] - uploads[4, 0] == 4 * 2 * 5
+    assert uploads[8, 1] == uploads[4, 1] < uploads[4, 0]
 
 
 @pytest.mark.usefixtures("pretend")

@@ -105,6 +105,30 @@ class KilledError(Exception):
     """A simulated power failure."""
 
 
+def test_the_old_checkpoint_goes_after_the_new_one_is_complete(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 3, "args": {"save_steps": 1, "save_total_limit": 1}}
+    work, marked = tmp_path / ".adapter.training", checkpoints.mark_complete
+
+    kept, dies = list[list[str]](), [True]
+
+    def mark(checkpoint: Path) -> None:
+        if checkpoint.name == "checkpoint-2" and dies.pop():
+            raise KilledError
+        marked(checkpoint)
+        kept.append(sorted(item.name for item in work.glob("checkpoint-*")))
+
+    monkeypatch.setattr("onelayer.runtime.training.callbacks.mark_complete", mark)
+    with pytest.raises(KilledError):
+        train(**settings)
+    assert checkpoints.newest_checkpoint(work) == work / "checkpoint-1"
+    dies.append(False)
+    assert train(resume=True, **settings).steps == 3
+    names = [f"checkpoint-{step}" for step in (1, 2, 3)]
+    assert kept == [names[:1], names[:2], names[1:]]
+
+
 def test_resuming_equals_not_stopping(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"max_steps": 4, "lora": {"lora_dropout": 0.3}, "args": {"save_steps": 1}}
     whole = train("whole", **settings)

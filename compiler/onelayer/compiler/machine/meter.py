@@ -69,6 +69,7 @@ class Meter:
         self._watcher = threading.Thread(target=self._watch, name="meter", daemon=True)
         self._start_seconds = time.perf_counter()
         self._start_bytes = self._peak_bytes = anonymous_bytes()
+        self._earlier_bytes = self._earlier_reserved_bytes = 0  # the device's peaks before the last restart
 
     @property
     def on_gpu(self) -> bool:
@@ -102,13 +103,27 @@ class Meter:
         """Measure the memory now; return the device peak so far in bytes."""
         self._peak_bytes = max(self._peak_bytes, anonymous_bytes())
         if self.on_gpu:
-            return int(self._allocator.max_memory_allocated(self.device))
+            return max(self._earlier_bytes, self.peak_since_restart)
         return self._peak_bytes - self._start_bytes
+
+    def restart_peak(self) -> None:
+        """Begin to measure `peak_since_restart`; the device peak of the whole pass stays known."""
+        if self.on_gpu:
+            self._earlier_bytes = self.sample()
+            self._earlier_reserved_bytes = self.reserved_bytes or 0
+            self._allocator.reset_peak_memory_stats(self.device)
+
+    @property
+    def peak_since_restart(self) -> int:
+        """The most bytes that the device's allocator held since the last restart; 0 on a CPU."""
+        return int(self._allocator.max_memory_allocated(self.device)) if self.on_gpu else 0
 
     @property
     def reserved_bytes(self) -> int | None:
         """The most that the device's allocator held so far, with what it keeps between uses; None on a CPU."""
-        return int(self._allocator.max_memory_reserved(self.device)) if self.on_gpu else None
+        if not self.on_gpu:
+            return None
+        return max(self._earlier_reserved_bytes, int(self._allocator.max_memory_reserved(self.device)))
 
     def report(self, largest_unit_bytes: int, workspace_bytes: int, bytes_read: int) -> Report:
         """Return the figures of the pass so far."""

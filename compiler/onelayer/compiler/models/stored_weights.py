@@ -100,7 +100,7 @@ class StoredWeights:
         """Convert checkpoint tensors and move them to `device`; never hold all of them in both places."""
         tensors = self.convert(names, stored)
         stored.clear()
-        return {name: tensors.pop(name).to(device) for name in tuple(tensors)}
+        return {name: tensors.pop(name).to(device, non_blocking=True) for name in tuple(tensors)}
 
     def _empty_twin(self, stored: Iterable[str]) -> None:
         for name in {name for key in stored for name in self._made_from[key]}:

@@ -45,6 +45,11 @@ class Call:
         return cls(samples, kept, targets, [target._version for target in targets], finite, kept_gradients, asked)
 
     @property
+    def tensors(self) -> list[Any]:
+        """What a step takes to the device."""
+        return [self.kept.arguments, self.targets, self.finite, self.gradients]
+
+    @property
     def rows(self) -> int:
         """The number of rows of all targets."""
         return sum(map(row_count, self.targets))

@@ -108,13 +108,13 @@ def _refine(
         Meter(device) as meter,
     ):
         work = RefineWork(path, emulator, streamed.checkpoint)
-        training = UnitTraining(streamed, emulator, work, settings, meter, stop)
         loads = UnitLoads()
+        training = UnitTraining(streamed, emulator, work, settings, meter, stop, loads)
         if settings.backward:
-            GradientRefinePass(training, batches, spill_pool, loads).refine()
+            GradientRefinePass(training, batches, spill_pool).refine()
         else:
             kind = OwnInputsPass if settings.inputs == "emulator" else RefinePass
-            kind(training, spill_pool, loads).refine(batches)
+            kind(training, spill_pool).refine(batches)
 
         def publish() -> RefineResult:
             workspace = refine_workspace(streamed, emulator, loads, meter.on_gpu, backward=settings.backward)

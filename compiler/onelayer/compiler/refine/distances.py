@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.moments import row_count
+from onelayer.compiler.machine.transfers import Transfers
 from onelayer.compiler.models.units import Unit, replaced_forwards
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.trained_linears import TrainedLinear
@@ -28,7 +29,12 @@ class Distances:
 
     unit: Unit
     linears: Mapping[str, TrainedLinear]
-    device: torch.device
+    transfers: Transfers
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the unit computes on."""
+        return self.transfers.device
 
     def of_outputs(self, call: Call, *, guarded: bool = False) -> tuple[torch.Tensor, int]:
         """Sum the outputs' squared distances, relative to each output's size; return also their number.
@@ -39,7 +45,7 @@ class Distances:
             replaced_linears(self.unit, self.linears),
             _guarded(self.unit, self.linears if guarded and call.dropped_rows else ()),
         ):
-            outputs, _ = rerun(self.unit, call.kept, self.device, asked=call.asked)
+            outputs, _ = rerun(self.unit, call.kept, self.transfers, asked=call.asked)
         return self._between(call, outputs)
 
     def of_both(self, call: Call) -> tuple[torch.Tensor, int, torch.Tensor]:
@@ -63,12 +69,10 @@ class Distances:
 
     def _between(self, call: Call, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
         total, counted = torch.zeros((), device=self.device), 0
-        for output, target, finite in zip(outputs, call.targets, call.finite, strict=True):
-            exact = target.to(self.device)
-            found = output
+        targets, masks = self.transfers.upload((call.targets, call.finite))
+        for found, exact, finite in zip(outputs, targets, masks, strict=True):
             if finite is not None:
-                keep = finite.to(self.device)
-                found, exact = (values.reshape(row_count(values), -1)[keep] for values in (found, exact))
+                found, exact = (values.reshape(row_count(values), -1)[finite] for values in (found, exact))
             if exact.numel() or finite is None:
                 total, counted = total + _relative(found, exact), counted + 1
         return total, counted
@@ -83,11 +87,11 @@ class Distances:
         with ExitStack() as handles, torch.enable_grad():
             for path in self.linears:
                 handles.enter_context(self.unit.module.get_submodule(path).register_forward_hook(after))
-            outputs, leaves = rerun(self.unit, call.kept, self.device, asked=call.asked)
+            outputs, leaves = rerun(self.unit, call.kept, self.transfers, asked=call.asked)
             points = [*(leaf for leaf in leaves if leaf.requires_grad), *read]
             pairs = [
-                (output, _unit_size(gradient).to(output.device, output.dtype))
-                for output, gradient in zip(outputs, call.gradients, strict=True)
+                (output, _unit_size(gradient).to(output.dtype))
+                for output, gradient in zip(outputs, self.transfers.upload(call.gradients), strict=True)
                 if gradient is not None and output.requires_grad
             ]
             if not pairs:

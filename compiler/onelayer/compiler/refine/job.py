@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.machine.console import StopRequest
-from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.linears import head_workspace, unit_linears
@@ -31,7 +30,7 @@ from onelayer.compiler.refine.settings import ResolvedRefineSettings
 from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.denoising_loss import PassBatch
-from onelayer.compiler.streaming.gradient_stream import HOST, Record
+from onelayer.compiler.streaming.gradient_stream import Record
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
@@ -48,6 +47,7 @@ class UnitTraining:
     settings: ResolvedRefineSettings
     meter: Meter
     stop: StopRequest
+    loads: UnitLoads
 
     def is_wanted(self, unit: Unit) -> bool:
         """Whether a unit has something to train and is not finished."""
@@ -69,7 +69,7 @@ class UnitTraining:
 
     def _train(self, unit: Unit, calls: list[Call]) -> None:
         linears, team = self.linears(unit, self.emulator), processes()
-        before, after = refine_unit(unit, linears, calls, self.settings, self.meter, team)
+        before, after = refine_unit(unit, linears, calls, self.settings, self.meter, team, self._promised_bytes())
         figures = RefinedUnit(
             name=unit.name,
             before=before.outputs,
@@ -92,11 +92,18 @@ class UnitTraining:
         self.meter.note = f"error {before.outputs:.3f} to {after.outputs:.3f}"
         return_free_memory()
 
+    def _promised_bytes(self) -> int:
+        """Bound what a device holds for the units so far, without the reserve for libraries."""
+        workspace = refine_workspace(
+            self.streamed, self.emulator, self.loads, self.meter.on_gpu, backward=self.settings.backward
+        )
+        return self.streamed.largest_unit_bytes + workspace - RESERVE_BYTES
+
 
 class RefinePass(Stream):
     """A pass over the original that trains the factors of every unit on what runs through it."""
 
-    def __init__(self, training: UnitTraining, spill_pool: SpillPool, loads: UnitLoads) -> None:
+    def __init__(self, training: UnitTraining, spill_pool: SpillPool) -> None:
         meter = training.meter
         super().__init__(
             training.streamed,
@@ -106,7 +113,7 @@ class RefinePass(Stream):
             spill_pool=spill_pool,
             description="refine",
             team=processes(),
-            loads=loads,
+            loads=training.loads,
         )
         self.training = training
         self._calls: list[Call] | None = None  # of the running unit; None if it is not to be trained
@@ -132,7 +139,8 @@ class RefinePass(Stream):
         kept = None if self._calls is None else self.learned_inputs(visit, inputs)
         if self._calls is None or kept is None:
             return super().run_unit(visit, run)
-        outputs = move(call_with_containers(partial(run, visit.index), *move(inputs, self.device)), HOST)
+        here = self.transfers.upload(inputs)
+        outputs = self.transfers.download(call_with_containers(partial(run, visit.index), *here))
         call = Call.of(self._samples[visit.index], kept, outputs)
         self.spill_pool.hold((kept.tensors, call.targets))
         self._calls.append(call)
@@ -169,9 +177,7 @@ class GradientRefinePass(CalibrationStream):
     Units are trained on the way back, from the last to the first, on the original's inputs, outputs and gradients.
     """
 
-    def __init__(
-        self, training: UnitTraining, batches: Sequence[PassBatch], spill_pool: SpillPool, loads: UnitLoads
-    ) -> None:
+    def __init__(self, training: UnitTraining, batches: Sequence[PassBatch], spill_pool: SpillPool) -> None:
         meter = training.meter
         wanted = {unit.position for unit in training.streamed.units if training.is_wanted(unit)}
         super().__init__(
@@ -183,7 +189,7 @@ class GradientRefinePass(CalibrationStream):
             description="refine",
             seed=training.settings.seed,
             dropout=False,
-            loads=loads,
+            loads=training.loads,
             first_wanted=min(wanted, default=0),
         )
         self.training, self.batches, self._wanted = training, batches, wanted
@@ -197,7 +203,7 @@ class GradientRefinePass(CalibrationStream):
     def watch_rerun(self, unit: Unit, record: Record, outputs: list[torch.Tensor]) -> None:
         """Keep a call of a unit that is to be trained: its inputs, its outputs and their gradients."""
         if self._taken is not None:
-            targets = [move(output.detach(), HOST) for output in outputs]
+            targets = self.transfers.download([output.detach() for output in outputs])
             samples = self.batches[record.index].shape[0]
             call = Call.of(samples, record.kept, targets, record.slots, record.asked)
             self.spill_pool.hold((call.targets, call.gradients))

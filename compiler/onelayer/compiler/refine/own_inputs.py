@@ -17,7 +17,6 @@ from onelayer.compiler.refine.trained_linears import TrainedLinear
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, with_contents
-from onelayer.compiler.streaming.unit_loads import UnitLoads
 
 
 class OwnInputsPass(RefinePass):
@@ -28,8 +27,8 @@ class OwnInputsPass(RefinePass):
     are left unchanged, and in both runs they are the original's.
     """
 
-    def __init__(self, training: UnitTraining, spill_pool: SpillPool, loads: UnitLoads) -> None:
-        super().__init__(training, spill_pool, loads)
+    def __init__(self, training: UnitTraining, spill_pool: SpillPool) -> None:
+        super().__init__(training, spill_pool)
         # Of the running unit, by the number of the twin; None once a call has taken them.
         self._own: dict[int, UnitInputs | None] = {}
         self._linears: Mapping[str, TrainedLinear] | None = None  # of the running unit, once it is trained

@@ -14,6 +14,7 @@ import torch
 from onelayer.compiler.factors.moments import check_rows
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.machine.transfers import Transfers
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.distances import Distances, twice_differentiable
@@ -43,12 +44,14 @@ def refine_unit(
     settings: ResolvedRefineSettings,
     meter: Meter,
     team: Processes,
+    promised_bytes: int,
 ) -> tuple[UnitErrors, UnitErrors]:
     """Train the factors of one resident unit; `linears` are keyed by their module's path below the unit.
 
-    Each process of `team` has calls of its own, and all move the factors alike. Returns the unit's relative errors over
-    all calls before and after. If training does not lower them, the factors are restored. Raises `RuntimeError` if the
-    outputs are not finite before training, and `InputError` if gradients are known and the unit has no second
+    Each process of `team` has calls of its own, and all move the factors alike. When training has shown what it takes
+    itself, calls that fit into `promised_bytes` together with it stay on the device. Returns the unit's relative errors
+    over all calls before and after. If training does not lower them, the factors are restored. Raises `RuntimeError` if
+    the outputs are not finite before training, and `InputError` if gradients are known and the unit has no second
     derivative.
     """
     masters = [master for linear in linears.values() for master in linear.masters.values()]
@@ -58,12 +61,13 @@ def refine_unit(
     counts = team.gather((sum(call.dropped_rows for call in calls), sum(call.rows for call in calls)))
     check_rows(unit.name, *map(sum, zip(*counts, strict=True)))
     calls = [call for call in calls if call.weight]
-    distances = Distances(unit, linears, masters[0].device)
+    meter.restart_peak()
+    distances = Distances(unit, linears, Transfers(meter.device))
     before = _errors(distances, calls, team)
     if not math.isfinite(before.outputs + (before.gradients or 0)):
         raise RuntimeError(f"{unit.name}: its outputs are not finite; check the checkpoint's dtype and the data")
     try:
-        _train(distances, before, calls, settings, meter, team)
+        _train(distances, before, calls, settings, meter, team, promised_bytes)
     except RuntimeError as error:
         raise twice_differentiable(unit, error) or error from None
     after = _errors(distances, calls, team)
@@ -81,8 +85,12 @@ def _train(
     settings: ResolvedRefineSettings,
     meter: Meter,
     team: Processes,
+    promised_bytes: int,
 ) -> None:
-    """Run Adam with a learning rate that falls linearly to zero; every unit shuffles its calls with its own seed."""
+    """Run Adam with a learning rate that falls linearly to zero; every unit shuffles its calls with its own seed.
+
+    After a round through all calls the peak is known, and what it leaves of `promised_bytes` holds calls.
+    """
     linears = distances.linears.values()
     masters = [master for linear in linears for master in linear.masters.values()]
     sizes = torch.stack([master.square().mean().sqrt() for master in masters]).tolist()  # the host waits once
@@ -92,6 +100,7 @@ def _train(
     parts = team.gather([call.weight for call in calls])
     weights, first = [weight for part in parts for weight in part], sum(map(len, parts[: team.rank]))
     rounds = _shuffled(weights, settings, distances.unit.position)
+    seen, is_kept = set[int](), False
     for step, chosen in zip(range(settings.steps), rounds, strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / settings.steps)
@@ -99,6 +108,10 @@ def _train(
         # With gradients nothing is left out: code without a second derivative raises only where autograd reaches it.
         learned = [factor for linear in linears for factor in linear.rounded.values()]
         used = None if before.gradients else learned
+        if len(seen) == len(weights) and not is_kept:
+            is_kept = True
+            distances.transfers.keep((call.tensors for call in calls), promised_bytes - meter.peak_since_restart)
+        seen.update(chosen)
         for call in (calls[index - first] for index in chosen if first <= index < first + len(calls)):
             with torch.enable_grad():
                 loss = _loss(distances, before, call)

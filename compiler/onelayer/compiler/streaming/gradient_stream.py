@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import forked_random, move, random_state, seed_random
+from onelayer.compiler.machine.devices import forked_random, random_state, seed_random
 from onelayer.compiler.machine.meter import FreedMemory, return_free_memory
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.recorded_outputs import Recorded, hand_over, recording
@@ -126,6 +126,7 @@ class GradientStream(Stream):
     def _reverse_unit(self, unit: Unit, records: list[Record], run: Callable[..., Any] | None) -> None:
         while records:
             record = records.pop()
+            self.transfers.expect([before.kept.arguments for before in records[-1:]])
             if any(slot is not None for slot in record.slots):
                 with (
                     self._name_failure(record.index, unit),
@@ -139,18 +140,18 @@ class GradientStream(Stream):
         record.kept.check_unchanged()
         forward = None if run is None else lambda *args, **kwargs: run(record.index, args, kwargs)
         with torch.enable_grad():
-            outputs, leaves = rerun(unit, record.kept, self.device, forward, record.asked)
+            outputs, leaves = rerun(unit, record.kept, self.transfers, forward, record.asked)
         self.watch_rerun(unit, record, outputs)
         pairs = [
-            (output, slot.to(output.device))
-            for output, slot in zip(outputs, record.slots, strict=True)
+            (output, slot)
+            for output, slot in zip(outputs, self.transfers.upload(record.slots), strict=True)
             if slot is not None and output.requires_grad
         ]
         record.slots.clear()
         if pairs:
             outputs, gradients = map(list, zip(*pairs, strict=True))
             torch.autograd.backward(outputs, gradients)
-            record.kept.send_gradients(leaves)
+            record.kept.send_gradients(leaves, self.transfers)
 
     # ---- what the forward pass overrides ---------------------------------------------------------------------------
 
@@ -164,8 +165,8 @@ class GradientStream(Stream):
         kept = UnitInputs.of(inputs, self._known[visit.index], shrink)
         self.spill_pool.hold(kept.tensors)
         with self._random(seed), recording(visit.asked) as recorded:
-            here = move(inputs, self.device)
-            outputs = move((call_with_containers(partial(run, visit.index), *here), recorded), HOST)
+            here = self.transfers.upload(inputs)
+            outputs = self.transfers.download((call_with_containers(partial(run, visit.index), *here), recorded))
         if visit.grad_enabled and (kept.wants_gradients or self.wants_gradients(visit.unit)):
             outputs, slots = cut_graph(outputs, self.spill_pool.hold)
             if not self._records or self._records[-1][0] != self.visits:

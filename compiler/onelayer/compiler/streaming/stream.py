@@ -11,6 +11,7 @@ device.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from onelayer.compiler.data.batches import BatchInputs
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.console import Progress
-from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import FreedMemory, Meter, return_free_memory
+from onelayer.compiler.machine.transfers import Transfers
 from onelayer.compiler.models.lazy_tensors import OutsideTableError
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit, hidden_forwards
@@ -76,6 +77,9 @@ class Stream:
     team: Processes = field(default_factory=Processes)
     visits: int = 0  # of units, by all processes together
     loads: UnitLoads = field(default_factory=UnitLoads)  # of this process's batches
+
+    def __post_init__(self) -> None:
+        self.transfers = Transfers(self.device)
 
     def run(self, batches: Sequence[Batch], consume: Callable[[int, Any], None]) -> None:
         """Run `call(**batch)` for every batch; `consume(index, output)` gets each output as soon as it exists.
@@ -172,9 +176,10 @@ class Stream:
             with _watch(self.on_unit, unit) as run:
                 # A batch that calls the same layer again (shared layers) parks here at once; the unit stays resident.
                 while here := [visit for visit in parked if visit.unit is unit]:
-                    visit = min(here, key=lambda visit: self.priority(visit.index))
+                    visit, *later = nsmallest(2, here, key=lambda visit: self.priority(visit.index))
                     assert visit.resume is not None
                     self.before_call(visit, here)
+                    self.transfers.expect([(other.args, other.kwargs) for other in later])
                     with self._name_failure(visit.index, unit), self.batch_context(visit.index):
                         output = self.run_unit(visit, run)
                         self.loads.note(unit, (visit.args, visit.kwargs), output)
@@ -195,9 +200,9 @@ class Stream:
 
     def run_unit(self, visit: ParkedBatch, run: Callable[[int, Any, Any], Any]) -> Any:
         """Run the resident unit for one parked batch; return its output on the host."""
-        args, kwargs = move((visit.args, visit.kwargs), self.device)
+        args, kwargs = self.transfers.upload((visit.args, visit.kwargs))
         with recording(visit.asked) as recorded:
-            output, recorded = move((run(visit.index, args, kwargs), recorded), torch.device("cpu"))
+            output, recorded = self.transfers.download((run(visit.index, args, kwargs), recorded))
         hand_over(recorded, visit.asked)
         return output
 

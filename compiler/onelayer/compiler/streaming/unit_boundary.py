@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from onelayer.compiler.factors.activation_factors import ActivationFactors, Compressed, ExactTensor
+from onelayer.compiler.machine.transfers import Transfers
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.recorded_outputs import Recorded, recording
@@ -139,8 +140,8 @@ class UnitInputs:
         if self.versions != _versions(tree_leaves(self.arguments)):
             raise RuntimeError("an input was changed in place after the unit had read it, so it cannot be run again")
 
-    def rebuild(self, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
-        """Return the arguments on `device` for another run, and the leaves whose gradients `send_gradients` takes."""
+    def rebuild(self, transfers: Transfers) -> tuple[Any, list[torch.Tensor]]:
+        """Return the arguments on the device for another run, and the leaves whose gradients `send_gradients` takes."""
         rebuilt: dict[int, torch.Tensor] = {}
 
         def decompressed(leaf: Any) -> Any:
@@ -153,21 +154,21 @@ class UnitInputs:
         arguments = tree_map(decompressed, self.arguments)
         originals = differentiable(arguments)
         leaves = [
-            tensor.to(device).detach().requires_grad_(edge is not None)
-            for tensor, edge in zip(originals, self.edges, strict=True)
+            tensor.detach().requires_grad_(edge is not None)
+            for tensor, edge in zip(transfers.upload(originals), self.edges, strict=True)
         ]
         arguments = _replaced(arguments, dict(zip(map(id, originals), leaves, strict=True)))
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments), leaves
+        return transfers.upload(arguments), leaves
 
-    def send_gradients(self, leaves: list[torch.Tensor]) -> None:
+    def send_gradients(self, leaves: list[torch.Tensor], transfers: Transfers) -> None:
         """Send the gradients of the leaves through the graph before the unit, into the slots of earlier units."""
         pairs = [
-            (edge, leaf.grad.cpu())
+            (edge, leaf.grad)
             for edge, leaf in zip(self.edges, leaves, strict=True)
             if edge is not None and leaf.grad is not None
         ]
         if pairs:
-            edges, gradients = zip(*pairs, strict=True)
+            edges, gradients = zip(*transfers.download(pairs), strict=True)
             # Several units may share a part of the graph, so it is retained; it is freed after the last of them.
             torch.autograd.backward(edges, gradients, retain_graph=True)
 
@@ -175,7 +176,7 @@ class UnitInputs:
 def rerun(
     unit: Unit,
     kept: UnitInputs,
-    device: torch.device,
+    transfers: Transfers,
     forward: Callable[..., Any] | None = None,
     asked: Recorded | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -183,7 +184,7 @@ def rerun(
 
     `send_gradients` takes the leaves. `asked` is what it has to record inside.
     """
-    (arguments, contents), leaves = kept.rebuild(device)
+    (arguments, contents), leaves = kept.rebuild(transfers)
     run = forward or unit.forward
     with recording(asked) as recorded:
         outputs = call_with_containers(lambda args, kwargs: run(*args, **kwargs), arguments, contents)

@@ -1,7 +1,8 @@
 """Loads one unit after another: holds the weights of one unit and reads those of the next ahead.
 
 In: the order in which units are needed. Out: units whose weights are on the device while they are held. The device
-holds one unit. The host holds one more, as stored, while it is read ahead, and keeps those that fit a given memory.
+holds one unit. The host holds one more, as stored, while it is read ahead, and keeps those that fit a given memory. For
+a device of its own the host's lie in pinned memory, so that no upload blocks.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from onelayer.compiler.machine.transfers import pinned
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
 
@@ -80,6 +82,8 @@ class UnitLoader:
         stored = self._cached.get(unit)
         if stored is None:
             stored = self.streamed.weights.read(unit.held_names)
+            if self.device.type != "cpu":
+                stored = {key: pinned(stored.pop(key)) for key in tuple(stored)}
             if unit in self._cached:
                 self._cached[unit] = stored
         return dict(stored)  # who gets it drops tensor by tensor

@@ -18,7 +18,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.offsets import CodedOffset, code_offset
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import move
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
 from onelayer.runtime.anchors.hidden_states import hidden_states
@@ -60,14 +59,14 @@ class OffsetStream(Stream):
             raise InputError(f"{name}: runs more than once for a batch; train without anchors")
         module = self.emulated[name]
         inputs = with_contents((visit.args, visit.kwargs))
-        here = move(inputs, self.device)
+        here = self.transfers.upload(inputs)
         unchanged = UnitInputs.of(here, WeakTensorKeyDictionary())
         with self.precision():
             emulated = call_with_containers(lambda args, kwargs: module(*args, **kwargs), *here)
             unchanged.check_unchanged()
             outputs = call_with_containers(partial(run, visit.index), *here)
         self._offsets[visit.index][name] = self._difference(name, outputs[0], emulated[0])
-        return fill_containers(inputs[0], move(outputs, HOST))
+        return fill_containers(inputs[0], self.transfers.download(outputs))
 
     def _difference(self, name: str, wanted: Any, found: Any) -> dict[int, CodedOffset]:
         """Return the offsets of a unit's outputs. After the first, those without a difference have none."""

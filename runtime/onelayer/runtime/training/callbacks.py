@@ -12,7 +12,7 @@ from onelayer.compiler.machine.console import StopRequest, open_bar
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import GIB
 from onelayer.compiler.storage.files import sync
-from onelayer.runtime.training.checkpoints import HeldOutScore, mark_complete
+from onelayer.runtime.training.checkpoints import HeldOutScore, mark_complete, remove_older
 
 SHOWN = {"loss": "loss", "eval_loss": "held-out loss"}  # by their names in the trainer's log
 
@@ -58,21 +58,22 @@ class Progress(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """A callback that marks each checkpoint after all of its files are on the disk."""
+    """A callback that marks each checkpoint after all of its files are on the disk, and then removes older ones."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Flush and mark the new checkpoint, into which every process has written."""
-        if args.save_only_model:  # a run cannot resume without the optimizer's state
-            return
+        """Flush and mark the new checkpoint, into which every process has written; keep `save_total_limit` of them."""
         processes().wait()
         processes().by_first(lambda: self._mark(args, state))
 
     def _mark(self, args: TrainingArguments, state: TrainerState) -> None:
         assert args.output_dir is not None
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for path in checkpoint.iterdir():
-            sync(path)
-        mark_complete(checkpoint)
+        work = Path(args.output_dir)
+        checkpoint = work / f"checkpoint-{state.global_step}"
+        if not args.save_only_model:  # a run cannot resume without the optimizer's state
+            for path in checkpoint.iterdir():
+                sync(path)
+            mark_complete(checkpoint)
+        remove_older(work, args.save_total_limit)
 
 
 class SaveAndStop(TrainerCallback):

@@ -3,6 +3,7 @@
 The trainer writes checkpoints to `.NAME.training` next to the output. Torch-free.
 """
 
+import shutil
 from pathlib import Path
 
 from pydantic import BaseModel, PositiveInt
@@ -96,6 +97,13 @@ def read_first_batch(work: Path) -> FirstBatch | None:
 def mark_complete(checkpoint: Path) -> None:
     """Record that all files of a checkpoint are on the disk."""
     write_json(checkpoint / COMPLETE_FILE, {"files": _digests(checkpoint)})
+
+
+def remove_older(work: Path, kept: int | None) -> None:
+    """Remove all but the `kept` newest checkpoints; without a positive number remove none, as Trainer does."""
+    oldest_first = sorted((path for path in work.glob("checkpoint-*") if path.is_dir()), key=checkpoint_step)
+    for checkpoint in oldest_first[:-kept] if kept is not None and kept > 0 else []:
+        shutil.rmtree(checkpoint)
 
 
 def newest_checkpoint(work: Path) -> Path | None:

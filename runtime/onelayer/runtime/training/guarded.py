@@ -106,8 +106,12 @@ class GuardedTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint. Raises `OSError` with the remedy if the disk is full, whatever its writers raise then."""
+        """Save a checkpoint. Raises `OSError` with the remedy if the disk is full, whatever its writers raise then.
+
+        Trainer would remove older ones now; `MarkComplete` does so when the new one is complete.
+        """
         assert self.args.output_dir is not None
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
@@ -120,6 +124,8 @@ class GuardedTrainer(Trainer):
                 f"{self.args.output_dir}: the disk is full, the checkpoint of step {self.state.global_step} does not "
                 f"fit ({OPTIMIZED_COPIES * trained} bytes); make room and go on with --resume, the one before is kept",
             ) from error
+        finally:
+            self.args.save_total_limit = limit
 
     def take_up_finished(self, checkpoint: Path) -> bool:
         """Take state and adapter from a checkpoint of the last step; false for one that has steps left.
