@@ -137,8 +137,8 @@ def with_room(shapes: ModelShapes, choice: Choice, missing_bytes: int) -> Choice
 class WayCost(Result):
     """The cost of one way. `peak_bytes` is that of the device, `cache_bytes` what the host keeps of the original.
 
-    `once_seconds` are those of the passes before and after training: compile, refinement, correction. Seconds are None
-    if no speed is known.
+    `once_seconds` are those of the passes before and after training: compile, refinement if it trains without anchors,
+    correction. Seconds are None if no speed is known.
     """
 
     way: WayName
@@ -169,17 +169,18 @@ def way_costs(
     exact = [_resident(shapes, choice.planned, usable, speed)]
     if shapes.positions is None:  # a denoiser's exact steps are those of a polish
         exact.append(_streamed(shapes, choice.planned, usable, host_memory_bytes, speed))
-    step = once = anchors = None
+    step = once = anchored_once = anchors = None
     anchored = with_room(shapes, choice, renewal_bytes(shapes, choice.memory, choice.planned) - usable)
     if speed is not None and seconds is not None:
-        step, once = seconds.train_step, seconds.compile + seconds.refine + seconds.correct
+        step, anchored_once = seconds.train_step, seconds.compile + seconds.correct
+        once = anchored_once + seconds.refine
         ratio = anchored.ratio or SMALLEST_RATIO
         anchors = _rounded(step + anchor_seconds(shapes, ratio, choice.planned, speed, ANCHOR_EVERY))
     peak = max(anchored.memory.peak, renewal_bytes(shapes, anchored.memory, choice.planned))
     read = shapes.stored_bytes // ANCHOR_EVERY
     return [
         *exact,
-        _way("anchored", anchored.ratio is not None and peak <= usable, peak, read, anchors, once),
+        _way("anchored", anchored.ratio is not None and peak <= usable, peak, read, anchors, anchored_once),
         _way("emulator", choice.ratio is not None, choice.memory.peak, 0, step, once),
     ]
 
