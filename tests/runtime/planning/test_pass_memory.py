@@ -78,9 +78,10 @@ def test_a_pass_that_never_fits_is_named_with_the_remedy(tmp_path: Path) -> None
 
 def test_a_refinement_that_does_not_run_needs_no_memory(tmp_path: Path) -> None:
     shapes = decoder(HIDDEN, INNER, 12, 32000, narrow=NARROW)
-    refined = size(manifest(tmp_path, "memory: 6GiB", max_length=128), shapes)
-    assert pass_bytes(shapes, refined.ratio, planned_run(manifest(tmp_path, "memory: 6GiB"), "a"))["refine"] > 0
-    plain = manifest(tmp_path, "memory: 6GiB", refine=", refine: none", max_length=128)
+    run = manifest(tmp_path, "memory: 4GiB", refine=", refine: {}", max_length=128)
+    refined = size(run, shapes)
+    assert 0 < pass_bytes(shapes, refined.ratio, planned_run(run, "a"))["refine"] <= 0.95 * 4 * GIB
+    plain = manifest(tmp_path, "memory: 4GiB", refine=", refine: none", max_length=128)
     assert size(plain, shapes) == Size(1.0, "int8")
     assert refined != size(plain, shapes)
     assert pass_bytes(shapes, 0.5, planned_run(plain, "a"))["refine"] == 0
@@ -96,7 +97,7 @@ def test_what_decides_the_size_is_in_the_key(tmp_path: Path) -> None:
     loaded = [
         manifest(tmp_path, budget, task=task),
         manifest(tmp_path, budget, task=task.replace("256", "1024")),
-        manifest(tmp_path, budget, task=task, refine=", refine: none"),
+        manifest(tmp_path, budget, task=task, refine=", refine: {}"),
         manifest(tmp_path, budget, task=task, stream="{batch_size: 8}"),
     ]
     assert len({compile_key(plan) for plan in loaded}) == len(loaded)
