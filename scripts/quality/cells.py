@@ -96,7 +96,8 @@ def main() -> None:
             polish(bench, kind, size, seed)
 
 
-def _kind_and_size(text: str) -> tuple[str, float]:
+def kind_and_size(text: str) -> tuple[str, float]:
+    """Read `kind:size`; the size is 1 if it is left out."""
     kind, _, size = text.partition(":")
     return kind, float(size or 1)
 
@@ -111,13 +112,13 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="directory for all outputs")
     parser.add_argument(
-        "--emulators", type=_kind_and_size, nargs="*", default=[], help="for example published:0.25 nf4:0.12"
+        "--emulators", type=kind_and_size, nargs="*", default=[], help="for example published:0.25 nf4:0.12"
     )
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="what to score of each emulator's adapter"
     )
     parser.add_argument(
-        "--polish", type=_kind_and_size, nargs="*", default=[], help="for example published:0.25 scratch"
+        "--polish", type=kind_and_size, nargs="*", default=[], help="for example published:0.25 scratch"
     )
     parser.add_argument(
         "--polish-starts", nargs="+", choices=STAGES[2:], default=["uncorrected", "chosen"], help="where they start"

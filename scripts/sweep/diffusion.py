@@ -30,7 +30,7 @@ from onelayer.compiler import (
 )
 from onelayer.compiler.adapters.pipeline_weights import PIPELINE_FILE
 from onelayer.compiler.adapters.reader import Adapter
-from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages
+from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages, joined_batches
 from onelayer.compiler.encode.images import captioned_images, pixels
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.polish.trained_adapter import attach_trainable
@@ -62,19 +62,24 @@ def streamed_difference(sample: EncodedPipeline) -> float:
 
 
 def gradient_difference(sample: EncodedPipeline, adapter: Path) -> float:
-    """Compare gradients of exact steps with autograd's, of three images; relative to the norm of each gradient."""
-    batches = DrawnImages(sample.noisy(), 3).step(0)
+    """Compare gradients of exact steps with autograd's, of three images; relative to the norm of each gradient.
+
+    The stream computes images together where it can, and autograd one by one.
+    """
+    images = DrawnImages(sample.noisy(), 3).step(0)
+    batches = joined_batches(images, 2)
     resident = peft.PeftModel.from_pretrained(sample.load(), str(adapter), is_trainable=True).eval()
-    for batch in batches:
-        (batch.loss(resident(**batch.inputs)) / len(batches)).backward()
+    for image in images:
+        (image.loss(resident(**image.inputs)) / len(images)).backward()
     wanted = {
         name.removeprefix("base_model.model."): parameter.grad
         for name, parameter in resident.named_parameters()
         if parameter.grad is not None
     }
     adapted, trained = attach_trainable(sample.denoiser, Adapter.open(adapter), CPU)
-    with Meter(CPU) as meter, GradientStream(adapted.streamed, CPU, meter, trained=3, dropout=False) as stream:
-        loss = loss_of(batches, 3, CPU)
+    with Meter(CPU) as meter, GradientStream(adapted.streamed, CPU, meter, dropout=False) as stream:
+        loss = loss_of(batches, len(batches), CPU)
+        stream.trained = loss.trained
         stream.run(loss.inputs, loss.take)
         if not loss.finish():
             return float("inf")
@@ -125,7 +130,7 @@ def verdict(family: str) -> str:
         refine_emulator(root / "first", model=model, calibration=images, output=emulator, samples=4, steps=3)
         train_lora(emulator, images, adapter, **STEPS)
         correct_adapter(adapter, emulator=emulator, model=model, output=corrected)
-        polish_adapter(corrected, model=model, data=images, output=polished, steps=1, batch_size=2)
+        polish_adapter(corrected, model=model, data=images, output=polished, steps=1, batch_size=2, micro_batch_size=2)
         merge_adapter(polished, model=model, output=root / "merged")
         scores = evaluate_model(model, images, adapters=[corrected, polished], noise_samples=2).results
         loaded = loaded_difference(sample, polished)

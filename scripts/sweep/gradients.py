@@ -33,10 +33,13 @@ ROUNDING = 1e-5
 
 def gradient_verdict(model: PreTrainedModel, registry: str, device: torch.device = CPU) -> tuple[str, str]:
     """Judge one model: ('identical' | 'close' | 'differs', detail); failures before streaming raise."""
-    return _verdict(model, *first_that_runs(model, registry), device)
+    return compared_gradients(model, *first_that_runs(model, registry), device)
 
 
-def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch], device: torch.device) -> tuple[str, str]:
+def compared_gradients(
+    model: PreTrainedModel, kind: str, batches: list[Batch], device: torch.device = CPU
+) -> tuple[str, str]:
+    """Judge one model on given batches, as `gradient_verdict`; `kind` says what they hold."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model.save_pretrained(directory / "model")
@@ -57,7 +60,7 @@ def _verdict(model: PreTrainedModel, kind: str, batches: list[Batch], device: to
         # A higher precision shrinks rounding, but not a mistake.
         try:
             finer_batches = [{name: _doubled(value) for name, value in batch.items()} for batch in batches]
-            result, finer = _verdict(model.double(), kind, finer_batches, device)
+            result, finer = compared_gradients(model.double(), kind, finer_batches, device)
         except Exception as error:  # some models compute a part in float32 in any dtype
             result, finer = "close" if worst <= ROUNDING else "differs", first_line(error)
         return "differs" if result == "differs" else "close", f"{detail}; in float64: {finer}"

@@ -2,9 +2,9 @@
 
     python -m scripts.sweep.vision [--only llava,idefics3]
 
-Prints one line per family: how far the streamed loss is from the resident one (row by row, with all that the processor
-makes of each), the loss of the corrected and of the merged adapter, and the losses of training. SmolVLM's processor
-needs the package num2words.
+Prints one line per family: how far streamed logits and gradients are from those in memory (LoRA on every linear), the
+losses of original and emulator streamed and in memory (row by row, with all that the processor makes of each), those of
+the corrected and of the merged adapter, and the losses of training. SmolVLM's processor needs the package num2words.
 """
 
 import argparse
@@ -28,11 +28,13 @@ from onelayer.compiler import (
     polish_adapter,
     refine_emulator,
 )
+from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.tokens import IGNORED, Tokens
 from onelayer.runtime import train_lora
-from scripts.sweep.compare import first_line
+from scripts.sweep.compare import difference, first_line, outputs_of, prepared, streamed_outputs
+from scripts.sweep.gradients import compared_gradients
 from scripts.sweep.vision_models import FAMILIES, save_vision_model
 
 SIZES = [(50, 40), (64, 32), (33, 64)]
@@ -93,14 +95,28 @@ def verdict(family: str) -> str:
         merge_adapter(corrected, model=model, output=root / "merged")
         refine_emulator(emulator, model=model, calibration=data, output=root / "refined", steps=3, **LENGTH)
         polish_adapter(corrected, model=model, data=data, output=root / "polished", steps=1, batch_size=3, **LENGTH)
-        scores = evaluate_model(model, data, adapters=[corrected], batch_size=2, **LENGTH).results
-        off = abs(scores[0].loss - loss_in_memory(model, data))
-        merged = abs(scores[1].loss - loss_in_memory(root / "merged", data))
+        scored = evaluate_model(model, data, adapters=[corrected], against=emulator, batch_size=2, **LENGTH)
+        assert scored.against is not None
+        original, adapted = (result.loss for result in scored.results)
+        streamed = {"model": original, "emulator": scored.against.loss, "merged": adapted}
+        off = ", ".join(
+            f"{name} {abs(loss - loss_in_memory(root / name, data)):.1e}" for name, loss in streamed.items()
+        )
         losses = ", ".join(f"{loss:.4f}" for _, loss in trained.losses)
         return (
-            f"{len(compiled.linears)} linears, {tower} of the tower; streamed and resident loss differ by {off:.1e}, "
-            f"corrected and merged by {merged:.1e}; trained {losses}"
+            f"{len(compiled.linears)} linears, {tower} of the tower; {streamed_and_in_memory(model, data)}; losses "
+            f"differ by: {off}; trained {losses}"
         )
+
+
+def streamed_and_in_memory(directory: Path, data: Path) -> str:
+    """Say how far streamed logits and gradients of `data` are from those of the model in memory."""
+    model: Any = prepared(transformers.AutoModelForImageTextToText.from_pretrained(directory))
+    rows = read_tokens(data, load_reader(directory, type(model)), LENGTH["max_length"])
+    batches = [dict(batch.inputs) for batch in make_batches(rows, model.config, 2)]
+    off = difference(streamed_outputs(directory, batches)[0], outputs_of(model, batches))
+    result, detail = compared_gradients(model, "images and texts", batches)
+    return f"logits {'identical' if not off else f'differ by {off:.1e}'}, gradients {result} ({detail})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 
 from helpers import pretend_device
 from helpers.peft_adapters import load_original, random_adapter
@@ -20,6 +22,7 @@ from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model,
 from onelayer.compiler.compile import expert_factors, selection
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.compiler.results import Report
+from onelayer.runtime import streamed_for_training
 
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 1,
@@ -48,6 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         causal(name, **{**SHAPE, **changes}).save_pretrained(path / name)
         tiny_tokenizer(path / name)
+    for name, layers in (("Llama", 2), ("Llama", 6), ("Gemma2", 2)):
+        shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": 2048}
+        causal(name, **shape).save_pretrained(path / f"{name} of {layers}")
+    causal("Llama", **shape).bfloat16().save_pretrained(path / "in bfloat16")
     texts = [f"{count} " + "the quick brown fox jumps over the lazy dog " * 2 for count in range(4)]
     (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     for form, settings in FORMS.items():
@@ -85,6 +92,21 @@ def polished(place: Path, **settings: Any) -> Report:
     return polish_adapter(None, **given, lora_rank=4, steps=1, **settings).report
 
 
+def streamed(place: Path, name: str, rows: int, **settings: Any) -> Report:
+    """Take a step of an ordinary loop on a streamed model."""
+    model: Any = streamed_for_training(place / name, device=settings["device"], micro_batch_size=2)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear")).train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(3, 100, (rows, settings["max_length"]))
+    for _ in range(2):  # the second holds the optimizer's moments
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report: Report = model.streaming.report()
+    return report
+
+
 def new(place: Path) -> Path:
     """Name an output that does not exist."""
     return place / f"output-{len(list(place.iterdir()))}"
@@ -104,6 +126,11 @@ PASSES: dict[str, Callable[..., Report]] = {
     "evaluate": evaluated,
     "correct": corrected,
     "polish": polished,
+    "streamed": partial(streamed, name="Llama of 2", rows=2),
+    "streamed, a larger batch": partial(streamed, name="Llama of 2", rows=16),
+    "streamed, deeper": partial(streamed, name="Llama of 6", rows=16),
+    "streamed, in bfloat16": partial(streamed, name="in bfloat16", rows=16),
+    "streamed, with capped logits": partial(streamed, name="Gemma2 of 2", rows=16),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from onelayer.compiler.denoising.joining import SHARED, NotJoinedError, joined, joining_of, parts_of
 from onelayer.compiler.denoising.layout import Layout, NotALayoutError
 from onelayer.compiler.denoising.noise import NoiseProcess
 from onelayer.compiler.denoising.template import NotATemplateError, Template, put_together, taken_apart
@@ -99,3 +100,30 @@ def test_templates_find_the_open_places() -> None:
     leaves: list[torch.Tensor] = []
     form = taken_apart(call(1, 1), leaves)
     assert put_together(form, leaves)["return_dict"] is False
+
+
+def test_arguments_of_several_images_become_those_of_one_call() -> None:
+    def call(count: int, value: float, time: Any = None) -> dict[str, Any]:
+        image = torch.full((1, 4, 3), value)
+        time = torch.full((), value) if time is None else time
+        more = {"ids": torch.arange(6).reshape(2, 3), "sizes": [(2, 2)] * count, "scale": None}
+        return {"x": image.expand(count, 4, 3), "parts": [image[0]] * count, "time": time, "more": (more, 0.5)}
+
+    joining = joining_of(call(1, 0.0), call(2, 0.0))
+    found = joined(joining, [call(1, float(number)) for number in range(3)])
+    assert (
+        found["x"][:, 0, 0].tolist() == [part[0, 0] for part in found["parts"]] == found["time"].tolist() == [0, 1, 2]
+    )
+    assert found["more"][0]["sizes"] == [(2, 2)] * 3
+    assert found["more"][0]["ids"].shape == (2, 3)
+    for answer in (found["x"], found["parts"]):
+        assert [float(torch.stack(list(part)).mean()) for part in parts_of(answer, 3)] == [0, 1, 2]
+    longer = call(1, 1.0) | {"x": torch.ones(1, 5, 3)}
+    elsewhere = call(1, 1.0) | {"more": ({**call(1, 1.0)["more"][0], "ids": torch.ones(2, 3).long()}, 0.5)}
+    for other in (longer, elsewhere):
+        with pytest.raises(NotJoinedError):
+            joined(joining, [call(1, 0.0), other])
+    with pytest.raises(NotJoinedError, match="other arguments for two images"):
+        joining_of(call(1, 0.0), {**call(2, 0.0), "time": 7.0})
+    with pytest.raises(NotJoinedError, match="all images share"):
+        joined({**joining, "x": SHARED}, [call(1, 0.0), call(1, 1.0)])

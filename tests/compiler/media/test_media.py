@@ -11,7 +11,9 @@ from helpers.media_files import bomb, data_uri, encoded, picture, recording
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.media.audio import read_audio
 from onelayer.compiler.media.images import read_image
+from onelayer.compiler.media.processors import load_processor
 from onelayer.compiler.media.sources import Folder, MediaSource, media_source
+from scripts.sweep.vision_models import save_vision_model
 
 WHERE = "rows.jsonl:3: field 'image'"
 
@@ -113,3 +115,16 @@ def test_broken_recordings_are_refused_in_one_line(tmp_path: Path) -> None:
     for value, words in ((b"hello", "not a recording"), ("none.wav", "has no samples")):
         with pytest.raises(InputError, match=words):
             read_audio(source(value, tmp_path, "audio"), 16000)
+
+
+def test_a_processor_that_needs_another_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolVLM's processor writes numbers as words."""
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    model = save_vision_model("idefics3", tmp_path / "smolvlm")
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        file = tmp_path / "smolvlm" / name
+        file.write_text(file.read_text().replace("Idefics3", "SmolVLM"))
+    words = r"smolvlm: its processor needs another package \(.*pip install num2words`"
+    with pytest.raises(InputError, match=words) as caught:
+        load_processor(tmp_path / "smolvlm", type(model))
+    assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 from helpers.hashes import tree_hashes
 from helpers.peft_adapters import random_adapter
 from onelayer.compiler import polish_adapter
-from onelayer.compiler.denoising.batches import DrawnImages, NoisyImages
+from onelayer.compiler.denoising.batches import DrawnImages, NoisyImages, joined_batches
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.errors import InputError
 from scripts.sweep.diffusion import gradient_difference
@@ -16,6 +16,18 @@ from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CPU = torch.device("cpu")
+PARTS = (slice(0, 3), slice(3, 5))
+
+
+def test_images_of_one_shape_are_computed_together(flux: EncodedPipeline, tmp_path: Path) -> None:
+    images = DrawnImages(NoisyImages(EncodedImages.open(flux.images), torch.float32, 0, prior_weight=0.5), 5).step(0)
+    batches = joined_batches(images, 3)
+    assert [batch.order for batch in batches] == [sum((image.order for image in images[part]), ()) for part in PARTS]
+    model = flux.load()
+    with torch.no_grad():
+        one_by_one = [batch.loss(model(**batch.inputs)) for batch in images]
+        together = [batch.loss(model(**batch.inputs)) for batch in batches]
+    torch.testing.assert_close(sum(together), sum(one_by_one), rtol=1e-5, atol=0)
 
 
 def test_gradients_of_exact_steps_equal_autograd(flux: EncodedPipeline, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_two_bits_lose_an_eighth_of_the_square_of_each_offset(pair_of: Any, name
     for bits in (32, 2):
         with pair.anchors(bits) as anchors:
             anchors.renew([pair.batch])
-            found[bits] = {unit: offset.rebuild() for unit, offset in anchors._waiting[0][0][1].items()}
+            found[bits] = {unit: offsets[0].rebuild() for unit, offsets in anchors._waiting[0][0][1].items()}
     assert found[32].keys() == found[2].keys()
     assert len(found[32]) >= 2
     for unit, exact in found[32].items():

@@ -139,6 +139,7 @@ def test_a_smaller_share_is_sliced_from_the_larger_emulator(path: Path, fakes: F
 
 def test_a_ratio_and_a_share_of_bytes_are_different_settings(path: Path, fakes: FakeSteps) -> None:
     put_model(path, torch.bfloat16)
+    path.write_text(path.read_text().replace("train: {", "train: {anchor: none, "))
     say(path, "ratio: 0.2")
     go(path, fakes)
     say(path, "keep_bytes: 0.2, factor_dtype: bf16, rank_allocation: uniform, refine: none")

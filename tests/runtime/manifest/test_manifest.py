@@ -67,7 +67,6 @@ def test_defaults_are_those_of_the_commands(folder: Path) -> None:
     assert emulator.model_copy(update={"ratio": 0.25}).allocation == "uniform"
     assert (calibration.samples, calibration.max_length) == (64, 512)
     assert (manifest.correct.limit, manifest.seed, manifest.direct) == ("default", 0, False)
-    assert manifest.limit("sql") == 3.0
 
 
 def test_args_and_lora_merge_key_by_key_and_the_rest_replaces(folder: Path) -> None:
@@ -187,7 +186,8 @@ def test_the_choice_of_a_limit_reads_the_held_out_data(folder: Path) -> None:
     assert step.sources["validation data"].text == str(folder / "mix.jsonl")
     by_default = next(step for step in steps_of(load(folder, with_data), ["support"]) if step.kind == "correct")
     assert (by_default.fields, by_default.sources) == (step.fields, step.sources)
-    plain = next(step for step in steps_of(load(folder, GOOD), ["support"]) if step.kind == "correct")
+    plain_text = GOOD.replace("train: {lora", "train: {anchor: none, lora")
+    plain = next(step for step in steps_of(load(folder, plain_text), ["support"]) if step.kind == "correct")
     assert (plain.fields, set(plain.sources)) == ({"limit": 3.0}, {"model"})
 
 
@@ -247,7 +247,6 @@ def test_loading_a_manifest_imports_no_torch(folder: Path) -> None:
 
 
 def test_anchors_are_every_so_many_steps_or_none(folder: Path) -> None:
-    assert load(folder, GOOD).training("sql").anchor is None
     anchored = GOOD.replace("train: {lora", "train: {anchor: {every: 10}, lora")
     found = load(folder, anchored).training("sql").anchor
     assert found is not None
@@ -268,6 +267,28 @@ def test_a_task_has_its_own_anchors(folder: Path) -> None:
     assert anchors("anchor: {}, ", "") == (Anchor(every=10, bits=2), Anchor(every=10, bits=2))
     assert anchors("anchor: {every: 5}, ", ", anchor: {bits: 4}") == (Anchor(every=5), Anchor(every=5, bits=4))
     assert anchors("anchor: {every: 5}, ", ", anchor: none") == (Anchor(every=5), None)
-    assert anchors("", ", anchor: {}") == (None, Anchor(every=10))
+    assert anchors("anchor: none, ", ", anchor: {}") == (None, Anchor(every=10))
+    assert anchors("anchor:, ", ", anchor:") == (Anchor(every=10), Anchor(every=10))
     lone = GOOD.replace("emulator: {calibration: {data: mix.jsonl}}", "").replace("{r: 4}", "{r: 4}, anchor: {}")
     assert "tasks.support.anchor: there is no emulator" in complaint(folder, lone)
+
+
+@pytest.mark.parametrize(
+    ("text", "anchored", "refined", "limits"),
+    [
+        (GOOD, (True, True), False, ("auto", 0.0)),
+        (GOOD.replace("lora: {r: 4}", "lora: {r: 4}, anchor: none"), (True, False), True, ("auto", 3.0)),
+        (GOOD.replace("train: {lora", "train: {anchor: none, lora"), (False, False), True, ("auto", 3.0)),
+        (GOOD.replace("mix.jsonl}}", "mix.jsonl}, refine: {}}"), (True, True), True, ("auto", 0.0)),
+        (GOOD.replace("mix.jsonl}}", "mix.jsonl}, ratio: 0.25}"), (False, False), False, ("auto", 3.0)),
+        (GOOD.replace("train: {lora", "train: {method: dpo, lora"), (False, False), True, (3.0, 3.0)),
+        (GOOD.replace("train: {lora", "train: {method: kto, anchor: {}, lora"), (True, True), False, (0.0, 0.0)),
+    ],
+)
+def test_what_is_left_open_follows_the_measurements(
+    folder: Path, text: str, anchored: tuple[bool, bool], refined: bool, limits: tuple[Any, Any]
+) -> None:
+    manifest = load(folder, text.replace("test: sql.jsonl}", "validation: sql.jsonl}"))
+    assert tuple(manifest.training(name).anchor is not None for name in manifest.tasks) == anchored
+    assert (emulator_of(manifest).refine is not None) == refined
+    assert tuple(manifest.limit(name) for name in manifest.tasks) == limits

@@ -9,6 +9,7 @@ from helpers.fake_steps import FakeSteps, Project
 from helpers.media_files import picture
 from onelayer.runtime.pipeline.plan import plan
 from onelayer.runtime.pipeline.run import run
+from onelayer.runtime.pipeline.steps import steps_of
 
 EVERY_KIND = """
 version: 1
@@ -109,6 +110,19 @@ def test_anchors_make_another_key_of_training_on_an_emulator_alone(project: Proj
     settings = project.fakes.arguments["train sql"]
     assert (settings["anchor_every"], settings["anchor_bits"]) == (10, 1)
     assert Path(settings["model"]).name == "model"
+
+
+def test_a_model_with_projectors_has_another_key_of_compile(project: Project) -> None:
+    """Its emulators from before kept projectors dense; every other model keeps its keys."""
+    config = project.path.parent / "model" / "config.json"
+    config.write_text(json.dumps({"model_type": "fake", "text_config": {"model_type": "fake"}}))
+    both = []
+    for projectors in (True, False):
+        compile_step = next(step for step in steps_of(project.manifest, ["sql"]) if step.kind == "compile")
+        both.append(dict(compile_step.fields))
+        assert ("projectors" in compile_step.fields) is projectors
+        config.write_text(json.dumps({"model_type": "fake"}))
+    assert {**both[1], "projectors": "compiled"} == both[0]
 
 
 def test_the_default_learning_rate_is_part_of_the_key(project: Project) -> None:

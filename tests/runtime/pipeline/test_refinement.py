@@ -46,8 +46,8 @@ def test_whose_inputs_it_learns_from_is_in_its_key_if_it_may_be_coded(project: P
         manifest = load_manifest(project.path)
         project.path.write_text(before)
         assert manifest.emulator is not None
-        assert manifest.emulator.refinement is not None
-        return dict(refine_step(manifest, manifest.emulator, manifest.emulator.refinement, None).fields)
+        assert manifest.emulator.refine is not None
+        return dict(refine_step(manifest, manifest.emulator, manifest.emulator.refine, None).fields)
 
     assert "inputs" not in fields("ratio: 0.25", "")
     assert "inputs" not in fields("ratio: 0.25", "inputs: original")
@@ -150,9 +150,10 @@ def test_a_refined_emulator_lists_no_outdated_errors(tmp_path: Path, capsys: pyt
         ("ratio: 0.25, refine: {}", True),
     ],
 )
-def test_an_emulator_sized_in_bytes_is_refined_by_default(
+def test_an_emulator_of_some_bytes_is_refined_without_anchors(
     project: Project, tmp_path: Path, size: str, refined: bool
 ) -> None:
+    project.edit("train: {", "train: {anchor: none, ")
     save_tiny("llama", tmp_path / "real")
     project.edit("path: model", "path: real")
     project.edit("ratio: 0.25", size)

@@ -1,14 +1,19 @@
 """How often anchors are renewed, by the time that is given."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from helpers.model_shapes import decoder
 from onelayer.compiler.errors import InputError
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY
+from onelayer.runtime.planning.choice import USABLE_SHARE, best_ratio, limiting_pass
+from onelayer.runtime.planning.pass_memory import renewal_bytes
 from onelayer.runtime.planning.plan import PlanResult, plan_run
 from onelayer.runtime.planning.speed import Speed
+from onelayer.runtime.planning.train_memory import PlannedRun
 from onelayer.runtime.planning.ways import choose_every
 from onelayer.runtime.reporting.run_summaries import plan_summary
 
@@ -57,3 +62,14 @@ def test_a_plan_chooses_within_the_hours(tmp_path: Path) -> None:
             planned(tmp_path, steps, hours)
     with pytest.raises(InputError, match="--hours: needs weights"):
         plan_run(tmp_path, 2 * GIB, max_steps=5, hours=1.0)
+
+
+def test_an_emulator_leaves_room_for_renewals() -> None:
+    planned = PlannedRun(batch_size=1, max_length=256, where="layer", rank=1 / 16, refine_tokens=0, compile_tokens=256)
+    shapes, memory_bytes = decoder(4096, 14336, 32, 128256), 5 << 30
+    runs = [planned, replace(planned, anchored=True)]
+    plain, anchored = (best_ratio(shapes, run, memory_bytes, "nf4") for run in runs)
+    assert 0 < anchored.reached < plain.reached
+    held = [renewal_bytes(shapes, choice.memory, choice.planned) for choice in (anchored, plain)]
+    assert held[0] <= USABLE_SHARE * memory_bytes < held[1]
+    assert limiting_pass(shapes, anchored, memory_bytes).startswith("train: a layer of the original")

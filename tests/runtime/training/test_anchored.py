@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,40 +71,64 @@ def test_classifiers_and_their_heads_are_anchored(family: str, tmp_path: Path) -
     assert result.losses[2][1] < result.losses[0][1]
 
 
-@pytest.mark.parametrize("name", ["padded", "layer"])
-def test_an_emulator_equal_to_the_original_gives_direct_trainings_bytes(name: str, whole: Path) -> None:
-    settings: dict[str, Any] = {"max_steps": 3, "batch_size": 3, **SETTINGS[name]}
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "padded"),
+        ("llama", "layer"),
+        ("classifier", "padded"),
+        ("t5", "accumulated"),
+        ("mixtral", "accumulated"),
+    ],
+)
+def test_an_emulator_equal_to_the_original_gives_direct_trainings_bytes(
+    whole_of: Callable[[str], Path], tmp_path: Path, kind: str, name: str
+) -> None:
+    whole = whole_of(kind)
+    settings: dict[str, Any] = {"max_steps": 3, "batch_size": 3, "lora_rank": 4, **SETTINGS[name]}
     anchor: dict[str, Any] = {"model": whole / "original", "anchor_every": 1}
-    train_lora(whole / "original", whole / "text.jsonl", whole / f"{name} direct", **settings)
-    result = train_lora(whole / "emulator", whole / "text.jsonl", whole / f"{name} anchored", **settings, **anchor)
-    weights = [(whole / f"{name} {kind}" / "adapter_model.safetensors").read_bytes() for kind in ("direct", "anchored")]
+    train_lora(whole / "original", whole / "data.jsonl", tmp_path / "direct", **settings)
+    result = train_lora(whole / "emulator", whole / "data.jsonl", tmp_path / "anchored", **settings, **anchor)
+    weights = [(tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("direct", "anchored")]
     assert weights[0] == weights[1]
     assert result.anchors is not None
     assert result.anchors.renewals == 3
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An original, an emulator whose factors are its weights and identities, and text."""
-    root: Path = tmp_path_factory.mktemp("whole")
-    model = save_tiny("llama", root / "original")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reference_emulators, "rank_for", lambda out_features, in_features, ratio: in_features)
-        patched.setattr(reference_emulators, "svd_factors", lambda weight, rank: (weight, torch.eye(rank)))
-        write_emulator(model, root / "original", root / "emulator")
-    (root / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["text"]))
-    return root
+def whole_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By kind of model: an original, an emulator whose factors are its weights and identities, and data."""
+
+    def make(kind: str) -> Path:
+        root: Path = tmp_path_factory.mktemp(kind)
+        is_classifier = kind == "classifier"
+        model = save_classifier("bert", root / "original") if is_classifier else save_tiny(kind, root / "original")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(reference_emulators, "rank_for", lambda out_features, in_features, ratio: in_features)
+            patched.setattr(reference_emulators, "svd_factors", lambda weight, rank: (weight, torch.eye(rank)))
+            write_emulator(model, root / "original", root / "emulator", skip=("classifier",))
+        if is_classifier:
+            write_labeled(root / "data.jsonl")
+        else:
+            tiny_tokenizer(root / "original")
+            rows = PROMPTED if kind == "t5" else ROWS["text"]
+            (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return root
+
+    return cache(make)
+
+
+PROMPTED = [
+    {"prompt": "what is the sum of two and three ?", "completion": " five"},
+    {"prompt": "a", "completion": " b c"},
+] * 3
 
 
 def test_encoder_decoders_are_trained_and_anchored(tmp_path: Path) -> None:
     model = save_tiny("t5", tmp_path / "original")
     tiny_tokenizer(tmp_path / "original")
     write_emulator(model, tmp_path / "original", tmp_path / "half", ratio=0.5)
-    rows = [
-        {"prompt": "what is the sum of two and three ?", "completion": " five"},
-        {"prompt": "a", "completion": " b c"},
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTED))
     settings: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4}
     anchor: dict[str, Any] = {"model": tmp_path / "original", "anchor_every": 2, "anchor_bits": 32}
     losses = {

@@ -1,5 +1,6 @@
 """Training of a denoiser on encoded images, and its adapter in diffusers' own pipelines."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.hashes import tree_hashes
-from onelayer.compiler import correct_adapter, merge_adapter
+from helpers.peft_adapters import quiet_peft
+from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
 from onelayer.compiler.denoising.batches import DrawnImages
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.storage.digests import file_digest
 from onelayer.runtime import train_lora
-from onelayer.runtime.training.denoising import DenoisingTrainer
+from onelayer.runtime.anchors.anchors import Anchors
+from onelayer.runtime.training.denoising import DenoisingTrainer, DrawnRows
 from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+LINEARS = r".*transformer_blocks.*\.(to_q|to_v|add_k_proj|proj_mlp|proj_out)"
 HOW: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4, "lora_alpha": 8}
 
 
@@ -72,6 +79,78 @@ def test_an_interrupted_training_continues_to_the_same_bytes(
     ours, theirs = tree_hashes(output), tree_hashes(adapter)
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
     assert ours["pytorch_lora_weights.safetensors"] == theirs["pytorch_lora_weights.safetensors"]
+
+
+def test_right_after_a_renewal_the_emulator_answers_like_the_original(
+    flux: EncodedPipeline, flux_emulator: Path
+) -> None:
+    how: dict[str, Any] = {"r": 2, "target_modules": LINEARS, "init_lora_weights": False, "task_type": None}
+    emulator, original = (quiet_peft(flux.load(path), **how).eval() for path in (flux_emulator, None))
+    trained = {name: value for name, value in emulator.named_parameters() if value.requires_grad}
+    assert not original.load_state_dict(trained, strict=False).unexpected_keys
+    rows = DrawnRows(DrawnImages(flux.noisy(), 1), 2)
+    drawn = [rows[number] for number in range(2)]
+
+    def answers(model: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(**row["arguments"])[0] for row in drawn]
+
+    wanted, plain = answers(original), answers(emulator)
+    with Meter(torch.device("cpu")) as meter:
+        facts = Emulator.open(flux_emulator).facts
+        anchors = Anchors(emulator, facts, flux.denoiser, 32, meter, nullcontext)
+        anchors.renew(drawn)
+        for row, answer, bare in zip(drawn, wanted, plain, strict=True):
+            with anchors.next_batch(), torch.no_grad():
+                found = emulator(**row["arguments"])[0]
+            torch.testing.assert_close(found, answer, rtol=0, atol=2e-5)
+            assert float((bare - answer).abs().max()) > 1e-2
+        assert anchors.is_used_up
+
+
+@pytest.fixture(scope="module")
+def coded(flux: EncodedPipeline) -> Path:
+    """Return an emulator of codes, whose small linears are quantized whole."""
+    output = flux.pipeline.parent / "coded"
+    result = compile_emulator(flux.pipeline, flux.images, output, form="coded", keep_bytes=0.26, samples=4)
+    assert {linear.form for linear in result.linears} == {"coded", "dense"}
+    assert all(0 < (linear.gradient_error or 0) < 0.7 for linear in result.linears)
+    return output
+
+
+def test_what_is_learned_on_codes_reaches_the_original(flux: EncodedPipeline, coded: Path, tmp_path: Path) -> None:
+    adapter, corrected, polished = (tmp_path / name for name in ("adapter", "corrected", "polished"))
+    train_lora(coded, flux.images, adapter, **{**HOW, "max_steps": 2})
+    correct_adapter(adapter, emulator=coded, model=flux.pipeline, output=corrected)
+    steps: dict[str, Any] = {"steps": 1, "batch_size": 2, "micro_batch_size": 2}
+    polish_adapter(corrected, model=flux.pipeline, data=flux.images, output=polished, **steps)
+    scores = evaluate_model(flux.pipeline, flux.images, adapters=[corrected, polished], noise_samples=1).results
+    assert scores[2].loss < scores[1].loss < scores[0].loss - 1e-2
+
+
+def test_an_anchored_training_continues_to_the_same_bytes(
+    flux: EncodedPipeline, coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**HOW, "max_steps": 3, "batch_size": 1, "anchor_every": 2, "save_steps": 1, "dropout": 0.3}
+    settings["model"] = flux.pipeline
+    whole = train_lora(coded, flux.images, tmp_path / "whole", **settings)
+    assert whole.anchors is not None
+    assert whole.anchors.renewals == 2
+    plain, calls = DenoisingTrainer.training_step, list[int]()
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoisingTrainer, "training_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train_lora(coded, flux.images, tmp_path / "parts", **settings)
+    train_lora(coded, flux.images, tmp_path / "parts", resume=True, **settings)
+    for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        assert file_digest(tmp_path / "parts" / file) == file_digest(tmp_path / "whole" / file)
 
 
 def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class CodedCompilation(Compilation):
         """Compress a weight (out, in) to the form that the plan chose for it."""
         dtype = self.streamed.dtype
         if width is None or rank is None:
+            width = None  # codes of a small weight would be no smaller than the whole weight, quantized
             stored, kept = _whole(W, RESIDUAL_DTYPE, dtype)
         else:
             stored, kept = _coded(W, encode(W, moments.blocks, width), sides, rank, dtype, self.settings.seed)

@@ -12,7 +12,6 @@ from onelayer.compiler.models.linears import expert_width, head_workspace, stack
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import (
     EXPERT_ROWS,
-    GRADIENT_LOGITS,
     RESERVE_BYTES,
     SMALL_SHARE,
     CompiledShape,
@@ -164,7 +163,7 @@ def coded_workspace(
     That is what coding a unit takes (`coding_bytes`), and after it one expert at a time; on a host the unit that is
     read ahead, and a reserve.
     """
-    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS) if backward else 0
+    head = head_workspace(streamed, loads.most_rows) if backward else 0
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in chosen.linears]
@@ -184,7 +183,7 @@ def coded_workspace(
 
 def backward_workspace(streamed: StreamedModel, ranks: Ranks, loads: UnitLoads, on_gpu: bool) -> int:
     """Predict what weighing factors by gradients adds to `compile_workspace`, from shapes alone (`weighing_bytes`)."""
-    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS)
+    head = head_workspace(streamed, loads.most_rows)
     worst = 0
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in ranks]

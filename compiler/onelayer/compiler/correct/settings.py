@@ -9,6 +9,8 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.settings import Batched, Lengths, Machine, Option
 
 PAPER_LIMIT = 3.0
+# Leaves the adapter as trained.
+NO_CORRECTION = 0.0
 
 
 def _checked_limit(value: Any) -> Any:
@@ -34,10 +36,12 @@ class CorrectSettings(Lengths, Batched, Machine):
     ] = "default"
 
 
-def chosen_limit(limit: float | Literal["auto", "default"] | None, has_data: bool) -> float | Literal["auto"] | None:
-    """Replace "default" by "auto" if there are held-out data, else by the paper's limit."""
+def chosen_limit(
+    limit: float | Literal["auto", "default"] | None, has_data: bool, unchosen: float = PAPER_LIMIT
+) -> float | Literal["auto"] | None:
+    """Replace "default" by "auto" if there are held-out data, else by `unchosen`."""
     if limit == "default":
-        return "auto" if has_data else PAPER_LIMIT
+        return "auto" if has_data else unchosen
     return limit
 
 

@@ -1,5 +1,6 @@
-"""Encoded images in, batches that a denoiser can be called with out. A batch is one image: prompts differ in length."""
+"""Encoded images in, batches that a denoiser can be called with out. A batch is one image, or several of one shape."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.denoising.encoded import EncodedImages
+from onelayer.compiler.denoising.joining import NotJoinedError, joined, parts_of
 from onelayer.compiler.denoising.layout import Layout
 from onelayer.compiler.denoising.noise import NoiseProcess
 from onelayer.compiler.denoising.settings import Weighting
@@ -17,36 +19,74 @@ SEED_STEP = 1_000_003  # seeds of neighboring runs have no row in common
 
 @dataclass(frozen=True)
 class DenoisingBatch:
-    """A noisy image: the arguments of the denoiser, what it should answer, and the weight of its loss.
+    """Noisy images: the arguments of the denoiser, what it should answer (B, ...), and the weight of each image's loss.
 
-    `answer` finds the prediction in what the denoiser returns. `order` has the number of the image.
+    `answer` finds the prediction for one image in what the denoiser returns. `order` has the numbers of the images,
+    `positions` are those of all together. `joining` says how the arguments of more images are joined.
     """
 
     inputs: dict[str, Any]
     target: torch.Tensor
-    weight: float
+    weights: tuple[float, ...]
     answer: Layout
     positions: int
     order: tuple[int, ...]
+    joining: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """The number of images, and the positions of one."""
-        return 1, self.positions
+        return len(self.order), self.positions // len(self.order)
 
     def loss(self, output: Any) -> torch.Tensor:
-        """Compute the weighted mean squared error of an answer, in float32; gradients flow back."""
-        return self.weight * self.error(self.prediction(output))
+        """Compute the sum of the images' weighted mean squared errors, in float32; gradients flow back."""
+        predictions = self.prediction(output).chunk(len(self.weights))
+        targets = self.target.to(predictions[0].device).chunk(len(self.weights))
+        parts = zip(self.weights, predictions, targets, strict=True)
+        return torch.stack([weight * (one - wanted).square().mean() for weight, one, wanted in parts]).sum()
 
     def prediction(self, output: Any) -> torch.Tensor:
-        """Return what an answer predicts, in float32 and in the layout of the target."""
+        """Return what an answer predicts (B, ...), in float32 and in the layout of the target."""
         tensors = output.sample if hasattr(output, "sample") else output
         tensors = tensors[0] if isinstance(tensors, tuple) else tensors
-        return self.answer.forward(tensors).float()
+        return torch.cat([self.answer.forward(part).float() for part in parts_of(tensors, len(self.weights))])
 
     def error(self, prediction: torch.Tensor) -> torch.Tensor:
         """Compute the mean squared error of a prediction."""
         return (prediction - self.target.to(prediction.device)).square().mean()
+
+
+def joined_batches(batches: Sequence[DenoisingBatch], most: int) -> list[DenoisingBatch]:
+    """Join batches of one image into batches of at most `most`, of those that one call of the denoiser takes."""
+    groups: list[list[DenoisingBatch]] = []
+    for batch in batches:
+        group = next((group for group in groups if len(group) < most and _go_together(group[0], batch)), None)
+        if group is None:
+            groups.append([batch])
+        else:
+            group.append(batch)
+    return [_joined(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def _go_together(one: DenoisingBatch, other: DenoisingBatch) -> bool:
+    if one.joining is None or one.positions != other.positions:
+        return False
+    try:
+        joined(one.joining, [one.inputs, other.inputs])
+    except NotJoinedError:
+        return False
+    return True
+
+
+def _joined(batches: Sequence[DenoisingBatch]) -> DenoisingBatch:
+    return replace(
+        batches[0],
+        inputs=joined(batches[0].joining, [batch.inputs for batch in batches]),
+        target=torch.cat([batch.target for batch in batches]),
+        weights=tuple(weight for batch in batches for weight in batch.weights),
+        positions=sum(batch.positions for batch in batches),
+        order=tuple(number for batch in batches for number in batch.order),
+    )
 
 
 class NoisyImages:
@@ -83,7 +123,7 @@ class NoisyImages:
         weight = self.prior_weight if self.images.rows[row].is_class else 1.0
         generator = self._generator(number)
         batch = self._batch(row, self._process.drawn(generator), generator)
-        return replace(batch, weight=weight * batch.weight)
+        return replace(batch, weights=tuple(weight * each for each in batch.weights))
 
     def stratified(self, rows: list[int], count: int) -> list[DenoisingBatch]:
         """Return `count` batches whose times cover the axis evenly; images take turns."""
@@ -102,8 +142,8 @@ class NoisyImages:
         noisy = self._process.noisy(self.images.latent(row), place, generator)
         template = self._template(self.images.rows[row].prompt)
         inputs = template.arguments(noisy.sample, noisy.time, self.dtype)
-        answer = self.images.answer
-        return DenoisingBatch(inputs, noisy.target, noisy.weight, answer, template.positions, (row,))
+        answer, joining = self.images.answer, self.images.form.joining
+        return DenoisingBatch(inputs, noisy.target, (noisy.weight,), answer, template.positions, (row,), joining)
 
 
 @dataclass(frozen=True)

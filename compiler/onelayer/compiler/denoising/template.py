@@ -50,7 +50,8 @@ class Form:
     """What the arguments of all prompts have in common.
 
     `tree` is their JSON form. Leaf number `sample` is the noisy sample, leaf number `time` is `slope` times the time of
-    the scheduler plus `offset`.
+    the scheduler plus `offset`. `joining` says how the arguments of several images become those of one call, if
+    the pipeline showed how.
     """
 
     tree: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Form:
     time: int
     slope: float
     offset: float
+    joining: Any = None
 
 
 @dataclass(frozen=True)

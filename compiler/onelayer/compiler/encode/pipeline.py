@@ -10,6 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ class Recorded(BaseException):
     def __init__(self, name: str, value: Any) -> None:
         super().__init__(name)
         self.name, self.value = name, value
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a pipeline is asked for: how many pictures of a prompt, and the time of its one step."""
+
+    guidance: float = 1.0
+    time: float = FIRST_TIME
+    seed: int = 0
+    pictures: int = 1
 
 
 class OpenPipeline:
@@ -116,31 +127,31 @@ class OpenPipeline:
         self,
         prompt: str,
         size: int,
+        request: Request,
         *,
-        seed: int = 0,
-        guidance: float = 1.0,
         forwards: dict[str, Callable[..., Any]],
-        time: float = FIRST_TIME,
         step: Callable[..., Any] | None = None,
         decode: Callable[..., Any] | None = None,
     ) -> Recorded:
-        """Run the pipeline for one step at a time of the scheduler until something raises `Recorded`; return that.
+        """Run the pipeline for one step until something raises `Recorded`; return that.
 
         `forwards` are those of its components. `step` and `decode` replace the scheduler's and the VAE's. Raises
         `InputError` if the pipeline fails or ends before.
         """
-        pipe = self._private(time, step)
+        pipe = self._private(request.time, step)
         asked = {
             "prompt": prompt,
             "height": size,
             "width": size,
             "num_inference_steps": 1,
             "num_frames": 1,
-            "guidance_scale": guidance,
+            "num_images_per_prompt": request.pictures,
+            "num_videos_per_prompt": request.pictures,
+            "guidance_scale": request.guidance,
             "true_cfg_scale": 1.0,  # a second pass for a negative prompt is guidance too
             "use_resolution_binning": False,
             "output_type": "np",
-            "generator": torch.Generator().manual_seed(seed),
+            "generator": torch.Generator().manual_seed(request.seed),
         }
         known = inspect.signature(type(pipe).__call__).parameters
         replaced = {getattr(pipe, name): {"forward": forward} for name, forward in forwards.items()}

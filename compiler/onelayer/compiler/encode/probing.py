@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from onelayer.compiler.denoising.layout import Layout, NotALayoutError
 from onelayer.compiler.denoising.template import FIRST_TIME, Template
-from onelayer.compiler.encode.pipeline import OpenPipeline, Recorded
+from onelayer.compiler.encode.pipeline import OpenPipeline, Recorded, Request
 from onelayer.compiler.encode.recording import TextRecorder
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
@@ -84,7 +84,7 @@ class Probe:
         found = self.pipeline.run(
             self.recorder.prompts[0],
             self.recorder.size,
-            guidance=self.guidance,
+            Request(self.guidance),
             forwards=forwards,
             step=step,
             decode=decode,

@@ -6,13 +6,15 @@ encoder's answers at hand, until every one of them has called its denoiser.
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from onelayer.compiler.denoising.joining import NotJoinedError, joined, joining_of
 from onelayer.compiler.denoising.template import FIRST_TIME, OTHER_TIME, NotATemplateError, Template
-from onelayer.compiler.encode.pipeline import OpenPipeline, Recorded
+from onelayer.compiler.encode.pipeline import OpenPipeline, Recorded, Request
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.streaming.stream import Stream
@@ -36,7 +38,7 @@ class TextRecorder:
         for _ in range(MOST_CALLS):
             calls: dict[str, dict[int, Any]] = {}
             for number in range(len(self.prompts)):
-                found = self.recorded(number, guidance=guidance)
+                found = self.recorded(number, Request(guidance))
                 if found.name != DENOISER:
                     calls.setdefault(found.name, {})[number] = found.value
             if not calls:
@@ -54,12 +56,12 @@ class TextRecorder:
         for index, number in enumerate(numbers):
             self._answers[number][name].append(answers[index])
 
-    def recorded(self, number: int, **how: Any) -> Recorded:
+    def recorded(self, number: int, request: Request) -> Recorded:
         """Run the pipeline for a prompt until it calls its denoiser, or an encoder whose answer is not known."""
         forwards: dict[str, Callable[..., Any]] = self.forwards(number)
         denoiser = type(getattr(self.pipeline.pipe, self.pipeline.denoiser))
         forwards[self.pipeline.denoiser] = partial(_record, DENOISER, denoiser)
-        return self.pipeline.run(self.prompts[number], self.size, forwards=forwards, **how)
+        return self.pipeline.run(self.prompts[number], self.size, request, forwards=forwards)
 
     def forwards(self, number: int) -> dict[str, Callable[..., Any]]:
         """Return forwards of the encoders that give the known answers for a prompt, once each and in order."""
@@ -87,10 +89,17 @@ class TextRecorder:
 
     def _template(self, number: int, guidance: float) -> Template:
         first, later, other = (
-            self.recorded(number, guidance=guidance, time=time, seed=seed).value
+            self.recorded(number, Request(guidance, time, seed)).value
             for time, seed in ((FIRST_TIME, 0), (OTHER_TIME, 0), (FIRST_TIME, 1))
         )
-        return Template.of(first, later, other)
+        template = Template.of(first, later, other)
+        try:
+            two = self.recorded(number, Request(guidance, pictures=2)).value
+            joining = joining_of(first, two)
+            joined(joining, [first, other])  # a pipeline that makes one picture whatever is asked shares the sample
+        except (NotJoinedError, InputError):
+            return template  # its images are computed one by one
+        return replace(template, form=replace(template.form, joining=joining))
 
 
 def _record(name: str, cls: type[torch.nn.Module], *args: Any, **kwargs: Any) -> None:

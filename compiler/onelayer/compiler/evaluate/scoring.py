@@ -18,7 +18,7 @@ from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import head_workspace
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import SCORED_LOGITS, SLICE_BYTES, scoring_bytes
+from onelayer.compiler.models.unit_memory import SLICE_BYTES, scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES, SpillPool
 from onelayer.compiler.streaming.stream import Stream
 from onelayer.compiler.streaming.token_scores import Divergence, TokenScores
@@ -208,7 +208,7 @@ def scoring_workspace(stream: Stream, batches: Sequence[TokenBatch], variants: i
         parked = parked_bytes(streamed, batches, variants, stream.spill_pool)
         states = variants * len(batches) * loads.most_states * max(4, streamed.dtype.itemsize)
         parked = max(parked, min(stream.spill_pool.budget_bytes, states))
-    head = head_workspace(streamed, loads.most_rows, SCORED_LOGITS, compared=compared)
+    head = head_workspace(streamed, loads.most_rows, compared=compared)
     return scoring_bytes(streamed.largest_unit_bytes, head, loads.most_values(streamed), on_gpu) + parked
 
 

@@ -58,3 +58,14 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
     """Return the states of the random generators of the host and of `device`."""
     host = [torch.get_rng_state()]
     return host if device.type == "cpu" else [*host, torch.get_device_module(device).get_rng_state(device)]
+
+
+def seed_random(device: torch.device, seed: int) -> None:
+    """Seed the random generators of the host and of `device`.
+
+    `torch.manual_seed` seeds every accelerator. Before the first use of one it keeps a stack trace for each call.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

@@ -40,6 +40,13 @@ ELEMENTWISE = frozenset(
     }
 )  # fmt: skip
 
+# Those that keep nothing for their derivative, and change no value but by rounding.
+CASTS = frozenset(
+    {
+        torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to, torch.Tensor.type,
+        torch.Tensor.contiguous, torch.Tensor.detach,
+    }
+)  # fmt: skip
 
 # Operations that give other positions, or the same in another shape; the last dimension stays the vocabulary.
 RESHAPING = frozenset({torch.Tensor.view, torch.Tensor.reshape, torch.reshape})
@@ -114,6 +121,11 @@ class DeferredLogits(torch.Tensor):
         for func, args, kwargs in self.steps:
             part = _fill(part, *args, start) if func is _fill else func(part, *args, **kwargs)
         return part
+
+    @property
+    def derived_copies(self) -> int:
+        """How many copies of a slice the derivative of the recorded operations holds at most; casts hold none."""
+        return sum(func not in CASTS for func, _, _ in self.steps)
 
     def over_other(self, hidden: torch.Tensor) -> "DeferredLogits":
         """Return the same head and operations over other hidden states."""

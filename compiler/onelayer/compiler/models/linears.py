@@ -32,15 +32,15 @@ def widest(streamed: StreamedModel) -> int:
     return max(unit_width(streamed, unit) for unit in streamed.units)
 
 
-def head_workspace(streamed: StreamedModel, tokens: int, logits: int, *, compared: bool = False) -> int:
-    """Predict what reading the head by slices holds, with `logits` copies of a slice for `tokens`; see `head_bytes`.
+def head_workspace(streamed: StreamedModel, tokens: int, *, compared: bool = False) -> int:
+    """Predict what reading the head by slices holds for the logits of `tokens`; see `head_bytes`.
 
     With `compared`, two models' logits are.
     """
     if streamed.head is None:  # its logits, if it has any, are formed in a unit
         return 0
     vocabulary, hidden = weight_shape(streamed.head)
-    head = head_bytes(vocabulary, hidden, streamed.dtype.itemsize, tokens, logits)
+    head = head_bytes(vocabulary, hidden, streamed.dtype.itemsize, tokens)
     return head + (comparing_bytes(vocabulary, tokens) if compared else 0)
 
 

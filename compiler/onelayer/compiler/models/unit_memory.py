@@ -14,8 +14,8 @@ from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 RESERVE_BYTES = 64 << 20
 # A matrix that stays on disk is applied by slices of this size, so that it costs as much whatever the vocabulary.
 SLICE_BYTES = 64 << 20
-# Copies of a slice of logits while they are scored, and while their gradient is taken.
-SCORED_LOGITS, GRADIENT_LOGITS = 2, 3
+# Copies of a slice of logits in float32 while they are scored, or while their gradient is taken.
+LOGITS_COPIES = 2
 # Logits of two models are compared at most this many at a time, in float64: both, and three results.
 COMPARED_VALUES = 1 << 20
 # Per trained value in float32: itself, its gradient, what it was, Adam's two moments, and its rounded form; that once
@@ -65,14 +65,15 @@ def training_bytes(
     return TRAINED_VALUE_BYTES * sum(values) + ROUNDING_BYTES * max(values, default=0) + graphs + weights
 
 
-def head_bytes(vocabulary: int, hidden: int, value_bytes: int, tokens: int, logits: int) -> int:
-    """Bound what a head that is read by slices holds: a slice of its weight and `logits` copies of a slice of logits.
+def head_bytes(vocabulary: int, hidden: int, value_bytes: int, tokens: int) -> int:
+    """Bound what a head that is read by slices holds: a slice of its weight and the copies of a slice of logits.
 
-    A slice of logits is in float32. A head that is smaller than a slice takes its own size. The hidden states and their
-    gradient come with their copies.
+    These are in float32, and one is in the model's dtype if that is another. A head that is smaller than a slice takes
+    its own size. The hidden states and their gradient come with their copies.
     """
-    weight, slice_bytes = vocabulary * hidden * value_bytes, 4 * vocabulary * tokens
-    return min(SLICE_BYTES, weight) + logits * min(SLICE_BYTES, slice_bytes) + 4 * 4 * hidden * tokens
+    weight, slice_values = vocabulary * hidden * value_bytes, min(SLICE_BYTES // 4, vocabulary * tokens)
+    logits = (4 * LOGITS_COPIES + (value_bytes if value_bytes != 4 else 0)) * slice_values
+    return min(SLICE_BYTES, weight) + logits + 4 * 4 * hidden * tokens
 
 
 def comparing_bytes(vocabulary: int, tokens: int) -> int:
@@ -81,14 +82,16 @@ def comparing_bytes(vocabulary: int, tokens: int) -> int:
     return min(SLICE_BYTES, 4 * values) + (5 * 8 + 1) * min(COMPARED_VALUES, values)
 
 
-def step_bytes(unit_bytes: int, head: int, graph: int, adapter_bytes: int, on_gpu: bool) -> int:
-    """Bound what an exact step on one micro-batch holds in addition to the unit that computes.
+def step_bytes(unit_bytes: int, last_bytes: int, head: int, graph: int, adapter_bytes: int, on_gpu: bool) -> int:
+    """Bound what an exact step on one micro-batch holds in addition to the largest unit, of `unit_bytes`.
 
-    The adapter with its optimizer, the `graph` of the widest unit or the `head` with its gradients, and a reserve. A
-    host holds the unit that is read ahead too, and keeps holes of the one while it has the other. Kept unit inputs are
-    not in it: they lie on the host and are reported by themselves.
+    The adapter with its optimizer, the `graph` of the widest unit or, with the last unit of `last_bytes` in the largest
+    one's place, the `head` with its gradients, and a reserve. A host holds the unit that is read ahead too, and keeps
+    holes of the one while it has the other. Kept unit inputs are not in it: they lie on the host and are reported by
+    themselves.
     """
-    return RESERVE_BYTES + adapter_bytes + (max(graph, head) if on_gpu else unit_bytes + graph + head)
+    on_host = unit_bytes + graph + head
+    return RESERVE_BYTES + adapter_bytes + (max(graph, head + last_bytes - unit_bytes) if on_gpu else on_host)
 
 
 def states_bytes(hidden: int, value_bytes: int, tokens: int, on_gpu: bool) -> int:

@@ -15,10 +15,10 @@ import torch
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.packing import join_rows, packs_of
 from onelayer.compiler.data.train_rows import TrainRows
-from onelayer.compiler.denoising.batches import DrawnImages
+from onelayer.compiler.denoising.batches import DrawnImages, joined_batches
 from onelayer.compiler.machine.console import Progress
 from onelayer.compiler.models.linears import head_workspace
-from onelayer.compiler.models.unit_memory import GRADIENT_LOGITS, graph_bytes, step_bytes
+from onelayer.compiler.models.unit_memory import graph_bytes, step_bytes
 from onelayer.compiler.polish.packing_check import check_apart, check_takes_positions
 from onelayer.compiler.polish.resume import PolishState
 from onelayer.compiler.polish.settings import PolishSettings
@@ -122,7 +122,7 @@ class PolishJob:
     def _batches(self, step: int) -> Sequence[PassBatch]:
         """Return the examples of a step as the model is called with them."""
         if isinstance(self.rows, DrawnImages):
-            return self.rows.step(step)
+            return joined_batches(self.rows.step(step), self.settings.micro_batch_size)
         rows = self.rows.batch(step)
         if self.settings.packing:
             rows = [join_rows(pack) for pack in packs_of(rows, self.settings.max_length)]
@@ -202,5 +202,6 @@ def polish_workspace(
 ) -> int:
     """Predict the workspace of a polish that is about to run."""
     graph = graph_bytes(loads.most_values(streamed), streamed.dtype.itemsize, on_gpu)
-    head = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS)
-    return step_bytes(streamed.largest_unit_bytes, head, graph, state.bytes, on_gpu)
+    head = head_workspace(streamed, loads.most_rows)
+    unit_bytes, last_bytes = streamed.largest_unit_bytes, streamed.units[-1].weight_bytes
+    return step_bytes(unit_bytes, last_bytes, head, graph, state.bytes, on_gpu)

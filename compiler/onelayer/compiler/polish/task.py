@@ -21,7 +21,7 @@ from onelayer.compiler.data.labeled_rows import DataSource, read_for
 from onelayer.compiler.data.media_tokens import load_reader
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.data.train_rows import TrainRows
-from onelayer.compiler.denoising.batches import DrawnImages, NoisyImages
+from onelayer.compiler.denoising.batches import DrawnImages, NoisyImages, joined_batches
 from onelayer.compiler.denoising.encoded import encoded_images
 from onelayer.compiler.denoising.settings import ScoredNoise, TrainedNoise
 from onelayer.compiler.errors import InputError
@@ -141,7 +141,8 @@ class PolishTask:
         """Return the held-out data as the model is called with it."""
         if isinstance(self.held_out, NoisyImages):
             count, rows = ScoredNoise.default("noise_samples"), range(len(self.held_out.images.rows))
-            return [batch for row in rows for batch in self.held_out.held_out(row, count)]
+            batches = [batch for row in rows for batch in self.held_out.held_out(row, count)]
+            return joined_batches(batches, self.settings.micro_batch_size)
         if not self.held_out:
             return []
         return make_batches(self.held_out, config, self.settings.micro_batch_size)

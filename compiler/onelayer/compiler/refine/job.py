@@ -21,7 +21,7 @@ from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
 from onelayer.compiler.models.linears import head_workspace, unit_linears
 from onelayer.compiler.models.streamed_model import StreamedModel
-from onelayer.compiler.models.unit_memory import GRADIENT_LOGITS, RESERVE_BYTES, code_training_bytes, training_bytes
+from onelayer.compiler.models.unit_memory import RESERVE_BYTES, code_training_bytes, training_bytes
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
@@ -240,7 +240,7 @@ def refine_workspace(
     the device, the unit that is read ahead counts too. With `backward`, also the second graph and the weights in it, or
     slices of the head.
     """
-    worst = head_workspace(streamed, loads.most_rows, GRADIENT_LOGITS) if backward else 0
+    worst = head_workspace(streamed, loads.most_rows) if backward else 0
     for unit in streamed.units:
         names = linears_of(unit, emulator)
         values = [_trained_values(emulator, name) for name in names]

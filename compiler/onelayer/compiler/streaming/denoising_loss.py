@@ -16,7 +16,7 @@ PassBatch = TokenBatch | DenoisingBatch
 
 
 class DenoisingLoss:
-    """The mean of the batches' losses, in float32, used like `TokenLoss`.
+    """The mean of the images' losses, in float32, used like `TokenLoss`.
 
     The first `trained` batches form one mean, whose gradients go back; the others form another, which is only measured.
     """
@@ -29,7 +29,8 @@ class DenoisingLoss:
         self.batches = [batches[place] for place in self.places]
         self.device = device
         self.trained_tokens = sum(batch.positions for batch in batches[:trained])
-        self._counts = trained, len(batches) - trained
+        images = [len(batch.weights) for batch in batches]
+        self._counts = sum(images[:trained]), sum(images[trained:])
         self._losses: dict[int, float] = {}
         self._means: list[float | None] = [None, None]
 

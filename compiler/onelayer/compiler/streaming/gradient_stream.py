@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from onelayer.compiler.factors.activation_factors import Compressed, compress
 from onelayer.compiler.machine.console import Shown
-from onelayer.compiler.machine.devices import forked_random, random_state
+from onelayer.compiler.machine.devices import forked_random, random_state, seed_random
 from onelayer.compiler.machine.meter import FreedMemory, return_free_memory
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.recorded_outputs import Recorded, hand_over, recording
@@ -227,7 +227,7 @@ class GradientStream(Stream):
     def _random(self, seed: int) -> Iterator[None]:
         """Draw random numbers from a seed; restore the caller's generators on exit."""
         with forked_random(self.device):
-            torch.manual_seed(seed)
+            seed_random(self.device, seed)
             before = random_state(self.device)
             yield
             self.is_random |= not all(map(torch.equal, before, random_state(self.device)))

@@ -1,7 +1,8 @@
 """The loss of next-token prediction and its gradient at the hidden states, from slices of the head. No logits whole.
 
-The head is read twice for all batches together: once for the normalization, once for the gradient. Shape letters:
-N predicted tokens, S a slice of the vocabulary, H hidden size.
+The head is read twice for all batches together: once for the normalization, once for the gradient. A head that is one
+slice is read and multiplied once for both. Shape letters: N predicted tokens, S a slice of the vocabulary, H hidden
+size.
 """
 
 import math
@@ -15,18 +16,36 @@ from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.deferred_logits import BY_SLICES, DeferredLogits
-from onelayer.compiler.models.unit_memory import SLICE_BYTES
+from onelayer.compiler.models.unit_memory import LOGITS_COPIES, SLICE_BYTES
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.token_scores import TokenScores
+
+Scale = float | torch.Tensor
 
 
 @dataclass
 class _Waiting:
-    """One batch's logits that are not formed yet; `hidden` (N, H) are the states of its predictions, in the graph."""
+    """One batch's logits that are not formed yet; `hidden` (N, H) are the states of its predictions, in the graph.
+
+    `gradient` (N, H) in float32 is the gradient at `hidden`, once it is known; `pool` holds it.
+    """
 
     logits: DeferredLogits
     hidden: torch.Tensor
     scores: TokenScores
+    pool: SpillPool | None = None
+    gradient: torch.Tensor | None = None
+
+    @property
+    def is_one_slice(self) -> bool:
+        """Whether the head is so small that all logits of a prediction are formed at once."""
+        return next(self.logits.head.row_slices()) == (0, self.logits.head.shape[0])
+
+    def begin_gradient(self) -> None:
+        """Make room for the gradient."""
+        self.gradient = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
+        if self.pool is not None:
+            self.pool.hold(self.gradient)
 
 
 class TokenLoss:
@@ -80,7 +99,7 @@ class TokenLoss:
             if isinstance(logits, DeferredLogits):
                 hidden_NH = logits.hidden[rows]
                 self.pool.hold((logits.hidden, hidden_NH))
-                self._waiting[index] = _Waiting(logits, hidden_NH, TokenScores(labels_N.to(self.device)))
+                self._waiting[index] = _Waiting(logits, hidden_NH, TokenScores(labels_N.to(self.device)), self.pool)
                 return
             losses_N = torch.nn.functional.cross_entropy(logits[rows].float(), labels_N, reduction="none")
             self._sums[index] = float(losses_N.detach().sum(dtype=torch.float64))
@@ -89,10 +108,10 @@ class TokenLoss:
 
     def finish(self) -> bool:
         """Read the head, fill in the losses, send gradients back; False, and none sent, where a loss is not finite."""
-        for index, rows, weight, start in _slices(self._waiting, range(len(self.batches))):
-            waiting = self._waiting[index]
-            hidden_NH = waiting.hidden[rows].detach().to(self.device)
-            waiting.scores.update(rows, waiting.logits.slice_of(hidden_NH, weight, *start), start[0])
+        scale = 1 / max(1, self.trained_tokens)
+        trained = [index for index, waiting in self._waiting.items() if index < self.trained]
+        scales = {index: scale for index in trained if self._waiting[index].hidden.requires_grad}
+        _score(self._waiting, scales)
         if self._waiting:  # the host waits once for all
             sums = torch.stack([waiting.scores.losses.sum() for waiting in self._waiting.values()]).tolist()
             for index, value in zip(self._waiting, sums, strict=True):
@@ -102,25 +121,37 @@ class TokenLoss:
         self._scored_sums = [value for _, scored in found for value in scored]
         if not all(map(math.isfinite, [*self._trained_sums, *self._scored_sums])):
             return False
-        self._send_back()
+        _differentiate(self._waiting, scales)
+        for index in scales:
+            waiting = self._waiting.pop(index)
+            assert waiting.gradient is not None
+            # Code after the last unit may share a graph with code before other units, which is still to be walked.
+            waiting.hidden.backward(waiting.gradient.to(waiting.hidden.dtype), retain_graph=True)
+        self._waiting.clear()
         return True
 
-    def _send_back(self) -> None:
-        scale = 1 / max(1, self.trained_tokens)
-        gradients = dict[int, torch.Tensor]()
-        for index, waiting in self._waiting.items():
-            if index < self.trained and waiting.hidden.requires_grad:
-                gradients[index] = torch.zeros(waiting.hidden.shape, dtype=torch.float32)
-                self.pool.hold(gradients[index])
-        for index, rows, weight, start in _slices(self._waiting, sorted(gradients)):
-            waiting = self._waiting[index]
-            part = _slice_gradient(waiting, rows, weight, start, scale)
-            gradients[index][rows] += part.to("cpu", torch.float32)
-        for index, gradient_NH in gradients.items():
-            hidden_NH = self._waiting.pop(index).hidden
-            # Code after the last unit may share a graph with code before other units, which is still to be walked.
-            hidden_NH.backward(gradient_NH.to(hidden_NH.dtype), retain_graph=True)
-        self._waiting.clear()
+
+def _score(waiting: Mapping[int, _Waiting], scales: Mapping[int, Scale]) -> None:
+    """Read the head for the scores; if it is one slice, also for the gradients of those in `scales`, times these."""
+    at_once = {index for index in scales if waiting[index].is_one_slice}
+    for index in at_once:
+        waiting[index].begin_gradient()
+    for index, rows, weight, bounds in _slices(waiting, sorted(waiting)):
+        if index in at_once:
+            _add_gradient(waiting[index], rows, weight, bounds, scales[index])
+        else:
+            logits, scores = waiting[index].logits, waiting[index].scores
+            hidden_NH = waiting[index].hidden[rows].detach().to(weight.device)
+            scores.update(rows, logits.slice_of(hidden_NH, weight, *bounds), bounds[0])
+
+
+def _differentiate(waiting: Mapping[int, _Waiting], scales: Mapping[int, Scale]) -> None:
+    """Read the head for the gradients of those in `scales`, times these, where scoring has not found them."""
+    missing = [index for index in sorted(scales) if waiting[index].gradient is None]
+    for index in missing:
+        waiting[index].begin_gradient()
+    for index, rows, weight, bounds in _slices(waiting, missing):
+        _add_gradient(waiting[index], rows, weight, bounds, scales[index])
 
 
 def _slices(
@@ -133,47 +164,60 @@ def _slices(
     head, device = waiting[present[0]].logits.head, waiting[present[0]].scores.labels_N.device
     for start, stop in head.row_slices():
         weight = head.read(start, stop).to(device)
-        step = max(1, SLICE_BYTES // (4 * (stop - start)))
         for index in present:
             count = len(waiting[index].hidden)
+            # Logits that were capped or scaled are differentiated in smaller pieces, with their copies.
+            parts = 1 + -(-waiting[index].logits.derived_copies // LOGITS_COPIES)
+            step = max(1, min(SLICE_BYTES // (4 * (stop - start)), count) // parts)
             for first in range(0, count, step):
                 yield index, slice(first, min(first + step, count)), weight, (start, stop)
 
 
-def _slice_gradient(
-    waiting: _Waiting, rows: slice, weight: torch.Tensor, bounds: tuple[int, int], scale: float | torch.Tensor
-) -> torch.Tensor:
-    """What one slice of the vocabulary adds to the gradient at some hidden states: (softmax - one hot) W, scaled."""
+def _add_gradient(waiting: _Waiting, rows: slice, weight: torch.Tensor, bounds: tuple[int, int], scale: Scale) -> None:
+    """Add to the gradient at some hidden states what a slice of the vocabulary gives: (softmax - one hot) W, scaled.
+
+    A slice that is the whole vocabulary is scored first. A `scale` that is a tensor has one value (1,), or one for each
+    prediction (N,).
+    """
+    assert waiting.gradient is not None
     start, stop = bounds
     with torch.enable_grad():
         hidden_NH = waiting.hidden[rows].detach().to(weight.device).requires_grad_()
         logits_NS = waiting.logits.slice_of(hidden_NH, weight, start, stop)
+    if waiting.is_one_slice:
+        waiting.scores.update(rows, logits_NS.detach(), start)
     gradient_NS = waiting.scores.probabilities(rows, logits_NS.detach())
     labels_N = waiting.scores.labels_N[rows]
     inside_N = ((labels_N >= start) & (labels_N < stop)).to(gradient_NS.dtype)
     places_N = (labels_N - start).clamp(0, stop - start - 1)
     gradient_NS.scatter_add_(1, places_N[:, None], -inside_N[:, None])
-    (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, gradient_NS.mul_(scale).to(logits_NS.dtype))
-    return gradient_NH
+    gradient_NS.mul_(scale[rows, None] if isinstance(scale, torch.Tensor) and len(scale) > 1 else scale)
+    (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, gradient_NS.to(logits_NS.dtype))
+    waiting.gradient[rows] += gradient_NH.to(waiting.gradient.device, torch.float32)
 
 
 class _SlicedLosses(torch.autograd.Function):
-    """The cross-entropies (N,) of predictions with deferred logits; forward and backward read the head once each."""
+    """The cross-entropies (N,) of predictions with deferred logits; forward and backward read the head once each.
+
+    A head that is one slice is read in the forward alone, which takes the gradient of the mean; the backward scales it
+    to what it is given. That is exact to the bit for the mean, and for the sum divided by the number of predictions.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: torch.Tensor, logits: DeferredLogits, labels_N: torch.Tensor) -> torch.Tensor:
         waiting = ctx.waiting = _Waiting(logits, hidden_NH.detach(), TokenScores(labels_N))
-        for _, rows, weight, bounds in _slices({0: waiting}, [0]):
-            waiting.scores.update(rows, logits.slice_of(waiting.hidden[rows], weight, *bounds), bounds[0])
+        ctx.scale_1 = (torch.ones(1, dtype=logits.dtype, device=labels_N.device) / len(labels_N)).float()
+        _score({0: waiting}, {0: ctx.scale_1} if ctx.needs_input_grad[0] else {})
         return waiting.scores.losses.to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         waiting: _Waiting = ctx.waiting
-        total_NH = torch.zeros(waiting.hidden.shape, dtype=torch.float32, device=waiting.hidden.device)
-        with torch.no_grad():
-            for _, rows, weight, bounds in _slices({0: waiting}, [0]):
-                total_NH[rows] += _slice_gradient(waiting, rows, weight, bounds, gradient_N[rows, None].float())
+        if waiting.gradient is not None:
+            total_NH = waiting.gradient * (gradient_N.float() / ctx.scale_1)[:, None]
+        else:
+            _differentiate({0: waiting}, {0: gradient_N.float()})
+            total_NH, waiting.gradient = waiting.gradient, None  # another backward may give another scale
         return total_NH.to(waiting.hidden.dtype), None, None
 
 

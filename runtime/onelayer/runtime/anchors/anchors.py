@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from onelayer.compiler.emulators.facts import EmulatorFacts
+from onelayer.compiler.factors.offsets import CodedOffset
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.machine.devices import move
 from onelayer.compiler.machine.meter import Meter
@@ -35,6 +36,8 @@ PREFERENCE_INPUTS = {
 }  # fmt: skip
 # KTO calls the model with other answers first, without gradients; their inputs have this before their names.
 MISMATCHED = "KL_"
+# The one entry of a denoiser's batch that it is called with, by name.
+ARGUMENTS = "arguments"
 
 
 class Anchors:
@@ -94,9 +97,15 @@ class Anchors:
             found = iter(stream.find(inputs))
         self._waiting.extend([(call.get("input_ids"), next(found)) for call in each] for each in calls)
         self._renewals += 1
-        offsets = (offset for each in self._waiting for _, by_unit in each for offset in by_unit.values())
-        self._offset_bytes = max(self._offset_bytes, sum(offset.stored_bytes for offset in offsets))
+        self._offset_bytes = max(self._offset_bytes, sum(offset.stored_bytes for offset in self._offsets()))
         self._seconds += time.perf_counter() - started
+
+    def _offsets(self) -> Iterator[CodedOffset]:
+        """Yield the offsets that wait."""
+        for calls in self._waiting:
+            for _, by_unit in calls:
+                for by_number in by_unit.values():
+                    yield from by_number.values()
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """Return a copy of what is trained, on the host."""
@@ -147,8 +156,10 @@ class Anchors:
 def model_calls(batch: Mapping[str, Any], adapted: PeftModel) -> list[Batch]:
     """Return what the model is called with for a collated batch, on the host, without what only the loss needs.
 
-    It is one call, or two for KTO, in the order in which they are made.
+    It is one call, or two for KTO, in the order in which they are made. A denoiser is called with the `arguments`.
     """
+    if (arguments := batch.get(ARGUMENTS)) is not None:
+        return [move(arguments, HOST)]
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     for name in PREFERENCE_INPUTS & inputs.keys():
         del inputs[name]

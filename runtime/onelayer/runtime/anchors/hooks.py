@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from onelayer.compiler.factors.offsets import CodedOffset
-from onelayer.runtime.anchors.hidden_states import hidden_state, with_hidden_state
+from onelayer.runtime.anchors.hidden_states import hidden_states, with_hidden_states
 
-Offsets = Mapping[str, CodedOffset]
+# By unit, and by number among what the unit returns.
+Offsets = Mapping[str, Mapping[int, CodedOffset]]
 # The token ids that the model is called with, if it is called with some, and the offsets of that call.
 Call = tuple[torch.Tensor | None, Offsets]
 
@@ -54,7 +55,11 @@ class AnchorHooks:
     def _add(self, name: str, module: nn.Module, args: Any, output: Any) -> Any:
         if name not in self._offsets:
             return None
-        hidden = hidden_state(name, output)
-        with torch.no_grad():
-            offset = self._offsets[name].to(hidden.device).rebuild().to(hidden.dtype)
-        return with_hidden_state(output, hidden + offset)
+        states, offsets = hidden_states(name, output), self._offsets[name]
+        return with_hidden_states(output, {number: _moved(states[number], offsets[number]) for number in offsets})
+
+
+def _moved(hidden: torch.Tensor, offset: CodedOffset) -> torch.Tensor:
+    with torch.no_grad():
+        step = offset.to(hidden.device).rebuild().to(hidden.dtype)
+    return hidden + step

@@ -27,7 +27,7 @@ class AdaptedOriginal:
         self._adapted = adapted
         self.streamed = StreamedModel(directory, self._attach)
         if unknown := self.trained.keys() - dict(self.streamed.model.named_parameters()).keys():
-            raise InputError(f"{directory}: has no {min(unknown)}, which is trained; train without --anchor-every")
+            raise InputError(f"{directory}: has no {min(unknown)}, which is trained; train without anchors")
 
     def _attach(self, empty: PreTrainedModel) -> None:
         config: Any = copy.deepcopy(self._adapted.peft_config[self._adapted.active_adapter])
@@ -63,7 +63,7 @@ def compressed_units(streamed: StreamedModel, facts: EmulatorFacts) -> dict[str,
     }
     for name in names:
         if not any(name == unit or name.startswith(f"{unit}.") for unit in found):
-            raise InputError(f"{name}: is compressed, and in no unit of the original; train without --anchor-every")
+            raise InputError(f"{name}: is compressed, and in no unit of the original; train without anchors")
     return found
 
 
@@ -75,6 +75,6 @@ def emulated_modules(adapted: PeftModel, units: Mapping[str, Unit]) -> dict[str,
             kind = type(modules[name]).__name__ if name in modules else "absent"
             raise InputError(
                 f"{name}: is {type(unit.module).__name__} in the original and {kind} in the emulator; train without "
-                "--anchor-every"
+                "anchors"
             )
     return {name: modules[name] for name in units}

@@ -20,7 +20,8 @@ from onelayer.compiler.factors.offsets import CodedOffset, code_offset
 from onelayer.compiler.machine.console import Shown
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch, Stream
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, call_with_containers, fill_containers, with_contents
-from onelayer.runtime.anchors.hidden_states import hidden_state
+from onelayer.runtime.anchors.hidden_states import hidden_states
+from onelayer.runtime.anchors.hooks import Offsets
 
 HOST = torch.device("cpu")
 
@@ -37,9 +38,9 @@ class OffsetStream(Stream):
     bits: int = 2
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     bar: Shown | None = None
-    _offsets: list[dict[str, CodedOffset]] = field(default_factory=list)
+    _offsets: list[dict[str, dict[int, CodedOffset]]] = field(default_factory=list)
 
-    def find(self, batches: Sequence[Batch]) -> list[dict[str, CodedOffset]]:
+    def find(self, batches: Sequence[Batch]) -> Sequence[Offsets]:
         """Return the offsets of every batch by unit. Raises `InputError` if a unit runs twice for one batch."""
         self._offsets = [{} for _ in batches]
         positions = [unit.position for unit in self.streamed.units if unit.name in self.emulated]
@@ -55,7 +56,7 @@ class OffsetStream(Stream):
             with self.precision():
                 return super().run_unit(visit, run)
         if name in self._offsets[visit.index]:
-            raise InputError(f"{name}: runs more than once for a batch; train without --anchor-every")
+            raise InputError(f"{name}: runs more than once for a batch; train without anchors")
         module = self.emulated[name]
         inputs = with_contents((visit.args, visit.kwargs))
         here = self.transfers.upload(inputs)
@@ -64,10 +65,18 @@ class OffsetStream(Stream):
             emulated = call_with_containers(lambda args, kwargs: module(*args, **kwargs), *here)
             unchanged.check_unchanged()
             outputs = call_with_containers(partial(run, visit.index), *here)
-        offset = hidden_state(name, outputs[0]).float() - hidden_state(name, emulated[0]).float()
-        coded = self._offsets[visit.index][name] = code_offset(offset, self.bits).to(HOST)
-        self.spill_pool.hold(coded.tensors)
+        self._offsets[visit.index][name] = self._difference(name, outputs[0], emulated[0])
         return fill_containers(inputs[0], self.transfers.download(outputs))
+
+    def _difference(self, name: str, wanted: Any, found: Any) -> dict[int, CodedOffset]:
+        """Return the offsets of a unit's outputs. After the first, those without a difference have none."""
+        states, offsets = hidden_states(name, found), dict[int, CodedOffset]()
+        for number, state in hidden_states(name, wanted).items():
+            offset = state.float() - states[number].float()
+            if not offsets or bool(offset.any()):
+                offsets[number] = code_offset(offset, self.bits).to(HOST)
+                self.spill_pool.hold(offsets[number].tensors)
+        return offsets
 
     def progress(self) -> Any:
         """Return the bar of the whole work, or else one of this pass."""

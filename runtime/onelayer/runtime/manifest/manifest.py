@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from onelayer.compiler.correct.settings import chosen_limit
+from onelayer.compiler.correct.settings import NO_CORRECTION, PAPER_LIMIT, chosen_limit
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES, keep_ratio
 from onelayer.compiler.faults import Fault, Location, faults_of, unknown_name, written
@@ -18,6 +18,7 @@ from onelayer.runtime.manifest.sections import (
     Images,
     Model,
     Polish,
+    Refine,
     Section,
     Stream,
     Task,
@@ -95,10 +96,11 @@ class Manifest(Seeded, Section):
         return None if task.anchor is None else overridden(self.train.anchor or Anchor(), task.anchor)
 
     def limit(self, task_name: str) -> float | Literal["auto"] | None:
-        """Return the limit of a task's correction."""
+        """Return the limit of a task's correction. After anchors only held-out data can ask for one."""
         # The loss of chosen answers says little of an adapter that learned preferences.
         by_loss = self.train.method == "sft" and self.tasks[task_name].validation is not None and self.images is None
-        return chosen_limit(self.correct.limit, by_loss)
+        unchosen = PAPER_LIMIT if self.training(task_name).anchor is None else NO_CORRECTION
+        return chosen_limit(self.correct.limit, by_loss, unchosen)
 
     def polishing(self, task_name: str) -> Polish | None:
         """Return a task's exact steps, its own settings over the common ones; None if neither asks for any."""
@@ -128,7 +130,26 @@ def load_manifest(path: str | Path) -> Manifest:
     if faults:
         raise InputError(f"{path}: " + "; ".join(f"{written(where)}: {text}" for where, text in faults))
     manifest = manifest.model_copy(update={"emulator": None}) if manifest.train.on == "original" else manifest
+    manifest = _with_defaults(manifest)
     manifest._path = path.resolve()
+    return manifest
+
+
+def _with_defaults(manifest: Manifest) -> Manifest:
+    """Say how adapters are trained on the emulator where the manifest does not (manifests/LOG.md, default pipeline).
+
+    Answers are learned with anchors, and an emulator on which every task has anchors is not refined. With `ratio`, the
+    published method, and for pipelines of images there are no anchors by default.
+    """
+    emulator, train = manifest.emulator, manifest.train
+    if emulator is None or emulator.ratio is not None:
+        return manifest
+    if "anchor" not in train.model_fields_set and train.method == "sft" and manifest.images is None:
+        manifest = manifest.model_copy(update={"train": train.model_copy(update={"anchor": Anchor()})})
+    if "refine" not in emulator.model_fields_set:
+        is_anchored = all(manifest.training(name).anchor is not None for name in manifest.tasks)
+        refine = None if is_anchored else Refine()
+        manifest = manifest.model_copy(update={"emulator": emulator.model_copy(update={"refine": refine})})
     return manifest
 
 
@@ -184,12 +205,6 @@ def _impossible_preferences(manifest: Manifest) -> list[Fault]:
     ]
     if manifest.correct.limit == "auto":
         faults.append((("correct", "limit"), "auto chooses by the loss on answers, give a number or none"))
-    if manifest.train.method == "kto":
-        faults += [
-            (("tasks", name), "kto cannot be anchored, use dpo or leave the anchor out")
-            for name in manifest.tasks
-            if manifest.training(name).anchor is not None
-        ]
     return faults
 
 

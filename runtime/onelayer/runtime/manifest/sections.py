@@ -42,8 +42,21 @@ from onelayer.runtime.training.trainer_args import Method
 TargetModules = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(checked_modules)]
 
 
+# Only the word `none` switches them off.
+OFF_BY_WORD = ("anchor", "refine")
+
+
 class Section(Settings):
     """A mapping of the file; unknown keys are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_not_none(cls, written: Any) -> Any:
+        """An empty `refine:` or `anchor:` means the default, as for every field."""
+        if not isinstance(written, dict):
+            return written
+        empty = {name for name in OFF_BY_WORD if name in cls.model_fields and written.get(name, "") is None}
+        return {name: value for name, value in written.items() if name not in empty}
 
 
 SliceRatio = Annotated[float, Field(gt=0, lt=1)] | None
@@ -93,29 +106,14 @@ class Emulator(EmulatorSize, Section):
     emulator that every task can be trained on with a device of that size. `ratio` is the kept share of each linear's
     parameters, as in the paper. `factor_dtype` is how factors are stored. If omitted, it is the original's dtype with a
     ratio, and otherwise the best for the bytes. `rank_allocation`, if omitted, is uniform with a ratio and otherwise by
-    spectrum. `refine` trains the factors afterwards, on the calibration data. If omitted, it runs with its defaults,
-    but not with a ratio; `none` switches it off.
+    spectrum. `refine` trains the factors afterwards, on the calibration data. If omitted, it runs with its defaults if
+    a task trains without anchors, but not with a ratio; `none` switches it off.
     """
 
     calibration: Calibration
     ratio: SliceRatio = None
     memory: Size | None = None
     refine: Annotated[Refine | None, BeforeValidator(none_word)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_is_not_none(cls, written: Any) -> Any:
-        """An empty `refine:` means the default, as for every field; write `none` to switch refinement off."""
-        if isinstance(written, dict) and written.get("refine", "") is None:
-            return {name: value for name, value in written.items() if name != "refine"}
-        return written
-
-    @property
-    def refinement(self) -> Refine | None:
-        """The settings of the refinement after the compile; None without one."""
-        if "refine" in self.model_fields_set or self.ratio is not None:
-            return self.refine
-        return Refine()
 
 
 class Lora(Section):
@@ -151,7 +149,8 @@ class Anchor(Section):
 
 
 class Training(Lengths, Section):
-    """How an adapter is trained. Without `anchor`, or with `none`, no anchors.
+    """How an adapter is trained. `anchor` is left out where an emulator has a `ratio`, with preferences and for images;
+    elsewhere it has its defaults. `none` switches it off.
 
     `method` is `sft` for answers, `dpo` or `kto` for preferences; `args` are the own arguments of its SFTConfig,
     DPOConfig or KTOConfig. `on` is what is trained on; if omitted, the emulator where there is one. With `original` an

@@ -15,11 +15,17 @@ from onelayer.runtime.manifest.sections import Emulator
 from onelayer.runtime.pipeline.emulator_size import of_pictures, planned_run, shapes_of_examples, size_of_shapes
 from onelayer.runtime.pipeline.step import Step
 from onelayer.runtime.planning.choice import Size
-from onelayer.runtime.planning.pass_memory import compile_bytes, evaluate_bytes, pass_bytes, polish_bytes, refine_bytes
+from onelayer.runtime.planning.pass_memory import (
+    compile_bytes,
+    evaluate_bytes,
+    pass_bytes,
+    polish_bytes,
+    refine_bytes,
+    renewal_bytes,
+)
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, lora_parameters
 from onelayer.runtime.planning.train_memory import PlannedRun, emulator_bytes, train_memory
-from onelayer.runtime.planning.ways import renewal_bytes
 
 
 class StepCosts(Result):
@@ -134,7 +140,7 @@ def slice_costs(basis: CostBasis) -> StepCosts:
 
 def refine_costs(basis: CostBasis) -> StepCosts:
     """Predict a refinement: one pass over original and emulator, two over the original if gradients are learned."""
-    refinement = basis.emulator.refinement
+    refinement = basis.emulator.refine
     assert refinement is not None
     tokens = basis.tokens(refinement.batch_size, basis.emulator.calibration.max_length)
     backward, coded = refinement.backward, basis.size.coded
@@ -180,7 +186,8 @@ def polish_costs(basis: CostBasis) -> StepCosts:
     """Predict a polish: every step reads the original twice."""
     polishing, training = basis.manifest.polishing(basis.task), basis.manifest.training(basis.task)
     assert polishing is not None
-    peak = polish_bytes(basis.shapes, training.lora.r, polishing.micro_batch_size * training.max_length)
+    positions = basis.shapes.positions or training.max_length
+    peak = polish_bytes(basis.shapes, training.lora.r, polishing.micro_batch_size * positions)
     read = 2 * polishing.steps * basis.model_bytes
     return StepCosts(read_bytes=read, write_bytes=basis.adapter_bytes, peak_bytes=peak)
 

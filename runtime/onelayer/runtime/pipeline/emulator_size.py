@@ -49,7 +49,7 @@ def planned_run(manifest: Manifest, task: str) -> PlannedRun:
     trained = PlannedRun(batch_size, training.max_length, training.lora.r, where, share, allocation="uniform")
     if emulator is None:
         return trained
-    refinement, longest = emulator.refinement, emulator.calibration.max_length
+    refinement, longest = emulator.refine, emulator.calibration.max_length
     return replace(
         trained,
         allocation=emulator.allocation,
@@ -59,6 +59,7 @@ def planned_run(manifest: Manifest, task: str) -> PlannedRun:
         refine_backward=refinement is not None and refinement.backward,
         compile_backward=emulator.backward is True,
         scored_tokens=batch * training.max_length if manifest.limit(task) == "auto" else 0,
+        anchored=training.anchor is not None,
     )
 
 
@@ -76,12 +77,12 @@ def runs_in_key(manifest: Manifest) -> list[dict[str, Any]]:
 def _in_key(run: PlannedRun) -> dict[str, Any]:
     """Name a run's fields as stored keys do: `is_sliced` was `is_cut` when the first were made.
 
-    `coded` is what the size decides, not what it is decided by. The two passes back are left out if they do not run,
-    which keeps the keys from before them.
+    `coded` is what the size decides, not what it is decided by. The two passes back and the anchors are left out if
+    there are none, which keeps the keys from before them.
     """
     fields = asdict(run)
     del fields["coded"]
-    for name in ("refine_backward", "compile_backward"):
+    for name in ("refine_backward", "compile_backward", "anchored"):
         if not fields[name]:
             del fields[name]
     return {"is_cut" if name == "is_sliced" else name: value for name, value in fields.items()}

@@ -74,6 +74,7 @@ def run(
     steps = steps_of(manifest, check_tasks(manifest, tasks))
     check_results(manifest, steps)
     _download_models(steps, notify)
+    steps = steps_of(manifest, check_tasks(manifest, tasks))  # what kind of model it is counts in the keys
     costs = Costs(manifest, model_directory(model_source(manifest)))
     with ExitStack() as in_use:
         runner = _Runner(store, RunRecord.of(manifest.path, store), source_digests(steps), in_use, notify)

@@ -17,6 +17,7 @@ from onelayer.compiler.sources.data_set import DataSet
 from onelayer.compiler.sources.files import data_files
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import file_digest, sha256_json
+from onelayer.compiler.storage.model_config import read_model_config
 from onelayer.compiler.storage.pipeline_directory import INDEX_FILE, components_of, read_pipeline_index
 from onelayer.compiler.storage.stamps import FileStamps
 from onelayer.runtime.manifest.manifest import Manifest
@@ -150,6 +151,12 @@ def data_sources(role: str, data: tuple[str | DataSet, ...] | None) -> dict[str,
     """Return data by their roles in a step. The first has the role of a single one, which keeps keys of old results."""
     sources = [Source.of(source) for source in data or ()]
     return {role if number == 1 else f"{role} {number}": source for number, source in enumerate(sources, 1)}
+
+
+def holds_projectors(model: Source) -> bool:
+    """Whether a model is one of several, with projectors between them; False while it is not downloaded."""
+    directory = model_directory(model)
+    return directory is not None and "text_config" in read_model_config(directory)
 
 
 @contextmanager

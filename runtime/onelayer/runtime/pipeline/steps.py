@@ -11,7 +11,15 @@ from typing import Any
 from onelayer.runtime.manifest.manifest import Manifest
 from onelayer.runtime.manifest.sections import Emulator, Images, Refine
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
-from onelayer.runtime.pipeline.step import Source, Step, all_given, model_path, model_source, pipeline_parts
+from onelayer.runtime.pipeline.step import (
+    Source,
+    Step,
+    all_given,
+    holds_projectors,
+    model_path,
+    model_source,
+    pipeline_parts,
+)
 from onelayer.runtime.pipeline.task_steps import steps_of_task
 from onelayer.runtime.planning.choice import Size
 
@@ -25,7 +33,7 @@ def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
     steps = [] if emulator is None else [_compile_step(manifest, emulator)]
     ratios = dict.fromkeys(manifest.tasks[task].ratio for task in tasks)
     steps += [_slice_step(ratio) for ratio in ratios if ratio is not None]
-    if emulator is not None and (refinement := emulator.refinement) is not None:
+    if emulator is not None and (refinement := emulator.refine) is not None:
         steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
     for task in tasks:
         steps += steps_of_task(manifest, task)
@@ -106,6 +114,8 @@ def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:
         **({} if emulator.factor_dtype is None else {"factor_dtype": emulator.factor_dtype}),
         **({} if emulator.allocation == "uniform" else {"rank_allocation": emulator.allocation}),
         **_form_fields(manifest, emulator),
+        # Emulators from before have dense projectors. Other models have none, and keep their keys.
+        **({"projectors": "compiled"} if manifest.images is None and holds_projectors(model) else {}),
         "samples": calibration.samples,
         **calibration.lengths(),
         "seed": manifest.seed,

@@ -242,7 +242,7 @@ def _train_step(manifest: Manifest, task: str, direct: bool) -> Step:
 def emulator_step(manifest: Manifest, task: str) -> str:
     """Name the step that makes a task's emulator: the common one or a slice of it, refined if requested."""
     ratio, emulator = manifest.tasks[task].ratio, manifest.emulator
-    refined = emulator is not None and emulator.refinement is not None
+    refined = emulator is not None and emulator.refine is not None
     if ratio is None:
         return "refine" if refined else "compile"
     return f"refine {ratio}" if refined else f"slice {ratio}"

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
@@ -15,7 +14,7 @@ from onelayer.compiler.factors.ranks import Allocation, rank_for
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, INSTALL, FactorDtype, best_of
 from onelayer.compiler.results import Result
 from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator, coded_experts, share_of
-from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes
+from onelayer.runtime.planning.pass_memory import WHOLE, pass_bytes, renewal_bytes
 from onelayer.runtime.planning.shapes import LinearShape, ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun, Stored, TrainMemory, emulator_bytes, train_memory
 
@@ -115,8 +114,9 @@ def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, stor
     fixed = train_memory(shapes, 0, planned)
 
     def fits(ratio: float) -> bool:
-        passes = pass_bytes(shapes, ratio, planned)
-        return max(*passes.values(), fixed.peak + emulator_bytes(shapes, ratio, stored)) <= usable
+        memory = replace(fixed, emulator=emulator_bytes(shapes, ratio, stored))
+        held = [*pass_bytes(shapes, ratio, planned).values(), memory.peak]
+        return max(*held, renewal_bytes(shapes, memory, planned) if planned.anchored else 0) <= usable
 
     least = math.ceil(LEAST_RATIO * STEPS) if planned.coded else round(SMALLEST_RATIO * STEPS)
     low, high = least, STEPS - 1 if planned.coded else round(LARGEST_RATIO * STEPS)
@@ -132,23 +132,6 @@ def best_ratio(shapes: ModelShapes, planned: PlannedRun, budget_bytes: int, stor
         largest = next((step / STEPS for step in steps if coded_emulator(shapes, step / STEPS) is not None), None)
     held = emulator_bytes(shapes, least / STEPS if largest is None else largest, stored)
     return Choice(planned, stored, largest, replace(fixed, emulator=held))
-
-
-def with_room(shapes: ModelShapes, choice: Choice, missing_bytes: int) -> Choice:
-    """Return the choice with an emulator that is smaller by at least `missing_bytes`; its ratio is None if none is."""
-    if missing_bytes <= 0 or choice.ratio is None:
-        return choice
-    allowed, coded = choice.memory.emulator - missing_bytes, choice.stored == "coded"
-    least = math.ceil(LEAST_RATIO * STEPS) if coded else round(SMALLEST_RATIO * STEPS)
-    steps = range(least, min(round(choice.ratio * STEPS), round(LARGEST_RATIO * STEPS) + 1))
-
-    def held(step: int) -> int:
-        return emulator_bytes(shapes, step / STEPS, choice.stored)
-
-    for step in reversed(steps[: bisect_right(steps, allowed, key=held)]):
-        if not coded or coded_emulator(shapes, step / STEPS) is not None:
-            return replace(choice, ratio=step / STEPS, memory=replace(choice.memory, emulator=held(step)))
-    return replace(choice, ratio=None)
 
 
 def largest_ratio(planned: PlannedRun, stored: Stored) -> float:
@@ -221,7 +204,10 @@ def limiting_pass(shapes: ModelShapes, choice: Choice, budget_bytes: int) -> str
     memory = choice.memory
     passes = pass_bytes(shapes, ratio, choice.planned)
     largest_pass = max(passes, key=lambda name: passes[name])
-    train_bytes = replace(memory, emulator=emulator_bytes(shapes, ratio, choice.stored)).peak
+    larger = replace(memory, emulator=emulator_bytes(shapes, ratio, choice.stored))
+    train_bytes = larger.peak
+    if choice.planned.anchored and renewal_bytes(shapes, larger, choice.planned) > max(train_bytes, *passes.values()):
+        return "train: a layer of the original and its batch, in addition to the emulator, where anchors are renewed"
     if passes[largest_pass] > max(train_bytes, int(budget_bytes * USABLE_SHARE)):
         return f"{largest_pass}: {LIMITS[largest_pass]}"
     moments = {

@@ -9,8 +9,6 @@ from onelayer.compiler.machine.primitives import primitive_bytes
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
     EXPERT_ROWS,
-    GRADIENT_LOGITS,
-    SCORED_LOGITS,
     CompiledShape,
     anchoring_bytes,
     code_training_bytes,
@@ -26,10 +24,10 @@ from onelayer.compiler.models.unit_memory import (
     training_bytes,
     weighing_bytes,
 )
-from onelayer.runtime.planning.coded import coded_emulator, coded_experts
+from onelayer.runtime.planning.coded import coded_emulator, coded_experts, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
-from onelayer.runtime.planning.train_memory import PlannedRun, expert_factor_bytes, values_at
+from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, expert_factor_bytes, values_at
 
 # With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
 # (manifests/LOG.md), so the planner allows 1.5 times.
@@ -95,21 +93,27 @@ def chosen_correct_bytes(
 
 def evaluate_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
-    head, block = _head_bytes(shapes, batch_tokens, SCORED_LOGITS), shapes.largest_block_bytes
+    head, block = _head_bytes(shapes, batch_tokens), shapes.largest_block_bytes
     return block + scoring_bytes(block, head, _batch_values(shapes, batch_tokens), on_gpu)
 
 
-def _head_bytes(shapes: ModelShapes, tokens: int, logits: int) -> int:
+def _head_bytes(shapes: ModelShapes, tokens: int) -> int:
     """Bound what reading the head by slices holds; see `head_bytes`."""
     if not shapes.has_vocabulary_head:
         return 0
-    return head_bytes(shapes.vocabulary, shapes.hidden, shapes.value_bytes, tokens, logits)
+    return head_bytes(shapes.vocabulary, shapes.hidden, shapes.value_bytes, tokens)
 
 
 def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what finding offsets holds in addition to the emulator: a block of the original, and its workspace."""
     block = shapes.largest_block_bytes
     return block + anchoring_bytes(block, _batch_values(shapes, batch_tokens), shapes.value_bytes, on_gpu)
+
+
+def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
+    """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
+    decoding = largest_decoding_bytes(shapes) if planned.coded else 0
+    return memory.emulator + memory.adapter + decoding + anchor_bytes(shapes, planned.tokens, planned.on_gpu)
 
 
 def refine_bytes(
@@ -139,7 +143,7 @@ def refine_bytes(
         twice = sum(values) + sum(decoded) if backward else 0
         training = code_training_bytes(max(decoded, default=0))
         training += training_bytes(values, _values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu, twice)
-        head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS) if backward else 0
+        head = _head_bytes(shapes, batch_tokens) if backward else 0
         costs.append(block.parameters * shapes.value_bytes + max(training, head))
     return max(costs)
 
@@ -149,7 +153,13 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int, on_gpu: bool 
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
     graph = graph_bytes(_batch_values(shapes, tokens), shapes.value_bytes, on_gpu)
-    return block + step_bytes(block, _head_bytes(shapes, tokens, GRADIENT_LOGITS), graph, adapter, on_gpu)
+    head = _head_bytes(shapes, tokens)
+    return block + step_bytes(block, _norm_bytes(shapes), head, graph, adapter, on_gpu)
+
+
+def _norm_bytes(shapes: ModelShapes) -> int:
+    """Bound the last unit of a model with a head by itself: a norm, with scales and offsets."""
+    return 2 * shapes.hidden * shapes.value_bytes
 
 
 def streamed_bytes(shapes: ModelShapes, planned: PlannedRun) -> int:
@@ -157,9 +167,9 @@ def streamed_bytes(shapes: ModelShapes, planned: PlannedRun) -> int:
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, planned.lora_rank)
     block, value_bytes, tokens = shapes.largest_block_bytes, shapes.value_bytes, planned.tokens
     graph = graph_bytes(_batch_values(shapes, planned.max_length), value_bytes, planned.on_gpu)
-    head = _head_bytes(shapes, tokens, GRADIENT_LOGITS)
+    head = _head_bytes(shapes, tokens)
     head += states_bytes(shapes.hidden, value_bytes, tokens, planned.on_gpu)
-    step = step_bytes(block, head, graph, adapter, planned.on_gpu)
+    step = step_bytes(block, _norm_bytes(shapes), head, graph, adapter, planned.on_gpu)
     return block + step + (0 if planned.on_gpu else shapes.unpacking_bytes)
 
 
@@ -197,7 +207,7 @@ def compile_bytes(
     factored = [block for block, _ in shapes.kinds if not coded or (block.experts is not None and not in_codes)]
     peaks = [_compile_block(shapes, block, ratio, batch_tokens) for block in factored]
     if backward and not coded:
-        head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
+        head = _head_bytes(shapes, batch_tokens)
         back = (weighing_bytes(_sides(block), _graph(shapes, block, batch_tokens), head) for block in factored)
         return max(peak + weighed for peak, weighed in zip(peaks, back, strict=True))
     return max([*peaks, coded_compile_bytes(shapes, batch_tokens)] if coded else peaks)
@@ -205,7 +215,7 @@ def compile_bytes(
 
 def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
-    head = _head_bytes(shapes, batch_tokens, GRADIENT_LOGITS)
+    head = _head_bytes(shapes, batch_tokens)
 
     def coding(block: BlockShape) -> int:
         graph = _graph(shapes, block, batch_tokens, on_gpu=on_gpu)

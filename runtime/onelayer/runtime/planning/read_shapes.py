@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,17 @@ from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Chec
 from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.model_config import CONFIG_FILE, is_diffusers_config, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
-from onelayer.runtime.planning.media import Media, Table, is_kernel, picture_positions, reads_media, rows_of, tokens_of
-from onelayer.runtime.planning.shapes import BlockShape, ExpertShapes, LinearShape, ModelShapes
+from onelayer.runtime.planning.media import (
+    Media,
+    Table,
+    nearest_tower,
+    picture_positions,
+    projectors,
+    reads_media,
+    rows_of,
+    tokens_of,
+)
+from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes, block_of
 
 
 def read_shapes(directory: Path, images: int = 1, image_side: int | None = None) -> ModelShapes:
@@ -75,7 +84,6 @@ def _as_packed(shapes: ModelShapes, form: PackedFormat) -> ModelShapes:
 
 _BLOCK = re.compile(r"^((?:.*?\.)?\d+)\.(.+)$")
 _MODULATION = re.compile(r"norm|mod(ulation)?(\.|$)", re.IGNORECASE)
-_EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim")
 # Endings of class names whose models predict labels or positions instead of words.
 _WITHOUT_VOCABULARY = ("Classification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -120,20 +128,23 @@ def shapes_of(
     text = {**config, **(config.get("text_config") or {})}
     hidden, vocabulary = _first_whole(text, _HIDDEN_NAMES), _first_whole(text, ("vocab_size",))
     layers = _layers(table)
-    blocks = {path: _block(path, tensors) for path, tensors in layers.items()}
+    blocks = {path: block_of(path, tensors) for path, tensors in layers.items()}
     if not blocks:
         raise InputError(f"{name}: has no linears in repeated layers to factorize")
     within = {f"{path}.{tensor}" for path, tensors in layers.items() for tensor in tensors}
     entries = {tensor: shape for tensor, shape in table.items() if tensor not in within}
     media: Media | None = None
+    towers = dict[str, BlockShape]()
     for path, block in blocks.items():
-        of_media = reads_media(path.rpartition(".")[0], entries, vocabulary)
-        if of_media:
-            rows = rows_of(path.rpartition(".")[0], entries, config, image_side)
+        layers_of = path.rpartition(".")[0]
+        if reads_media(layers_of, entries, vocabulary):
+            rows = rows_of(layers_of, entries, config, image_side)
             media = Media(count=images, rows=rows, tokens=tokens_of(rows, config)) if media is None else media
-            blocks[path] = replace(block, media_rows=images * rows)
+            blocks[path] = towers[layers_of] = replace(block, media_rows=images * rows)
         elif hidden is not None:
             blocks[path] = replace(block, hidden=hidden)
+    if "text_config" in config:  # a model of several
+        blocks |= {unit.name: unit for unit in _projectors(entries, blocks, towers, vocabulary)}
     reads_text = [block for block in blocks.values() if not block.media_rows]
     return ModelShapes(
         name=name,
@@ -141,7 +152,7 @@ def shapes_of(
         hidden=(reads_text or list(blocks.values()))[-1].hidden,
         vocabulary=vocabulary or 0,
         blocks=tuple(blocks.values()),
-        outside_parameters=sum(math.prod(shape) for shape in entries.values()),
+        outside_parameters=sum(map(math.prod, table.values())) - sum(block.parameters for block in blocks.values()),
         experts_per_token=_first_whole(text, EXPERTS_PER_TOKEN_NAMES) or 1,
         has_weights=has_weights,
         has_vocabulary_head=not any(
@@ -149,6 +160,30 @@ def shapes_of(
         ),
         media=media if reads_text or media is None else media.model_copy(update={"tokens": 0}),
     )
+
+
+def _projectors(
+    entries: Table, layers: Collection[str], towers: Mapping[str, BlockShape], vocabulary: int | None
+) -> Iterator[BlockShape]:
+    """Yield the units between towers and language model.
+
+    A projector that merges rows reads as many values as the tower gives, in fewer and wider rows.
+    """
+    for path, names in projectors(entries, layers, towers, vocabulary).items():
+        tower = towers[nearest_tower(path, towers)]
+        sides = {name: entries[f"{name}.weight"] for name in sorted(names)}
+        linears = tuple(LinearShape(name[len(path) + 1 :], out, width) for name, (out, width) in sides.items())
+        total = sum(math.prod(shape) for name, shape in entries.items() if name.startswith(f"{path}."))
+        width = linears[0].in_features
+        yield BlockShape(
+            path,
+            linears,
+            experts=None,
+            other_parameters=total - sum(linear.parameters for linear in linears),
+            hidden=width,
+            media_rows=round(tower.media_rows * min(1.0, tower.hidden / width)),
+            projects=True,
+        )
 
 
 def denoiser_shapes(
@@ -169,7 +204,7 @@ def denoiser_shapes(
         inside = {f"{path}.{name}": part for name, part in _outermost(tensors).items() if _is_layer(part)}
         deeper |= inside
         layers |= {} if inside else {path: tensors}
-    blocks = {path: _block(path, layers[path]) for path in sorted(layers)}
+    blocks = {path: block_of(path, layers[path]) for path in sorted(layers)}
     blocks = {path: _marked(block) for path, block in blocks.items() if block.linears}
     if not blocks:
         raise InputError(f"{directory}: has no linears in repeated layers to factorize")
@@ -217,7 +252,7 @@ def _layers(table: Table) -> dict[str, dict[str, tuple[int, ...]]]:
         inside = {name: part for name, part in nested.items() if _is_layer(part)}
         layers |= inside or {path: tensors}
     layers = {
-        path: tensors for path, tensors in layers.items() if (block := _block(path, tensors)).linears or block.experts
+        path: tensors for path, tensors in layers.items() if (block := block_of(path, tensors)).linears or block.experts
     }
     counts = Counter(path.rpartition(".")[0] for path in layers)
     longest: dict[str, int] = {}
@@ -245,53 +280,3 @@ def _value_bytes(config: Mapping[str, Any], stored_bytes: int) -> int:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
     named = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
     return named.get(dtype.removeprefix("torch."), stored_bytes)
-
-
-def _block(name: str, tensors: Table) -> BlockShape:
-    """Sort one block's tensors, named relative to it, into linears, experts and the rest."""
-    twins: dict[tuple[str, str], list[str]] = {}
-    for tensor in tensors:
-        if expert := _EXPERT.match(tensor):
-            twins.setdefault((expert[1], expert[3]), []).append(tensor)
-    stacked = {tensor for group in twins.values() if len(group) > 1 for tensor in group}
-    experts = _listed_experts(twins, tensors) or _stacked_experts(tensors)
-    linears, other = [], 0
-    for tensor, shape in tensors.items():
-        if tensor in stacked or _is_stack(tensor, shape):
-            continue
-        routes = experts is not None and shape[0] == experts.count
-        if len(shape) == 2 and tensor.endswith(".weight") and not routes:
-            linears.append(LinearShape(tensor.removesuffix(".weight"), shape[0], shape[1]))
-        else:
-            other += math.prod(shape)
-    widths = Counter(linear.in_features for linear in linears or (experts.linears if experts else ()))
-    return BlockShape(
-        name, tuple(linears), experts, other, hidden=next((width for width, _ in widths.most_common(1)), 0)
-    )
-
-
-def _listed_experts(
-    twins: Mapping[tuple[str, str], list[str]], tensors: Mapping[str, tuple[int, ...]]
-) -> ExpertShapes | None:
-    """Find experts stored one by one, as `experts.5.up_proj.weight`."""
-    groups = [group for group in twins.values() if len(group) > 1 and len(tensors[group[0]]) == 2]
-    if not groups:
-        return None
-    linears = tuple(
-        LinearShape(_EXPERT.sub(r"\1.\3", first), tensors[first][0], tensors[first][1]) for first, *_ in groups
-    )
-    return ExpertShapes(max(len(group) for group in groups), linears)
-
-
-def _is_stack(tensor: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor stacks the matrices of experts; the kernel of a convolution has three sides too."""
-    return len(shape) == 3 and not is_kernel(tensor, shape)
-
-
-def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> ExpertShapes | None:
-    """Find experts stored as one (count, out, in) tensor."""
-    stacks = {tensor: shape for tensor, shape in tensors.items() if _is_stack(tensor, shape)}
-    if not stacks:
-        return None
-    linears = tuple(LinearShape(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
-    return ExpertShapes(max(shape[0] for shape in stacks.values()), linears)

@@ -5,12 +5,15 @@ everything below the first number in a name (`layers.7.`). Everything below a se
 equal shape, is an expert of a mixture.
 """
 
+import math
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onelayer.compiler.models.unit_memory import SMALL_SHARE
-from onelayer.runtime.planning.media import Media
+from onelayer.runtime.planning.media import Media, Table, is_kernel
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class BlockShape:
     """One repeated layer: its linears, its experts if any, its number of other parameters, and its hidden width.
 
     `media_rows` is how many rows it computes for the images or sound of an example (patches, frames); 0 for a layer
-    that computes the tokens of the text. `rows_per_token` converts tokens of a batch into rows of the layer.
+    that computes the tokens of the text. `rows_per_token` converts tokens of a batch into rows of the layer. One that
+    `projects` leads from a tower to the language model: its linears follow one another, and none is recomputed.
     """
 
     name: str
@@ -70,6 +74,7 @@ class BlockShape:
     hidden: int
     media_rows: int = 0
     rows_per_token: float = 1.0
+    projects: bool = False
 
     @property
     def stacks(self) -> tuple[LinearShape, ...]:
@@ -163,3 +168,56 @@ class ModelShapes:
     def largest_block_bytes(self) -> int:
         """The bytes of the largest block's weights in the dtype of computation."""
         return self.value_bytes * max(block.parameters for block in self.blocks)
+
+
+_EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+
+
+def block_of(name: str, tensors: Table) -> BlockShape:
+    """Sort one block's tensors, named relative to it, into linears, experts and the rest."""
+    twins: dict[tuple[str, str], list[str]] = {}
+    for tensor in tensors:
+        if expert := _EXPERT.match(tensor):
+            twins.setdefault((expert[1], expert[3]), []).append(tensor)
+    stacked = {tensor for group in twins.values() if len(group) > 1 for tensor in group}
+    experts = _listed_experts(twins, tensors) or _stacked_experts(tensors)
+    linears, other = [], 0
+    for tensor, shape in tensors.items():
+        if tensor in stacked or _is_stack(tensor, shape):
+            continue
+        routes = experts is not None and shape[0] == experts.count
+        if len(shape) == 2 and tensor.endswith(".weight") and not routes:
+            linears.append(LinearShape(tensor.removesuffix(".weight"), shape[0], shape[1]))
+        else:
+            other += math.prod(shape)
+    widths = Counter(linear.in_features for linear in linears or (experts.linears if experts else ()))
+    return BlockShape(
+        name, tuple(linears), experts, other, hidden=next((width for width, _ in widths.most_common(1)), 0)
+    )
+
+
+def _listed_experts(
+    twins: Mapping[tuple[str, str], list[str]], tensors: Mapping[str, tuple[int, ...]]
+) -> ExpertShapes | None:
+    """Find experts stored one by one, as `experts.5.up_proj.weight`."""
+    groups = [group for group in twins.values() if len(group) > 1 and len(tensors[group[0]]) == 2]
+    if not groups:
+        return None
+    linears = tuple(
+        LinearShape(_EXPERT.sub(r"\1.\3", first), tensors[first][0], tensors[first][1]) for first, *_ in groups
+    )
+    return ExpertShapes(max(len(group) for group in groups), linears)
+
+
+def _is_stack(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stacks the matrices of experts; the kernel of a convolution has three sides too."""
+    return len(shape) == 3 and not is_kernel(tensor, shape)
+
+
+def _stacked_experts(tensors: Mapping[str, tuple[int, ...]]) -> ExpertShapes | None:
+    """Find experts stored as one (count, out, in) tensor."""
+    stacks = {tensor: shape for tensor, shape in tensors.items() if _is_stack(tensor, shape)}
+    if not stacks:
+        return None
+    linears = tuple(LinearShape(tensor, shape[1], shape[2]) for tensor, shape in stacks.items())
+    return ExpertShapes(max(shape[0] for shape in stacks.values()), linears)

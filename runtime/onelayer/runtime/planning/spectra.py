@@ -64,7 +64,7 @@ def left_out(shapes: ModelShapes, ratio: float, spectra: Spectra) -> tuple[float
     for block in shapes.blocks:
         for linear in block.compressible:
             # Names in headers and in modules may differ by a prefix; those of blocks and linears are equal.
-            ends = f"{block.name}.{linear.name}".split(".")[1:]
+            ends = f"{block.name}.{linear.name}".strip(".").split(".")[1:]
             row = next((row for name, row in spectra.items() if name.split(".")[-len(ends) :] == ends), None)
             rank = rank_for(ratio, linear.out_features, linear.in_features)
             if row is None or rank is None or not row.output_energy:

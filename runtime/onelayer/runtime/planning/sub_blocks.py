@@ -59,7 +59,9 @@ class SubBlock:
 
 
 def sub_blocks(block: BlockShape) -> tuple[SubBlock, ...]:
-    """Divide a block into sub-blocks by the module that contains their linears."""
+    """Divide a block into sub-blocks by the module that contains their linears; those of a projector stand alone."""
+    if block.projects:
+        return tuple(SubBlock((linear,), None, linear.in_features) for linear in block.linears)
     hidden = block.hidden
     groups: dict[str, list[LinearShape]] = {}
     for linear in block.linears:

@@ -40,7 +40,7 @@ class PlannedRun:
     fields are the tokens that a pass over the original has on the device at once. For compile and refine None means one
     example. `refine_tokens` is 0 if factors are not refined, `scored_tokens` is 0 if no held-out text chooses the
     correction. `coded`: the emulator consists of codes. `refine_backward`: a refinement learns gradients too.
-    `compile_backward`: factors are weighted by gradients.
+    `compile_backward`: factors are weighted by gradients. `anchored`: the original streams by while training.
     """
 
     batch_size: int
@@ -57,6 +57,7 @@ class PlannedRun:
     coded: bool = False
     refine_backward: bool = False
     compile_backward: bool = False
+    anchored: bool = False
 
     def widest(self, ratio: float) -> float:
         """Return the ratio at which a compile computes factors."""
@@ -194,7 +195,7 @@ class LayerBytes:
     def stored(self, block: BlockShape) -> int:
         """Count the bytes kept from forward to backward."""
         parts, rows = sub_blocks(block), block.rows(self.planned.tokens)
-        if self.planned.where == "none":
+        if self.planned.where == "none" or block.projects:
             return self._exact(block, parts)
         copy = stored_copy_bytes(rows, block.hidden, self.planned.rank, self.shapes.value_bytes)
         if self.planned.where == "layer":
@@ -206,7 +207,7 @@ class LayerBytes:
         parts, hidden, rows = sub_blocks(block), block.hidden, block.rows(self.planned.tokens)
         inner = max([expert_parts(self.shapes, block)[1], *(part.inner for part in parts)])
         gradients = rows * ((6 if self.copy_bytes else 2 * self.shapes.value_bytes) * inner + 8 * hidden)
-        if self.planned.where == "none":
+        if self.planned.where == "none" or block.projects:
             return gradients
         if self.planned.where == "layer":
             return gradients + self._exact(block, parts) + rows * hidden * self.shapes.value_bytes

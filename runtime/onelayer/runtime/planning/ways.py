@@ -5,6 +5,8 @@ and takes, and what has to be done once; for anchors also by the steps between r
 within a pass, so the slower counts. An exact step reads twice what the host does not keep.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -12,12 +14,25 @@ from typing import Literal
 from onelayer.compiler.factors.stored_forms import residual_bytes
 from onelayer.compiler.results import Result, round_significant
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY
-from onelayer.runtime.planning.choice import SMALLEST_RATIO, USABLE_SHARE, Choice, activation_choices, with_room
-from onelayer.runtime.planning.coded import largest_decoding_bytes
-from onelayer.runtime.planning.pass_memory import PROCESS_BYTES, anchor_bytes, streamed_bytes
+from onelayer.runtime.planning.choice import (
+    LARGEST_RATIO,
+    SMALLEST_RATIO,
+    STEPS,
+    USABLE_SHARE,
+    Choice,
+    activation_choices,
+)
+from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator
+from onelayer.runtime.planning.pass_memory import PROCESS_BYTES, renewal_bytes, streamed_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import BACKWARD, FORWARD, RECOMPUTE, SECONDS_DIGITS, Seconds, Speed
-from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, active_values, train_memory
+from onelayer.runtime.planning.train_memory import (
+    PlannedRun,
+    TrainMemory,
+    active_values,
+    emulator_bytes,
+    train_memory,
+)
 from onelayer.runtime.training.settings import TrainSettings
 
 # The exact ways go first, so that they are named if another one is as fast.
@@ -102,10 +117,21 @@ def anchor_costs(
     ]
 
 
-def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
-    """Bound what a renewal holds on the device: emulator and adapter, a block of the original and its workspace."""
-    decoding = largest_decoding_bytes(shapes) if planned.coded else 0
-    return memory.emulator + memory.adapter + decoding + anchor_bytes(shapes, planned.tokens, planned.on_gpu)
+def with_room(shapes: ModelShapes, choice: Choice, missing_bytes: int) -> Choice:
+    """Return the choice with an emulator that is smaller by at least `missing_bytes`; its ratio is None if none is."""
+    if missing_bytes <= 0 or choice.ratio is None:
+        return choice
+    allowed, coded = choice.memory.emulator - missing_bytes, choice.stored == "coded"
+    least = math.ceil(LEAST_RATIO * STEPS) if coded else round(SMALLEST_RATIO * STEPS)
+    steps = range(least, min(round(choice.ratio * STEPS), round(LARGEST_RATIO * STEPS) + 1))
+
+    def held(step: int) -> int:
+        return emulator_bytes(shapes, step / STEPS, choice.stored)
+
+    for step in reversed(steps[: bisect_right(steps, allowed, key=held)]):
+        if not coded or coded_emulator(shapes, step / STEPS) is not None:
+            return replace(choice, ratio=step / STEPS, memory=replace(choice.memory, emulator=held(step)))
+    return replace(choice, ratio=None)
 
 
 class WayCost(Result):

@@ -24,7 +24,6 @@ from onelayer.compiler.models.linears import head_workspace, widest
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import (
     ADAPTER_COPIES,
-    GRADIENT_LOGITS,
     graph_bytes,
     states_bytes,
     step_bytes,
@@ -181,9 +180,10 @@ class StreamingEngine:
         unit, value_bytes, on_gpu = self.streamed.largest_unit_bytes, self.streamed.dtype.itemsize, self._meter.on_gpu
         graph = graph_bytes(self._width * self.step_tokens, value_bytes, on_gpu)
         hidden = getattr(self.streamed.config.get_text_config(), "hidden_size", 0)
-        head = head_workspace(self.streamed, self.batch_tokens, GRADIENT_LOGITS)
+        head = head_workspace(self.streamed, self.batch_tokens)
         head += states_bytes(hidden, value_bytes, self.batch_tokens, on_gpu)
-        workspace = step_bytes(unit, head, graph, ADAPTER_COPIES * adapter, on_gpu)
+        last = self.streamed.units[-1].weight_bytes
+        workspace = step_bytes(unit, last, head, graph, ADAPTER_COPIES * adapter, on_gpu)
         held = self.streamed.host_bytes(on_gpu) + (0 if on_gpu else self.settings.cache_bytes)
         return self._meter.report(unit, workspace + held, self.streamed.checkpoint.bytes_read)
 

@@ -21,6 +21,7 @@ from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.denoising.settings import ScoredNoise
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.sources.data_set import DataSource, data_sets, names_of
+from onelayer.runtime.anchors.anchors import ARGUMENTS
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete
 from onelayer.runtime.training.guarded import GuardedTrainer
@@ -61,7 +62,7 @@ class FixedRows(Dataset[Row]):
 
 def row_of(batch: DenoisingBatch) -> Row:
     """Return a batch as Trainer moves it to the device."""
-    return {"arguments": batch.inputs, "target": batch.target, "weight": batch.weight}
+    return {ARGUMENTS: batch.inputs, "target": batch.target, "weights": batch.weights}
 
 
 def _only(rows: list[Row]) -> Row:
@@ -76,8 +77,8 @@ class _ScoredByNoise(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Row, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of one image."""
-        batch = DenoisingBatch({}, inputs["target"], inputs["weight"], self.images.answer, 0, ())
-        return batch.loss(model(**inputs["arguments"]))
+        batch = DenoisingBatch({}, inputs["target"], inputs["weights"], self.images.answer, 0, ())
+        return batch.loss(model(**inputs[ARGUMENTS]))
 
     def prediction_step(self, model: nn.Module, inputs: Row, *args: Any, **kwargs: Any) -> Any:
         """Score one held-out image."""
