@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import onelayer.runtime
 from helpers.launched import run_command
 from onelayer.compiler.machine.distributed import processes
 from onelayer.runtime.training.guarded import GuardedTrainer

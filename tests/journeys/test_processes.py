@@ -65,8 +65,10 @@ def options(**fields: Any) -> list[Any]:
 def accelerated(count: int) -> dict[str, str]:
     """The variables that `accelerate launch` sets for its processes."""
     given = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
-    chosen = ["--mixed_precision", "no", "--dynamo_backend", "no", "--module", "onelayer.runtime"]
-    found: dict[str, str] = prepare_multi_gpu_env(launch_command_parser().parse_args([*given, *chosen]))
+    chosen = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    found: dict[str, str] = prepare_multi_gpu_env(
+        launch_command_parser().parse_args([*given, *chosen, "--module", "onelayer.runtime"])
+    )
     return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
