@@ -1,6 +1,7 @@
 """Runs ours and other tools on the same work: exact steps, evaluation and merging, each in a process of its own.
 
     python -m scripts.bench.peers --work DIR [--rounds 3] [--rows 4] [--tokens 128]
+        [--width 512] [--layers 8] [--only WORK ...]
 
 Models of random weights are made in DIR, and airllm 4.0.0 is installed there, for the torch of this environment. Each
 line is one JSON object: wall and processor seconds of every round, growth of the process, bytes of weights that were
@@ -29,21 +30,21 @@ RANK, ALPHA, RATE = 16, 32, 1e-3
 Figures = dict[str, Any]
 
 
-def write_models(work: Path) -> None:
-    """Write a small model of airllm's class, in two shards as it needs, and a Llama with data."""
+def write_models(work: Path, width: int, layers: int) -> None:
+    """Write a small model of airllm's class, in several shards as it needs, and a Llama with data."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     from scripts.bench.compile import make_model
 
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4096}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-    linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "vocab_size": 4096}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": width // 8}
+    linear = {"linear_key_head_dim": width // 8, "linear_value_head_dim": width // 8}
     number = {"linear_num_key_heads": 8, "linear_num_value_heads": 8}
-    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 512}
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width}
     text = {**shape, **heads, **linear, **number, "tie_word_embeddings": False}
     torch.manual_seed(0)
     model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
-    model.save_pretrained(work / "qwen", max_shard_size="100MB")
+    model.save_pretrained(work / "qwen", max_shard_size=width * 4096 * 4)  # the embedding has its own
     make_model(work / "llama", 512, 6, samples=16, tokens=128)
 
 
@@ -232,16 +233,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--width", type=int, default=512, help="of the model that is trained")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=[work.__name__ for work in WORKS], help="default: all")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True)
     os.environ["ONELAYER_HOME"] = str(arguments.work / "home")
-    write_models(arguments.work)
+    write_models(arguments.work, arguments.width, arguments.layers)
     write_adapter(arguments.work)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--target", arguments.work / "packages", AIRLLM], check=False)
     children = multiprocessing.get_context("forkserver")
     children.set_forkserver_preload(["onelayer.runtime.streamed.engine", "peft", "transformers"])
-    for number in range(len(WORKS)):
+    for number, work in enumerate(WORKS):
+        if arguments.only is not None and work.__name__ not in arguments.only:
+            continue
         child = children.Process(target=run_here, args=(arguments, number))
         child.start()
         child.join()

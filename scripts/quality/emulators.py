@@ -33,7 +33,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.quantize import quantize_matrix
-from onelayer.compiler.libraries.transformers_models import model_class
+from onelayer.compiler.libraries.library import library_of
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.runtime.modules.quantized_linear import QuantizedLinear
 
@@ -62,8 +62,9 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 def resident(model: Path) -> Any:
     """Load the whole original into memory: only for baselines, which need it there."""
-    loaded: Any = model_class(AutoConfig.from_pretrained(model), model).from_pretrained(model, dtype=torch.float32)
-    return loaded.eval()
+    library = library_of(model)
+    loaded: Any = library.model_class(library.read_config(model), model).from_pretrained(str(model))
+    return loaded.float().eval()
 
 
 def compiled(kind: str, size: float, output: Path, model: Path, data: Path, calibration: Mapping[str, Any]) -> None:

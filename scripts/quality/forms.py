@@ -2,7 +2,7 @@
 
     python -m scripts.quality.forms WORK [--base-steps N] [--steps N] [--seeds 0 1 2] [--emulators KIND:SIZE ...]
 
-The base is trained on the spot (`scripts.quality.forms_task`), in about four minutes of processor time. Emulators and
+The base is trained on the spot (`scripts.quality.forms_task`), in about two minutes of processor time. Emulators and
 ways to train are those of `scripts.quality.cells`; every tower, projector and layer is compressed, and LoRA adapts the
 language model. Adapters are scored on the original, by loss and by exact match: the share of rows whose whole answer
 has the highest logit at every place. `published` and `qlora` are judged as their authors use them. Each result is

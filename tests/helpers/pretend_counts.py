@@ -216,3 +216,13 @@ def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     copied = tensor.detach().clone()
     copied.untyped_storage()._is_pinned = True  # type: ignore[attr-defined]  # lives as long as the storage
     return copied
+
+
+_real_empty_like: Any = torch.empty_like
+
+
+def empty_like(tensor: torch.Tensor, *args: Any, **fields: Any) -> torch.Tensor:
+    """Make an empty tensor, in memory that counts as pinned if `pin_memory` is set."""
+    is_to_be_pinned = fields.pop("pin_memory", False)
+    made: torch.Tensor = _real_empty_like(tensor, *args, **fields)
+    return pin_memory(made) if is_to_be_pinned else made

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
-from helpers.pretend_counts import COUNTS, PretendStream, is_pinned, pin_memory, product_line
+from helpers.pretend_counts import COUNTS, PretendStream, empty_like, is_pinned, pin_memory, product_line
 
 NAME = "pretend"
 DEVICE_ERROR = "Expected all tensors to be on the same device, but found at least two devices, pretend:0 and cpu!"
@@ -269,15 +269,6 @@ class AnyGenerator(metaclass=_GeneratorMeta):
         return made
 
 
-_real_empty_like: Any = torch.empty_like
-
-
-def _empty_like(tensor: torch.Tensor, *args: Any, **fields: Any) -> torch.Tensor:
-    is_to_be_pinned = fields.pop("pin_memory", False)
-    made: torch.Tensor = _real_empty_like(tensor, *args, **fields)
-    return pin_memory(made) if is_to_be_pinned else made
-
-
 def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
     """Let `parameter.data = ...` change the device, which PyTorch allows for CUDA and not for this backend."""
     if self.device.type != value.device.type and NAME in (self.device.type, value.device.type):
@@ -300,5 +291,5 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(torch, "empty_like", _empty_like)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
     COUNTS.reset()

@@ -12,12 +12,16 @@ from helpers import pretend_device
 from helpers.pretend_counts import COUNTS
 from helpers.tiny_models import causal, tiny_tokenizer
 from onelayer.compiler import compile_emulator, evaluate_model, polish_adapter, refine_emulator
+from onelayer.compiler.codes.encode import encode
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.compiler.refine.job import UnitTraining
 from onelayer.compiler.results import Report
+from onelayer.runtime.modules.coded_linear import CodedLinear
+from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
 from onelayer.runtime.reporting.tables import report_line
 
 Pass = Callable[[Path], Report]
@@ -150,6 +154,30 @@ def test_linears_that_are_not_small_are_solved_without_float64(rank: int) -> Non
         figures.append(factorize(W.to(device), moments, rank, torch.float32).error)
     assert not COUNTS.double_products
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("pretend")
+def test_codes_hold_one_decoded_weight_more_than_nf4() -> None:
+    shape, quantization = (256, 384), Quantization("nf4", torch.float32)
+    W, peaks = torch.randn(shape), []
+    codes, codebook = encode(W, torch.eye(shape[1])[None], 4).packed()
+    common: dict[str, Any] = {"in_features": shape[1], "out_features": shape[0], "bias": False}
+    for linear, tensors in (
+        (QuantizedLinear(None, quantization, **common), [quantize_matrix(W, "nf4")]),
+        (CodedLinear(4, None, quantization, **common), [codes, codebook]),
+    ):
+        for name, tensor in zip(linear.factors, tensors, strict=True):
+            linear.get_parameter(name).data = tensor
+        x = torch.randn(8, shape[1]).to("pretend").requires_grad_()
+        linear.to("pretend")(x[:1]).sum().backward()  # libraries keep tables
+        COUNTS.reset()
+        before = COUNTS.allocated_bytes
+        linear(x).sum().backward()
+        peaks.append(COUNTS.peak_bytes - before)
+    weight_bytes = 4 * W.numel()
+    assert weight_bytes < peaks[1] <= peaks[0] + weight_bytes
+    # What is decoded, the numbers of the codes that are looked up, and the activations.
+    assert peaks[1] <= weight_bytes + weight_bytes // 4 + 3 * 4 * 8 * sum(shape)
 
 
 @pytest.mark.usefixtures("pretend")

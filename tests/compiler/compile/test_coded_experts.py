@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
@@ -19,6 +20,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
 from onelayer.compiler.inspect import inspect_path
 from onelayer.compiler.refine.command import refine_emulator
+from onelayer.runtime import train_lora
 
 KEEP_BYTES = 0.25
 
@@ -77,12 +79,15 @@ def test_stock_classes_load_train_and_save_it(mixture: tuple[Any, Path]) -> None
 
 
 @pytest.mark.parametrize("mixture", ["mixtral"], indirect=True)
-def test_it_is_refined_evaluated_and_inspected_and_slices_are_refused(mixture: tuple[Any, Path]) -> None:
+def test_it_is_refined_evaluated_and_inspected_and_slices_are_refused(
+    mixture: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     _, root = mixture
     model, calibration = root / "model", root / "mix.jsonl"
     refine_emulator(
         root / "emulator", model=model, calibration=calibration, output=root / "refined", steps=2, samples=4
     )
+    assert "4 stacks of experts stay as they are; only linears are trained" in capsys.readouterr().err
     before, after = (Emulator.open(root / name) for name in ("emulator", "refined"))
     for name in before.facts.stacks:
         assert all(torch.equal(value, after.stack(name)[ending]) for ending, value in before.stack(name).items())
@@ -92,6 +97,23 @@ def test_it_is_refined_evaluated_and_inspected_and_slices_are_refused(mixture: t
     assert "experts" in str(inspect_path(root / "refined"))
     with pytest.raises(InputError, match="holds codes, which cannot be sliced"):
         slice_emulator(root / "emulator", 0.1, root / "less")
+
+
+@pytest.mark.parametrize("mixture", ["mixtral"], indirect=True)
+def test_an_adapter_is_trained_on_it_with_anchors_and_reloaded(mixture: tuple[Any, Path], tmp_path: Path) -> None:
+    _, root = mixture
+    settings: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "lora_rank": 4}
+    anchors: dict[str, Any] = {"model": root / "model", "anchor_every": 3, "anchor_bits": 32}
+    direct, plain, anchored = (
+        train_lora(root / base, root / "mix.jsonl", tmp_path / name, **settings, **more).losses
+        for base, name, more in (("model", "direct", {}), ("emulator", "plain", {}), ("emulator", "anchored", anchors))
+    )
+    assert anchored[0][1] == pytest.approx(direct[0][1], abs=1e-4)
+    assert abs(plain[0][1] - direct[0][1]) > 1e-3
+    loaded = AutoModelForCausalLM.from_pretrained(root / "emulator", dtype="auto")
+    PeftModel.from_pretrained(loaded, tmp_path / "anchored").save_pretrained(str(tmp_path / "again"))
+    saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("anchored", "again")]
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize("mixture", ["mixtral"], indirect=True)

@@ -1,5 +1,7 @@
 """Packed factors: their bytes, the errors that compile reports, and what a budget buys."""
 
+import logging
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,3 +176,10 @@ def test_the_budget_of_the_spectrum_is_in_quantized_bytes(
         for ranks in (found, uniform)
     )
     assert stored <= budget
+
+
+def test_unpacking_sets_no_log_level_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, levels = quantize_matrix(torch.ones(2, 64), "nf4"), list[int]()
+    monkeypatch.setattr(logging.Logger, "setLevel", lambda self, level: levels.append(level))
+    dequantize_matrix(quantized, 64, "nf4", torch.float32)
+    assert not levels

@@ -48,11 +48,16 @@ def decode(coded: Coded, in_features: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def decode_with(codes: torch.Tensor, codebook: torch.Tensor, scales: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Compute scale * C[codes] (O, I); differentiable in the codebook and the scales."""
+    """Compute scale * C[codes] (O, I); differentiable in the codebook and the scales.
+
+    Without gradients it is scaled in place, so that the weight is held once.
+    """
     values = torch.nn.functional.embedding(codes.int(), codebook).reshape(len(codes), -1)[:, :in_features]
-    if scales.shape[1] == 1:
-        return values * scales
-    return values * scales.repeat_interleave(group_size(in_features), dim=1)[:, :in_features]
+    if torch.is_grad_enabled() and (codebook.requires_grad or scales.requires_grad):
+        return values * scales.repeat_interleave(group_size(in_features), dim=1)[:, :in_features]
+    for part, scale in zip(values.split(group_size(in_features), dim=1), scales.split(1, dim=1), strict=True):
+        part.mul_(scale)
+    return values
 
 
 def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth) -> Coded:

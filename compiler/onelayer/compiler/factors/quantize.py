@@ -15,6 +15,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import BLOCK, INSTALL, SCALE_BYTES, FactorDtype, is_blockwise
 
 LEVELS = 127
+LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
 
 def check_library(factor_dtype: FactorDtype | None) -> None:
@@ -68,8 +69,10 @@ def dequantize_matrix(
 
 def _library() -> Any:
     """Import bitsandbytes' functions at first use: the import takes two seconds."""
-    # It logs a hint about a kernel on the Hub, for a product that is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It logs a hint about a kernel on the Hub, for a product that is not used here. Setting a level empties a cache in
+    # every logger of the process, which takes a millisecond.
+    if LOGGER.level != logging.ERROR:
+        LOGGER.setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional
     except ImportError:

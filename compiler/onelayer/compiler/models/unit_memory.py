@@ -244,8 +244,8 @@ def weighing_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int) -> 
 def decoding_bytes(values: int, value_bytes: int) -> int:
     """Bound what a product with a coded weight of `values` holds while it runs.
 
-    What is decoded at once twice, before and after its scales, and its codes as numbers of four bytes that a look-up
-    takes, one for at least three values.
+    What is decoded at once twice, since a product may compute in another dtype, and its codes as numbers of four bytes
+    that a look-up takes, one for at least three values.
     """
     values = min(values, DECODED_VALUES)
     return values * 2 * value_bytes + 4 * -(-values // CODE_WIDTHS[0])

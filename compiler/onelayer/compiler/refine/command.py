@@ -16,7 +16,7 @@ from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
-from onelayer.compiler.machine.console import StopRequest, capped
+from onelayer.compiler.machine.console import StopRequest, capped, notice
 from onelayer.compiler.machine.devices import pick_device
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
@@ -73,6 +73,8 @@ def refine_emulator(
     directory = resolve_model(model, opened.facts.base_revision)
     streamed = StreamedModel(directory)
     opened.check_original(directory)
+    if stacks := opened.facts.stacks:
+        notice(f"{opened.directory}: {len(stacks)} stacks of experts stay as they are; only linears are trained")
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
     data = read_calibration(streamed, calibration, chosen, backward=chosen.backward)
     if data.backward and not processes().is_alone:
