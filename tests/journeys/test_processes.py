@@ -1,16 +1,20 @@
 """Several processes, as `torchrun` starts them: the results of one process, one output, failures in one line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser  # type: ignore[import-untyped]
+from accelerate.utils.launch import prepare_multi_gpu_env  # type: ignore[import-untyped]
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.launched import Launched, launch
+from helpers.launched_work import compare_sharded, run_with_environment, run_with_full_disk
 from helpers.peft_adapters import load_original, random_adapter
-from helpers.tiny_models import VOCAB, causal, save_tiny, seeded, tiny_tokenizer
+from helpers.tiny_models import causal, save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.emulators.reader import Emulator
@@ -31,6 +35,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer whose rows are long enough for codes."""
+    path: Path = tmp_path_factory.mktemp("wide")
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_key_value_heads": 4}
+    causal("Llama", **shape).save_pretrained(path)
+    tiny_tokenizer(path)
+    return path
+
+
 def document(launched: Launched) -> Any:
     """The JSON that process 0 printed, once all have ended well."""
     assert set(launched.codes) == {0}, launched.printed
@@ -48,10 +62,23 @@ def options(**fields: Any) -> list[Any]:
     return [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
-def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: Path) -> None:
+def accelerated(count: int) -> dict[str, str]:
+    """The variables that `accelerate launch` sets for its processes."""
+    given = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
+    chosen = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    found: dict[str, str] = prepare_multi_gpu_env(
+        launch_command_parser().parse_args([*given, *chosen, "--module", "onelayer.runtime"])
+    )
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: Path, launcher: str) -> None:
     sizes = ["--batch-size", "2", "--max-length", "16", "--max-steps", "3", "--lora-rank", "2"]
     command = ["train", place / "emulator", "--data", place / "data.jsonl", "--output", tmp_path / "adapter", *sizes]
-    launched = launch(2, [*command, "--json"], tmp_path / "logs")
+    variables = accelerated(2) if launcher == "accelerate launch" else {}
+    assert bool(variables) == (launcher == "accelerate launch")
+    launched = launch(2, [json.dumps(variables), *command, "--json"], tmp_path / "logs", work=run_with_environment)
     assert launched.codes == [0, 0], launched.printed
     assert launched.printed.count('"train_loss"') == 1
     assert len(Adapter.open(tmp_path / "adapter").modules) == 14
@@ -81,13 +108,11 @@ def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path
 
 
 @pytest.mark.parametrize("form", [{"form": "coded", "keep_bytes": 0.25}, {"form": "factors", "ratio": 0.3}], ids=str)
-def test_a_pass_back_in_two_processes_gives_what_one_gives(place: Path, tmp_path: Path, form: dict[str, Any]) -> None:
-    config = LlamaConfig(hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4)
-    config.vocab_size = VOCAB
-    seeded(lambda: LlamaForCausalLM(config)).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(tmp_path / "model")
-    compile_emulator(tmp_path / "model", place / "data.jsonl", tmp_path / "one", **SMALL, **form, backward=True)
-    command = ["compile", tmp_path / "model", "--backward", *options(calibration=place / "data.jsonl", **SMALL, **form)]
+def test_a_pass_back_in_two_processes_gives_what_one_gives(
+    place: Path, wide: Path, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    compile_emulator(wide, place / "data.jsonl", tmp_path / "one", **SMALL, **form, backward=True)
+    command = ["compile", wide, "--backward", *options(calibration=place / "data.jsonl", **SMALL, **form)]
     document(launch(2, [*command, "--output", tmp_path / "two", "--json"], tmp_path / "logs"))
     one, two = (Emulator.open(tmp_path / name) for name in ("one", "two"))
     assert one.facts.codes == two.facts.codes
@@ -167,3 +192,70 @@ def test_a_killed_process_ends_the_others_at_once_and_one_process_resumes(tmp_pa
     compile_emulator(tmp_path / "model", data, tmp_path / "cut", ratio=0.5, **SMALL)
     compile_emulator(tmp_path / "model", data, tmp_path / "whole", ratio=0.5, **SMALL)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["factors", "coded"])
+def test_fsdp_spreads_an_emulator_over_the_processes(place: Path, wide: Path, tmp_path: Path, form: str) -> None:
+    """The packed tensors too: each process holds a part, and losses and gradients are those of the whole emulator."""
+    compiled: dict[str, Any] = {"form": form, "keep_bytes": 0.25, "backward": False}
+    compile_emulator(wide, place / "data.jsonl", tmp_path / "emulator", **SMALL, **compiled)
+    found = document(launch(2, [tmp_path / "emulator"], tmp_path / "logs", work=compare_sharded))
+    assert found["same_names"]
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+    assert found["error"] < 1e-5 * found["largest"]
+    assert sum(found["held_bytes"]) == found["packed_bytes"] > 0
+    assert max(found["held_bytes"]) < 0.6 * found["packed_bytes"]
+
+
+def test_more_processes_than_batches(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"text": TEXTS[0]}))
+    compile_emulator(place / "model", data, tmp_path / "one", **SMALL, keep_bytes=0.4)
+    compiled = ["compile", place / "model", *options(calibration=data, output=tmp_path / "two", keep_bytes=0.4)]
+    document(launch(2, [*compiled, *options(**SMALL), "--json"], tmp_path / "logs"))
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+def failed(launched: Launched, message: str) -> None:
+    """Check that all processes failed soon, and that one of them said why."""
+    assert 0 not in launched.codes, launched.printed
+    assert launched.printed.count("onelayer: error") == 1, launched.printed
+    assert message in launched.printed
+    assert launched.seconds < 10
+
+
+TRAINED = {"batch_size": 1, "max_length": 16, "lora_rank": 2, "save_steps": 1}
+
+
+def test_a_full_disk_in_one_process_of_a_training_ends_all(place: Path, tmp_path: Path) -> None:
+    command = ["train", place / "emulator", *options(data=place / "data.jsonl", output=tmp_path / "out", **TRAINED)]
+    failed(launch(2, command, tmp_path / "logs", work=run_with_full_disk), "the disk is full")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path: Path) -> None:
+    """One of two rows has the token of the broken embedding, so one process alone sees it in the first step."""
+    model = causal("Llama", tie_word_embeddings=False)
+    tokenizer = tiny_tokenizer(tmp_path / "model")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("?")] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in ("the quick fox", "the quick fox?")))
+    command = ["train", tmp_path / "model", *options(data=data, output=tmp_path / "out", **TRAINED)]
+    failed(launch(2, command, tmp_path / "logs"), "the loss is nan in step 1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_of_a_training_ends_the_other(place: Path, tmp_path: Path, rank: int) -> None:
+    fields = {**TRAINED, "data": place / "data.jsonl", "output": tmp_path / "out", "max_steps": 1000}
+    launched = launch(
+        2,
+        ["train", place / "emulator", *options(**fields)],
+        tmp_path / "logs",
+        kill=(rank, tmp_path / ".out.training" / "checkpoint-1" / "complete"),
+    )
+    assert launched.codes[rank] == -9
+    failed(launched, "another process")
+    assert not (tmp_path / "out").exists()
