@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from onelayer.compiler.machine.meter import Meter
+from onelayer.compiler.machine.transfers import Transfers
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.units import Unit
@@ -117,11 +118,11 @@ def streamed_outputs(
         loads[unit.name] += 1
         yield
 
-    def copied(values: Any, device: torch.device) -> Any:
+    def copied(_: Transfers, values: Any) -> Any:
         return tree_map_only(torch.Tensor, lambda x: x.clone() if type(x) is torch.Tensor else x, values)
 
-    moving = mock.patch.object(stream, "move", copied) if device == CPU else contextlib.nullcontext()
-    with Meter(device) as meter, moving:
+    on_host = mock.patch.multiple(Transfers, upload=copied, download=copied)
+    with Meter(device) as meter, on_host if device == CPU else contextlib.nullcontext():
         stream.Stream(streamed, device, meter, on_unit=on_unit).run(batches, outputs.__setitem__)
     return [tensors_of(outputs[index]) for index in range(len(batches))], loads, streamed
 

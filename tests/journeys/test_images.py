@@ -290,4 +290,4 @@ def test_a_dry_run_of_the_example_for_images_plans_every_step(
     shown = capsys.readouterr()
     assert caught.value.code == 0, shown.err
     steps = [step["name"] for step in json.loads(shown.out)["steps"]]
-    assert steps == ["compile", "refine", "photos.train", "photos.correct", "photos.evaluate"]
+    assert steps == ["compile", "photos.train", "photos.correct", "photos.evaluate"]

@@ -179,6 +179,7 @@ def test_limit_auto_needs_held_out_data_for_every_task(folder: Path) -> None:
 
 
 def test_the_choice_of_a_limit_reads_the_held_out_data(folder: Path) -> None:
+    (folder / "model" / "config.json").write_text("{}")
     with_data = GOOD.replace("{train: sql.jsonl,", "{train: sql.jsonl, validation: mix.jsonl,")
     manifest = load(folder, with_data + "correct: {limit: auto}")
     step = next(step for step in steps_of(manifest, ["support"]) if step.kind == "correct")
