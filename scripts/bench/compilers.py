@@ -52,7 +52,6 @@ def loss(model: Any, rows: Rows) -> float:
 
 def ours(arguments: argparse.Namespace, rows: Rows, **settings: Any) -> Compiled:
     """Compile to an emulator of the peers' bytes."""
-    import torch
     from transformers import AutoTokenizer
 
     from onelayer.compiler import compile_emulator
@@ -64,7 +63,7 @@ def ours(arguments: argparse.Namespace, rows: Rows, **settings: Any) -> Compiled
     data.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
     given = {"samples": len(rows), "max_length": arguments.length, "batch_size": 4}
     compile_emulator(arguments.model, str(data), output, device="cpu", **given, **settings)
-    return lambda: load_emulator(output).to(torch.float32), 16 * layer_bytes(output) / layer_bytes(arguments.model)
+    return lambda: load_emulator(output).float(), 16 * layer_bytes(output) / layer_bytes(arguments.model)
 
 
 def ours_codes(arguments: argparse.Namespace, rows: Rows) -> Compiled:
@@ -80,8 +79,11 @@ def ours_nf4(arguments: argparse.Namespace, rows: Rows) -> Compiled:
 def llmcompressor(arguments: argparse.Namespace, rows: Rows) -> Compiled:
     """Run GPTQ of llmcompressor on the model in memory."""
     import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
+    from compressed_tensors.quantization import (  # type: ignore[import-untyped]
+        QuantizationArgs,
+        QuantizationScheme,
+    )
+    from datasets import Dataset  # type: ignore[import-untyped]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM

@@ -31,7 +31,7 @@ def run_with_full_disk(arguments: Sequence[str]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if processes().rank == 1:
-        GuardedTrainer._save_rng_state = full  # type: ignore[method-assign]
+        GuardedTrainer._save_rng_state = full  # type: ignore[method-assign, assignment]
     run_command(arguments)
 
 
