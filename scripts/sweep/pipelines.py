@@ -24,7 +24,7 @@ from scripts.sweep.pipeline_parts import (
 )
 
 
-def flux(layers: int = 1) -> Any:
+def flux(layers: int = 1, heads: int = 4) -> Any:
     """Build FLUX: flow matching, guidance distilled, packed latents."""
     denoiser = diffusers.FluxTransformer2DModel(
         patch_size=1,
@@ -32,7 +32,7 @@ def flux(layers: int = 1) -> Any:
         num_layers=layers,
         num_single_layers=2 * layers,
         attention_head_dim=16,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],

@@ -14,21 +14,26 @@ from onelayer.compiler.refine.command import refine_emulator
 from onelayer.compiler.results import Report
 
 
+def data_in(root: Path) -> Path:
+    """Return the rows in `root`, or the encoded images."""
+    return root / "images" if (root / "images").exists() else root / "data.jsonl"
+
+
 def compiled(root: Path, **settings: Any) -> Report:
     """Compile the model in `root` on the data there."""
     given = {"host_memory_bytes": 0, "ratio": 0.2, **settings}
-    return compile_emulator(root / "model", root / "data.jsonl", root / "emulator", **given).report
+    return compile_emulator(root / "model", data_in(root), root / "emulator", **given).report
 
 
 def refined(root: Path, **settings: Any) -> Report:
     """Refine the emulator that `compiled` made."""
-    given = {"model": root / "model", "calibration": root / "data.jsonl", "steps": 2, **settings}
+    given = {"model": root / "model", "calibration": data_in(root), "steps": 2, **settings}
     return refine_emulator(root / "emulator", output=root / "refined", host_memory_bytes=0, **given).report
 
 
 def polished(root: Path, **settings: Any) -> Report:
     """Make a fresh adapter."""
-    given = {"model": root / "model", "data": root / "data.jsonl", "lora_rank": 8, "steps": 1, **settings}
+    given = {"model": root / "model", "data": data_in(root), "lora_rank": 8, "steps": 1, **settings}
     return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
 
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from helpers.children import fork_server
+from helpers.children import at_call, killed_at
 from onelayer.compiler.adapters.reader import adapter_digest
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.runtime import train_lora
@@ -54,19 +53,6 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
 
 class KilledError(BaseException):
     """Stands for the power going off."""
-
-
-def at_call(place: Any, name: str, call: int, act: Callable[[], Any]) -> Callable[..., Any]:
-    """Return a function that does what `place.name` does, after `act` in one of its calls."""
-    real, calls = getattr(place, name), []
-
-    def function(*arguments: Any, **keywords: Any) -> Any:
-        calls.append(name)
-        if len(calls) == call:
-            act()
-        return real(*arguments, **keywords)
-
-    return function
 
 
 def killed(moment: str) -> None:
@@ -125,22 +111,12 @@ def test_a_stop_is_saved_and_goes_on_to_the_same_bytes(
     assert adapter_digest(tmp_path / "out") == adapter_digest(calm)
 
 
-def child(place: Path, output: Path, home: str) -> None:
-    os.environ["ONELAYER_HOME"] = home
-    torch.set_num_threads(1)
-    moment = (OffsetStream, "run_unit", 15)
-    setattr(*moment[:2], at_call(*moment, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    anchored(place, output)
-
-
 def test_a_killed_process_is_resumed_to_the_same_bytes(
     place: Path, calm: Path, tmp_path: Path, own_store: Path
 ) -> None:
-    process = fork_server().Process(target=child, args=(place, tmp_path / "out", str(own_store)))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    anchored(place, tmp_path / "out")
+    how = {"place": place, "output": tmp_path / "out"}
+    killed_at((OffsetStream, "run_unit", 15), anchored, how, str(own_store))
+    anchored(**how)
     assert adapter_digest(tmp_path / "out") == adapter_digest(calm)
 
 
