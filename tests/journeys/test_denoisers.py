@@ -40,11 +40,18 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_stor
 def test_a_killed_process_is_resumed_to_the_same_bytes(
     flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path, own_store: Path
 ) -> None:
-    photos = {"data": flux.photos, "resolution": SIZE, "instance_prompt": "a photo of sks dog"}
+    photos: dict[str, Any] = {"data": flux.photos, "resolution": SIZE, "instance_prompt": "a photo of sks dog"}
     encode_images(flux.pipeline, output=tmp_path / "calm", **photos)
-    trained = {"data": flux.images, "max_steps": 3, "batch_size": 1, "lora_rank": 2, "save_steps": 1, "resume": True}
+    trained: dict[str, Any] = {
+        "data": flux.images,
+        "max_steps": 3,
+        "batch_size": 1,
+        "lora_rank": 2,
+        "save_steps": 1,
+        "resume": True,
+    }
     train_lora(flux_emulator, output=tmp_path / "adapter", **trained)
-    emulated = {"keep_bytes": 0.25, "factor_dtype": "nf4", "samples": 6, "calibration": flux.images}
+    emulated: dict[str, Any] = {"keep_bytes": 0.25, "factor_dtype": "nf4", "samples": 6, "calibration": flux.images}
     cases: list[tuple[Any, Any, dict[str, Any], Path]] = [
         ((_Encoding, "_latent", 2), encode_images, {"model": flux.pipeline, **photos}, tmp_path / "calm"),
         ((Compilation, "compressed", 2), compile_emulator, {"model": flux.pipeline, **emulated}, flux_emulator),
