@@ -24,7 +24,7 @@ PASSES: dict[Any, dict[str, Any]] = {compiled: {"samples": 4}, polished: {"batch
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_store: Path) -> None:
     found: list[list[Report]] = []
     weight_bytes: list[int] = []
-    for layers in (1, 3):
+    for layers in (1, 5):
         root = tmp_path / str(layers)
         made = encoded_pipeline("flux", root, layers=layers, heads=16)
         weight_bytes.append(sum(file.stat().st_size for file in made.denoiser.glob("*.safetensors")))
@@ -33,7 +33,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_stor
     for few, many in zip(*found, strict=True):
         for report in (few, many):
             check_promise(report)
-        # The adapter of a polish grows, with its optimizer.
+        # The adapter of a polish grows, with its optimizer, and up to 32 MiB of freed memory are kept for the next unit.
         assert many.peak_device_bytes - few.peak_device_bytes < 0.75 * (weight_bytes[1] - weight_bytes[0])
 
 

@@ -24,8 +24,24 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REPORT_SECONDS = 5
 
 
+# In what gloo raises when a process has gone; the error has no class of its own.
+_GLOO_PLACE = "gloo/transport"
+
+
 class ProcessEndedError(RuntimeError):
     """Another process has gone, so that nothing can be agreed on any more."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run ended too early")
+
+
+def named_failure(error: Exception) -> Exception:
+    """Return an error that a library's own collective (DDP's) raised because a process has gone, by its name here."""
+    if processes().is_alone or not isinstance(error, RuntimeError):
+        return error
+    from torch.distributed import DistError
+
+    return ProcessEndedError() if isinstance(error, DistError) or _GLOO_PLACE in str(error) else error
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ class Processes:
         try:
             getattr(distributed, collective)(*arguments, **keywords)
         except RuntimeError as error:
-            raise ProcessEndedError("another process of this run ended too early") from error
+            raise ProcessEndedError from error
 
 
 def processes() -> Processes:

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.machine.distributed import end_processes, processes
+from onelayer.compiler.machine.distributed import end_processes, processes, named_failure
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
@@ -54,7 +54,8 @@ def _invoke(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        named = named_failure(error)
+        text = " ".join(f"{type(named).__name__}: {named}".split())
         return _fail(f"{text} (set ONELAYER_DEBUG=1 for the traceback)", 1)
     finally:
         if threading.current_thread() is threading.main_thread():
