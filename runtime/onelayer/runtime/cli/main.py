@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.machine.distributed import end_processes, processes, named_failure
+from onelayer.compiler.machine.distributed import end_processes, named_failure, processes
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
