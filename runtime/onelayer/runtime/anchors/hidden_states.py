@@ -20,7 +20,7 @@ def hidden_states(unit: str, output: Any) -> dict[int, torch.Tensor]:
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
     if not found:
-        raise InputError(f"{unit}: returns {type(output).__name__}, which has no offset; train without --anchor-every")
+        raise InputError(f"{unit}: returns {type(output).__name__}, which has no offset; train without anchors")
     return found
 
 
