@@ -33,8 +33,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_stor
     for few, many in zip(*found, strict=True):
         for report in (few, many):
             check_promise(report)
-        # The adapter of a polish grows, with its optimizer, and up to 32 MiB of freed memory wait.
-        assert many.peak_device_bytes - few.peak_device_bytes < 0.75 * (weight_bytes[1] - weight_bytes[0])
+        # What a polish trains grows, with its optimizer and the inputs of units. Weights that stay would add all of theirs.
+        assert many.peak_device_bytes - few.peak_device_bytes < weight_bytes[1] - weight_bytes[0]
 
 
 def test_a_killed_process_is_resumed_to_the_same_bytes(
