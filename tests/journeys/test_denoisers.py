@@ -33,7 +33,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_stor
     for few, many in zip(*found, strict=True):
         for report in (few, many):
             check_promise(report)
-        # What a polish trains grows, with its optimizer and the inputs of units. Weights that stay would add all of theirs.
+        # What a polish trains grows, with its optimizer and kept inputs. Weights that stay would add all of theirs.
         assert many.peak_device_bytes - few.peak_device_bytes < weight_bytes[1] - weight_bytes[0]
 
 
