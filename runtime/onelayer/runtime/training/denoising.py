@@ -7,6 +7,7 @@ which gives the same gradient.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -20,7 +21,11 @@ from onelayer.compiler.denoising.batches import DenoisingBatch, DrawnImages, Noi
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.denoising.settings import ScoredNoise
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.sampling.report import Samples
+from onelayer.compiler.sampling.sampler import PictureSampler
 from onelayer.compiler.sources.data_set import DataSource, data_sets, names_of
+from onelayer.compiler.storage.checkpoint import resolve_pipeline
+from onelayer.compiler.storage.digests import sha256_json
 from onelayer.runtime.anchors.anchors import ARGUMENTS
 from onelayer.runtime.training.anchored import AnchoredTrainer
 from onelayer.runtime.training.callbacks import MarkComplete
@@ -29,6 +34,7 @@ from onelayer.runtime.training.inputs import TrainData, TrainModel
 from onelayer.runtime.training.settings import LoraFields, TrainSettings
 
 Row = dict[str, Any]
+SAMPLES = "samples"
 
 
 class DrawnRows(Dataset[Row]):
@@ -155,3 +161,26 @@ def denoising_trainer(
     trainer.images = images.images
     trainer.model_accepts_loss_kwargs = False  # the mean over accumulated images is ours to ask for
     return trainer
+
+
+def opened_sampler(settings: TrainSettings, rows: TrainData) -> PictureSampler:
+    """Open the pipeline that the images were encoded for; it draws sample pictures.
+
+    Raises `InputError` if it cannot draw them, or its denoiser is another one now.
+    """
+    pictures = settings.pictures
+    assert pictures is not None
+    assert rows.images is not None
+    base = rows.images.images.base
+    try:
+        sampler = PictureSampler(resolve_pipeline(base["model"], base["revision"]), pictures, settings.seed)
+        rows.images.images.check_denoiser(sampler.digest, str(sampler.pipeline.denoiser_directory))
+    except InputError as error:
+        raise InputError(f"--sample-prompt: {error}") from error
+    return sampler
+
+
+def drawn_samples(sampler: PictureSampler, adapter: Path, work: Path, device: torch.device) -> Samples:
+    """Draw pictures with an adapter into the folder `samples` in it; answers of components wait in `work`."""
+    kept = work / f"{SAMPLES}-{sha256_json(sampler.recorded())[:16]}"
+    return sampler.draw(adapter, kept, adapter / SAMPLES, device)
