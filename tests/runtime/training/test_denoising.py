@@ -20,6 +20,7 @@ from onelayer.compiler.storage.digests import file_digest
 from onelayer.runtime import train_lora
 from onelayer.runtime.anchors.anchors import Anchors
 from onelayer.runtime.training.denoising import DenoisingTrainer, DrawnRows
+from scripts.sweep.diffusion_inputs import picture_difference
 from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,6 +58,18 @@ def test_the_adapter_and_its_merge_fit_the_original(
     with torch.no_grad():
         merged = flux.load(tmp_path / "merged")(**batch.inputs)[0]
     torch.testing.assert_close(merged, wanted, rtol=0, atol=2e-6)
+
+
+def test_a_training_ends_with_sample_pictures(flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {**HOW, "max_steps": 2, "seed": 5, "sample_prompt": ["a dog", "a cat"]}
+    result = train_lora(flux_emulator, flux.images, tmp_path / "out", **how, sample_steps=2, sample_resolution=32)
+    assert result.samples is not None
+    assert result.samples.output == str(tmp_path / "out" / "samples")
+    assert [picture.prompt for picture in result.samples.pictures] == ["a dog", "a cat"]
+    pipe = type(flux.pipe).from_pretrained(str(flux.pipeline))
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors")
+    drawing = {"steps": 2, "resolution": 32, "seed": 5}
+    assert picture_difference(pipe, tmp_path / "out/samples/1.png", "a cat", drawing) <= 1
 
 
 def test_an_interrupted_training_continues_to_the_same_bytes(
@@ -193,6 +206,7 @@ def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:
         ({"way": "streamed"}, "use `onelayer polish` for exact steps"),
         ({"target_modules": ["to_qq"]}, "target_modules: to_qq"),
         ({"anchor_every": 2}, "needs the original; give --model"),
+        ({"sample_prompt": ["a dog"], "sample_resolution": 36}, "--sample-prompt: .* draws no picture of 'a dog'"),
     ],
 )
 def test_settings_that_do_not_fit_a_denoiser_are_refused(

@@ -55,7 +55,7 @@ class PictureSampler:
     def recorded(self) -> dict[str, Any]:
         """What decides the pictures, but for the adapter."""
         parts = {name: model_digest(self.directory / name) for name in (VAE, *self.pipeline.encoders)}
-        asked = {**self.pictures.model_dump(include=set(Pictures.model_fields)), "seed": self.seed}
+        asked = {**self.pictures.model_dump(), "seed": self.seed}
         return {**asked, "denoiser": self.digest, "components": parts, "scheduler": self.pipeline.scheduler}
 
     def draw(self, adapter: Path | None, work: Path, output: Path, device: torch.device) -> Samples:

@@ -18,12 +18,17 @@ SampleResolution = Annotated[
 ]
 
 
-class Pictures(Settings):
-    """Which pictures are drawn, and how, where it is not as their pipeline does it."""
+class Drawing(Settings):
+    """How pictures are drawn, where it is not as their pipeline does it."""
 
-    prompts: Prompts
     steps: SampleSteps = None
     resolution: SampleResolution = None
+
+
+class Pictures(Drawing):
+    """Which pictures are drawn, and how."""
+
+    prompts: Prompts
 
 
 class TrainedPictures(Settings):
@@ -37,8 +42,8 @@ class TrainedPictures(Settings):
         ),
         Option(metavar="TEXT"),
     ] = None
-    sample_steps: SampleSteps = Pictures.default("steps")
-    sample_resolution: SampleResolution = Pictures.default("resolution")
+    sample_steps: SampleSteps = Drawing.default("steps")
+    sample_resolution: SampleResolution = Drawing.default("resolution")
 
     @model_validator(mode="after")
     def _of_prompts(self) -> Self:
@@ -55,7 +60,7 @@ class TrainedPictures(Settings):
         return Pictures(prompts=self.sample_prompt, steps=self.sample_steps, resolution=self.sample_resolution)
 
 
-class SampleSettings(Seeded, OnDevice, Revised, Pictures):
+class SampleSettings(Seeded, OnDevice, Revised, Drawing):
     """What can be set of sample pictures."""
 
     resume: Annotated[
