@@ -25,15 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
-from onelayer.compiler.denoising.encoded import (
-    LATENTS,
-    LAYOUT_FILE,
-    PROMPTS,
-    ImageRow,
-    finish_encoded,
-    numbered,
-    write_tensors,
-)
+from onelayer.compiler.denoising import encoded as written
 from onelayer.compiler.denoising.joining import joining_of
 from onelayer.compiler.denoising.layout import Layout
 from onelayer.compiler.denoising.noise import NoiseProcess
@@ -128,19 +120,21 @@ def encoded(directory: Path, model: Path, pictures: Sequence[Picture], class_pic
         for number, caption in enumerate(captions):
             leaves: list[torch.Tensor] = []
             taken_apart(arguments_of(everything[0][0], [caption], torch.zeros(1)), leaves)
-            write_tensors(numbered(partial, PROMPTS, number), {f"leaf.{n}": leaf for n, leaf in enumerate(leaves)})
+            written.write_tensors(
+                written.numbered(partial, written.PROMPTS, number), {f"leaf.{n}": leaf for n, leaf in enumerate(leaves)}
+            )
         for number, (latent, _) in enumerate(everything):
-            write_tensors(numbered(partial, LATENTS, number), {"latent": latent})
+            written.write_tensors(written.numbered(partial, written.LATENTS, number), {"latent": latent})
         shape = tuple(everything[0][0].shape)
         count = math.prod(shape)
         answer = Layout((count,), torch.arange(count), torch.ones(shape), torch.zeros(shape))
-        write_tensors(partial / LAYOUT_FILE, answer.tensors("answer"))
+        written.write_tensors(partial / written.LAYOUT_FILE, answer.tensors("answer"))
         rows = [
-            ImageRow(f"{number}", caption, captions.index(caption), number >= len(pictures))
+            written.ImageRow(f"{number}", caption, captions.index(caption), number >= len(pictures))
             for number, (_, caption) in enumerate(everything)
         ]
         base = {"model": str(model), "revision": None, "digest": model_digest(model)}
-        finish_encoded(partial, base, SCHEDULER, form, rows)
+        written.finish_encoded(partial, base, SCHEDULER, form, rows)
 
 
 def pretrained(directory: Path) -> None:

@@ -79,7 +79,7 @@ def test_an_interrupted_run_keeps_its_denoising_steps(
 def without_encoders(pipe: Path) -> None:
     index = read_json(pipe / "model_index.json")
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    write_json(pipe / "model_index.json", {**index, **dict.fromkeys(names, [None, None])})
+    write_json(pipe / "model_index.json", {**index, **{name: [None, None] for name in names}})
 
 
 def with_numbers_that_overflow(pipe: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.children import at_call, interrupt
 from helpers.hashes import tree_hashes
 from helpers.peft_adapters import quiet_peft
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
@@ -75,20 +76,13 @@ def test_a_training_ends_with_sample_pictures(flux: EncodedPipeline, flux_emulat
 def test_an_interrupted_training_continues_to_the_same_bytes(
     flux: EncodedPipeline, flux_emulator: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = DenoisingTrainer.training_step, list[int]()
-
-    def failing(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(DenoisingTrainer, "training_step", failing)
-    output = tmp_path / "again"
-    with pytest.raises(KeyboardInterrupt):
-        train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
+    step, output = (DenoisingTrainer, "training_step"), tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, at_call(*step, 6, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
+    monkeypatch.setattr(*step, at_call(*step, 5, lambda: pytest.fail("trained more than two steps of two images")))
     train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, resume=True, **HOW)
-    assert len(calls) == 6 + 4
     ours, theirs = tree_hashes(output), tree_hashes(adapter)
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
     assert ours["pytorch_lora_weights.safetensors"] == theirs["pytorch_lora_weights.safetensors"]
@@ -149,16 +143,9 @@ def test_an_anchored_training_continues_to_the_same_bytes(
     whole = train_lora(coded, flux.images, tmp_path / "whole", **settings)
     assert whole.anchors is not None
     assert whole.anchors.renewals == 2
-    plain, calls = DenoisingTrainer.training_step, list[int]()
-
-    def failing(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
+    step = DenoisingTrainer, "training_step"
     with monkeypatch.context() as patch:
-        patch.setattr(DenoisingTrainer, "training_step", failing)
+        patch.setattr(*step, at_call(*step, 2, interrupt))
         with pytest.raises(KeyboardInterrupt):
             train_lora(coded, flux.images, tmp_path / "parts", **settings)
     train_lora(coded, flux.images, tmp_path / "parts", resume=True, **settings)
