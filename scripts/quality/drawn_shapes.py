@@ -43,8 +43,16 @@ SIDE, PATCH, PLACES = 16, 4, 16  # pixels of a picture and of a patch, patches o
 WIDTH, TEXT = 256, 64
 SCHEDULER: dict[str, Any] = {"class_name": "FlowMatchEulerDiscreteScheduler", "config": {}}
 PRETRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 1.5e-3}
-LORA: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 4, "max_steps": 60, "batch_size": 5, "learning_rate": 2e-3}
+LORA: dict[str, Any] = {
+    "lora_rank": 4,
+    "lora_alpha": 4,
+    "max_steps": 60,
+    "batch_size": 5,
+    "micro_batch_size": 5,
+    "learning_rate": 2e-3,
+}
 EXACT: dict[str, Any] = {"steps": 10, "batch_size": 20, "micro_batch_size": 20}
+TOGETHER = 32  # noisy pictures that are scored at once
 NOISES, HELD_OUT = 8, 24  # times and noises of each held-out picture, and how many there are of subject and class
 CELLS = (
     "plain-svd:0.25", "published:0.25", "nf4:0.25", "nf4:0.12", "coded:0.25", "coded:0.12", "nf4+anchor:0.12",
@@ -216,7 +224,9 @@ class Task:
     def rows(self, cell: str) -> list[dict[str, Any]]:
         """Score the stages of a cell on the original."""
         stages = self.adapters(cell)
-        scored = evaluate_model(self.model, self.held_out, adapters=list(stages.values()), noise_samples=NOISES)
+        scored = evaluate_model(
+            self.model, self.held_out, adapters=list(stages.values()), noise_samples=NOISES, batch_size=TOGETHER
+        )
         names = (["original"] if cell == "direct" else []) + list(stages)
         return [
             {"seed": self.seed, "cell": cell, "stage": name, "loss": score.loss, "class_loss": score.class_loss,

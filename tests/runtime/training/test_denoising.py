@@ -20,7 +20,7 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.storage.digests import file_digest
 from onelayer.runtime import train_lora
 from onelayer.runtime.anchors.anchors import Anchors
-from onelayer.runtime.training.denoising import DenoisingTrainer, DrawnRows
+from onelayer.runtime.training.denoising import DenoisingPlan, DenoisingTrainer, DrawnRows
 from scripts.sweep.diffusion_inputs import picture_difference
 from scripts.sweep.encoded_pipelines import EncodedPipeline
 
@@ -95,7 +95,7 @@ def test_right_after_a_renewal_the_emulator_answers_like_the_original(
     emulator, original = (quiet_peft(flux.load(path), **how).eval() for path in (flux_emulator, None))
     trained = {name: value for name, value in emulator.named_parameters() if value.requires_grad}
     assert not original.load_state_dict(trained, strict=False).unexpected_keys
-    rows = DrawnRows(DrawnImages(flux.noisy(), 1), 2)
+    rows = DrawnRows(DrawnImages(flux.noisy(), 1), DenoisingPlan(2, 1))
     drawn = [rows[number] for number in range(2)]
 
     def answers(model: Any) -> list[torch.Tensor]:
@@ -172,6 +172,20 @@ def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Pat
     assert 0.9 < (again.activations.gradient_cosine or 0) < 1
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("transformer.") for name in weights)
+
+
+@pytest.mark.parametrize("anchors", [{}, {"anchor_every": 2, "anchor_bits": 32}])
+def test_images_computed_together_give_the_same_training(
+    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path, anchors: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {**HOW, **anchors, "max_steps": 2, "batch_size": 3, "prior_weight": 0.5}
+    how["model"] = flux.pipeline if anchors else None
+    alone = train_lora(flux_emulator, flux.images, tmp_path / "alone", **how)
+    step = DenoisingTrainer, "training_step"
+    monkeypatch.setattr(*step, at_call(*step, 5, lambda: pytest.fail("more than two calls in a step")))
+    together = train_lora(flux_emulator, flux.images, tmp_path / "together", micro_batch_size=2, **how)
+    for (_, one), (_, other) in zip(alone.losses, together.losses, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
 
 
 def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:

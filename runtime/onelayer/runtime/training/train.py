@@ -159,9 +159,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     model = read_model(directory, str(sources.emulator), settings.max_image_pixels)
     if settings.sample_prompt is not None and not model.denoises:
         raise InputError(f"--sample-prompt: {sources.emulator} draws no pictures; leave it out")
-    reference = None
-    if sources.reference is not None:
-        reference = given_reference(Path(sources.reference), model.base["digest"])
+    reference = given_reference(Path(sources.reference), model.base["digest"]) if sources.reference else None
     settings = with_default_anchors(settings, model, sources.original)
     original = original_source(settings, model, sources.original, reference is not None)
     fields = lora_fields(settings, model.ranks)
@@ -199,6 +197,7 @@ def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, A
         **({"anchor": {"every": settings.anchor_every, "bits": settings.anchor_bits}} if anchored else {}),
         **({} if settings.method == "sft" else {"method": settings.method}),
         **(settings.noise if denoises else {}),
+        **({"micro_batch_size": settings.micro_batch_size} if denoises and settings.micro_batch_size else {}),
     }
 
 
