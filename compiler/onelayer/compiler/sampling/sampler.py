@@ -120,7 +120,9 @@ class _Streams:
         kept = self.work / f"{self._count:06d}.safetensors"
         if kept.is_file():
             return _read_answers(kept, len(calls))
-        answers = self._streamed(part, calls)
+        # Autoencoders of videos keep what one decoding needs in the model itself.
+        together = [[call] for call in calls] if part == VAE else [calls]
+        answers = [answer for group in together for answer in self._streamed(part, group)]
         if part in (self.denoiser, VAE):
             for answer in answers:
                 self._check_finite(part, answer)
