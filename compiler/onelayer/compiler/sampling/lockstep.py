@@ -4,6 +4,7 @@ In: what runs the pipeline for each prompt. Out: what each returns. Every run ha
 method is a stub that parks the run with its arguments, and the answer wakes it up.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Lockstep:
 
     def _advance(self, number: int, *value: Any) -> None:
         worker = self._workers[number]
-        with torch.no_grad(), self._stubs(lambda part: partial(_parked, part)):
+        with torch.no_grad(), warnings.catch_warnings(), self._stubs(lambda part: partial(_parked, part)):
+            warnings.simplefilter("ignore")  # pipelines deprecate what they do themselves
             found = worker.switch(*value)
         if worker.dead:
             self.results[number] = found

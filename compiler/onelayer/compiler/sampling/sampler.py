@@ -30,6 +30,7 @@ from onelayer.compiler.sampling.lockstep import Call, Lockstep
 from onelayer.compiler.sampling.report import Picture, Samples
 from onelayer.compiler.sampling.settings import Pictures
 from onelayer.compiler.storage.checkpoint import model_digest
+from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.files import write_json
 from onelayer.compiler.streaming.stream import Stream
 
@@ -56,7 +57,12 @@ class PictureSampler:
         """What decides the pictures, but for the adapter."""
         parts = {name: model_digest(self.directory / name) for name in (VAE, *self.pipeline.encoders)}
         asked = {**self.pictures.model_dump(), "seed": self.seed}
-        return {**asked, "denoiser": self.digest, "components": parts, "scheduler": self.pipeline.scheduler}
+        return {
+            **asked,
+            "denoiser": self.digest,
+            "components": parts,
+            "scheduler": sha256_json(self.pipeline.scheduler),
+        }
 
     def draw(self, adapter: Path | None, work: Path, output: Path, device: torch.device) -> Samples:
         """Draw the pictures into the directory `output`.
