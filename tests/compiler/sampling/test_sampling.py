@@ -26,8 +26,8 @@ HOW: dict[str, Any] = {"steps": 2, "resolution": 32, "seed": 3}
 @pytest.fixture(scope="module")
 def adapter(flux: EncodedPipeline) -> Path:
     output = flux.pipeline.parent / "one-step"
-    how: dict[str, Any] = {"steps": 1, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 3e-2}
-    polish_adapter(model=flux.pipeline, data=flux.images, output=output, **how)
+    how: dict[str, Any] = {"lora_rank": 4, "steps": 1, "batch_size": 2, "learning_rate": 3e-2}
+    polish_adapter(None, model=flux.pipeline, data=flux.images, output=output, **how)
     return output
 
 
@@ -98,8 +98,8 @@ def with_numbers_that_overflow(pipe: Path) -> None:
     [
         (without_encoders, {}, "has no text encoder, which sample pictures need"),
         (with_numbers_that_overflow, {}, "vae: its answer for a sample picture is not finite in float32"),
-        (None, {"prompt": " "}, "prompts[0]"),
-        (None, {"prompt": []}, "--prompts"),
+        (None, {"prompt": " "}, "--prompt  : must say what to draw"),
+        (None, {"prompt": []}, "--prompt : must say what to draw"),
         (None, {"steps": 0}, "--steps 0: must be at least 1"),
         (None, {"adapter": "pipe"}, "pipe"),
     ],

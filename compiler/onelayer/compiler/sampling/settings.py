@@ -5,10 +5,10 @@ from typing import Annotated, Self, TypedDict
 from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.settings import OnDevice, Option, Revised, Seeded, Settings, option_name
+from onelayer.compiler.settings import Must, OnDevice, Option, Revised, Seeded, Settings, option_name
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Prompts = Annotated[list[Prompt], Field(min_length=1)]
+Prompts = Annotated[list[Prompt], Field(min_length=1), Option(flags="--prompt"), Must("say what to draw")]
 SampleSteps = Annotated[
     PositiveInt | None, Field(description="Denoising steps of a sample picture; the pipeline's own number by default.")
 ]
