@@ -57,6 +57,7 @@ def test_a_pipeline_goes_through_every_step_once(project: Path, tmp_path: Path) 
     assert all(step.peak_bytes for step in planned.steps if step.kind in ("compile", "train", "polish"))
     made = {step.name: step for step in run(manifest, store).steps}
     assert list(made) == STEPS
+    assert {step.state for step in made.values()} == {"ran"}
     key = made["encode 1"].key
     assert key is not None
     encoded = EncodedImages.open(store.payload(key))

@@ -85,16 +85,16 @@ def _encode_step(manifest: Manifest, images: Images, folder: Source, name: str) 
 
 def _sample_step(manifest: Manifest, samples: Samples, task: str) -> Step:
     """Draw pictures with the final adapter of a task."""
-    model, settings = model_source(manifest), samples.model_dump(mode="json")
+    model, settings = model_source(manifest), samples.model_dump(mode="json", exclude={"prompts"})
 
     def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
         from onelayer.compiler import sample_pictures
 
         how = {**settings, "seed": manifest.seed, "device": manifest.stream.device}
-        drawn = sample_pictures(model.text, output=output, adapter=inputs["adapter"], **how)
+        drawn = sample_pictures(model.text, samples.prompts, output, adapter=inputs["adapter"], **how)
         return drawn.model_dump(mode="json")
 
-    fields = {**settings, "seed": manifest.seed}
+    fields = {**settings, "prompts": samples.prompts, "seed": manifest.seed}
     sources = {"model": model, **pipeline_parts(Path(model.text))}
     needs = {"adapter": final_step(manifest, task)}
     passes = {"device": manifest.stream.device}
