@@ -103,7 +103,7 @@ def with_numbers_that_overflow(pipe: Path) -> None:
     [
         (without_encoders, {}, "has no text encoder, which sample pictures need"),
         (with_numbers_that_overflow, {}, "vae: its answer for a sample picture is not finite in float32"),
-        (None, {"prompt": " "}, "--prompt  : must say what to draw"),
+        (None, {"prompt": " "}, "--prompt : must say what to draw"),
         (None, {"prompt": []}, "--prompt : must say what to draw"),
         (None, {"steps": 0}, "--steps 0: must be at least 1"),
         (None, {"adapter": "pipe"}, "pipe"),

@@ -81,7 +81,7 @@ def test_pictures_need_the_pipeline_of_the_images(flux: EncodedPipeline, flux_em
     document = read_json(images / ENCODED_FILE)
     document["base"]["model"] = str(tmp_path / "gone")
     write_json(images / ENCODED_FILE, document)
-    with pytest.raises(InputError, match="--sample-prompt: .*gone: no such directory"):
+    with pytest.raises(InputError, match=r"--sample-prompt: .*gone: no such directory"):
         train_lora(flux_emulator, images, tmp_path / "out", max_steps=1, sample_prompt=["a dog"])
 
 
