@@ -34,7 +34,8 @@ class _Adapted(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (T, columns) to (T, rows)."""
         y: torch.Tensor = self.frozen(x)
-        return y + self.lora(x.float()).to(y.dtype)
+        change: torch.Tensor = self.lora(x.float())
+        return y + change.to(y.dtype)
 
 
 class _Block(nn.Module):
@@ -48,8 +49,9 @@ class _Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (T, WIDTH) to the same."""
-        x = x + self.mix(x)
-        return x + self.mlp(x)
+        mixed: torch.Tensor = x + self.mix(x)
+        widened: torch.Tensor = self.mlp(mixed)
+        return mixed + widened
 
 
 def block_flops_per_second(device: torch.device, dtype: torch.dtype, factored: bool = False) -> float:
