@@ -37,7 +37,7 @@ def test_a_step_takes_the_slower_of_reading_and_computing() -> None:
     assert larger.seconds_per_step == slow.seconds_per_step  # four times the rows in one reading
 
 
-def test_factors_train_at_a_rate_of_their_own_and_codes_at_that_of_whole_weights() -> None:
+def test_factors_train_at_a_rate_of_their_own() -> None:
     quick = Speed(read_bytes_per_second=1e9, flops_per_second=CARD, device="typed in")
     slow = quick.model_copy(update={"factor_flops_per_second": CARD / 4})
 
