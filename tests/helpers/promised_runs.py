@@ -12,6 +12,7 @@ from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.polish.command import polish_adapter
 from onelayer.compiler.refine.command import refine_emulator
 from onelayer.compiler.results import Report
+from onelayer.compiler.sampling.command import sample_pictures
 
 
 def data_in(root: Path) -> Path:
@@ -35,6 +36,11 @@ def polished(root: Path, **settings: Any) -> Report:
     """Make a fresh adapter."""
     given = {"model": root / "model", "data": data_in(root), "lora_rank": 8, "steps": 1, **settings}
     return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
+
+
+def sampled(root: Path, **settings: Any) -> Report:
+    """Draw a picture with the pipeline in `root`."""
+    return sample_pictures(root / "model", "a dog", root / "samples", steps=2, **settings).report
 
 
 def _run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any], home: str) -> None:
