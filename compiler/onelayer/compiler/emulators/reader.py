@@ -141,6 +141,14 @@ class Emulator:
             return self._decoded(*self._coded(own, shape), shape), None
         return self._dequantized(own, shape)
 
+    def coded_expert(
+        self, name: str, held: "Mapping[str, torch.Tensor]", expert: int
+    ) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
+        """Like `coded`, for one expert of a coded stack that `stack` has read."""
+        return self._coded(
+            {ending: tensor[expert] for ending, tensor in held.items()}, self.facts.stacks[name].shape[1:]
+        )
+
     def _dequantized(
         self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]
     ) -> "tuple[torch.Tensor, torch.Tensor | None]":

@@ -101,12 +101,7 @@ def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> 
         up, down = _moved(factors, x.dtype, x.device)
         return F.linear(x if down is None else F.linear(x, down), up)
 
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        routed = stacks.routed(args, kwargs)
-        assert routed is not None, f"{stacks.name} was compiled as experts, but is called differently"
-        return stacks.run(*routed, product)
-
-    return forward
+    return stacks.forward(product)
 
 
 def open_scored(directory: Path, adapters: Mapping[str, Adapter]) -> tuple[Adapted, Classes | None]:
