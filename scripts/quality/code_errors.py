@@ -1,7 +1,6 @@
 """Compares ways to make codes on some linears of a real model, by their error on held-out rows.
 
-    python -m scripts.quality.code_errors outputs --model DIR --data train.jsonl [--layers 2 26]
-    python -m scripts.quality.code_errors rotation --model DIR --data train.jsonl [--keep-bytes 0.12 0.145]
+    python -m scripts.quality.code_errors outputs rotation --model DIR --data train.jsonl [--keep-bytes 0.12 0.145]
 
 `outputs`: ways to hold G, the moments of the gradients at a linear's outputs, by which the low-rank part is chosen:
 bytes, processor seconds of gathering and solving, and errors. `rotation`: codes of the weight as it is, and of the
@@ -29,6 +28,7 @@ from onelayer.compiler.codes.moments import BlockGram, block_products
 from onelayer.compiler.codes.residual import INPUT_DAMPING, Sides, product_of, residual_factors
 from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights, damped
 
+HEAD = "lm_head"
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 TOKENS, HEAD_TOKENS, OUTPUT_BLOCK = 256, 32, 64
 BLOCKS, SKETCHES = (1, 16, 64, 256), (16, 64)
@@ -65,12 +65,12 @@ def read_linears(given: argparse.Namespace) -> list[Linear]:
     model: Any = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     names = [f"model.layers.{layer}.{linear}" for layer in given.layers for linear in LINEARS]
-    names += ["lm_head"] if given.what == "outputs" else []
+    names += [HEAD] if "outputs" in given.what else []
     found: dict[str, list[list[Rows]]] = {name: [[], []] for name in names}
     held_out = False
 
     def hook(name: str, module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        count = HEAD_TOKENS if name == "lm_head" else TOKENS  # the head's gradients are wide, so fewer rows are kept
+        count = HEAD_TOKENS if name == HEAD else TOKENS  # the head's gradients are wide, so fewer rows are kept
         x, kept = args[0][0, :count].detach().clone(), found[name][held_out]
         output.register_hook(lambda g: kept.append(Rows(x, g[0, :count].detach().clone())))
 
@@ -212,6 +212,8 @@ def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
     for keep_bytes in given.keep_bytes:
         totals = []
         for linear in linears:
+            if linear.name == HEAD:
+                continue
             width = code_width(keep_bytes)
             assert width is not None
             ranks = coded_ranks({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, width)
@@ -250,7 +252,7 @@ def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) 
 def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["outputs", "rotation"])
+    parser.add_argument("what", nargs="+", choices=["outputs", "rotation"])
     parser.add_argument("--model", type=Path, required=True, help="directory of a causal model")
     parser.add_argument("--data", type=Path, required=True, help="rows of text")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 26])
@@ -259,7 +261,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=4, help="rows on which errors are measured")
     given = parser.parse_args()
     linears = read_linears(given)
-    {"outputs": compare_outputs, "rotation": compare_rotation}[given.what](linears, given)
+    for what in given.what:
+        {"outputs": compare_outputs, "rotation": compare_rotation}[what](linears, given)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from helpers.hashes import hashes
 from helpers.mixtures import WIDE_MIXTURES, compiled, error_of, logits, save_mixture, weight_of, what_experts_read
 from helpers.resident_gradients import batch_for, distance, gradients, with_lora
 from onelayer.compiler.compile import job
+from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DOWN, UP
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
@@ -101,8 +102,12 @@ def test_refinement_trains_the_codebooks_scales_and_factors_of_experts(
         codes = -(-facts.shape[2] // (facts.code_width or 1))
         assert torch.equal(first[CODES][..., :codes], last[CODES][..., :codes])
         assert not torch.equal(first[CODES], last[CODES]), "the scales after the codes are trained"
-    # What was trained is what is stored: the emulator's experts, computed by stock transformers, are nearer too.
-    wanted, *found = (logits(each) for each in (model, *map(loaded, (root / "emulator", tmp_path / "refined"))))
+    # What was trained is what is stored: computed by stock transformers, the emulator is nearer on these rows too.
+    tokenizer = load_tokenizer(root / "model")
+    texts = [json.loads(line)["text"] for line in (root / "mix.jsonl").read_text().splitlines()]
+    rows = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    models = (model, *map(loaded, (root / "emulator", tmp_path / "refined")))
+    wanted, *found = (torch.cat([logits(each, ids) for ids in rows], dim=1) for each in models)
     distances = [float((each - wanted).norm()) for each in found]
     assert distances[1] < distances[0]
 

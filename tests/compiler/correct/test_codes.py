@@ -39,7 +39,7 @@ def test_the_corrected_adapter_is_the_closed_form_of_what_trained(
     for name, module in trained.modules.items():
         (a, b), (a_c, b_c) = ([part.double() for part in each.factors(name)] for each in (trained, corrected))
         inputs = torch.eye(module.in_features, dtype=torch.float64)
-        E, W = loaded.get_submodule(name)(inputs).T, model.get_submodule(name).weight.double()
+        E, W = loaded.get_submodule(name)(inputs).T, model.get_submodule(name).weight.detach().double()
         wanted = (E - W) @ a.T @ torch.linalg.pinv(a.T) + module.scaling * b @ a
         found = corrected.modules[name].scaling * b_c @ a_c
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5, name

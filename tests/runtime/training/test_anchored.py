@@ -211,7 +211,7 @@ def test_one_bar_shows_renewals_and_steps_with_what_is_left(
     monkeypatch.setattr("onelayer.compiler.machine.console.LINE_SECONDS", -1.0)
     anchored(max_steps=3, args={"logging_steps": 1})
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("onelayer: note:")]
-    units = [f"anchoring, model.{name}, peak" for name in ("embed_tokens", "layers.0", "layers.1")]
+    units = [f"anchoring, model.{name}, peak" for name in ("layers.0", "layers.1")]
     shown = [(0, *units), (1, "loss"), (2, "loss", *units), (3, "loss")]
     wanted = [(step, text) for step, *texts in shown for text in texts]
     assert len(lines) == len(wanted)
