@@ -104,10 +104,14 @@ def test_slices_of_the_head_and_of_the_rows_change_nothing(
     tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny("gemma2", tmp_path)
+    looks = list[int]()
+    monkeypatch.setattr("onelayer.compiler.evaluate.scoring.FreedMemory.after_unit", lambda _, kept: looks.append(kept))
     whole = evaluate_model(tmp_path, data["text"]).results[0]
+    looks_at_whole = len(looks)
     monkeypatch.setattr("onelayer.compiler.models.lazy_tensors.SLICE_BYTES", 13 * 32 * 4)
     monkeypatch.setattr("onelayer.compiler.evaluate.scoring.SLICE_BYTES", 13 * 4 * 5)
     sliced = evaluate_model(tmp_path, data["text"]).results[0]
+    assert len(looks) > 3 * looks_at_whole, "memory is looked at after every piece"
     assert sliced.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (sliced.token_accuracy, sliced.tokens) == (whole.token_accuracy, whole.tokens)
 

@@ -3,10 +3,10 @@
 | | dense | mixture | encoder | encoder-decoder |
 |---|---|---|---|---|
 | trainers | SFT, DPO, KTO | SFT, DPO | Trainer | Seq2SeqTrainer |
-| evaluation while training | yes | | yes | yes, with generated texts |
+| evaluation while training | yes | yes | yes | yes, with generated texts |
 | packing | yes | | | |
-| resume | yes | | yes | yes |
-| bfloat16 | | yes | yes | |
+| resume | yes | yes | yes | yes |
+| bfloat16 | yes | yes | yes | |
 
 `generate` of each is compared in `test_streamed_model.py`.
 """
@@ -25,6 +25,17 @@ from helpers.streamed_trainers import check_equal, classes, dpo, kto, losses, se
 from helpers.tiny_models import save_tiny
 from onelayer.runtime import streamed_for_training
 
+Make = Callable[..., Any]
+Save = Callable[[Path], Any]
+
+
+def saved(name: str) -> Save:
+    return lambda path: save_tiny(name, path)
+
+
+def saved_bert(path: Path) -> Any:
+    return save_classifier("bert", path)
+
 
 def test_sft_with_evaluation_and_packing(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
@@ -32,9 +43,11 @@ def test_sft_with_evaluation_and_packing(tmp_path: Path) -> None:
     assert len(losses(trainer)) == 4
 
 
-def test_sft_of_a_mixture_in_bfloat16(tmp_path: Path) -> None:
+def test_sft_of_a_mixture_in_bfloat16_with_evaluation(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "model", torch.bfloat16)
-    check_equal(sft, tmp_path / "model", bf16=True, gradient_accumulation_steps=2, router_aux_loss_coef=0.5)
+    routed = {"gradient_accumulation_steps": 2, "router_aux_loss_coef": 0.5}
+    trainer = check_equal(sft, tmp_path / "model", bf16=True, eval_strategy="steps", eval_steps=1, **routed)
+    assert len(losses(trainer)) == 4
 
 
 def test_dpo_with_the_adapter_switched_off_as_the_reference(tmp_path: Path) -> None:
@@ -62,9 +75,10 @@ def test_a_classifier_whose_head_is_trained_whole(tmp_path: Path) -> None:
         assert len(losses(trainer)) == 4
 
 
-def test_an_encoder_in_bfloat16(tmp_path: Path) -> None:
-    save_classifier("bert", tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    trainer = check_equal(classes, tmp_path / "model", bf16=True)
+@pytest.mark.parametrize(("make", "save"), [(sft, saved("llama")), (classes, saved_bert)])
+def test_bfloat16_needs_no_scaler(make: Make, save: Save, tmp_path: Path) -> None:
+    save(tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    trainer = check_equal(make, tmp_path / "model", bf16=True)
     assert trainer.accelerator.scaler is None
     assert trainer.model.get_base_model().streaming.streamed.dtype == torch.bfloat16
 
@@ -77,11 +91,8 @@ def test_an_encoder_decoder_that_is_evaluated_by_what_it_generates(tmp_path: Pat
     assert len(trainer.predict(trainer.eval_dataset, max_new_tokens=5).predictions) == 6
 
 
-@pytest.mark.parametrize(
-    ("make", "save"),
-    [(sequences, lambda path: save_tiny("t5", path)), (classes, lambda path: save_classifier("bert", path))],
-)
-def test_other_trainers_resume(make: Callable[..., Any], save: Callable[[Path], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "save"), [(sft, saved("mixtral")), (classes, saved_bert)])
+def test_trainers_resume(make: Make, save: Save, tmp_path: Path) -> None:
     save(tmp_path / "model")
     saving = {"save_strategy": "steps", "save_steps": 1}
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from onelayer.compiler.data.batches import TokenBatch
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
+from onelayer.compiler.machine.meter import FreedMemory
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import head_workspace
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -155,7 +156,7 @@ class Scoring:
         if self._waiting:
             head = next(iter(self._waiting.values())).head
             for start, stop in head.row_slices():
-                weight = head.read(start, stop).to(device)
+                weight, freed = head.read(start, stop).to(device), FreedMemory()
                 step = max(1, SLICE_BYTES // (4 * (stop - start)))
                 for number, rows in enumerate(self._rows):
                     for first in range(0, int(rows.sum()), step):
@@ -164,6 +165,8 @@ class Scoring:
                             hidden = logits.hidden[first : first + step].to(device)
                             part = logits.slice_of(hidden, weight, start, stop)
                             self._update(index, slice(first, first + len(part)), part, start)
+                        # Batches have logits of many sizes, which touch new parts of a heap that is full of holes.
+                        freed.after_unit(self.spill_pool.held_bytes)
             self._waiting.clear()
         results = [SampleScores.of_none(self._samples) for _ in range(self.variants)]
         mine = [list(self._by_sample(variant)) for variant in range(self.variants)]
