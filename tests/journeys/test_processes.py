@@ -123,7 +123,7 @@ def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path
     rows = PAIRS if method == "dpo" else [{"text": text} for text in TEXTS]
     # An even number of rows: of an odd one, the last step of an epoch would take a row twice in two processes.
     data = written(tmp_path / "even.jsonl", [*rows, rows[0]])
-    sizes = {"max_length": 16, "max_steps": 4, "lora_rank": 2, "learning_rate": 0.01, "method": method}
+    sizes = {"max_length": 64, "max_steps": 4, "lora_rank": 2, "learning_rate": 0.01, "method": method}
     given: dict[str, Any] = {"model": place / "model", "anchor_every": 3, "anchor_bits": 32, **sizes}
     train_lora(place / "emulator", data, tmp_path / "of 1", batch_size=4, **given)
     command = ["train", place / "emulator", *options(data=data, output=tmp_path / "of 2", batch_size=2, **given)]
