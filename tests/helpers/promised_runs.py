@@ -2,16 +2,23 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 
 from helpers.children import fork_server
 from onelayer.compiler.compile.command import compile_emulator
+from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.polish.command import polish_adapter
 from onelayer.compiler.refine.command import refine_emulator
 from onelayer.compiler.results import Report
+from onelayer.compiler.sampling.command import sample_pictures
+from onelayer.runtime.anchors.anchors import Anchors
+from onelayer.runtime.modules.low_rank_linear import load_emulator
 
 
 def data_in(root: Path) -> Path:
@@ -35,6 +42,23 @@ def polished(root: Path, **settings: Any) -> Report:
     """Make a fresh adapter."""
     given = {"model": root / "model", "data": data_in(root), "lora_rank": 8, "steps": 1, **settings}
     return polish_adapter(None, output=root / "polished", host_memory_bytes=0, **given).report
+
+
+def anchored(root: Path, batches: int, rows: int, tokens: int) -> Report:
+    """Find the offsets of some batches for the emulator that `compiled` made, with a fresh adapter."""
+    adapted = peft.get_peft_model(load_emulator(root / "emulator"), peft.LoraConfig(r=4, target_modules="all-linear"))
+    ids = torch.ones(rows, tokens, dtype=torch.long)
+    with Meter(torch.device("cpu")) as meter:
+        anchors = Anchors(adapted, Emulator.open(root / "emulator").facts, root / "model", 2, meter, nullcontext)
+        anchors.renew([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * batches)
+        found = anchors.report(every=batches)
+        assert found.offset_bytes > 0
+        return meter.report(found.largest_unit_bytes, found.workspace_bytes, found.bytes_read)
+
+
+def sampled(root: Path, **settings: Any) -> Report:
+    """Draw a picture with the pipeline in `root`."""
+    return sample_pictures(root / "model", "a dog", root / "samples", steps=2, **settings).report
 
 
 def _run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any], home: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.promised_runs import check_promise, compiled, measured, polished, refined
+from helpers.promised_runs import anchored, check_promise, compiled, measured, polished, refined
 from helpers.tiny_models import build, causal, tiny_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog "
@@ -62,6 +62,19 @@ def test_codes_stay_within_the_prediction_whatever_the_depth(tmp_path: Path, own
     assert grown < 5 * kept_bytes, (
         "before they lay in files, states of 32 more samples and 2 more layers took 6 to 8 times"
     )
+
+
+def test_anchoring_stays_within_the_prediction_however_many_steps_wait(tmp_path: Path, own_store: Path) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    prepare(tmp_path, causal("Llama", num_hidden_layers=2, **shape), [{"text": WORDS * 60}])
+    measured(compiled, tmp_path, own_store, max_length=128)
+    rows, tokens = 8, 256
+    reports = [measured(anchored, tmp_path, own_store, batches=each, rows=rows, tokens=tokens) for each in (1, 17)]
+    for report in reports:
+        check_promise(report)
+    states_bytes = 16 * rows * tokens * shape["hidden_size"] * 4
+    grown = reports[1].peak_device_bytes - reports[0].peak_device_bytes
+    assert grown < states_bytes // 2, "hidden states of 16 more batches wait in files, not in memory"
 
 
 def test_the_holes_that_steps_leave_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:

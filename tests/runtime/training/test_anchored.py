@@ -205,6 +205,22 @@ def test_resuming_equals_not_stopping(
     assert adapter_digest(tmp_path / "parts") == adapter_digest(tmp_path / "whole")
 
 
+def test_one_bar_shows_renewals_and_steps_with_what_is_left(
+    anchored: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("onelayer.compiler.machine.console.LINE_SECONDS", -1.0)
+    anchored(max_steps=3, args={"logging_steps": 1})
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("onelayer: note:")]
+    units = [f"anchoring, model.{name}, peak" for name in ("layers.0", "layers.1")]
+    shown = [(0, *units), (1, "loss"), (2, "loss", *units), (3, "loss")]
+    wanted = [(step, text) for step, *texts in shown for text in texts]
+    assert len(lines) == len(wanted)
+    for line, (step, text) in zip(lines, wanted, strict=True):
+        assert line.startswith(f"onelayer: train: {step} of 3 steps, {text} ")
+        assert ("about" if step else "an unknown time") in line
+        assert line.endswith(" left")
+
+
 def test_an_emulator_whose_original_is_named_is_anchored(anchored: Train, capsys: pytest.CaptureFixture[str]) -> None:
     result = anchored(anchor_every=None, max_steps=1)
     assert result.anchors is not None

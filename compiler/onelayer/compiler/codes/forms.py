@@ -68,6 +68,12 @@ def direction_bytes(out_features: int, in_features: int) -> int:
     return row_bytes(out_features, RESIDUAL_DTYPE) + row_bytes(in_features, RESIDUAL_DTYPE)
 
 
+def trained_code_values(out_features: int, in_features: int, width: CodeWidth, rank: int) -> int:
+    """Count what a refinement trains of a coded linear: its codebook, its scales and residual factors of `rank`."""
+    scales = out_features * -(-in_features // group_size(in_features))
+    return rank * (out_features + in_features) + scales + CODEBOOK_ROWS * width
+
+
 def code_width(keep_bytes: float) -> CodeWidth | None:
     """Choose the finest codes that leave room for a low-rank part; None if even the coarsest do not fit.
 

@@ -15,7 +15,15 @@ from onelayer.compiler.results import Result, round_significant
 
 FIGURE_DIGITS = 6  # significant digits of a recorded figure
 # Figures of a linear's factors as compiled; they are no longer true after the factors are trained.
-ERROR_FIELDS = ("error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error")
+ERROR_FIELDS = (
+    "error",
+    "optimal_error",
+    "unquantised_error",
+    "gradient_error",
+    "prefix_errors",
+    "dense_error",
+    "largest_error",
+)
 
 
 class LinearSummary(Result):

@@ -80,7 +80,11 @@ class Emulator:
         return kept_values(*self.shape(module), rank)
 
     def factors(self, module: str) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Read up (out, k) and down (k, in) of a module as training used them, or its weight (out, in) and None."""
+        """Read up (out, k) and down (k, in) of a module as training used them, or its weight (out, in) and None.
+
+        The weight of a coded module has at least the precision of float32: training used codes and residual one after
+        the other, not their sum in the model's dtype.
+        """
         read = self.checkpoint.read
         if self.facts.quantized_dtype is None:
             return read(module + UP), read(module + DOWN)
@@ -111,16 +115,14 @@ class Emulator:
     def _decoded(
         self, codes: "Coded", residual: "tuple[torch.Tensor, torch.Tensor] | None", shape: tuple[int, int]
     ) -> "torch.Tensor":
-        """Compute the weight (out, in) that codes stand for, residual factors included."""
+        """Compute the weight (out, in) that codes stand for, residual factors included, in float32 or wider."""
         import torch
 
         from onelayer.compiler.codes.encode import decode
 
         dtype = getattr(torch, str(self.facts.unpacked_dtype))
-        weight = decode(codes, shape[1], dtype)
-        if residual is None:
-            return weight
-        return weight.float().addmm_(residual[0].float(), residual[1].float()).to(dtype)
+        weight = decode(codes, shape[1], dtype).to(torch.promote_types(dtype, torch.float32))
+        return weight if residual is None else weight.addmm_(residual[0].to(weight), residual[1].to(weight))
 
     def stack(self, name: str) -> "dict[str, torch.Tensor]":
         """Read the tensors (E, ...) that replace a stack of experts, as stored, by the ending of their names."""
@@ -138,6 +140,14 @@ class Emulator:
         if CODES in own:
             return self._decoded(*self._coded(own, shape), shape), None
         return self._dequantized(own, shape)
+
+    def coded_expert(
+        self, name: str, held: "Mapping[str, torch.Tensor]", expert: int
+    ) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
+        """Like `coded`, for one expert of a coded stack that `stack` has read."""
+        return self._coded(
+            {ending: tensor[expert] for ending, tensor in held.items()}, self.facts.stacks[name].shape[1:]
+        )
 
     def _dequantized(
         self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]

@@ -16,7 +16,7 @@ from onelayer.compiler.adapters.replacements import replaced_values
 from onelayer.compiler.data.classes import Classes, predicted_classes
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.models.experts import ExpertStacks, expert_stacks
-from onelayer.compiler.models.linears import is_linear
+from onelayer.compiler.models.linears import is_linear, weight_of
 from onelayer.compiler.models.units import Forward, Unit, named_parts, replaced_forwards
 
 Run = Callable[[int, Any, Any], Any]
@@ -66,12 +66,18 @@ def _emulated(unit: Unit, emulator: Emulator, device: torch.device) -> dict[nn.M
     forwards: dict[nn.Module, Forward] = {}
     for name, module in named_parts(unit):
         if name in emulator.facts.compressed and is_linear(module):
-            up, down = emulator.factors(name)
-            forwards[module] = _linear(module, up.to(device), None if down is None else down.to(device))
+            forwards[module] = _linear(module, *_moved(emulator.factors(name), weight_of(module).dtype, device))
         stacks = expert_stacks(name, module)
         if stacks is not None and not emulator.facts.stacks.keys().isdisjoint(stacks.paths):
             forwards[module] = _experts(stacks, emulator, device)
     return forwards
+
+
+def _moved(
+    factors: tuple[torch.Tensor, torch.Tensor | None], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    up, down = factors
+    return up.to(dtype).to(device), None if down is None else down.to(dtype).to(device)
 
 
 def _linear(linear: nn.Module, up: torch.Tensor, down: torch.Tensor | None) -> Forward:
@@ -91,15 +97,11 @@ def _experts(stacks: ExpertStacks, emulator: Emulator, device: torch.device) -> 
     def product(leaf: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         if leaf not in held:
             return stacks.product(leaf, expert, x)
-        up, down = emulator.expert_factors(stacks.path(leaf), held[leaf], expert)
+        factors = emulator.expert_factors(stacks.path(leaf), held[leaf], expert)
+        up, down = _moved(factors, x.dtype, x.device)
         return F.linear(x if down is None else F.linear(x, down), up)
 
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        routed = stacks.routed(args, kwargs)
-        assert routed is not None, f"{stacks.name} was compiled as experts, but is called differently"
-        return stacks.run(*routed, product)
-
-    return forward
+    return stacks.forward(product)
 
 
 def open_scored(directory: Path, adapters: Mapping[str, Adapter]) -> tuple[Adapted, Classes | None]:

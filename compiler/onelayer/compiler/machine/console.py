@@ -54,9 +54,9 @@ class ProgressLines:
         if now - self._printed < LINE_SECONDS:
             return
         self._printed = now
-        elapsed = now - self._started
-        left = (self.total - self.n) * elapsed / max(1, self.n - self._first)
-        times = f"{tqdm.format_interval(elapsed)} elapsed, about {tqdm.format_interval(left)} left"
+        elapsed, done = now - self._started, self.n - self._first
+        left = f"about {tqdm.format_interval((self.total - self.n) * elapsed / done)}" if done else "an unknown time"
+        times = f"{tqdm.format_interval(elapsed)} elapsed, {left} left"
         line = f"onelayer: {self._description}: {self.n} of {self.total} {self._unit}s, {text}, {times}"
         print(line, file=sys.stderr, flush=True)
 
@@ -69,7 +69,8 @@ def open_bar(total: int, description: str, unit: str, initial: int = 0) -> Any:
     if not processes().is_first:
         return tqdm(disable=True)
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False)
+        # What is left is estimated by the mean of all units: single ones differ, such as a step that renews anchors.
+        return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False, smoothing=0)
     return ProgressLines(total, description, unit, initial)
 
 

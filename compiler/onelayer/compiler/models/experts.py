@@ -128,6 +128,16 @@ class ExpertStacks:
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         return y_SH[back_S].view(tokens, per_token, -1).sum(dim=1).to(x_NH.dtype)
 
+    def forward(self, product: Product) -> Callable[..., torch.Tensor]:
+        """Return a forward of the module with `product` in place of its own matrices."""
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            routed = self.routed(args, kwargs)
+            assert routed is not None, f"{self.name} was compiled as experts, but is called differently"
+            return self.run(*routed, product)
+
+        return forward
+
     def acts_as_declared(self, routed: Routed, output: Any) -> bool:
         """Whether a call computed what the interface says of its class, which is what is factorized."""
         x_NH, index_NK, weights_NK = (item[:CHECKED_TOKENS] for item in routed)

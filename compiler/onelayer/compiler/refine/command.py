@@ -60,9 +60,9 @@ def refine_emulator(
     "original"'s, or those that the units of the "emulator" refined so far have made, the default for codes. A step
     uses `step_samples` of the `samples` examples, or all if there are fewer, and computes `batch_size` at once.
     `learning_rate` is relative to the size of each factor. Training leaves the factors in no order, so the result
-    cannot be sliced. Experts of mixtures are left unchanged. With `backward`, a pass goes on to the loss and back,
-    and each unit also learns the gradients at its inputs and at its linears' outputs; a model without a loss has
-    none, and an emulator is used for its gradients. An interrupted run continues after its last finished unit.
+    cannot be sliced. Experts of mixtures are trained if they are codes. With `backward`, a pass goes on to the loss
+    and back, and each unit also learns the gradients at its inputs and at its linears' outputs; a model without a loss
+    has none, and an emulator is used for its gradients. An interrupted run continues after its last finished unit.
     Raises `InputError` for bad input.
     """
     chosen, output = RefineSettings.of(settings), Path(output)
@@ -73,8 +73,8 @@ def refine_emulator(
     directory = resolve_model(model, opened.facts.base_revision)
     streamed = StreamedModel(directory)
     opened.check_original(directory)
-    if stacks := opened.facts.stacks:
-        notice(f"{opened.directory}: {len(stacks)} stacks of experts stay as they are; only linears are trained")
+    if stacks := [stack for stack in opened.facts.stacks.values() if stack.code_width is None]:
+        notice(f"{opened.directory}: {len(stacks)} stacks of experts stay as they are, since they are not codes")
     check_disk(output, 2 * sum(info.size_bytes for info in opened.checkpoint.tensors.values()))
     data = read_calibration(streamed, calibration, chosen, backward=chosen.backward)
     if data.backward and not processes().is_alone:

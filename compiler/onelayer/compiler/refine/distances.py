@@ -7,7 +7,6 @@ unit's inputs are functions of the factors, whose derivative is taken by running
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +18,19 @@ from onelayer.compiler.factors.moments import row_count
 from onelayer.compiler.machine.transfers import Transfers
 from onelayer.compiler.models.units import Unit, replaced_forwards
 from onelayer.compiler.refine.calls import Call
-from onelayer.compiler.refine.trained_linears import TrainedLinear
+from onelayer.compiler.refine.trained_experts import Trained
 from onelayer.compiler.streaming.unit_boundary import rerun
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Distances of a resident unit with trained `linears`, keyed by their module's path below it, from the original."""
+    """Distances of a resident unit with trained `linears` from the original.
+
+    Modules of experts may be among them. The keys are the modules' paths below the unit.
+    """
 
     unit: Unit
-    linears: Mapping[str, TrainedLinear]
+    linears: Mapping[str, Trained]
     transfers: Transfers
 
     @property
@@ -102,11 +104,11 @@ class Distances:
 
 
 @contextmanager
-def replaced_linears(unit: Unit, linears: Mapping[str, TrainedLinear], *, twice: bool = False) -> Iterator[None]:
+def replaced_linears(unit: Unit, linears: Mapping[str, Trained], *, twice: bool = False) -> Iterator[None]:
     """Let a unit compute with `linears`, by path below it, instead of its weights; restore the weights on exit."""
     modules: dict[str, Any] = {path: unit.module.get_submodule(path) for path in linears}
     forwards: dict[nn.Module, Callable[..., Any]] = {
-        module: partial(linears[path].product, bias=module.bias, twice=twice) for path, module in modules.items()
+        module: linears[path].forward_of(module, twice=twice) for path, module in modules.items()
     }
     with replaced_forwards(unit, forwards):
         yield
@@ -143,8 +145,13 @@ def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
     def finite(rows: torch.Tensor) -> torch.Tensor:
         return torch.where(torch.isfinite(rows).all(dim=-1, keepdim=True), rows, 0)
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return finite(args[0]), *args[1:]
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (finite(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: finite(kwargs[name])}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if output.requires_grad:
@@ -153,6 +160,6 @@ def _guarded(unit: Unit, paths: Iterable[str]) -> Iterator[None]:
     with ExitStack() as handles:
         for path in paths:
             module = unit.module.get_submodule(path)
-            handles.enter_context(module.register_forward_pre_hook(before))
+            handles.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.enter_context(module.register_forward_hook(after))
         yield

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
+from onelayer.compiler.codes.forms import trained_code_values
+from onelayer.compiler.emulators.facts import StackFacts
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.models.experts import ExpertStacks, stacks_below
 from onelayer.compiler.models.linears import head_workspace, unit_linears
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES, code_training_bytes, training_bytes
@@ -27,7 +29,8 @@ from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import ResolvedRefineSettings
-from onelayer.compiler.refine.trained_linears import TrainedLinear, trained_linear
+from onelayer.compiler.refine.trained_experts import Trained, TrainedExperts, coded_leaves
+from onelayer.compiler.refine.trained_linears import trained_linear
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.denoising_loss import PassBatch
 from onelayer.compiler.streaming.gradient_stream import Record
@@ -51,15 +54,17 @@ class UnitTraining:
 
     def is_wanted(self, unit: Unit) -> bool:
         """Whether a unit has something to train and is not finished."""
-        return not self.work.has(unit) and bool(linears_of(unit, self.emulator))
+        linears, experts = linears_of(unit, self.emulator), experts_of(unit, self.emulator)
+        return not self.work.has(unit) and bool(linears or experts)
 
-    def linears(self, unit: Unit, emulator: Emulator) -> dict[str, TrainedLinear]:
-        """Read what replaces a unit's linears in an emulator, by path below the unit."""
-        dtype, device = self.streamed.dtype, self.meter.device
-        return {
-            name.removeprefix(f"{unit.name}."): trained_linear(emulator, name, dtype, device)
-            for name in linears_of(unit, emulator)
-        }
+    def linears(self, unit: Unit, emulator: Emulator) -> dict[str, Trained]:
+        """Read what replaces a unit's linears and coded experts in an emulator, by path below the unit."""
+        form, found = (self.streamed.dtype, self.meter.device), dict[str, Trained]()
+        for name in linears_of(unit, emulator):
+            found[name.removeprefix(f"{unit.name}.")] = trained_linear(emulator, name, *form)
+        for stacks in experts_of(unit, emulator):
+            found[stacks.name.removeprefix(f"{unit.name}.")] = TrainedExperts(emulator, stacks, *form)
+        return found
 
     def train(self, unit: Unit, calls: list[Call]) -> None:
         """Train a resident unit on its calls, if there are any, and write its factors."""
@@ -230,6 +235,11 @@ def linears_of(unit: Unit, emulator: Emulator) -> list[str]:
     return [name for name, _ in unit_linears(unit) if name in emulator.facts.compressed and name != unit.name]
 
 
+def experts_of(unit: Unit, emulator: Emulator) -> list[ExpertStacks]:
+    """List the modules of experts below a unit of which the emulator holds stacks as codes."""
+    return [stacks for stacks in stacks_below(unit.name, unit.module) if coded_leaves(emulator, stacks)]
+
+
 def refine_workspace(
     streamed: StreamedModel, emulator: Emulator, loads: UnitLoads, on_gpu: bool, *, backward: bool
 ) -> int:
@@ -244,9 +254,17 @@ def refine_workspace(
     for unit in streamed.units:
         names = linears_of(unit, emulator)
         values = [_trained_values(emulator, name) for name in names]
-        computed = loads.values(streamed, unit) if names else 0
         coded = [math.prod(emulator.shape(name)) for name in names if name in emulator.facts.codes]
-        twice = sum(values) + sum(coded) if backward else 0
+        decoded = sum(coded)
+        for stack in (
+            stacks.path(leaf) for stacks in experts_of(unit, emulator) for leaf in coded_leaves(emulator, stacks)
+        ):
+            count, *shape = emulator.facts.stacks[stack].shape
+            values.append(_trained_stack_values(emulator.facts.stacks[stack]))
+            coded.append(math.prod(shape))
+            decoded += count * coded[-1]
+        computed = loads.values(streamed, unit) if values else 0
+        twice = sum(values) + decoded if backward else 0
         training = training_bytes(values, computed, streamed.dtype.itemsize, on_gpu, twice)
         training += code_training_bytes(max(coded, default=0))
         worst = max(worst, training + (0 if on_gpu else unit.weight_bytes))
@@ -258,6 +276,11 @@ def _trained_values(emulator: Emulator, name: str) -> int:
     width = emulator.facts.codes.get(name)
     if width is None:
         return emulator.kept_values(name)
-    out_features, in_features = emulator.shape(name)
-    factors = emulator.facts.ranks.get(name, 0) * (out_features + in_features)
-    return factors + CODEBOOK_ROWS * width + out_features * -(-in_features // group_size(in_features))
+    return trained_code_values(*emulator.shape(name), width, emulator.facts.ranks.get(name, 0))
+
+
+def _trained_stack_values(stack: StackFacts) -> int:
+    """Count the trained values of all experts of a coded stack."""
+    count, out_features, in_features = stack.shape
+    assert stack.code_width is not None
+    return count * trained_code_values(out_features, in_features, stack.code_width, stack.rank or 0)

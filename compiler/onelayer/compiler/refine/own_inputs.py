@@ -13,7 +13,7 @@ from typing import Any
 from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.distances import replaced_linears
 from onelayer.compiler.refine.job import RefinePass, UnitTraining
-from onelayer.compiler.refine.trained_linears import TrainedLinear
+from onelayer.compiler.refine.trained_experts import Trained
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch, ParkedBatch
 from onelayer.compiler.streaming.unit_boundary import UnitInputs, with_contents
@@ -23,15 +23,15 @@ class OwnInputsPass(RefinePass):
     """A refinement whose batches each have a twin, which runs through the emulator refined so far.
 
     The twin of batch i of n has the number i + n, so all batches run through a unit before any twin does; the unit is
-    trained in between. If a model calls a unit several times in a row, the first calls train it. Experts of mixtures
-    are left unchanged, and in both runs they are the original's.
+    trained in between. If a model calls a unit several times in a row, the first calls train it. Experts that are
+    not codes are left unchanged, and in both runs they are the original's.
     """
 
     def __init__(self, training: UnitTraining, spill_pool: SpillPool) -> None:
         super().__init__(training, spill_pool)
         # Of the running unit, by the number of the twin; None once a call has taken them.
         self._own: dict[int, UnitInputs | None] = {}
-        self._linears: Mapping[str, TrainedLinear] | None = None  # of the running unit, once it is trained
+        self._linears: Mapping[str, Trained] | None = None  # of the running unit, once it is trained
 
     def passing(self, batches: list[Batch]) -> list[Batch]:
         """Return what runs through the model: the batches, then their twins."""

@@ -19,7 +19,7 @@ from onelayer.compiler.models.units import Unit
 from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.distances import Distances, twice_differentiable
 from onelayer.compiler.refine.settings import ResolvedRefineSettings
-from onelayer.compiler.refine.trained_linears import TrainedLinear
+from onelayer.compiler.refine.trained_experts import Trained
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class UnitErrors:
 
 def refine_unit(
     unit: Unit,
-    linears: Mapping[str, TrainedLinear],
+    linears: Mapping[str, Trained],
     calls: Sequence[Call],
     settings: ResolvedRefineSettings,
     meter: Meter,

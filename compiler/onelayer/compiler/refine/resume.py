@@ -94,7 +94,8 @@ class RefineWork:
     def publish(self, output: Path, record: Mapping[str, Any], meter: Meter) -> None:
         """Write the emulator with the finished units' factors in place of its own, under a new digest.
 
-        Its record has the errors of the units. The errors of single linears no longer hold and are removed.
+        Its record has the errors of the units. The errors of single linears and of coded stacks no longer hold and
+        are removed.
         """
         emulator = self.emulator
         refined = self.refined.checkpoint.tensors
@@ -110,10 +111,11 @@ class RefineWork:
             copy_beside_weights(emulator.directory, partial)
             write_shards(partial, emulator, by_file, meter, "write")
             document = read_json(emulator.directory / FIGURES_FILE)
-            document["linears"] = [
-                {field: value for field, value in row.items() if field not in ERROR_FIELDS}
-                for row in document["linears"]
-            ]
+            for kind in ("linears", "stacks"):
+                document[kind] = [
+                    _without_errors(row) if kind == "linears" or row.get("form") == "coded" else row
+                    for row in document.get(kind, [])
+                ]
             refined_facts = {"digest": model_digest(partial), "refined": {"emulator": emulator.digest, **record}}
             write_json(partial / FIGURES_FILE, {**document, **refined_facts})
             write_text(partial / "README.md", card(document["base"]["model"], refined=True))
@@ -122,3 +124,7 @@ class RefineWork:
     def _check_unchanged(self) -> None:
         self.emulator.checkpoint.check_unchanged()
         self.original.check_unchanged()
+
+
+def _without_errors(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in row.items() if field not in ERROR_FIELDS}

@@ -1,5 +1,9 @@
 """The trainable replacements of the linears of a unit: masters in float32, used as they will be stored."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
 import torch
 
 from onelayer.compiler.codes.encode import Coded, decode_with
@@ -7,6 +11,7 @@ from onelayer.compiler.codes.product import coded_product
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
+from onelayer.compiler.factors.stored_forms import FactorDtype
 
 
 class TrainedLinear:
@@ -49,6 +54,10 @@ class TrainedLinear:
         for ending, master in self.masters.items():
             master.grad = self.rounded[ending].grad
 
+    def forward_of(self, module: Any, *, twice: bool) -> Callable[..., torch.Tensor]:
+        """Return the forward of a linear with this weight and its own bias; `twice`: it has a second derivative."""
+        return partial(self.product, bias=module.bias, twice=twice)
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, twice: bool = False) -> torch.Tensor:
         """Multiply as the emulator does, (N, in) -> (N, out); with `twice`, the product has a second derivative."""
         used = {ending: factor.to(x.dtype) for ending, factor in self.rounded.items()}
@@ -87,24 +96,38 @@ class TrainedCodes(TrainedLinear):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, twice: bool = False) -> torch.Tensor:
         """Multiply as the emulator does, (N, in) -> (N, out); with `twice`, the product has a second derivative."""
-        used, codes = self.rounded, self.codes.to(x.device)
-        if twice:  # autograd's own, which keeps the weight
-            y = x @ decode_with(codes, used[CODEBOOK], used[SCALES], self.in_features).to(x.dtype).T
-        else:
-            y = coded_product(x, codes, used[CODEBOOK], used[SCALES], self.in_features)
-        if UP in used:
-            y = y + (x @ used[DOWN].to(x.dtype).T) @ used[UP].to(x.dtype)
+        y = times_coded(x, self.codes, self.rounded, self.in_features, twice=twice)
         return y if bias is None else y + bias.to(y.dtype)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return the tensors as an emulator stores them, by the ending of their names."""
-        masters = {ending: master.cpu() for ending, master in self.masters.items()}
-        packed = Coded(self.codes, masters[SCALES].to(torch.bfloat16), masters[CODEBOOK].to(torch.bfloat16)).packed()
         assert self.factor_dtype is not None
-        factors = {
-            ending: quantize_matrix(masters[ending], self.factor_dtype) for ending in (UP, DOWN) if ending in masters
-        }
-        return {CODES: packed[0], CODEBOOK: packed[1], **factors}
+        masters = {ending: master.cpu() for ending, master in self.masters.items()}
+        return coded_tensors(self.codes, masters, self.factor_dtype)
+
+
+def times_coded(
+    x: torch.Tensor, codes: torch.Tensor, used: Mapping[str, torch.Tensor], in_features: int, *, twice: bool
+) -> torch.Tensor:
+    """Multiply (N, in) by a coded weight with residual factors, if there are any, to (N, out); `used` by ending.
+
+    With `twice`, the product has a second derivative: autograd's own, which keeps the weight.
+    """
+    codes = codes.to(x.device)
+    if twice:
+        y = x @ decode_with(codes, used[CODEBOOK], used[SCALES], in_features).to(x.dtype).T
+    else:
+        y = coded_product(x, codes, used[CODEBOOK], used[SCALES], in_features)
+    return y + (x @ used[DOWN].to(x.dtype).T) @ used[UP].to(x.dtype) if UP in used else y
+
+
+def coded_tensors(
+    codes: torch.Tensor, masters: Mapping[str, torch.Tensor], factor_dtype: FactorDtype
+) -> dict[str, torch.Tensor]:
+    """Return what is stored of a coded weight, by ending, from its codes and masters on the host."""
+    rows, codebook = Coded(codes, masters[SCALES].to(torch.bfloat16), masters[CODEBOOK].to(torch.bfloat16)).packed()
+    factors = {ending: quantize_matrix(masters[ending], factor_dtype) for ending in (UP, DOWN) if ending in masters}
+    return {CODES: rows, CODEBOOK: codebook, **factors}
 
 
 def trained_linear(emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> TrainedLinear:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from onelayer.compiler.codes.forms import (
-    CODEBOOK_ROWS,
     LEAST_SHARE,
     RESIDUAL_DTYPE,
     WHOLE_SHARE,
@@ -16,7 +15,7 @@ from onelayer.compiler.codes.forms import (
     code_width,
     coded_bytes,
     coded_ranks,
-    group_size,
+    trained_code_values,
 )
 from onelayer.compiler.factors.stored_forms import linear_bytes
 from onelayer.compiler.models.unit_memory import decoding_bytes
@@ -48,8 +47,7 @@ class CodedEmulator:
         """Count the values that a refinement trains: codebook, scales and residual factors, or the whole weight."""
         if (rank := self.rank(linear)) is None:
             return linear.parameters
-        scales = linear.out_features * -(-linear.in_features // group_size(linear.in_features))
-        return rank * (linear.out_features + linear.in_features) + scales + CODEBOOK_ROWS * self.width
+        return trained_code_values(linear.out_features, linear.in_features, self.width, rank)
 
     def computed_values(self, linear: LinearShape) -> int:
         """Count the weights that compute one token: all of the decoded weight, and those of the residual factors."""

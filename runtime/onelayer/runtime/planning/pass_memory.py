@@ -134,13 +134,20 @@ def refine_bytes(
     """
     margin = 1.0 if allocation == "uniform" else SPECTRUM_MARGIN
     codes = coded_emulator(shapes, ratio) if coded else None
+    experts = coded_experts(shapes, ratio) if coded else None
     costs = []
     for block, _ in shapes.kinds:
         values = [min(linear.parameters, int(margin * values_at(linear, ratio))) for linear in block.compressible]
         if codes is not None:
             values = [codes.trained_values(linear) for linear in block.compressible]
-        decoded = [linear.parameters for linear in block.compressible] if codes is not None else []
-        twice = sum(values) + sum(decoded) if backward else 0
+        decoded = [] if codes is None else [linear.parameters for linear in block.compressible]
+        whole = sum(decoded)
+        if experts is not None and block.experts is not None:
+            count = block.experts.count
+            values += [count * experts.trained_values(stack) for stack in block.stacks]
+            decoded += [stack.parameters for stack in block.stacks]
+            whole += count * sum(stack.parameters for stack in block.stacks)
+        twice = sum(values) + whole if backward else 0
         training = code_training_bytes(max(decoded, default=0))
         training += training_bytes(values, _values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu, twice)
         head = _head_bytes(shapes, batch_tokens) if backward else 0

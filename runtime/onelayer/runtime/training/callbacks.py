@@ -47,8 +47,10 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Show the newest loss, and the newest on held-out rows."""
-        self._shown |= {name: logs[key] for key, name in SHOWN.items() if logs and key in logs}
-        self._bar.set_postfix_str(", ".join(f"{name} {loss:.4f}" for name, loss in self._shown.items()), refresh=False)
+        if newest := {name: logs[key] for key, name in SHOWN.items() if logs and key in logs}:
+            self._shown |= newest
+            text = ", ".join(f"{name} {loss:.4f}" for name, loss in self._shown.items())
+            self._bar.set_postfix_str(text, refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,277 @@
+"""Compares ways to make codes on some linears of a real model, by their error on held-out rows.
+
+    python -m scripts.quality.code_errors outputs rotation --model DIR --data train.jsonl [--keep-bytes 0.12 0.145]
+
+`outputs`: ways to hold G, the moments of the gradients at a linear's outputs, by which the low-rank part is chosen:
+bytes, processor seconds of gathering and solving, and errors. `rotation`: codes of the weight as it is, and of the
+weight whose inputs are rotated by a randomized Hadamard transform. "forward" is the squared relative error of the
+outputs, "both" that of the outputs weighted by the gradients that flow back to them.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import fft, linalg  # type: ignore[import-untyped]
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onelayer.compiler.codes.encode import decode, encode
+from onelayer.compiler.codes.forms import code_width, coded_ranks, group_size
+from onelayer.compiler.codes.moments import BlockGram, block_products
+from onelayer.compiler.codes.residual import INPUT_DAMPING, Sides, product_of, residual_factors
+from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights, damped
+
+HEAD = "lm_head"
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+TOKENS, HEAD_TOKENS, OUTPUT_BLOCK = 256, 32, 64
+BLOCKS, SKETCHES = (1, 16, 64, 256), (16, 64)
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a linear reads (N, I) and the gradients at its outputs (N, O)."""
+
+    x: torch.Tensor
+    g: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight (O, I), with rows for calibration and held-out rows."""
+
+    name: str
+    W: torch.Tensor
+    calibration: Rows
+    held_out: Rows
+
+    def errors(self, E: torch.Tensor) -> tuple[float, float]:
+        """Return the squared errors of E (O, I), forward and weighted by both sides, relative to those of W."""
+        x, g = self.held_out.x, self.held_out.g
+        H = x.T @ x
+        parts = [(float(((M @ H) * M).sum()), float((((g @ M).T @ (g @ M)) * H).sum())) for M in (E, self.W)]
+        return parts[0][0] / parts[1][0], parts[0][1] / parts[1][1]
+
+
+def read_linears(given: argparse.Namespace) -> list[Linear]:
+    """Run rows forward and back; keep what some linears read and the gradients that come back to them."""
+    model: Any = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    names = [f"model.layers.{layer}.{linear}" for layer in given.layers for linear in LINEARS]
+    names += [HEAD] if "outputs" in given.what else []
+    found: dict[str, list[list[Rows]]] = {name: [[], []] for name in names}
+    held_out = False
+
+    def hook(name: str, module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        count = HEAD_TOKENS if name == HEAD else TOKENS  # the head's gradients are wide, so fewer rows are kept
+        x, kept = args[0][0, :count].detach().clone(), found[name][held_out]
+        output.register_hook(lambda g: kept.append(Rows(x, g[0, :count].detach().clone())))
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(partial(hook, name))
+    model.requires_grad_(False)
+    with given.data.open() as lines:
+        texts = (json.loads(line)["text"] for line in lines)
+        for number, text in enumerate(islice(texts, given.rows + given.held_out)):
+            held_out = number >= given.rows
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=TOKENS).input_ids
+            inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=inputs, labels=ids).loss.backward()
+
+    def joined(rows: list[Rows]) -> Rows:
+        return Rows(torch.cat([item.x for item in rows]), torch.cat([item.g for item in rows]))
+
+    weights = {name: model.get_submodule(name).weight.detach() for name in names}
+    return [Linear(name, weights[name], *map(joined, parts)) for name, parts in found.items()]
+
+
+# ---- ways to hold G ---------------------------------------------------------------------------------------------
+
+
+def left_vectors(M: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading left singular vectors of M."""
+    tall = M.shape[0] > M.shape[1]
+    values, vectors = torch.linalg.eigh((M.T @ M if tall else M @ M.T).double())
+    chosen: torch.Tensor = vectors[:, -rank:].float()
+    return (M @ chosen) / values[-rank:].float().clamp_min(1e-30).sqrt() if tall else chosen
+
+
+def by_root(R: torch.Tensor, S: torch.Tensor, rank: int, apply: Callable[..., torch.Tensor]) -> Factors:
+    """Return the best factors of R under G = L L^T; `apply(M)` is L^T M, and `apply(M, inverse=True)` is L^-T M."""
+    U = left_vectors(apply(R) @ S, rank)
+    return apply(U, inverse=True), U.T @ apply(R)
+
+
+def unweighted(R: torch.Tensor, S: torch.Tensor, rank: int) -> tuple[int, Factors]:
+    """Hold nothing: all outputs count alike."""
+
+    def apply(M: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
+        return M
+
+    return 0, by_root(R, S, rank, apply)
+
+
+def in_blocks(rows: Rows, block: int) -> tuple[int, Callable[..., torch.Tensor]]:
+    """Hold G's diagonal blocks."""
+    blocks = block_products(rows.g, block).double()
+    weights = OutputWeights.of(blocks, rows.g.shape[1])
+    assert weights is not None
+
+    def apply(M: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
+        return weights.unweighted(M) if inverse else weights.weighted(M)
+
+    return 8 * blocks.numel(), apply
+
+
+def with_sketch(rows: Rows, columns: int) -> tuple[int, Callable[..., torch.Tensor]]:
+    """Hold G's diagonal and G times a random matrix of some columns; what these span is added (Nystroem)."""
+    outputs = rows.g.shape[1]
+    omega = torch.linalg.qr(torch.randn(outputs, columns, generator=torch.Generator().manual_seed(0))).Q
+    Y, diagonal = rows.g.T @ (rows.g @ omega), rows.g.square().sum(0)
+    values, vectors = torch.linalg.eigh((omega.T @ Y).double())
+    low = Y @ (vectors / values.clamp_min(values[-1] * 1e-7).sqrt()).float()
+    rest = (diagonal - low.square().sum(1)).clamp_min(0) + OUTPUT_DAMPING * diagonal.mean()
+    U, sizes, _ = torch.linalg.svd(low / rest.sqrt()[:, None], full_matrices=False)
+    gain = (1 + sizes.square()).sqrt()
+
+    def apply(M: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:  # the root is D^1/2 (I + U (gain - 1) U^T)
+        scaled: torch.Tensor = M if inverse else rest.sqrt()[:, None] * M
+        scaled = scaled + U @ (((1 / gain if inverse else gain) - 1)[:, None] * (U.T @ scaled))
+        return scaled / rest.sqrt()[:, None] if inverse else scaled
+
+    return 8 * outputs * (columns + 1), apply
+
+
+def smaller_side(rows: Rows, R: torch.Tensor, S: torch.Tensor, rank: int) -> tuple[int, Factors]:
+    """Hold R^T G R (I, I), for which gradients have to come back once more when the codes are known."""
+    gR, damping = rows.g @ R, OUTPUT_DAMPING * rows.g.square().sum(0).mean()
+    V = torch.linalg.eigh((S.T @ (gR.T @ gR + damping * R.T @ R) @ S).double()).eigenvectors[:, -rank:].float()
+    return 8 * R.shape[1] ** 2, (R @ S @ V, torch.linalg.solve(S.T, V).T)
+
+
+def compare_outputs(linears: list[Linear], given: argparse.Namespace) -> None:
+    """Print a line for each way to hold G and each linear."""
+    keep = given.keep_bytes[-1]
+    print("linear: way: MB held, seconds, forward, both")
+    for linear in linears:
+        R, rank, S = residual_of(linear, keep)
+        ways: dict[str, Callable[[], tuple[int, Factors]]] = {"none": partial(unweighted, R, S, rank)}
+
+        def way(make: Callable[[Rows], Any], linear: Linear = linear, R: Any = R, S: Any = S, rank: int = rank) -> Any:
+            held, apply = make(linear.calibration)
+            return held, by_root(R, S, rank, apply)
+
+        for block in (*BLOCKS, *([len(R)] if len(R) <= 4096 else [])):
+            ways[f"blocks of {block}"] = partial(way, partial(in_blocks, block=block))
+        for columns in SKETCHES:
+            ways[f"diagonal and {columns} columns"] = partial(way, partial(with_sketch, columns=columns))
+        ways["smaller side"] = partial(smaller_side, linear.calibration, R, S, rank)
+        for name, solve in ways.items():
+            started = time.process_time()
+            held, (up, down) = solve()
+            seconds = time.process_time() - started
+            forward, both = linear.errors(R - up @ down)
+            print(f"{linear.name}: {name}: {held / 1e6:.2f}, {seconds:.2f}, {forward:.4f}, {both:.4f}", flush=True)
+
+
+def residual_of(linear: Linear, keep_bytes: float) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """Return what codes leave of a weight, the rank of its factors, and a root of the moments of the inputs."""
+    width = code_width(keep_bytes)
+    ranks = None if width is None else coded_ranks({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, width)
+    assert width is not None
+    assert ranks is not None
+    assert ranks[""] is not None
+    moments = moments_of(linear.calibration.x)
+    kept = decode(encode(linear.W, moments, width), linear.W.shape[1], torch.float32)
+    S = torch.linalg.cholesky(damped(moments, INPUT_DAMPING))[0].float()
+    return linear.W - kept, ranks[""], S
+
+
+def moments_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the moments of inputs as codes use them."""
+    assert group_size(x.shape[1]) == x.shape[1]
+    gram = BlockGram(x.shape[1], x.device)
+    gram.add(x)
+    return gram.blocks
+
+
+# ---- rotation ---------------------------------------------------------------------------------------------------
+
+
+def randomized_hadamard(size: int) -> torch.Tensor:
+    """Make an orthogonal matrix (size, size): signs, a Hadamard matrix of a power of two, a cosine transform."""
+    power = size & -size
+    mixed = torch.tensor(linalg.hadamard(power) / power**0.5)
+    rest = torch.tensor(fft.dct(torch.eye(size // power, dtype=torch.float64).numpy(), norm="ortho", axis=0))
+    signs = 2.0 * torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(0)) - 1
+    return signs * torch.kron(rest, mixed)
+
+
+def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
+    """Print the errors of codes with and without a rotation, for every linear and size; then their means."""
+    for keep_bytes in given.keep_bytes:
+        totals = []
+        for linear in linears:
+            if linear.name == HEAD:
+                continue
+            width = code_width(keep_bytes)
+            assert width is not None
+            ranks = coded_ranks({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, width)
+            assert ranks is not None
+            found = [error for Q in _rotations(linear) for error in coded_errors(linear, Q, width, ranks[""] or 0)]
+            totals.append(found)
+            print(f"{keep_bytes}: {linear.name}: {_line(found)}", flush=True)
+        print(f"{keep_bytes}: mean: {_line(torch.tensor(totals).mean(0).tolist())}", flush=True)
+
+
+def _rotations(linear: Linear) -> Iterator[torch.Tensor | None]:
+    yield None
+    yield randomized_hadamard(linear.W.shape[1])
+
+
+def _line(errors: list[float]) -> str:
+    forward, both, rotated, both_rotated = errors
+    shares = f"{rotated / forward:.3f}, {both_rotated / both:.3f} times"
+    return f"forward {forward:.4f}, both {both:.4f}; rotated {rotated:.4f}, {both_rotated:.4f} ({shares})"
+
+
+def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) -> tuple[float, float]:
+    """Return the errors of codes and their quantized factors, made of W Q for inputs x Q if Q is given."""
+    moments, W = moments_of(linear.calibration.x), linear.W
+    shape = (W.shape[0], W.shape[1])
+    if Q is not None:
+        moments, W = Q.T @ moments @ Q, (W.double() @ Q).float()
+    outputs = BlockGram(len(W), W.device, OUTPUT_BLOCK)
+    outputs.add(linear.calibration.g)
+    inputs = Sides.of_inputs(moments)
+    sides = Sides(inputs.H, inputs.S, OutputWeights.of(outputs.blocks, len(W)))
+    kept = decode(encode(W, moments, width), W.shape[1], torch.float32)
+    kept = kept + product_of(*residual_factors(W - kept, sides, rank, torch.float32, 0), shape, torch.float32)
+    return linear.errors(linear.W - (kept if Q is None else (kept.double() @ Q.T).float()))
+
+
+def main() -> None:
+    """Compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["outputs", "rotation"])
+    parser.add_argument("--model", type=Path, required=True, help="directory of a causal model")
+    parser.add_argument("--data", type=Path, required=True, help="rows of text")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 26])
+    parser.add_argument("--keep-bytes", type=float, nargs="+", default=[0.12, 0.145])
+    parser.add_argument("--rows", type=int, default=12, help="for calibration")
+    parser.add_argument("--held-out", type=int, default=4, help="rows on which errors are measured")
+    given = parser.parse_args()
+    linears = read_linears(given)
+    for what in given.what:
+        {"outputs": compare_outputs, "rotation": compare_rotation}[what](linears, given)
+
+
+if __name__ == "__main__":
+    main()
