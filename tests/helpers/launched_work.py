@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.distributed import rendezvous
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 

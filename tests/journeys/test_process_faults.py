@@ -42,14 +42,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def keywords(place: Path, command: str, rows: str = "good") -> dict[str, Any]:
     """Return what a command is given by name."""
     model, data = place / "model", place / f"{rows}.jsonl"
-    return {
+    given: dict[str, dict[str, Any]] = {
         "compile": {"calibration": data, "ratio": 0.5, "batch_size": 1, "max_length": 64},
         "train": {"data": data, **TRAINED, "max_steps": 8},
         "refine": {"model": model, "calibration": data, "steps": 2, "batch_size": 1, "max_length": 64},
         "polish": {"model": model, "data": data, "steps": 2, "batch_size": 8, "lora_rank": 2, "max_length": 64},
         "evaluate": {"data": data, "batch_size": 1, "max_length": 64},
         "correct": {"model": model, "data": data, "emulator": place / "emulator"},
-    }[command]
+    }
+    return given[command]
 
 
 def subject(place: Path, command: str) -> list[Path | None]:

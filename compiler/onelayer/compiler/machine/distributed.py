@@ -179,11 +179,12 @@ def begin_processes() -> None:
         return
     import torch
     import torch.distributed as distributed
+    from torch.distributed.rendezvous import rendezvous
 
     if distributed.is_initialized():
         return
     most = timedelta(hours=_MOST_HOURS)
-    store, rank, count = next(distributed.rendezvous("env://", timeout=most))
+    store, rank, count = next(rendezvous("env://", timeout=most))
     store.add(_HERE, 1)
     while store.add(_HERE, 0) < count:
         if store.add(_FAILURES, 0):
