@@ -5,7 +5,7 @@
 Both peers store 4 bits a value with a 16-bit scale for each group of 64. They are installed in DIR, pinned, without
 their dependencies, for the torch and transformers of this environment. Every line is one JSON object: wall and
 processor seconds, growth of the process, bits per value of the linears and loss on held-out rows. Each compile has a
-process of its own with two threads, and rounds take all in turn. What cannot run is a line with its error.
+process of its own, and rounds take all in turn. What cannot run is a line with its error.
 """
 
 import argparse
@@ -21,11 +21,22 @@ from typing import Any
 
 PEERS = {
     "llmcompressor": ["llmcompressor==0.14.0.1", "loguru", "compressed-tensors==0.20.1"],
-    "gptqmodel": ["gptqmodel==7.7.0", "pypcre", "tokenicer", "logbar", "device-smi", "defuser", "dill", "torchao"],
+    "gptqmodel": [
+        "gptqmodel==7.7.0",
+        "pypcre",
+        "tokenicer",
+        "logbar",
+        "device-smi",
+        "defuser",
+        "dill",
+        "torchao",
+        "threadpoolctl",
+    ],
 }
 BITS, GROUP = 4, 64
 PEER_BITS = BITS + 16 / GROUP
-THREADS = 2
+# From the peers' bytes on, ours takes whole nf4 for codes.
+CODED_BITS = 4.2
 Rows = list[list[int]]
 # How the result is loaded for scoring, which the figures leave out, and its bits per value.
 Compiled = tuple[Callable[[], Any], float]
@@ -51,7 +62,7 @@ def loss(model: Any, rows: Rows) -> float:
 
 
 def ours(arguments: argparse.Namespace, rows: Rows, **settings: Any) -> Compiled:
-    """Compile to an emulator of the peers' bytes."""
+    """Compile to an emulator."""
     from transformers import AutoTokenizer
 
     from onelayer.compiler import compile_emulator
@@ -63,12 +74,12 @@ def ours(arguments: argparse.Namespace, rows: Rows, **settings: Any) -> Compiled
     data.write_text("".join(json.dumps({"text": tokenizer.decode(row)}) + "\n" for row in rows))
     given = {"samples": len(rows), "max_length": arguments.length, "batch_size": 4}
     compile_emulator(arguments.model, str(data), output, device="cpu", **given, **settings)
-    return lambda: load_emulator(output).float(), 16 * layer_bytes(output) / layer_bytes(arguments.model)
+    return lambda: load_emulator(output), 16 * layer_bytes(output) / layer_bytes(arguments.model)
 
 
 def ours_codes(arguments: argparse.Namespace, rows: Rows) -> Compiled:
     """Compile to codes."""
-    return ours(arguments, rows, form="coded", keep_bytes=PEER_BITS / 16)
+    return ours(arguments, rows, form="coded", keep_bytes=CODED_BITS / 16)
 
 
 def ours_nf4(arguments: argparse.Namespace, rows: Rows) -> Compiled:
@@ -122,7 +133,7 @@ def compile_here(arguments: argparse.Namespace) -> dict[str, Any]:
 
     name = arguments.only
     sys.path.append(str(arguments.work / name))
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     figures: dict[str, Any] = {"compiler": name}
     try:
         rows, held_out = rows_of(arguments.data, arguments), rows_of(arguments.held_out, arguments)
@@ -152,7 +163,7 @@ def main() -> None:
         if not (arguments.work / name).exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
             subprocess.run([*pip, "--target", arguments.work / name, *packages], check=False)
-    os.environ.update(ONELAYER_HOME=str(arguments.work / "home"), GPTQMODEL_CPU_WORKERS=str(THREADS))
+    os.environ.update(ONELAYER_HOME=str(arguments.work / "home"), GPTQMODEL_CPU_WORKERS=str(max(2, arguments.threads)))
     for number in range(arguments.rounds):
         for name in COMPILERS:
             child = arguments.work / f"{name} {number}"
@@ -173,6 +184,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=COMPILERS, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

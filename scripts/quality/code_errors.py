@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import fft, linalg
+from scipy import fft, linalg  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onelayer.compiler.codes.encode import decode, encode
@@ -99,7 +99,7 @@ def left_vectors(M: torch.Tensor, rank: int) -> torch.Tensor:
     """Return the leading left singular vectors of M."""
     tall = M.shape[0] > M.shape[1]
     values, vectors = torch.linalg.eigh((M.T @ M if tall else M @ M.T).double())
-    chosen = vectors[:, -rank:].float()
+    chosen: torch.Tensor = vectors[:, -rank:].float()
     return (M @ chosen) / values[-rank:].float().clamp_min(1e-30).sqrt() if tall else chosen
 
 
@@ -107,6 +107,15 @@ def by_root(R: torch.Tensor, S: torch.Tensor, rank: int, apply: Callable[..., to
     """Return the best factors of R under G = L L^T; `apply(M)` is L^T M, and `apply(M, inverse=True)` is L^-T M."""
     U = left_vectors(apply(R) @ S, rank)
     return apply(U, inverse=True), U.T @ apply(R)
+
+
+def unweighted(R: torch.Tensor, S: torch.Tensor, rank: int) -> tuple[int, Factors]:
+    """Hold nothing: all outputs count alike."""
+
+    def apply(M: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
+        return M
+
+    return 0, by_root(R, S, rank, apply)
 
 
 def in_blocks(rows: Rows, block: int) -> tuple[int, Callable[..., torch.Tensor]]:
@@ -133,7 +142,7 @@ def with_sketch(rows: Rows, columns: int) -> tuple[int, Callable[..., torch.Tens
     gain = (1 + sizes.square()).sqrt()
 
     def apply(M: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:  # the root is D^1/2 (I + U (gain - 1) U^T)
-        scaled = M if inverse else rest.sqrt()[:, None] * M
+        scaled: torch.Tensor = M if inverse else rest.sqrt()[:, None] * M
         scaled = scaled + U @ (((1 / gain if inverse else gain) - 1)[:, None] * (U.T @ scaled))
         return scaled / rest.sqrt()[:, None] if inverse else scaled
 
@@ -153,9 +162,7 @@ def compare_outputs(linears: list[Linear], given: argparse.Namespace) -> None:
     print("linear: way: MB held, seconds, forward, both")
     for linear in linears:
         R, rank, S = residual_of(linear, keep)
-        ways: dict[str, Callable[[], tuple[int, Factors]]] = {
-            "none": lambda R=R, S=S, rank=rank: (0, by_root(R, S, rank, lambda M, inverse=False: M)),
-        }
+        ways: dict[str, Callable[[], tuple[int, Factors]]] = {"none": partial(unweighted, R, S, rank)}
 
         def way(make: Callable[[Rows], Any], linear: Linear = linear, R: Any = R, S: Any = S, rank: int = rank) -> Any:
             held, apply = make(linear.calibration)
@@ -237,6 +244,7 @@ def _line(errors: list[float]) -> str:
 def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) -> tuple[float, float]:
     """Return the errors of codes and their quantized factors, made of W Q for inputs x Q if Q is given."""
     moments, W = moments_of(linear.calibration.x), linear.W
+    shape = (W.shape[0], W.shape[1])
     if Q is not None:
         moments, W = Q.T @ moments @ Q, (W.double() @ Q).float()
     outputs = BlockGram(len(W), W.device, OUTPUT_BLOCK)
@@ -244,7 +252,7 @@ def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) 
     inputs = Sides.of_inputs(moments)
     sides = Sides(inputs.H, inputs.S, OutputWeights.of(outputs.blocks, len(W)))
     kept = decode(encode(W, moments, width), W.shape[1], torch.float32)
-    kept = kept + product_of(*residual_factors(W - kept, sides, rank, torch.float32, 0), tuple(W.shape), torch.float32)
+    kept = kept + product_of(*residual_factors(W - kept, sides, rank, torch.float32, 0), shape, torch.float32)
     return linear.errors(linear.W - (kept if Q is None else (kept.double() @ Q.T).float()))
 
 

@@ -25,15 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from onelayer.compiler import correct_adapter, evaluate_model, polish_adapter
-from onelayer.compiler.denoising.encoded import (
-    LATENTS,
-    LAYOUT_FILE,
-    PROMPTS,
-    ImageRow,
-    finish_encoded,
-    numbered,
-    write_tensors,
-)
+from onelayer.compiler.denoising import encoded as written
 from onelayer.compiler.denoising.joining import joining_of
 from onelayer.compiler.denoising.layout import Layout
 from onelayer.compiler.denoising.noise import NoiseProcess
@@ -51,8 +43,16 @@ SIDE, PATCH, PLACES = 16, 4, 16  # pixels of a picture and of a patch, patches o
 WIDTH, TEXT = 256, 64
 SCHEDULER: dict[str, Any] = {"class_name": "FlowMatchEulerDiscreteScheduler", "config": {}}
 PRETRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 1.5e-3}
-LORA: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 4, "max_steps": 60, "batch_size": 5, "learning_rate": 2e-3}
+LORA: dict[str, Any] = {
+    "lora_rank": 4,
+    "lora_alpha": 4,
+    "max_steps": 60,
+    "batch_size": 5,
+    "micro_batch_size": 5,
+    "learning_rate": 2e-3,
+}
 EXACT: dict[str, Any] = {"steps": 10, "batch_size": 20, "micro_batch_size": 20}
+TOGETHER = 32  # noisy pictures that are scored at once
 NOISES, HELD_OUT = 8, 24  # times and noises of each held-out picture, and how many there are of subject and class
 CELLS = (
     "plain-svd:0.25", "published:0.25", "nf4:0.25", "nf4:0.12", "coded:0.25", "coded:0.12", "nf4+anchor:0.12",
@@ -128,19 +128,21 @@ def encoded(directory: Path, model: Path, pictures: Sequence[Picture], class_pic
         for number, caption in enumerate(captions):
             leaves: list[torch.Tensor] = []
             taken_apart(arguments_of(everything[0][0], [caption], torch.zeros(1)), leaves)
-            write_tensors(numbered(partial, PROMPTS, number), {f"leaf.{n}": leaf for n, leaf in enumerate(leaves)})
+            written.write_tensors(
+                written.numbered(partial, written.PROMPTS, number), {f"leaf.{n}": leaf for n, leaf in enumerate(leaves)}
+            )
         for number, (latent, _) in enumerate(everything):
-            write_tensors(numbered(partial, LATENTS, number), {"latent": latent})
+            written.write_tensors(written.numbered(partial, written.LATENTS, number), {"latent": latent})
         shape = tuple(everything[0][0].shape)
         count = math.prod(shape)
         answer = Layout((count,), torch.arange(count), torch.ones(shape), torch.zeros(shape))
-        write_tensors(partial / LAYOUT_FILE, answer.tensors("answer"))
+        written.write_tensors(partial / written.LAYOUT_FILE, answer.tensors("answer"))
         rows = [
-            ImageRow(f"{number}", caption, captions.index(caption), number >= len(pictures))
+            written.ImageRow(f"{number}", caption, captions.index(caption), number >= len(pictures))
             for number, (_, caption) in enumerate(everything)
         ]
         base = {"model": str(model), "revision": None, "digest": model_digest(model)}
-        finish_encoded(partial, base, SCHEDULER, form, rows)
+        written.finish_encoded(partial, base, SCHEDULER, form, rows)
 
 
 def pretrained(directory: Path) -> None:
@@ -222,7 +224,9 @@ class Task:
     def rows(self, cell: str) -> list[dict[str, Any]]:
         """Score the stages of a cell on the original."""
         stages = self.adapters(cell)
-        scored = evaluate_model(self.model, self.held_out, adapters=list(stages.values()), noise_samples=NOISES)
+        scored = evaluate_model(
+            self.model, self.held_out, adapters=list(stages.values()), noise_samples=NOISES, batch_size=TOGETHER
+        )
         names = (["original"] if cell == "direct" else []) + list(stages)
         return [
             {"seed": self.seed, "cell": cell, "stage": name, "loss": score.loss, "class_loss": score.class_loss,

@@ -4,8 +4,9 @@
 
 Prints one row per family. Differences are relative to the largest value: recorded arguments from those of the resident
 pipeline, the latent that it decodes from its VAE's, the streamed denoiser from the resident one, gradients of exact
-steps from autograd's (of norms), `pipe.load_lora_weights` from PEFT, the merged denoiser from the adapted one. Then the
-held-out losses of the original, the corrected and the polished adapter. A pipeline that is refused prints the refusal.
+steps from autograd's (of norms), `pipe.load_lora_weights` from PEFT, the merged denoiser from the adapted one; those of
+sample pictures are in levels of 8 bits. Then the held-out losses of the original, the corrected and the polished
+adapter. A pipeline that is refused prints the refusal.
 """
 
 import argparse
@@ -39,11 +40,13 @@ from onelayer.compiler.streaming.gradient_stream import GradientStream
 from onelayer.runtime import train_lora
 from scripts.devices import CPU
 from scripts.sweep.compare import difference, first_line, outputs_of, prepared, streamed_outputs
-from scripts.sweep.diffusion_inputs import latent_difference, recorded_difference
+from scripts.sweep.diffusion_inputs import latent_difference, picture_difference, recorded_difference
 from scripts.sweep.encoded_pipelines import SIZE, SUBJECT, EncodedPipeline, encoded_pipeline
 from scripts.sweep.pipelines import FAMILIES
 
 STEPS: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 4}
+DRAWING = {"steps": 2, "resolution": SIZE, "seed": 0}
+SAMPLED: dict[str, Any] = {"sample_prompt": [SUBJECT], "sample_steps": 2, "sample_resolution": SIZE}
 
 
 def encoded_differences(sample: EncodedPipeline) -> tuple[float, float]:
@@ -119,6 +122,14 @@ def merged_difference(sample: EncodedPipeline, adapter: Path, merged: Path) -> f
     return difference(found, adapted_outputs(sample, adapter, batches))
 
 
+def drawn_difference(sample: EncodedPipeline, adapter: Path) -> float:
+    """Compare the sample picture of a training with that of the resident pipeline with the adapter in it."""
+    adapted: Any = peft.PeftModel.from_pretrained(sample.load(), str(adapter))
+    denoiser = {sample.denoiser.name: adapted.merge_and_unload()}
+    pipe: Any = type(sample.pipe).from_pretrained(str(sample.pipeline), **denoiser)
+    return picture_difference(pipe, adapter / "samples" / "0.png", SUBJECT, DRAWING)
+
+
 def verdict(family: str) -> str:
     """Run every command for one family, and describe what came out as cells of a table."""
     with tempfile.TemporaryDirectory() as name:
@@ -128,7 +139,7 @@ def verdict(family: str) -> str:
         emulator, adapter, corrected, polished = (root / part for part in ("emulator", "adapter", "corrected", "last"))
         compiled = compile_emulator(model, images, root / "first", keep_bytes=0.25, factor_dtype="nf4", samples=6)
         refine_emulator(root / "first", model=model, calibration=images, output=emulator, samples=4, steps=3)
-        train_lora(emulator, images, adapter, **STEPS)
+        train_lora(emulator, images, adapter, **STEPS, **SAMPLED)
         correct_adapter(adapter, emulator=emulator, model=model, output=corrected)
         polish_adapter(corrected, model=model, data=images, output=polished, steps=1, batch_size=2, micro_batch_size=2)
         merge_adapter(polished, model=model, output=root / "merged")
@@ -141,6 +152,7 @@ def verdict(family: str) -> str:
             f"{gradient_difference(sample, polished):.1e}",
             "no loader" if loaded is None else f"{loaded:.1e}",
             f"{merged_difference(sample, polished, root / 'merged'):.1e}",
+            f"{drawn_difference(sample, adapter):.2f}",
             *(f"{score.loss:.4f}" for score in scores),
         ]
         return " | ".join(cells)
@@ -155,9 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    names = "pipeline | linears | arguments | latent | streamed | gradients | load_lora_weights | merged"
+    names = "pipeline | linears | arguments | latent | streamed | gradients | load_lora_weights | merged | picture"
     print(f"| {names} | loss | corrected | polished |")
-    print("|" + "---|" * 11)
+    print("|" + "---|" * 12)
     for family in parser.parse_args(arguments).only.split(","):
         try:
             print(f"| {family} | {verdict(family)} |", flush=True)

@@ -1,10 +1,13 @@
-"""What a resident pipeline gives its denoiser and its VAE, next to what an encoding recorded without weights."""
+"""What a resident pipeline gives its denoiser and its VAE, and what it draws, next to what was made without weights."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 from onelayer.compiler.denoising.encoded import EncodedImages
@@ -108,3 +111,20 @@ def latent_difference(
     else:
         wanted = made.latent
     return difference([[seen]], [[wanted]])
+
+
+def picture_difference(pipe: Any, file: Path, prompt: str, how: Mapping[str, int]) -> float:
+    """Compare a sample picture with the one that the resident pipeline draws; in levels of 8 bits, infinite by shape.
+
+    `how` are the `steps`, `resolution` and `seed` of `sample_pictures`.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    asked: dict[str, Any] = {"num_inference_steps": how["steps"], "num_frames": 1, "use_resolution_binning": False}
+    asked |= {"height": how["resolution"], "width": how["resolution"]}
+    asked |= {"generator": torch.Generator().manual_seed(how["seed"]), "output_type": "np", "return_dict": False}
+    known = inspect.signature(type(pipe).__call__).parameters
+    drawn = pipe(prompt, **{name: value for name, value in asked.items() if name in known})[0]
+    wanted = np.asarray(drawn, np.float64) * 255
+    found = np.asarray(Image.open(file), np.float64)
+    wanted = wanted.reshape(wanted.shape[-3:])
+    return float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")

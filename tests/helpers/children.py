@@ -33,6 +33,11 @@ def at_call(place: Any, name: str, call: int, act: Callable[[], Any]) -> Callabl
     return function
 
 
+def interrupt() -> None:
+    """Act as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def _dying(moment: tuple[Any, str, int], run: Callable[..., Any], keywords: Mapping[str, Any], home: str) -> None:
     os.environ["ONELAYER_HOME"] = home
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.polish.command import polish_adapter
 from onelayer.compiler.refine.command import refine_emulator
 from onelayer.compiler.results import Report
+from onelayer.compiler.sampling.command import sample_pictures
 from onelayer.runtime.anchors.anchors import Anchors
 from onelayer.runtime.modules.low_rank_linear import load_emulator
 
@@ -53,6 +54,11 @@ def anchored(root: Path, batches: int, rows: int, tokens: int) -> Report:
         found = anchors.report(every=batches)
         assert found.offset_bytes > 0
         return meter.report(found.largest_unit_bytes, found.workspace_bytes, found.bytes_read)
+
+
+def sampled(root: Path, **settings: Any) -> Report:
+    """Draw a picture with the pipeline in `root`."""
+    return sample_pictures(root / "model", "a dog", root / "samples", steps=2, **settings).report
 
 
 def _run_here(command: Callable[..., Report], root: Path, settings: dict[str, Any], home: str) -> None:

@@ -19,6 +19,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
 from onelayer.compiler.polish.settings import PolishKeywords, PolishSettings
 from onelayer.compiler.refine.settings import RefineKeywords, RefineSettings
+from onelayer.compiler.sampling.settings import SampleKeywords, SampleSettings
 from onelayer.compiler.settings import Settings
 from onelayer.runtime.streamed.settings import StreamedKeywords, StreamedSettings
 from onelayer.runtime.training.settings import TrainKeywords, TrainSettings
@@ -29,6 +30,7 @@ PASSES: list[tuple[Any, type[Settings], type]] = [
     (onelayer.compiler.correct_adapter, CorrectSettings, CorrectKeywords),
     (onelayer.compiler.polish_adapter, PolishSettings, PolishKeywords),
     (onelayer.compiler.encode_images, EncodeSettings, EncodeKeywords),
+    (onelayer.compiler.sample_pictures, SampleSettings, SampleKeywords),
     (onelayer.compiler.evaluate_model, EvaluateSettings, EvaluateKeywords),
     (onelayer.runtime.train_lora, TrainSettings, TrainKeywords),
     (onelayer.runtime.streamed_for_training, StreamedSettings, StreamedKeywords),
@@ -171,6 +173,8 @@ def test_unknown_keywords_are_refused_by_name(function: Any, model: type[Setting
         (PolishSettings, {"warmup_steps": 10}, "--warmup-steps 10: must lie between 0 and --steps 10"),
         (PolishSettings, {"activations": 1.5}, "--activations 1.5: must be a number of rows, or a share"),
         (PolishSettings, {"max_gradient_norm": float("nan")}, "--max-gradient-norm nan: must be greater than 0"),
+        (TrainSettings, {"sample_steps": 4}, "--sample-steps: nothing is drawn; give --sample-prompt too"),
+        (TrainSettings, {"sample_prompt": [" "]}, "sample_prompt[0]: "),
         (TrainSettings, {"batch_size": 0}, "batch_size: input should be greater than 0, not 0"),
     ],
 )

@@ -21,7 +21,7 @@ FLOORS = {
         {"data", "models", "emulators", "denoising"},
         {"streaming", "adapters"},
         {"compile", "refine", "evaluate", "encode"},
-        {"correct", "polish"},
+        {"correct", "polish", "sampling"},
         {"inspect"},
     ),
     "runtime": (

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.children import killed_at
 from helpers.hashes import tree_hashes
-from helpers.promised_runs import check_promise, compiled, measured, polished
+from helpers.promised_runs import check_promise, compiled, measured, polished, sampled
 from onelayer.compiler import compile_emulator, encode_images
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.encode.command import _Encoding
@@ -18,7 +18,11 @@ from onelayer.runtime.training.denoising import DenoisingTrainer
 from scripts.sweep.encoded_pipelines import SIZE, EncodedPipeline, encoded_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PASSES: dict[Any, dict[str, Any]] = {compiled: {"samples": 4}, polished: {"batch_size": 4, "micro_batch_size": 2}}
+PASSES: dict[Any, dict[str, Any]] = {
+    compiled: {"samples": 4},
+    polished: {"batch_size": 4, "micro_batch_size": 2},
+    sampled: {"resolution": SIZE},
+}
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_store: Path) -> None:

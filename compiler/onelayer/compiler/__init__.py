@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onelayer.compiler.inspect import inspect_path as inspect_path
     from onelayer.compiler.polish.command import polish_adapter as polish_adapter
     from onelayer.compiler.refine.command import refine_emulator as refine_emulator
+    from onelayer.compiler.sampling.command import sample_pictures as sample_pictures
     from onelayer.compiler.sources.data_set import data_set as data_set
 
 _HOME_OF = {
@@ -31,6 +32,7 @@ _HOME_OF = {
     "polish_adapter": "polish.command",
     "reference_scores": "evaluate.reference",
     "refine_emulator": "refine.command",
+    "sample_pictures": "sampling.command",
     "slice_emulator": "emulators.slice",
 }
 __all__ = sorted(_HOME_OF)

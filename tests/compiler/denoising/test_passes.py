@@ -11,6 +11,9 @@ import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.peft_adapters import quiet_peft
 from onelayer.compiler import compile_emulator, evaluate_model, refine_emulator
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.evaluate.denoising import DenoisingScoring
+from onelayer.compiler.evaluate.settings import EvaluateSettings
+from onelayer.compiler.machine.distributed import Processes
 from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,7 +65,7 @@ def test_evaluate_equals_the_resident_losses(flux: EncodedPipeline, tmp_path: Pa
     with torch.no_grad():
         for batch in batches:
             original, changed = (batch.prediction(model(**batch.inputs)) for model in (plain, adapted))
-            losses.append((float(batch.error(original)), float(batch.error(changed))))
+            losses.append([float((answer - batch.target).square().mean()) for answer in (original, changed)])
             moved.append(float((changed - original).square().mean()))
             squares.append(float(original.square().mean()))
     for variant, score in enumerate(result.results):
@@ -71,6 +74,15 @@ def test_evaluate_equals_the_resident_losses(flux: EncodedPipeline, tmp_path: Pa
         assert score.tokens == 3
     assert result.results[0].velocity_drift is None
     assert result.results[1].velocity_drift == pytest.approx(sum(moved[6:]) / sum(squares[6:]), rel=1e-5)
+    together = evaluate_model(
+        flux.pipeline, flux.images, adapters=[tmp_path / "adapter"], noise_samples=2, batch_size=4
+    )
+    for one, other in zip(result.results, together.results, strict=True):
+        values = [(score.loss, score.class_loss, score.velocity_drift or 0, score.tokens) for score in (one, other)]
+        assert values[1] == pytest.approx(values[0], rel=1e-5)
+    settings = EvaluateSettings(noise_samples=2, batch_size=4)
+    job = DenoisingScoring.of(flux.encoded, torch.float32, settings, 1, Processes())
+    assert [len(batch.order) for batch in job.batches] == [4, 4, 2]
     report = result.report
     assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes
 

@@ -37,8 +37,8 @@ OPTIONS = {
         "EMULATOR --activation-rank --activation-report --activations --anchor-bits --anchor-every --batch-size "
         "--cache --columns --config --data --dropout --epochs --eval-data --eval-steps --gradient-accumulation --json "
         "--learning-rate --lora-alpha --lora-rank --max-image-pixels --max-length --max-steps --method "
-        "--micro-batch-size --model --output --prior-weight --report-to --resume --save-steps --seed --split "
-        "--target-modules --warmup --way --weighting"
+        "--micro-batch-size --model --output --prior-weight --report-to --resume --sample-prompt "
+        "--sample-resolution --sample-steps --save-steps --seed --split --target-modules --warmup --way --weighting"
     ),
     "correct": (
         "ADAPTER --columns --config --data --emulator --json --limit --max-image-pixels --model --output --split"
@@ -54,6 +54,7 @@ OPTIONS = {
         "MODEL --adapter --against --batch-size --columns --config --data --device --json --max-image-pixels "
         "--max-length --noise-samples --split"
     ),
+    "sample": "MODEL --adapter --device --json --output --prompt --resolution --resume --seed --steps",
     "generate": "MODEL --adapter --chat --json --max-new-tokens --prompt --revision --seed --temperature",
     "inspect": "PATH --json --plot",
     "run": "MANIFEST --dry-run --json --task",
@@ -73,6 +74,7 @@ FUNCTIONS = {
     "merge": "merge_adapter",
     "evaluate": "evaluate_model",
     "generate": "generate_text",
+    "sample": "sample_pictures",
 }
 
 

@@ -21,10 +21,22 @@ images: {resolution: 32, instance_prompt: a photo of sks dog, class_prompt: a ph
 emulator: {keep_bytes: 0.25, factor_dtype: nf4, calibration: {data: photos, samples: 4}, refine: none}
 train: {lora: {r: 2, alpha: 2}, args: {max_steps: 1, per_device_train_batch_size: 1, learning_rate: 1.0e-2}}
 polish: {steps: 1, batch_size: 1}
+samples: {prompts: [a dog on the moon], steps: 1, resolution: 32}
 tasks:
   dog: {train: photos, test: held, merge: true}
+output: results
 """
-STEPS = ["encode 1", "encode 2", "compile", "dog.train", "dog.correct", "dog.polish", "dog.merge", "dog.evaluate"]
+STEPS = [
+    "encode 1",
+    "encode 2",
+    "compile",
+    "dog.train",
+    "dog.correct",
+    "dog.polish",
+    "dog.merge",
+    "dog.evaluate",
+    "dog.samples",
+]
 
 
 @pytest.fixture
@@ -45,10 +57,12 @@ def test_a_pipeline_goes_through_every_step_once(project: Path, tmp_path: Path) 
     assert all(step.peak_bytes for step in planned.steps if step.kind in ("compile", "train", "polish"))
     made = {step.name: step for step in run(manifest, store).steps}
     assert list(made) == STEPS
+    assert {step.state for step in made.values()} == {"ran"}
     key = made["encode 1"].key
     assert key is not None
     encoded = EncodedImages.open(store.payload(key))
     assert (len(encoded.numbers(is_class=False)), len(encoded.numbers(is_class=True))) == (3, 2)
+    assert (tmp_path / "project/results/dog-samples/0.png").is_file()
     assert {step.state for step in plan(manifest, store).steps} == {"cached"}
     (project / "held" / "1.txt").write_text("a dog")
     again = {step.name: step.state for step in plan(load_manifest(project / "m.yaml"), store).steps}
@@ -77,6 +91,7 @@ def test_the_example_loads(tmp_path: Path) -> None:
         ("polish:", "correct: {limit: auto}\npolish:", "correct.limit: auto chooses by the loss on texts"),
         ("train: {lora", "train: {method: dpo, lora", "train.method: a denoiser learns pictures"),
         ("resolution: 32", "resolution: 3", "images.resolution"),
+        ("prompts: [a dog on the moon]", "prompts: []", "samples.prompts"),
     ],
 )
 def test_what_does_not_fit_images_is_refused(project: Path, old: str, new: str, message: str) -> None:

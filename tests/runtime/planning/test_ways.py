@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from helpers.model_shapes import decoder, mixture
+from onelayer.runtime.modules.block_speed import block_flops_per_second
 from onelayer.runtime.planning.choice import choose
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.speed import Speed, seconds_at
+from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at
 from onelayer.runtime.planning.train_memory import PlannedRun
-from onelayer.runtime.planning.ways import WayCost, fastest_way, way_costs
+from onelayer.runtime.planning.ways import WayCost, anchor_seconds, fastest_way, way_costs
 
 GIB = 1 << 30
 LLAMA_8B = decoder(4096, 14336, 32, 128256, narrow=1024)
@@ -33,6 +35,31 @@ def test_a_step_takes_the_slower_of_reading_and_computing() -> None:
     assert fast.seconds_per_step == pytest.approx(6 * LLAMA_8B.parameters * tokens / CARD, rel=0.05)
     larger = ways(LLAMA_8B, 12 * GIB, disk=1e9, rows=32)["streamed"]
     assert larger.seconds_per_step == slow.seconds_per_step  # four times the rows in one reading
+
+
+def test_factors_train_at_a_rate_of_their_own() -> None:
+    quick = Speed(read_bytes_per_second=1e9, flops_per_second=CARD, device="typed in")
+    slow = quick.model_copy(update={"factor_flops_per_second": CARD / 4})
+
+    def seconds(speed: Speed, coded: bool) -> Seconds:
+        planned = PlannedRun(8, 512, coded=coded)
+        return seconds_at(speed, LLAMA_8B, planned, ratio=0.12, samples=64, polish_batch=64)
+
+    def renewal(speed: Speed, coded: bool) -> float:
+        return anchor_seconds(LLAMA_8B, 0.12, PlannedRun(8, 512, coded=coded), speed, 1000)
+
+    factors = seconds(slow, coded=False)
+    assert factors.train_step == pytest.approx(4 * seconds(quick, coded=False).train_step, rel=0.05)
+    assert factors.polish_step == seconds(quick, coded=False).polish_step
+    assert renewal(slow, coded=False) > renewal(quick, coded=False)
+    assert seconds(slow, coded=True) == seconds(quick, coded=True)
+    assert renewal(slow, coded=True) == renewal(quick, coded=True)
+
+
+def test_measuring_a_block_leaves_the_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    assert block_flops_per_second(torch.device("cpu"), torch.float32, factored=True) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_host_keeps_what_fits_and_a_step_reads_the_rest() -> None:

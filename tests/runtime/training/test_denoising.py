@@ -1,5 +1,6 @@
 """Training of a denoiser on encoded images, and its adapter in diffusers' own pipelines."""
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.children import at_call, interrupt
 from helpers.hashes import tree_hashes
 from helpers.peft_adapters import quiet_peft
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
@@ -17,9 +19,12 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.storage.digests import file_digest
+from onelayer.compiler.storage.files import read_json, write_json
+from onelayer.compiler.storage.pipeline_directory import ENCODED_FILE
 from onelayer.runtime import train_lora
 from onelayer.runtime.anchors.anchors import Anchors
-from onelayer.runtime.training.denoising import DenoisingTrainer, DrawnRows
+from onelayer.runtime.training.denoising import DenoisingPlan, DenoisingTrainer, DrawnRows
+from scripts.sweep.diffusion_inputs import picture_difference
 from scripts.sweep.encoded_pipelines import EncodedPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -59,23 +64,37 @@ def test_the_adapter_and_its_merge_fit_the_original(
     torch.testing.assert_close(merged, wanted, rtol=0, atol=2e-6)
 
 
+def test_a_training_ends_with_sample_pictures(flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {**HOW, "max_steps": 2, "seed": 5, "sample_prompt": ["a dog", "a cat"]}
+    result = train_lora(flux_emulator, flux.images, tmp_path / "out", **how, sample_steps=2, sample_resolution=32)
+    assert result.samples is not None
+    assert result.samples.output == str(tmp_path / "out" / "samples")
+    assert [picture.prompt for picture in result.samples.pictures] == ["a dog", "a cat"]
+    pipe = type(flux.pipe).from_pretrained(str(flux.pipeline))
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors")
+    drawing = {"steps": 2, "resolution": 32, "seed": 5}
+    assert picture_difference(pipe, tmp_path / "out/samples/1.png", "a cat", drawing) <= 1
+
+
+def test_pictures_need_the_pipeline_of_the_images(flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(flux.images, tmp_path / "images")
+    document = read_json(images / ENCODED_FILE)
+    document["base"]["model"] = str(tmp_path / "gone")
+    write_json(images / ENCODED_FILE, document)
+    with pytest.raises(InputError, match=r"--sample-prompt: .*gone: no such directory"):
+        train_lora(flux_emulator, images, tmp_path / "out", max_steps=1, sample_prompt=["a dog"])
+
+
 def test_an_interrupted_training_continues_to_the_same_bytes(
     flux: EncodedPipeline, flux_emulator: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls = DenoisingTrainer.training_step, list[int]()
-
-    def failing(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(DenoisingTrainer, "training_step", failing)
-    output = tmp_path / "again"
-    with pytest.raises(KeyboardInterrupt):
-        train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
+    step, output = (DenoisingTrainer, "training_step"), tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, at_call(*step, 6, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, **HOW)
+    monkeypatch.setattr(*step, at_call(*step, 5, lambda: pytest.fail("trained more than two steps of two images")))
     train_lora(flux_emulator, flux.images, output, eval_data=flux.images, save_steps=2, resume=True, **HOW)
-    assert len(calls) == 6 + 4
     ours, theirs = tree_hashes(output), tree_hashes(adapter)
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
     assert ours["pytorch_lora_weights.safetensors"] == theirs["pytorch_lora_weights.safetensors"]
@@ -88,7 +107,7 @@ def test_right_after_a_renewal_the_emulator_answers_like_the_original(
     emulator, original = (quiet_peft(flux.load(path), **how).eval() for path in (flux_emulator, None))
     trained = {name: value for name, value in emulator.named_parameters() if value.requires_grad}
     assert not original.load_state_dict(trained, strict=False).unexpected_keys
-    rows = DrawnRows(DrawnImages(flux.noisy(), 1), 2)
+    rows = DrawnRows(DrawnImages(flux.noisy(), 1), DenoisingPlan(2, 1))
     drawn = [rows[number] for number in range(2)]
 
     def answers(model: Any) -> list[torch.Tensor]:
@@ -136,16 +155,9 @@ def test_an_anchored_training_continues_to_the_same_bytes(
     whole = train_lora(coded, flux.images, tmp_path / "whole", **settings)
     assert whole.anchors is not None
     assert whole.anchors.renewals == 2
-    plain, calls = DenoisingTrainer.training_step, list[int]()
-
-    def failing(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
+    step = DenoisingTrainer, "training_step"
     with monkeypatch.context() as patch:
-        patch.setattr(DenoisingTrainer, "training_step", failing)
+        patch.setattr(*step, at_call(*step, 2, interrupt))
         with pytest.raises(KeyboardInterrupt):
             train_lora(coded, flux.images, tmp_path / "parts", **settings)
     train_lora(coded, flux.images, tmp_path / "parts", resume=True, **settings)
@@ -172,6 +184,20 @@ def test_the_loss_is_that_of_the_drawn_rows(flux: EncodedPipeline, tmp_path: Pat
     assert 0.9 < (again.activations.gradient_cosine or 0) < 1
     weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("transformer.") for name in weights)
+
+
+@pytest.mark.parametrize("anchors", [{}, {"anchor_every": 2, "anchor_bits": 32}])
+def test_images_computed_together_give_the_same_training(
+    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path, anchors: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {**HOW, **anchors, "max_steps": 2, "batch_size": 3, "prior_weight": 0.5}
+    how["model"] = flux.pipeline if anchors else None
+    alone = train_lora(flux_emulator, flux.images, tmp_path / "alone", **how)
+    step = DenoisingTrainer, "training_step"
+    monkeypatch.setattr(*step, at_call(*step, 5, lambda: pytest.fail("more than two calls in a step")))
+    together = train_lora(flux_emulator, flux.images, tmp_path / "together", micro_batch_size=2, **how)
+    for (_, one), (_, other) in zip(alone.losses, together.losses, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
 
 
 def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:

@@ -21,6 +21,7 @@ Train = Callable[..., TrainResult]
         ({"target_modules": ["qproj"]}, "qproj"),
         ({"target_modules": ["lm_head"]}, "lm_head"),
         ({"data": "absent"}, r"absent\.jsonl"),
+        ({"sample_prompt": ["a dog"]}, "--sample-prompt: .* draws no pictures; leave it out"),
         ({"max_length": 2, "data": "pairs"}, "no example has a labeled token"),
     ],
 )

@@ -51,16 +51,16 @@ class DenoisingBatch:
         tensors = tensors[0] if isinstance(tensors, tuple) else tensors
         return torch.cat([self.answer.forward(part).float() for part in parts_of(tensors, len(self.weights))])
 
-    def error(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Compute the mean squared error of a prediction."""
-        return (prediction - self.target.to(prediction.device)).square().mean()
+    def squares(self, values: torch.Tensor) -> list[float]:
+        """Compute the mean square of values (B, ...) for each image."""
+        return [float(part.square().mean()) for part in values.chunk(len(self.order))]
 
 
 def joined_batches(batches: Sequence[DenoisingBatch], most: int) -> list[DenoisingBatch]:
     """Join batches of one image into batches of at most `most`, of those that one call of the denoiser takes."""
     groups: list[list[DenoisingBatch]] = []
     for batch in batches:
-        group = next((group for group in groups if len(group) < most and _go_together(group[0], batch)), None)
+        group = next((group for group in groups if len(group) < most and go_together(group[0], batch)), None)
         if group is None:
             groups.append([batch])
         else:
@@ -68,7 +68,8 @@ def joined_batches(batches: Sequence[DenoisingBatch], most: int) -> list[Denoisi
     return [_joined(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def _go_together(one: DenoisingBatch, other: DenoisingBatch) -> bool:
+def go_together(one: DenoisingBatch, other: DenoisingBatch) -> bool:
+    """Whether one call of the denoiser takes the images of both."""
     if one.joining is None or one.positions != other.positions:
         return False
     try:

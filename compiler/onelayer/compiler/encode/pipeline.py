@@ -1,7 +1,6 @@
 """A pipeline directory as this pass uses it: components that stream, and the pipeline's own code around them.
 
-No component has weights here. The denoiser and the VAE inside the pipeline are empty float32 models, so that probes
-lose nothing to rounding.
+No component has weights here. The denoiser and the VAE inside the pipeline are empty models.
 """
 
 import copy
@@ -9,7 +8,8 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from onelayer.compiler.denoising.template import FIRST_TIME
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.libraries import diffusers_models
 from onelayer.compiler.models.streamed_model import StreamedModel
+from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.pipeline_directory import (
     INDEX_FILE,
     components_of,
@@ -51,9 +52,13 @@ class Request:
 
 
 class OpenPipeline:
-    """A pipeline without weights: `encoders` and `vae` stream, `denoiser` is the name of the denoiser."""
+    """A pipeline without weights: `encoders` and `vae` stream, `denoiser` is the name of the denoiser.
 
-    def __init__(self, directory: Path) -> None:
+    Denoiser and VAE are taken for models of the dtype `empty_dtype`; float32, so that probes lose nothing to rounding.
+    None is the dtype that each is stored in.
+    """
+
+    def __init__(self, directory: Path, empty_dtype: torch.dtype | None = torch.float32) -> None:
         """Open every component. Raises `InputError` naming one that is missing or cannot be used."""
         import diffusers
 
@@ -80,7 +85,7 @@ class OpenPipeline:
         self.vae = StreamedModel(directory / "vae")
         if not hasattr(self.vae.model, "encode"):
             raise InputError(f"{directory / 'vae'}: {type(self.vae.model).__name__} encodes no images")
-        self.pipe = self._opened(cls)
+        self.pipe = self._opened(cls, empty_dtype)
         NoiseProcess(**self.scheduler)  # refuses a scheduler that no later command could train with
 
     def _is_encoder(self, name: str) -> bool:
@@ -92,12 +97,12 @@ class OpenPipeline:
         cls = getattr(transformers, class_name, None)
         return isinstance(cls, type) and issubclass(cls, PreTrainedModel)
 
-    def _opened(self, cls: Any) -> Any:
+    def _opened(self, cls: Any, dtype: torch.dtype | None) -> Any:
         """Open the pipeline by its own class, with empty models in the places of its components."""
         import diffusers
 
         given: dict[str, Any] = {name: part.model for name, part in self.encoders.items()}
-        given |= {"vae": empty(self.directory / "vae"), self.denoiser: empty(self.denoiser_directory)}
+        given |= {name: empty(self.directory / name, dtype) for name in ("vae", self.denoiser)}
         given |= {"safety_checker": None} if "safety_checker" in self.components else {}
         diffusers.utils.logging.set_verbosity_error()
         try:
@@ -138,46 +143,51 @@ class OpenPipeline:
         `forwards` are those of its components. `step` and `decode` replace the scheduler's and the VAE's. Raises
         `InputError` if the pipeline fails or ends before.
         """
-        pipe = self._private(request.time, step)
+        pipe = self.private(self._one_step(request.time, step))
         asked = {
-            "prompt": prompt,
-            "height": size,
-            "width": size,
             "num_inference_steps": 1,
-            "num_frames": 1,
             "num_images_per_prompt": request.pictures,
             "num_videos_per_prompt": request.pictures,
             "guidance_scale": request.guidance,
             "true_cfg_scale": 1.0,  # a second pass for a negative prompt is guidance too
-            "use_resolution_binning": False,
             "output_type": "np",
-            "generator": torch.Generator().manual_seed(request.seed),
         }
-        known = inspect.signature(type(pipe).__call__).parameters
-        replaced = {getattr(pipe, name): {"forward": forward} for name, forward in forwards.items()}
-        if decode is not None:
-            replaced[pipe.vae] = {"decode": decode}
         try:
-            for module, methods in replaced.items():
-                module.__dict__.update(methods)
-            with torch.no_grad(), warnings.catch_warnings():
+            with self.replaced(forwards, decode), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pipe(**{name: value for name, value in asked.items() if name in known})
+                self.picture(pipe, prompt, size, request.seed, asked)
         except Recorded as found:
             return found
         except InputError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            raise InputError(f"{self.directory}: {self.class_name} cannot be recorded ({reason})") from error
-        finally:
-            for module, methods in replaced.items():
-                for name in methods:
-                    module.__dict__.pop(name, None)
+            raise InputError(f"{self.directory}: {self.class_name} cannot be recorded ({reason_of(error)})") from error
         raise InputError(f"{self.directory}: {self.class_name} never called its denoiser; give another pipeline")
 
-    def _private(self, time: float, step: Callable[..., Any] | None) -> Any:
-        """Return the pipeline with a scheduler of its own, which has one step at the given time."""
+    def picture(self, pipe: Any, prompt: str, size: int | None, seed: int, asked: Mapping[str, Any]) -> Any:
+        """Call a pipeline for one frame of a prompt; the size is its own if None. What it does not know is left out."""
+        common = {"prompt": prompt, "num_frames": 1, "use_resolution_binning": False}
+        common |= {"generator": torch.Generator().manual_seed(seed)}
+        common |= {} if size is None else {"height": size, "width": size}
+        known = inspect.signature(type(pipe).__call__).parameters
+        return pipe(**{name: value for name, value in {**common, **asked}.items() if name in known})
+
+    @contextmanager
+    def replaced(self, forwards: Mapping[str, Callable[..., Any]], decode: Callable[..., Any] | None) -> Iterator[None]:
+        """Replace the forwards of components, and what the VAE decodes with."""
+        methods = {(getattr(self.pipe, name), "forward"): forward for name, forward in forwards.items()}
+        if decode is not None:
+            methods[self.pipe.vae, "decode"] = decode
+        try:
+            for (module, name), method in methods.items():
+                module.__dict__[name] = method
+            yield
+        finally:
+            for module, name in methods:
+                module.__dict__.pop(name, None)
+
+    def _one_step(self, time: float, step: Callable[..., Any] | None) -> Any:
+        """Return a scheduler like the pipeline's, which has one step at the given time."""
         scheduler = copy.deepcopy(self.pipe.scheduler)
         plain = scheduler.set_timesteps
 
@@ -192,6 +202,10 @@ class OpenPipeline:
             scheduler.step = step
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input = lambda sample, *args, **kwargs: sample
+        return scheduler
+
+    def private(self, scheduler: Any) -> Any:
+        """Return the pipeline with a scheduler of its own; it takes the host for the device of its components."""
         cls = type(self.pipe)
         # Models without weights are on no device, and a pipeline would take that for its own.
         on_host = type(cls.__name__, (cls,), {"device": HOST, "_execution_device": HOST})
@@ -206,13 +220,19 @@ class OpenPipeline:
         return pipe
 
 
-def empty(directory: Path) -> Any:
-    """Build a component of diffusers in float32, without weights, that says it is on the host.
+def reason_of(error: Exception) -> str:
+    """Say in one line what a pipeline's own code failed with."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def empty(directory: Path, dtype: torch.dtype | None = None) -> Any:
+    """Build a component of diffusers without weights that says it is on the host, by default in its stored dtype.
 
     Raises `InputError` naming what is wrong with it.
     """
     config = diffusers_models.read_config(directory)
     cls = diffusers_models.model_class(config, directory)
-    model = diffusers_models.build_skeleton(config, cls, torch.float32)
+    dtype = dtype or diffusers_models.compute_dtype(config, Checkpoint.open(directory))
+    model = diffusers_models.build_skeleton(config, cls, dtype)
     model.__class__ = type(cls.__name__, (cls,), {"device": HOST})
     return model

@@ -164,7 +164,7 @@ def _evaluate_denoiser(
     variants = [Variant(), *(Variant(adapter=name) for name in adapters)]
     variants += [] if emulator is None else [Variant(emulator=emulator)]
     spill_pool = SpillPool(settings.host_memory_bytes)
-    job = DenoisingScoring.of(images, streamed.dtype, settings.noise_samples, len(variants), team)
+    job = DenoisingScoring.of(images, streamed.dtype, settings, len(variants), team)
     with Meter(device) as meter:
         on_unit = switch_variants(adapted, variants, device)
         stream = Stream(streamed, device, meter, on_unit, spill_pool, description="evaluate", team=team)

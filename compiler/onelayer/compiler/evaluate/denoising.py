@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from onelayer.compiler.denoising.batches import DenoisingBatch, NoisyImages
+from onelayer.compiler.denoising.batches import DenoisingBatch, NoisyImages, joined_batches
 from onelayer.compiler.denoising.encoded import EncodedImages
+from onelayer.compiler.evaluate.settings import EvaluateSettings
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.unit_memory import scoring_bytes
 from onelayer.compiler.streaming.spill import SMALLEST_BYTES
 from onelayer.compiler.streaming.stream import Stream
+
+Place = tuple[int, int]  # the number of a batch, and that of an image in it
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,24 @@ class DenoisingScoring:
     batches: Sequence[DenoisingBatch]
     variants: int
     team: Processes
-    _errors: dict[tuple[int, int], float] = field(default_factory=dict)
-    _moved: dict[tuple[int, int], float] = field(default_factory=dict)
-    _squares: dict[int, float] = field(default_factory=dict)
+    _errors: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    _moved: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    _squares: dict[int, list[float]] = field(default_factory=dict)
     _originals: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, images: EncodedImages, dtype: torch.dtype, samples: int, variants: int, team: Processes
+        cls,
+        images: EncodedImages,
+        dtype: torch.dtype,
+        settings: EvaluateSettings,
+        variants: int,
+        team: Processes,
     ) -> "DenoisingScoring":
-        """Prepare `samples` times and noises of every image."""
+        """Prepare every image at so many times and noises as `settings` say, as many at once where shapes allow it."""
         noisy = NoisyImages(images, dtype)
-        batches = [batch for row in range(len(images.rows)) for batch in noisy.held_out(row, samples)]
-        return cls(images, batches, variants, team)
+        batches = [batch for row in range(len(images.rows)) for batch in noisy.held_out(row, settings.noise_samples)]
+        return cls(images, joined_batches(batches, settings.batch_size), variants, team)
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return the denoiser's arguments for every stream index."""
@@ -69,12 +77,12 @@ class DenoisingScoring:
         place = self._mine[number]
         batch = self.batches[place]
         prediction = batch.prediction(output)
-        self._errors[place, variant] = float(batch.error(prediction))
+        self._errors[place, variant] = batch.squares(prediction - batch.target.to(prediction.device))
         if variant == 0:
-            self._squares[place] = float(prediction.square().mean())
+            self._squares[place] = batch.squares(prediction)
             self._originals[place] = prediction
         else:
-            self._moved[place, variant] = float((prediction - self._originals[place]).square().mean())
+            self._moved[place, variant] = batch.squares(prediction - self._originals[place])
         if variant == self.variants - 1:
             del self._originals[place]
 
@@ -88,22 +96,24 @@ class DenoisingScoring:
         return [self._scores(variant) for variant in range(self.variants)]
 
     def _scores(self, variant: int) -> DenoisingScores:
-        places = {False: list[int](), True: list[int]()}
-        for place, batch in enumerate(self.batches):
-            places[self.images.rows[batch.order[0]].is_class].append(place)
+        places = {False: list[Place](), True: list[Place]()}
+        for number, batch in enumerate(self.batches):
+            for item, row in enumerate(batch.order):
+                places[self.images.rows[row].is_class].append((number, item))
         subject, classes = places[False] or places[True], places[True] if places[False] else []
         loss = self._mean(subject, variant)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}: outputs overflow, by the model's weights or by an adapter")
         kept, drift = classes or subject, None
         if variant > 0:
-            moved = math.fsum(self._moved[place, variant] for place in kept)
-            drift = moved / max(math.fsum(self._squares[place] for place in kept), torch.finfo(torch.float64).tiny)
-        images = len({self.batches[place].order for place in subject})
+            moved = math.fsum(self._moved[number, variant][item] for number, item in kept)
+            squares = math.fsum(self._squares[number][item] for number, item in kept)
+            drift = moved / max(squares, torch.finfo(torch.float64).tiny)
+        images = len({self.batches[number].order[item] for number, item in subject})
         return DenoisingScores(loss, self._mean(classes, variant) if classes else None, drift, images)
 
-    def _mean(self, places: Sequence[int], variant: int) -> float:
-        return math.fsum(self._errors[place, variant] for place in places) / len(places)
+    def _mean(self, places: Sequence[Place], variant: int) -> float:
+        return math.fsum(self._errors[number, variant][item] for number, item in places) / len(places)
 
     def workspace(self, stream: Stream) -> int:
         """Predict what scoring holds in addition to the largest unit; on a host also the batches that wait."""

@@ -281,6 +281,6 @@ def _trained_values(emulator: Emulator, name: str) -> int:
 
 def _trained_stack_values(stack: StackFacts) -> int:
     """Count the trained values of all experts of a coded stack."""
-    count, *shape = stack.shape
+    count, out_features, in_features = stack.shape
     assert stack.code_width is not None
-    return count * trained_code_values(*shape, stack.code_width, stack.rank or 0)
+    return count * trained_code_values(out_features, in_features, stack.code_width, stack.rank or 0)

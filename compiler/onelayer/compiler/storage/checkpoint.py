@@ -19,7 +19,7 @@ from onelayer.compiler.storage.files import check_directory, read_json
 from onelayer.compiler.storage.gguf_directory import gguf_directory, is_gguf
 from onelayer.compiler.storage.gguf_format import SUFFIX, read_gguf_header
 from onelayer.compiler.storage.pipeline_directory import denoiser_directory, is_pipeline, read_pipeline_index
-from onelayer.compiler.storage.safetensors_format import TensorInfo, read_header
+from onelayer.compiler.storage.safetensors_format import TORCH_NAMES, TensorInfo, read_header
 from onelayer.compiler.storage.stamps import FileStamps
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Checkpoint:
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor, in its own dtype, to the host."""
         info = self.tensors[name]
-        if self.is_gguf:
+        if info.shape and (self.is_gguf or info.dtype in TORCH_NAMES.values()):
+            # The library holds the interpreter's lock as it reads, and whatever computes next to it would wait.
             return self.read_rows(name, 0, info.shape[0])
         self._count(info.size_bytes)
         tensor: torch.Tensor = self._handle(info.file).get_tensor(name)
@@ -143,8 +144,6 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Read rows `start:stop` of one tensor, in its own dtype, to the host."""
         import torch
-
-        from onelayer.compiler.storage.safetensors_format import TORCH_NAMES
 
         info = self.tensors[name]
         stop = min(stop, info.shape[0])

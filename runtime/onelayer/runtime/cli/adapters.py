@@ -151,11 +151,12 @@ def train(
       onelayer train emulator --data train.jsonl --activations sublayer --activation-rank auto --output adapter
       onelayer train emulator --model ./llama-8b --anchor-every 10 --data train.jsonl --output adapter
       onelayer train emulator --model ./llama-8b --method dpo --data preferences.jsonl --output adapter
+      onelayer train emulator --data dog --sample-prompt "sks dog on the moon" --sample-steps 28 --output adapter
     """
     from onelayer.runtime import train_lora
 
     print_result(
         lambda: train_lora(emulator, data, output, model=model, eval_data=eval_data or None, **settings),
-        summary,
+        summaries.train_summary,
         as_json,
     )

@@ -9,7 +9,7 @@ import typer
 
 from onelayer.runtime.cli.adapters import correct, merge, polish, train
 from onelayer.runtime.cli.emulators import compile_, refine, slice_
-from onelayer.runtime.cli.images import encode
+from onelayer.runtime.cli.images import encode, sample
 from onelayer.runtime.cli.models import evaluate, generate, inspect, plan
 from onelayer.runtime.cli.runs import app as artifacts_app
 from onelayer.runtime.cli.runs import run
@@ -48,6 +48,7 @@ app.command()(correct)
 app.command()(polish)
 app.command()(merge)
 app.command()(evaluate)
+app.command()(sample)
 app.command()(generate)
 app.command()(inspect)
 app.command()(run)

@@ -1,4 +1,4 @@
-"""The command for images: `encode`. It makes one call of the API."""
+"""The commands for images: `encode` and `sample`. Each makes one call of the API."""
 
 from pathlib import Path
 from typing import Annotated, Unpack
@@ -6,8 +6,10 @@ from typing import Annotated, Unpack
 import typer
 
 from onelayer.compiler.encode.settings import EncodeKeywords, EncodeSettings
+from onelayer.compiler.sampling.settings import SampleKeywords, SampleSettings
 from onelayer.runtime.cli.command import print_result
 from onelayer.runtime.cli.options import Json, Output, settings_options
+from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.tables import summary
 
 
@@ -47,4 +49,30 @@ def encode(
         lambda: encode_images(model, list(data), output, class_data=class_data, **settings),
         summary,
         as_json,
+    )
+
+
+@settings_options(SampleKeywords, SampleSettings, omit=("revision",))
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id of a diffusers pipeline.")],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; may be repeated.")],
+    output: Output,
+    *,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter of the pipeline's denoiser.")] = None,
+    as_json: Json = False,
+    **settings: Unpack[SampleKeywords],
+) -> None:
+    """Draw pictures with a diffusion pipeline, layer by layer.
+
+    The pipeline's own code runs, and its text encoders, denoiser and VAE stream. A denoising step reads the denoiser
+    once for all prompts.
+
+    \b
+    Example:
+      onelayer sample ./flux --adapter polished --prompt "sks dog on the moon" --output samples
+    """
+    from onelayer.compiler import sample_pictures
+
+    print_result(
+        lambda: sample_pictures(model, prompt, output, adapter=adapter, **settings), summaries.sample_summary, as_json
     )

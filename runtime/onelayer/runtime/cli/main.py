@@ -21,6 +21,7 @@ RESUME = {
     "merge": "finished files are kept, run the same command again to continue",
     "polish": "finished steps are kept, run the same command again to continue",
     "refine": "finished layers are kept, run the same command again to continue",
+    "sample": "finished denoising steps are kept, run the same command again to continue",
     "run": "finished steps are kept, run the same command again to continue",
     "train": "run the same command again with --resume to continue from the last checkpoint",
 }

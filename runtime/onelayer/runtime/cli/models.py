@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict, Unpack
 
 import typer
+from pydantic import Field, PositiveInt
 
 from onelayer.compiler.compile.settings import CompileSettings, Form
 from onelayer.compiler.evaluate.settings import EvaluateKeywords, EvaluateSettings
@@ -23,7 +24,15 @@ from onelayer.runtime.cli.options import (
 from onelayer.runtime.generation.settings import GenerateKeywords, GenerateSettings
 from onelayer.runtime.reporting import summaries
 from onelayer.runtime.reporting.run_summaries import plan_summary
-from onelayer.runtime.training.settings import PlannedTraining
+from onelayer.runtime.training.settings import TrainSettings
+
+
+class PlannedTraining(TrainSettings):
+    """The settings of a training, with the help that `plan` shows."""
+
+    batch_size: Annotated[PositiveInt, Field(description="Examples per training step and device.")] = (
+        TrainSettings.default("batch_size")
+    )
 
 
 class PlanKeywords(TypedDict, total=False):

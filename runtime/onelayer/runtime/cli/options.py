@@ -201,6 +201,8 @@ def _option(name: str, model: type[BaseModel]) -> inspect.Parameter:
     field, shown = model.model_fields[name], marker(model, name, Option)
     kinds = [kind for kind in members(field.annotation) if kind is not NoneType]
     kind: Any = Any if shown.reader else float if float in kinds else kinds[0]
+    if get_origin(kind) is list:
+        kind = list[members(get_args(kind)[0])[0]]  # type: ignore[misc]  # typer reads no limits of items
     least = _least(field.annotation, field.metadata) if kind is int else None
     option = typer.Option(
         *([shown.flags] if shown.flags else []),

@@ -19,6 +19,7 @@ from onelayer.runtime.manifest.sections import (
     Model,
     Polish,
     Refine,
+    Samples,
     Section,
     Stream,
     Task,
@@ -40,6 +41,7 @@ class Manifest(Seeded, Section):
     train: Training = Training()
     correct: Correct = Correct()
     polish: Polish | None = None
+    samples: Samples | None = None
     tasks: Annotated[dict[TaskName, Task], Field(min_length=1)]
     direct: bool = False
     stream: Stream = Stream()
@@ -211,7 +213,7 @@ def _impossible_preferences(manifest: Manifest) -> list[Fault]:
 def _impossible_images(manifest: Manifest) -> list[Fault]:
     """Find what does not go with a diffusion pipeline."""
     if manifest.images is None:
-        return []
+        return [] if manifest.samples is None else [(("samples",), "only a pipeline of images draws, leave it out")]
     faults: list[Fault] = []
     if not Path(manifest.model.path).is_absolute():
         faults.append((("model", "path"), "images are encoded by a local pipeline, download it and give its directory"))

@@ -16,6 +16,7 @@ from onelayer.compiler.correct.settings import CorrectSettings
 from onelayer.compiler.encode.settings import EncodedPictures
 from onelayer.compiler.polish.settings import ExactSteps
 from onelayer.compiler.refine.settings import FactorTraining
+from onelayer.compiler.sampling.settings import Pictures
 from onelayer.compiler.settings import Batched, Lengths, MaxLength, OnDevice, Settings
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY, AnchorBits
 from onelayer.runtime.manifest.values import (
@@ -84,6 +85,10 @@ class Images(EncodedPictures, Section):
     """
 
     class_data: DataSource | None = None
+
+
+class Samples(Pictures, Section):
+    """Pictures drawn with the final adapter of every task; steps and size are the pipeline's own if omitted."""
 
 
 class Calibration(Sampling, Section):

@@ -106,6 +106,7 @@ STEP_KINDS = {
     "merge": StepKind(
         version=1, digest=directory_digest, resumable=True, predict=costs.merge_costs, folder="merged", loader="model"
     ),
+    "samples": StepKind(version=1, resumable=True, folder="samples"),
     "evaluate": StepKind(version=1, predict=costs.evaluate_costs, folder="scores", scores=_scores),
 }
 

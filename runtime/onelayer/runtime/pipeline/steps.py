@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onelayer.runtime.manifest.manifest import Manifest
-from onelayer.runtime.manifest.sections import Emulator, Images, Refine
+from onelayer.runtime.manifest.sections import Emulator, Images, Refine, Samples
 from onelayer.runtime.pipeline.emulator_size import PLANNER_VERSION, emulator_size, runs_in_key
 from onelayer.runtime.pipeline.step import (
     Source,
@@ -20,7 +20,7 @@ from onelayer.runtime.pipeline.step import (
     model_source,
     pipeline_parts,
 )
-from onelayer.runtime.pipeline.task_steps import steps_of_task
+from onelayer.runtime.pipeline.task_steps import final_step, steps_of_task
 from onelayer.runtime.planning.choice import Size
 
 # What a refinement leaves to the form of the emulator.
@@ -37,7 +37,10 @@ def steps_of(manifest: Manifest, tasks: list[str]) -> list[Step]:
         steps += [refine_step(manifest, emulator, refinement, ratio) for ratio in ratios]
     for task in tasks:
         steps += steps_of_task(manifest, task)
-    return steps if manifest.images is None else _reading_encoded(manifest, manifest.images, steps)
+    if manifest.images is None:
+        return steps
+    drawing = [] if manifest.samples is None else [_sample_step(manifest, manifest.samples, task) for task in tasks]
+    return [*_reading_encoded(manifest, manifest.images, steps), *drawing]
 
 
 def _reading_encoded(manifest: Manifest, images: Images, steps: list[Step]) -> list[Step]:
@@ -78,6 +81,24 @@ def _encode_step(manifest: Manifest, images: Images, folder: Source, name: str) 
         sources["class images"] = replace(Source.of(images.class_data), is_plain=True)
     passes = {"device": manifest.stream.device}
     return Step(name, "encode", execute, {**settings, "seed": manifest.seed}, sources, passes=passes)
+
+
+def _sample_step(manifest: Manifest, samples: Samples, task: str) -> Step:
+    """Draw pictures with the final adapter of a task."""
+    model, settings = model_source(manifest), samples.model_dump(mode="json", exclude={"prompts"})
+
+    def execute(inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+        from onelayer.compiler import sample_pictures
+
+        how = {**settings, "seed": manifest.seed, "device": manifest.stream.device}
+        drawn = sample_pictures(model.text, samples.prompts, output, adapter=inputs["adapter"], **how)
+        return drawn.model_dump(mode="json")
+
+    fields = {**settings, "prompts": samples.prompts, "seed": manifest.seed}
+    sources = {"model": model, **pipeline_parts(Path(model.text))}
+    needs = {"adapter": final_step(manifest, task)}
+    passes = {"device": manifest.stream.device}
+    return Step(f"{task}.samples", "samples", execute, fields, sources, needs=needs, task=task, passes=passes)
 
 
 def _compile_step(manifest: Manifest, emulator: Emulator) -> Step:

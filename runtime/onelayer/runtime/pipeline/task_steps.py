@@ -143,8 +143,7 @@ def steps_of_task(manifest: Manifest, task: str) -> list[Step]:
     if manifest.emulator is not None:
         steps += direct
     if manifest.tasks[task].merge:
-        adapter = fitting_step(manifest, task) if polishing is None else f"{task}.polish"
-        steps.append(merge_step(task, model, adapter))
+        steps.append(merge_step(task, model, final_step(manifest, task)))
     if manifest.tasks[task].test is not None:
         steps.append(evaluate_step(manifest, task, model))
     return steps
@@ -251,6 +250,11 @@ def emulator_step(manifest: Manifest, task: str) -> str:
 def fitting_step(manifest: Manifest, task: str) -> str:
     """Name the step whose adapter fits the original: the correction, or without an emulator the direct training."""
     return f"{task}.direct" if manifest.emulator is None else f"{task}.correct"
+
+
+def final_step(manifest: Manifest, task: str) -> str:
+    """Name the step that makes a task's final adapter for the original."""
+    return fitting_step(manifest, task) if manifest.polishing(task) is None else f"{task}.polish"
 
 
 def train_arguments(training: Training) -> dict[str, Any]:

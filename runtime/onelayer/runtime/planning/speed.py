@@ -14,9 +14,8 @@ from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.train_memory import PlannedRun, active_values
 
-READ_SECONDS, MULTIPLY_SECONDS = 0.5, 0.3
+READ_SECONDS = 0.5
 SECONDS_DIGITS = 2  # durations are rough
-_SIDE = 2048
 # Roughly what an eigenproblem of side s costs, divided by s**3, in operations at the measured rate.
 EIGEN_FLOPS = 30
 # Arithmetic per parameter and token: forward, gradients of the inputs, and forward again if layers are recomputed.
@@ -29,11 +28,20 @@ CHOOSING_ROWS = round(FIRST_ROWS / FIRST_SHARE)
 
 
 class Speed(Result):
-    """Bytes read per second, multiplications and additions per second, and the device they were measured on."""
+    """Bytes read per second, multiplications and additions per second, and the device they were measured on.
+
+    `flops_per_second` are those in whole weights with all that surrounds them in a layer; `factor_flops_per_second`
+    those in low-rank factors, which are narrower. None: the same.
+    """
 
     read_bytes_per_second: float
     flops_per_second: float
     device: str
+    factor_flops_per_second: float | None = None
+
+    def emulator_flops_per_second(self, coded: bool) -> float:
+        """Return the rate of an emulator: codes are decoded to whole weights."""
+        return self.flops_per_second if coded else self.factor_flops_per_second or self.flops_per_second
 
 
 class Seconds(Result):
@@ -56,14 +64,18 @@ class Seconds(Result):
 
 
 def try_speed(file: Path, dtype_bytes: int) -> Speed:
-    """Measure reading a file and multiplying matrices, for less than a second each."""
+    """Measure reading a file and computing a block, for about two seconds in all."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from onelayer.runtime.modules.block_speed import block_flops_per_second
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if dtype_bytes == 2 else torch.float32
     return Speed(
         read_bytes_per_second=_try_reading(file),
-        flops_per_second=_try_multiplying(torch.device(device), torch.bfloat16 if dtype_bytes == 2 else torch.float32),
-        device=device,
+        flops_per_second=block_flops_per_second(device, dtype),
+        factor_flops_per_second=block_flops_per_second(device, dtype, factored=True),
+        device=device.type,
     )
 
 
@@ -88,22 +100,6 @@ def _try_reading(file: Path) -> float:
 def _blocks(descriptor: int) -> Iterator[int]:
     while block := os.read(descriptor, BUFFER_BYTES):
         yield len(block)
-
-
-def _try_multiplying(device: "torch.device", dtype: "torch.dtype") -> float:  # type: ignore[name-defined]  # noqa: F821
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(_SIDE, _SIDE, generator=generator).to(device, dtype)
-    products, started = 0, 0.0
-    while products < 2 or time.perf_counter() - started < MULTIPLY_SECONDS:
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        products += 1
-        if products == 1:  # the first one loads libraries
-            started = time.perf_counter()
-    return (products - 1) * 2 * _SIDE**3 / (time.perf_counter() - started)
 
 
 def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float, float]:
@@ -146,11 +142,12 @@ def seconds_at(
         compile_backward=round_significant(backward[1], SECONDS_DIGITS) if coded else None,
         refine=round_significant(
             max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
-            + FORWARD * ratio * active * refined_tokens / flops,
+            + FORWARD * ratio * active * refined_tokens / speed.emulator_flops_per_second(coded),
             SECONDS_DIGITS,
         ),
         train_step=round_significant(
-            train * active_values(shapes, ratio, coded) * planned.tokens / flops, SECONDS_DIGITS
+            train * active_values(shapes, ratio, coded) * planned.tokens / speed.emulator_flops_per_second(coded),
+            SECONDS_DIGITS,
         ),
         correct=round_significant(read, SECONDS_DIGITS),
         correct_1000_tokens=round_significant(FORWARD * active * 1000 * runs / flops, SECONDS_DIGITS),

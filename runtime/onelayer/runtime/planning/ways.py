@@ -73,7 +73,8 @@ def anchor_seconds(shapes: ModelShapes, ratio: float, planned: PlannedRun, speed
     Reading and computing of the original overlap; the emulator's units run on the same rows.
     """
     original = FORWARD * shapes.active_parameters * planned.tokens / speed.flops_per_second
-    emulator = FORWARD * active_values(shapes, ratio, planned.coded) * planned.tokens / speed.flops_per_second
+    values, flops = active_values(shapes, ratio, planned.coded), speed.emulator_flops_per_second(planned.coded)
+    emulator = FORWARD * values * planned.tokens / flops
     return max(shapes.stored_bytes / speed.read_bytes_per_second / every, original) + emulator
 
 

@@ -1,8 +1,9 @@
 """The reference of a training: made before by a step of its own, or by the training itself, once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from onelayer.compiler.data.preferences import PreferenceMethod
 from onelayer.compiler.data.tokens import Tokens
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.reference import REFERENCE_FILE, Reference, score_rows
@@ -10,6 +11,7 @@ from onelayer.compiler.evaluate.settings import EvaluateSettings
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.results import Report
 from onelayer.compiler.storage.files import write_json
+from onelayer.runtime.preferences.rows import Row, answers_of, with_reference
 
 
 def given_reference(directory: Path, base_digest: str) -> Reference:
@@ -20,7 +22,28 @@ def given_reference(directory: Path, base_digest: str) -> Reference:
     return reference
 
 
-def own_reference(
+def referenced_rows(
+    sets: Sequence[list[Row]],
+    method: PreferenceMethod,
+    reference: Reference | None,
+    original: Path | None,
+    work: Path,
+    device: str | None,
+) -> tuple[list[list[Row]], Report | None]:
+    """Return the sets of rows with log-probabilities of their answers, if a reference or the original can give them.
+
+    The original scores the answers of all sets in one pass. The report says what that cost, if it was not done before.
+    """
+    report = None
+    if reference is None:
+        if original is None:
+            return list(sets), None
+        answers = {key: row for rows in sets for key, row in answers_of(rows, method).items()}
+        reference, report = _own_reference(work, original, answers, device)
+    return [with_reference(rows, method, reference) for rows in sets], report
+
+
+def _own_reference(
     work: Path, original: Path, answers: Mapping[str, Tokens], device: str | None
 ) -> tuple[Reference, Report | None]:
     """Score the answers under the original and keep the result in `work`; an interrupted run finds it there.

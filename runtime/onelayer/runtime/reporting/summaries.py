@@ -144,3 +144,16 @@ def polish_summary(document: Mapping[str, Any]) -> str:
         f"layer inputs kept: {size(document['kept_bytes'])} of host memory, {size(document['spilled_bytes'])} in files"
     )
     return "\n".join([*parts, report_line(document["report"])])
+
+
+def train_summary(document: Mapping[str, Any]) -> str:
+    """Format the values of a training, and its sample pictures with their cost."""
+    samples = document["samples"]
+    plain = summary({name: value for name, value in document.items() if name != "samples"})
+    return plain if samples is None else f"{plain}\n\n{sample_summary(samples)}"
+
+
+def sample_summary(document: Mapping[str, Any]) -> str:
+    """Format one row per sample picture, and the cost."""
+    rows = [(f"{document['output']}/{picture['file']}", picture["prompt"]) for picture in document["pictures"]]
+    return "\n".join([table([("picture", "prompt"), *rows]), report_line(document["report"])])

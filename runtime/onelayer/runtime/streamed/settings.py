@@ -14,7 +14,10 @@ class Streaming(Settings):
 
     micro_batch_size: Annotated[
         PositiveInt | None,
-        Field(description="Rows of a streamed model computed at once. Default: as many as fit the free memory."),
+        Field(
+            description="Rows of a streamed model, or images of a denoiser, computed at once. Default: as many rows as "
+            "fit the free memory, and one image."
+        ),
     ] = None
     cache_bytes: Annotated[
         NonNegativeInt,

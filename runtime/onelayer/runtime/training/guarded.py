@@ -6,6 +6,7 @@ It imports transformers and torch, so import it only when training starts.
 import copy
 import errno
 import math
+import random
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from transformers import Trainer, TrainerState
@@ -211,3 +213,15 @@ class ScoredByToken(Trainer):
         assert scored[0] is not None
         self._held_out.add(scored[0], labels[..., self._first_label :])
         return scored
+
+
+@contextmanager
+def global_random_state() -> Iterator[None]:
+    """Restore the states of the global generators, which Trainer seeds: a library call must not change them."""
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with forked_random():
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)

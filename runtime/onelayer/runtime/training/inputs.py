@@ -102,7 +102,8 @@ class TrainData:
     """Token rows for the trainer (`input_ids`, `labels`), their digest, and the numbers of rows left out and cut.
 
     `labels` has the length of `input_ids`, is the answer of an encoder-decoder, or the single class of the text.
-    `inputs` are what the rows' images and audio become, if there are any. A denoiser's `rows` describe its `images`.
+    `inputs` are what the rows' images and audio become, if there are any. A denoiser's `rows` describe its `images`,
+    and it computes `together` of them at once.
     """
 
     rows: list[dict[str, Any]]
@@ -111,6 +112,7 @@ class TrainData:
     cut: int
     inputs: Sequence[RowInputs | None] | None = None
     images: NoisyImages | None = None
+    together: int = 1
 
 
 def read_model(directory: Path, name: str, max_image_pixels: int | None = None) -> TrainModel:

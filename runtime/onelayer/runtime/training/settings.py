@@ -23,6 +23,7 @@ from onelayer.compiler.adapters.config import VARIANT_FIELDS, VARIANT_INITS
 from onelayer.compiler.denoising.settings import TrainedNoise, Weighting
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.faults import faults_of, written
+from onelayer.compiler.sampling.settings import TrainedPictures
 from onelayer.compiler.settings import BatchSize, Lengths, Must, Option, Seeded
 from onelayer.runtime.anchors.settings import ANCHOR_EVERY, BITS_RULE, AnchorBits
 from onelayer.runtime.streamed.settings import Holding
@@ -46,7 +47,7 @@ LoraAlpha = Annotated[PositiveInt, Field(description="The adapter is scaled by a
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(TrainedNoise, Lengths, Seeded, Holding):
+class TrainSettings(TrainedPictures, TrainedNoise, Lengths, Seeded, Holding):
     """The settings of a training; `lora` and `args` hold further fields of LoraConfig and SFTConfig."""
 
     method: Annotated[
@@ -140,14 +141,6 @@ class TrainSettings(TrainedNoise, Lengths, Seeded, Holding):
         return _first_fault(error, cls, keywords, "")
 
 
-class PlannedTraining(TrainSettings):
-    """The settings of a training, with the help that `plan` shows."""
-
-    batch_size: Annotated[PositiveInt, Field(description="Examples per training step and device.")] = (
-        TrainSettings.default("batch_size")
-    )
-
-
 class TrainKeywords(TypedDict, total=False):
     """The keywords of `train_lora`."""
 
@@ -170,6 +163,9 @@ class TrainKeywords(TypedDict, total=False):
     seed: int
     weighting: Weighting
     prior_weight: float
+    sample_prompt: list[str] | None
+    sample_steps: int | None
+    sample_resolution: int | None
     activations: str
     activation_rank: int | float | str
     activation_report: bool

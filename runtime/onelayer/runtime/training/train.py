@@ -5,12 +5,10 @@ The work directory next to the output holds the checkpoints. The adapter appears
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from onelayer.compiler.data.labeled_rows import DataSource
 from onelayer.compiler.errors import InputError
@@ -19,6 +17,7 @@ from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.results import Report, Result
+from onelayer.compiler.sampling.report import Samples
 from onelayer.compiler.settings import settings_keywords
 from onelayer.compiler.sources.data_set import places
 from onelayer.compiler.storage.checkpoint import resolve_model
@@ -26,8 +25,7 @@ from onelayer.compiler.storage.files import atomic_directory, check_output
 from onelayer.compiler.storage.work_directory import work_directory
 from onelayer.runtime.activations.report import ActivationReport
 from onelayer.runtime.anchors.report import AnchorReport
-from onelayer.runtime.preferences.reference import given_reference, own_reference
-from onelayer.runtime.preferences.rows import answers_of, with_reference
+from onelayer.runtime.preferences.reference import given_reference, referenced_rows
 from onelayer.runtime.training.checkpoints import (
     TRAINING_WORK,
     HeldOutScore,
@@ -55,6 +53,9 @@ from onelayer.runtime.training.settings import (
 )
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, training_device
 
+if TYPE_CHECKING:
+    from onelayer.compiler.sampling.sampler import PictureSampler
+
 
 class TrainResult(Result):
     """The result of `train_lora`.
@@ -65,7 +66,7 @@ class TrainResult(Result):
     `activations`: how they were compressed, if they were. `anchors`: what anchoring cost, if the model was anchored.
     `losses`: step and mean training loss since the previous entry. `streamed`: what reading the model in every step
     cost, if it was streamed. `held_out`: the scores on held-out rows, if there were any. `reference`: what the pass
-    over the original cost that scored the answers of preferences.
+    over the original cost that scored the answers of preferences. `samples`: the pictures that were drawn at the end.
     """
 
     output: str
@@ -83,6 +84,7 @@ class TrainResult(Result):
     streamed: Report | None = None
     held_out: tuple[HeldOutScore, ...] = ()
     reference: Report | None = None
+    samples: Samples | None = None
 
 
 @settings_keywords(TrainSettings, TrainKeywords)
@@ -110,7 +112,8 @@ def train_lora(
     writes into files is moved into `output`, below `runs`. The methods "dpo" and "kto" learn preferences; on an
     emulator their reference is the original: `model` streams over all answers once, or `reference` is a directory that
     `reference_scores` wrote. An original that does not fit the memory is streamed, layer by layer, in every step
-    (`way`). Raises `InputError` for unusable input.
+    (`way`). With `sample_prompt`, pictures of the streamed pipeline with the adapter are written to `samples` in
+    `output`. Raises `InputError` for unusable input.
     """
     started = time.perf_counter()
     sources = _Sources(emulator, data, eval_data, model, reference)
@@ -154,14 +157,19 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
 
     directory = resolve_model(sources.emulator)
     model = read_model(directory, str(sources.emulator), settings.max_image_pixels)
-    reference = None
-    if sources.reference is not None:
-        reference = given_reference(Path(sources.reference), model.base["digest"])
+    if settings.sample_prompt is not None and not model.denoises:
+        raise InputError(f"--sample-prompt: {sources.emulator} draws no pictures; leave it out")
+    reference = given_reference(Path(sources.reference), model.base["digest"]) if sources.reference else None
     settings = with_default_anchors(settings, model, sources.original)
     original = original_source(settings, model, sources.original, reference is not None)
     fields = lora_fields(settings, model.ranks)
     linear_targets(model.empty(), fields.target_modules)  # a wrong name is found before anything is loaded
     examples, held_out = sources.rows(model, settings, arguments["per_device_train_batch_size"])
+    sampler = None
+    if settings.sample_prompt is not None:
+        from onelayer.runtime.training.denoising import opened_sampler
+
+        sampler = opened_sampler(settings, examples)
     model = held_by(model, settings, longest_batch(examples, arguments), training_device(arguments))
     record = {
         "format_version": 1,
@@ -172,7 +180,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
         "data": {**places(sources.data), "digest": examples.digest, "examples": len(examples.rows)},
         **_choices(settings, fields, arguments, model.denoises),
     }
-    run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference)
+    run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference, sampler)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
         referenced, report = run.with_reference(work)
         return referenced.train(work, output, started, report)
@@ -189,6 +197,7 @@ def _choices(settings: TrainSettings, fields: LoraFields, arguments: dict[str, A
         **({"anchor": {"every": settings.anchor_every, "bits": settings.anchor_bits}} if anchored else {}),
         **({} if settings.method == "sft" else {"method": settings.method}),
         **(settings.noise if denoises else {}),
+        **({"micro_batch_size": settings.micro_batch_size} if denoises and settings.micro_batch_size else {}),
     }
 
 
@@ -205,6 +214,7 @@ class _Run:
     record: dict[str, Any]
     original: Path | None
     reference: Reference | None
+    sampler: "PictureSampler | None"
 
     def with_reference(self, work: Path) -> tuple["_Run", Report | None]:
         """Return the run with log-probabilities of the original in its rows, if it learns preferences and needs them.
@@ -212,30 +222,26 @@ class _Run:
         An emulator does, and a streamed original: it would be read once more in every step. The report says what it
         cost to find them, if this was not done before.
         """
-        method, reference, report = self.settings.method, self.reference, None
+        method = self.settings.method
+        if method == "sft":
+            return self, None
         sets = [self.examples, *([] if self.held_out is None else [self.held_out])]
         original = self.original if self.model.streaming is None else self.model.directory
-        if method == "sft" or (reference is None and original is None):
-            return self, None
-        if reference is None:
-            assert original is not None
-            answers = {key: row for data in sets for key, row in answers_of(data.rows, method).items()}
-            device = "cpu" if self.arguments.get("use_cpu") else None
-            reference, report = own_reference(work, original, answers, device)
-        examples, *held_out = [replace(data, rows=with_reference(data.rows, method, reference)) for data in sets]
+        device = "cpu" if self.arguments.get("use_cpu") else None
+        rows, report = referenced_rows([data.rows for data in sets], method, self.reference, original, work, device)
+        examples, *held_out = [replace(data, rows=own) for data, own in zip(sets, rows, strict=True)]
         return replace(self, examples=examples, held_out=held_out[0] if held_out else None), report
 
     def train(self, work: Path, output: Path, started: float, reference: Report | None) -> TrainResult:
         """Load, train from the newest checkpoint if there is one, publish."""
         from onelayer.runtime.streamed.ways import show_streams, streaming_figures
-        from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
         from onelayer.runtime.training.anchored import anchor, train_until_stopped
         from onelayer.runtime.training.callbacks import held_out_scores, logged_losses, mean_loss
-        from onelayer.runtime.training.guarded import TrainActivations
+        from onelayer.runtime.training.guarded import TrainActivations, global_random_state
         from onelayer.runtime.training.trainers import make_trainer
 
         team, rows = processes(), (self.examples, self.held_out)
-        with _global_random_state(), Meter(training_device(self.arguments)) as meter:
+        with global_random_state(), Meter(training_device(self.arguments)) as meter:
             gpu = meter.on_gpu
             trainer = make_trainer(self.settings.method, self.model, rows, self.fields, self.arguments, work, gpu)
             if self.settings.activations != "none":
@@ -272,29 +278,21 @@ class _Run:
         # Parameters that are spread over processes are put together by all of them.
         state = None if team.is_alone else trainer.accelerator.get_state_dict(trainer.model)
 
-        def publish() -> TrainResult:
-            with atomic_directory(output) as partial:
-                record = {**self.record, "training": figures}
-                write_adapter_directory(partial, adapted, self.model, record, state)
-                copy_logs(work, partial)
-            return TrainResult.model_validate({"output": str(output), **figures})
+        return team.by_first(lambda: self._published(output, work, adapted, state, figures))
 
-        return team.by_first(publish)
+    def _published(
+        self, output: Path, work: Path, adapted: Any, state: dict[str, Any] | None, figures: dict[str, Any]
+    ) -> TrainResult:
+        """Write the adapter and its pictures; `state` are its values where no process has them all."""
+        from onelayer.runtime.training.adapter_directory import copy_logs, write_adapter_directory
+        from onelayer.runtime.training.denoising import SAMPLES, drawn_samples
 
-
-@contextmanager
-def _global_random_state() -> Iterator[None]:
-    """Restore the states of the global generators, which Trainer seeds: a library call must not change them."""
-    import random
-
-    import numpy
-
-    from onelayer.compiler.machine.devices import forked_random
-
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    try:
-        with forked_random():
-            yield
-    finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
+        samples = None
+        with atomic_directory(output) as partial:
+            write_adapter_directory(partial, adapted, self.model, {**self.record, "training": figures}, state)
+            copy_logs(work, partial)
+            if self.sampler is not None:
+                adapted.to("cpu")  # the streams need its place
+                drawn = drawn_samples(self.sampler, partial, work, training_device(self.arguments))
+                samples = drawn.model_copy(update={"output": str(output / SAMPLES)})
+        return TrainResult.model_validate({"output": str(output), **figures, "samples": samples})

@@ -1,0 +1,1 @@
+"""The sampling pass: prompts become pictures of a pipeline whose components stream."""
