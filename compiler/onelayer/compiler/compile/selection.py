@@ -176,7 +176,7 @@ def coded_workspace(
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in chosen.linears]
         graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         ahead = 0 if on_gpu else unit.weight_bytes
-        coding = coding_bytes(shapes, graph, head, on_gpu, (inputs or {}).get(unit.position))
+        coding = coding_bytes(shapes, graph, head, on_gpu, (inputs or {}).get(unit.position), backward)
         rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
         experts = [
             _expert_workspace(found, chosen, rows, value_bytes, RESIDUAL_DTYPE, on_gpu)
