@@ -223,10 +223,10 @@ def coding_bytes(
 
     `inputs` are the features of what they read, once for linears that read the same; None if each reads its own.
     The moments of the inputs and, with `backward`, of the gradients at the outputs of all of them in float64, with the
-    `graph` of one micro-batch while they are gathered; then the factors of both sides of one, its weight in float32 six
-    times as it is coded and its residual solved, and what is stored of it and of the one before. Before that, slices of
-    the `head` and their gradients. A host keeps holes of each while it has the others. Kept unit inputs are not in it:
-    they lie on the host, or in files if the host is the device.
+    `graph` of one micro-batch while they are gathered; then the factors of both sides of one, its weight in float32
+    seven times as it is coded and its residual solved, and what is stored of it and of the one before. Before that,
+    slices of the `head` and their gradients. A host keeps holes of each while it has the others. Kept unit inputs are
+    not in it: they lie on the host, or in files if the host is the device.
     """
     linears = list(shapes)
     read = [columns for _, columns in linears] if inputs is None else list(inputs)
@@ -236,7 +236,7 @@ def coding_bytes(
         8 * columns * group_size(columns) + outputs for (_, columns), outputs in zip(linears, of_outputs, strict=True)
     ]
     values = max((rows * columns for rows, columns in linears), default=0)
-    solver = 4 * max(own, default=0) + (24 + 1) * values
+    solver = 4 * max(own, default=0) + (7 * 4 + 1) * values
     return max(sides + max(graph, solver), head) if on_gpu else sides + solver + graph + head
 
 
