@@ -14,6 +14,7 @@ from typing import Any
 
 from onelayer.compiler import evaluate_model
 from onelayer.runtime import train_lora
+from scripts.bench.options import parser_of
 
 PLAIN = "plain"
 
@@ -64,17 +65,13 @@ def train(arguments: argparse.Namespace, folder: Path, mode: str, seed: int) -> 
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, steps=100, batch_size=8, max_length=256, learning_rate=1e-3)
     parser.add_argument("--model", required=True, help="directory of a trained causal model")
     parser.add_argument("--train", required=True, help="training data")
     parser.add_argument("--test", required=True, help="held-out data")
     parser.add_argument("--modes", nargs="+", default=["sublayer", "layer"], choices=["sublayer", "layer"])
     parser.add_argument("--rank", type=float, default=1 / 8, help="share of the hidden size")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 

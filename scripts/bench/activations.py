@@ -33,6 +33,7 @@ from onelayer.runtime import compress_activations
 from onelayer.runtime.activations.engine import Where
 from onelayer.runtime.activations.figures import SavedBytes
 from onelayer.runtime.activations.probe import cosine
+from scripts.bench.options import parser_of
 
 PLAIN, BASELINE = "plain LoRA", "checkpoint, every layer"
 SHARES = (1 / 4, 1 / 8, 1 / 16)
@@ -235,7 +236,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, seed=0)
     parser.add_argument("--model", help="directory of a trained causal model")
     parser.add_argument("--data", help="texts for the batch; needs --model")
     parser.add_argument("--hidden", type=int, default=512, help="width of the random model")
@@ -246,7 +247,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 

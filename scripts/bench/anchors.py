@@ -27,6 +27,7 @@ from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.stream import Stream
 from onelayer.runtime.anchors.anchors import Anchors, evaluating
 from onelayer.runtime.modules.low_rank_linear import load_emulator
+from scripts.bench.options import parser_of
 
 CPU = torch.device("cpu")
 STEP_ROWS, RANK = 4, 8
@@ -124,13 +125,9 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rows=8, tokens=96, bits=2, pairs=3)
     parser.add_argument("--model", type=Path, required=True, help="directory of a causal model")
     parser.add_argument("--emulator", type=Path, help="an emulator of it")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=3)
     return parser.parse_args()
 
 

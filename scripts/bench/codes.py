@@ -14,6 +14,7 @@ from typing import Any
 
 from onelayer.compiler import compile_emulator
 from onelayer.runtime import train_lora
+from scripts.bench.options import parser_of
 
 FACTORS, WHOLE, CODES, FORWARD = "nf4 factors", "nf4 whole", "codes", "codes, no pass back"
 # Of all linears whole in nf4, the share of bytes is whatever they take.
@@ -75,15 +76,9 @@ def _ratio(rows: list[dict[str, float]], others: list[dict[str, float]], name: s
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, keep_bytes=0.145, rounds=3, samples=64, max_length=256, steps=6, batch_size=4)
     parser.add_argument("--model", required=True, help="directory of a causal model")
     parser.add_argument("--data", required=True, help="rows of text, for calibration and training")
-    parser.add_argument("--keep-bytes", type=float, default=0.145)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=4)
     return parser.parse_args()
 
 

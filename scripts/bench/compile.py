@@ -6,7 +6,6 @@ Everything runs in one process on the same weights and moments. Figures are medi
 ratios. Weights are random, so their spectra are as flat as possible.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -31,6 +30,7 @@ from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.streaming.stream import Stream
+from scripts.bench.options import parser_of
 
 CPU = torch.device("cpu")
 RATIO = 0.25
@@ -161,10 +161,7 @@ def bench_pass(width: int, layers: int, samples: int, tokens: int, rounds: int) 
 
 def main() -> None:
     """Parse the arguments and print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"width": 1024, "layers": 3, "samples": 64, "tokens": 512, "rounds": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, width=1024, layers=3, samples=64, tokens=512, rounds=3).parse_args()
     transformers.utils.logging.disable_progress_bar()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     bench_solvers(arguments.width, arguments.rounds)

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts.bench.options import parser_of
+
 PEERS = {
     "llmcompressor": ["llmcompressor==0.14.0.1", "loguru", "compressed-tensors==0.20.1"],
     "gptqmodel": [
@@ -176,15 +178,11 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rows=32, length=96, rounds=1, threads=2)
     parser.add_argument("--model", type=Path, required=True, help="directory of a causal language model")
     parser.add_argument("--data", type=Path, required=True, help="rows of text that calibrate")
     parser.add_argument("--held-out", type=Path, required=True, help="rows of text that score")
     parser.add_argument("--work", type=Path, required=True, help="directory for packages and outputs")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=COMPILERS, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

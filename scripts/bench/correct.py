@@ -6,7 +6,6 @@ Writes a Llama of random weights (at least 2 GB), an emulator and an adapter to 
 turn a bare read of the bytes that the correction needs, and the correction, from the disk and from the system's cache.
 """
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -25,16 +24,12 @@ from scripts.bench.files import (
     write_emulator,
     write_original,
 )
+from scripts.bench.options import parser_of
 
 
 def main() -> None:
     """Make the files, time the pairs, print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=Shape.layers)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--ratio", type=float, default=0.25)
-    options = parser.parse_args()
+    options = parser_of(__doc__, runs=5, layers=Shape.layers, rank=16, ratio=0.25).parse_args()
     with tempfile.TemporaryDirectory(prefix="onelayer-bench-") as folder:
         os.environ["ONELAYER_HOME"] = f"{folder}/home"
         root, shape = Path(folder), Shape(layers=options.layers)

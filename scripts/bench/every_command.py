@@ -8,7 +8,6 @@ here, in turn with the commands. The script then compiles at three depths, width
 exponent of a power law. `--gpu` repeats the table with an 8B-shaped model in bfloat16 on the first GPU.
 """
 
-import argparse
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ from onelayer.compiler import (
 from onelayer.runtime import train_lora
 from scripts.bench.compile import make_model
 from scripts.bench.files import forget, measured, read_once, tensors_of
+from scripts.bench.options import parser_of
 
 RATIO, LORA_RANK, TRAIN_STEPS = 0.25, 8, (2, 8)
 REFINE_STEPS, STEP_SAMPLES = 20, 4
@@ -256,9 +256,7 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
 
 def main() -> None:
     """Print the table, the growth, and the table on a GPU if requested."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("width", 1024), ("layers", 4), ("samples", 16), ("tokens", 256), ("rounds", 3)):
-        parser.add_argument(f"--{option}", type=int, default=default)
+    parser = parser_of(__doc__, width=1024, layers=4, samples=16, tokens=256, rounds=3)
     parser.add_argument("--gpu", action="store_true", help="an 8B-shaped model on the first GPU (16 GB of disk)")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

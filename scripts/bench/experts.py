@@ -23,6 +23,7 @@ from onelayer.compiler import compile_emulator, evaluate_model
 from onelayer.compiler.compile.expert_factors import ExpertCalls
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.factors.moments import Moments
+from scripts.bench.options import parser_of
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 BATCH, LENGTH, RATE = 8, 128, 2e-3
@@ -30,13 +31,12 @@ BATCH, LENGTH, RATE = 8, 128, 2e-3
 
 def main() -> None:
     """Train the mixture, compile and score every variant at every ratio, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, steps=200)
     parser.add_argument("--model", required=True, help="directory of a small dense model; its MLPs are not used")
     parser.add_argument("--calibration", required=True, help="texts to train the experts on, and for the moments")
     parser.add_argument("--test", required=True, help="held-out texts for the loss")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--samples", type=int, nargs="+", default=[64, 4])
-    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--mixture", type=Path, required=True, help="directory of the trained mixture")
     arguments = parser.parse_args()
     if not arguments.mixture.exists():

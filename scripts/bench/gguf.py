@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from onelayer.compiler import evaluate_model, polish_adapter
+from scripts.bench.options import parser_of
 
 Pass = Callable[[Path], object]
 
@@ -66,13 +67,10 @@ def in_turns(run: Pass, first: Path, second: Path, rounds: int) -> list[tuple[fl
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=7, batch_size=8, max_length=256)
     parser.add_argument("--gguf", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--model", type=Path, required=True, help="directory of the same model in safetensors")
     parser.add_argument("--data", type=Path, required=True, help="rows to compute")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
     return parser.parse_args()
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.results import Report
 from scripts.bench.compile import make_model
+from scripts.bench.options import parser_of
 
 WIDTH, WIDE = 2048, 5632
 
@@ -70,11 +71,7 @@ class Benchmark:
     """Benchmarks of a streamed pass: against its floor, at depths in separate processes, and on a large checkpoint."""
 
     def __init__(self, description: str, **defaults: int) -> None:
-        self.parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        for option, default in defaults.items():
-            self.parser.add_argument(f"--{option}", type=int, default=default)
+        self.parser = parser_of(description, **defaults)
         self.parser.add_argument("--depths", type=int, nargs="+")
         self.parser.add_argument("--one-depth", action="store_true", help=argparse.SUPPRESS)
         self.parser.add_argument("--gigabytes", type=float)
@@ -116,8 +113,7 @@ class Benchmark:
 
 def main() -> int:
     """Make a checkpoint, compile it, print figures, compare with the allowance."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser = parser_of(__doc__, gigabytes=8.0)
     parser.add_argument("--allowance", type=float, default=2.0, help="GB of anonymous memory")
     parser.add_argument(
         "--directory", type=Path, help="directory of the checkpoint; default: the system's temporary one"

@@ -6,7 +6,6 @@ Writes a Llama of random weights (at least 2 GB) and an adapter of all its linea
 times in turn: reading the checkpoint; copying it with `cp` and flushing the copy; merging, which also flushes.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -17,15 +16,12 @@ from onelayer.compiler import merge_adapter
 from onelayer.compiler.storage.checkpoint import model_digest
 from onelayer.compiler.storage.files import sync
 from scripts.bench.files import Shape, forget, measured, read_once, spread, tensors_of, write_adapter, write_original
+from scripts.bench.options import parser_of
 
 
 def main() -> None:
     """Make the files, time the runs, print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=Shape.layers)
-    parser.add_argument("--rank", type=int, default=16)
-    options = parser.parse_args()
+    options = parser_of(__doc__, runs=5, layers=Shape.layers, rank=16).parse_args()
     with tempfile.TemporaryDirectory(prefix="onelayer-bench-") as folder:
         os.environ["ONELAYER_HOME"] = f"{folder}/home"
         root, shape = Path(folder), Shape(layers=options.layers)

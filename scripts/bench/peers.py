@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.machine.meter import Meter
+from scripts.bench.options import parser_of
 
 AIRLLM = "airllm==4.0.0"
 # The linears that airllm adapts in a decoder of its class.
@@ -228,13 +229,9 @@ def run_here(arguments: argparse.Namespace, number: int) -> None:
 
 def main() -> None:
     """Make the models, install what is compared, run each in a child process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=3, rows=4, tokens=128, layers=8)
     parser.add_argument("--work", type=Path, required=True, help="an empty or missing directory")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--width", type=int, default=512, help="of the model that is trained")
-    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=[work.__name__ for work in WORKS], help="default: all")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True)

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from onelayer.compiler import compile_emulator
 from onelayer.runtime import load_emulator
+from scripts.bench.options import parser_of
 
 DTYPES = (None, "bf16", "int8", "nf4")
 
@@ -49,14 +50,9 @@ def _adapted(arguments: argparse.Namespace, path: Path, dtype: Any) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, ratio=0.25, rounds=13, batch_size=4, max_length=256, lora_rank=8)
     parser.add_argument("--model", required=True, help="directory of a causal model")
     parser.add_argument("--train", required=True, help="calibration data")
-    parser.add_argument("--ratio", type=float, default=0.25)
-    parser.add_argument("--rounds", type=int, default=13)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--lora-rank", type=int, default=8)
     return parser.parse_args()
 
 

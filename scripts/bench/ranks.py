@@ -13,17 +13,16 @@ from typing import Any, get_args
 
 from onelayer.compiler import compile_emulator, evaluate_model
 from onelayer.compiler.factors.ranks import Allocation
+from scripts.bench.options import parser_of
 
 
 def main() -> None:
     """Compile both ways at every ratio, score, print a table; with --json write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, samples=64, max_length=512)
     parser.add_argument("--model", required=True, help="directory of a trained causal model")
     parser.add_argument("--calibration", required=True, nargs="+", help="texts for the moments")
     parser.add_argument("--test", required=True, help="held-out texts for the loss")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.25, 0.4])
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     print(f"{'ratio':>6} {'ranks by':10}{'layer weights':>15}{'summed error':>14}{'loss':>9}{'KL':>8}{'top-1':>8}")

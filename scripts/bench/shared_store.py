@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from scripts.bench.compile import make_model
+from scripts.bench.options import parser_of
 
 
 def write_manifest(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -67,11 +68,7 @@ def run_here(manifest: Path) -> None:
 
 def main() -> int:
     """Run both ways and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser = parser_of(__doc__, tasks=8, steps=10, width=256, layers=4)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

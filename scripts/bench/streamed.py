@@ -33,6 +33,7 @@ from onelayer.runtime import streamed_for_training
 from onelayer.runtime.sizes import parse_size, size
 from scripts.bench.files import forget
 from scripts.bench.memory import make_checkpoint, print_figures
+from scripts.bench.options import parser_of
 
 # A wanted ratio to the resident step, and to the floor of a step on a large checkpoint.
 MOST_RATIO, MOST_FLOORS = 1.15, 1.2
@@ -182,13 +183,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 def main() -> int:
     """Run the comparison, or the step on a large checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rows=8, tokens=256, pairs=3, rank=8)
     parser.add_argument("model", nargs="?", type=Path, help="directory of a causal model")
     parser.add_argument("--alone", choices=("resident", "streamed"))
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--cache", type=parse_size, default=0, help="host memory for the last layers")
     parser.add_argument("--gigabytes", type=float)
     parser.add_argument("--allowance", type=float, default=3.0, help="GB of anonymous memory")

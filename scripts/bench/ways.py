@@ -23,6 +23,7 @@ from onelayer.runtime.planning.train_memory import PlannedRun
 from onelayer.runtime.planning.ways import anchor_seconds
 from scripts.bench.files import Shape, write_emulator
 from scripts.bench.memory import WIDE, WIDTH, make_checkpoint
+from scripts.bench.options import parser_of
 from scripts.bench.streamed import uncached
 
 RATIO, RANK = 0.12, 8
@@ -71,10 +72,7 @@ def measured(model: Path, work: Path, given: argparse.Namespace) -> dict[str, fl
 
 def main() -> int:
     """Make the files, time each way, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=8)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser = parser_of(__doc__, gigabytes=8.0, rows=2, tokens=128)
     parser.add_argument("--every", type=int, nargs="+", default=[10, 4], help="steps between renewals")
     parser.add_argument("--directory", type=Path, help="directory of the files; default: a temporary one")
     given = parser.parse_args()

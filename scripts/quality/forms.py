@@ -30,9 +30,10 @@ from scripts.quality.forms_task import HELD_OUT, LENGTH, TASKS, TRAINED, check_r
 from scripts.quality.tables import JUDGED, with_shares
 
 ROWS, TEST_ROWS = 400, 128
+# The linears of this model are too small for codes at 0.12.
 EMULATORS = (
     *("qlora:1", "published:0.25", "nf4+anchor10:0.25", "coded+anchor10:0.25"),
-    *("published:0.12", "nf4+anchor10:0.12", "coded+anchor10:0.12", "nf4:0.25", "coded:0.25", "nf4:0.12", "coded:0.12"),
+    *("published:0.12", "nf4+anchor10:0.12", "nf4:0.25", "coded:0.25", "nf4:0.12"),
 )
 
 
