@@ -117,9 +117,8 @@ def test_the_adapter_is_the_present_one_at_each_renewal(pair_of: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapters_add_in_place_what_peft_adds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Says what broke if PEFT adds in another way."""
-    model: Any = quiet_peft(
-        torch.nn.Sequential(torch.nn.Linear(24, 40)).to(dtype), r=4, lora_alpha=8, target_modules=["0"], task_type=None
-    )
+    bare: Any = torch.nn.Sequential(torch.nn.Linear(24, 40)).to(dtype)
+    model: Any = quiet_peft(bare, r=4, lora_alpha=8, target_modules=["0"], task_type=None)
     torch.nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
     x = torch.randn(6, 24).to(dtype)
     real, calls = adapter_sums._InPlace.forward, list[str]()
