@@ -1,5 +1,6 @@
 """Losses and gradients of logits that are formed by slices of a head."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -32,36 +33,53 @@ class SlicedHead:
         return ((start, min(start + self.slice_rows, VOCAB)) for start in range(0, VOCAB, self.slice_rows))
 
 
-def gradient(dtype: torch.dtype, slice_rows: int, share: float, capped: bool) -> tuple[torch.Tensor, int]:
-    """Return the gradient of a sum of losses, times `share` over their number, and how many rows were read."""
+def gradient(
+    dtype: torch.dtype, slice_rows: int, share: float, capped: bool, ignored: bool = True
+) -> tuple[torch.Tensor, int]:
+    """Return the gradient of a sum of losses, times `share` over their number, and how many rows were read.
+
+    Without slices, logits are formed as a whole.
+    """
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
-    labels[::5] = IGNORED
+    if ignored:
+        labels[::5] = IGNORED
     head = SlicedHead(dtype, slice_rows)
-    formed = DeferredLogits.over(hidden, head, None).float()
-    logits = torch.tanh(formed / 5) * 5 if capped else formed
+    formed = DeferredLogits.over(hidden, head, None) if slice_rows else torch.nn.functional.linear(hidden, head.weight)
+    logits = torch.tanh(formed.float() / 5) * 5 if capped else formed.float()
     if share == 1:
         loss = torch.nn.functional.cross_entropy(logits, labels)
     else:
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * share / (TOKENS * 4 // 5)
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * share / (labels != IGNORED).sum()
     loss.backward()
     assert hidden.grad is not None
     return hidden.grad, head.rows_read
 
 
-@pytest.mark.parametrize("capped", [False, True])
-@pytest.mark.parametrize("share", [1, 0.25, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_of_one_slice_is_read_once_for_the_same_gradient(
+CASES = pytest.mark.parametrize(
+    ("dtype", "share", "capped"),
+    list(itertools.product([torch.float32, torch.bfloat16], [1, 0.25, 0.3], [False, True])),
+)
+
+
+@CASES
+def test_a_head_of_one_slice_gives_the_bits_of_the_resident_gradient(
     dtype: torch.dtype, share: float, capped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mean, and the mean over a power of two batches, to the bit; another scale to the rounding of the dtype."""
-    at_once, read_at_once = gradient(dtype, VOCAB, share, capped)
-    in_slices, _ = gradient(dtype, 16, share, capped)
-    monkeypatch.setattr(token_loss._Waiting, "is_one_slice", False)
-    in_turn, read_in_turn = gradient(dtype, VOCAB, share, capped)
-    assert (read_at_once, read_in_turn) == (VOCAB, 2 * VOCAB)
-    error = 4 * torch.finfo(dtype).eps * float(in_turn.abs().max())
-    torch.testing.assert_close(in_slices, in_turn, rtol=0, atol=error)
-    torch.testing.assert_close(at_once, in_turn, rtol=0, atol=0 if share != 0.3 else error)
+    """For the mean, and the mean over a power of two batches; for another scale up to the rounding of the dtype."""
+    monkeypatch.setattr(token_loss, "LOGITS_COPIES", 100)  # all in one piece, as the resident logits
+    found, rows_read = gradient(dtype, VOCAB, share, capped, ignored=False)
+    expected, _ = gradient(dtype, 0, share, capped, ignored=False)
+    error = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+    assert rows_read == VOCAB
+    torch.testing.assert_close(found, expected, rtol=0, atol=0 if share != 0.3 else error)
+
+
+@CASES
+def test_slices_give_the_gradient_of_the_whole(dtype: torch.dtype, share: float, capped: bool) -> None:
+    whole, _ = gradient(dtype, VOCAB, share, capped)
+    in_slices, rows_read = gradient(dtype, 16, share, capped)
+    assert rows_read == 2 * VOCAB
+    error = 4 * torch.finfo(dtype).eps * float(whole.abs().max())
+    torch.testing.assert_close(in_slices, whole, rtol=0, atol=error)

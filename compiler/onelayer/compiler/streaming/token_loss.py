@@ -6,7 +6,7 @@ size.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.token_scores import TokenScores
 
 Scale = float | torch.Tensor
+# Copies of logits in float32 that torch holds while it takes the gradient of their cross-entropy: the log-softmax, its
+# gradient, and that of the logits. Beyond 32 MiB glibc maps each of them anew, page by page.
+AT_ONCE_COPIES, AT_ONCE_BYTES = 3, 32 << 20
 
 
 @dataclass
@@ -136,9 +139,9 @@ def _score(waiting: Mapping[int, _Waiting], scales: Mapping[int, Scale]) -> None
     at_once = {index for index in scales if waiting[index].is_one_slice}
     for index in at_once:
         waiting[index].begin_gradient()
-    for index, rows, weight, bounds in _slices(waiting, sorted(waiting)):
+    for index, rows, weight, bounds in _slices(waiting, sorted(waiting), at_once):
         if index in at_once:
-            _add_gradient(waiting[index], rows, weight, bounds, scales[index])
+            _take_at_once(waiting[index], rows, weight, scales[index])
         else:
             logits, scores = waiting[index].logits, waiting[index].scores
             hidden_NH = waiting[index].hidden[rows].detach().to(weight.device)
@@ -155,9 +158,12 @@ def _differentiate(waiting: Mapping[int, _Waiting], scales: Mapping[int, Scale])
 
 
 def _slices(
-    waiting: Mapping[int, _Waiting], indices: Iterable[int]
+    waiting: Mapping[int, _Waiting], indices: Iterable[int], at_once: Collection[int] = ()
 ) -> Iterator[tuple[int, slice, torch.Tensor, tuple[int, int]]]:
-    """Every slice of the head once, with every piece of the waiting predictions that is as small as a slice."""
+    """Every slice of the head once, with every piece of the waiting predictions that is as small as a slice.
+
+    Pieces are smaller where torch takes the gradient of their cross-entropy, and of operations on logits.
+    """
     present = [index for index in indices if index in waiting]
     if not present:
         return
@@ -166,32 +172,47 @@ def _slices(
         weight = head.read(start, stop).to(device)
         for index in present:
             count = len(waiting[index].hidden)
-            # Logits that were capped or scaled are differentiated in smaller pieces, with their copies.
-            parts = 1 + -(-waiting[index].logits.derived_copies // LOGITS_COPIES)
-            step = max(1, min(SLICE_BYTES // (4 * (stop - start)), count) // parts)
+            copies = waiting[index].logits.derived_copies + (AT_ONCE_COPIES if index in at_once else LOGITS_COPIES)
+            step = min(SLICE_BYTES // (4 * (stop - start)), count) * LOGITS_COPIES // copies
+            step = max(1, min(step, AT_ONCE_BYTES // (4 * (stop - start))) if index in at_once else step)
             for first in range(0, count, step):
                 yield index, slice(first, min(first + step, count)), weight, (start, stop)
+
+
+def _take_at_once(waiting: _Waiting, rows: slice, weight: torch.Tensor, scale: Scale) -> None:
+    """Score some predictions by all their logits, and keep the gradient at their hidden states, times `scale`.
+
+    Both are torch's own, so that they have the bits of the resident model's.
+    """
+    assert waiting.gradient is not None
+    with torch.enable_grad():
+        hidden_NH = waiting.hidden[rows].detach().to(weight.device).requires_grad_()
+        losses_N = torch.nn.functional.cross_entropy(
+            waiting.logits.slice_of(hidden_NH, weight, 0, len(weight)).float(),
+            waiting.scores.labels_N[rows],
+            reduction="none",
+        )
+    waiting.scores.set_losses(rows, losses_N.detach())
+    (gradient_NH,) = torch.autograd.grad(losses_N, hidden_NH, torch.ones_like(losses_N) * scale)
+    waiting.gradient[rows] = gradient_NH.to(waiting.gradient.device, torch.float32)
 
 
 def _add_gradient(waiting: _Waiting, rows: slice, weight: torch.Tensor, bounds: tuple[int, int], scale: Scale) -> None:
     """Add to the gradient at some hidden states what a slice of the vocabulary gives: (softmax - one hot) W, scaled.
 
-    A slice that is the whole vocabulary is scored first. A `scale` that is a tensor has one value (1,), or one for each
-    prediction (N,).
+    A `scale` that is a tensor has one value for each prediction (N,).
     """
     assert waiting.gradient is not None
     start, stop = bounds
     with torch.enable_grad():
         hidden_NH = waiting.hidden[rows].detach().to(weight.device).requires_grad_()
         logits_NS = waiting.logits.slice_of(hidden_NH, weight, start, stop)
-    if waiting.is_one_slice:
-        waiting.scores.update(rows, logits_NS.detach(), start)
     gradient_NS = waiting.scores.probabilities(rows, logits_NS.detach())
     labels_N = waiting.scores.labels_N[rows]
     inside_N = ((labels_N >= start) & (labels_N < stop)).to(gradient_NS.dtype)
     places_N = (labels_N - start).clamp(0, stop - start - 1)
     gradient_NS.scatter_add_(1, places_N[:, None], -inside_N[:, None])
-    gradient_NS.mul_(scale[rows, None] if isinstance(scale, torch.Tensor) and len(scale) > 1 else scale)
+    gradient_NS.mul_(scale[rows, None] if isinstance(scale, torch.Tensor) else scale)
     (gradient_NH,) = torch.autograd.grad(logits_NS, hidden_NH, gradient_NS.to(logits_NS.dtype))
     waiting.gradient[rows] += gradient_NH.to(waiting.gradient.device, torch.float32)
 

@@ -35,6 +35,11 @@ class TokenScores:
         picked_N = logits_NS.gather(1, (self.labels_N[rows] - start).clamp(0, logits_NS.shape[1] - 1)[:, None])[:, 0]
         self._label_logit_N[rows] = torch.where(inside_N, picked_N, self._label_logit_N[rows])
 
+    def set_losses(self, rows: slice, losses_N: torch.Tensor) -> None:
+        """Set the cross-entropies of the predictions in `rows`, instead of their logits; best tokens stay unknown."""
+        self._highest_N[rows], self._sum_N[rows] = 0.0, 1.0
+        self._label_logit_N[rows] = -losses_N
+
     @property
     def log_sums(self) -> torch.Tensor:
         """The logarithm of the sum of the exponentials of all logits."""
