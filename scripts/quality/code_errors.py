@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onelayer.compiler.codes.encode import decode, encode
 from onelayer.compiler.codes.forms import code_width, coded_ranks, group_size
 from onelayer.compiler.codes.moments import BlockGram, block_products
-from onelayer.compiler.codes.residual import INPUT_DAMPING, Sides, product_of, residual_factors
-from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights, damped
+from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
+from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights
 
 HEAD = "lm_head"
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -190,8 +190,7 @@ def residual_of(linear: Linear, keep_bytes: float) -> tuple[torch.Tensor, int, t
     assert ranks[""] is not None
     moments = moments_of(linear.calibration.x)
     kept = decode(encode(linear.W, moments, width), linear.W.shape[1], torch.float32)
-    S = torch.linalg.cholesky(damped(moments, INPUT_DAMPING))[0].float()
-    return linear.W - kept, ranks[""], S
+    return linear.W - kept, ranks[""], Sides.of_inputs(moments).S[0]
 
 
 def moments_of(x: torch.Tensor) -> torch.Tensor:

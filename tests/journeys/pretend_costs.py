@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,22 @@ import torch
 
 from helpers import pretend_device
 from helpers.pretend_counts import COUNTS
+from helpers.resident_gradients import with_lora
 from helpers.tiny_models import causal, tiny_tokenizer
 from onelayer.compiler import compile_emulator, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.codes.encode import encode
+from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments
 from onelayer.compiler.factors.quantize import quantize_matrix
 from onelayer.compiler.machine.devices import forked_random
+from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.compiler.refine.job import UnitTraining
 from onelayer.compiler.results import Report
+from onelayer.runtime.anchors.anchors import Anchors
 from onelayer.runtime.modules.coded_linear import CodedLinear
+from onelayer.runtime.modules.low_rank_linear import load_emulator
 from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
 from onelayer.runtime.reporting.tables import report_line
 
@@ -138,6 +144,27 @@ def test_the_peak_does_not_grow_with_layers_or_samples_and_is_promised(tmp_path:
         assert report.peak_device_bytes <= report.largest_unit_bytes + report.workspace_bytes - RESERVE_BYTES
         peaks.append(report.peak_device_bytes)
     assert max(peaks) - min(peaks) < SMALL_BYTES
+
+
+@pytest.mark.usefixtures("pretend")
+def test_anchoring_holds_no_more_the_more_batches_wait_and_is_promised(tmp_path: Path) -> None:
+    path = prepared(tmp_path, 2, 4, hidden_size=64, intermediate_size=160)
+    compiled(path)
+    adapted = with_lora(load_emulator(path / "emulator")).to("pretend")
+    batch = {name: torch.ones(2, 12, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    peaks = []
+    with Meter(torch.device("pretend")) as meter:
+        facts = Emulator.open(path / "emulator").facts
+        anchors = Anchors(adapted, facts, path / "model", 2, meter, nullcontext)
+        for batches in (2, 8):
+            COUNTS.reset()
+            before = COUNTS.allocated_bytes
+            anchors.renew([batch] * batches)
+            peaks.append(COUNTS.peak_bytes - before)
+        report = anchors.report(every=8)
+    assert report.offset_bytes > 0
+    assert peaks[1] - peaks[0] < SMALL_BYTES
+    assert peaks[1] <= report.largest_unit_bytes + report.workspace_bytes - RESERVE_BYTES
 
 
 @pytest.mark.usefixtures("pretend")

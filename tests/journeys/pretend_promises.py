@@ -37,7 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {"keep_bytes": 0.4, "factor_dtype": "int8"},
     "coded": {"form": "coded", "keep_bytes": 0.25, "backward": False},
 }
-MOST_TIMES = 1.5
+MOST_TIMES, MOST_TIMES_OF_CODES = 1.5, 1.1
 STEPS: dict[str, Any] = {"steps": 2, "step_samples": 2}
 
 
@@ -54,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, layers in (("Llama", 2), ("Llama", 6), ("Gemma2", 2)):
         shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": 2048}
         causal(name, **shape).save_pretrained(path / f"{name} of {layers}")
+        tiny_tokenizer(path / f"{name} of {layers}")
     causal("Llama", **shape).bfloat16().save_pretrained(path / "in bfloat16")
     texts = [f"{count} " + "the quick brown fox jumps over the lazy dog " * 2 for count in range(4)]
     (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -119,6 +120,7 @@ PASSES: dict[str, Callable[..., Report]] = {
     "compile a mixture": partial(compiled, model="Mixtral", ratio=0.5),
     "compile to codes": partial(compiled, **FORMS["coded"]),
     "compile to codes, back too": partial(compiled, **FORMS["coded"] | {"backward": True}),
+    "compile to codes, back too, deeper": partial(compiled, model="Llama of 6", **FORMS["coded"] | {"backward": True}),
     "refine": partial(refined, form="plain"),
     "refine, back too": partial(refined, form="plain", backward=True),
     "refine int8": partial(refined, form="int8"),
@@ -144,4 +146,4 @@ def test_a_promise_is_kept_and_close(place: Path, monkeypatch: pytest.MonkeyPatc
     peak = report.peak_device_bytes - before
     promised = report.largest_unit_bytes + report.workspace_bytes - RESERVE_BYTES
     print(f"{name}: promised {promised}, measured {peak}, {promised / peak:.2f} times")
-    assert peak <= promised <= MOST_TIMES * peak
+    assert peak <= promised <= (MOST_TIMES_OF_CODES if "to codes" in name else MOST_TIMES) * peak

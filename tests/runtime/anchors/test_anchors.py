@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from helpers.anchored_models import Pair
+from helpers.peft_adapters import quiet_peft
 from helpers.resident_gradients import checkpointing, distance, gradients
 from onelayer.runtime import compress_activations
+from onelayer.runtime.anchors import adapter_sums
 
 NAMES = ("llama", "gpt2", "classifier", "t5", "mixtral")
 
@@ -110,6 +112,33 @@ def test_the_adapter_is_the_present_one_at_each_renewal(pair_of: Any) -> None:
         for model in (pair.original, pair.emulator):
             model.load_state_dict(kept, strict=False)
     assert not torch.equal(before, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_add_in_place_what_peft_adds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Says what broke if PEFT adds in another way."""
+    bare: Any = torch.nn.Sequential(torch.nn.Linear(24, 40)).to(dtype)
+    model: Any = quiet_peft(bare, r=4, lora_alpha=8, target_modules=["0"], task_type=None)
+    torch.nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    x = torch.randn(6, 24).to(dtype)
+    real, calls = adapter_sums._InPlace.forward, list[str]()
+
+    def noted(layer: Any, active_adapter: str, x: Any, result: Any, **further: Any) -> torch.Tensor:
+        calls.append(active_adapter)
+        before = result.data_ptr()
+        found = real(layer, active_adapter, x, result, **further)
+        assert found.data_ptr() == before
+        return found
+
+    monkeypatch.setattr(adapter_sums._InPlace, "forward", noted)
+    with torch.no_grad():
+        wanted = model(x)
+        with adapter_sums.added_in_place(model):
+            found = model(x)
+        again = model(x)
+    assert calls == ["default"]
+    assert torch.equal(again, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
 
 
 def test_anchoring_draws_no_random_numbers_and_leaves_the_mode(pair_of: Any) -> None:

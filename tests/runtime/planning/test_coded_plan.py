@@ -68,8 +68,9 @@ def test_what_is_counted_is_what_a_compile_makes(tmp_path: Path) -> None:
     loads = UnitLoads()
     for unit in streamed.units:
         loads.note(unit, torch.empty(1, 16, 1, device="meta"), None)
+    inputs = {unit.position: [128, 128, 128, 192] for unit in streamed.units if unit.is_block}  # q, k, v read the same
     promised = streamed.largest_unit_bytes + selection.coded_workspace(
-        streamed, selection.Choice(ranks, {}), loads, on_gpu=False
+        streamed, selection.Choice(ranks, {}), loads, on_gpu=False, inputs=inputs
     )
     # On a host the pass adds the unit that is read ahead and a reserve; norms count as matrices in neither.
     further = streamed.largest_unit_bytes + RESERVE_BYTES

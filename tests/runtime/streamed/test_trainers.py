@@ -91,7 +91,7 @@ def test_an_encoder_decoder_that_is_evaluated_by_what_it_generates(tmp_path: Pat
     assert len(trainer.predict(trainer.eval_dataset, max_new_tokens=5).predictions) == 6
 
 
-@pytest.mark.parametrize(("make", "save"), [(sft, saved("mixtral")), (classes, saved_bert)])
+@pytest.mark.parametrize(("make", "save"), [(sft, saved("mixtral")), (sequences, saved("t5")), (classes, saved_bert)])
 def test_trainers_resume(make: Make, save: Save, tmp_path: Path) -> None:
     save(tmp_path / "model")
     saving = {"save_strategy": "steps", "save_steps": 1}

@@ -163,7 +163,8 @@ def _finished(
         streamed, job.ranks, job.stack_ranks, job.loads, settings.factor_dtype, keeps_whole, meter.on_gpu
     )
     if settings.form == "coded":
-        workspace = coded_workspace(streamed, job.chosen, job.loads, meter.on_gpu, backward=settings.backward is True)
+        backward = settings.backward is True
+        workspace = coded_workspace(streamed, job.chosen, job.loads, meter.on_gpu, backward=backward, inputs=job.inputs)
     elif settings.backward:
         workspace += backward_workspace(streamed, job.ranks, job.loads, meter.on_gpu)
     workspace += job.spill_pool.budget_bytes if settings.backward and not meter.on_gpu else 0

@@ -64,6 +64,8 @@ class Compilation:
         # Units that some batch reached after they were written; those visits are not in their moments.
         self.revisited: set[str] = set()
         self.loads = UnitLoads()
+        # The features of the inputs whose moments were gathered in blocks, by the position of their unit.
+        self.inputs: dict[int, list[int]] = {}
         self._watched: set[str] = set()
         self._meter: Meter | None = None
         self._batches = 1  # of all processes
@@ -162,6 +164,9 @@ class Compilation:
         self, unit: Unit, linears: dict[str, torch.nn.Module], hooks: MomentHooks, experts: Sequence[ExpertCalls]
     ) -> None:
         """Compress the weights of a resident unit, write its shard and show its largest error."""
+        if hooks.sides:
+            read = {id(gram): gram.features for gram in hooks.inputs.values()}
+            self.inputs[unit.position] = list(read.values())
         add_up_moments(hooks, self.team)
         for calls in experts:
             calls.gather(self.team)

@@ -1,6 +1,6 @@
 """What of a model is compressed, decided from shapes alone: linears, ranks, and the memory and disk it will take."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeWidth, coded_bytes, coded_ranks, group_size
@@ -156,12 +156,19 @@ def stacked_parameters(streamed: StreamedModel, but: Collection[str] = ()) -> in
 
 
 def coded_workspace(
-    streamed: StreamedModel, chosen: Choice, loads: UnitLoads, on_gpu: bool, *, backward: bool = True
+    streamed: StreamedModel,
+    chosen: Choice,
+    loads: UnitLoads,
+    on_gpu: bool,
+    *,
+    backward: bool = True,
+    inputs: Mapping[int, Sequence[int]] | None = None,
 ) -> int:
     """Predict what a compile to codes holds in addition to the largest unit, from shapes alone.
 
     That is what coding a unit takes (`coding_bytes`), and after it one expert at a time; on a host the unit that is
-    read ahead, and a reserve.
+    read ahead, and a reserve. `inputs` are the features of what a unit's linears read, by its position, where it is
+    known which read the same.
     """
     head = head_workspace(streamed, loads.most_rows) if backward else 0
     worst = 0
@@ -169,7 +176,7 @@ def coded_workspace(
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in chosen.linears]
         graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         ahead = 0 if on_gpu else unit.weight_bytes
-        coding = coding_bytes(shapes, graph, head, on_gpu)
+        coding = coding_bytes(shapes, graph, head, on_gpu, (inputs or {}).get(unit.position), backward)
         rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
         experts = [
             _expert_workspace(found, chosen, rows, value_bytes, RESIDUAL_DTYPE, on_gpu)

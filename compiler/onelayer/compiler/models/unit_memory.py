@@ -211,21 +211,33 @@ def solving_bytes(linears: Sequence[CompiledShape], on_gpu: bool = False) -> int
     return solver + (2 * max(stored, default=0) if on_gpu else sum(stored))
 
 
-def coding_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int, on_gpu: bool) -> int:
+def coding_bytes(
+    shapes: Iterable[tuple[int, int]],
+    graph: int,
+    head: int,
+    on_gpu: bool,
+    inputs: Iterable[int] | None = None,
+    backward: bool = True,
+) -> int:
     """Bound what coding the linears (out, in) of a unit holds in addition to its weights.
 
-    The moments of both sides of all of them in float64, with the `graph` of one micro-batch while they are gathered;
-    then the factors of both sides of one, and its weight in float32 six times as it is coded and its residual solved.
-    Before that, slices of the `head` and their gradients. A host keeps holes of each while it has the others. Kept
-    unit inputs are not in it: they lie on the host, or in files if the host is the device.
+    `inputs` are the features of what they read, once for linears that read the same; None if each reads its own.
+    The moments of the inputs and, with `backward`, of the gradients at the outputs of all of them in float64, with the
+    `graph` of one micro-batch while they are gathered; then the factors of both sides of one, its weight in float32
+    seven times as it is coded and its residual solved, and what is stored of it and of the one before. Before that,
+    slices of the `head` and their gradients. A host keeps holes of each while it has the others. Kept unit inputs are
+    not in it: they lie on the host, or in files if the host is the device.
     """
     linears = list(shapes)
-    sides = [8 * (columns * group_size(columns) + rows * OUTPUT_BLOCK) for rows, columns in linears]
+    read = [columns for _, columns in linears] if inputs is None else list(inputs)
+    of_outputs = [8 * rows * OUTPUT_BLOCK if backward else 0 for rows, _ in linears]
+    sides = sum(of_outputs) + sum(8 * columns * group_size(columns) for columns in read)
+    own = [
+        8 * columns * group_size(columns) + outputs for (_, columns), outputs in zip(linears, of_outputs, strict=True)
+    ]
     values = max((rows * columns for rows, columns in linears), default=0)
-    solver = 4 * max(sides, default=0) + 24 * values
-    if on_gpu:
-        return max(sum(sides) + max(graph, solver), head)
-    return sum(sides) + solver + graph + head
+    solver = 4 * max(own, default=0) + (7 * 4 + 1) * values
+    return max(sides + max(graph, solver), head) if on_gpu else sides + solver + graph + head
 
 
 def weighing_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int) -> int:

@@ -24,6 +24,7 @@ from onelayer.compiler.models.units import Unit
 from onelayer.compiler.streaming.spill import SpillPool
 from onelayer.compiler.streaming.stream import Batch
 from onelayer.compiler.streaming.unit_loads import UnitLoads
+from onelayer.runtime.anchors.adapter_sums import added_in_place
 from onelayer.runtime.anchors.hooks import AnchorHooks, Call
 from onelayer.runtime.anchors.original import AdaptedOriginal, compressed_units, emulated_modules
 from onelayer.runtime.anchors.report import AnchorReport
@@ -93,7 +94,7 @@ class Anchors:
         )
         calls = [model_calls(batch, self.adapted) for batch in batches]
         inputs = [call for each in calls for call in each]
-        with evaluating(self.adapted):
+        with evaluating(self.adapted), added_in_place(self.adapted, self.original.streamed.model):
             found = iter(stream.find(inputs))
         self._waiting.extend([(call.get("input_ids"), next(found)) for call in each] for each in calls)
         self._renewals += 1

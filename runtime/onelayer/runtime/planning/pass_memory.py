@@ -26,7 +26,7 @@ from onelayer.compiler.models.unit_memory import (
 )
 from onelayer.runtime.planning.coded import coded_emulator, coded_experts, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
-from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, lora_parameters, sub_blocks
+from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, inputs_read, lora_parameters, sub_blocks
 from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, expert_factor_bytes, values_at
 
 # With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
@@ -226,7 +226,7 @@ def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = T
 
     def coding(block: BlockShape) -> int:
         graph = _graph(shapes, block, batch_tokens, on_gpu=on_gpu)
-        linears = coding_bytes(_sides(block), graph, head, on_gpu)
+        linears = coding_bytes(_sides(block), graph, head, on_gpu, inputs_read(block))
         return max(linears, _coded_expert_bytes(shapes, block))
 
     return max(block.parameters * shapes.value_bytes + coding(block) for block, _ in shapes.kinds)

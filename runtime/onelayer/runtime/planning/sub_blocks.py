@@ -75,6 +75,15 @@ def sub_blocks(block: BlockShape) -> tuple[SubBlock, ...]:
     return tuple(parts)
 
 
+def inputs_read(block: BlockShape) -> list[int]:
+    """List the features of what compressible linears read, once for those of a sub-block that read the same."""
+    compressed, found = set(block.compressible), list[int]()
+    for part in sub_blocks(block):
+        found += {linear.in_features for linear in part.readers if linear in compressed}
+        found += [part.closing.in_features] if part.closing in compressed else []
+    return found
+
+
 def expert_parts(shapes: ModelShapes, block: BlockShape) -> tuple[int, int]:
     """Return the summed reader width of a token's active experts, and their inner width; zeros without experts."""
     if block.experts is None:
