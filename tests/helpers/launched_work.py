@@ -3,19 +3,31 @@
 import errno
 import json
 import os
+import signal
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+import onelayer.compiler
+from helpers.children import at_call
 from helpers.launched import run_command
-from onelayer.compiler.machine.distributed import processes
-from onelayer.runtime.training.guarded import GuardedTrainer
+from onelayer.compiler.machine import distributed
+from onelayer.compiler.machine.distributed import end_processes, processes
+from onelayer.compiler.results import Result
+from onelayer.compiler.streaming import spill
+
+# A function's name, what it is given, and its keywords.
+Call = tuple[str, Sequence[Any], dict[str, Any]]
 
 
 def run_with_environment(arguments: Sequence[str]) -> None:
@@ -24,23 +36,73 @@ def run_with_environment(arguments: Sequence[str]) -> None:
     run_command(arguments[1:])
 
 
-def run_with_full_disk(arguments: Sequence[str]) -> None:
-    """Run a command; the disk of the second process is full when it writes its part of a checkpoint."""
+@dataclass(frozen=True)
+class Fault:
+    """What befalls one process: a signal, or a full disk ("ENOSPC"), in a call (from 1) of an object's function."""
 
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    rank: int
+    act: str
+    place: str  # as `module:object`
+    name: str
+    call: int
 
-    if processes().rank == 1:
-        GuardedTrainer._save_rng_state = full  # type: ignore[method-assign, assignment]
-    run_command(arguments)
+    def strikes(self) -> None:
+        """Send the signal to this process, or raise what the system raises."""
+        if self.act == "ENOSPC":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.kill(os.getpid(), signal.Signals[self.act])
+
+
+def run_with_fault(arguments: Sequence[str]) -> None:
+    """Run the command of all arguments but the first, which is a fault as JSON. All that can wait waits in files."""
+    fault = Fault(**json.loads(arguments[0]))
+    spill.SMALLEST_BYTES, spill.DEFAULT_SHARE = 1, 0.0
+    if processes().rank == fault.rank:
+        place = resolve_name(fault.place)
+        setattr(place, fault.name, at_call(place, fault.name, fault.call, fault.strikes))
+    run_command(arguments[1:])
+
+
+def wait_alone(arguments: Sequence[str]) -> None:
+    """Run a command in process 0. The other, which ends without one, sends SIGTERM there as a launcher then does."""
+    store, *_ = next(rendezvous("env://"))
+    if processes().is_first:
+        store.set("process", str(os.getpid()))
+        run_command(arguments)
+    while not store.add(distributed._HERE, 0):
+        time.sleep(0.01)
+    os.kill(int(store.get("process")), signal.SIGTERM)
+    sys.exit(1)
+
+
+def run_calls(arguments: Sequence[str]) -> None:
+    """Call functions of `onelayer.compiler`, which the first argument lists as JSON; print their results."""
+    torch.set_num_threads(1)
+    results = [result.model_dump(mode="json") for result in called(json.loads(arguments[0]))]
+    if processes().is_first:
+        print(json.dumps({"results": results}, indent=2))
+    end_processes()
+
+
+def called(calls: Sequence[Call]) -> list[Result]:
+    """Call functions of `onelayer.compiler`, one after the other."""
+    return [getattr(onelayer.compiler, name)(*given, **keywords) for name, given, keywords in calls]
 
 
 def compare_sharded(arguments: Sequence[str]) -> None:
-    """Print, as JSON, how an emulator that FSDP2 spreads over the processes differs from the whole one."""
+    """Print, as JSON, how emulators that FSDP2 spreads over the processes differ from the whole ones."""
     torch.set_num_threads(1)
+    results = [sharded_figures(directory) for directory in arguments]
+    if processes().is_first:
+        print(json.dumps({"results": results}, indent=2))
+    end_processes()
+
+
+def sharded_figures(directory: str) -> dict[str, Any]:
+    """Compare losses and gradients of an emulator with those of its parts in all processes."""
     torch.manual_seed(0)
     team = processes()
-    model = AutoModelForCausalLM.from_pretrained(arguments[0])
+    model = AutoModelForCausalLM.from_pretrained(directory)
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapted: Any = get_peft_model(model, lora)
     ids = torch.arange(3, 15)[None] + team.rank
@@ -63,7 +125,7 @@ def compare_sharded(arguments: Sequence[str]) -> None:
     held_bytes = team.gather(sum(item.to_local().nbytes for item in held))
     sharded_loss, found = loss_and_gradients()
     full: dict[str, Any] = {name: gradient.full_tensor() for name, gradient in found.items()}  # type: ignore[attr-defined]
-    figures = {
+    return {
         "losses": [loss, sharded_loss],
         "same_names": full.keys() == wanted.keys(),
         "largest": max(float(gradient.abs().max()) for gradient in full.values()),
@@ -71,7 +133,3 @@ def compare_sharded(arguments: Sequence[str]) -> None:
         "packed_bytes": packed_bytes,
         "held_bytes": held_bytes,
     }
-    if team.is_first:
-        print(json.dumps(figures, indent=2))
-    team.wait()
-    distributed.destroy_process_group()

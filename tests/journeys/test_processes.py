@@ -1,24 +1,33 @@
-"""Several processes, as `torchrun` starts them: the results of one process, one output, failures in one line."""
+"""Several processes, as `torchrun` starts them: the results of one process, and one output."""
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.commands.launch import launch_command_parser  # type: ignore[import-untyped]
 from accelerate.utils.launch import prepare_multi_gpu_env  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 
+from helpers.children import at_call
 from helpers.launched import Launched, launch
-from helpers.launched_work import compare_sharded, run_with_environment, run_with_full_disk
-from helpers.peft_adapters import load_original, random_adapter
+from helpers.launched_work import Call, called, compare_sharded, run_calls, run_with_environment
+from helpers.media_files import picture
+from helpers.peft_adapters import random_adapter
 from helpers.tiny_models import causal, save_tiny, tiny_tokenizer
-from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
-from onelayer.compiler.adapters.reader import Adapter
+from onelayer.compiler import compile_emulator
+from onelayer.compiler.adapters.reader import WEIGHTS_FILE, Adapter
 from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.polish.job import PolishJob
+from onelayer.compiler.polish.resume import STATE_FILE
+from onelayer.compiler.refine.job import UnitTraining
 from onelayer.compiler.storage.digests import sha256_file
+from onelayer.compiler.storage.safetensors_format import read_header
+from onelayer.runtime import train_lora
+from scripts.sweep.classifiers import prepare
+from scripts.sweep.vision_models import save_vision_model
 
 TEXTS = [f"the quick brown fox {count} jumps over the lazy dog" + " again" * (count % 3) for count in range(7)]
 SMALL: dict[str, Any] = {"max_length": 16, "batch_size": 1}
@@ -26,12 +35,10 @@ SMALL: dict[str, Any] = {"max_length": 16, "batch_size": 1}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its emulator, an adapter and data: an odd number of rows, of several lengths."""
+    """A model, its emulator and data."""
     path: Path = tmp_path_factory.mktemp("processes")
     save_tiny("llama", path / "model")
-    (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    compile_emulator(path / "model", path / "data.jsonl", path / "emulator", **SMALL, keep_bytes=0.4)
-    random_adapter(load_original(path / "model"), path / "adapter", size=0.1, r=2, target_modules=["q_proj"])
+    compile_emulator(path / "model", texts(path), path / "emulator", **SMALL, keep_bytes=0.4)
     return path
 
 
@@ -45,11 +52,33 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def document(launched: Launched) -> Any:
-    """The JSON that process 0 printed, once all have ended well."""
+def printed_by_first(launched: Launched) -> list[Any]:
+    """The results that process 0 printed as JSON, once all have ended well."""
     assert set(launched.codes) == {0}, launched.printed
     printed = "\n" + launched.printed
-    return json.JSONDecoder().raw_decode(printed[printed.index("\n{") + 1 :])[0]
+    results: list[Any] = json.JSONDecoder().raw_decode(printed[printed.index("\n{") + 1 :])[0]["results"]
+    return results
+
+
+def by_one(calls: Sequence[Call]) -> list[Any]:
+    """The results of calls in this process."""
+    return [result.model_dump(mode="json") for result in called(calls)]
+
+
+def by_several(count: int, calls: Sequence[Call], logs: Path) -> list[Any]:
+    """The results of calls in several processes."""
+    return printed_by_first(launch(count, [json.dumps(calls, default=str)], logs, work=run_calls))
+
+
+def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as a .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(path: Path) -> Path:
+    """Write an odd number of rows, of several lengths."""
+    return written(path / "data.jsonl", [{"text": text} for text in TEXTS])
 
 
 def weights(directory: Path) -> dict[str, str]:
@@ -74,7 +103,7 @@ def accelerated(count: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
 def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: Path, launcher: str) -> None:
-    sizes = ["--batch-size", "2", "--max-length", "16", "--max-steps", "3", "--lora-rank", "2"]
+    sizes = options(batch_size=2, max_length=16, max_steps=2, lora_rank=2)
     command = ["train", place / "emulator", "--data", place / "data.jsonl", "--output", tmp_path / "adapter", *sizes]
     variables = accelerated(2) if launcher == "accelerate launch" else {}
     assert bool(variables) == (launcher == "accelerate launch")
@@ -85,20 +114,22 @@ def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "logs"}
 
 
-def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path: Path) -> None:
+PAIRS = [{"prompt": text, "chosen": " it is five", "rejected": " rome"} for text in TEXTS]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path: Path, method: str) -> None:
     """Each process anchors its own rows: half of each step's, whose batch is twice as large in one process."""
-    sizes = ["--max-length", "16", "--max-steps", "4", "--lora-rank", "2", "--learning-rate", "0.01"]
-    anchor = ["--model", place / "model", "--anchor-every", "3", "--anchor-bits", "32"]
+    rows = PAIRS if method == "dpo" else [{"text": text} for text in TEXTS]
     # An even number of rows: of an odd one, the last step of an epoch would take a row twice in two processes.
-    data = tmp_path / "even.jsonl"
-    data.write_text("\n".join(json.dumps({"text": text}) for text in [*TEXTS, TEXTS[0]]))
-    found = []
-    for count in (1, 2):
-        command = ["train", place / "emulator", "--data", data, "--output", tmp_path / f"of {count}"]
-        launched = launch(count, [*command, *sizes, *anchor, "--batch-size", 4 // count], tmp_path / f"logs {count}")
-        assert launched.codes == [0] * count, launched.printed
-        found.append(json.loads((tmp_path / f"of {count}" / "onelayer.json").read_text())["training"])
-    one, two = found
+    data = written(tmp_path / "even.jsonl", [*rows, rows[0]])
+    sizes = {"max_length": 64, "max_steps": 4, "lora_rank": 2, "learning_rate": 0.01, "method": method}
+    given: dict[str, Any] = {"model": place / "model", "anchor_every": 3, "anchor_bits": 32, **sizes}
+    train_lora(place / "emulator", data, tmp_path / "of 1", batch_size=4, **given)
+    command = ["train", place / "emulator", *options(data=data, output=tmp_path / "of 2", batch_size=2, **given)]
+    launched = launch(2, command, tmp_path / "logs")
+    assert launched.codes == [0, 0], launched.printed
+    one, two = (json.loads((tmp_path / f"of {count}" / "onelayer.json").read_text())["training"] for count in (1, 2))
     assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], rel=1e-4)
     assert one["losses"][3] != one["losses"][0]
     # Each epoch has two steps. Each process reads the original once for each renewal.
@@ -107,155 +138,163 @@ def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path
     assert two["anchors"]["offset_bytes"] < one["anchors"]["offset_bytes"]
 
 
-@pytest.mark.parametrize("form", [{"form": "coded", "keep_bytes": 0.25}, {"form": "factors", "ratio": 0.3}], ids=str)
-def test_a_pass_back_in_two_processes_gives_what_one_gives(
-    place: Path, wide: Path, tmp_path: Path, form: dict[str, Any]
-) -> None:
-    compile_emulator(wide, place / "data.jsonl", tmp_path / "one", **SMALL, **form, backward=True)
-    command = ["compile", wide, "--backward", *options(calibration=place / "data.jsonl", **SMALL, **form)]
-    document(launch(2, [*command, "--output", tmp_path / "two", "--json"], tmp_path / "logs"))
-    one, two = (Emulator.open(tmp_path / name) for name in ("one", "two"))
+def reader_of_images(path: Path) -> tuple[Any, Path]:
+    """Save a model that reads images; its rows have one, none or two."""
+    for number, size in enumerate([(50, 40), (40, 64)]):
+        picture(*size, seed=number).save(path / f"{number}.png")
+    said = {"role": "assistant", "content": "a thing"}
+    rows = [
+        {"images": images, "messages": [{"role": "user", "content": "<image>" * len(images) + "what is it?"}, said]}
+        for images in (["0.png"], [], ["0.png", "1.png"])
+    ]
+    return save_vision_model("llava", path / "model"), written(path / "rows.jsonl", rows)
+
+
+# What saves a model in a directory with data, and how many processes there are.
+KINDS: dict[str, tuple[Callable[[Path], tuple[Any, Path]], int]] = {
+    "text": (lambda path: (save_tiny("llama", path / "model"), texts(path)), 3),
+    "experts": (lambda path: (save_tiny("mixtral", path / "model"), texts(path)), 2),
+    "images": (reader_of_images, 2),
+    "classes of images": (lambda path: (prepare("vit", path), path / "data"), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_do_not_depend_on_the_number_of_processes(tmp_path: Path, kind: str) -> None:
+    make, count = KINDS[kind]
+    original, data = make(tmp_path)
+    model, adapter, sizes = tmp_path / "model", tmp_path / "adapter", {"max_length": 256, "batch_size": 1}
+    random_adapter(original, adapter, size=0.1, r=2, target_modules=["q_proj"], task_type=None)
+
+    def calls(root: Path) -> list[Call]:
+        emulator = root / "emulator"
+        given = {"emulator": emulator, "model": model, "data": data, "output": root / "corrected", **sizes}
+        return [
+            ("compile_emulator", [model, data, emulator], {"ratio": 0.5, **sizes}),
+            ("evaluate_model", [model, data], {"adapters": [adapter], "against": emulator, **sizes}),
+            ("correct_adapter", [adapter], given),
+        ]
+
+    roots = tmp_path / "of one", tmp_path / "of more"
+    found = by_one(calls(roots[0])), by_several(count, calls(roots[1]), tmp_path / "logs")
+    for one, more in zip(*found, strict=True):
+        for result, root in zip((one, more), roots, strict=True):
+            del result["report"]
+            result.update(json.loads(json.dumps(result).replace(str(root), "")))
+        assert one == more
+    for name in ("emulator", "corrected"):
+        assert weights(roots[0] / name) == weights(roots[1] / name)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "coded": {"form": "coded", "keep_bytes": 0.25},
+    "factors": {"form": "factors", "ratio": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def steps(place: Path, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
+    """The results, by name, of one and of two processes for what is equal up to rounding; outputs lie in a directory.
+
+    Two processes also go on with what one was stopped in.
+    """
+    root: Path = tmp_path_factory.mktemp("steps")
+    model, data = place / "model", place / "data.jsonl"
+    refined = {"model": model, "calibration": data, "steps": 3, "step_samples": 3, **SMALL}
+    polished = {"model": model, "data": data, "steps": 2, "batch_size": 4, "lora_rank": 2, "max_length": 16}
+
+    def calls(run: str) -> dict[str, Call]:
+        found: dict[str, Call] = {
+            "refine": ("refine_emulator", [place / "emulator"], {"output": root / run / "refine", **refined}),
+            "polish": ("polish_adapter", [None], {"output": root / run / "polish", **polished}),
+        }
+        for form, settings in FORMS.items():
+            fields = {**SMALL, **settings, "backward": True}
+            found[form] = ("compile_emulator", [wide, data, root / run / form], fields)
+        return found
+
+    stopped = [calls("stopped")[name] for name in ("refine", "polish")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONELAYER_HOME", str(root / "home"))
+        with patch.context() as stopping:
+            for stepping, name in ((UnitTraining, "_train"), (PolishJob, "_step")):
+                stopping.setattr(stepping, name, at_call(stepping, name, 2, interrupt))
+            for call in stopped:
+                with pytest.raises(KeyboardInterrupt):
+                    called([call])
+        begun = read_header(root / "stopped" / ".polish.polish" / STATE_FILE)[1]["history"]
+        one, two = calls("one"), calls("two")
+        of_two = by_several(2, [*two.values(), *stopped], root / "logs")
+    found = {name: [*pair] for name, *pair in zip(one, by_one([*one.values()]), of_two, strict=False)}
+    for name, result in zip(("refine", "polish"), of_two[len(two) :], strict=True):
+        found[name].append(result)
+    return root, {**found, "begun": json.loads(begun)["steps"]}
+
+
+def interrupt() -> None:
+    """Stop as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pass_back_in_two_processes_gives_what_one_gives(steps: tuple[Path, Any], form: str) -> None:
+    one, two = (Emulator.open(steps[0] / run / form) for run in ("one", "two"))
     assert one.facts.codes == two.facts.codes
-    assert bool(one.facts.codes) == (form["form"] == "coded")
+    assert bool(one.facts.codes) == (form == "coded")
     for name in one.facts.compressed:
         (first, second), (other, another) = one.factors(name), two.factors(name)
         found = [a if b is None else a @ b for a, b in ((first, second), (other, another))]
         assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
 
 
-def test_bad_input_is_one_line_whatever_the_number_of_processes(place: Path, tmp_path: Path) -> None:
-    command = ["evaluate", place / "nowhere", "--data", place / "data.jsonl"]
-    launched = launch(2, command, tmp_path / "logs")
-    assert launched.codes == [2, 2]
-    assert launched.printed.count("onelayer: error") == 1
-    refused = launch(
-        2, ["slice", place / "emulator", "--ratio", "0.2", "--output", tmp_path / "out"], tmp_path / "more"
-    )
-    assert refused.codes == [2, 2]
-    assert "start it without torchrun" in refused.printed
-
-
-def test_sums_do_not_depend_on_the_number_of_processes(place: Path, tmp_path: Path) -> None:
-    model, data = place / "model", place / "data.jsonl"
-    compiled = ["compile", model, *options(calibration=data, output=tmp_path / "emulator", keep_bytes=0.4, **SMALL)]
-    document(launch(3, [*compiled, "--json"], tmp_path / "logs"))
-    assert weights(tmp_path / "emulator") == weights(place / "emulator")
-
-    scored = evaluate_model(model, data, adapters=[place / "adapter"], against=place / "emulator", **SMALL)
-    command = ["evaluate", model, *options(data=data, adapter=place / "adapter", against=place / "emulator", **SMALL)]
-    found = document(launch(2, [*command, "--json"], tmp_path / "logs"))
-    assert found["results"] == scored.model_dump(mode="json")["results"]
-    assert scored.against is not None
-    assert found["against"]["kl_per_token"] == scored.against.kl_per_token
-
-    given: dict[str, Any] = {"emulator": place / "emulator", "model": model, "data": data}
-    correct_adapter(place / "adapter", output=tmp_path / "one", **given)
-    document(
-        launch(
-            2, ["correct", place / "adapter", *options(output=tmp_path / "two", **given), "--json"], tmp_path / "logs"
-        )
-    )
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
-
-
-def test_steps_of_several_processes_are_those_of_one_up_to_rounding(place: Path, tmp_path: Path) -> None:
-    model, data = place / "model", place / "data.jsonl"
-    steps: dict[str, Any] = {"steps": 3, "step_samples": 3, **SMALL}
-    refined = refine_emulator(place / "emulator", model=model, calibration=data, output=tmp_path / "refined", **steps)
-    fields = {"model": model, "calibration": data, "output": tmp_path / "refined-by-two", **steps}
-    found = document(launch(2, ["refine", place / "emulator", *options(**fields), "--json"], tmp_path / "logs"))
-    wanted = [unit.after for unit in refined.units]
-    assert [unit["after"] for unit in found["units"]] == pytest.approx(wanted, rel=1e-5)
-
-    steps = {"steps": 2, "batch_size": 4, "lora_rank": 2, "max_length": 16}
-    polished = polish_adapter(None, model=model, data=data, output=tmp_path / "polished", **steps)
-    fields = {"model": model, "data": data, "output": tmp_path / "polished-by-two", **steps}
-    found = document(launch(2, ["polish", *options(**fields), "--json"], tmp_path / "logs"))
-    assert [step["loss"] for step in found["steps"]] == pytest.approx([step.loss for step in polished.steps], rel=1e-6)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("polished", "polished-by-two"))
+def test_steps_of_two_processes_are_those_of_one_up_to_rounding(steps: tuple[Path, dict[str, list[Any]]]) -> None:
+    """Also where two processes go on with what one has begun."""
+    root, found = steps
+    for result in found["refine"][1:]:
+        wanted = [unit["after"] for unit in found["refine"][0]["units"]]
+        assert [unit["after"] for unit in result["units"]] == pytest.approx(wanted, rel=1e-5)
+    for result in found["polish"][1:]:
+        wanted = [step["loss"] for step in found["polish"][0]["steps"]]
+        assert [step["loss"] for step in result["steps"]] == pytest.approx(wanted, rel=1e-6)
+    one, two, stopped = (load_file(root / run / "polish" / WEIGHTS_FILE) for run in ("one", "two", "stopped"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert max(float((one[name] - stopped[name]).abs().max()) for name in one) < 1e-5
+    # What one process had finished was not done again.
+    assert found["polish"][2]["steps"][0] == found["begun"][0]
+    assert found["refine"][2]["units"][0] == found["refine"][0]["units"][0]
 
 
-def test_a_killed_process_ends_the_others_at_once_and_one_process_resumes(tmp_path: Path) -> None:
-    causal("Llama", num_hidden_layers=6).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(tmp_path / "model")
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    compiled = ["compile", tmp_path / "model", *options(calibration=data, output=tmp_path / "cut", ratio=0.5, **SMALL)]
-    first_unit = tmp_path / ".cut.compile" / "unit-00000.json"
-    launched = launch(2, compiled, tmp_path / "logs", kill=(1, first_unit))
-    assert launched.codes == [1, -9], launched.printed
-    assert launched.printed.count("onelayer: error") == 1
-    assert "another process" in launched.printed
-    assert launched.seconds < 10
-    assert first_unit.exists()
-    compile_emulator(tmp_path / "model", data, tmp_path / "cut", ratio=0.5, **SMALL)
-    compile_emulator(tmp_path / "model", data, tmp_path / "whole", ratio=0.5, **SMALL)
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+def test_bad_input_is_one_line_whatever_the_number_of_processes(place: Path, tmp_path: Path) -> None:
+    for command, said in (
+        (["evaluate", place / "nowhere", "--data", place / "data.jsonl"], "nowhere"),
+        (["slice", place / "emulator", "--ratio", "0.2", "--output", tmp_path / "out"], "start it without torchrun"),
+    ):
+        launched = launch(2, command, tmp_path / "logs")
+        assert launched.codes == [2, 2]
+        assert launched.printed.count("onelayer: error") == 1
+        assert said in launched.printed
 
 
-@pytest.mark.parametrize("form", ["factors", "coded"])
-def test_fsdp_spreads_an_emulator_over_the_processes(place: Path, wide: Path, tmp_path: Path, form: str) -> None:
-    """The packed tensors too: each process holds a part, and losses and gradients are those of the whole emulator."""
-    compiled: dict[str, Any] = {"form": form, "keep_bytes": 0.25, "backward": False}
-    compile_emulator(wide, place / "data.jsonl", tmp_path / "emulator", **SMALL, **compiled)
-    found = document(launch(2, [tmp_path / "emulator"], tmp_path / "logs", work=compare_sharded))
-    assert found["same_names"]
-    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
-    assert found["error"] < 1e-5 * found["largest"]
-    assert sum(found["held_bytes"]) == found["packed_bytes"] > 0
-    assert max(found["held_bytes"]) < 0.6 * found["packed_bytes"]
-
-
-def test_more_processes_than_batches(place: Path, tmp_path: Path) -> None:
-    data = tmp_path / "one.jsonl"
-    data.write_text(json.dumps({"text": TEXTS[0]}))
+def test_one_of_four_processes_prints_though_there_are_fewer_batches(place: Path, tmp_path: Path) -> None:
+    data = written(tmp_path / "few.jsonl", [{"text": text} for text in TEXTS[:3]])
     compile_emulator(place / "model", data, tmp_path / "one", **SMALL, keep_bytes=0.4)
-    compiled = ["compile", place / "model", *options(calibration=data, output=tmp_path / "two", keep_bytes=0.4)]
-    document(launch(2, [*compiled, *options(**SMALL), "--json"], tmp_path / "logs"))
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    fields = options(calibration=data, output=tmp_path / "four", keep_bytes=0.4, **SMALL)
+    launched = launch(4, ["compile", place / "model", *fields, "--json"], tmp_path / "logs")
+    assert launched.codes == [0] * 4, launched.printed
+    assert launched.printed.count('"linears"') == 1
+    assert weights(tmp_path / "four") == weights(tmp_path / "one")
 
 
-def failed(launched: Launched, message: str) -> None:
-    """Check that all processes failed soon, and that one of them said why."""
-    assert 0 not in launched.codes, launched.printed
-    assert launched.printed.count("onelayer: error") == 1, launched.printed
-    assert message in launched.printed
-    assert launched.seconds < 10
-
-
-TRAINED = {"batch_size": 1, "max_length": 16, "lora_rank": 2, "save_steps": 1}
-
-
-def test_a_full_disk_in_one_process_of_a_training_ends_all(place: Path, tmp_path: Path) -> None:
-    command = ["train", place / "emulator", *options(data=place / "data.jsonl", output=tmp_path / "out", **TRAINED)]
-    failed(launch(2, command, tmp_path / "logs", work=run_with_full_disk), "the disk is full")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path: Path) -> None:
-    """One of two rows has the token of the broken embedding, so one process alone sees it in the first step."""
-    model = causal("Llama", tie_word_embeddings=False)
-    tokenizer = tiny_tokenizer(tmp_path / "model")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("?")] = float("nan")
-    model.save_pretrained(tmp_path / "model")
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"text": text}) for text in ("the quick fox", "the quick fox?")))
-    command = ["train", tmp_path / "model", *options(data=data, output=tmp_path / "out", **TRAINED)]
-    failed(launch(2, command, tmp_path / "logs"), "the loss is nan in step 1")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_of_a_training_ends_the_other(place: Path, tmp_path: Path, rank: int) -> None:
-    fields = {**TRAINED, "data": place / "data.jsonl", "output": tmp_path / "out", "max_steps": 1000}
-    launched = launch(
-        2,
-        ["train", place / "emulator", *options(**fields)],
-        tmp_path / "logs",
-        kill=(rank, tmp_path / ".out.training" / "checkpoint-1" / "complete"),
-    )
-    assert launched.codes[rank] == -9
-    failed(launched, "another process")
-    assert not (tmp_path / "out").exists()
+def test_fsdp_spreads_an_emulator_over_the_processes(place: Path, wide: Path, tmp_path: Path) -> None:
+    """The packed tensors too: each process holds a part, and losses and gradients are those of the whole emulator."""
+    for form in ("factors", "coded"):
+        compiled: dict[str, Any] = {"form": form, "keep_bytes": 0.25, "backward": False}
+        compile_emulator(wide, place / "data.jsonl", tmp_path / form, **SMALL, **compiled)
+    launched = launch(2, [tmp_path / "factors", tmp_path / "coded"], tmp_path / "logs", work=compare_sharded)
+    for found in printed_by_first(launched):
+        assert found["same_names"]
+        assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-6)
+        assert found["error"] < 1e-5 * found["largest"]
+        assert sum(found["held_bytes"]) == found["packed_bytes"] > 0
+        assert max(found["held_bytes"]) < 0.6 * found["packed_bytes"]

@@ -129,7 +129,8 @@ class StopRequest:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        if processes().is_first:
+        # A launcher sends SIGTERM to all when one fails, which says why.
+        if processes().is_first and (processes().is_alone or number == signal.SIGINT):
             os.write(2, f"\nstopping when this {self._unit} is finished; interrupt again to stop now\n".encode())
 
     def is_asked(self) -> bool:

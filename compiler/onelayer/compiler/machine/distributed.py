@@ -6,6 +6,7 @@ on itself alone, so decisions are made together, over gloo. Torch-free until som
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,10 @@ _MOST_HOURS = 24
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a process waits for the launcher's store when it reports a failure.
 _REPORT_SECONDS = 5
+# What the processes count in the launcher's store: those that are here, and those that failed.
+_HERE, _FAILURES = "onelayer/here", "onelayer/failures"
+# How often a process looks whether all are here.
+_LOOK_SECONDS = 0.02
 
 
 # In what gloo raises when a process has gone; the error has no class of its own.
@@ -138,13 +143,9 @@ class Processes:
 
     def _call(self, collective: str, *arguments: Any, **keywords: Any) -> None:
         """Call one of PyTorch's collectives. Raises `ProcessEndedError` if a process has gone."""
-        import torch
         import torch.distributed as distributed
 
-        if not distributed.is_initialized():
-            on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
-            backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(hours=_MOST_HOURS))
+        begin_processes()
         try:
             getattr(distributed, collective)(*arguments, **keywords)
         except RuntimeError as error:
@@ -168,6 +169,32 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if not processes().is_alone else 1
 
 
+def begin_processes() -> None:
+    """Begin the group of all processes, if there are several and it was not begun, when all of them are here.
+
+    From then on each notices at once if another ends. Until then a signal or another's failure ends the wait: inside
+    PyTorch's own it would not. Raises `ProcessEndedError` if another failed.
+    """
+    if processes().is_alone:
+        return
+    import torch
+    import torch.distributed as distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    if distributed.is_initialized():
+        return
+    most = timedelta(hours=_MOST_HOURS)
+    store, rank, count = next(rendezvous("env://", timeout=most))
+    store.add(_HERE, 1)
+    while store.add(_HERE, 0) < count:
+        if store.add(_FAILURES, 0):
+            raise ProcessEndedError
+        time.sleep(_LOOK_SECONDS)
+    on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=most)
+
+
 def reports_failure() -> bool:
     """Whether this process is the one that reports the run's failure: the first that fails, as others fail over it."""
     team = processes()
@@ -177,7 +204,7 @@ def reports_failure() -> bool:
 
     host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=_REPORT_SECONDS)
     try:
-        return TCPStore(host, port, is_master=False, timeout=wait).add("onelayer/failures", 1) == 1
+        return TCPStore(host, port, is_master=False, timeout=wait).add(_FAILURES, 1) == 1
     except Exception:  # the store goes with the process that holds it
         return team.is_first
 

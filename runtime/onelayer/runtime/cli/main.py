@@ -12,7 +12,13 @@ import typer
 from typer.exceptions import TyperException
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.machine.distributed import end_processes, named_failure, processes
+from onelayer.compiler.machine.distributed import (
+    begin_processes,
+    end_processes,
+    named_failure,
+    processes,
+    reports_failure,
+)
 from onelayer.runtime.cli.app import app
 from onelayer.runtime.cli.command import print_error
 
@@ -30,6 +36,9 @@ RESUME = {
 # What several processes of one launcher do together.
 SHARED = ("compile", "correct", "evaluate", "polish", "refine", "train")
 
+# The exit code of a command that Ctrl-C ends; typer returns it too.
+INTERRUPTED = 130
+
 # PEFT imports bitsandbytes if it is installed, which then warns about a kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -45,13 +54,18 @@ def _invoke(arguments: list[str]) -> int:
     try:
         _treat_termination_as_interrupt()
         _check_launcher(arguments[0])
+        begin_processes()
         code = typer.main.get_command(app).main(args=arguments, prog_name="onelayer", standalone_mode=False)
+        if code != INTERRUPTED:
+            end_processes()
     except TyperException as error:
         context = getattr(error, "ctx", None)  # the subcommand with the mistake
         command = context.command_path if context is not None else "onelayer"
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", error.exit_code)
     except InputError as error:
         return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
     except Exception as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
@@ -61,12 +75,9 @@ def _invoke(arguments: list[str]) -> int:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-    if code == 130:  # typer turns Ctrl-C into this
+    if code == INTERRUPTED and reports_failure():
         advice = RESUME.get(arguments[0], "nothing half-written is kept, run the same command again")
-        if processes().is_first:
-            typer.echo(f"onelayer: interrupted; {advice}", err=True)
-        return 130
-    end_processes()
+        typer.echo(f"onelayer: interrupted; {advice}", err=True)
     return code if isinstance(code, int) else 0
 
 
@@ -87,5 +98,7 @@ def _treat_termination_as_interrupt() -> None:
 
 
 def _fail(text: str, code: int) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to all when one fails
     print_error(text)
     return code
