@@ -227,9 +227,11 @@ class _SlicedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: torch.Tensor, logits: DeferredLogits, labels_N: torch.Tensor) -> torch.Tensor:
         waiting = ctx.waiting = _Waiting(logits, hidden_NH.detach(), TokenScores(labels_N))
-        ctx.scale_1 = (torch.ones(1, dtype=logits.dtype, device=labels_N.device) / len(labels_N)).float()
+        # Autocast computes a loss in float32, whatever the logits are.
+        dtype = torch.float32 if torch.is_autocast_enabled(hidden_NH.device.type) else logits.dtype
+        ctx.scale_1 = (torch.ones(1, dtype=dtype, device=labels_N.device) / len(labels_N)).float()
         _score({0: waiting}, {0: ctx.scale_1} if ctx.needs_input_grad[0] else {})
-        return waiting.scores.losses.to(logits.dtype)
+        return waiting.scores.losses.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
