@@ -103,6 +103,7 @@ def polish_adapter(
         opened, adapted, state = task.open(work)
         streamed = adapted.streamed
         state.restore(work)
+        team.wait()  # a process that fails from here on may remove what others would still read
         on_unit = _on_unit(adapted, stop)
         stream = GradientStream(streamed, device, meter, on_unit=on_unit, spill_pool=spill_pool, team=team)
         held_out = task.held_out_batches(streamed.config)
