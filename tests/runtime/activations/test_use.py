@@ -114,6 +114,9 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
             parallel(**batch).loss.backward()
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         assert equal(found, alone)
+        # Whoever drops the group last waits for its threads. A model that does holds the interpreter's lock, which they
+        # may be waiting for.
+        del parallel
     finally:
         torch.distributed.destroy_process_group()
 
