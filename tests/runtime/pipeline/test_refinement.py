@@ -125,7 +125,7 @@ def test_a_refined_emulator_lists_no_outdated_errors(tmp_path: Path, capsys: pyt
     result = refine_emulator(tmp_path / "emulator", output=tmp_path / "refined", **given)
     before, after = (inspect_path(tmp_path / name) for name in ("emulator", "refined"))
     assert after["refined"]["units"] == [unit.model_dump(mode="json") for unit in result.units]
-    errors = {"error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error"}
+    errors = {"error", "optimal_error", "unquantised_error", "prefix_errors", "dense_error", "gradient_error"}
     assert len(before["linears"]) == 8
     for one, other in zip(before["linears"], after["linears"], strict=True):
         assert errors < one.keys()
