@@ -190,14 +190,18 @@ class Machine(OnDevice):
     ] = None
 
 
-class Resumable(Machine):
-    """A pass that can go on where it was interrupted."""
+class Resumed(Settings):
+    """Whether a pass goes on where it was interrupted."""
 
     resume: Annotated[
         bool,
         Field(description="Take up an interrupted run with the same settings, or start over."),
         Option(flags="--resume/--no-resume"),
     ] = True
+
+
+class Resumable(Machine, Resumed):
+    """A pass with a device and host memory that can go on where it was interrupted."""
 
 
 class Revised(Settings):

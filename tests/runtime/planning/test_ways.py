@@ -10,7 +10,7 @@ from onelayer.runtime.modules.block_speed import block_flops_per_second
 from onelayer.runtime.planning.choice import choose
 from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import Seconds, Speed, seconds_at
-from onelayer.runtime.planning.train_memory import PlannedRun
+from onelayer.runtime.planning.train_memory import PlannedRun, active_values, factor_values
 from onelayer.runtime.planning.ways import WayCost, anchor_seconds, fastest_way, way_costs
 
 GIB = 1 << 30
@@ -49,7 +49,13 @@ def test_factors_train_at_a_rate_of_their_own() -> None:
         return anchor_seconds(LLAMA_8B, 0.12, PlannedRun(8, 512, coded=coded), speed, 1000)
 
     factors = seconds(slow, coded=False)
-    assert factors.train_step == pytest.approx(4 * seconds(quick, coded=False).train_step, rel=0.05)
+    # The head and the embedding are whole.
+    narrow = factor_values(LLAMA_8B, 0.12)
+    linears = sum(linear.parameters for block in LLAMA_8B.blocks for linear in block.compressible)
+    assert narrow == pytest.approx(0.12 * linears, rel=0.01)
+    assert factor_values(LLAMA_8B, 1.0) == 0
+    slower = 1 + 3 * narrow / active_values(LLAMA_8B, 0.12)
+    assert factors.train_step == pytest.approx(slower * seconds(quick, coded=False).train_step, rel=0.05)
     assert factors.polish_step == seconds(quick, coded=False).polish_step
     assert renewal(slow, coded=False) > renewal(quick, coded=False)
     assert seconds(slow, coded=True) == seconds(quick, coded=True)

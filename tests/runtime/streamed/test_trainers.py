@@ -8,8 +8,8 @@
 | resume | yes | yes | yes | yes |
 | bfloat16 | yes | yes | yes | |
 
-`generate` of each is compared in `test_streamed_model.py`, and so is the loss of the one that has logits in bfloat16,
-which torch computes with less than float32 on a CPU.
+`generate` of each is compared in `test_streamed_model.py`, and so is the encoder-decoder's loss in bfloat16: there the
+resident model's own states differ by whether gradients are taken.
 """
 
 from collections.abc import Callable

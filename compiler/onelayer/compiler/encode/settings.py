@@ -4,7 +4,7 @@ from typing import Annotated, TypedDict
 
 from pydantic import Field, PositiveFloat
 
-from onelayer.compiler.settings import OnDevice, Option, Revised, Seeded, Settings
+from onelayer.compiler.settings import OnDevice, Option, Resumed, Revised, Seeded, Settings
 
 
 class EncodedPictures(Settings):
@@ -29,14 +29,8 @@ class EncodedPictures(Settings):
     ] = None
 
 
-class EncodeSettings(Seeded, OnDevice, Revised, EncodedPictures):
+class EncodeSettings(Seeded, OnDevice, Resumed, Revised, EncodedPictures):
     """What can be set of an encoding."""
-
-    resume: Annotated[
-        bool,
-        Field(description="Take up an interrupted run with the same settings, or start over."),
-        Option(flags="--resume/--no-resume"),
-    ] = True
 
 
 class EncodeKeywords(TypedDict, total=False):

@@ -5,7 +5,7 @@ from typing import Annotated, Self, TypedDict
 from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from onelayer.compiler.errors import InputError
-from onelayer.compiler.settings import Must, OnDevice, Option, Revised, Seeded, Settings, option_name
+from onelayer.compiler.settings import Must, OnDevice, Option, Resumed, Revised, Seeded, Settings, option_name
 
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Prompts = Annotated[list[Prompt], Field(min_length=1), Option(flags="--prompt"), Must("say what to draw")]
@@ -60,14 +60,8 @@ class TrainedPictures(Settings):
         return Pictures(prompts=self.sample_prompt, steps=self.sample_steps, resolution=self.sample_resolution)
 
 
-class SampleSettings(Seeded, OnDevice, Revised, Drawing):
+class SampleSettings(Seeded, OnDevice, Resumed, Revised, Drawing):
     """What can be set of sample pictures."""
-
-    resume: Annotated[
-        bool,
-        Field(description="Take up an interrupted run with the same settings, or start over."),
-        Option(flags="--resume/--no-resume"),
-    ] = True
 
 
 class SampleKeywords(TypedDict, total=False):

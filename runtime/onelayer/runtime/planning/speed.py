@@ -12,7 +12,7 @@ from onelayer.compiler.results import Result, round_significant
 from onelayer.compiler.storage.checkpoint import Checkpoint
 from onelayer.compiler.storage.files import BUFFER_BYTES
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.train_memory import PlannedRun, active_values
+from onelayer.runtime.planning.train_memory import PlannedRun, active_values, factor_values
 
 READ_SECONDS = 0.5
 SECONDS_DIGITS = 2  # durations are rough
@@ -39,9 +39,10 @@ class Speed(Result):
     device: str
     factor_flops_per_second: float | None = None
 
-    def emulator_flops_per_second(self, coded: bool) -> float:
-        """Return the rate of an emulator: codes are decoded to whole weights."""
-        return self.flops_per_second if coded else self.factor_flops_per_second or self.flops_per_second
+    @property
+    def narrow_flops_per_second(self) -> float:
+        """The rate in factors."""
+        return self.factor_flops_per_second or self.flops_per_second
 
 
 class Seconds(Result):
@@ -102,6 +103,13 @@ def _blocks(descriptor: int) -> Iterator[int]:
         yield len(block)
 
 
+def emulator_seconds(speed: Speed, shapes: ModelShapes, ratio: float, coded: bool) -> float:
+    """Predict the seconds of one operation in each weight of an emulator. Codes are decoded to whole weights."""
+    narrow = 0 if coded else factor_values(shapes, ratio)
+    whole = active_values(shapes, ratio, coded) - narrow
+    return whole / speed.flops_per_second + narrow / speed.narrow_flops_per_second
+
+
 def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float, float]:
     """Predict what codes add to a compile: the search for codes with feedback, and the pass back over the samples."""
     linears = [(linear, 1) for block in shapes.blocks for linear in block.compressible]
@@ -142,12 +150,11 @@ def seconds_at(
         compile_backward=round_significant(backward[1], SECONDS_DIGITS) if coded else None,
         refine=round_significant(
             max(read, FORWARD * active * REFINE_SAMPLES * max_length / flops)
-            + FORWARD * ratio * active * refined_tokens / speed.emulator_flops_per_second(coded),
+            + FORWARD * ratio * active * refined_tokens / (flops if coded else speed.narrow_flops_per_second),
             SECONDS_DIGITS,
         ),
         train_step=round_significant(
-            train * active_values(shapes, ratio, coded) * planned.tokens / speed.emulator_flops_per_second(coded),
-            SECONDS_DIGITS,
+            train * planned.tokens * emulator_seconds(speed, shapes, ratio, coded), SECONDS_DIGITS
         ),
         correct=round_significant(read, SECONDS_DIGITS),
         correct_1000_tokens=round_significant(FORWARD * active * 1000 * runs / flops, SECONDS_DIGITS),

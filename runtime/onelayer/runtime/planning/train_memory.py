@@ -115,6 +115,17 @@ def active_values(shapes: ModelShapes, ratio: float, coded: bool = False) -> int
     return shapes.active_parameters - spared
 
 
+def factor_values(shapes: ModelShapes, ratio: float) -> int:
+    """Count those of `active_values` that are in low-rank factors; other weights are whole."""
+    found = 0
+    for block, count in shapes.kinds:
+        active = 0 if block.experts is None else min(shapes.experts_per_token, block.experts.count)
+        for linears, times in ((block.compressible, 1), (block.stacks, active)):
+            kept = ((linear.parameters, values_at(linear, ratio)) for linear in linears)
+            found += count * times * sum(values for whole, values in kept if values < whole)
+    return found
+
+
 def expert_factor_bytes(shapes: ModelShapes, ratio: float) -> int:
     """Predict the bytes of the largest block's expert factors, which are gathered on the host."""
     return shapes.value_bytes * max(

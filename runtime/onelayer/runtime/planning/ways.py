@@ -25,11 +25,18 @@ from onelayer.runtime.planning.choice import (
 from onelayer.runtime.planning.coded import LEAST_RATIO, coded_emulator
 from onelayer.runtime.planning.pass_memory import PROCESS_BYTES, renewal_bytes, streamed_bytes
 from onelayer.runtime.planning.shapes import ModelShapes
-from onelayer.runtime.planning.speed import BACKWARD, FORWARD, RECOMPUTE, SECONDS_DIGITS, Seconds, Speed
+from onelayer.runtime.planning.speed import (
+    BACKWARD,
+    FORWARD,
+    RECOMPUTE,
+    SECONDS_DIGITS,
+    Seconds,
+    Speed,
+    emulator_seconds,
+)
 from onelayer.runtime.planning.train_memory import (
     PlannedRun,
     TrainMemory,
-    active_values,
     emulator_bytes,
     train_memory,
 )
@@ -73,8 +80,7 @@ def anchor_seconds(shapes: ModelShapes, ratio: float, planned: PlannedRun, speed
     Reading and computing of the original overlap; the emulator's units run on the same rows.
     """
     original = FORWARD * shapes.active_parameters * planned.tokens / speed.flops_per_second
-    values, flops = active_values(shapes, ratio, planned.coded), speed.emulator_flops_per_second(planned.coded)
-    emulator = FORWARD * values * planned.tokens / flops
+    emulator = FORWARD * planned.tokens * emulator_seconds(speed, shapes, ratio, planned.coded)
     return max(shapes.stored_bytes / speed.read_bytes_per_second / every, original) + emulator
 
 
