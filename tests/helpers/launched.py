@@ -8,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ def _child(rank: int, count: int, port: int, work: Work, arguments: Sequence[str
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in launched.items()}
     os.environ |= {"ONELAYER_HOME": home, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     _print_to(Path(directory) / f"printed-{rank}")
     work(arguments)
 

@@ -69,12 +69,12 @@ def test_anchoring_stays_within_the_prediction_however_many_steps_wait(tmp_path:
     prepare(tmp_path, causal("Llama", num_hidden_layers=2, **shape), [{"text": WORDS * 60}])
     measured(compiled, tmp_path, own_store, max_length=128)
     rows, tokens = 8, 256
-    reports = [measured(anchored, tmp_path, own_store, batches=each, rows=rows, tokens=tokens) for each in (1, 17)]
+    reports = [measured(anchored, tmp_path, own_store, batches=each, rows=rows, tokens=tokens) for each in (1, 33)]
     for report in reports:
         check_promise(report)
-    states_bytes = 16 * rows * tokens * shape["hidden_size"] * 4
+    states_bytes = 32 * rows * tokens * shape["hidden_size"] * 4
     grown = reports[1].peak_device_bytes - reports[0].peak_device_bytes
-    assert grown < states_bytes // 2, "hidden states of 16 more batches wait in files, not in memory"
+    assert grown < states_bytes // 2, "hidden states of 32 more batches wait in files, not in memory"
 
 
 def test_the_holes_that_steps_leave_stay_within_the_prediction(tmp_path: Path, own_store: Path) -> None:
