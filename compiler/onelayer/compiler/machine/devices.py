@@ -9,12 +9,13 @@ from torch.utils._pytree import tree_map_only
 
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.distributed import local_rank, processes
+from onelayer.compiler.machine.half_products import quicken_half_products
 
 
 def pick_device(name: str | None) -> torch.device:
     """Return the named device; without a name a GPU, else the CPU. Raises `InputError` if not available.
 
-    Of several processes each takes the GPU of its own number.
+    Of several processes each takes the GPU of its own number. A CPU is made quick in half precision.
     """
     own = "cuda" if processes().is_alone else f"cuda:{local_rank()}"
     if name is None:
@@ -24,6 +25,8 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(1, device=device).item()  # `meta` holds no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available ({str(error).splitlines()[0]}); use cpu or cuda") from None
+    if device.type == "cpu":
+        quicken_half_products()
     return device
 
 

@@ -82,6 +82,7 @@ def _loaded(directory: Path, adapter: str | Path | None) -> Any:
     from onelayer.compiler.adapters.reader import Adapter
     from onelayer.compiler.data.classes import is_transcriber
     from onelayer.compiler.libraries.transformers_models import load_config, model_class
+    from onelayer.compiler.machine.half_products import quicken_half_products
     from onelayer.compiler.storage.checkpoint import Checkpoint
 
     checkpoint, config = Checkpoint.open(directory), load_config(directory)
@@ -97,6 +98,7 @@ def _loaded(directory: Path, adapter: str | Path | None) -> Any:
     packed: dict[str, Any] = (
         {"gguf_file": checkpoint.files[0].name, "dtype": config.dtype} if checkpoint.is_gguf else {}
     )
+    quicken_half_products()
     model: Any = cls.from_pretrained(directory, device_map="auto", **packed)
     if adapter is not None:
         from peft import PeftModel

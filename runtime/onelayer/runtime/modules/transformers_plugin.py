@@ -28,6 +28,7 @@ from onelayer.compiler.emulators.facts import StackFacts, WeightsFile
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
 from onelayer.compiler.factors.stored_forms import known_factor_dtype
+from onelayer.compiler.machine.half_products import quicken_half_products
 from onelayer.runtime.modules.coded_linear import CodedLinear
 from onelayer.runtime.modules.low_rank_experts import CompressedExperts, compress_experts, freeze_experts
 from onelayer.runtime.modules.low_rank_linear import CompressedLinear, LowRankLinear
@@ -123,6 +124,7 @@ class EmulatorQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         settings = self.quantization_config
+        quicken_half_products()  # a trainer that is not ours asks for no device of ours
         replaced = replace_linears(model, settings.modules, settings.quantization, settings.codes)
         experts = replace_stacks(model, settings.stacks, settings.quantization)
         factors = [name for module in replaced for name in module.factors]

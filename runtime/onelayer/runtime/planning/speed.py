@@ -68,9 +68,10 @@ def try_speed(file: Path, dtype_bytes: int) -> Speed:
     """Measure reading a file and computing a block, for about two seconds in all."""
     import torch
 
+    from onelayer.compiler.machine.devices import pick_device
     from onelayer.runtime.modules.block_speed import block_flops_per_second
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(None)
     dtype = torch.bfloat16 if dtype_bytes == 2 else torch.float32
     return Speed(
         read_bytes_per_second=_try_reading(file),
