@@ -36,9 +36,16 @@ def run_with_environment(arguments: Sequence[str]) -> None:
     run_command(arguments[1:])
 
 
+# How long a process sleeps that is late: others do in that time what they can without it.
+LATE_SECONDS = 1.5
+
+
 @dataclass(frozen=True)
 class Fault:
-    """What befalls one process: a signal, or a full disk ("ENOSPC"), in a call (from 1) of an object's function."""
+    """What befalls one process in a call (from 1) of an object's function.
+
+    It is a signal, a full disk ("ENOSPC"), or that the process is late ("late").
+    """
 
     rank: int
     act: str
@@ -47,7 +54,10 @@ class Fault:
     call: int
 
     def strikes(self) -> None:
-        """Send the signal to this process, or raise what the system raises."""
+        """Send the signal to this process, raise what the system raises, or sleep."""
+        if self.act == "late":
+            time.sleep(LATE_SECONDS)
+            return
         if self.act == "ENOSPC":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.kill(os.getpid(), signal.Signals[self.act])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.children import interrupt
 from helpers.launched import Launched, launch
 from helpers.launched_work import Fault, run_with_fault, wait_alone
 from helpers.peft_adapters import load_original, random_adapter
@@ -49,6 +50,7 @@ def keywords(place: Path, command: str, rows: str = "good") -> dict[str, Any]:
         "polish": {"model": model, "data": data, "steps": 2, "batch_size": 8, "lora_rank": 2, "max_length": 64},
         "evaluate": {"data": data, "batch_size": 1, "max_length": 64},
         "correct": {"model": model, "data": data, "emulator": place / "emulator"},
+        "correct without data": {"model": model, "emulator": place / "emulator"},
     }
     return given[command]
 
@@ -56,14 +58,14 @@ def keywords(place: Path, command: str, rows: str = "good") -> dict[str, Any]:
 def subject(place: Path, command: str) -> list[Path | None]:
     """Return what a command is given without a name."""
     names = {"refine": "emulator", "train": "emulator", "correct": "adapter"}
-    return [None if command == "polish" else place / names.get(command, "model")]
+    return [None if command == "polish" else place / names.get(command.split()[0], "model")]
 
 
 def launched(place: Path, tmp_path: Path, command: str, fault: Fault | None = None, rows: str = "good") -> Launched:
     """Run a command in two processes."""
     given = keywords(place, command, rows) | ({} if command == "evaluate" else {"output": tmp_path / "out"})
     options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
-    found = [command, *(path for path in subject(place, command) if path is not None), *options]
+    found = [command.split()[0], *(path for path in subject(place, command) if path is not None), *options]
     if fault is None:
         return launch(2, found, tmp_path / "logs")
     return launch(2, [json.dumps(asdict(fault)), *found], tmp_path / "logs", work=run_with_fault)
@@ -120,6 +122,13 @@ BAD_ROWS = [
 ]
 
 
+# Where a process can be late: while it reads what an earlier run left, or before it looks whether the output is free.
+LATE = {
+    "compile": ("onelayer.compiler.compile.resume", "sha256_file"),
+    "correct without data": ("onelayer.compiler.correct.command", "check_output"),
+}
+
+
 def check_ended(ended: Launched, *messages: str) -> None:
     """Check that all processes ended soon, and that one line says why."""
     printed = [line for line in ended.printed.splitlines() if "onelayer: note: " not in line]
@@ -157,6 +166,22 @@ def test_a_full_disk(place: Path, tmp_path: Path, command: str, rank: int, modul
     ended = launched(place, tmp_path, command, Fault(rank, "ENOSPC", module, function, 2))
     check_ended(ended, "disk is full", "No space left")
     check_nothing_half_written(tmp_path, command)
+
+
+@pytest.mark.parametrize("command", LATE)
+def test_nothing_is_published_before_a_late_process_is_there(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Of the compile only its publishing is left, so that the process that does it need not wait for the other."""
+    if command == "compile":
+        with monkeypatch.context() as patch:
+            patch.setattr("onelayer.compiler.compile.command._finished", lambda *arguments: interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                PASSES[command](*subject(place, command), **keywords(place, command), output=tmp_path / "out")
+        assert any(tmp_path.glob(KEPT[command]))
+    ended = launched(place, tmp_path, command, Fault(1, "late", *LATE[command], 1))
+    assert ended.codes == [0, 0], ended.printed
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "out"}
 
 
 @pytest.mark.parametrize(("command", "rows", "message"), BAD_ROWS)

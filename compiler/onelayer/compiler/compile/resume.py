@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.storage.digests import sha256_file
 from onelayer.compiler.storage.files import publish_directory, read_json, write_json
 from onelayer.compiler.storage.safetensors_format import read_header
@@ -48,12 +49,14 @@ class WorkDirectory:
         """Begin or take up the work for `output`; see `work_directory`."""
         with work_directory(output, COMPILE_WORK, identity, resume) as path:
             work = cls(path)
-            work.payload.mkdir(exist_ok=True)
-            work._read_records()
+            # Read by one of several processes for all: it may publish the payload while others would still read it.
+            work.finished = processes().by_first(work._read_records)
             yield work
 
-    def _read_records(self) -> None:
-        """Take up the units whose record and shard are whole; anything else is done again."""
+    def _read_records(self) -> dict[int, UnitRecord]:
+        """Return the units whose record and shard are whole; anything else is done again."""
+        self.payload.mkdir(exist_ok=True)
+        finished = {}
         for file in sorted(self.path.glob(RECORD_PATTERN)):
             try:
                 record = UnitRecord.model_validate(read_json(file))
@@ -62,7 +65,8 @@ class WorkDirectory:
                 continue
             whole = not record.shard or sha256_file(self.payload / record.shard) == record.sha256
             if whole and {name: info.size_bytes for name, info in table.items()} == record.tensor_bytes:
-                self.finished[record.position] = record
+                finished[record.position] = record
+        return finished
 
     def finish_unit(self, record: UnitRecord) -> None:
         """Record a unit whose shard is on the disk."""

@@ -121,6 +121,7 @@ def correct_adapter(
                 report=_report(streamed, opened, given, choice, meter),
             )
 
+        processes().wait()  # others may still look whether the output is free
         return processes().by_first(publish)
 
 
