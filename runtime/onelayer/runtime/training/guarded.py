@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.machine.devices import forked_random
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.activations.compression import compress_activations
@@ -67,7 +68,10 @@ class TrainActivations:
     def measure_first_batch(self, loss: Loss) -> None:
         """Choose the rank and compare gradients with the loss of the first batch, if requested."""
         if self._choosing:
-            write_json(self._file, {"rank": choose_rank(self._compression, self._parameters, loss)})
+            # Processes measure different rows. All use the largest rank, and so does a run that goes on.
+            ranks = processes().gather(choose_rank(self._compression, self._parameters, loss))
+            self._compression.rank = rank = max(ranks, key=lambda rank: math.inf if rank is None else rank)
+            processes().by_first(lambda: write_json(self._file, {"rank": rank}))
         if self._reporting:
             self.measured = gradient_report(self._compression, self._parameters, loss)
         self._choosing = self._reporting = False

@@ -51,6 +51,7 @@ from onelayer.runtime.training.settings import (
     lora_fields,
     trainer_arguments,
 )
+from onelayer.runtime.training.shared_steps import shared_steps
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, training_device
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     }
     run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference, sampler)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
+        run = replace(run, arguments=shared_steps(work, arguments, "denoiser" if model.denoises else settings.method))
         referenced, report = run.with_reference(work)
         return referenced.train(work, output, started, report)
 
