@@ -37,6 +37,21 @@ class Launched:
     seconds: float
 
 
+def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as a .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(**fields: Any) -> list[Any]:
+    """Return command-line options of these names; one that is True has no value."""
+    return [
+        part
+        for name, value in fields.items()
+        for part in (f"--{name.replace('_', '-')}", *(() if value is True else (value,)))
+    ]
+
+
 def run_command(arguments: Sequence[str]) -> None:
     """Run `onelayer ARGUMENTS`."""
     from onelayer.runtime.cli.main import main

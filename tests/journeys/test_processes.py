@@ -1,31 +1,27 @@
 """Several processes, as `torchrun` starts them: the results of one process, and one output."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.commands.launch import launch_command_parser  # type: ignore[import-untyped]
-from accelerate.utils.launch import prepare_multi_gpu_env  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 
 from helpers.children import at_call
-from helpers.launched import Launched, launch
-from helpers.launched_work import Call, called, compare_sharded, run_calls, run_with_environment
+from helpers.launched import Launched, launch, options, written
+from helpers.launched_work import Call, called, compare_sharded, run_calls
 from helpers.media_files import picture
 from helpers.peft_adapters import random_adapter
 from helpers.tiny_models import causal, save_tiny, tiny_tokenizer
 from onelayer.compiler import compile_emulator
-from onelayer.compiler.adapters.reader import WEIGHTS_FILE, Adapter
+from onelayer.compiler.adapters.reader import WEIGHTS_FILE
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.polish.job import PolishJob
 from onelayer.compiler.polish.resume import STATE_FILE
 from onelayer.compiler.refine.job import UnitTraining
 from onelayer.compiler.storage.digests import sha256_file
 from onelayer.compiler.storage.safetensors_format import read_header
-from onelayer.runtime import train_lora
 from scripts.sweep.classifiers import prepare
 from scripts.sweep.vision_models import save_vision_model
 
@@ -70,12 +66,6 @@ def by_several(count: int, calls: Sequence[Call], logs: Path) -> list[Any]:
     return printed_by_first(launch(count, [json.dumps(calls, default=str)], logs, work=run_calls))
 
 
-def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows as a .jsonl file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def texts(path: Path) -> Path:
     """Write an odd number of rows, of several lengths."""
     return written(path / "data.jsonl", [{"text": text} for text in TEXTS])
@@ -84,58 +74,6 @@ def texts(path: Path) -> Path:
 def weights(directory: Path) -> dict[str, str]:
     """Hashes of the files of tensors."""
     return {file.name: sha256_file(file) for file in directory.glob("*.safetensors")}
-
-
-def options(**fields: Any) -> list[Any]:
-    """Command-line options of these names."""
-    return [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]
-
-
-def accelerated(count: int) -> dict[str, str]:
-    """The variables that `accelerate launch` sets for its processes."""
-    given = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
-    chosen = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    found: dict[str, str] = prepare_multi_gpu_env(
-        launch_command_parser().parse_args([*given, *chosen, "--module", "onelayer.runtime"])
-    )
-    return {name: value for name, value in found.items() if os.environ.get(name) != value}
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
-def test_training_in_two_processes_publishes_one_adapter(place: Path, tmp_path: Path, launcher: str) -> None:
-    sizes = options(batch_size=2, max_length=16, max_steps=2, lora_rank=2)
-    command = ["train", place / "emulator", "--data", place / "data.jsonl", "--output", tmp_path / "adapter", *sizes]
-    variables = accelerated(2) if launcher == "accelerate launch" else {}
-    assert bool(variables) == (launcher == "accelerate launch")
-    launched = launch(2, [json.dumps(variables), *command, "--json"], tmp_path / "logs", work=run_with_environment)
-    assert launched.codes == [0, 0], launched.printed
-    assert launched.printed.count('"train_loss"') == 1
-    assert len(Adapter.open(tmp_path / "adapter").modules) == 14
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "logs"}
-
-
-PAIRS = [{"prompt": text, "chosen": " it is five", "rejected": " rome"} for text in TEXTS]
-
-
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_anchored_training_in_two_processes_is_that_of_one(place: Path, tmp_path: Path, method: str) -> None:
-    """Each process anchors its own rows: half of each step's, whose batch is twice as large in one process."""
-    rows = PAIRS if method == "dpo" else [{"text": text} for text in TEXTS]
-    # An even number of rows: of an odd one, the last step of an epoch would take a row twice in two processes.
-    data = written(tmp_path / "even.jsonl", [*rows, rows[0]])
-    sizes = {"max_length": 64, "max_steps": 4, "lora_rank": 2, "learning_rate": 0.01, "method": method}
-    given: dict[str, Any] = {"model": place / "model", "anchor_every": 3, "anchor_bits": 32, **sizes}
-    train_lora(place / "emulator", data, tmp_path / "of 1", batch_size=4, **given)
-    command = ["train", place / "emulator", *options(data=data, output=tmp_path / "of 2", batch_size=2, **given)]
-    launched = launch(2, command, tmp_path / "logs")
-    assert launched.codes == [0, 0], launched.printed
-    one, two = (json.loads((tmp_path / f"of {count}" / "onelayer.json").read_text())["training"] for count in (1, 2))
-    assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], rel=1e-4)
-    assert one["losses"][3] != one["losses"][0]
-    # Each epoch has two steps. Each process reads the original once for each renewal.
-    assert two["anchors"]["renewals"] == one["anchors"]["renewals"] == 2
-    assert two["anchors"]["bytes_read"] == pytest.approx(one["anchors"]["bytes_read"], rel=0.05)
-    assert two["anchors"]["offset_bytes"] < one["anchors"]["offset_bytes"]
 
 
 def reader_of_images(path: Path) -> tuple[Any, Path]:
@@ -150,11 +88,11 @@ def reader_of_images(path: Path) -> tuple[Any, Path]:
     return save_vision_model("llava", path / "model"), written(path / "rows.jsonl", rows)
 
 
-# What saves a model in a directory with data, and how many processes there are.
+# What saves a model in a directory with data, and how many processes there are: for images, more than batches.
 KINDS: dict[str, tuple[Callable[[Path], tuple[Any, Path]], int]] = {
-    "text": (lambda path: (save_tiny("llama", path / "model"), texts(path)), 3),
-    "experts": (lambda path: (save_tiny("mixtral", path / "model"), texts(path)), 2),
-    "images": (reader_of_images, 2),
+    "text": (lambda path: (save_tiny("llama", path / "model"), texts(path)), 4),
+    "experts": (lambda path: (save_tiny("mixtral", path / "model"), texts(path)), 3),
+    "images": (reader_of_images, 4),
     "classes of images": (lambda path: (prepare("vit", path), path / "data"), 2),
 }
 
@@ -195,9 +133,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def steps(place: Path, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
-    """The results, by name, of one and of two processes for what is equal up to rounding; outputs lie in a directory.
+    """The results, by name, of one and of more processes for what is equal up to rounding; outputs lie in a directory.
 
-    Two processes also go on with what one was stopped in.
+    Four processes also go on with what one was stopped in.
     """
     root: Path = tmp_path_factory.mktemp("steps")
     model, data = place / "model", place / "data.jsonl"
@@ -214,7 +152,7 @@ def steps(place: Path, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             found[form] = ("compile_emulator", [wide, data, root / run / form], fields)
         return found
 
-    stopped = [calls("stopped")[name] for name in ("refine", "polish")]
+    stopped, of_four = ([calls(run)[name] for name in ("refine", "polish")] for run in ("stopped", "four"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONELAYER_HOME", str(root / "home"))
         with patch.context() as stopping:
@@ -225,9 +163,10 @@ def steps(place: Path, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                     called([call])
         begun = read_header(root / "stopped" / ".polish.polish" / STATE_FILE)[1]["history"]
         one, two = calls("one"), calls("two")
-        of_two = by_several(2, [*two.values(), *stopped], root / "logs")
-    found = {name: [*pair] for name, *pair in zip(one, by_one([*one.values()]), of_two, strict=False)}
-    for name, result in zip(("refine", "polish"), of_two[len(two) :], strict=True):
+        by_two = by_several(2, [*two.values()], root / "logs")
+        by_four = by_several(4, [*of_four, *stopped], root / "logs")
+    found = {name: [*pair] for name, *pair in zip(one, by_one([*one.values()]), by_two, strict=True)}
+    for name, result in zip(("refine", "polish") * 2, by_four, strict=True):
         found[name].append(result)
     return root, {**found, "begun": json.loads(begun)["steps"]}
 
@@ -248,8 +187,8 @@ def test_a_pass_back_in_two_processes_gives_what_one_gives(steps: tuple[Path, An
         assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
 
 
-def test_steps_of_two_processes_are_those_of_one_up_to_rounding(steps: tuple[Path, dict[str, list[Any]]]) -> None:
-    """Also where two processes go on with what one has begun."""
+def test_steps_of_processes_are_those_of_one_up_to_rounding(steps: tuple[Path, dict[str, list[Any]]]) -> None:
+    """Also where four processes go on with what one has begun."""
     root, found = steps
     for result in found["refine"][1:]:
         wanted = [unit["after"] for unit in found["refine"][0]["units"]]
@@ -257,12 +196,12 @@ def test_steps_of_two_processes_are_those_of_one_up_to_rounding(steps: tuple[Pat
     for result in found["polish"][1:]:
         wanted = [step["loss"] for step in found["polish"][0]["steps"]]
         assert [step["loss"] for step in result["steps"]] == pytest.approx(wanted, rel=1e-6)
-    one, two, stopped = (load_file(root / run / "polish" / WEIGHTS_FILE) for run in ("one", "two", "stopped"))
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
-    assert max(float((one[name] - stopped[name]).abs().max()) for name in one) < 1e-5
+    one, *others = (load_file(root / run / "polish" / WEIGHTS_FILE) for run in ("one", "two", "four", "stopped"))
+    for other in others:
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
     # What one process had finished was not done again.
-    assert found["polish"][2]["steps"][0] == found["begun"][0]
-    assert found["refine"][2]["units"][0] == found["refine"][0]["units"][0]
+    assert found["polish"][3]["steps"][0] == found["begun"][0]
+    assert found["refine"][3]["units"][0] == found["refine"][0]["units"][0]
 
 
 def test_bad_input_is_one_line_whatever_the_number_of_processes(place: Path, tmp_path: Path) -> None:
