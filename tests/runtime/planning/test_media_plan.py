@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from helpers.tiny_models import DECODER, build
 from onelayer.compiler.compile import selection
@@ -17,6 +18,8 @@ from onelayer.runtime.planning.plan import plan_run
 from onelayer.runtime.planning.read_shapes import read_shapes
 from onelayer.runtime.planning.shapes import LinearShape
 from onelayer.runtime.planning.train_memory import emulator_bytes
+from scripts.sweep.architectures import random_model
+from scripts.sweep.configs import tiny_config
 from scripts.sweep.vision_models import FAMILIES
 
 VISION: dict[str, Any] = {
@@ -122,6 +125,26 @@ def test_a_projector_is_planned_as_it_is_compiled(family: str, tmp_path: Path) -
             assert shapes.media is not None
             assert block.media_rows <= shapes.media.rows
         assert emulator_bytes(shapes, 0.3) == selection.emulator_bytes(streamed, wanted, {}, None)
+
+
+# What names in a checkpoint do not tell: gates next to as many experts, queries, keys and values that are stored in one
+# matrix, modules with numbers that are no experts, and a projector that is declared indivisible.
+OTHERS = (
+    "Qwen3_5MoeForConditionalGeneration",
+    "QianfanOCRForConditionalGeneration",
+    "GraniteDoclingForConditionalGeneration",
+    "PI0ForConditionalGeneration",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_plan_takes_the_linears_that_compile_takes(name: str, tmp_path: Path) -> None:
+    model_class = getattr(transformers, name)
+    random_model(model_class, tiny_config(model_class.config_class)).save_pretrained(tmp_path)
+    wanted = choose_ranks(streamed := StreamedModel(tmp_path), 0.3)
+    compiled = sorted(weight_shape(streamed.model.get_submodule(linear)) for linear in wanted)
+    linears = [shape_of(linear) for block in read_shapes(tmp_path).blocks for linear in block.compressible]
+    assert sorted(shape for shape in linears if rank_for(0.3, *shape) is not None) == compiled
 
 
 def test_the_rows_of_a_tower_decide_its_memory_and_not_the_tokens(tmp_path: Path) -> None:

@@ -163,11 +163,10 @@ def holds_layers(module: torch.nn.Module) -> bool:
     return any(isinstance(item, GradientCheckpointingLayer) for part in lists for item in part)
 
 
-def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
+def layer_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
     """Find the layers, which are what transformers itself declares indivisible and holds no further layers.
 
-    In a model without such a declaration, they are the modules in its outermost `ModuleList`s. The projectors between
-    towers and a language model count as layers.
+    In a model without such a declaration, they are the modules in its outermost `ModuleList`s.
     """
     names = model._no_split_modules or ()
     declared = frozenset(
@@ -176,7 +175,12 @@ def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
         if (type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer))
         and not holds_layers(module)
     )
-    layers = declared or modules_in_lists(model)
+    return declared or modules_in_lists(model)
+
+
+def block_modules(model: PreTrainedModel) -> frozenset[torch.nn.Module]:
+    """Find the layers. The projectors between towers and a language model count as layers."""
+    layers = layer_modules(model)
     return layers | projectors(model, layers)
 
 

@@ -7,7 +7,7 @@ text is by its table of tokens, and most towers have a table of positions. Torch
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -26,8 +26,6 @@ PICTURE_SIDE, PROMPT_POSITIONS = EncodeSettings.default("resolution"), 512
 # How much smaller a latent is than its picture, where no config of an autoencoder says it.
 LATENT_SCALE, PACKED = 8, 2
 _POSITIONS = re.compile(r"pos(ition|_emb)")
-# Tables, and linears that cut an image into patches.
-_ENTRY = re.compile(r"patch_embed|embeddings?\.")
 
 
 class Media(Result):
@@ -63,39 +61,6 @@ def is_kernel(name: str, shape: Shape) -> bool:
     """
     named = {2: "patch_embed", 3: "conv"}.get(len(shape))
     return len(shape) > 3 or (named is not None and named in name.lower())
-
-
-def projectors(
-    entries: Table, layers: Collection[str], towers: Collection[str], vocabulary: int | None
-) -> dict[str, list[str]]:
-    """Map the units between towers and a language model to the linears in them, as compile finds these.
-
-    `entries` are the tensors outside of `layers`; `towers` are the lists of layers that compute images or sound. A unit
-    is the largest module without layers in it, but a list's items are units (Qwen3-VL's deepstack).
-    """
-    texts = {layer.rpartition(".")[0] for layer in layers} - set(towers)
-    if not texts or not towers:
-        return {}
-    models = {text.rpartition(".")[0] for text in texts}
-    inside = tuple(f"{model}." for model in models if model and not _holds(model, towers))
-    found = dict[str, list[str]]()
-    for name, shape in entries.items():
-        linear = name.removesuffix(".weight")
-        is_table = _is_table(shape, vocabulary) or _POSITIONS.search(name)
-        if len(shape) == 2 and linear != name and not (is_table or _ENTRY.search(name) or name.startswith(inside)):
-            found.setdefault(_unit_of(linear.split("."), layers), []).append(linear)
-    return found
-
-
-def _holds(path: str, layers: Collection[str]) -> bool:
-    return any(layer.startswith(f"{path}.") for layer in layers)
-
-
-def _unit_of(parts: list[str], layers: Collection[str]) -> str:
-    """Return the shortest path to a module that holds no layer; an item of a list has modules of its own."""
-    cut = next((cut for cut in range(1, len(parts)) if not _holds(".".join(parts[:cut]), layers)), len(parts))
-    in_list = len(parts) > cut + 1 and parts[cut].isdigit()
-    return ".".join(parts[: cut + in_list])
 
 
 def nearest_tower(unit: str, towers: Iterable[str]) -> str:

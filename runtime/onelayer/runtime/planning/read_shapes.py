@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Chec
 from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.model_config import CONFIG_FILE, is_diffusers_config, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
+from onelayer.runtime.planning.built import Built, build, is_of_several
 from onelayer.runtime.planning.media import (
     Media,
     Table,
     nearest_tower,
     picture_positions,
-    projectors,
     reads_media,
     rows_of,
     tokens_of,
 )
-from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes, block_of
+from onelayer.runtime.planning.shapes import BlockShape, ModelShapes, block_of
 
 
 def read_shapes(directory: Path, images: int = 1, image_side: int | None = None) -> ModelShapes:
@@ -44,28 +44,19 @@ def read_shapes(directory: Path, images: int = 1, image_side: int | None = None)
 
 def _shapes_from_config(directory: Path, images: int, image_side: int | None) -> ModelShapes:
     document = read_model_config(directory)
-    import torch
-
     if is_diffusers_config(document):
+        import torch
+
         from onelayer.compiler.libraries import diffusers_models
 
         known = diffusers_models.read_config(directory)
         empty = diffusers_models.empty_model(known, diffusers_models.model_class(known, directory), torch.bfloat16)
         sizes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
         return denoiser_shapes(directory, dict(empty.config), sizes, torch.bfloat16.itemsize, False, image_side)
-    from onelayer.compiler.libraries import transformers_models
-
-    config = transformers_models.read_config(directory)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model = transformers_models.empty_model(config, transformers_models.model_class(config, directory), dtype)
-    # Tied parameters are one object here, so they are listed once.
-    table = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    # The class knows the defaults of fields that the file omits.
-    named = {"hidden_size", "vocab_size", "num_experts_per_tok"}
-    text = config.get_text_config()
-    known = {name: getattr(text, name) for name in named if isinstance(getattr(text, name, None), int)}
-    full = {**config.to_dict(), **known}
-    shapes = shapes_of(str(directory), full, table, dtype.itemsize, False, images, image_side)
+    built = build(directory)
+    units = built if is_of_several(document) else None
+    value_bytes = built.value_bytes
+    shapes = shapes_of(str(directory), built.config, built.table, value_bytes, False, images, image_side, units)
     settings = quantization_settings(document)
     return shapes if settings is None else _as_packed(shapes, format_of(settings, directory / CONFIG_FILE))
 
@@ -98,10 +89,13 @@ def shapes_from_headers(directory: str | Path, images: int = 1, image_side: int 
     document = read_model_config(stored.directory)
     dtype, _ = next(iter(floating_bytes(stored).most_common(1)), ("F32", 0))
     checkpoint = unpacked(stored, document, dtype)
-    table = {name: info.shape for name, info in checkpoint.tensors.items()}
+    table: Table = {name: info.shape for name, info in checkpoint.tensors.items()}
     if is_diffusers_config(document):
         return denoiser_shapes(directory, document, table, DTYPE_BITS[dtype] // 8, True, image_side)
-    shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True, images, image_side)
+    built = build(stored.directory) if is_of_several(document) and not stored.is_gguf else None
+    if built is not None:
+        document, table = {**document, **built.config}, built.table
+    shapes = shapes_of(str(directory), document, table, DTYPE_BITS[dtype] // 8, True, images, image_side, built)
     if checkpoint is stored and not stored.is_gguf:
         return shapes
     packed_bytes = sum(info.size_bytes for info in stored.tensors.values())
@@ -123,15 +117,24 @@ def shapes_of(
     has_weights: bool,
     images: int = 1,
     image_side: int | None = None,
+    built: Built | None = None,
 ) -> ModelShapes:
-    """Derive shapes from a config document and tensor names; `stored_bytes` applies if the config has no dtype."""
+    """Derive shapes from a config document and tensor names; `stored_bytes` applies if the config has no dtype.
+
+    A model of several is `built`: its layers, projectors and linears are then those that compile takes.
+    """
     text = {**config, **(config.get("text_config") or {})}
     hidden, vocabulary = _first_whole(text, _HIDDEN_NAMES), _first_whole(text, ("vocab_size",))
-    layers = _layers(table)
-    blocks = {path: block_of(path, tensors) for path, tensors in layers.items()}
+    if built is None:
+        layers = _layers(table)
+        blocks = {path: block_of(path, tensors) for path, tensors in layers.items()}
+    else:
+        layers = {path: tensors for path, tensors in built.below.items() if not built.projects(path)}
+        blocks = {path: block_of(path, tensors, built.linears_in(path)) for path, tensors in layers.items()}
+        blocks = {path: block for path, block in blocks.items() if block.linears or block.experts}
     if not blocks:
         raise InputError(f"{name}: has no linears in repeated layers to factorize")
-    within = {f"{path}.{tensor}" for path, tensors in layers.items() for tensor in tensors}
+    within = {f"{path}.{tensor}" for path in blocks for tensor in layers[path]}
     entries = {tensor: shape for tensor, shape in table.items() if tensor not in within}
     media: Media | None = None
     towers = dict[str, BlockShape]()
@@ -143,8 +146,8 @@ def shapes_of(
             blocks[path] = towers[layers_of] = replace(block, media_rows=images * rows)
         elif hidden is not None:
             blocks[path] = replace(block, hidden=hidden)
-    if "text_config" in config:  # a model of several
-        blocks |= {unit.name: unit for unit in _projectors(entries, blocks, towers, vocabulary)}
+    if built is not None:
+        blocks |= {unit.name: unit for unit in _projectors(built, towers)}
     reads_text = [block for block in blocks.values() if not block.media_rows]
     return ModelShapes(
         name=name,
@@ -162,28 +165,22 @@ def shapes_of(
     )
 
 
-def _projectors(
-    entries: Table, layers: Collection[str], towers: Mapping[str, BlockShape], vocabulary: int | None
-) -> Iterator[BlockShape]:
+def _projectors(built: Built, towers: Mapping[str, BlockShape]) -> Iterator[BlockShape]:
     """Yield the units between towers and language model.
 
-    A projector that merges rows reads as many values as the tower gives, in fewer and wider rows.
+    A projector that merges rows reads as many values as the tower gives, in fewer and wider rows. Without a tower that
+    is known it computes the tokens of the text.
     """
-    for path, names in projectors(entries, layers, towers, vocabulary).items():
-        tower = towers[nearest_tower(path, towers)]
-        sides = {name: entries[f"{name}.weight"] for name in sorted(names)}
-        linears = tuple(LinearShape(name[len(path) + 1 :], out, width) for name, (out, width) in sides.items())
-        total = sum(math.prod(shape) for name, shape in entries.items() if name.startswith(f"{path}."))
-        width = linears[0].in_features
-        yield BlockShape(
-            path,
-            linears,
-            experts=None,
-            other_parameters=total - sum(linear.parameters for linear in linears),
-            hidden=width,
-            media_rows=round(tower.media_rows * min(1.0, tower.hidden / width)),
-            projects=True,
-        )
+    for path, tensors in built.below.items():
+        if not built.projects(path):
+            continue
+        block = replace(block_of(path, tensors, built.linears_in(path)), projects=True)
+        if block.linears and towers:
+            tower, width = towers[nearest_tower(path, towers)], block.linears[0].in_features
+            rows = round(tower.media_rows * min(1.0, tower.hidden / width))
+            block = replace(block, hidden=width, media_rows=rows)
+        if block.linears:
+            yield block
 
 
 def denoiser_shapes(

@@ -8,7 +8,7 @@ equal shape, is an expert of a mixture.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -173,10 +173,14 @@ class ModelShapes:
 _EXPERT = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 
-def block_of(name: str, tensors: Table) -> BlockShape:
-    """Sort one block's tensors, named relative to it, into linears, experts and the rest."""
+def block_of(name: str, tensors: Table, known: Collection[str] | None = None) -> BlockShape:
+    """Sort one block's tensors, named relative to it, into linears, experts and the rest.
+
+    `known` are the names of the linears, the block's own being ''; experts are stacked then. If it is None, all
+    matrices but routers are linears, or experts that are stored one by one.
+    """
     twins: dict[tuple[str, str], list[str]] = {}
-    for tensor in tensors:
+    for tensor in tensors if known is None else ():
         if expert := _EXPERT.match(tensor):
             twins.setdefault((expert[1], expert[3]), []).append(tensor)
     stacked = {tensor for group in twins.values() if len(group) > 1 for tensor in group}
@@ -186,8 +190,9 @@ def block_of(name: str, tensors: Table) -> BlockShape:
         if tensor in stacked or _is_stack(tensor, shape):
             continue
         routes = experts is not None and shape[0] == experts.count
-        if len(shape) == 2 and tensor.endswith(".weight") and not routes:
-            linears.append(LinearShape(tensor.removesuffix(".weight"), shape[0], shape[1]))
+        path, _, leaf = tensor.rpartition(".")
+        if len(shape) == 2 and leaf == "weight" and (path in known if known is not None else path and not routes):
+            linears.append(LinearShape(path, shape[0], shape[1]))
         else:
             other += math.prod(shape)
     widths = Counter(linear.in_features for linear in linears or (experts.linears if experts else ()))
