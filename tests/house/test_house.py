@@ -33,7 +33,7 @@ LIGHT = {
         "dequantize/libraries dequantize/packed errors "
         "factors/ranks factors/stored_forms "
         "faults inspect machine/console machine/distributed machine/hardware machine/meter machine/primitives media/* "
-        "models/unit_memory results settings sources/* storage/* */settings"
+        "models/built models/unit_memory results settings sources/* storage/* */settings"
     ),
     "runtime": (
         "cli/* manifest/* modules/import_hook pipeline/* planning/* reporting/* sizes store/* version "

@@ -10,9 +10,9 @@ from helpers.tiny_models import causal
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.storage.files import read_json
-from onelayer.runtime.training import guarded, shared_steps
+from onelayer.runtime.training import checkpoints, guarded
+from onelayer.runtime.training.checkpoints import PROCESSES_FILE, shared_steps
 from onelayer.runtime.training.settings import TrainSettings
-from onelayer.runtime.training.shared_steps import PROCESSES_FILE
 
 
 class Counted(Processes):
@@ -27,9 +27,9 @@ class Counted(Processes):
 
 def shared(work: Path, monkeypatch: pytest.MonkeyPatch, count: int, kind: str = "sft", **arguments: Any) -> Any:
     """Return the batch size and the batches in a step of each of `count` processes."""
-    monkeypatch.setattr(shared_steps, "processes", lambda: Counted(0, count))
+    monkeypatch.setattr(checkpoints, "processes", lambda: Counted(0, count))
     given = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, **arguments}
-    found = shared_steps.shared_steps(work, given, kind)
+    found = shared_steps(work, given, kind)
     return found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
 
 

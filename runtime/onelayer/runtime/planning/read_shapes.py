@@ -12,12 +12,12 @@ from onelayer.compiler.dequantize.checkpoint import unpacked
 from onelayer.compiler.dequantize.formats import format_of, quantization_settings
 from onelayer.compiler.dequantize.packed import GGUF_SCRATCH_VALUE_BYTES, GGUF_TABLES, PackedFormat, unpacking_bytes
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.models.built import Built, build, is_of_several
 from onelayer.compiler.models.unit_memory import EXPERTS_PER_TOKEN_NAMES
 from onelayer.compiler.storage.checkpoint import INDEX_FILES, SINGLE_FILES, Checkpoint, floating_bytes
 from onelayer.compiler.storage.gguf_format import SUFFIX
 from onelayer.compiler.storage.model_config import CONFIG_FILE, is_diffusers_config, read_model_config
 from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
-from onelayer.runtime.planning.built import Built, build, is_of_several
 from onelayer.runtime.planning.media import (
     Media,
     Table,

@@ -31,6 +31,7 @@ from onelayer.runtime.training.checkpoints import (
     HeldOutScore,
     checked_newest,
     read_first_batch,
+    shared_steps,
 )
 from onelayer.runtime.training.inputs import (
     TrainData,
@@ -51,7 +52,6 @@ from onelayer.runtime.training.settings import (
     lora_fields,
     trainer_arguments,
 )
-from onelayer.runtime.training.shared_steps import shared_steps
 from onelayer.runtime.training.trainer_args import NON_SEMANTIC_ARGS, training_device
 
 if TYPE_CHECKING:

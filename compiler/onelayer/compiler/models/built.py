@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from onelayer.runtime.planning.media import Table
-
 
 @dataclass(frozen=True)
 class Built:
@@ -21,7 +19,7 @@ class Built:
     """
 
     config: Mapping[str, Any]
-    table: Table
+    table: Mapping[str, tuple[int, ...]]
     layers: frozenset[str]
     projectors: frozenset[str]
     linears: frozenset[str]
