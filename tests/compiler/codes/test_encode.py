@@ -121,7 +121,7 @@ def test_a_product_decodes_some_values_at_a_time(
     monkeypatch.setattr(forms, "GROUP_STEP", 15)
     W = torch.randn(24, 50, generator=torch.Generator().manual_seed(6))
     coded = encode(W, torch.eye(forms.group_size(50)).expand(-(-50 // forms.group_size(50)), -1, -1), 3)
-    weight = decode(coded, 50, torch.float32)
+    weight = decode(coded, 50, torch.float64)
     assert coded.scales.shape[1] == (1 if longest_group > 50 else 4)
     monkeypatch.setattr(forms, "DECODED_VALUES", at_once)
     decoded: list[int] = []
@@ -132,8 +132,8 @@ def test_a_product_decodes_some_values_at_a_time(
         return found
 
     monkeypatch.setattr(product, "decode_with", counted)
-    x = correlated(7, 50, 8).requires_grad_()
-    y = coded_product(x, coded.codes, coded.codebook.float(), coded.scales.float(), 50)
+    x = correlated(7, 50, 8).double().requires_grad_()
+    y = coded_product(x, coded.codes, coded.codebook.double(), coded.scales.double(), 50)
     y.square().sum().backward()
     torch.testing.assert_close(y, x @ weight.T)
     torch.testing.assert_close(x.grad, 2 * y.detach() @ weight)

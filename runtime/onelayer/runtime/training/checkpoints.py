@@ -171,7 +171,10 @@ def shared_steps(work: Path, arguments: Mapping[str, Any], kind: str) -> dict[st
 
 
 def _begun(work: Path) -> tuple[int, bool]:
-    """Return how many processes began the training, and whether each checkpoint's optimizer is in one file."""
+    """Return how many processes began the training, and whether each checkpoint's optimizer is in one file.
+
+    A training that begins now is begun by those of this run, which is noted for later ones.
+    """
     file = work / PROCESSES_FILE
     if not file.is_file():
         write_json(file, {"processes": processes().count})
