@@ -36,7 +36,7 @@ def predicted(model: Path, given: argparse.Namespace) -> dict[str, float]:
     """Predict the seconds of a step by way, as `plan` does."""
     shapes = read_shapes(model).at_length(given.tokens)
     run = PlannedRun(given.rows, given.tokens, RANK, on_gpu=False)
-    speed = measured_speed(model, shapes)
+    speed = measured_speed(model, shapes, run.tokens)
     assert speed is not None
     print(speed.model_dump_json())
     seconds = seconds_at(speed, shapes, run, ratio=RATIO, samples=1, polish_batch=given.rows)

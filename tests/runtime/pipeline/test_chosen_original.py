@@ -10,6 +10,7 @@ from onelayer.compiler.errors import InputError
 from onelayer.runtime.pipeline import emulator_size
 from onelayer.runtime.pipeline.plan import plan
 from onelayer.runtime.pipeline.run import run
+from onelayer.runtime.planning.shapes import ModelShapes
 from onelayer.runtime.planning.speed import Speed
 from onelayer.runtime.reporting.run_summaries import plan_steps_summary
 
@@ -29,8 +30,8 @@ def measure(monkeypatch: pytest.MonkeyPatch, disk: float) -> list[int]:
     """Let this machine read so many bytes a second; returns a list with an entry for each measurement."""
     measured: list[int] = []
 
-    def speed(file: Path, dtype_bytes: int) -> Speed:
-        measured.append(dtype_bytes)
+    def speed(directory: Path, shapes: ModelShapes, tokens: int) -> Speed:
+        measured.append(tokens)
         return Speed(read_bytes_per_second=disk, flops_per_second=1e13, device="typed in")
 
     monkeypatch.setattr(emulator_size, "try_speed", speed)

@@ -11,11 +11,12 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-WIDTH, INNER = 2048, 6144
+# A wider model has the rate of this width, and of this many tokens at once: larger products gain little.
+WIDEST = 2048
+MOST_TOKENS = {"cpu": 512, "cuda": 4096}
+# An MLP's width compared with the model's, and the rank of factors that keep about an eighth of a square weight.
+INNER_RATIO, RANK_SHARE = 3, 16
 LORA_RANK = 8
-# The rank of factors that keep about an eighth of a square weight.
-FACTOR_RANK = 128
-TOKENS = {"cpu": 256, "cuda": 4096}
 SECONDS = 0.3
 # Forward, and back to the inputs.
 FLOPS_PER_WEIGHT = 4
@@ -41,25 +42,32 @@ class _Adapted(nn.Module):
 class _Block(nn.Module):
     """What attention and an MLP have in common, twice with a residual."""
 
-    def __init__(self, rank: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, rank: int | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.mix = nn.Sequential(nn.RMSNorm(WIDTH, dtype=dtype), _Adapted(WIDTH, WIDTH, rank, dtype))
-        widen, narrow = _Adapted(WIDTH, INNER, rank, dtype), _Adapted(INNER, WIDTH, rank, dtype)
-        self.mlp = nn.Sequential(nn.RMSNorm(WIDTH, dtype=dtype), widen, nn.SiLU(), narrow)
+        inner = INNER_RATIO * width
+        self.mix = nn.Sequential(nn.RMSNorm(width, dtype=dtype), _Adapted(width, width, rank, dtype))
+        widen, narrow = _Adapted(width, inner, rank, dtype), _Adapted(inner, width, rank, dtype)
+        self.mlp = nn.Sequential(nn.RMSNorm(width, dtype=dtype), widen, nn.SiLU(), narrow)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (T, WIDTH) to the same."""
+        """Map (T, width) to the same."""
         mixed: torch.Tensor = x + self.mix(x)
         widened: torch.Tensor = self.mlp(mixed)
         return mixed + widened
 
 
-def block_flops_per_second(device: torch.device, dtype: torch.dtype, factored: bool = False) -> float:
-    """Measure operations per second in the frozen weights of a block, whole ones or factors, for less than a second."""
+def block_flops_per_second(
+    device: torch.device, dtype: torch.dtype, *, width: int, tokens: int, factored: bool = False
+) -> float:
+    """Measure operations per second in the frozen weights of a block, whole ones or factors, for about a second.
+
+    `width` is that of the model, `tokens` are those computed at once.
+    """
+    width, tokens = min(width, WIDEST), min(tokens, MOST_TOKENS.get(device.type, MOST_TOKENS["cuda"]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        block = _Block(FACTOR_RANK if factored else None, dtype).to(device)
-        x = torch.randn(TOKENS.get(device.type, TOKENS["cuda"]), WIDTH).to(device, dtype).requires_grad_()
+        block = _Block(width, max(1, width // RANK_SHARE) if factored else None, dtype).to(device)
+        x = torch.randn(tokens, width).to(device, dtype).requires_grad_()
     weights = sum(weight.numel() for weight in block.parameters() if weight.ndim == 2 and not weight.requires_grad)
 
     def step() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.stored_forms import FACTOR_DTYPES, within_bytes
-from onelayer.compiler.storage.checkpoint import Checkpoint, resolve_model
+from onelayer.compiler.storage.checkpoint import resolve_model
 from onelayer.compiler.storage.digests import sha256_json
 from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.runtime.manifest.manifest import Manifest
@@ -211,7 +211,7 @@ def _faster(manifest: Manifest, directory: Path) -> TrainedOn:
     emulator, shapes = manifest.emulator, shapes_from_headers(directory)
     assert emulator is not None
     assert emulator.memory is not None
-    speed = try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes)
+    speed = try_speed(directory, shapes, max(planned_run(manifest, task).tokens for task in manifest.tasks))
     try:
         size = size_of_shapes(manifest, emulator, shapes)
     except InputError:

@@ -151,7 +151,7 @@ def plan_run(
     shapes, planned = shapes.at_length(max_length), PlannedRun(batch_size, max_length, lora_rank, on_gpu=on_gpu)
     choices = choose_each(shapes, planned, memory_bytes)
     best = choices[chosen_form(choices, factor_dtype, form)]
-    speed = speed or (measured_speed(directory, shapes) if timing else None)
+    speed = speed or (measured_speed(directory, shapes, planned.tokens) if timing else None)
     seconds = None if speed is None else _seconds(shapes, best, speed)
     ways = way_costs(shapes, best, memory_bytes, host_memory_bytes, speed, seconds)
     return PlanResult(

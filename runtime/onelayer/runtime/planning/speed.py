@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
@@ -64,26 +65,27 @@ class Seconds(Result):
     polish_step: float
 
 
-def try_speed(file: Path, dtype_bytes: int) -> Speed:
-    """Measure reading a file and computing a block, for about two seconds in all."""
+def try_speed(directory: Path, shapes: ModelShapes, tokens: int) -> Speed:
+    """Measure reading a model's file and computing a block of its width, on `tokens` at once, for about two seconds."""
     import torch
 
     from onelayer.compiler.machine.devices import pick_device
     from onelayer.runtime.modules.block_speed import block_flops_per_second
 
     device = pick_device(None)
-    dtype = torch.bfloat16 if dtype_bytes == 2 else torch.float32
+    dtype = torch.bfloat16 if shapes.value_bytes == 2 else torch.float32
+    rate = partial(block_flops_per_second, device, dtype, width=shapes.hidden, tokens=tokens)
     return Speed(
-        read_bytes_per_second=_try_reading(file),
-        flops_per_second=block_flops_per_second(device, dtype),
-        factor_flops_per_second=block_flops_per_second(device, dtype, factored=True),
+        read_bytes_per_second=_try_reading(Checkpoint.open(directory).files[0]),
+        flops_per_second=rate(),
+        factor_flops_per_second=rate(factored=True),
         device=device.type,
     )
 
 
-def measured_speed(directory: Path, shapes: ModelShapes) -> Speed | None:
+def measured_speed(directory: Path, shapes: ModelShapes, tokens: int) -> Speed | None:
     """Measure this machine over the weights of a model; None if there are none to read."""
-    return try_speed(Checkpoint.open(directory).files[0], shapes.value_bytes) if shapes.has_weights else None
+    return try_speed(directory, shapes, tokens) if shapes.has_weights else None
 
 
 def _try_reading(file: Path) -> float:
