@@ -5,6 +5,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -x .venv/bin/python ]] || scripts/setup.sh
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" HF_HUB_OFFLINE=1
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}" HF_HUB_OFFLINE=1
 export PYTHONPATH="$PWD/compiler:$PWD/runtime${PYTHONPATH:+:$PYTHONPATH}"
 exec .venv/bin/python -W ignore -m scripts.gpu.check "$@"
