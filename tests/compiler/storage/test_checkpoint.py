@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from onelayer.compiler.errors import InputError
 from onelayer.compiler.storage import digests
 from onelayer.compiler.storage.checkpoint import Checkpoint, model_digest, resolve_model
 from onelayer.compiler.storage.digests import file_digest, sha256_file
+from onelayer.compiler.storage.files import write_json
 from onelayer.compiler.storage.safetensors_format import read_header
+from onelayer.compiler.storage.stamps import stamp_of
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -155,6 +159,49 @@ def test_a_digest_is_remembered_for_the_same_file_only(tmp_path: Path, monkeypat
         assert file_digest(file) == first
     file.write_bytes(bytes(2 << 20) + b"x")
     assert file_digest(file) != first
+
+
+def test_commands_that_run_together_keep_the_digests_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits between reading and writing what is remembered, so that without a lock all but one would be lost."""
+    paths = [str(tmp_path / str(number)) for number in range(4)]
+    entries = {path: {"stamp": [number], "sha256": str(number) * 64} for number, path in enumerate(paths)}
+
+    def write_late(file: Path, memo: Any) -> None:
+        time.sleep(0.02)
+        write_json(file, memo)
+
+    monkeypatch.setattr(digests, "write_json", write_late)
+    for path in paths:
+        Path(path).touch()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(digests._remember, paths, entries.values()))
+    assert digests._read_memo() == entries
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"{",
+        b"[" * 3000,
+        b"[1]",
+        b'{"PATH": 1}',
+        b'{"PATH": {"stamp": STAMP}}',
+        b'{"PATH": {"stamp": STAMP, "sha256": "ab"}}',
+        b'{"PATH": {"stamp": [NaN], "sha256": "DIGEST"}}',
+    ],
+)
+def test_a_damaged_memo_costs_a_hashing_and_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    monkeypatch.setattr(digests, "RACY_SECONDS", -1.0)
+    file, memo = tmp_path / "big", digests._memo_path()
+    file.write_bytes(bytes(2 << 20))
+    stamp = json.dumps(list(stamp_of(file.stat()))).encode()
+    memo.write_bytes(damage.replace(b"PATH", str(file).encode()).replace(b"STAMP", stamp).replace(b"DIGEST", b"0" * 64))
+    assert file_digest(file) == sha256_file(file)
+    assert [*digests._read_memo()] == [str(file)]
 
 
 @pytest.mark.parametrize("how", ["in place", "by a rename"])

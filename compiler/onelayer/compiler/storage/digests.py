@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from onelayer.compiler.storage.stamps import stamp_of
 MEMO_FLOOR_BYTES = 1 << 20
 # A file changed this recently could change again within the same time stamp, so its digest is not remembered.
 RACY_SECONDS = 2.0
+# The most that a digest waits for its place in the memo; writing one takes milliseconds.
+LOCK_SECONDS = 10.0
 
 
 def file_digest(path: Path) -> str:
@@ -29,7 +32,7 @@ def file_digest(path: Path) -> str:
         return sha256_file(real)
     stamp = list(stamp_of(status))
     known = _read_memo().get(str(real))
-    if isinstance(known, dict) and known.get("stamp") == stamp:
+    if known is not None and known["stamp"] == stamp:
         return str(known["sha256"])
     digest = sha256_file(real)
     settled = time.time() - max(status.st_mtime, status.st_ctime) > RACY_SECONDS
@@ -43,19 +46,33 @@ def _memo_path() -> Path:
 
 
 def _read_memo() -> dict[str, dict[str, object]]:
+    """Return the entries by path; what is absent or damaged only costs time, so it is left out."""
     try:
         memo = json.loads(_memo_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent or damaged: the memo only saves time, so it starts empty
+    except (OSError, ValueError, RecursionError):
         return {}
-    return memo if isinstance(memo, dict) else {}
+    return {path: entry for path, entry in memo.items() if _is_entry(entry)} if isinstance(memo, dict) else {}
+
+
+def _is_entry(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"stamp", "sha256"}:
+        return False
+    stamp, digest = value["stamp"], value["sha256"]
+    counts = isinstance(stamp, list) and all(isinstance(part, int) for part in stamp)
+    return counts and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
 
 
 def _remember(path: str, entry: dict[str, object]) -> None:
-    memo = {name: value for name, value in _read_memo().items() if os.path.exists(name)}
-    memo[path] = entry
-    with contextlib.suppress(OSError):  # a read-only home costs a second hashing, nothing else
-        _memo_path().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_memo_path(), memo)
+    """Add an entry. Commands that run at the same time wait for each other, so that each keeps those of the others."""
+    from filelock import FileLock
+
+    file = _memo_path()
+    # A home that cannot be written or locked, or a path that is no UTF-8, costs a second hashing, nothing else.
+    with contextlib.suppress(OSError, ValueError, NotImplementedError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock"), timeout=LOCK_SECONDS):
+            memo = {name: value for name, value in _read_memo().items() if os.path.exists(name)}
+            write_json(file, {**memo, path: entry})
 
 
 def sha256_file(path: Path) -> str:
