@@ -1,5 +1,7 @@
 """`train.on: auto`: a run trains on what is faster on this machine, and stays with it."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,21 @@ def test_few_steps_are_done_on_the_original(project: Project, monkeypatch: pytes
     decided = plan(project.manifest, project.store)
     assert decided.note == "train.on is auto: the original is faster"
     assert {step.state for step in decided.steps} == {"cached"}
+
+
+def test_runs_that_begin_together_decide_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second measurement finds another speed here, and would train tasks of one manifest on two things."""
+    project.path.write_text(AUTO)
+    disks = iter([1e11, 1e6])
+
+    def speed(directory: Path, shapes: ModelShapes, tokens: int) -> Speed:
+        time.sleep(0.02)
+        return Speed(read_bytes_per_second=next(disks), flops_per_second=1e13, device="typed in")
+
+    monkeypatch.setattr(emulator_size, "try_speed", speed)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda _: emulator_size.decided(project.manifest, project.store, True), range(2))
+    assert [note for _, note in found] == ["train.on is auto: the original is faster"] * 2
 
 
 def test_many_steps_or_a_slow_disk_are_for_the_emulator(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,13 +185,24 @@ def decided(manifest: Manifest, store: ArtifactStore, measure: bool) -> tuple[Ma
     if on is None and not measure:
         return manifest, "train.on is auto: the run measures this machine first, shown is training on the emulator"
     if on is None:
-        model = model_source(manifest)
-        on = _faster(manifest, resolve_model(model.text, model.revision))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"on": on})
+        on = _decide(manifest, file)
     train = manifest.train.model_copy(update={"on": on})
     emulator = manifest.emulator if on == "emulator" else None
     return manifest.model_copy(update={"train": train, "emulator": emulator}), f"train.on is auto: the {on} is faster"
+
+
+def _decide(manifest: Manifest, file: Path) -> TrainedOn:
+    """Measure and keep the decision in a file. Of runs that begin together one measures, and the others wait for it."""
+    from filelock import FileLock
+
+    model = model_source(manifest)
+    directory = resolve_model(model.text, model.revision)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if (on := _kept(file)) is None:
+            on = _faster(manifest, directory)
+            write_json(file, {"on": on})
+    return on
 
 
 def _kept(file: Path) -> TrainedOn | None:
