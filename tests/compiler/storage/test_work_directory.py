@@ -1,5 +1,7 @@
 """Interrupted work: resumed, refused or discarded, depending on its kind."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,23 @@ def test_one_process_at_a_time(tmp_path: Path, kind: WorkKind) -> None:
         work_directory(tmp_path / "v1.out", kind, {}),
     ):
         pass
+
+
+def test_of_many_that_begin_at_once_each_has_the_directory_alone(tmp_path: Path) -> None:
+    """The work of each is stopped, so that the lock's file comes and goes while others ask for it."""
+    output, kind, entered = tmp_path / "out", WorkKind("plain", finished="finished"), list[int]()
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            with suppress(KeyboardInterrupt, InputError), work_directory(output, kind, {}) as path:
+                (path / "mine").touch(exist_ok=False)
+                entered.append(number)
+                raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(set(entered)) > 1
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_work_with_nothing_finished_is_in_nobodys_way(tmp_path: Path) -> None:
