@@ -1,7 +1,9 @@
 """Training of a denoiser on encoded images, and its adapter in diffusers' own pipelines."""
 
+import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file
 
 from helpers.children import at_call, interrupt
 from helpers.hashes import tree_hashes
+from helpers.launched import launch, options
+from helpers.launched_work import Fault, run_with_fault
 from helpers.peft_adapters import quiet_peft
 from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, merge_adapter, polish_adapter
 from onelayer.compiler.denoising.batches import DrawnImages
@@ -23,6 +27,7 @@ from onelayer.compiler.storage.files import read_json, write_json
 from onelayer.compiler.storage.pipeline_directory import ENCODED_FILE
 from onelayer.runtime import train_lora
 from onelayer.runtime.anchors.anchors import Anchors
+from onelayer.runtime.training import denoising
 from onelayer.runtime.training.denoising import DenoisingPlan, DenoisingTrainer, DrawnRows
 from scripts.sweep.diffusion_inputs import picture_difference
 from scripts.sweep.encoded_pipelines import EncodedPipeline
@@ -209,6 +214,30 @@ def test_every_second_row_is_of_the_class(flux: EncodedPipeline) -> None:
     assert [rows.row(number) for number in range(12)] == taken
     noisy.prior_weight = 0.0
     assert {rows.row(number) for number in range(6)} == {0, 1, 2}
+
+
+def test_processes_share_the_images_of_a_step(flux: EncodedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate gives a process every second row here; rows of up to two images come from a process's own three."""
+    drawn = DrawnImages(flux.noisy(), 3)
+    monkeypatch.setattr(DrawnImages, "batch", lambda self, number: number)
+    monkeypatch.setattr(denoising, "joined_batches", lambda images, most: [images])
+    monkeypatch.setattr(denoising, "row_of", lambda images: images)
+    rows = DrawnRows(drawn, DenoisingPlan(steps=2, batch_size=3, together=2, processes=2))
+    shares: Any = [[rows[number] for number in range(process, len(rows), 2)] for process in range(2)]
+    assert shares == [[[0, 1], [2], [6, 7], [8]], [[3, 4], [5], [9, 10], [11]]]
+
+
+def test_one_process_goes_on_with_the_training_of_two(
+    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path
+) -> None:
+    """Two take two steps with two images each; the third is that of one with four."""
+    how = {**HOW, "max_steps": 3, "save_steps": 1}
+    wanted = train_lora(flux_emulator, flux.images, tmp_path / "one", **{**how, "batch_size": 4}).losses
+    fault = Fault(1, "SIGKILL", "onelayer.runtime.training.denoising:DenoisingTrainer", "training_step", 6)
+    command = ["train", flux_emulator, "--data", flux.images, *options(**how), "--output", tmp_path / "on"]
+    launch(2, [json.dumps(asdict(fault)), *command], tmp_path / "logs", run_with_fault)
+    found = train_lora(flux_emulator, flux.images, tmp_path / "on", resume=True, **how).losses
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ class Counted(Processes):
         return [value, 0.125]
 
 
-def shared(work: Path, monkeypatch: pytest.MonkeyPatch, count: int, kind: str = "sft", **arguments: Any) -> Any:
+def shared(work: Path, monkeypatch: pytest.MonkeyPatch, count: int, method: str = "sft", **arguments: Any) -> Any:
     """Return the batch size and the batches in a step of each of `count` processes."""
     monkeypatch.setattr(checkpoints, "processes", lambda: Counted(0, count))
     given = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, **arguments}
-    found = shared_steps(work, given, kind)
+    found = shared_steps(work, given, method)
     return found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
 
 
@@ -45,8 +45,7 @@ def test_steps_keep_their_rows_and_no_batch_grows(tmp_path: Path, monkeypatch: p
     ("count", "given", "message"),
     [
         (5, {}, "begun by 2 processes with 24 rows in a step, which 5 cannot share; start 2 again"),
-        (1, {"kind": "kto"}, "the loss of kto compares the rows of all processes; start 2 again, or remove"),
-        (1, {"kind": "denoiser"}, "the noise of its pictures is drawn for that number"),
+        (1, {"method": "kto"}, "the loss of kto compares the rows of all processes; start 2 again, or remove"),
         (1, {"dataloader_drop_last": True}, "args.dataloader_drop_last orders its rows for that number"),
         (1, {"train_sampling_strategy": "group_by_length"}, "args.train_sampling_strategy orders its rows"),
         (1, {"spread": True}, "its optimizer is spread over them"),
@@ -62,6 +61,24 @@ def test_steps_that_cannot_be_the_same_are_refused(
     assert (tmp_path / PROCESSES_FILE).is_file()
     with pytest.raises(InputError, match=message):
         shared(tmp_path, monkeypatch, count, **given)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", "{}", '{"processes": 0}', '{"processes": "two"}'])
+def test_a_damaged_number_of_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    (tmp_path / PROCESSES_FILE).write_text(damaged)
+    with pytest.raises(InputError, match=rf"{PROCESSES_FILE}: .*; (write the number|restore the file)"):
+        shared(tmp_path, monkeypatch, 2)
+
+
+@pytest.mark.parametrize("damaged", ["{}", '{"rank": 2}', '{"rank": "half"}'])
+def test_a_damaged_rank_is_refused(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / guarded.RANK_FILE).write_text(damaged)
+    settings = TrainSettings(activations="layer", activation_rank="auto")
+    model = with_lora(causal("Llama", num_hidden_layers=1))
+    with pytest.raises(InputError, match=f"{guarded.RANK_FILE}: field rank: .*; remove the file to measure the rank"):
+        guarded.TrainActivations(model, settings, tmp_path)
 
 
 @pytest.mark.parametrize(("measured", "used"), [(0.0625, 0.125), (0.5, 0.5), (None, None)])

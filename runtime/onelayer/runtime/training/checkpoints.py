@@ -41,6 +41,12 @@ _HINDRANCES = ("accelerator_config", "auto_find_batch_size", "dataloader_drop_la
 _SAMPLING, _FREE_ORDERS = "train_sampling_strategy", (None, "random", "sequential")
 
 
+class _Begun(BaseModel):
+    """The file `PROCESSES_FILE`."""
+
+    processes: PositiveInt
+
+
 class _Logged(BaseModel):
     step: PositiveInt
     loss: float | None = None
@@ -101,9 +107,10 @@ class HeldOutScore(Result):
 
 
 def read_first_batch(work: Path) -> FirstBatch | None:
-    """Return what an interrupted run measured on its first batch, or None."""
+    """Return what an interrupted run measured on its first batch, or None. Raises `InputError` if it is damaged."""
     file = work / FIRST_BATCH_FILE
-    return FirstBatch.model_validate(read_json(file)) if file.is_file() else None
+    remedy = "remove the file to measure the next batch"
+    return checked_document(FirstBatch, read_json(file), file, remedy) if file.is_file() else None
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -146,11 +153,11 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     return {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}
 
 
-def shared_steps(work: Path, arguments: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def shared_steps(work: Path, arguments: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return a trainer's arguments with which these processes take the steps that the training in `work` began with.
 
-    They are the given ones unless another number of processes began it. No batch gets larger. `kind` says what is
-    trained: "sft", "dpo", "kto" or "denoiser". Raises `InputError` if the same steps cannot be taken.
+    They are the given ones unless another number of processes began it. No batch gets larger. `method` is "sft", "dpo"
+    or "kto". Raises `InputError` if the same steps cannot be taken.
     """
     team = processes()
     begun, is_whole = team.by_first(lambda: _begun(work))
@@ -160,7 +167,7 @@ def shared_steps(work: Path, arguments: Mapping[str, Any], kind: str) -> dict[st
     batch_size, batches = (int(arguments[name]) for name in given)
     rows = begun * batch_size * batches
     said = f"{work}: the interrupted training was begun by {_counted(begun)}"
-    if (hindrance := _hindrance(arguments, kind, is_whole=is_whole)) is not None:
+    if (hindrance := _hindrance(arguments, method, is_whole=is_whole)) is not None:
         raise InputError(f"{said}, and {hindrance}; start {begun} again, or remove the directory")
     if rows % team.count:
         raise InputError(f"{said} with {rows} rows in a step, which {team.count} cannot share; start {begun} again")
@@ -178,19 +185,19 @@ def _begun(work: Path) -> tuple[int, bool]:
     file = work / PROCESSES_FILE
     if not file.is_file():
         write_json(file, {"processes": processes().count})
-    return int(read_json(file)["processes"]), all((path / "optimizer.pt").is_file() for path in _checkpoints(work))
+    remedy = "write the number of processes that began the training, or remove the directory to start over"
+    begun = checked_document(_Begun, read_json(file), file, remedy).processes
+    return begun, all((path / "optimizer.pt").is_file() for path in _checkpoints(work))
 
 
 def _checkpoints(work: Path) -> list[Path]:
     return [path.parent for path in work.glob(COMPLETE_CHECKPOINTS)]
 
 
-def _hindrance(arguments: Mapping[str, Any], kind: str, *, is_whole: bool) -> str | None:
+def _hindrance(arguments: Mapping[str, Any], method: str, *, is_whole: bool) -> str | None:
     """Say why another number of processes cannot take the same steps; None if it can."""
-    if kind == "kto":
+    if method == "kto":
         return "the loss of kto compares the rows of all processes"
-    if kind == "denoiser":
-        return "the noise of its pictures is drawn for that number"
     if not is_whole:
         return "its optimizer is spread over them"
     names = [name for name in _HINDRANCES if arguments.get(name)]

@@ -27,6 +27,7 @@ from onelayer.compiler.denoising.batches import (
 from onelayer.compiler.denoising.encoded import EncodedImages
 from onelayer.compiler.denoising.settings import ScoredNoise
 from onelayer.compiler.errors import InputError
+from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.sampling.report import Samples
 from onelayer.compiler.sampling.sampler import PictureSampler
 from onelayer.compiler.sources.data_set import DataSource, data_sets, names_of
@@ -44,21 +45,25 @@ SAMPLES = "samples"
 
 
 class DrawnRows(Dataset[Row]):
-    """The rows of a whole training in order, `calls` of the denoiser for each step."""
+    """The rows of a whole training in order, `calls` of the denoiser for each step and process.
+
+    Of neighboring rows each process is given one, in the order of their numbers. In each step the processes together
+    take the images that one would take with batches as large as all of theirs.
+    """
 
     def __init__(self, drawn: DrawnImages, plan: "DenoisingPlan") -> None:
         self.drawn, self.plan = drawn, plan
 
     def __len__(self) -> int:
-        return self.plan.steps * self.plan.calls
+        return self.plan.steps * self.plan.calls * self.plan.processes
 
     def __getitem__(self, number: int) -> Row:
         """Return a row: arguments, target and weights of the images of one call."""
         plan = self.plan
-        step, call = divmod(number, plan.calls)
-        first, end = (
-            step * plan.batch_size + min(place * plan.together, plan.batch_size) for place in (call, call + 1)
-        )
+        turn, process = divmod(number, plan.processes)
+        step, call = divmod(turn, plan.calls)
+        begin = (step * plan.processes + process) * plan.batch_size
+        first, end = (begin + min(place * plan.together, plan.batch_size) for place in (call, call + 1))
         [batch] = joined_batches([self.drawn.batch(image) for image in range(first, end)], plan.together)
         return row_of(batch)
 
@@ -117,24 +122,25 @@ class DenoisingTrainer(AnchoredTrainer, GuardedTrainer, _ScoredByNoise):
 
 @dataclass(frozen=True)
 class DenoisingPlan:
-    """How many steps a training takes, how many images each of them, and how many of these go together."""
+    """How many steps a training takes, how many images each process takes in one, and how many of these go together."""
 
     steps: int
     batch_size: int
     together: int = 1
+    processes: int = 1
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], images: int, together: int) -> "DenoisingPlan":
         """Read the arguments of a Trainer. `images` counts those of the subject, once in an epoch."""
-        per_step = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-        if (steps := arguments.get("max_steps", -1)) > 0:
-            return cls(steps, per_step, together)
-        steps = max(1, math.ceil(arguments.get("num_train_epochs", 3.0) * images / per_step))
-        return cls(steps, per_step, together)
+        batch_size = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+        count = processes().count
+        if (steps := arguments.get("max_steps", -1)) <= 0:
+            steps = max(1, math.ceil(arguments.get("num_train_epochs", 3.0) * images / (batch_size * count)))
+        return cls(steps, batch_size, together, count)
 
     @property
     def calls(self) -> int:
-        """The calls of the denoiser in a step."""
+        """The calls of the denoiser in a step, in each process."""
         return math.ceil(self.batch_size / self.together)
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:

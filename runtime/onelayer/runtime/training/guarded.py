@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy
 import torch
+from pydantic import BaseModel, Field
 from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from onelayer.compiler.data.tokens import IGNORED
+from onelayer.compiler.documents import checked_document
 from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.machine.distributed import processes
 from onelayer.compiler.machine.meter import return_free_memory
@@ -43,6 +45,12 @@ OPTIMIZED_COPIES = 3
 RANK_FILE = "activation_rank.json"
 
 
+class _ChosenRank(BaseModel):
+    """The file `RANK_FILE`; no rank keeps activations exactly."""
+
+    rank: Annotated[float, Field(gt=0, lt=1)] | None
+
+
 class TrainActivations:
     """The compression on a trainer's model. A measured rank is kept in `work`, so a resumed run uses it too."""
 
@@ -57,7 +65,8 @@ class TrainActivations:
             model, rank=0.5 if rank == "auto" else rank, where=settings.activations, seed=settings.seed
         )
         if rank == "auto" and self._file.is_file():
-            self._compression.rank = read_json(self._file)["rank"]
+            remedy = "remove the file to measure the rank again"
+            self._compression.rank = checked_document(_ChosenRank, read_json(self._file), self._file, remedy).rank
         self.measured: ActivationReport | None = None
 
     @property

@@ -183,7 +183,7 @@ def _train_checked(settings: TrainSettings, sources: _Sources, output: Path, sta
     }
     run = _Run(settings, model, examples, held_out, fields, arguments, record, original, reference, sampler)
     with work_directory(output, TRAINING_WORK, record, settings.resume) as work:
-        run = replace(run, arguments=shared_steps(work, arguments, "denoiser" if model.denoises else settings.method))
+        run = replace(run, arguments=shared_steps(work, arguments, settings.method))
         referenced, report = run.with_reference(work)
         return referenced.train(work, output, started, report)
 
