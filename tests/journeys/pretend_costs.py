@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers import pretend_device
 from helpers.pretend_counts import COUNTS
@@ -117,6 +119,37 @@ def test_a_batch_costs_each_unit_a_fixed_number_of_waits_and_transfers(tmp_path:
         )
         assert tuple(two - one for one, two in zip(of_one, of_two, strict=True)) == expected, run.__name__
         assert found[run, 2, 6][1] - found[run, 1, 6][1] == PER_UNIT[run], run.__name__
+
+
+class ThreeMLPs(torch.nn.Module):
+    """Three in place of one, so that a layer has 13 linears instead of 7."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(LlamaMLP(config) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part(x) for part in self.parts]).sum(dim=0)
+
+
+# Waits of one more linear: the solver's decisions about its rank and its error, and its two factors that are given back
+# to be written. Refinement and scoring decide nothing for a linear.
+PER_LINEAR = {compiled: 13, refined: 2, evaluated: 0}
+
+
+@pytest.mark.usefixtures("pretend")
+def test_a_linear_costs_few_waits_whatever_the_number_of_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dict[tuple[Pass, Any, int], int]()
+    for kind in (LlamaMLP, ThreeMLPs):
+        monkeypatch.setattr(modeling_llama, "LlamaMLP", kind)
+        for rows in (3, 5):
+            path = prepared(tmp_path / f"{kind.__name__}-{rows}", 1, rows)
+            found |= {(run, kind, rows): costs(run, path)[0][0] for run in PER_LINEAR}
+    for run, most in PER_LINEAR.items():
+        of_few, of_more = (found[run, ThreeMLPs, rows] - found[run, LlamaMLP, rows] for rows in (3, 5))
+        assert of_few == of_more <= 6 * most, run.__name__
 
 
 @pytest.mark.usefixtures("pretend")
