@@ -2,7 +2,8 @@
 
 In: tensor names with their shapes, and config.json. Out: which repeated layers compute images or sound, and how many
 rows (patches, frames) one image or recording has there. Knows no architecture: a tower is entered by a convolution, as
-text is by its table of tokens, and most towers have a table of positions. Torch-free.
+text is by its table of tokens, and most towers have a table of positions. Tables of tokens that are only looked up are
+counted here too. Torch-free.
 """
 
 import math
@@ -43,15 +44,26 @@ def reads_media(layers: str, entries: Table, vocabulary: int | None) -> bool:
     """
     near = {True: -1, False: -1}
     for name, shape in entries.items():
-        is_table = _is_table(shape, vocabulary)
-        if is_table or is_kernel(name, shape):
-            near[not is_table] = max(near[not is_table], _shared(layers, name))
+        reads_tokens = _is_table(shape, vocabulary)
+        if reads_tokens or is_kernel(name, shape):
+            near[not reads_tokens] = max(near[not reads_tokens], _shared(layers, name))
     return near[True] > near[False]
 
 
 def _is_table(shape: Shape, vocabulary: int | None) -> bool:
-    """Whether a matrix has a row for each token. Some have rows for tokens that are added later."""
-    return len(shape) == 2 and vocabulary is not None and vocabulary <= shape[0] <= 1.05 * vocabulary + 64
+    """Whether a matrix has a row for each token. Some have rows for tokens that are added later, or lack a few."""
+    return len(shape) == 2 and vocabulary is not None and 0.99 * vocabulary <= shape[0] <= 1.05 * vocabulary + 64
+
+
+def looked_up_parameters(entries: Table, vocabulary: int | None, hidden: int | None, has_head: bool) -> int:
+    """Count the parameters of tables that only give a row for each token, which takes no multiplication.
+
+    `entries` are the tensors outside of layers. A head multiplies by one of the tables; a tied one by the only table.
+    It reads the hidden width, as an embedding of another width does not.
+    """
+    tables = [shape for shape in entries.values() if _is_table(shape, vocabulary)]
+    heads = [shape for shape in tables if shape[1] == hidden] or tables
+    return sum(map(math.prod, tables)) - (math.prod(heads[-1]) if has_head and heads else 0)
 
 
 def is_kernel(name: str, shape: Shape) -> bool:

@@ -21,6 +21,7 @@ from onelayer.compiler.storage.safetensors_format import DTYPE_BITS
 from onelayer.runtime.planning.media import (
     Media,
     Table,
+    looked_up_parameters,
     nearest_tower,
     picture_positions,
     reads_media,
@@ -149,6 +150,8 @@ def shapes_of(
     if built is not None:
         blocks |= {unit.name: unit for unit in _projectors(built, towers)}
     reads_text = [block for block in blocks.values() if not block.media_rows]
+    kinds = map(str, config.get("architectures") or ())
+    has_head = not any(kind.endswith(_WITHOUT_VOCABULARY) for kind in kinds)
     return ModelShapes(
         name=name,
         value_bytes=_value_bytes(text, stored_bytes),
@@ -158,9 +161,8 @@ def shapes_of(
         outside_parameters=sum(map(math.prod, table.values())) - sum(block.parameters for block in blocks.values()),
         experts_per_token=_first_whole(text, EXPERTS_PER_TOKEN_NAMES) or 1,
         has_weights=has_weights,
-        has_vocabulary_head=not any(
-            str(kind).endswith(_WITHOUT_VOCABULARY) for kind in config.get("architectures") or ()
-        ),
+        has_vocabulary_head=has_head,
+        looked_up_parameters=looked_up_parameters(entries, vocabulary, hidden, has_head),
         media=media if reads_text or media is None else media.model_copy(update={"tokens": 0}),
     )
 

@@ -102,6 +102,8 @@ class BlockShape:
 class ModelShapes:
     """All blocks in order. `outside_parameters` counts the rest, mostly embeddings and head.
 
+    `looked_up_parameters` are those of the rest that no token is multiplied by: embeddings, unless the head is tied.
+
     `media` are the images or the sound of an example, if the model reads any; `hidden` and `vocabulary` are the text's.
 
     Of a quantized original `packed_bytes` is what its weights take on disk, and `unpacking_bytes` what unpacking one
@@ -121,6 +123,7 @@ class ModelShapes:
     unpacking_bytes: int = 0
     media: Media | None = None
     positions: int | None = None
+    looked_up_parameters: int = 0
 
     @property
     def unpacked_bytes(self) -> int:
@@ -153,11 +156,11 @@ class ModelShapes:
 
     @property
     def active_parameters(self) -> int:
-        """The number of parameters that compute one token: in a mixture, only the experts that it is sent to.
+        """The number of parameters that one token is multiplied by: in a mixture, only the experts that it is sent to.
 
-        Those that compute images or sound count once for each of their rows to a token.
+        Those that compute images or sound count once for each of their rows to a token. An embedding is looked up.
         """
-        idle = 0.0
+        idle = float(self.looked_up_parameters)
         for block in self.blocks:
             idle += block.parameters * (1 - block.rows_per_token)
             if block.experts is not None:
