@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from helpers.children import killed_at
+from helpers.children import at_call, killed_at
 from helpers.hashes import tree_hashes
 from helpers.promised_runs import check_promise, compiled, measured, polished, sampled
 from onelayer.compiler import compile_emulator, encode_images
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.encode.command import _Encoding
 from onelayer.compiler.results import Report
+from onelayer.compiler.sampling.sampler import _Streams
 from onelayer.runtime import train_lora
 from onelayer.runtime.training.denoising import DenoisingTrainer
 from scripts.sweep.encoded_pipelines import SIZE, EncodedPipeline, encoded_pipeline
@@ -42,7 +43,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, own_stor
 
 
 def test_a_killed_process_is_resumed_to_the_same_bytes(
-    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path, own_store: Path
+    flux: EncodedPipeline, flux_emulator: Path, tmp_path: Path, own_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos: dict[str, Any] = {"data": flux.photos, "resolution": SIZE, "instance_prompt": "a photo of sks dog"}
     encode_images(flux.pipeline, output=tmp_path / "calm", **photos)
@@ -53,6 +54,9 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
         "lora_rank": 2,
         "save_steps": 1,
         "resume": True,
+        "sample_prompt": ["a photo of sks dog"],
+        "sample_steps": 2,
+        "sample_resolution": SIZE,
     }
     train_lora(flux_emulator, output=tmp_path / "adapter", **trained)
     emulated: dict[str, Any] = {"keep_bytes": 0.25, "factor_dtype": "nf4", "samples": 6, "calibration": flux.images}
@@ -65,14 +69,22 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(
             {"emulator": flux_emulator, **trained},
             tmp_path / "adapter",
         ),
+        # In the second denoising step: the adapter and the first step are finished, the picture is not.
+        ((_Streams, "_streamed", 4), train_lora, {"emulator": flux_emulator, **trained}, tmp_path / "adapter"),
     ]
     for moment, run, keywords, calm in cases:
         output = tmp_path / "stormy"
         killed_at(moment, run, {**keywords, "output": output}, str(own_store))
         assert not output.exists()
-        run(**keywords, output=output)
+        with monkeypatch.context() as patch:
+            if moment[0] is _Streams:
+                again = at_call(DenoisingTrainer, "training_step", 1, lambda: pytest.fail("trained again"))
+                patch.setattr(DenoisingTrainer, "training_step", again)
+                again = at_call(_Streams, "_streamed", 5, lambda: pytest.fail("drew a finished step again"))
+                patch.setattr(_Streams, "_streamed", again)
+            run(**keywords, output=output)
         found, wanted = (
-            {name: value for name, value in tree_hashes(path).items() if name.endswith(".safetensors")}
+            {name: value for name, value in tree_hashes(path).items() if name.endswith((".safetensors", ".png"))}
             for path in (output, calm)
         )
         assert len(found) > 1
