@@ -1,17 +1,13 @@
 """Each setting is declared once; signature, command, manifest and planner follow its model."""
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from typing import Any, get_type_hints
 
 import pytest
 
 import onelayer.compiler
 import onelayer.runtime
-from helpers.places import ROOT
+from helpers.reimported import printed_by
 from onelayer.compiler.compile.settings import CompileKeywords, CompileSettings
 from onelayer.compiler.correct.settings import CorrectKeywords, CorrectSettings
 from onelayer.compiler.encode.settings import EncodeKeywords, EncodeSettings
@@ -40,11 +36,10 @@ PROBE = """
 import importlib.util, inspect, json, sys
 from importlib.machinery import SourceFileLoader
 
-changes = json.loads(sys.argv[1])
-for module in dict.fromkeys(module for module, _, _ in changes):
+for module in dict.fromkeys(module for module, _, _ in argument):
     spec = importlib.util.find_spec(module)
     source = SourceFileLoader(module, spec.origin).get_source(module)
-    for old, new in (change[1:] for change in changes if change[0] == module):
+    for old, new in (change[1:] for change in argument if change[0] == module):
         assert source.count(old) == 1, old
         source = source.replace(old, new)
     changed = importlib.util.module_from_spec(spec)
@@ -117,21 +112,13 @@ CHANGES = [
 
 
 @pytest.fixture(scope="module")
-def changed_defaults() -> dict[str, Any]:
+def changed_defaults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Map every place to its default in a process whose settings modules declare 77, 78, ... for `CHANGES`."""
     changes = [
         (module, declared, f"{declared.rpartition(' ')[0]} {value}")
         for value, (module, declared, _) in enumerate(CHANGES, 77)
     ]
-    paths = os.pathsep.join([str(ROOT / "compiler"), str(ROOT / "runtime")])
-    output = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(changes)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    ).stdout
-    defaults: dict[str, Any] = json.loads(output)
+    defaults: dict[str, Any] = printed_by(PROBE, changes, tmp_path_factory.mktemp("defaults"))
     return defaults
 
 
