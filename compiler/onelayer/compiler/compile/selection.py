@@ -17,9 +17,9 @@ from onelayer.compiler.models.unit_memory import (
     CompiledShape,
     adding_bytes,
     coding_bytes,
+    compiling_bytes,
     graph_bytes,
     moment_bytes,
-    solving_bytes,
     weighing_bytes,
 )
 from onelayer.compiler.streaming.unit_loads import UnitLoads
@@ -210,10 +210,9 @@ def compile_workspace(
 ) -> int:
     """Predict what a compile holds in addition to the largest unit, from shapes alone.
 
-    The moments of the unit, each linear's by itself; the inputs and outputs of the unit's linears for one micro-batch,
-    and after it the solver of the widest linear and what is stored; a reserve. A host keeps holes of the batch while it
-    solves, all that is stored, and the unit that is read ahead. Of experts the moments of one at a time, and on a host
-    what is stored of all. With `keeps_whole` a linear that is quantized is stored as factors and whole.
+    That is what computing the factors of a unit takes (`compiling_bytes`), and a reserve. Of experts the moments of one
+    at a time, and on a host what is stored of all. With `keeps_whole` a linear that is quantized is stored as factors
+    and whole.
     """
     worst = 0
     for unit in streamed.units:
@@ -226,14 +225,7 @@ def compile_workspace(
             for name, module in unit_linears(unit)
             if name in ranks
         ]
-        moments = moment_bytes(linear.narrow for linear in linears)
-        values = rows * sum(linear.out_features + linear.in_features for linear in linears)
-        solver = solving_bytes(linears, on_gpu)
-        if on_gpu:
-            batch = 4 * values + adding_bytes(max((linear.narrow for linear in linears), default=0))
-            worst = max([worst, moments + max(solver, batch), *in_experts])
-        else:
-            worst = max(worst, unit.weight_bytes + max([moments + solver + 8 * values, *in_experts]))
+        worst = max(worst, compiling_bytes(linears, rows, unit.weight_bytes, on_gpu, in_experts))
     return worst + RESERVE_BYTES
 
 

@@ -211,6 +211,24 @@ def solving_bytes(linears: Sequence[CompiledShape], on_gpu: bool = False) -> int
     return solver + (2 * max(stored, default=0) if on_gpu else sum(stored))
 
 
+def compiling_bytes(
+    linears: Sequence[CompiledShape], rows: int, unit_bytes: int, on_gpu: bool, in_experts: Sequence[int] = ()
+) -> int:
+    """Bound what computing factors of the linears of a unit holds in addition to the largest unit.
+
+    The moments of the unit, each linear's by itself; the inputs and outputs of its linears for `rows` at once, and
+    after these the solver of the widest linear and what is stored. A host keeps holes of the batch while it solves, all
+    that is stored, and the unit of `unit_bytes` that is read ahead. `in_experts` is what each module of experts takes.
+    """
+    moments = moment_bytes(linear.narrow for linear in linears)
+    values = rows * sum(linear.out_features + linear.in_features for linear in linears)
+    solver = solving_bytes(linears, on_gpu)
+    if on_gpu:
+        batch = 4 * values + adding_bytes(max((linear.narrow for linear in linears), default=0))
+        return max([moments + max(solver, batch), *in_experts])
+    return unit_bytes + max([moments + solver + 8 * values, *in_experts])
+
+
 def coding_bytes(
     shapes: Iterable[tuple[int, int]],
     graph: int,

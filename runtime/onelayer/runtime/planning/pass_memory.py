@@ -13,10 +13,10 @@ from onelayer.compiler.models.unit_memory import (
     anchoring_bytes,
     code_training_bytes,
     coding_bytes,
+    compiling_bytes,
     graph_bytes,
     head_bytes,
     moment_bytes,
-    routed_width,
     scoring_bytes,
     solving_bytes,
     states_bytes,
@@ -26,7 +26,15 @@ from onelayer.compiler.models.unit_memory import (
 )
 from onelayer.runtime.planning.coded import coded_emulator, coded_experts, largest_decoding_bytes
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
-from onelayer.runtime.planning.sub_blocks import MASTER_BYTES, expert_parts, inputs_read, lora_parameters, sub_blocks
+from onelayer.runtime.planning.sub_blocks import (
+    MASTER_BYTES,
+    block_values,
+    expert_parts,
+    inputs_read,
+    lora_parameters,
+    most_values,
+    sub_blocks,
+)
 from onelayer.runtime.planning.train_memory import PlannedRun, TrainMemory, expert_factor_bytes, values_at
 
 # With ranks by spectrum, layers take unequal shares. The largest was measured at up to 1.16 times its uniform share
@@ -51,7 +59,9 @@ def pass_bytes(shapes: ModelShapes, ratio: float, planned: PlannedRun) -> dict[s
         chosen = chosen_correct_bytes(shapes, kept, planned.lora_rank, planned.scored_tokens, planned.on_gpu)
         corrected = max(corrected, chosen)
     found = {
-        "compile": compile_bytes(shapes, planned.widest(ratio), compiled, planned.coded, planned.compile_backward),
+        "compile": compile_bytes(
+            shapes, planned.widest(ratio), compiled, planned.coded, planned.compile_backward, planned.on_gpu
+        ),
         "refine": refined
         and refine_bytes(
             shapes,
@@ -94,7 +104,7 @@ def chosen_correct_bytes(
 def evaluate_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound an evaluation on the device, with `batch_tokens` at once."""
     head, block = _head_bytes(shapes, batch_tokens), shapes.largest_block_bytes
-    return block + scoring_bytes(block, head, _batch_values(shapes, batch_tokens), on_gpu)
+    return block + scoring_bytes(block, head, most_values(shapes, batch_tokens), on_gpu)
 
 
 def _head_bytes(shapes: ModelShapes, tokens: int) -> int:
@@ -107,7 +117,7 @@ def _head_bytes(shapes: ModelShapes, tokens: int) -> int:
 def anchor_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what finding offsets holds in addition to the emulator: a block of the original, and its workspace."""
     block = shapes.largest_block_bytes
-    return block + anchoring_bytes(block, _batch_values(shapes, batch_tokens), shapes.value_bytes, on_gpu)
+    return block + anchoring_bytes(block, most_values(shapes, batch_tokens), shapes.value_bytes, on_gpu)
 
 
 def renewal_bytes(shapes: ModelShapes, memory: TrainMemory, planned: PlannedRun) -> int:
@@ -149,7 +159,7 @@ def refine_bytes(
             whole += count * sum(stack.parameters for stack in block.stacks)
         twice = sum(values) + whole if backward else 0
         training = code_training_bytes(max(decoded, default=0))
-        training += training_bytes(values, _values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu, twice)
+        training += training_bytes(values, block_values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu, twice)
         head = _head_bytes(shapes, batch_tokens) if backward else 0
         costs.append(block.parameters * shapes.value_bytes + max(training, head))
     return max(costs)
@@ -159,7 +169,7 @@ def polish_bytes(shapes: ModelShapes, lora_rank: int, tokens: int, on_gpu: bool 
     """Bound an exact step on the device, with `tokens` at once: the computing block and everything it needs."""
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, lora_rank)
     block = shapes.largest_block_bytes
-    graph = graph_bytes(_batch_values(shapes, tokens), shapes.value_bytes, on_gpu)
+    graph = graph_bytes(most_values(shapes, tokens), shapes.value_bytes, on_gpu)
     head = _head_bytes(shapes, tokens)
     return block + step_bytes(block, _norm_bytes(shapes), head, graph, adapter, on_gpu)
 
@@ -173,29 +183,11 @@ def streamed_bytes(shapes: ModelShapes, planned: PlannedRun) -> int:
     """Bound a step of a streamed original on the device, with one row at once and the loss of the whole batch."""
     adapter = ADAPTER_COPIES * MASTER_BYTES * lora_parameters(shapes, planned.lora_rank)
     block, value_bytes, tokens = shapes.largest_block_bytes, shapes.value_bytes, planned.tokens
-    graph = graph_bytes(_batch_values(shapes, planned.max_length), value_bytes, planned.on_gpu)
+    graph = graph_bytes(most_values(shapes, planned.max_length), value_bytes, planned.on_gpu)
     head = _head_bytes(shapes, tokens)
     head += states_bytes(shapes.hidden, value_bytes, tokens, planned.on_gpu)
     step = step_bytes(block, _norm_bytes(shapes), head, graph, adapter, planned.on_gpu)
     return block + step + (0 if planned.on_gpu else shapes.unpacking_bytes)
-
-
-def _batch_values(shapes: ModelShapes, tokens: int) -> int:
-    """Count what all matrices of one block read and give for a batch of `tokens`, of the block that has the most."""
-    return max(_values(shapes, block, tokens) for block, _ in shapes.kinds)
-
-
-def _values(shapes: ModelShapes, block: BlockShape, tokens: int) -> int:
-    return block.rows(tokens) * _width(shapes, block)
-
-
-def _width(shapes: ModelShapes, block: BlockShape) -> int:
-    """Sum the input and output widths of a block's matrices for one token, counting each expert that it is sent to."""
-    dense = sum(linear.in_features + linear.out_features for linear in block.linears)
-    if block.experts is None:
-        return dense
-    opened, inner = (width // shapes.experts_per_token for width in expert_parts(shapes, block))
-    return dense + routed_width(shapes.experts_per_token, opened, inner, block.hidden)
 
 
 # The size of a Python process that has only imported these libraries.
@@ -203,19 +195,26 @@ PROCESS_BYTES = 500 << 20
 
 
 def compile_bytes(
-    shapes: ModelShapes, ratio: float, batch_tokens: int, coded: bool = False, backward: bool = False
+    shapes: ModelShapes,
+    ratio: float,
+    batch_tokens: int,
+    coded: bool = False,
+    backward: bool = False,
+    on_gpu: bool = True,
 ) -> int:
     """Predict the device peak of a compile: the largest block, its moments, and its last batch or its solver.
 
     With codes, or with factors and `backward`, the way back through a block is added. Experts that are too small for
-    codes are compressed as factors.
+    codes are compressed as factors. A host counts images or sound as the pass does.
     """
     in_codes = coded and coded_experts(shapes, ratio) is not None
     factored = [block for block, _ in shapes.kinds if not coded or (block.experts is not None and not in_codes)]
-    peaks = [_compile_block(shapes, block, ratio, batch_tokens) for block in factored]
+    peaks = [_compile_block(shapes, block, ratio, batch_tokens, on_gpu) for block in factored]
     if backward and not coded:
         head = _head_bytes(shapes, batch_tokens)
-        back = (weighing_bytes(_sides(block), _graph(shapes, block, batch_tokens), head) for block in factored)
+        back = (
+            weighing_bytes(block.compressible_sides, _graph(shapes, block, batch_tokens), head) for block in factored
+        )
         return max(peak + weighed for peak, weighed in zip(peaks, back, strict=True))
     return max([*peaks, coded_compile_bytes(shapes, batch_tokens)] if coded else peaks)
 
@@ -226,7 +225,7 @@ def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = T
 
     def coding(block: BlockShape) -> int:
         graph = _graph(shapes, block, batch_tokens, on_gpu=on_gpu)
-        linears = coding_bytes(_sides(block), graph, head, on_gpu, inputs_read(block))
+        linears = coding_bytes(block.compressible_sides, graph, head, on_gpu, inputs_read(block))
         return max(linears, _coded_expert_bytes(shapes, block))
 
     return max(block.parameters * shapes.value_bytes + coding(block) for block, _ in shapes.kinds)
@@ -241,14 +240,10 @@ def _coded_expert_bytes(shapes: ModelShapes, block: BlockShape) -> int:
 
 
 def _graph(shapes: ModelShapes, block: BlockShape, batch_tokens: int, *, on_gpu: bool = True) -> int:
-    return graph_bytes(_values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu)
+    return graph_bytes(block_values(shapes, block, batch_tokens), shapes.value_bytes, on_gpu)
 
 
-def _sides(block: BlockShape) -> list[tuple[int, int]]:
-    return [(linear.out_features, linear.in_features) for linear in block.compressible]
-
-
-def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int) -> int:
+def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_tokens: int, on_gpu: bool) -> int:
     parts = sub_blocks(block)
     rows = block.rows(batch_tokens)
     moments = widest = 0
@@ -266,7 +261,12 @@ def _compile_block(shapes: ModelShapes, block: BlockShape, ratio: float, batch_t
     routed = rows * (opened + inner + 2 * shapes.experts_per_token * block.hidden) * shapes.value_bytes
     in_experts = sum(linear.stored_bytes for linear in linears) + _expert_bytes(shapes, block, ratio)
     fullest = max(solving_bytes(linears), batch, routed if inner else 0, in_experts)
-    return block.parameters * shapes.value_bytes + moments + fullest
+    block_bytes = block.parameters * shapes.value_bytes
+    held = block_bytes + moments + fullest
+    if on_gpu or shapes.media is None:
+        return held
+    # A host also holds holes that the rows of images leave in its heap, and the next block, as the pass promises.
+    return max(held, shapes.largest_block_bytes + compiling_bytes(linears, rows, block_bytes, on_gpu=False))
 
 
 def compiled_shape(linear: LinearShape, ratio: float, value_bytes: int) -> CompiledShape:

@@ -97,6 +97,11 @@ class BlockShape:
         total = sum(linear.parameters for linear in self.linears)
         return tuple(linear for linear in self.linears if linear.parameters >= SMALL_SHARE * total)
 
+    @property
+    def compressible_sides(self) -> list[tuple[int, int]]:
+        """The output and input features of the compressible linears."""
+        return [(linear.out_features, linear.in_features) for linear in self.compressible]
+
 
 @dataclass(frozen=True)
 class ModelShapes:

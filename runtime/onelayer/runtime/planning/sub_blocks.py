@@ -6,6 +6,7 @@ the summed output width of its readers, r the rank of the adapter. Torch-free.
 
 from dataclasses import dataclass
 
+from onelayer.compiler.models.unit_memory import routed_width
 from onelayer.runtime.planning.shapes import BlockShape, LinearShape, ModelShapes
 
 MASTER_BYTES = 4  # adapters, norms and losses are computed in float32, whatever the model's dtype
@@ -100,3 +101,22 @@ def lora_parameters(shapes: ModelShapes, lora_rank: int) -> int:
     """Count the parameters of an adapter on every linear of the repeated layers; experts get none."""
     linears = (linear for block in shapes.blocks for linear in block.linears)
     return sum(lora_rank * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def block_values(shapes: ModelShapes, block: BlockShape, tokens: int) -> int:
+    """Count what all matrices of a block read and give for a batch of `tokens`."""
+    return block.rows(tokens) * _width(shapes, block)
+
+
+def most_values(shapes: ModelShapes, tokens: int) -> int:
+    """Count what all matrices of one block read and give for a batch of `tokens`, of the block that has the most."""
+    return max(block_values(shapes, block, tokens) for block, _ in shapes.kinds)
+
+
+def _width(shapes: ModelShapes, block: BlockShape) -> int:
+    """Sum the input and output widths of a block's matrices for one token, counting each expert that it is sent to."""
+    dense = sum(linear.in_features + linear.out_features for linear in block.linears)
+    if block.experts is None:
+        return dense
+    opened, inner = (width // shapes.experts_per_token for width in expert_parts(shapes, block))
+    return dense + routed_width(shapes.experts_per_token, opened, inner, block.hidden)
