@@ -15,7 +15,7 @@ from onelayer.compiler.results import Report
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
 TOKENS = 128
 # Layers, rows of a batch, and rows that are computed at once.
-SETTINGS = ((2, 40, 40), (2, 40, 8), (6, 40, 8))
+SETTINGS = ((2, 40, 40), (2, 40, 8), (10, 40, 8))
 
 
 def step_here(root: Path, layers: int, rows: int, at_once: int) -> Report:
@@ -66,8 +66,9 @@ def test_steps_stay_within_a_promise_that_is_near(tmp_path: Path) -> None:
         assert report.peak_device_bytes <= promised(report), setting
         assert promised(report) - RESERVE_BYTES <= 1.5 * report.peak_device_bytes, setting
     whole, in_parts, deeper = (peaks[setting] for setting in SETTINGS)
-    # Peaks of equal steps differ by 20 MB: what depth costs shows in the lesser of two.
-    deeper = min(deeper, measured(step_here, tmp_path, *SETTINGS[2]).peak_device_bytes)
     assert in_parts < 0.7 * whole
-    four_layers = 4 * 4 * (4 * 384 * 384 + 3 * 384 * 1024)
-    assert deeper - in_parts < four_layers
+    eight_layers = 8 * 4 * (4 * 384 * 384 + 3 * 384 * 1024)
+    # Peaks of equal steps differ by 30 MB: what depth costs shows in the lesser of two.
+    if deeper - in_parts >= eight_layers:
+        deeper = min(deeper, measured(step_here, tmp_path, *SETTINGS[2]).peak_device_bytes)
+    assert deeper - in_parts < eight_layers
