@@ -31,7 +31,6 @@ from onelayer.runtime.activations.figures import SavedBytes
 
 SIDE, CLASSES, BATCH, HELD_OUT = 64, 6, 32, 600
 RATE, LORA_RATE, RANK = 1e-3, 3e-3, 8
-WARM_UP_STEPS = 50
 # Where and with which share of the width activations are compressed, and the bits of the residual.
 COMPRESSED: dict[str, dict[str, Any]] = {
     "published, layer, 1/8": {"where": "layer", "rank": 0.125, "residual_bits": 0},
@@ -77,7 +76,7 @@ def learn(model: Any, steps: int, rate: float, outlined: bool, seed: int) -> Non
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         model(**batch(BATCH, outlined, numbers)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
