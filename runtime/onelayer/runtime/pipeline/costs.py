@@ -127,7 +127,7 @@ def compile_costs(basis: CostBasis) -> StepCosts:
     ratio = basis.ratio if basis.size.coded else widest_ratio(basis.ratio, basis.emulator.allocation)
     asked, coded = basis.emulator.backward, basis.size.coded
     backward = asked is not False if coded else asked is True
-    peak = compile_bytes(basis.shapes, ratio, tokens, coded, backward)
+    peak = compile_bytes(basis.shapes, ratio, tokens, coded, backward, on_gpu=shows_gpu())
     read = basis.model_bytes * (2 if backward else 1)
     return StepCosts(read_bytes=read, write_bytes=basis.emulator_bytes(basis.ratio), peak_bytes=peak)
 
