@@ -189,7 +189,8 @@ def residual_of(linear: Linear, keep_bytes: float) -> tuple[torch.Tensor, int, t
     assert ranks is not None
     assert ranks[""] is not None
     moments = moments_of(linear.calibration.x)
-    kept = decode(encode(linear.W, moments, width), linear.W.shape[1], torch.float32)
+    coded = encode(linear.W, moments, width, len(linear.calibration.x))
+    kept = decode(coded, linear.W.shape[1], torch.float32)
     return linear.W - kept, ranks[""], Sides.of_inputs(moments).S[0]
 
 
@@ -251,7 +252,7 @@ def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) 
     outputs.add(linear.calibration.g)
     inputs = Sides.of_inputs(moments)
     sides = Sides(inputs.H, inputs.S, OutputWeights.of(outputs.blocks, len(W)))
-    kept = decode(encode(W, moments, width), W.shape[1], torch.float32)
+    kept = decode(encode(W, moments, width, len(linear.calibration.x)), W.shape[1], torch.float32)
     kept = kept + product_of(*residual_factors(W - kept, sides, rank, torch.float32, 0), shape, torch.float32)
     return linear.errors(linear.W - (kept if Q is None else (kept.double() @ Q.T).float()))
 

@@ -29,8 +29,17 @@ from onelayer.runtime import compress_activations
 from onelayer.runtime.activations.compression import ActivationCompression
 from onelayer.runtime.activations.figures import SavedBytes
 
-SIDE, CLASSES, BATCH, HELD_OUT = 64, 6, 32, 600
-RATE, LORA_RATE, RANK = 1e-3, 3e-3, 8
+SIDE, BATCH, HELD_OUT = 48, 32, 600
+RATE, LORA_RATE, RANK, WARM_UP_STEPS = 1e-3, 3e-3, 8, 50
+# Corners of shapes on a grid of 3 by 3: triangle, square, plus, two bars; the sixth shape is a disc.
+CORNERS: list[list[tuple[float, float]]] = [
+    [(0, 3), (1.5, 0), (3, 3)],
+    [(0, 0), (3, 0), (3, 3), (0, 3)],
+    [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
+    [(0, 1), (3, 1), (3, 2), (0, 2)],
+    [(1, 0), (2, 0), (2, 3), (1, 3)],
+]
+CLASSES = len(CORNERS) + 1
 # Where and with which share of the width activations are compressed, and the bits of the residual.
 COMPRESSED: dict[str, dict[str, Any]] = {
     "published, layer, 1/8": {"where": "layer", "rank": 0.125, "residual_bits": 0},
@@ -46,16 +55,15 @@ def picture(label: int, outlined: bool, numbers: np.random.Generator) -> np.ndar
     """Draw one shape at a random place: (3, SIDE, SIDE) in -1 to 1."""
     ground = int(numbers.integers(0, 90)) if outlined else int(numbers.integers(170, 255))
     image = Image.new("L", (SIDE, SIDE), ground)
-    size, (left, top) = int(numbers.integers(18, 34)), numbers.integers(2, SIDE - 36, 2).tolist()
-    corners = 0 if label == 0 else label + 2
+    size = int(numbers.integers(SIDE // 2, 3 * SIDE // 4))
+    left, top = numbers.integers(2, SIDE - 1 - size, 2).tolist()
     tone = 255 - ground
     style = {"outline": tone, "width": 2} if outlined else {"fill": tone}
     draw = ImageDraw.Draw(image)
-    if not corners:
+    if label == len(CORNERS):
         draw.ellipse((left, top, left + size, top + size), **style)
     else:
-        middle = (left + size / 2, top + size / 2, size / 2)
-        draw.regular_polygon(middle, corners, rotation=int(numbers.integers(0, 360)), **style)
+        draw.polygon([(left + x * size / 3, top + y * size / 3) for x, y in CORNERS[label]], **style)
     pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
     noise = numbers.normal(0, 0.25 if outlined else 0.05, pixels.shape)
     return np.repeat((pixels + noise)[None], 3, axis=0).astype(np.float32)
@@ -69,15 +77,16 @@ def batch(count: int, outlined: bool, numbers: np.random.Generator) -> dict[str,
 
 
 def learn(model: Any, steps: int, rate: float, outlined: bool, seed: int) -> None:
-    """Train what is trainable for some steps, with a cosine schedule."""
+    """Train what is trainable for some steps: the rate rises, then falls by a cosine."""
     numbers = np.random.default_rng(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = rate * min(1, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
         model(**batch(BATCH, outlined, numbers)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -134,7 +143,7 @@ def measure_step(model: Any, compression: ActivationCompression | None) -> tuple
 def main() -> int:
     """Print one row for each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("--base-steps", 600), ("--steps", 200), ("--seeds", 3)):
+    for name, default in (("--base-steps", 700), ("--steps", 200), ("--seeds", 3)):
         parser.add_argument(name, type=int, default=default)
     asked = parser.parse_args()
     torch.manual_seed(0)

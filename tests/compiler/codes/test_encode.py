@@ -1,5 +1,6 @@
 """Codes: each is the nearest at its turn, feedback helps, and unpacking returns what was packed."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +58,17 @@ def test_feedback_is_better_than_rounding_each_by_itself() -> None:
         rounded = normal_codebook(4)[alone].reshape(32, 64) * coded.scales.float()
         with_feedback = (x @ (W - decode(coded, 64, torch.float32)).T).square().sum()
         assert with_feedback < 0.95 * (x @ (W - rounded).T).square().sum()
+
+
+def test_few_rows_of_calibration_are_trusted_less() -> None:
+    few, others = correlated(450, 64).split([50, 400])
+    for seed in range(3):
+        W = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+        errors = [
+            float((others @ (W - decode(encode(W, gram(few), 4, rows), 64, torch.float32)).T).square().sum())
+            for rows in (len(few), math.inf)
+        ]
+        assert errors[0] < 0.8 * errors[1]
 
 
 def test_a_row_of_zeros_stays_near_zero() -> None:

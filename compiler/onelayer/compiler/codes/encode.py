@@ -5,6 +5,7 @@ scale. Columns are coded in order, and the columns to the right make up for the 
 (arXiv 2210.17323) with codebooks of vectors (arXiv 2402.15319). Shape letters: O outputs, I inputs, d code width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from onelayer.compiler.codes.codebook import normal_codebook
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth, group_size
 from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 
-# Added to the moments' diagonal, as a share of its mean: directions that calibration hardly saw count a little.
-DAMPING = 1e-2
+# Added to the moments' diagonal, as shares of its mean: directions that calibration hardly saw count a little, the more
+# so the fewer rows it had for each of them. Measured: half the inputs by the rows is near the best for 1536 to 16,000.
+LEAST_DAMPING, DAMPING_PER_ROW = 1e-2, 0.5
 # Errors within this many columns are handed on one by one, beyond it all at once, so that large products do the work.
 LAZY_COLUMNS = 128
 # A padded column after the last input costs nothing: its entry in the feedback is this large.
@@ -60,8 +62,8 @@ def decode_with(codes: torch.Tensor, codebook: torch.Tensor, scales: torch.Tenso
     return values
 
 
-def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth) -> Coded:
-    """Code W (O, I) for inputs of the given second moments, blocks (B, b, b) along their diagonal.
+def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth, rows: float = math.inf) -> Coded:
+    """Code W (O, I) for inputs of the given second moments, blocks (B, b, b) along their diagonal, over so many rows.
 
     Every code is the nearest at its turn, in the metric of what the columns to its right cannot make up for.
     """
@@ -70,11 +72,12 @@ def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth) -> Coded:
     codebook = normal_codebook(width).to(W.device)
     left = torch.nn.functional.pad(W, (0, -in_features % width)).clone()
     codes = torch.empty(len(W), left.shape[1] // width, dtype=torch.uint8, device=W.device)
+    damping = max(LEAST_DAMPING, DAMPING_PER_ROW * block / max(1, rows))
     for index, known in enumerate(moments):
         start = index * block
         end = min(start + block, in_features)
         stop = left.shape[1] if end == in_features else end
-        feedback = _feedback(known[: end - start, : end - start], stop - start)
+        feedback = _feedback(known[: end - start, : end - start], stop - start, damping)
         scale = scales[:, index : index + 1].to(torch.float32)
         _encode_block(left[:, start:stop], scale, feedback, codebook, codes[:, start // width :])
     return Coded(codes, scales, codebook.to(torch.bfloat16))
@@ -86,7 +89,7 @@ def _scales(W: torch.Tensor) -> torch.Tensor:
     return torch.stack(groups, dim=1).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
 
 
-def _feedback(known: torch.Tensor, size: int) -> torch.Tensor:
+def _feedback(known: torch.Tensor, size: int, damping: float) -> torch.Tensor:
     """Compute the upper Cholesky factor (size, size) of the inverse of one block of moments, damped.
 
     Columns beyond the block are padding, whose error costs nothing.
@@ -94,7 +97,7 @@ def _feedback(known: torch.Tensor, size: int) -> torch.Tensor:
     known = known.to(torch.float64)
     mean = known.diagonal().mean()
     damped = known / mean if mean > 0 else torch.zeros_like(known)
-    damped = damped + DAMPING * torch.eye(len(known), dtype=torch.float64, device=known.device)
+    damped = damped + damping * torch.eye(len(known), dtype=torch.float64, device=known.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
     if size == len(upper):

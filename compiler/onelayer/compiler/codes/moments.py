@@ -27,6 +27,11 @@ class BlockGram:
         self.rows = 0
         self.dropped_rows = 0
 
+    @property
+    def finite_rows(self) -> int:
+        """The number of rows in the totals."""
+        return self.rows - self.dropped_rows
+
     def add(self, x: torch.Tensor) -> None:
         """Add the rows of `x` (..., F)."""
         x_NF = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)

@@ -77,7 +77,9 @@ class CodedCompilation(Compilation):
             width = None  # codes of a small weight would be no smaller than the whole weight, quantized
             stored, kept = _whole(W, RESIDUAL_DTYPE, dtype)
         else:
-            stored, kept = _coded(W, encode(W, moments.blocks, width), sides, rank, dtype, self.settings.seed)
+            stored, kept = _coded(
+                W, encode(W, moments.blocks, width, moments.finite_rows), sides, rank, dtype, self.settings.seed
+            )
         energies, lost = sides.energy(W), sides.energy(W - kept)
         errors = [(part / all_ if all_ > 0 else 0.0) ** 0.5 for part, all_ in zip(lost, energies, strict=True)]
         gradient_error = None if sides.outputs is None else errors[1]
