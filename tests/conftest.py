@@ -1,7 +1,8 @@
 """Set-up of every test: no network, no writes to the user's store, serial small kernels."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,20 @@ hypothesis.settings.register_profile("onelayer", deadline=None)
 hypothesis.settings.load_profile("onelayer")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave all that is imported out of the garbage collections of the tests.
+
+    Trainers ask for some in each run, and one that looks at half a million objects takes as long as a tiny training.
+    """
+    gc.disable()
+    collected = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 @pytest.fixture(params=FACTOR_DTYPES, ids=str)

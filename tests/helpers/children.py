@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_PASSES, *_FAMILIES, "onelayer.runtime.training.trainers"])
     return context
+
+
+def print_to(path: Path) -> None:
+    """Let this process write to a file what it prints."""
+    with open(path, "w", encoding="utf-8") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
 
 
 def at_call(place: Any, name: str, call: int, act: Callable[[], Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ They are forked from a process that has run some commands before, so that they a
 
 import atexit
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from helpers.children import fork_server
+from helpers.children import fork_server, print_to
 
 # Above any run of these tests; a process that hangs is killed then.
 MOST_SECONDS = 300
@@ -64,14 +65,8 @@ def _child(rank: int, count: int, port: int, work: Work, arguments: Sequence[str
     os.environ |= {name: str(value) for name, value in launched.items()}
     os.environ |= {"ONELAYER_HOME": home, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    _print_to(Path(directory) / f"printed-{rank}")
+    print_to(Path(directory) / f"printed-{rank}")
     work(arguments)
-
-
-def _print_to(path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as printed:
-        os.dup2(printed.fileno(), 1)
-        os.dup2(printed.fileno(), 2)
 
 
 def _serve(connection: Connection) -> None:
@@ -80,6 +75,7 @@ def _serve(connection: Connection) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     _warm_up()
+    gc.freeze()  # as in the process of the tests: see tests/conftest.py
     forked = multiprocessing.get_context("fork")
     with contextlib.suppress(EOFError):
         while True:
@@ -102,7 +98,7 @@ def _warm_up() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         os.environ["ONELAYER_HOME"] = name
-        _print_to(path / "printed")
+        print_to(path / "printed")
         causal("Llama", num_hidden_layers=1).save_pretrained(path / "model")
         tiny_tokenizer(path / "model")
         (path / "data.jsonl").write_text(json.dumps({"text": "the quick brown fox"}))

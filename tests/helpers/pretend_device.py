@@ -210,6 +210,8 @@ def register() -> None:
     """Make the device known to PyTorch; once in a process."""
     if _kept:
         return
+    # bitsandbytes compiles what it has no kernel for: for minutes, or it fails at once. A real device has kernels.
+    torch.compiler.set_stance("force_eager")
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=COUNTS)
     own, everything = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     _kept.extend((own, everything))

@@ -66,9 +66,10 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
 def seed_random(device: torch.device, seed: int) -> None:
     """Seed the random generators of the host and of `device`.
 
-    `torch.manual_seed` seeds every accelerator. Before the first use of one it keeps a stack trace for each call.
+    `torch.manual_seed` seeds every kind of accelerator, and for each kind that was not used yet it keeps a stack trace.
     """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        seed_all = getattr(module, "manual_seed_all", None) or module.manual_seed  # MPS has one device
+        seed_all(seed)
