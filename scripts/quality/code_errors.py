@@ -1,95 +1,35 @@
 """Compares ways to make codes on some linears of a real model, by their error on held-out rows.
 
-    python -m scripts.quality.code_errors outputs rotation --model DIR --data train.jsonl [--keep-bytes 0.12 0.145]
+    python -m scripts.quality.code_errors outputs rotation rounds --model DIR --data train.jsonl
 
 `outputs`: ways to hold G, the moments of the gradients at a linear's outputs, by which the low-rank part is chosen:
 bytes, processor seconds of gathering and solving, and errors. `rotation`: codes of the weight as it is, and of the
-weight whose inputs are rotated by a randomized Hadamard transform. "forward" is the squared relative error of the
-outputs, "both" that of the outputs weighted by the gradients that flow back to them.
+weight whose inputs are rotated by a randomized Hadamard transform. `rounds`: codes that take their moments as exact,
+and codes and factors that are made again in turns, or in the other order. "forward" is the squared relative error of
+the outputs, "both" that of the outputs weighted by the gradients that flow back to them.
 """
 
 import argparse
-import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy import fft, linalg  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onelayer.compiler.codes.encode import decode, encode
-from onelayer.compiler.codes.forms import code_width, coded_ranks, group_size
+from onelayer.compiler.codes.forms import CodeWidth, code_width, coded_ranks
 from onelayer.compiler.codes.moments import BlockGram, block_products
 from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights
+from scripts.quality.code_linears import HEAD, Linear, Rows, moments_of, read_linears
 
-HEAD = "lm_head"
-LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-TOKENS, HEAD_TOKENS, OUTPUT_BLOCK = 256, 32, 64
+OUTPUT_BLOCK = 64
 BLOCKS, SKETCHES = (1, 16, 64, 256), (16, 64)
 Factors = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a linear reads (N, I) and the gradients at its outputs (N, O)."""
-
-    x: torch.Tensor
-    g: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A weight (O, I), with rows for calibration and held-out rows."""
-
-    name: str
-    W: torch.Tensor
-    calibration: Rows
-    held_out: Rows
-
-    def errors(self, E: torch.Tensor) -> tuple[float, float]:
-        """Return the squared errors of E (O, I), forward and weighted by both sides, relative to those of W."""
-        x, g = self.held_out.x, self.held_out.g
-        H = x.T @ x
-        parts = [(float(((M @ H) * M).sum()), float((((g @ M).T @ (g @ M)) * H).sum())) for M in (E, self.W)]
-        return parts[0][0] / parts[1][0], parts[0][1] / parts[1][1]
-
-
-def read_linears(given: argparse.Namespace) -> list[Linear]:
-    """Run rows forward and back; keep what some linears read and the gradients that come back to them."""
-    model: Any = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    names = [f"model.layers.{layer}.{linear}" for layer in given.layers for linear in LINEARS]
-    names += [HEAD] if "outputs" in given.what else []
-    found: dict[str, list[list[Rows]]] = {name: [[], []] for name in names}
-    held_out = False
-
-    def hook(name: str, module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        count = HEAD_TOKENS if name == HEAD else TOKENS  # the head's gradients are wide, so fewer rows are kept
-        x, kept = args[0][0, :count].detach().clone(), found[name][held_out]
-        output.register_hook(lambda g: kept.append(Rows(x, g[0, :count].detach().clone())))
-
-    for name in names:
-        model.get_submodule(name).register_forward_hook(partial(hook, name))
-    model.requires_grad_(False)
-    with given.data.open() as lines:
-        texts = (json.loads(line)["text"] for line in lines)
-        for number, text in enumerate(islice(texts, given.rows + given.held_out)):
-            held_out = number >= given.rows
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=TOKENS).input_ids
-            inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
-            model(inputs_embeds=inputs, labels=ids).loss.backward()
-
-    def joined(rows: list[Rows]) -> Rows:
-        return Rows(torch.cat([item.x for item in rows]), torch.cat([item.g for item in rows]))
-
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
-    return [Linear(name, weights[name], *map(joined, parts)) for name, parts in found.items()]
 
 
 # ---- ways to hold G ---------------------------------------------------------------------------------------------
@@ -194,14 +134,6 @@ def residual_of(linear: Linear, keep_bytes: float) -> tuple[torch.Tensor, int, t
     return linear.W - kept, ranks[""], Sides.of_inputs(moments).S[0]
 
 
-def moments_of(x: torch.Tensor) -> torch.Tensor:
-    """Return the moments of inputs as codes use them."""
-    assert group_size(x.shape[1]) == x.shape[1]
-    gram = BlockGram(x.shape[1], x.device)
-    gram.add(x)
-    return gram.blocks
-
-
 # ---- rotation ---------------------------------------------------------------------------------------------------
 
 
@@ -215,9 +147,31 @@ def randomized_hadamard(size: int) -> torch.Tensor:
 
 
 def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
-    """Print the errors of codes with and without a rotation, for every linear and size; then their means."""
+    """Print the errors of codes with and without a rotation."""
+
+    def ways(linear: Linear, width: CodeWidth, rank: int) -> dict[str, tuple[float, float]]:
+        Q = randomized_hadamard(linear.W.shape[1])
+        return {"as it is": coded_errors(linear, width, rank), "rotated": coded_errors(linear, width, rank, Q)}
+
+    _compare(linears, given, ways)
+
+
+def compare_rounds(linears: list[Linear], given: argparse.Namespace) -> None:
+    """Print the errors of codes that trust their moments wholly, and of codes and factors made in turns."""
+
+    def ways(linear: Linear, width: CodeWidth, rank: int) -> dict[str, tuple[float, float]]:
+        found = {"once": coded_errors(linear, width, rank)}
+        found["moments as exact"] = coded_errors(linear, width, rank, exact=True)
+        found |= {f"{count} rounds": coded_errors(linear, width, rank, rounds=count) for count in (2, 3)}
+        return found | {"factors first": coded_errors(linear, width, rank, factors_first=True)}
+
+    _compare(linears, given, ways)
+
+
+def _compare(linears: list[Linear], given: argparse.Namespace, ways: Any) -> None:
+    """Print errors by way as multiples of the first way's, for every linear and size; then their means."""
     for keep_bytes in given.keep_bytes:
-        totals = []
+        shares: dict[str, list[tuple[float, float]]] = {}
         for linear in linears:
             if linear.name == HEAD:
                 continue
@@ -225,26 +179,31 @@ def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
             assert width is not None
             ranks = coded_ranks({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, width)
             assert ranks is not None
-            found = [error for Q in _rotations(linear) for error in coded_errors(linear, Q, width, ranks[""] or 0)]
-            totals.append(found)
-            print(f"{keep_bytes}: {linear.name}: {_line(found)}", flush=True)
-        print(f"{keep_bytes}: mean: {_line(torch.tensor(totals).mean(0).tolist())}", flush=True)
+            found = ways(linear, width, ranks[""] or 0)
+            first = next(iter(found.values()))
+            for way, errors in found.items():
+                shares.setdefault(way, []).append((errors[0] / first[0], errors[1] / first[1]))
+            told = "; ".join(f"{way} {pairs[-1][0]:.3f}, {pairs[-1][1]:.3f}" for way, pairs in shares.items())
+            print(
+                f"{keep_bytes}: {linear.name}: forward {first[0]:.4f}, both {first[1]:.4f}; times that: {told}",
+                flush=True,
+            )
+        means = {way: torch.tensor(pairs).mean(0).tolist() for way, pairs in shares.items()}
+        print(f"{keep_bytes}: mean: " + "; ".join(f"{way} {a:.3f}, {b:.3f}" for way, (a, b) in means.items()))
 
 
-def _rotations(linear: Linear) -> Iterator[torch.Tensor | None]:
-    yield None
-    yield randomized_hadamard(linear.W.shape[1])
-
-
-def _line(errors: list[float]) -> str:
-    forward, both, rotated, both_rotated = errors
-    shares = f"{rotated / forward:.3f}, {both_rotated / both:.3f} times"
-    return f"forward {forward:.4f}, both {both:.4f}; rotated {rotated:.4f}, {both_rotated:.4f} ({shares})"
-
-
-def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) -> tuple[float, float]:
+def coded_errors(
+    linear: Linear,
+    width: CodeWidth,
+    rank: int,
+    Q: torch.Tensor | None = None,
+    *,
+    rounds: int = 1,
+    exact: bool = False,
+    factors_first: bool = False,
+) -> tuple[float, float]:
     """Return the errors of codes and their quantized factors, made of W Q for inputs x Q if Q is given."""
-    moments, W = moments_of(linear.calibration.x), linear.W
+    moments, W, rows = moments_of(linear.calibration.x), linear.W, len(linear.calibration.x)
     shape = (W.shape[0], W.shape[1])
     if Q is not None:
         moments, W = Q.T @ moments @ Q, (W.double() @ Q).float()
@@ -252,15 +211,25 @@ def coded_errors(linear: Linear, Q: torch.Tensor | None, width: Any, rank: int) 
     outputs.add(linear.calibration.g)
     inputs = Sides.of_inputs(moments)
     sides = Sides(inputs.H, inputs.S, OutputWeights.of(outputs.blocks, len(W)))
-    kept = decode(encode(W, moments, width, len(linear.calibration.x)), W.shape[1], torch.float32)
-    kept = kept + product_of(*residual_factors(W - kept, sides, rank, torch.float32, 0), shape, torch.float32)
+
+    def factored(R: torch.Tensor) -> torch.Tensor:
+        return product_of(*residual_factors(R, sides, rank, torch.float32, 0), shape, torch.float32)
+
+    low = factored(W) if factors_first else torch.zeros_like(W)
+    for _ in range(rounds):
+        kept = decode(encode(W - low, moments, width, math.inf if exact else rows), W.shape[1], torch.float32)
+        low = factored(W - kept)
+    kept = kept + low
     return linear.errors(linear.W - (kept if Q is None else (kept.double() @ Q.T).float()))
+
+
+COMPARED = {"outputs": compare_outputs, "rotation": compare_rotation, "rounds": compare_rounds}
 
 
 def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["outputs", "rotation"])
+    parser.add_argument("what", nargs="+", choices=list(COMPARED))
     parser.add_argument("--model", type=Path, required=True, help="directory of a causal model")
     parser.add_argument("--data", type=Path, required=True, help="rows of text")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 26])
@@ -270,7 +239,7 @@ def main() -> None:
     given = parser.parse_args()
     linears = read_linears(given)
     for what in given.what:
-        {"outputs": compare_outputs, "rotation": compare_rotation}[what](linears, given)
+        COMPARED[what](linears, given)
 
 
 if __name__ == "__main__":

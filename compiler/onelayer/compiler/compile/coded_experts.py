@@ -38,6 +38,7 @@ def code_stacks(calls: ExpertCalls, ranks: Mapping[str, int | None], code: Code)
             lacking = moments.features - moments.rows
             if pooled is not None and lacking > 0:
                 moments.blocks += lacking / max(1, pooled[leaf].rows) * pooled[leaf].blocks
+                moments.rows += lacking
             item = on_host(code(f"{stacks.path(leaf)}[{expert}]", weight, moments, ranks[stacks.path(leaf)]))
             if lacking > 0:
                 item = StoredLinear(item.figures.model_copy(update={"fallback": COMPLETED}), item.tensors)
