@@ -166,6 +166,7 @@ def main() -> int:
                 seconds[way].append(step_seconds)
                 learn(model, asked.steps, LORA_RATE, outlined=True, seed=seed + 1)
             scores[way].append(accuracy(model, outlined=True))
+            print(f"seed {seed}, {way}: {scores[way][-1]:.3f}", file=sys.stderr, flush=True)
     print("| activations | accuracy | bytes for backward | step time |\n|---|---|---|---|")
     plain = statistics.median(seconds[WAYS[0]])
     for way in WAYS:
