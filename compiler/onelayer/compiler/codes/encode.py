@@ -15,7 +15,7 @@ from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth, group_size
 from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 
 # Added to the moments' diagonal, as shares of its mean: directions that calibration hardly saw count a little, the more
-# so the fewer rows it had for each of them. Measured: half the inputs by the rows is near the best for 1536 to 16,000.
+# so the fewer rows it had for each of them. Measured: half the inputs by the rows is near the best for 1536 to 14,000.
 LEAST_DAMPING, DAMPING_PER_ROW = 1e-2, 0.5
 # Errors within this many columns are handed on one by one, beyond it all at once, so that large products do the work.
 LAZY_COLUMNS = 128
