@@ -45,8 +45,8 @@ def test_a_pretrained_encoder_compiles_to_the_optimum(tmp_path: Path) -> None:
         X = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows[linear.name]]).double()
         W = model.get_submodule(linear.name).weight.detach().double()
         Y = X @ W.T
-        singular = torch.linalg.svdvals(Y)
-        optimum = float((singular[linear.rank :].square().sum() / singular.square().sum()).sqrt())
+        energy = torch.linalg.eigvalsh(Y.T @ Y).flip(0)  # the squares of Y's singular values, in a tenth of the time
+        optimum = float((energy[linear.rank :].sum() / energy.sum()).sqrt())
         low_rank = emulator.get_submodule(linear.name)
         achieved = float((Y - X @ low_rank.lr_down.double().T @ low_rank.lr_up.double().T).norm() / Y.norm())
         U, s, Vt = torch.linalg.svd(W, full_matrices=False)

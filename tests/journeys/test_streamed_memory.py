@@ -15,7 +15,7 @@ from onelayer.compiler.results import Report
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
 TOKENS = 128
 # Layers, rows of a batch, and rows that are computed at once.
-SETTINGS = ((2, 40, 40), (2, 40, 8), (10, 40, 8))
+SETTINGS = ((2, 24, 24), (2, 24, 8), (10, 24, 8))
 
 
 def step_here(root: Path, layers: int, rows: int, at_once: int) -> Report:
