@@ -41,9 +41,7 @@ def run_python(code: str, *arguments: object) -> "subprocess.CompletedProcess[st
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_without_the_plugin_loading_fails_and_trust_remote_code_loads_saves_and_reloads(
-    models: dict[Path, Any], tmp_path: Path
-) -> None:
+def test_without_the_plugin_only_remote_code_loads_saves_and_reloads(models: dict[Path, Any], tmp_path: Path) -> None:
     """A process without the plugin must not train noise. It takes seconds to import, so it does the rest too."""
     code = """
         import os, sys
