@@ -24,7 +24,7 @@ from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.data.batches import make_batches
 from onelayer.compiler.data.labeled_rows import read_tokens
 from onelayer.compiler.data.tokens import load_tokenizer
-from onelayer.compiler.factors.factorize import factorize
+from onelayer.compiler.factors.factorize import Method, factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.machine.meter import Meter
@@ -101,7 +101,7 @@ def bench_solvers(width: int, rounds: int) -> None:
 
 
 def _pair(W: torch.Tensor, moments: Moments, rank: int, solver: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    factors = factorize(W, moments, rank, torch.float32, solver)
+    factors = factorize(W, moments, rank, torch.float32, Method(solver))
     return factors.up, factors.down
 
 

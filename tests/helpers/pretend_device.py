@@ -171,9 +171,11 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
     if written.is_floating_point():
         written.fill_(float("nan"))
     stream: PretendStream = COUNTS.stream_now
-    # Work on the default stream is done in order, at once; only a side stream lags.
+    # Work on the default stream is done in order, at once; only a side stream lags, and what comes back to the host.
     if from_host and stream is COUNTS.default_stream_:
         written.copy_(read)
+    elif stream is COUNTS.default_stream_:
+        stream.waiting.append(partial(_copy_later, written, read.clone(), (target,)))
     else:
         stream.waiting.append(partial(_copy_later, written, read, (source, target)))
     return target

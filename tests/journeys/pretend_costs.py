@@ -211,7 +211,7 @@ def test_linears_that_are_not_small_are_solved_without_float64(rank: int) -> Non
         moments = Moments.empty((256, 256), True, torch.device(device), torch.float32)
         moments.add(X.to(device), None)
         COUNTS.reset()
-        figures.append(factorize(W.to(device), moments, rank, torch.float32).error)
+        figures.append(factorize(W.to(device), moments, rank, torch.float32).figures.error)
     assert not COUNTS.double_products
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onelayer.compiler.factors.directions import Directions, all_directions
-from onelayer.compiler.factors.factorize import Factors, factorize
+from onelayer.compiler.factors.expectations import Expectations
+from onelayer.compiler.factors.factorize import Factors, Method, factorize
 from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.ranks import Spectrum, rank_for, ranks_by_spectrum
 from onelayer.compiler.factors.subspace import leading_eigenvectors
@@ -63,10 +64,10 @@ def test_factors_reach_the_published_optimum(shape: tuple[int, int], rank: int) 
     assert factors.down.shape == (rank, shape[1])
     assert output_error(W, product(factors), X) == pytest.approx(optimum, rel=1e-6)
     assert output_error(W, published(W, X, rank), X) == pytest.approx(optimum, rel=1e-6)
-    assert factors.error == pytest.approx(optimum, rel=1e-6)
-    assert factors.optimal_error == pytest.approx(optimum, rel=1e-6)
-    torch.testing.assert_close(factors.singular_values[:rank], singular[:rank], rtol=1e-6, atol=0)
-    assert factors.fallback is None
+    assert factors.figures.error == pytest.approx(optimum, rel=1e-6)
+    assert factors.figures.optimal_error == pytest.approx(optimum, rel=1e-6)
+    torch.testing.assert_close(factors.figures.singular_values[:rank], singular[:rank], rtol=1e-6, atol=0)
+    assert factors.figures.fallback is None
 
 
 @settings(max_examples=40)
@@ -78,9 +79,9 @@ def test_any_shape_gives_finite_factors_and_a_true_error(
     W, X = random(out_features, in_features), random(rows, in_features, seed=rows)
     factors = factorize(W, moments_of(W, X), rank, torch.float64)
     assert torch.isfinite(product(factors)).all()
-    assert factors.error == pytest.approx(output_error(W, product(factors), X), rel=1e-5, abs=1e-6)
-    assert factors.optimal_error is not None
-    assert factors.error >= factors.optimal_error - 1e-6
+    assert factors.figures.error == pytest.approx(output_error(W, product(factors), X), rel=1e-5, abs=1e-6)
+    assert factors.figures.optimal_error is not None
+    assert factors.figures.error >= factors.figures.optimal_error - 1e-6
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (64, 160), (160, 64)], ids=["square", "wide", "tall"])
@@ -88,13 +89,13 @@ def test_the_fast_solver_is_within_a_percent_and_claims_no_optimum(shape: tuple[
     W, X = random(*shape), correlated(800, shape[1])
     moments, rank = moments_of(W, X), min(shape) // 8
     exact = factorize(W, moments, rank, torch.float64)
-    fast = factorize(W, moments, rank, torch.float64, "fast", seed=3)
-    assert fast.optimal_error is None
-    assert exact.error <= output_error(W, product(fast), X) <= 1.01 * exact.error
-    assert fast.error == pytest.approx(output_error(W, product(fast), X), rel=1e-4)
-    assert fast.energy == pytest.approx(exact.energy, rel=1e-5)
+    fast = factorize(W, moments, rank, torch.float64, Method("fast", seed=3))
+    assert fast.figures.optimal_error is None
+    assert exact.figures.error <= output_error(W, product(fast), X) <= 1.01 * exact.figures.error
+    assert fast.figures.error == pytest.approx(output_error(W, product(fast), X), rel=1e-4)
+    assert float(fast.figures.energy) == pytest.approx(float(exact.figures.energy), rel=1e-5)
     torch.testing.assert_close(fast.up.T @ fast.up, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-5)
-    again = factorize(W, moments, rank, torch.float64, "fast", seed=3)
+    again = factorize(W, moments, rank, torch.float64, Method("fast", seed=3))
     assert torch.equal(fast.up, again.up)
 
 
@@ -112,18 +113,18 @@ def test_the_error_of_rounded_factors_is_theirs_and_not_the_ideal_one(shape: tup
     factors = factorize(W, moments_of(W, X), rank, torch.bfloat16)
     assert factors.up.dtype == torch.bfloat16
     true = output_error(W, product(factors), X)
-    assert factors.optimal_error is not None
-    assert true > 1.5 * factors.optimal_error, "rounding should be visible here, or the test proves nothing"
-    assert factors.error == pytest.approx(true, rel=0.2)
+    assert factors.figures.optimal_error is not None
+    assert true > 1.5 * factors.figures.optimal_error, "rounding should be visible here, or the test proves nothing"
+    assert factors.figures.error == pytest.approx(true, rel=0.2)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
 def test_fewer_rows_than_features_spends_the_rest_on_the_weight(shape: tuple[int, int]) -> None:
     W, X = random(*shape), random(4, shape[1], seed=3)
     factors = factorize(W, moments_of(W, X), 9, torch.float64)
-    assert factors.fallback is not None
-    assert "4 of 9" in factors.fallback
-    assert factors.error < 1e-6
+    assert factors.figures.fallback is not None
+    assert "4 of 9" in factors.figures.fallback
+    assert factors.figures.error < 1e-6
     seen = factors.up[:, :4] @ factors.down[:4]
     beyond = torch.linalg.svdvals(W - seen)
     assert float((W - product(factors)).norm()) == pytest.approx(float(beyond[5:].norm()), rel=1e-8)
@@ -136,7 +137,7 @@ def test_no_energy_at_all_is_plain_svd(shape: tuple[int, int]) -> None:
     factors = factorize(W, moments_of(W, torch.zeros(6, shape[1], dtype=torch.float64)), 4, torch.float64)
     U, s, Vt = torch.linalg.svd(W, full_matrices=False)
     torch.testing.assert_close(product(factors), (U[:, :4] * s[:4]) @ Vt[:4], rtol=1e-8, atol=1e-8)
-    assert factors.error == factors.optimal_error == 0.0
+    assert factors.figures.error == factors.figures.optimal_error == 0.0
 
 
 def test_a_weight_of_zeros_and_dead_channels_stay_finite() -> None:
@@ -222,9 +223,9 @@ def full_solves(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     seen: list[torch.Size] = []
     solve = all_directions
 
-    def watched(W: torch.Tensor, moments: Moments, rank: int) -> Directions:
+    def watched(W: torch.Tensor, moments: Moments, rank: int, expected: Expectations) -> Directions:
         seen.append(W.shape)
-        return solve(W, moments, rank)
+        return solve(W, moments, rank, expected)
 
     monkeypatch.setattr("onelayer.compiler.factors.factorize.all_directions", watched)
     return seen
@@ -243,14 +244,16 @@ def test_iteration_agrees_with_the_dense_route_to_six_digits(
     assert not full_solves, "the dense route would prove nothing"
     assert output_error(W, product(exact), X) == pytest.approx(optimum, rel=1e-6)
     assert output_error(W, published(W, X, rank), X) == pytest.approx(optimum, rel=1e-6)
-    assert exact.error == pytest.approx(optimum, rel=1e-6)
-    assert not exact.solved_again
-    assert exact.optimal_error == pytest.approx(optimum, rel=1e-6)
-    torch.testing.assert_close(exact.singular_values.double(), torch.linalg.svdvals(X @ W.T)[:rank], rtol=1e-4, atol=0)
+    assert exact.figures.error == pytest.approx(optimum, rel=1e-6)
+    assert not exact.figures.solved_again
+    assert exact.figures.optimal_error == pytest.approx(optimum, rel=1e-6)
+    torch.testing.assert_close(
+        exact.figures.singular_values.double(), torch.linalg.svdvals(X @ W.T)[:rank], rtol=1e-4, atol=0
+    )
     again = factorize(W.float(), moments, rank, torch.float32)
     assert torch.equal(exact.up, again.up)
     assert torch.equal(exact.down, again.down)
-    fast = factorize(W.float(), moments, rank, torch.float32, "fast")
+    fast = factorize(W.float(), moments, rank, torch.float32, Method("fast"))
     assert optimum * (1 - 1e-6) < output_error(W, product(fast), X) < 1.01 * optimum
 
 
@@ -261,7 +264,7 @@ def test_a_massive_channel_is_left_to_float64(kind: str, full_solves: list[torch
     X[:, 7] *= 1e5  # the largest eigenvalue is over 1e7 times the others, which float32 cannot tell from its rounding
     factors = factorize(W.float(), moments_of(W.float().double(), X), 40, torch.float64)
     assert full_solves == [shape]
-    assert factors.solved_again
+    assert factors.figures.solved_again
     optimum = dense_optimum(W.float().double(), X, 40)
     assert output_error(W.float().double(), product(factors), X) == pytest.approx(optimum, rel=1e-5)
 

@@ -59,9 +59,9 @@ def test_factors_are_the_optimum_under_both_sides(case: dict[str, Any]) -> None:
     singular = torch.linalg.svdvals(case["root"] @ W.double() @ case["x"].T)
     optimum = float(singular[RANK:].square().sum())
     assert lost(case, W - found.up @ found.down) == pytest.approx(optimum, rel=1e-3)
-    assert found.energy == pytest.approx(float(singular.square().sum()), rel=1e-5)
-    assert found.error == pytest.approx((optimum / found.energy) ** 0.5, rel=1e-3)
-    torch.testing.assert_close(found.singular_values[:RANK].double(), singular[:RANK], rtol=1e-4, atol=1e-4)
+    assert float(found.figures.energy) == pytest.approx(float(singular.square().sum()), rel=1e-5)
+    assert found.figures.error == pytest.approx((optimum / float(found.figures.energy)) ** 0.5, rel=1e-3)
+    torch.testing.assert_close(found.figures.singular_values[:RANK].double(), singular[:RANK], rtol=1e-4, atol=1e-4)
     plain = factorize(W, moments, RANK, torch.float32)
     assert lost(case, W - plain.up @ plain.down) > 1.01 * optimum
 
@@ -73,14 +73,16 @@ def test_quantized_factors_are_nearly_as_good(case: dict[str, Any]) -> None:
     up = dequantize_matrix(stored.up, len(W), "int8", torch.float32).T
     down = dequantize_matrix(stored.down, W.shape[1], "int8", torch.float32)
     assert float(stored.errors[-1]) == pytest.approx(
-        (lost(case, W - up @ down) / factors.energy) ** 0.5, rel=1e-3 if moments.of_input else 2e-2
+        (lost(case, W - up @ down) / float(factors.figures.energy)) ** 0.5, rel=1e-3 if moments.of_input else 2e-2
     )
-    assert factors.error < float(stored.errors[-1]) < 1.05 * factors.error
+    assert factors.figures.error < float(stored.errors[-1]) < 1.05 * factors.figures.error
     energy = output_energy(W, moments, weights)
-    assert energy == pytest.approx(factors.energy, rel=1e-5)
+    assert float(energy) == pytest.approx(float(factors.figures.energy), rel=1e-5)
     dense = quantize_dense(W, moments, energy, "int8", torch.float32, weights)
     error = W - dequantize_matrix(dense.weight, W.shape[1], "int8", torch.float32)
-    assert dense.error == pytest.approx((lost(case, error) / energy) ** 0.5, rel=1e-3 if moments.of_input else 0.2)
+    assert float(dense.error) == pytest.approx(
+        (lost(case, error) / float(energy)) ** 0.5, rel=1e-3 if moments.of_input else 0.2
+    )
 
 
 def test_no_gradient_weighs_nothing() -> None:

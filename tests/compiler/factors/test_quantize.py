@@ -113,13 +113,13 @@ def test_errors_are_those_of_the_quantized_pair_at_every_rank(
         dequantize_matrix(quantize_matrix(factors.up.T, factor_dtype), shape[0], factor_dtype, torch.float32).double().T
         @ dequantize_matrix(quantize_matrix(factors.down, factor_dtype), shape[1], factor_dtype, torch.float32).double()
     )
-    excess = float(quantized.errors[-1]) ** 2 - factors.error**2
-    naive = error_of(W, plain, X) ** 2 - factors.error**2
+    excess = float(quantized.errors[-1]) ** 2 - factors.figures.error**2
+    naive = error_of(W, plain, X) ** 2 - factors.figures.error**2
     if factor_dtype != "bf16":
         assert excess < (0.6 if moments.of_input else 0.95) * naive
-    dense = quantize_dense(W, moments, factors.energy, factor_dtype, torch.float32)
+    dense = quantize_dense(W, moments, factors.figures.energy, factor_dtype, torch.float32)
     wanted = error_of(W, dequantize_matrix(dense.weight, shape[1], factor_dtype, torch.float32).double(), X)
-    assert dense.error == pytest.approx(wanted, rel=1e-6 if moments.of_input else 0.05)
+    assert float(dense.error) == pytest.approx(wanted, rel=1e-6 if moments.of_input else 0.05)
 
 
 @pytest.mark.parametrize("shape", [(70, 70), (40, 100)], ids=["square", "wide"])

@@ -12,6 +12,7 @@ import torch
 
 from onelayer.compiler.codes.codebook import normal_codebook
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth, group_size
+from onelayer.compiler.factors.expectations import LOOKING, Expectations, cholesky
 from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 
 # Added to the moments' diagonal, as shares of its mean: directions that calibration hardly saw count a little, the more
@@ -62,7 +63,13 @@ def decode_with(codes: torch.Tensor, codebook: torch.Tensor, scales: torch.Tenso
     return values
 
 
-def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth, rows: float = math.inf) -> Coded:
+def encode(
+    W: torch.Tensor,
+    moments: torch.Tensor,
+    width: CodeWidth,
+    rows: float | torch.Tensor = math.inf,
+    expected: Expectations = LOOKING,
+) -> Coded:
     """Code W (O, I) for inputs of the given second moments, blocks (B, b, b) along their diagonal, over so many rows.
 
     Every code is the nearest at its turn, in the metric of what the columns to its right cannot make up for.
@@ -72,12 +79,13 @@ def encode(W: torch.Tensor, moments: torch.Tensor, width: CodeWidth, rows: float
     codebook = normal_codebook(width).to(W.device)
     left = torch.nn.functional.pad(W, (0, -in_features % width)).clone()
     codes = torch.empty(len(W), left.shape[1] // width, dtype=torch.uint8, device=W.device)
-    damping = max(LEAST_DAMPING, DAMPING_PER_ROW * block / max(1, rows))
+    share = DAMPING_PER_ROW * block / torch.as_tensor(rows, dtype=torch.float64).clamp_min(1)
+    damping = share.clamp_min(LEAST_DAMPING)
     for index, known in enumerate(moments):
         start = index * block
         end = min(start + block, in_features)
         stop = left.shape[1] if end == in_features else end
-        feedback = _feedback(known[: end - start, : end - start], stop - start, damping)
+        feedback = _feedback(known[: end - start, : end - start], stop - start, damping, expected)
         scale = scales[:, index : index + 1].to(torch.float32)
         _encode_block(left[:, start:stop], scale, feedback, codebook, codes[:, start // width :])
     return Coded(codes, scales, codebook.to(torch.bfloat16))
@@ -89,17 +97,17 @@ def _scales(W: torch.Tensor) -> torch.Tensor:
     return torch.stack(groups, dim=1).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
 
 
-def _feedback(known: torch.Tensor, size: int, damping: float) -> torch.Tensor:
+def _feedback(known: torch.Tensor, size: int, damping: torch.Tensor, expected: Expectations) -> torch.Tensor:
     """Compute the upper Cholesky factor (size, size) of the inverse of one block of moments, damped.
 
     Columns beyond the block are padding, whose error costs nothing.
     """
     known = known.to(torch.float64)
     mean = known.diagonal().mean()
-    damped = known / mean if mean > 0 else torch.zeros_like(known)
+    damped = torch.where(mean > 0, known / mean, 0.0)
     damped = damped + damping * torch.eye(len(known), dtype=torch.float64, device=known.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    inverse = torch.cholesky_inverse(cholesky(damped, expected))
+    upper = cholesky(inverse, expected, upper=True).to(torch.float32)
     if size == len(upper):
         return upper
     padded = FREE * torch.eye(size, dtype=upper.dtype, device=upper.device)
@@ -119,7 +127,8 @@ def _encode_block(
         near = feedback[start:stop, start:stop]
         for first in range(0, stop - start, width):
             own = slice(start + first, start + first + width)
-            inverse = torch.linalg.inv(near[first : first + width, first : first + width])
+            # A triangle whose diagonal is positive has an inverse, so nobody looks whether this one failed.
+            inverse = torch.linalg.inv_ex(near[first : first + width, first : first + width]).inverse
             chosen = nearest((left[:, own] / scale) @ inverse, codebook @ inverse)
             codes[:, own.start // width] = chosen.to(torch.uint8)
             error = (left[:, own] - codebook[chosen] * scale) @ inverse

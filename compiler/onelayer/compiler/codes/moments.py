@@ -16,8 +16,8 @@ from onelayer.compiler.factors.moments import in_blocks
 class BlockGram:
     """The diagonal blocks of X^T X over many batches of rows: products in float32, totals in float64.
 
-    Rows with a non-finite entry are left out and counted. `blocks` have the shape (F / b, b, b), or (1, F, F) if one
-    block holds everything; a last block that is shorter is padded with zeros.
+    Rows with a non-finite entry are left out and counted, without a wait of the host. `blocks` have the shape
+    (F / b, b, b), or (1, F, F) if one block holds everything; a last block that is shorter is padded with zeros.
     """
 
     def __init__(self, features: int, device: torch.device, block: int | None = None) -> None:
@@ -25,31 +25,36 @@ class BlockGram:
         count = -(-features // self.block)
         self.blocks = torch.zeros(count, self.block, self.block, dtype=torch.float64, device=device)
         self.rows = 0
-        self.dropped_rows = 0
+        self.dropped = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
-    def finite_rows(self) -> int:
-        """The number of rows in the totals."""
-        return self.rows - self.dropped_rows
+    def dropped_rows(self) -> int:
+        """The number of rows that were left out; the host waits for it."""
+        return int(self.dropped)
+
+    @property
+    def finite_rows(self) -> torch.Tensor:
+        """The number of rows in the totals, on their device."""
+        return self.rows - self.dropped
 
     def add(self, x: torch.Tensor) -> None:
         """Add the rows of `x` (..., F)."""
         x_NF = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+        # One non-finite entry makes the sum of its row non-finite.
+        finite_N = torch.isfinite(x_NF.sum(dim=-1))
+        x_NF = x_NF.masked_fill(~finite_N[:, None], 0.0)
         self.rows += len(x_NF)
-        if not torch.isfinite(x_NF.sum()):
-            keep_N = torch.isfinite(x_NF).all(dim=-1)
-            self.dropped_rows += int((~keep_N).sum())
-            x_NF = x_NF[keep_N]
+        self.dropped = self.dropped + (~finite_N).sum()
         self.blocks += block_products(x_NF, self.block)
 
     def added_up(self, add_up: Callable[[torch.Tensor], None]) -> "BlockGram":
         """Return the sum of this one and those of other processes; `add_up` adds a tensor to theirs, in place."""
         total = copy.copy(self)
         total.blocks = self.blocks.clone()
-        counts = torch.tensor([self.rows, self.dropped_rows], device=self.device)
+        counts = torch.stack([self.dropped, torch.tensor(self.rows).to(self.dropped)])
         add_up(total.blocks)
         add_up(counts)
-        total.rows, total.dropped_rows = counts.tolist()
+        total.dropped, total.rows = counts[0], int(counts[1])
         return total
 
     def without(self, x: torch.Tensor) -> "BlockGram":
@@ -58,7 +63,7 @@ class BlockGram:
         part.add(x)
         rest = copy.copy(self)
         rest.blocks = self.blocks - part.blocks
-        rest.rows, rest.dropped_rows = self.rows - part.rows, self.dropped_rows - part.dropped_rows
+        rest.rows, rest.dropped = self.rows - part.rows, self.dropped - part.dropped
         return rest
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from onelayer.compiler.codes.forms import RESIDUAL_DTYPE
+from onelayer.compiler.factors.expectations import LOOKING, Expectations, solve
 from onelayer.compiler.factors.moments import OutputWeights, blocks_times, damped, times_blocks
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.subspace import block_width, leading_eigenvectors
@@ -32,11 +33,11 @@ class Sides:
     outputs: OutputWeights | None = None
 
     @classmethod
-    def of_inputs(cls, inputs: torch.Tensor) -> "Sides":
+    def of_inputs(cls, inputs: torch.Tensor, expected: Expectations = LOOKING) -> "Sides":
         """Factor the moments of the inputs."""
         H = damped(inputs, INPUT_DAMPING)
         S, failed = torch.linalg.cholesky_ex(H)
-        if failed.any():
+        if not expected.holds((failed == 0).all()):
             values, vectors = torch.linalg.eigh(H)
             S = vectors * values.clamp_min(0.0).sqrt()[:, None]
         return cls(H.float(), S.float())
@@ -45,33 +46,33 @@ class Sides:
         """Compute G^1/2 M of a matrix (O, columns)."""
         return M if self.outputs is None else self.outputs.weighted(M)
 
-    def energy(self, M: torch.Tensor) -> tuple[float, float]:
-        """Compute ||M S||_F^2 and ||G^1/2 M S||_F^2 of a matrix (O, I)."""
+    def energy(self, M: torch.Tensor) -> torch.Tensor:
+        """Compute ||M S||_F^2 and ||G^1/2 M S||_F^2, (2,) in float64, of a matrix (O, I)."""
         MS = times_blocks(M, self.S)
-        forward = float(MS.square().sum(dtype=torch.float64))
-        return forward, float(self.weighted(MS).square().sum(dtype=torch.float64))
+        forward = MS.square().sum(dtype=torch.float64)
+        return torch.stack([forward, self.weighted(MS).square().sum(dtype=torch.float64)])
 
 
 def residual_factors(
-    R: torch.Tensor, sides: Sides, rank: int, dtype: torch.dtype, seed: int
+    R: torch.Tensor, sides: Sides, rank: int, dtype: torch.dtype, seed: int, expected: Expectations = LOOKING
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute quantized factors of R (O, I) as stored: up^T (k, bytes of a row of O) and down (k, bytes of a row of I).
 
     Each side is solved again for the rounding of the other, as for any quantized factors; the model uses them in
     `dtype`.
     """
-    U = _leading(R, sides, rank, seed)
+    U = _leading(R, sides, rank, seed, expected)
     exact = U if sides.outputs is None else sides.outputs.unweighted(U)
     up_quantized = quantize_matrix(exact.T, RESIDUAL_DTYPE)
     up = _used(up_quantized, len(R), dtype)
     G_up = up if sides.outputs is None else blocks_times(sides.outputs.G.to(up), up)
-    down_quantized = quantize_matrix(torch.linalg.solve(_regular(up.T @ G_up), G_up.T @ R), RESIDUAL_DTYPE)
+    down_quantized = quantize_matrix(solve(_regular(up.T @ G_up), G_up.T @ R, expected), RESIDUAL_DTYPE)
     down = _used(down_quantized, R.shape[1], dtype).T
     H_down = times_blocks(down, sides.H)
     inner = H_down @ down.T
     ridge = RIDGE * inner.diagonal().mean() + torch.finfo(inner.dtype).tiny
     seen = inner + ridge * torch.eye(rank, device=R.device)
-    solved = torch.linalg.solve(seen, H_down @ R.T + ridge * up.T)
+    solved = solve(seen, H_down @ R.T + ridge * up.T, expected)
     return quantize_matrix(solved, RESIDUAL_DTYPE), down_quantized
 
 
@@ -85,14 +86,14 @@ def _used(quantized: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tens
     return dequantize_matrix(quantized, width, RESIDUAL_DTYPE, dtype).to(torch.float32).T
 
 
-def _leading(R: torch.Tensor, sides: Sides, rank: int, seed: int) -> torch.Tensor:
+def _leading(R: torch.Tensor, sides: Sides, rank: int, seed: int, expected: Expectations) -> torch.Tensor:
     """Compute the leading left singular vectors (O, k) of G^1/2 R S by the narrow side; missing ones are zero."""
     M = times_blocks(sides.weighted(R), sides.S)
     tall = M.shape[0] > M.shape[1]
     C = M.T @ M if tall else M @ M.T
-    energy = float(C.trace())
+    energy = C.trace()
     pairs = None
-    if energy > 0 and block_width(rank) < WORTHWHILE_SHARE * len(C):
+    if block_width(rank) < WORTHWHILE_SHARE * len(C) and expected.holds(energy > 0):
         pairs = leading_eigenvectors(C, energy, rank, TOLERANCE, 1.0, seed)
     if pairs is None:
         values, vectors = torch.linalg.eigh(C.to(torch.float64))

@@ -6,21 +6,26 @@ for all experts at once would be larger than their layer: 128 moments of 1536 x 
 1.2 GB. Letters as in `models/experts.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from onelayer.compiler.compile.solving import Solved, solve_all
 from onelayer.compiler.compile.writer import StoredLinear, StoredStack
 from onelayer.compiler.emulators.figures import StackFigures
-from onelayer.compiler.factors.moments import NON_FINITE_LIMIT, Moments
+from onelayer.compiler.factors.expectations import Expectations
+from onelayer.compiler.factors.moments import NON_FINITE_LIMIT, Moments, dropped_rows
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import return_free_memory
 from onelayer.compiler.models.experts import ExpertStacks
 from onelayer.compiler.models.unit_memory import EXPERT_ROWS
 from onelayer.compiler.streaming.spill import SpillPool
+
+T = TypeVar("T")
 
 # At most this many tokens, evenly spaced, represent all tokens of a unit.
 POOLED_ROWS = 4096
@@ -144,8 +149,10 @@ def hooks_on(calls: list[ExpertCalls]) -> Iterator[None]:
             handle.remove()
 
 
-# (name, weight (out, in), its moments, rank, moments for directions that these leave open) -> what is stored.
-Compress = Callable[[str, torch.Tensor, Moments, int | None, Callable[[], Moments]], StoredLinear]
+# (name, weight (out, in), its moments, rank, expectations, moments for directions that these leave open) -> its form.
+Compress = Callable[[str, torch.Tensor, Moments, int | None, Expectations, Callable[[], Moments]], Solved]
+# A stack of a module of experts by its last name, and the number of an expert.
+Place = tuple[str, int]
 
 
 def compress_stacks(
@@ -156,28 +163,50 @@ def compress_stacks(
     An expert that received too few tokens to determine its factors gets the remaining directions from all tokens.
     Raises `RuntimeError` naming the experts if too many rows are not finite.
     """
-    stacks = calls.stacks
-    rows = calls.sort()
-    stored: dict[str, list[StoredLinear]] = {leaf: [] for leaf in stacks.leaves if stacks.path(leaf) in ranks}
-    dropped = dict.fromkeys(stored, 0)
-    for expert in range(len(rows)):
-        moments = calls.moments(expert)
-        for leaf, compressed in stored.items():
-            dropped[leaf] += moments[leaf].gram.dropped_rows
-            check_finite(stacks.path(leaf), dropped[leaf], sum(rows))
-            fallback_moments = lambda leaf=leaf, expert=expert: calls.pooled(expert)[leaf]  # noqa: E731
-            name, weight = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert)
-            compressed.append(
-                on_host(compress(name, weight, moments[leaf], ranks[stacks.path(leaf)], fallback_moments))
-            )
+    stacks, rows, moments_of = calls.stacks, calls.sort(), OneAtATime(calls.moments)
+    dropped: dict[Place, torch.Tensor] = {}
+
+    def solve(place: Place, expected: Expectations) -> Solved:
+        leaf, expert = place
+        moments = moments_of(expert)[leaf]
+        dropped[place] = moments.gram.dropped
+        name, weight, rank = f"{stacks.path(leaf)}[{expert}]", stacks.weight(leaf, expert), ranks[stacks.path(leaf)]
+        return compress(name, weight, moments, rank, expected, lambda: calls.pooled(expert)[leaf])
+
+    places = places_of(stacks, ranks, len(rows))
+    starved = {(leaf, expert) for leaf, expert in places if rows[expert] < (ranks[stacks.path(leaf)] or 0)}
+    stored = solve_all(places, solve, calls.device, starved)
+    check_finite(stacks, dropped, rows)
     yield from stacked(stacks, stored, rows)
 
 
+class OneAtATime(Generic[T]):
+    """Something made for each expert in turn; only the last expert's is held."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._last: tuple[int, T] | None = None
+
+    def __call__(self, expert: int) -> T:
+        """Return what is made for an expert."""
+        if self._last is None or self._last[0] != expert:
+            self._last = None  # freed before the next is made
+            self._last = (expert, self._make(expert))
+        return self._last[1]
+
+
+def places_of(stacks: ExpertStacks, ranks: Mapping[str, int | None], experts: int) -> list[Place]:
+    """List the experts of every stack that `ranks` names, all stacks of an expert together."""
+    leaves = [leaf for leaf in stacks.leaves if stacks.path(leaf) in ranks]
+    return [(leaf, expert) for expert in range(experts) for leaf in leaves]
+
+
 def stacked(
-    stacks: ExpertStacks, stored: Mapping[str, list[StoredLinear]], rows: list[int]
+    stacks: ExpertStacks, stored: dict[Place, StoredLinear], rows: list[int]
 ) -> Iterator[tuple[str, StoredStack]]:
-    """Yield each stack, put together from its experts, whose list is emptied; `rows` counts what each expert read."""
-    for leaf, compressed in stored.items():
+    """Yield each stack, put together from its experts, which are taken out; `rows` counts what each expert read."""
+    for leaf in dict.fromkeys(leaf for leaf, _ in stored):
+        compressed = [stored.pop((leaf, expert)) for expert in range(len(rows))]
         figures = StackFigures.over(stacks.path(leaf), stacks.shape(leaf), [item.figures for item in compressed], rows)
         tensors = {
             ending: torch.stack([item.tensors[ending] for item in compressed]) for ending in compressed[0].tensors
@@ -186,15 +215,14 @@ def stacked(
         yield stacks.path(leaf), StoredStack(figures, tensors)
 
 
-def on_host(stored: StoredLinear) -> StoredLinear:
-    """Return what is stored of a linear, on the host."""
-    return StoredLinear(stored.figures, {ending: tensor.cpu() for ending, tensor in stored.tensors.items()})
-
-
-def check_finite(name: str, dropped: int, rows: int) -> None:
-    """Raise `RuntimeError` naming a stack if too many of the rows that it read are not finite."""
-    if dropped > NON_FINITE_LIMIT * rows:
-        raise RuntimeError(
-            f"{name}: at least {dropped} of {rows} calibration rows are not finite, more than "
-            f"{NON_FINITE_LIMIT:.0%}; check the checkpoint's dtype and the data"
-        )
+def check_finite(stacks: ExpertStacks, dropped: Mapping[Place, torch.Tensor], rows: Sequence[int]) -> None:
+    """Raise `RuntimeError` naming a stack if too many of the rows that it read are not finite; the host waits once."""
+    totals: defaultdict[str, int] = defaultdict(int)
+    for (leaf, _), count in zip(dropped, dropped_rows(list(dropped.values())), strict=True):
+        totals[leaf] += count
+    for leaf, total in totals.items():
+        if total > NON_FINITE_LIMIT * sum(rows):
+            raise RuntimeError(
+                f"{stacks.path(leaf)}: {total} of {sum(rows)} calibration rows are not finite, more than "
+                f"{NON_FINITE_LIMIT:.0%}; check the checkpoint's dtype and the data"
+            )

@@ -5,25 +5,28 @@ In: resident units and the batches that run through them. Out: factors, written 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on, on_host
+from onelayer.compiler.compile.expert_factors import ExpertCalls, compress_stacks, hooks_on
 from onelayer.compiler.compile.linear_moments import MomentHooks
 from onelayer.compiler.compile.resume import UnitRecord
 from onelayer.compiler.compile.selection import Choice
 from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.compile.shared_moments import add_up_moments, settle_grids
+from onelayer.compiler.compile.solving import Solved, solve_all
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
-from onelayer.compiler.factors.factorize import factorize
+from onelayer.compiler.factors.expectations import Expectations
+from onelayer.compiler.factors.factorize import Method, factorize
 from onelayer.compiler.factors.moments import Moments, OutputWeights, check_rows, dropped_rows
 from onelayer.compiler.factors.quantized_factors import output_energy, quantize_dense, quantize_factors
 from onelayer.compiler.machine.console import StopRequest
 from onelayer.compiler.machine.distributed import processes
-from onelayer.compiler.machine.meter import Meter, return_free_memory
+from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.experts import stacks_below
 from onelayer.compiler.models.linears import unit_linears, weight_of
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -170,7 +173,7 @@ class Compilation:
         add_up_moments(hooks, self.team)
         for calls in experts:
             calls.gather(self.team)
-        mine = {name: on_host(item) for name, item in self.compressed(linears, hooks)}
+        mine = self.compressed(linears, hooks)
         stored = {name: item for part in self.team.gather_in_first(mine) for name, item in part.items()}
         record = self.team.by_first(lambda: self._write_unit(unit, linears, hooks, experts, stored))
         self.writer.work.finished[unit.position] = record
@@ -196,17 +199,20 @@ class Compilation:
             self._meter.note = f"error at most {max(item.error for item in figures):.3f}"
         return self.writer.work.finished[unit.position]
 
-    def compressed(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> Iterator[tuple[str, StoredLinear]]:
-        """Yield what replaces the weight of each linear that has moments."""
+    def compressed(self, linears: dict[str, torch.nn.Module], hooks: MomentHooks) -> dict[str, StoredLinear]:
+        """Return what replaces the weight of each linear that has moments, on the host."""
         gathered = {name: hooks.moments[name] for name in linears if name in hooks.moments}
-        dropped = dropped_rows([moments.gram for moments in gathered.values()])
+        dropped = dropped_rows([moments.gram.dropped for moments in gathered.values()])
         for (name, moments), count in zip(gathered.items(), dropped, strict=True):
             check_rows(name, count, moments.gram.rows)
-            weight = weight_of(linears[name])
+
+        def solve(name: str, expected: Expectations) -> Solved:
+            outputs = hooks.output_weights(name, expected)
             with_dense = self.settings.rank_allocation == "spectrum"
-            outputs = hooks.output_weights(name)
-            yield name, self._compress(name, weight, moments, self.ranks[name], None, with_dense, outputs)
-            return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves
+            weight, moments, rank = weight_of(linears[name]), gathered[name], self.ranks[name]
+            return self._compress(name, weight, moments, rank, expected, None, with_dense, outputs)
+
+        return solve_all(gathered, solve, self.device)
 
     def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
         return compress_stacks(calls, self.stack_ranks, self._compress)
@@ -217,10 +223,11 @@ class Compilation:
         weight: torch.Tensor,
         moments: Moments,
         rank: int | None,
+        expected: Expectations,
         fallback_moments: Callable[[], Moments] | None,
         with_dense: bool = False,
         outputs: OutputWeights | None = None,
-    ) -> StoredLinear:
+    ) -> Solved:
         """Compress a weight (out, in) to the form in which it is stored.
 
         With `with_dense`, quantized factors come with the quantized weight, so that a later step can choose. `outputs`:
@@ -230,16 +237,18 @@ class Compilation:
         if factor_dtype is not None and rank is None:
             energy = output_energy(weight, moments, outputs)
             dense = quantize_dense(weight, moments, energy, factor_dtype, dtype, outputs)
-            return StoredLinear(LinearFigures.of_dense(name, weight.shape, energy, dense.error), {DENSE: dense.weight})
+            figures = partial(LinearFigures.of_dense, name, weight.shape)
+            return Solved({DENSE: dense.weight}, (energy, dense.error), figures)
         assert rank is not None, "a linear without a rank stays dense and is not compressed"
         used = dtype if factor_dtype is None else torch.float32
-        factors = factorize(weight, moments, rank, used, settings.solver, settings.seed, fallback_moments, outputs)
+        method = Method(settings.solver, settings.seed, expected)
+        factors = factorize(weight, moments, rank, used, method, fallback_moments, outputs)
+        figures, known = partial(LinearFigures.of, name, rank), factors.figures
         if factor_dtype is None:
-            figures = LinearFigures.of(name, factors, None, None)
-            return StoredLinear(figures, {UP: factors.up, DOWN: factors.down})
-        quantized = quantize_factors(weight, moments, factors, factor_dtype, dtype, outputs)
+            return Solved({UP: factors.up, DOWN: factors.down}, (known, None, None), figures)
+        quantized = quantize_factors(weight, moments, factors, factor_dtype, dtype, outputs, expected)
         tensors = {UP: quantized.up, DOWN: quantized.down}
         if not with_dense:
-            return StoredLinear(LinearFigures.of(name, factors, quantized, None), tensors)
-        dense = quantize_dense(weight, moments, factors.energy, factor_dtype, dtype, outputs)
-        return StoredLinear(LinearFigures.of(name, factors, quantized, dense), {**tensors, DENSE: dense.weight})
+            return Solved(tensors, (known, quantized.errors, None), figures)
+        dense = quantize_dense(weight, moments, known.energy, factor_dtype, dtype, outputs)
+        return Solved({**tensors, DENSE: dense.weight}, (known, quantized.errors, dense.error), figures)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onelayer.compiler.codes.forms import OUTPUT_BLOCK
 from onelayer.compiler.codes.moments import BlockGram
+from onelayer.compiler.factors.expectations import Expectations
 from onelayer.compiler.factors.moments import Gram, Moments, OutputWeights
 from onelayer.compiler.factors.sum_grid import SumGrid
 from onelayer.compiler.models.linears import weight_of, weight_shape
@@ -93,10 +94,10 @@ class MomentHooks:
         """Take moments of inputs that processes have added up in place of this one's."""
         self._sites = {name: _Site(gram, {name}) for name, gram in inputs.items()}
 
-    def output_weights(self, name: str) -> OutputWeights | None:
+    def output_weights(self, name: str, expected: Expectations) -> OutputWeights | None:
         """Return what the outputs of a linear count; None if no gradient came back to it."""
         outputs = self.outputs.get(name)
-        return None if outputs is None else OutputWeights.of(outputs.blocks, outputs.features)
+        return None if outputs is None else OutputWeights.of(outputs.blocks, outputs.features, expected)
 
     def reason(self, name: str) -> str:
         """Return why a linear has no moments."""

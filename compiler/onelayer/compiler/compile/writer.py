@@ -28,6 +28,7 @@ from onelayer.compiler.emulators.directory import (
 from onelayer.compiler.emulators.facts import stack_tensor
 from onelayer.compiler.emulators.figures import LinearFigures, StackFigures
 from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.machine.transfers import Arrivals
 from onelayer.compiler.models.lazy_tensors import DiskMatrix
 from onelayer.compiler.models.linears import weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -100,13 +101,16 @@ class EmulatorWriter:
         entries = []
         for name, stored in linears.items():
             del tensors[f"{name}.weight"]
-            entries += [tensor_entry(name + ending, tensor.cpu()) for ending, tensor in stored.tensors.items()]
+            entries += [tensor_entry(name + ending, tensor) for ending, tensor in stored.tensors.items()]
         for name, stack in stacks.items():
             del tensors[name]
             entries += [tensor_entry(stack_tensor(name, ending), item) for ending, item in stack.tensors.items()]
-        entries += [
-            _entry(name, tensor) for name, tensor in tensors.items() if name not in self.streamed.weights.aliases
-        ]
+        kept = {name: tensor for name, tensor in tensors.items() if name not in self.streamed.weights.aliases}
+        plain = {name: tensor.detach() for name, tensor in kept.items() if not isinstance(tensor, DiskMatrix)}
+        arrivals = Arrivals()
+        kept |= arrivals.begin(plain)
+        arrivals.wait()
+        entries += [_entry(name, tensor) for name, tensor in kept.items()]
         self._write_shard(
             unit.position,
             entries,
@@ -213,7 +217,7 @@ def _row(stored: StoredLinear | StoredStack) -> dict[str, Any]:
 
 def _entry(name: str, tensor: torch.Tensor) -> Entry:
     if not isinstance(tensor, DiskMatrix):
-        return tensor_entry(name, tensor.cpu())
+        return tensor_entry(name, tensor)
     dtype = TORCH_NAMES[str(tensor.dtype).removeprefix("torch.")]
 
     def chunks() -> Iterator[bytes | memoryview]:

@@ -8,8 +8,7 @@ import torch
 
 from onelayer.compiler.codes.forms import CodeWidth
 from onelayer.compiler.emulators.facts import ENDINGS, stack_tensor
-from onelayer.compiler.factors.factorize import Factors
-from onelayer.compiler.factors.quantized_factors import QuantizedDense, QuantizedFactors
+from onelayer.compiler.factors.factorize import FactorFigures
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
 from onelayer.compiler.results import Result, round_significant
 
@@ -69,45 +68,51 @@ class LinearFigures(LinearSummary):
 
     @classmethod
     def of(
-        cls, name: str, factors: Factors, quantized: QuantizedFactors | None, dense: QuantizedDense | None
+        cls,
+        name: str,
+        rank: int,
+        factors: FactorFigures,
+        quantized_errors: torch.Tensor | None,
+        dense_error: torch.Tensor | None,
     ) -> "LinearFigures":
-        """Collect the figures of factors, of their quantized form and of the quantized weight, to six digits."""
-        rank = factors.up.shape[1]
+        """Collect the figures of factors, of their quantized prefixes and of the quantized weight, to six digits."""
         errors = None
-        if quantized is not None:
-            errors = [round_significant(error, FIGURE_DIGITS) for error in quantized.errors.tolist()]
+        if quantized_errors is not None:
+            errors = [round_significant(error, FIGURE_DIGITS) for error in quantized_errors.tolist()]
+        optimal = factors.optimal_error
         return cls(
             name=name,
             rank=rank,
             error=round_significant(factors.error, FIGURE_DIGITS) if errors is None else errors[-1],
-            optimal_error=None
-            if factors.optimal_error is None
-            else round_significant(factors.optimal_error, FIGURE_DIGITS),
+            optimal_error=None if optimal is None else round_significant(optimal, FIGURE_DIGITS),
             unquantised_error=None if errors is None else round_significant(factors.error, FIGURE_DIGITS),
             singular_values=[
                 round_significant(value, FIGURE_DIGITS) for value in factors.singular_values[:rank].tolist()
             ],
-            output_energy=round_significant(factors.energy, FIGURE_DIGITS),
+            output_energy=round_significant(float(factors.energy), FIGURE_DIGITS),
             fallback=factors.fallback,
             prefix_errors=errors,
-            dense_error=None if dense is None else round_significant(dense.error, FIGURE_DIGITS),
+            dense_error=None if dense_error is None else round_significant(float(dense_error), FIGURE_DIGITS),
             float64_solves=int(factors.solved_again),
         )
 
     @classmethod
-    def of_dense(cls, name: str, shape: torch.Size, energy: float, dense_error: float) -> "LinearFigures":
+    def of_dense(
+        cls, name: str, shape: torch.Size, energy: float | torch.Tensor, dense_error: float | torch.Tensor
+    ) -> "LinearFigures":
         """Collect the figures of a weight (out, in) that is quantized whole."""
+        error = round_significant(float(dense_error), FIGURE_DIGITS)
         return cls(
             name=name,
             rank=min(shape),
-            error=round_significant(dense_error, FIGURE_DIGITS),
+            error=error,
             optimal_error=0.0,
             unquantised_error=0.0,
             form="dense",
             singular_values=[],
-            output_energy=round_significant(energy, FIGURE_DIGITS),
+            output_energy=round_significant(float(energy), FIGURE_DIGITS),
             fallback=None,
-            dense_error=round_significant(dense_error, FIGURE_DIGITS),
+            dense_error=error,
         )
 
     @classmethod

@@ -7,6 +7,7 @@ in W_k = U_k U_k^T W with orthonormal U_k, so nothing is inverted and W itself i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from onelayer.compiler.factors.directions import (
     certified_directions,
     numerical_rank,
 )
+from onelayer.compiler.factors.expectations import LOOKING, Expectations
 from onelayer.compiler.factors.moments import Moments, OutputWeights
 from onelayer.compiler.factors.ranks import Solver
 from onelayer.compiler.factors.subspace import block_width
@@ -30,24 +32,55 @@ TOLERANCE = {"exact": 1e-6, "fast": 1e-2}
 
 
 @dataclass(frozen=True)
-class Factors:
-    """W ~ up @ down with `up` (out, k) and `down` (k, in), ordered by energy: a prefix is the smaller optimum.
+class Method:
+    """How factors are solved for: `exact` gives the optimum to six digits, `fast` to half a percent.
 
-    Errors are relative Frobenius errors of the output over the calibration rows: `error` of the factors as stored,
-    `optimal_error` the Eckart-Young bound sqrt(sum_{i>k} s_i^2 / sum s_i^2), None where the solver does not know all
-    of the spectrum. `singular_values` (descending, at least the k leading ones) are those of Y, `energy` the sum of
-    all their squares. `fallback` says in words if calibration did not determine all of the factors. `solved_again`: in
-    float64, because float32 did not certify the accuracy.
+    Where a solver iterates, it begins from a start seeded by `seed`.
     """
+
+    solver: Solver = "exact"
+    seed: int = 0
+    expected: Expectations = LOOKING
+
+
+BEST = Method()
+
+
+class FactorFigures(NamedTuple):
+    """What is known of factors of rank k; tensors stay on the solver's device until they are read.
+
+    `lost` (of the factors as stored), `left_out` (by the best of this rank; None where the solver does not know all of
+    the spectrum) and `energy` are sums of squares of the output over the calibration rows, numbers in float64.
+    `singular_values` (descending, at least the k leading ones) are those of Y, `energy` the sum of all their squares.
+    `fallback` says in words if calibration did not determine all of the factors. `solved_again`: in float64, because
+    float32 did not certify the accuracy.
+    """
+
+    lost: torch.Tensor
+    left_out: torch.Tensor | None
+    singular_values: torch.Tensor
+    energy: torch.Tensor
+    fallback: str | None
+    solved_again: bool
+
+    @property
+    def error(self) -> float:
+        """The relative Frobenius error of the output over the calibration rows."""
+        return _relative(float(self.lost), float(self.energy))
+
+    @property
+    def optimal_error(self) -> float | None:
+        """The Eckart-Young bound sqrt(sum_{i>k} s_i^2 / sum s_i^2), if it is known."""
+        return None if self.left_out is None else _relative(float(self.left_out), float(self.energy))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W ~ up @ down with `up` (out, k) and `down` (k, in), ordered by energy: a prefix is the smaller optimum."""
 
     up: torch.Tensor
     down: torch.Tensor
-    error: float
-    optimal_error: float | None
-    singular_values: torch.Tensor
-    energy: float
-    fallback: str | None
-    solved_again: bool = False
+    figures: FactorFigures
 
 
 def factorize(
@@ -55,29 +88,27 @@ def factorize(
     moments: Moments,
     rank: int,
     dtype: torch.dtype,
-    solver: Solver = "exact",
-    seed: int = 0,
+    method: Method = BEST,
     fallback_moments: Callable[[], Moments] | None = None,
     weights: OutputWeights | None = None,
 ) -> Factors:
     """Compute the best rank-`rank` factors of W (out, in) under `moments`, stored in `dtype`.
 
-    `exact` gives the optimum to six digits, `fast` to half a percent. Both compute in float32; where they iterate, from
-    a start seeded by `seed`. If float32 does not certify the accuracy, all directions are solved for in float64.
+    Both solvers compute in float32. If it does not certify the accuracy, all directions are solved for in float64.
     Figures computed in float32 are exact to about 1e-7 of the energy. If `moments` determine fewer directions than
     `rank`, the best ones of the rest of W under `fallback_moments` follow, and then those of the weight itself. So a
     prefix is still what a smaller rank would give. With `weights`, factors are the best for weighted outputs, and so
-    are all figures.
+    are all figures. The host waits for conditions that the method looks at, for eigenproblems and for iterations.
     """
     if weights is not None:
         W, moments = weights.applied(W, moments)
-    narrow = min(W.shape)
+    narrow, solver, expected = min(W.shape), method.solver, method.expected
     leading, is_few = None, block_width(rank) < WORTHWHILE_SHARE * narrow
     tried = narrow >= SMALL or (solver == "fast" and is_few)
     if tried:
-        leading = certified_directions(W, moments, rank, TOLERANCE[solver], seed, whole=not is_few)
+        leading = certified_directions(W, moments, rank, TOLERANCE[solver], method.seed, not is_few, expected)
     iterated = leading is not None and solver == "fast"
-    solved = leading or all_directions(W, moments, rank)
+    solved = leading or all_directions(W, moments, rank, expected)
     W, energies, energy, gram = solved.W, solved.energies, solved.energy, solved.gram
     basis, fallback = _completed(solved.basis, W, rank, CUTOFF[moments.gram.product_dtype], fallback_moments)
     basis = _with_fixed_signs(basis)
@@ -85,10 +116,9 @@ def factorize(
     up, down = (basis if weights is None else weights.unweighted(basis)).to(dtype), projected.to(dtype)
     used = up.to(W) if weights is None else weights.weighted(up.to(W))
     lost = _lost_energy(W, used, down.to(W), basis, projected, moments, gram, energy)
-    optimal = None if iterated else _relative(energy - float(energies[:rank].sum(dtype=torch.float64)), energy)
-    return Factors(
-        up, down, _relative(lost, energy), optimal, energies.sqrt(), energy, fallback, tried and leading is None
-    )
+    left_out = None if iterated else energy - energies[:rank].sum(dtype=torch.float64)
+    figures = FactorFigures(lost, left_out, energies.sqrt(), energy, fallback, tried and leading is None)
+    return Factors(up, down, figures)
 
 
 def _completed(
@@ -152,8 +182,8 @@ def _lost_energy(
     projected: torch.Tensor,
     moments: Moments,
     gram: torch.Tensor,
-    energy: float,
-) -> float:
+    energy: torch.Tensor,
+) -> torch.Tensor:
     """Compute ||X (W - up down)^T||_F^2 of the factors as stored, rounding included; `projected` is basis^T W.
 
     The result is exact from an input moment. An output moment knows X only through W: the error from rounding `down`,
@@ -163,12 +193,12 @@ def _lost_energy(
         down_gram = down @ gram
         cross = (down_gram * (projected if up is basis else up.T @ W)).sum(dtype=torch.float64)
         inner = down_gram @ down.T
-        rounding = 0.0
+        rounding = torch.zeros_like(energy)
     else:
         assert moments.input_energy is not None
         gram_basis = gram @ basis
         cross = (up * gram_basis).sum(dtype=torch.float64)
         inner = basis.T @ gram_basis
         rounded = down - projected  # ||up r||^2 of each column r, without their product (out, in)
-        rounding = float((((up.T @ up) @ rounded * rounded).sum(dim=0) * moments.input_energy).sum())
-    return energy - 2 * float(cross) + float(((up.T @ up) * inner).sum(dtype=torch.float64)) + rounding
+        rounding = (((up.T @ up) @ rounded * rounded).sum(dim=0) * moments.input_energy).sum()
+    return energy - 2 * cross + ((up.T @ up) * inner).sum(dtype=torch.float64) + rounding

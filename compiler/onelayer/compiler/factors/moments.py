@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from onelayer.compiler.factors.expectations import LOOKING, Expectations
 from onelayer.compiler.factors.sum_grid import SumGrid
 
 # Added to the diagonal of the moments of gradients at outputs, as a share of its mean.
@@ -88,9 +89,9 @@ class Gram:
         return rest
 
 
-def dropped_rows(grams: Sequence["Gram"]) -> list[int]:
-    """Return how many rows each Gram left out; the host waits once for all."""
-    return torch.stack([gram.dropped for gram in grams]).tolist() if grams else []
+def dropped_rows(dropped: Sequence[torch.Tensor]) -> list[int]:
+    """Return how many rows were left out, from what each sum counted; the host waits once for all."""
+    return torch.stack(list(dropped)).tolist() if dropped else []
 
 
 @dataclass
@@ -148,9 +149,11 @@ class OutputWeights:
     inverse_root: torch.Tensor
 
     @classmethod
-    def of(cls, moments: torch.Tensor | None, out_features: int) -> "OutputWeights | None":
+    def of(
+        cls, moments: torch.Tensor | None, out_features: int, expected: Expectations = LOOKING
+    ) -> "OutputWeights | None":
         """Factor the moments of gradients, blocks of which the last may be padded; None without any gradient."""
-        if moments is None or not moments.diagonal(dim1=1, dim2=2).sum() > 0:
+        if moments is None or not expected.holds(moments.diagonal(dim1=1, dim2=2).sum() > 0):
             return None
         G = damped(moments, OUTPUT_DAMPING, out_features)
         values, vectors = torch.linalg.eigh(G)
@@ -183,8 +186,8 @@ def damped(blocks: torch.Tensor, share: float, features: int | None = None) -> t
     """
     diagonal = blocks.diagonal(dim1=1, dim2=2)
     mean = diagonal.sum() / (diagonal.numel() if features is None else features)
-    normalized = blocks / mean if mean > 0 else torch.zeros_like(blocks)
-    least = share if mean > 0 else 1.0
+    normalized = torch.where(mean > 0, blocks / mean, 0.0)
+    least = torch.where(mean > 0, torch.full_like(mean, share), 1.0)
     return normalized + least * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
 
 

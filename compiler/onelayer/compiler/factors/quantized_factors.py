@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from onelayer.compiler.factors.expectations import LOOKING, Expectations, solve
 from onelayer.compiler.factors.factorize import Factors
 from onelayer.compiler.factors.moments import Moments, OutputWeights
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
@@ -30,10 +31,10 @@ class QuantizedFactors:
 
 @dataclass(frozen=True)
 class QuantizedDense:
-    """A whole weight as stored, (out, bytes of a row of in), and its relative output error."""
+    """A whole weight as stored, (out, bytes of a row of in), and its relative output error, a number."""
 
     weight: torch.Tensor
-    error: float
+    error: torch.Tensor
 
 
 def quantize_factors(
@@ -43,12 +44,14 @@ def quantize_factors(
     factor_dtype: FactorDtype,
     dtype: torch.dtype,
     weights: OutputWeights | None = None,
+    expected: Expectations = LOOKING,
 ) -> QuantizedFactors:
     """Quantize the factors of W; the model uses them in its own `dtype`.
 
     After `up` is quantized, `down` is solved again: the least-squares fit of W to the new span of `up` is best for any
     input. After `down` is quantized, `up` is solved again in turn, which needs the moment of the inputs. Measured, this
-    halves the squared error that quantizing adds; another round gains a tenth of that. `weights` as in `factorize`.
+    halves the squared error that quantizing adds; another round gains a tenth of that. `weights` and `expected` as in
+    `factorize`.
     """
     if weights is not None:
         W, moments = weights.applied(W, moments)
@@ -62,7 +65,7 @@ def quantize_factors(
 
     up_quantized = quantize_matrix(factors.up.T, factor_dtype)
     up = used(up_quantized)
-    projector = torch.linalg.solve(_regular(up.T @ up), up.T)
+    projector = solve(_regular(up.T @ up), up.T, expected)
     exact = projector @ W
     down_quantized = quantize_matrix(exact, factor_dtype)
     down = dequantize_matrix(down_quantized, W.shape[1], factor_dtype, dtype).to(W)
@@ -72,7 +75,7 @@ def quantize_factors(
         # The ridge leaves directions that calibration hardly saw unchanged.
         ridge = RIDGE * inner.diagonal().mean() + torch.finfo(W.dtype).tiny
         seen = inner + ridge * torch.eye(len(inner), dtype=W.dtype, device=W.device)
-        solved = torch.linalg.solve(seen, down @ WG.T + ridge * up.T)
+        solved = solve(seen, down @ WG.T + ridge * up.T, expected)
         exact_up = solved if weights is None else weights.unweighted(solved.T).T
         up_quantized = quantize_matrix(exact_up, factor_dtype)
         up = used(up_quantized)
@@ -85,13 +88,13 @@ def quantize_factors(
         cross, total = ((up.T @ gram) * projector).sum(dim=1), gram.trace()
     products = (up.T @ up) * inner
     kept = 2 * cross.cumsum(0) - (2 * products.tril().sum(dim=1) - products.diagonal()).cumsum(0)
-    return QuantizedFactors(up_quantized, down_quantized, _relative(total - kept, factors.energy))
+    return QuantizedFactors(up_quantized, down_quantized, _relative(total - kept, factors.figures.energy))
 
 
 def quantize_dense(
     W: torch.Tensor,
     moments: Moments,
-    energy: float,
+    energy: torch.Tensor,
     factor_dtype: FactorDtype,
     dtype: torch.dtype,
     weights: OutputWeights | None = None,
@@ -105,15 +108,15 @@ def quantize_dense(
     else:
         assert moments.input_energy is not None
         lost = (E.square().sum(dim=0) * moments.input_energy.to(E)).sum()
-    return QuantizedDense(quantized, float(_relative(lost, energy)))
+    return QuantizedDense(quantized, _relative(lost, energy))
 
 
-def output_energy(W: torch.Tensor, moments: Moments, weights: OutputWeights | None = None) -> float:
-    """Compute ||X W^T||_F^2 without a spectrum."""
+def output_energy(W: torch.Tensor, moments: Moments, weights: OutputWeights | None = None) -> torch.Tensor:
+    """Compute ||X W^T||_F^2, a number in float64, without a spectrum."""
     if weights is not None:
         W, moments = weights.applied(W, moments)
     gram = moments.gram.total_FF
-    return float(((W.to(gram) @ gram) * W.to(gram)).sum() if moments.of_input else gram.trace())
+    return ((W.to(gram) @ gram) * W.to(gram)).sum() if moments.of_input else gram.trace()
 
 
 def _regular(gram: torch.Tensor) -> torch.Tensor:
@@ -121,5 +124,5 @@ def _regular(gram: torch.Tensor) -> torch.Tensor:
     return gram + (gram.diagonal() == 0).to(gram).diag()
 
 
-def _relative(lost: torch.Tensor, energy: float) -> torch.Tensor:
-    return (lost.clamp_min(0.0) / energy).sqrt() if energy > 0 else torch.zeros_like(lost)
+def _relative(lost: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    return torch.where(energy > 0, (lost.clamp_min(0.0) / energy.to(lost.dtype)).sqrt(), 0.0)

@@ -5,8 +5,11 @@ using Chebyshev-filtered subspace iteration", 2006). Almost all of it is matrix 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+
+from onelayer.compiler.factors.expectations import LOOKING, Expectations
 
 # Extra directions carried along: a share of the wanted ones, and at least this many.
 OVERSAMPLING, LEAST_OVERSAMPLING = 0.25, 8
@@ -26,7 +29,12 @@ def block_width(rank: int) -> int:
 
 
 def leading_eigenvectors(
-    C: torch.Tensor, energy: float, rank: int, tolerance: float, rounding: float, seed: int
+    C: torch.Tensor,
+    energy: float | torch.Tensor,
+    rank: int,
+    tolerance: float,
+    rounding: float | torch.Tensor,
+    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Find the `rank` leading eigenvectors (n, rank) and eigenvalues of C (n, n) of trace `energy`, descending.
 
@@ -36,6 +44,9 @@ def leading_eigenvectors(
     outside the block, taken as the smallest Ritz value. Then the missed energy is at most sum |r_i|^2 / (t_i - b) to
     second order. The start is random (`seed`), so the bound holds with the probability that a random block has a part
     in every direction.
+
+    A cycle waits for its small eigenproblem, whose kernel looks for failures, and once for the figures that decide
+    whether another follows.
     """
     generator = torch.Generator().manual_seed(seed)
     Q = torch.randn(len(C), block_width(rank), generator=generator).to(C)
@@ -48,23 +59,31 @@ def leading_eigenvectors(
         edge, wanted = values[-1], values[:rank]
         residuals = (CQ[:, :rank] - Q[:, :rank] * wanted).square().sum(dim=0)
         gaps = wanted - edge
-        floor = (rounding * torch.finfo(C.dtype).eps * float(values[0])) ** 2 * float((1 / gaps).sum())
-        floor += ENERGY_ROUNDING * energy
-        missed = floor + float((residuals / gaps).sum())
-        lost = energy - float(wanted.sum(dtype=torch.float64))
+        growth = (2 * values / edge - 1).clamp_min(1.0).acosh()
+        sums = [(1 / gaps).sum(), (residuals / gaps).sum(), wanted.sum(dtype=torch.float64)]
+        figures = [energy, rounding, values[0], edge, *sums, growth[0], growth[rank - 1]]
+        total, noise, largest, least, inverse_gaps, mixed, found, first, last = _read(figures)
+        floor = (noise * torch.finfo(C.dtype).eps * largest) ** 2 * inverse_gaps
+        floor += ENERGY_ROUNDING * total
+        missed = floor + mixed
+        lost = total - found
         if missed <= tolerance * lost:
             return Q[:, :rank], wanted
-        if not (edge > 0 and math.isfinite(missed) and floor <= tolerance * lost):
+        if not (least > 0 and math.isfinite(missed) and floor <= tolerance * lost):
             return None
-        growth = (2 * values / edge - 1).clamp_min(1.0).acosh()
-        Q, _ = torch.linalg.qr(_filtered(C, Q, CQ, edge, _degree(growth[:rank], missed / (tolerance * lost))))
+        Q, _ = torch.linalg.qr(_filtered(C, Q, CQ, edge, _degree(first, last, missed / (tolerance * lost))))
     return None
 
 
 def certified_eigenvectors(
-    C: torch.Tensor, energy: float, rank: int, tolerance: float, rounding: float
+    C: torch.Tensor,
+    energy: torch.Tensor,
+    rank: int,
+    tolerance: float,
+    rounding: torch.Tensor,
+    expected: Expectations = LOOKING,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Find the same by a full solution in float32; None if float32 cannot resolve it. The host waits once, to check.
+    """Find the same by a full solution in float32; None if float32 cannot resolve it.
 
     With the computed eigenvectors V, T = V^T C V is nearly diagonal. If only a wanted direction i and another j were
     mixed, the better one in their plane would gain exactly b^2 / (g / 2 + sqrt(g^2 / 4 + b^2)), with b = T_ij and
@@ -76,20 +95,27 @@ def certified_eigenvectors(
     T = V.T @ (C @ V)
     values = T.diagonal()
     wanted, others = values[:rank], values[rank:]
-    noise = (rounding * torch.finfo(C.dtype).eps * values[0]).square() / max(1, len(others))
+    noise = ((rounding * torch.finfo(C.dtype).eps).to(C.dtype) * values[0]).square() / max(1, len(others))
     mixed = T[:rank, rank:].square() + noise
     half_gaps = (wanted[:, None] - others).clamp_min(0.0) / 2
     missed = (mixed / (half_gaps + (half_gaps.square() + mixed).sqrt())).sum(dtype=torch.float64)
     lost = energy - wanted.sum(dtype=torch.float64)
-    return (V[:, :rank].contiguous(), wanted.clone()) if missed <= tolerance * lost else None
+    return (V[:, :rank].contiguous(), wanted.clone()) if expected.holds(missed <= tolerance * lost) else None
 
 
-def _degree(growth: torch.Tensor, excess: float) -> int:
+def _read(numbers: Sequence[float | torch.Tensor]) -> list[float]:
+    """Return numbers as the host knows them; it waits once for all tensors among them."""
+    tensors = [number.to(torch.float64) for number in numbers if isinstance(number, torch.Tensor)]
+    values = iter(torch.stack(tensors).tolist())
+    return [next(values) if isinstance(number, torch.Tensor) else number for number in numbers]
+
+
+def _degree(first: float, last: float, excess: float) -> int:
     """Choose the filter's degree: enough to divide the missed energy by `excess`, no more than the spread allows.
 
-    `growth` (rank) holds the logarithms of the factor by which one degree amplifies each wanted direction.
+    `first` and `last` are the logarithms of the factors by which one degree amplifies the first and the last wanted
+    direction.
     """
-    first, last = float(growth[0]), float(growth[-1])
     needed = math.log(MARGIN * excess) / (2 * last) if last > 0 else HIGHEST_DEGREE
     allowed = math.log(MOST_SPREAD) / (first - last) if first > last else HIGHEST_DEGREE
     return max(1, min(math.ceil(needed), int(allowed), HIGHEST_DEGREE))

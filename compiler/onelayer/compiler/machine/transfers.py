@@ -131,3 +131,33 @@ class Transfers:
 def _is_plain(value: Any) -> bool:
     """Whether a value is a tensor that a copy of its bytes replaces."""
     return type(value) in (torch.Tensor, torch.nn.Parameter)
+
+
+class Arrivals:
+    """Tensors on their way from a device to the host, which waits once for all of them.
+
+    A tensor on the device is free as soon as it is copied, so nobody has to hold it until then. What arrives stays in
+    pinned memory: keep it no longer than it takes to write it.
+    """
+
+    def __init__(self) -> None:
+        self._devices: set[torch.device] = set()
+
+    def begin(self, values: Any) -> Any:
+        """Return a tree of values with its tensors on the host, where they are of no use before `wait`."""
+        return tree_map_only(torch.Tensor, self._begun, values)
+
+    def wait(self) -> None:
+        """Wait until everything that was begun is there."""
+        while self._devices:
+            device = self._devices.pop()
+            module: Any = torch.get_device_module(device)
+            arrived = module.Event()
+            arrived.record(module.current_stream(device))
+            arrived.synchronize()
+
+    def _begun(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        self._devices.add(tensor.device)
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
