@@ -1,12 +1,14 @@
 """The correction of one linear: every formula compared with its dense form."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onelayer.compiler.correct import correction
-from onelayer.compiler.correct.correction import Correction, measure_gap, split_product
+from onelayer.compiler.correct.correction import Correction, Gap, Oblique, measure_gap, split_product
 
 
 def random_linear(
@@ -67,6 +69,19 @@ def test_with_a_limit_it_is_the_paper_direction_by_direction(
     assert found.clamped == clamped
 
 
+def oblique_gap(
+    span: Gap,
+    rows: Iterable[torch.Tensor],
+    up: torch.Tensor,
+    down: torch.Tensor,
+    seen: torch.Tensor,
+    transposed: bool = False,
+) -> Gap:
+    oblique = Oblique.of(span, seen)
+    assert oblique is not None
+    return oblique.gap(oblique.missed(rows, up, down, transposed))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_chunks_and_blocks_of_rows_change_nothing(
@@ -78,7 +93,7 @@ def test_chunks_and_blocks_of_rows_change_nothing(
     monkeypatch.setattr(correction, "BLOCK_BYTES", 100)
     stored = weight.T.contiguous() if transposed else weight
     found = measure_gap(stored.split(3), up, down, a, b, 2.0, transposed)
-    torch.testing.assert_close(found.error, whole.error, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.there(found.error).error, whole.error, rtol=1e-5, atol=1e-5)
     exact = dtype is torch.float64
     torch.testing.assert_close(found.b, whole.b, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-5)
 
@@ -126,10 +141,10 @@ def test_the_oblique_solution_is_the_least_squares_one(
     stored = weight.T.contiguous() if transposed else weight
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(correction, "RIDGE", 0.0)
-        found = correction.oblique_gap(span, stored.split(3), up, down, x.T @ x @ span.p, transposed)
+        found = oblique_gap(span, stored.split(3), up, down, x.T @ x @ span.p, transposed)
     wanted = torch.linalg.lstsq(x @ span.p, x @ (weight - up @ down).T).solution.T
     torch.testing.assert_close(found.error, wanted, rtol=1e-5, atol=1e-6)
-    isotropic = correction.oblique_gap(span, [weight], up, down, span.p * 7, False)
+    isotropic = oblique_gap(span, [weight], up, down, span.p * 7)
     torch.testing.assert_close(isotropic.error, span.error / (1 + correction.RIDGE), rtol=1e-6, atol=1e-9)
 
 
@@ -137,4 +152,4 @@ def test_where_nothing_was_seen_the_oblique_solution_is_the_span() -> None:
     weight, up, down, a, b = random_linear(5, 7, 2, 3)
     span = measure_gap([weight], up, down, a, b, 1.0)
     for seen in (torch.zeros_like(span.p), torch.full_like(span.p, torch.nan)):
-        assert correction.oblique_gap(span, [weight], up, down, seen, False) is span
+        assert Oblique.of(span, seen) is None

@@ -50,6 +50,10 @@ class Gap:
     b: torch.Tensor
     error: torch.Tensor
 
+    def there(self, error: torch.Tensor) -> "Gap":
+        """Return the gap with its error next to the other parts, in their precision."""
+        return replace(self, error=error.to(self.p))
+
     def limited(self, limit: float | None) -> Correction:
         """Compute A' = p^T and B_c = b - error, with each direction of the error scaled down to respect `limit`.
 
@@ -83,7 +87,7 @@ def measure_gap(
     scaling: float,
     transposed: bool = False,
 ) -> Gap:
-    """Compute the gap of one linear on the device of its weight.
+    """Compute the gap of one linear. Its error is left on the device and in the precision of the product: see `there`.
 
     `weight` yields consecutive rows of the original's weight (out, in), or (in, out) if `transposed`. `up` (out, k) and
     `down` (k, in) are the emulator's factors, or its whole weight (out, in) and None. `a` (r, in), `b` (out, r) and
@@ -93,32 +97,42 @@ def measure_gap(
         p, b_split = split_product(a, b, scaling)
         of_original = project(weight, p, transposed)
         of_emulator = _emulated(up, down, p.to(of_original))
-    return Gap(p, b_split, (of_original - of_emulator).to(p))
+    return Gap(p, b_split, of_original - of_emulator)
 
 
-def oblique_gap(
-    span: Gap,
-    weight: Iterable[torch.Tensor],
-    up: torch.Tensor,
-    down: torch.Tensor | None,
-    seen: torch.Tensor,
-    transposed: bool,
-) -> Gap:
-    """Compute the gap whose full correction is best on average over inputs x, not only for those in the span of p.
+@dataclass(frozen=True)
+class Oblique:
+    """How far inputs lie outside the span of p, from seen (in, r') = E[x x^T] p up to a factor.
 
-    seen (in, r') is E[x x^T] p up to a factor. error = argmin_K E |(W - E) x - K p^T x|^2 = (W - E) seen (p^T seen)^-1.
-    If nothing was seen, or `seen` is not finite, this returns `span` itself.
+    The gap whose full correction is best on average over inputs x, not only for those in the span: error =
+    argmin_K E |(W - E) x - K p^T x|^2 = (W - E) seen (p^T seen)^-1.
     """
-    inner = span.p.T @ seen
-    energy = float(inner.trace()) / max(1, len(inner))
-    if not 0 < energy < math.inf:
-        return span
-    inner = inner + RIDGE * energy * torch.eye(len(inner), dtype=inner.dtype)
-    with single_threaded():
-        of_original = project(weight, seen / energy, transposed)
-        of_emulator = _emulated(up, down, (seen / energy).to(of_original))
-    error = torch.linalg.solve(inner / energy, (of_original - of_emulator).to(seen).T).T
-    return Gap(span.p, span.b, error)
+
+    span: Gap
+    seen: torch.Tensor
+    inner: torch.Tensor
+
+    @classmethod
+    def of(cls, span: Gap, seen: torch.Tensor) -> "Oblique | None":
+        """Normalize `seen`, which lies next to p; None if nothing was seen, or if it is not finite."""
+        inner = span.p.T @ seen
+        energy = float(inner.trace()) / max(1, len(inner))
+        if not 0 < energy < math.inf:
+            return None
+        inner = inner + RIDGE * energy * torch.eye(len(inner), dtype=inner.dtype)
+        return cls(span, seen / energy, inner / energy)
+
+    def missed(
+        self, weight: Iterable[torch.Tensor], up: torch.Tensor, down: torch.Tensor | None, transposed: bool
+    ) -> torch.Tensor:
+        """Compute (W - E) seen (out, r') on the device of the weight; arguments as in `measure_gap`."""
+        with single_threaded():
+            of_original = project(weight, self.seen, transposed)
+            return of_original - _emulated(up, down, self.seen.to(of_original))
+
+    def gap(self, missed: torch.Tensor) -> Gap:
+        """Solve for the gap, with what is `missed` next to p or on the way from a device."""
+        return Gap(self.span.p, self.span.b, torch.linalg.solve(self.inner, missed.to(self.seen).T).T)
 
 
 def _emulated(up: torch.Tensor, down: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:

@@ -40,9 +40,9 @@ def measure_gaps(
 
     def work(name: str) -> Gap:
         rows = (read() for read in _weight_reads(streamed, name))
-        return linear_gap(
-            adapter, name, rows, emulator.factors(name), is_transposed(streamed.model.get_submodule(name))
-        )
+        transposed = is_transposed(streamed.model.get_submodule(name))
+        gap = linear_gap(adapter, name, rows, emulator.factors(name), transposed)
+        return checked(name, gap.there(gap.error))
 
     ordered = sorted(names, key=location)
     with Progress(len(ordered), "correct") as progress:
@@ -60,8 +60,12 @@ def linear_gap(
     factors: tuple[torch.Tensor, torch.Tensor | None],
     transposed: bool,
 ) -> Gap:
-    """Compute the gap of one linear of `adapter`. Raises `InputError` with its name if a value is not finite."""
-    gap = measure_gap(rows, *factors, *adapter.factors(name), adapter.modules[name].scaling, transposed)
+    """Compute the gap of one linear of `adapter`, as `measure_gap` does."""
+    return measure_gap(rows, *factors, *adapter.factors(name), adapter.modules[name].scaling, transposed)
+
+
+def checked(name: str, gap: Gap) -> Gap:
+    """Return the gap of a linear. Raises `InputError` with its name if a value is not finite."""
     if not gap.error.isfinite().all():
         raise InputError(f"{name}: weight or emulator holds values that are not finite; check the original's files")
     return gap

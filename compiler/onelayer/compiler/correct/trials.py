@@ -22,13 +22,14 @@ from onelayer.compiler.adapters.fit import is_transposed
 from onelayer.compiler.adapters.reader import Adapter
 from onelayer.compiler.adapters.replacements import replaced_values
 from onelayer.compiler.correct.candidates import Solver, Trial
-from onelayer.compiler.correct.correction import Gap, oblique_gap
-from onelayer.compiler.correct.gaps import linear_gap
+from onelayer.compiler.correct.correction import Gap, Oblique
+from onelayer.compiler.correct.gaps import checked, linear_gap
 from onelayer.compiler.correct.shared_runs import SharedRuns
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.evaluate.variants import Run
 from onelayer.compiler.factors.sum_grid import SumGrid, settled
 from onelayer.compiler.machine.distributed import Processes
+from onelayer.compiler.machine.transfers import Arrivals, upload
 from onelayer.compiler.models.units import Unit, named_parts
 
 NAME = "trained"  # the name under which PEFT attaches the adapter
@@ -71,6 +72,9 @@ class Trials:
         self.shared = SharedRuns(len(self.variants))
         self._trials = [trial for trial in self.variants if trial is not None]
         self._originals = len(self.variants) - len(self._trials)
+        self._firsts: list[
+            tuple[int, ...]
+        ] = []  # by correction, which has the same weights: for each linear, the first
 
     def place(self, index: int) -> tuple[int, int]:
         """Return batch and variant of a stream index."""
@@ -111,7 +115,7 @@ class Trials:
             if trial is not None:
                 if compressed and not weights:
                     weights.update(self._solve(compressed, factors, watch))
-                    self.shared.split(partial(self._weigh_alike, weights))
+                    self.shared.split(self._weigh_alike)
                 _set({layer: solved[variant - self._originals] for layer, solved in weights.items()})
                 for layer, scaling in scalings.items():  # solved weights already contain their scale
                     layer.scaling[NAME] = 1.0 if layer in before else trial[2] * scaling
@@ -137,12 +141,16 @@ class Trials:
     def _observe(self, compressed: Mapping[str, Any], watch: "_Watch") -> dict[str, UpDown]:
         """Watch what linears read in the directions of their adapters; return the emulator's factors."""
         factors = {name: self.emulator.factors(name) for name in compressed}
+        known, found, arrivals = self.gaps["span"], dict[str, tuple[Gap, torch.Tensor]](), Arrivals()
         for name, layer in compressed.items():
             linear = layer.get_base_layer()
-            if name not in self.gaps["span"]:  # a unit may become resident again
+            if name not in known:  # a unit may become resident again
                 rows, transposed = iter([linear.weight.detach()]), is_transposed(linear)
-                self.gaps["span"][name] = linear_gap(self.adapter, name, rows, factors[name], transposed)
-            watch.attach(name, linear, self.gaps["span"][name].p)
+                gap = linear_gap(self.adapter, name, rows, factors[name], transposed)
+                found[name] = (gap, arrivals.begin(gap.error))
+            watch.attach(name, linear, (known.get(name) or found[name][0]).p)
+        arrivals.wait()
+        known |= {name: checked(name, gap.there(error)) for name, (gap, error) in found.items()}
         return factors
 
     def _replaces_in(self, unit: Unit) -> bool:
@@ -156,12 +164,10 @@ class Trials:
             return one is other
         return not scales or one[2] == other[2]
 
-    def _weigh_alike(self, weights: Mapping[Any, Sequence[Weights]], first: int, second: int) -> bool:
-        """Whether two variants have the same weights in a unit."""
+    def _weigh_alike(self, first: int, second: int) -> bool:
+        """Whether two variants have the same weights in the unit whose corrections were solved last."""
         one, other = first - self._originals, second - self._originals
-        return min(one, other) >= 0 and all(
-            torch.equal(solved[one][1], solved[other][1]) for solved in weights.values()
-        )
+        return min(one, other) >= 0 and self._firsts[one] == self._firsts[other]
 
     def _solve(
         self, compressed: Mapping[str, Any], factors: Mapping[str, UpDown], watch: "_Watch"
@@ -170,18 +176,44 @@ class Trials:
         watch.detach()
         if self._observing:
             watch.add_up()
+            self._find_oblique(compressed, factors, watch)
         weights: dict[Any, list[Weights]] = {}
+        firsts = []
         for name, layer in compressed.items():
-            linear = layer.get_base_layer()
-            rows, span = [linear.weight.detach()], self.gaps["span"][name]
-            if name not in self.gaps["oblique"]:
-                seen, transposed = watch.seen[name].to(span.p), is_transposed(linear)
-                self.gaps["oblique"][name] = oblique_gap(span, rows, *factors[name], seen, transposed)
             solved = [self.gaps[solver][name].limited(limit).scaled(scale) for solver, limit, scale in self._trials]
-            device = linear.weight.device
-            a = solved[0].a.to(device, torch.float32)
-            weights[layer] = [(a, item.b.to(device, torch.float32)) for item in solved]
+            device = layer.get_base_layer().weight.device
+            a, *b = (side.to(torch.float32) for side in (solved[0].a, *(item.b for item in solved)))
+            firsts.append(_first_equals(b))
+            a = upload(a, device)
+            weights[layer] = [(a, upload(each, device)) for each in b]
+        self._firsts = list(zip(*firsts, strict=True))
         return weights
+
+    def _find_oblique(self, compressed: Mapping[str, Any], factors: Mapping[str, UpDown], watch: "_Watch") -> None:
+        """Find the gaps for all inputs of each linear; the host waits for what all of them read, and once more."""
+        wanted = {name: layer for name, layer in compressed.items() if name not in self.gaps["oblique"]}
+        arrivals = Arrivals()
+        seen = arrivals.begin({name: watch.seen[name] for name in wanted})
+        arrivals.wait()
+        missed: dict[str, tuple[Oblique, torch.Tensor]] = {}
+        for name, layer in wanted.items():
+            linear, span = layer.get_base_layer(), self.gaps["span"][name]
+            if (oblique := Oblique.of(span, seen[name].to(span.p))) is None:
+                self.gaps["oblique"][name] = span
+                continue
+            error = oblique.missed([linear.weight.detach()], *factors[name], is_transposed(linear))
+            missed[name] = (oblique, arrivals.begin(error))
+        arrivals.wait()
+        self.gaps["oblique"] |= {name: oblique.gap(error) for name, (oblique, error) in missed.items()}
+
+
+def _first_equals(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return for each of some tensors on the host the number of the first that is equal to it."""
+    firsts: list[int] = []
+    for place, tensor in enumerate(tensors):
+        others = (other for other in dict.fromkeys(firsts) if torch.equal(tensors[other], tensor))
+        firsts.append(next(others, place))
+    return firsts
 
 
 class _Watch:

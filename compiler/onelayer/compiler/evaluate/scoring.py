@@ -16,6 +16,7 @@ from onelayer.compiler.data.tokens import IGNORED
 from onelayer.compiler.evaluate.samples import Pair, Question
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.machine.meter import FreedMemory
+from onelayer.compiler.machine.transfers import Arrivals
 from onelayer.compiler.models.deferred_logits import DeferredLogits
 from onelayer.compiler.models.linears import head_workspace
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -169,19 +170,24 @@ class Scoring:
                         freed.after_unit(self.spill_pool.held_bytes)
             self._waiting.clear()
         results = [SampleScores.of_none(self._samples) for _ in range(self.variants)]
-        mine = [list(self._by_sample(variant)) for variant in range(self.variants)]
+        arrivals = Arrivals()
+        figures = arrivals.begin({index: (scores.losses, scores.hits) for index, scores in self._scores.items()})
+        arrivals.wait()
+        mine = [list(self._by_sample(variant, figures)) for variant in range(self.variants)]
         for found in self.team.gather(mine):
             for result, figures in zip(results, found, strict=True):
                 for index, loss, hits, count in figures:
                     result.losses[index], result.hits[index], result.counts[index] = loss, hits, count
         return results
 
-    def _by_sample(self, variant: int) -> Iterator[tuple[int, float, int, int]]:
-        """Yield number, loss, hits and count of each sample of this process."""
+    def _by_sample(
+        self, variant: int, figures: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[int, float, int, int]]:
+        """Yield number, loss, hits and count of each sample of this process, from the `figures` of its tokens."""
         for number, batch in enumerate(self.batches):
-            scores = self._scores[number * self.variants + variant]
+            of_tokens = figures[number * self.variants + variant]
             lengths = self._rows[number].reshape(len(batch.order), -1).sum(dim=1).tolist()
-            parts = zip(scores.losses.cpu().split(lengths), scores.hits.cpu().split(lengths), strict=True)
+            parts = zip(*(values.split(lengths) for values in of_tokens), strict=True)
             for index, (losses, hits) in zip(batch.order, parts, strict=True):
                 yield index, float(losses.sum()), int(hits.sum()), len(losses)
 
@@ -192,10 +198,15 @@ class Scoring:
     def divergence(self) -> tuple[float, float]:
         """Compute mean KL per labeled token from variant 0 to `against`, and the share of equal best guesses."""
         assert self.against is not None
-        mine = []
+        sums, counts = [], []
         for number, gap in sorted(self._gaps.items()):
             p, q = (self._scores[number * self.variants + variant] for variant in (0, self.against))
-            mine.append((float(gap.divergences(p, q).sum()), int((p.best_N == q.best_N).sum()), len(p.labels_N)))
+            sums.append((gap.divergences(p, q).sum().double(), (p.best_N == q.best_N).sum()))
+            counts.append(len(p.labels_N))
+        arrivals = Arrivals()
+        arrived = arrivals.begin(sums)
+        arrivals.wait()
+        mine = [(float(lost), int(same), count) for (lost, same), count in zip(arrived, counts, strict=True)]
         total, agreed, count = map(sum, zip(*(item for found in self.team.gather(mine) for item in found), strict=True))
         return total / count, agreed / count
 

@@ -17,6 +17,11 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a host tensor on a device. The host does not wait."""
+    return tensor if device.type == "cpu" else pinned(tensor.detach()).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class _Copy:
     """A host tensor on the device, and the versions of both, which tell whether one was changed in place."""
@@ -125,7 +130,7 @@ class Transfers:
             self._ahead = {key: _Copy.of(tensor, self._uploaded(tensor)) for key, tensor in leaves.items()}
 
     def _uploaded(self, tensor: torch.Tensor) -> torch.Tensor:
-        return pinned(tensor.detach()).to(self.device, non_blocking=True)
+        return upload(tensor, self.device)
 
 
 def _is_plain(value: Any) -> bool:
