@@ -12,11 +12,15 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers import pretend_device
+from helpers.peft_adapters import load_original, random_adapter
 from helpers.pretend_counts import COUNTS
 from helpers.resident_gradients import with_lora
 from helpers.tiny_models import causal, tiny_tokenizer
-from onelayer.compiler import compile_emulator, evaluate_model, polish_adapter, refine_emulator
+from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
+from onelayer.compiler.codes import residual
 from onelayer.compiler.codes.encode import encode
+from onelayer.compiler.compile import coded as coding
+from onelayer.compiler.correct import choose
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.factorize import factorize
 from onelayer.compiler.factors.moments import Moments
@@ -52,10 +56,20 @@ def prepared(path: Path, layers: int, rows: int, **shape: Any) -> Path:
     return path
 
 
-def compiled(path: Path, **settings: Any) -> Report:
+def compiled(path: Path, output: str = "emulator", **settings: Any) -> Report:
     """Compile on the device."""
     given = {"ratio": 0.5, "max_length": 12, "batch_size": 1, "device": "pretend", **settings}
-    return compile_emulator(path / "model", path / "data.jsonl", path / "emulator", **given).report
+    return compile_emulator(path / "model", path / "data.jsonl", path / output, **given).report
+
+
+def weighed(path: Path) -> Report:
+    """Compile quantized factors, with the whole weights next to them, that a pass back weighs."""
+    return compiled(path, output="weighed", ratio=None, keep_bytes=0.15, factor_dtype="int8", backward=True)
+
+
+def coded(path: Path) -> Report:
+    """Compile codes, for which a pass back comes by default."""
+    return compiled(path, output="coded", ratio=None, keep_bytes=0.25, form="coded")
 
 
 def refined(path: Path, steps: int = 1) -> Report:
@@ -76,6 +90,13 @@ def refined(path: Path, steps: int = 1) -> Report:
 def evaluated(path: Path) -> Report:
     """Score the original on the device."""
     return evaluate_model(path / "model", path / "data.jsonl", max_length=12, batch_size=1, device="pretend").report
+
+
+def corrected(path: Path) -> Report:
+    """Choose a correction on the device."""
+    given: dict[str, Any] = {"emulator": path / "emulator", "model": path / "model", "output": path / "corrected"}
+    sizes: dict[str, Any] = {"max_length": 12, "batch_size": 1}
+    return correct_adapter(path / "adapter", **given, data=path / "data.jsonl", **sizes, device="pretend").report
 
 
 def polished(path: Path) -> Report:
@@ -109,16 +130,16 @@ def costs(run: Pass, path: Path) -> tuple[tuple[int, int, int], int]:
 def test_a_batch_costs_each_unit_a_fixed_number_of_waits_and_transfers(tmp_path: Path) -> None:
     found = dict[tuple[Pass, int, int], tuple[tuple[int, int, int], int]]()
     for layers in (1, 2):
-        for rows in (6, 7):
+        for rows in (3, 4):
             path = prepared(tmp_path / f"{layers}-{rows}", layers, rows)
             found |= {(run, layers, rows): costs(run, path) for run in PER_UNIT_AND_BATCH}
     for run, expected in PER_UNIT_AND_BATCH.items():
         of_one, of_two = (
-            [more - fewer for more, fewer in zip(found[run, layers, 7][0], found[run, layers, 6][0], strict=True)]
+            [more - fewer for more, fewer in zip(found[run, layers, 4][0], found[run, layers, 3][0], strict=True)]
             for layers in (1, 2)
         )
         assert tuple(two - one for one, two in zip(of_one, of_two, strict=True)) == expected, run.__name__
-        assert found[run, 2, 6][1] - found[run, 1, 6][1] == PER_UNIT[run], run.__name__
+        assert found[run, 2, 3][1] - found[run, 1, 3][1] == PER_UNIT[run], run.__name__
 
 
 class ThreeMLPs(torch.nn.Module):
@@ -132,24 +153,44 @@ class ThreeMLPs(torch.nn.Module):
         return torch.stack([part(x) for part in self.parts]).sum(dim=0)
 
 
-# Waits of one more linear: the solver's decisions about its rank and its error, and its two factors that are given back
-# to be written. Refinement and scoring decide nothing for a linear.
-PER_LINEAR = {compiled: 13, refined: 2, evaluated: 0}
+# Waits of passes over one layer and three batches, however many linears it has. All wait for the device that is picked,
+# and once for each batch in each unit that it runs through: the layer, and the norm after it where a loss is taken; four
+# variants of it in a correction. A way back waits twice in the layer and, for gradients at the head, twice. The others
+# are counts of rows that are not finite, what is stored and what stays as it is (compile); the loss; errors before and
+# after, the sizes of factors, and what is stored (refine); scores; gaps in the span of the adapter, what linears read,
+# and gaps outside (correct); the norm of the gradient, the state that is saved, and the adapter (polish).
+WAITS = {compiled: 7, weighed: 20, coded: 20, refined: 8, evaluated: 8, corrected: 29, polished: 20}
+# Each full eigenproblem waits for its own kernel, which looks for failures, and each cycle of an iteration once more.
+SOLVER = ("subspace.py:_read",)
+
+
+def waits(run: Pass, path: Path) -> tuple[int, int]:
+    """Count the waits of one pass: those of eigenproblems and of iterations, which each linear has, and all others."""
+    COUNTS.reset()
+    run(path)
+    solving = sum(n for (kind, line), n in COUNTS.waits.items() if kind == "_linalg_eigh" or line in SOLVER)
+    return sum(COUNTS.waits.values()) - solving, solving
 
 
 @pytest.mark.usefixtures("pretend")
-def test_a_linear_costs_few_waits_whatever_the_number_of_batches(
+def test_passes_decide_once_a_unit_whatever_the_number_of_linears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = dict[tuple[Pass, Any, int], int]()
+    for module in (coding, residual):  # bitsandbytes takes seconds for nf4 on a device that it does not know
+        monkeypatch.setattr(module, "RESIDUAL_DTYPE", "int8")
+    monkeypatch.setattr(choose, "CANDIDATES", (("span", 0.0, 1.0), ("span", None, 1.0), ("oblique", None, 1.0)))
+    found = dict[Any, dict[Pass, tuple[int, int]]]()
     for kind in (LlamaMLP, ThreeMLPs):
         monkeypatch.setattr(modeling_llama, "LlamaMLP", kind)
-        for rows in (3, 5):
-            path = prepared(tmp_path / f"{kind.__name__}-{rows}", 1, rows)
-            found |= {(run, kind, rows): costs(run, path)[0][0] for run in PER_LINEAR}
-    for run, most in PER_LINEAR.items():
-        of_few, of_more = (found[run, ThreeMLPs, rows] - found[run, LlamaMLP, rows] for rows in (3, 5))
-        assert of_few == of_more <= 6 * most, run.__name__
+        path, wide = (
+            prepared(tmp_path / f"{kind.__name__}-{name}", 1, 3, **shape)
+            for name, shape in (("narrow", {}), ("wide", {"hidden_size": 128, "num_key_value_heads": 4}))
+        )
+        random_adapter(load_original(path / "model"), path / "adapter", size=0.1, r=2, target_modules="all-linear")
+        found[kind] = {run: waits(run, wide if run is coded else path) for run in WAITS}
+    for kind, linears in ((LlamaMLP, 7), (ThreeMLPs, 13)):
+        assert {run: own for run, (own, _) in found[kind].items()} == WAITS, kind.__name__
+        assert found[kind][compiled][1] == linears
 
 
 @pytest.mark.usefixtures("pretend")

@@ -28,7 +28,7 @@ from onelayer.compiler.emulators.directory import (
 from onelayer.compiler.emulators.facts import stack_tensor
 from onelayer.compiler.emulators.figures import LinearFigures, StackFigures
 from onelayer.compiler.factors.stored_forms import FactorDtype
-from onelayer.compiler.machine.transfers import Arrivals
+from onelayer.compiler.machine.transfers import on_host
 from onelayer.compiler.models.lazy_tensors import DiskMatrix
 from onelayer.compiler.models.linears import weight_shape
 from onelayer.compiler.models.streamed_model import StreamedModel
@@ -107,10 +107,7 @@ class EmulatorWriter:
             entries += [tensor_entry(stack_tensor(name, ending), item) for ending, item in stack.tensors.items()]
         kept = {name: tensor for name, tensor in tensors.items() if name not in self.streamed.weights.aliases}
         plain = {name: tensor.detach() for name, tensor in kept.items() if not isinstance(tensor, DiskMatrix)}
-        arrivals = Arrivals()
-        kept |= arrivals.begin(plain)
-        arrivals.wait()
-        entries += [_entry(name, tensor) for name, tensor in kept.items()]
+        entries += [_entry(name, tensor) for name, tensor in {**kept, **on_host(plain)}.items()]
         self._write_shard(
             unit.position,
             entries,

@@ -4,7 +4,7 @@ What the next batch needs is copied on a stream of its own while the device comp
 once for all outputs of a batch. If the host is the device, nothing is copied.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,3 +166,11 @@ class Arrivals:
             return tensor
         self._devices.add(tensor.device)
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors on the host, which waits once for all of them."""
+    arrivals = Arrivals()
+    arrived: dict[str, torch.Tensor] = arrivals.begin(dict(tensors))
+    arrivals.wait()
+    return arrived

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onelayer.compiler.machine.transfers import on_host
 from onelayer.compiler.models.unit_memory import ADAPTER_COPIES
 from onelayer.compiler.storage.safetensors_format import read_header
 from onelayer.compiler.storage.safetensors_writer import tensor_entry, write_safetensors
@@ -69,7 +70,7 @@ class PolishState:
         for name, parameter in self.parameters.items():
             for moment in MOMENTS if parameter in self.optimizer.state else ():
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        entries = [tensor_entry(name, tensor.cpu()) for name, tensor in tensors.items()]
+        entries = [tensor_entry(name, tensor) for name, tensor in on_host(tensors).items()]
         history = {**self.history, "best_loss": self.best_loss}
         write_safetensors(directory / STATE_FILE, entries, {"history": json.dumps(history)})
 

@@ -18,6 +18,7 @@ from onelayer.compiler.adapters.writer import Base, write_adapter
 from onelayer.compiler.data.classes import is_classifier
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import forked_random
+from onelayer.compiler.machine.transfers import on_host
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.polish.resume import Parameters
 
@@ -85,9 +86,9 @@ def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tup
 
 def factors_of(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return A (r, in) and B (out, r) of every module, with the scaling in B, from trained parameters by name."""
-    factors = {}
+    factors, tensors = {}, on_host(tensors)
     for name, module in adapter.modules.items():
-        a, b = (tensors[key].cpu() for key in factor_names(name, module.embedding, NAME))
+        a, b = (tensors[key] for key in factor_names(name, module.embedding, NAME))
         factors[name] = (a, module.scaling * b)
     return factors
 

@@ -29,7 +29,7 @@ from onelayer.compiler.refine.calls import Call
 from onelayer.compiler.refine.reconstruction import refine_unit
 from onelayer.compiler.refine.resume import RefinedUnit, RefineWork
 from onelayer.compiler.refine.settings import ResolvedRefineSettings
-from onelayer.compiler.refine.trained_experts import Trained, TrainedExperts, coded_leaves
+from onelayer.compiler.refine.trained_experts import Trained, TrainedExperts, coded_leaves, stored_of
 from onelayer.compiler.refine.trained_linears import trained_linear
 from onelayer.compiler.streaming.calibration_stream import CalibrationStream
 from onelayer.compiler.streaming.denoising_loss import PassBatch
@@ -85,12 +85,8 @@ class UnitTraining:
         )
 
         def finish() -> None:
-            stored = {
-                f"{unit.name}.{path}{ending}": tensor.cpu()
-                for path, linear in linears.items()
-                for ending, tensor in linear.stored().items()
-            }
-            self.work.finish(unit, {} if after is before else stored, figures)
+            stored = {} if after is before else stored_of(linears)
+            self.work.finish(unit, {f"{unit.name}.{end}": tensor for end, tensor in stored.items()}, figures)
 
         team.by_first(finish)
         self.work.take_up(unit)

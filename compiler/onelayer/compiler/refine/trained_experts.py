@@ -1,11 +1,12 @@
 """The trainable replacements of coded stacks of experts. Letters as in `models/experts.py`, and k the rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from onelayer.compiler.emulators.facts import CODEBOOK, DOWN, UP
 from onelayer.compiler.emulators.reader import Emulator
+from onelayer.compiler.machine.transfers import Arrivals
 from onelayer.compiler.models.experts import ExpertStacks
 from onelayer.compiler.refine.trained_linears import SCALES, TrainedCodes, TrainedLinear, coded_tensors, times_coded
 
@@ -45,12 +46,11 @@ class TrainedStack(TrainedCodes):
 
         return product
 
-    def stored(self) -> dict[str, torch.Tensor]:
-        """Return the tensors as an emulator stores them, by the ending of their names."""
+    def stored(self, arrived: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors as an emulator stores them, by ending, from the masters on the host."""
         assert self.factor_dtype is not None
-        masters = {ending: master.cpu() for ending, master in self.masters.items()}
         experts = [
-            coded_tensors(codes, {ending: master[expert] for ending, master in masters.items()}, self.factor_dtype)
+            coded_tensors(codes, {ending: master[expert] for ending, master in arrived.items()}, self.factor_dtype)
             for expert, codes in enumerate(self.codes)
         ]
         return {ending: torch.stack([expert[ending] for expert in experts]) for ending in experts[0]}
@@ -94,12 +94,32 @@ class TrainedExperts:
 
         return self._experts.forward(product)
 
-    def stored(self) -> dict[str, torch.Tensor]:
+    def to_store(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return what the host needs to store the stacks, on the device, by parameter."""
+        return {leaf: stack.to_store() for leaf, stack in self.stacks.items()}
+
+    def stored(self, arrived: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the tensors as an emulator stores them, by what their names have after the module's."""
-        return {f"{end}_{leaf}": held for leaf, stack in self.stacks.items() for end, held in stack.stored().items()}
+        return {
+            f"{end}_{leaf}": held
+            for leaf, stack in self.stacks.items()
+            for end, held in stack.stored(arrived[leaf]).items()
+        }
 
 
 Trained = TrainedLinear | TrainedExperts
+
+
+def stored_of(linears: Mapping[str, Trained]) -> dict[str, torch.Tensor]:
+    """Return what is stored of a unit's linears, on the host, by what names have after the unit's; one wait for all."""
+    arrivals = Arrivals()
+    arrived = arrivals.begin({path: linear.to_store() for path, linear in linears.items()})
+    arrivals.wait()
+    return {
+        f"{path}{ending}": tensor
+        for path, linear in linears.items()
+        for ending, tensor in linear.stored(arrived[path]).items()
+    }
 
 
 def coded_leaves(emulator: Emulator, stacks: ExpertStacks) -> list[str]:

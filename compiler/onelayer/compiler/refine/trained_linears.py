@@ -64,14 +64,18 @@ class TrainedLinear:
         y = x @ used[DENSE].T if DENSE in used else (x @ used[DOWN].T) @ used[UP]
         return y if bias is None else y + bias.to(y.dtype)
 
-    def stored(self) -> dict[str, torch.Tensor]:
-        """Return the tensors as an emulator stores them, by the ending of their names."""
+    def to_store(self) -> dict[str, torch.Tensor]:
+        """Return what the host needs to store it, on the device."""
         if self.factor_dtype is not None:
             return {ending: quantize_matrix(master, self.factor_dtype) for ending, master in self.masters.items()}
         return {
             ending: (master.T if ending == UP else master).to(self.dtype).contiguous()
             for ending, master in self.masters.items()
         }
+
+    def stored(self, arrived: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors as an emulator stores them, by ending, from what `to_store` gave, on the host."""
+        return dict(arrived)
 
 
 # The scales are stored in the rows of codes, but are trained by themselves.
@@ -99,11 +103,14 @@ class TrainedCodes(TrainedLinear):
         y = times_coded(x, self.codes, self.rounded, self.in_features, twice=twice)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def stored(self) -> dict[str, torch.Tensor]:
-        """Return the tensors as an emulator stores them, by the ending of their names."""
+    def to_store(self) -> dict[str, torch.Tensor]:
+        """Return the masters, which the host rounds."""
+        return self.masters
+
+    def stored(self, arrived: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors as an emulator stores them, by ending, from the masters on the host."""
         assert self.factor_dtype is not None
-        masters = {ending: master.cpu() for ending, master in self.masters.items()}
-        return coded_tensors(self.codes, masters, self.factor_dtype)
+        return coded_tensors(self.codes, arrived, self.factor_dtype)
 
 
 def times_coded(
