@@ -109,9 +109,14 @@ def polished(path: Path) -> Report:
 # Waits, transfers, and transfers that block, which one more batch costs in each unit. A unit takes four tensors up and
 # gives one back, for which the host waits. Refinement does so once, and takes inputs and targets up again for errors
 # before and after. An exact step also takes inputs and a gradient up and gives a gradient back.
-PER_UNIT_AND_BATCH = {compiled: (1, 5, 0), refined: (1, 15, 0), evaluated: (1, 5, 0), polished: (2, 11, 0)}
+PER_UNIT_AND_BATCH: dict[Pass, tuple[int, int, int]] = {
+    compiled: (1, 5, 0),
+    refined: (1, 15, 0),
+    evaluated: (1, 5, 0),
+    polished: (2, 11, 0),
+}
 # Transfers of the nine parameters of a unit, forward and back; none blocks.
-PER_UNIT = {compiled: 9, refined: 9, evaluated: 9, polished: 18}
+PER_UNIT: dict[Pass, int] = {compiled: 9, refined: 9, evaluated: 9, polished: 18}
 LOADED = "stored_weights.py"
 
 
@@ -153,13 +158,13 @@ class ThreeMLPs(torch.nn.Module):
         return torch.stack([part(x) for part in self.parts]).sum(dim=0)
 
 
-# Waits of passes over one layer and three batches, however many linears it has. All wait for the device that is picked,
-# and once for each batch in each unit that it runs through: the layer, and the norm after it where a loss is taken; four
-# variants of it in a correction. A way back waits twice in the layer and, for gradients at the head, twice. The others
-# are counts of rows that are not finite, what is stored and what stays as it is (compile); the loss; errors before and
-# after, the sizes of factors, and what is stored (refine); scores; gaps in the span of the adapter, what linears read,
-# and gaps outside (correct); the norm of the gradient, the state that is saved, and the adapter (polish).
-WAITS = {compiled: 7, weighed: 20, coded: 20, refined: 8, evaluated: 8, corrected: 29, polished: 20}
+# Waits of passes over one layer and three batches, however many linears it has. All wait for the device that is picked
+# and for each batch in each unit that it runs through: the layer, and the norm after it where a loss is taken; in a
+# correction for four variants of each batch. A way back waits for it twice in the layer and, for gradients at the head,
+# twice. The others are counts of rows that are not finite, what is stored and what stays as it is (compile); the loss;
+# errors before and after, the sizes of factors, and what is stored (refine); scores; gaps in the span of the adapter,
+# what linears read, and gaps outside (correct); the gradient's norm, the state that is saved, and the adapter (polish).
+WAITS: dict[Pass, int] = {compiled: 7, weighed: 20, coded: 20, refined: 8, evaluated: 8, corrected: 29, polished: 20}
 # Each full eigenproblem waits for its own kernel, which looks for failures, and each cycle of an iteration once more.
 SOLVER = ("subspace.py:_read",)
 

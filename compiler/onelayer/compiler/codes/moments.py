@@ -47,15 +47,18 @@ class BlockGram:
         self.dropped = self.dropped + (~finite_N).sum()
         self.blocks += block_products(x_NF, self.block)
 
-    def added_up(self, add_up: Callable[[torch.Tensor], None]) -> "BlockGram":
-        """Return the sum of this one and those of other processes; `add_up` adds a tensor to theirs, in place."""
+    def added_up(self, add_up: Callable[[torch.Tensor], None]) -> tuple["BlockGram", torch.Tensor]:
+        """Return the sum of this one and those of other processes; `add_up` adds a tensor to theirs, in place.
+
+        Its rows are not known yet: the second value has the rows that were left out, and all rows, on the device.
+        """
         total = copy.copy(self)
         total.blocks = self.blocks.clone()
         counts = torch.stack([self.dropped, torch.tensor(self.rows).to(self.dropped)])
         add_up(total.blocks)
         add_up(counts)
-        total.dropped, total.rows = counts[0], int(counts[1])
-        return total
+        total.dropped = counts[0]
+        return total, counts
 
     def without(self, x: torch.Tensor) -> "BlockGram":
         """Return this one without the rows of `x` (..., F)."""

@@ -9,7 +9,7 @@ import torch
 from onelayer.compiler.codes.forms import OUTPUT_BLOCK
 from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.compile.linear_moments import MomentHooks, of_output
-from onelayer.compiler.factors.moments import Moments
+from onelayer.compiler.factors.moments import Gram, Moments
 from onelayer.compiler.factors.sum_grid import settled
 from onelayer.compiler.machine.distributed import Processes
 from onelayer.compiler.models.linears import weight_shape
@@ -45,19 +45,23 @@ def add_up_moments(hooks: MomentHooks, team: Processes) -> None:
     names = dict.fromkeys(name for found in described for name in found if name not in refused)
     by_input = {name: all(found[name][1] for found in described if name in found) for name in names}
     summed, blocks = dict[str, Moments](), dict[str, BlockGram]()
+    counted: list[tuple[Gram | BlockGram, torch.Tensor]] = []
     owners = _owners(_groups(described, names), hooks.linears, team.count)
     for group, owner in owners.items():
         members = [name for name in group if name in names]
         if hooks.sides:
             known = inputs.get(members[0])
             gram = known or BlockGram(weight_shape(hooks.linears[members[0]])[1], hooks.device)
-            total = gram.added_up(partial(team.add_up_in, owner))
+            total, counts = gram.added_up(partial(team.add_up_in, owner))
             blocks |= dict.fromkeys(members, total) if owner == team.rank else {}
+            counted += [(total, counts)] if owner == team.rank else []
         else:
             mine = _own(members[0], by_input[members[0]], hooks)
-            _reduce(mine, owner, team)
+            counts = _reduce(mine, owner, team)
+            counted += [(mine.gram, counts)] if owner == team.rank else []
             summed |= dict.fromkeys(members, mine) if owner == team.rank else {}
     _add_up_outputs(hooks, {name: owner for group, owner in owners.items() for name in group if name in names}, team)
+    _count_rows(counted)
     moments.clear()
     moments.update(summed)
     hooks.take_inputs(blocks)
@@ -70,7 +74,7 @@ def _add_up_outputs(hooks: MomentHooks, owners: Mapping[str, int], team: Process
         if name in known:
             own = hooks.outputs.get(name)
             gram = own or BlockGram(weight_shape(hooks.linears[name])[0], hooks.device, OUTPUT_BLOCK)
-            hooks.outputs[name] = gram.added_up(partial(team.add_up_in, owner))
+            hooks.outputs[name], _ = gram.added_up(partial(team.add_up_in, owner))
 
 
 def _own(name: str, of_input: bool, hooks: MomentHooks) -> Moments:
@@ -114,11 +118,19 @@ def _cost(linear: torch.nn.Module) -> float:
     return float(narrow) ** 2 * (narrow + out_features + in_features)
 
 
-def _reduce(moments: Moments, owner: int, team: Processes) -> None:
-    """Add up one linear's moments in the process `owner`."""
+def _count_rows(counted: Sequence[tuple[Gram | BlockGram, torch.Tensor]]) -> None:
+    """Note of each sum over all processes how many rows it has; the host waits once for all."""
+    if counted:
+        for (gram, _), (_, rows) in zip(counted, torch.stack([counts for _, counts in counted]).tolist(), strict=True):
+            gram.rows = rows
+
+
+def _reduce(moments: Moments, owner: int, team: Processes) -> torch.Tensor:
+    """Add up one linear's moments in the process `owner`; return the rows left out and all rows, on the device."""
     gram = moments.gram
     counts = torch.stack([gram.dropped, torch.tensor(gram.rows).to(gram.dropped)])
     sums = [gram.total_FF, counts] + ([] if moments.input_energy is None else [moments.input_energy])
     for tensor in sums:
         team.add_up_in(owner, tensor)
-    gram.dropped, gram.rows = counts[0], int(counts[1])
+    gram.dropped = counts[0]
+    return counts
