@@ -1,7 +1,5 @@
 """What passes cost a pretend accelerator: waits and transfers per unit and batch, float64 products, exact peaks."""
 
-import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from helpers import pretend_device
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.pretend_counts import COUNTS
+from helpers.pretend_runs import (
+    Pass,
+    coded,
+    compiled,
+    corrected,
+    evaluated,
+    polished,
+    prepared,
+    refined,
+    weighed,
+)
 from helpers.resident_gradients import with_lora
-from helpers.tiny_models import causal, tiny_tokenizer
-from onelayer.compiler import compile_emulator, correct_adapter, evaluate_model, polish_adapter, refine_emulator
 from onelayer.compiler.codes import residual
 from onelayer.compiler.codes.encode import encode
 from onelayer.compiler.compile import coded as coding
@@ -29,14 +36,12 @@ from onelayer.compiler.machine.devices import forked_random
 from onelayer.compiler.machine.meter import Meter
 from onelayer.compiler.models.unit_memory import RESERVE_BYTES
 from onelayer.compiler.refine.job import UnitTraining
-from onelayer.compiler.results import Report
 from onelayer.runtime.anchors.anchors import Anchors
 from onelayer.runtime.modules.coded_linear import CodedLinear
 from onelayer.runtime.modules.low_rank_linear import load_emulator
 from onelayer.runtime.modules.quantized_linear import Quantization, QuantizedLinear
 from onelayer.runtime.reporting.tables import report_line
 
-Pass = Callable[[Path], Report]
 # A table of levels that bitsandbytes keeps, and a counter.
 SMALL_BYTES = 512
 
@@ -45,65 +50,6 @@ SMALL_BYTES = 512
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors can lie on the pretend device."""
     pretend_device.patch(monkeypatch)
-
-
-def prepared(path: Path, layers: int, rows: int, **shape: Any) -> Path:
-    """A model of so many layers, and rows of equal length that together determine all factors."""
-    causal("Llama", num_hidden_layers=layers, **shape).save_pretrained(path / "model")
-    tiny_tokenizer(path / "model")
-    texts = [f"{count} the quick brown fox jumps over the lazy dog" for count in range(rows)]
-    (path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return path
-
-
-def compiled(path: Path, output: str = "emulator", **settings: Any) -> Report:
-    """Compile on the device."""
-    given = {"ratio": 0.5, "max_length": 12, "batch_size": 1, "device": "pretend", **settings}
-    return compile_emulator(path / "model", path / "data.jsonl", path / output, **given).report
-
-
-def weighed(path: Path) -> Report:
-    """Compile quantized factors, with the whole weights next to them, that a pass back weighs."""
-    return compiled(path, output="weighed", ratio=None, keep_bytes=0.15, factor_dtype="int8", backward=True)
-
-
-def coded(path: Path) -> Report:
-    """Compile codes, for which a pass back comes by default."""
-    return compiled(path, output="coded", ratio=None, keep_bytes=0.25, form="coded")
-
-
-def refined(path: Path, steps: int = 1) -> Report:
-    """Refine on the device what `compiled` made, with as many steps whatever the number of rows."""
-    return refine_emulator(
-        path / "emulator",
-        model=path / "model",
-        calibration=path / "data.jsonl",
-        output=path / f"refined-{len(list(path.iterdir()))}",
-        steps=steps,
-        step_samples=2,
-        max_length=12,
-        batch_size=1,
-        device="pretend",
-    ).report
-
-
-def evaluated(path: Path) -> Report:
-    """Score the original on the device."""
-    return evaluate_model(path / "model", path / "data.jsonl", max_length=12, batch_size=1, device="pretend").report
-
-
-def corrected(path: Path) -> Report:
-    """Choose a correction on the device."""
-    given: dict[str, Any] = {"emulator": path / "emulator", "model": path / "model", "output": path / "corrected"}
-    sizes: dict[str, Any] = {"max_length": 12, "batch_size": 1}
-    return correct_adapter(path / "adapter", **given, data=path / "data.jsonl", **sizes, device="pretend").report
-
-
-def polished(path: Path) -> Report:
-    """Take an exact step on the device."""
-    given: dict[str, Any] = {"model": path / "model", "data": path / "data.jsonl", "output": path / "polished"}
-    sizes: dict[str, Any] = {"lora_rank": 2, "steps": 1, "batch_size": 8, "micro_batch_size": 1, "max_length": 12}
-    return polish_adapter(None, **given, **sizes, device="pretend").report
 
 
 # Waits, transfers, and transfers that block, which one more batch costs in each unit. A unit takes four tensors up and

@@ -14,6 +14,7 @@ from onelayer.compiler.codes.codebook import normal_codebook
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth, group_size
 from onelayer.compiler.factors.expectations import LOOKING, Expectations, cholesky
 from onelayer.compiler.factors.stored_forms import SCALE_BYTES
+from onelayer.compiler.machine.transfers import upload
 
 # Added to the moments' diagonal, as shares of its mean: directions that calibration hardly saw count a little, the more
 # so the fewer rows it had for each of them. Measured: half the inputs by the rows is near the best for 1536 to 14,000.
@@ -76,7 +77,7 @@ def encode(
     """
     W, in_features, block = W.to(torch.float32), W.shape[1], moments.shape[-1]
     scales = _scales(W)
-    codebook = normal_codebook(width).to(W.device)
+    codebook = upload(normal_codebook(width), W.device)
     left = torch.nn.functional.pad(W, (0, -in_features % width)).clone()
     codes = torch.empty(len(W), left.shape[1] // width, dtype=torch.uint8, device=W.device)
     share = DAMPING_PER_ROW * block / torch.as_tensor(rows, dtype=torch.float64).clamp_min(1)

@@ -14,6 +14,7 @@ import torch
 
 from onelayer.compiler.correct.memory import BLOCK_BYTES
 from onelayer.compiler.machine.threads import single_threaded
+from onelayer.compiler.machine.transfers import upload
 
 # Directions of A weaker than this share of the strongest are ignored: their basis vectors are arbitrary.
 RELATIVE_CUTOFF = 1e-6
@@ -96,7 +97,7 @@ def measure_gap(
     with single_threaded():
         p, b_split = split_product(a, b, scaling)
         of_original = project(weight, p, transposed)
-        of_emulator = _emulated(up, down, p.to(of_original))
+        of_emulator = _emulated(up, down, upload(p.to(of_original.dtype), of_original.device))
     return Gap(p, b_split, of_original - of_emulator)
 
 
@@ -128,7 +129,8 @@ class Oblique:
         """Compute (W - E) seen (out, r') on the device of the weight; arguments as in `measure_gap`."""
         with single_threaded():
             of_original = project(weight, self.seen, transposed)
-            return of_original - _emulated(up, down, self.seen.to(of_original))
+            seen = upload(self.seen.to(of_original.dtype), of_original.device)
+            return of_original - _emulated(up, down, seen)
 
     def gap(self, missed: torch.Tensor) -> Gap:
         """Solve for the gap, with what is `missed` next to p or on the way from a device."""
@@ -137,7 +139,8 @@ class Oblique:
 
 def _emulated(up: torch.Tensor, down: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
     """Compute E p (out, r) on the device and in the dtype of p; E is up down, or `up` alone."""
-    return up.to(p) @ (p if down is None else down.to(p) @ p)
+    up = upload(up, p.device).to(p)
+    return up @ (p if down is None else upload(down, p.device).to(p) @ p)
 
 
 def project(weight: Iterable[torch.Tensor], p: torch.Tensor, transposed: bool = False) -> torch.Tensor:
@@ -149,7 +152,7 @@ def project(weight: Iterable[torch.Tensor], p: torch.Tensor, transposed: bool = 
     total, done = torch.zeros(()), 0
     for rows in weight:
         wide = torch.promote_types(rows.dtype, torch.float32)
-        p_t = p.to(rows.device, wide).T.contiguous()
+        p_t = upload(p.to(wide).T.contiguous(), rows.device)
         step = max(1, BLOCK_BYTES // (wide.itemsize * max(1, rows.shape[1])))
         buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=wide, device=rows.device)
         for start in range(0, len(rows), step):

@@ -230,7 +230,7 @@ class _Watch:
         """Watch one linear in the directions `p` (in, r)."""
         weight = linear.weight
         assert isinstance(weight, torch.Tensor)
-        p = p.to(weight.device, torch.float32)
+        p = upload(p.to(torch.float32), weight.device)
         self.seen[name] = torch.zeros(p.shape, dtype=torch.float64, device=p.device)
         grid = self._grids[name] = SumGrid(self._batches, not self._team.is_first)
 

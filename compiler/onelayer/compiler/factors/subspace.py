@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from onelayer.compiler.factors.expectations import LOOKING, Expectations
+from onelayer.compiler.machine.transfers import upload
 
 # Extra directions carried along: a share of the wanted ones, and at least this many.
 OVERSAMPLING, LEAST_OVERSAMPLING = 0.25, 8
@@ -49,7 +50,7 @@ def leading_eigenvectors(
     whether another follows.
     """
     generator = torch.Generator().manual_seed(seed)
-    Q = torch.randn(len(C), block_width(rank), generator=generator).to(C)
+    Q = upload(torch.randn(len(C), block_width(rank), generator=generator).to(C.dtype), C.device)
     Q, _ = torch.linalg.qr(C @ Q)
     for _ in range(MOST_CYCLES):
         CQ = C @ Q

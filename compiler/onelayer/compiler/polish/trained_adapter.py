@@ -18,7 +18,7 @@ from onelayer.compiler.adapters.writer import Base, write_adapter
 from onelayer.compiler.data.classes import is_classifier
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.machine.devices import forked_random
-from onelayer.compiler.machine.transfers import on_host
+from onelayer.compiler.machine.transfers import on_host, upload
 from onelayer.compiler.models.streamed_model import StreamedModel
 from onelayer.compiler.polish.resume import Parameters
 
@@ -78,7 +78,7 @@ def attach_trainable(model: Path, adapter: Adapter, device: torch.device) -> tup
     for name, module in adapter.modules.items():
         for key in factor_names(name, module.embedding, NAME):
             parameter = streamed.model.get_parameter(key)
-            parameter.data = parameter.data.to(device, torch.float32)
+            parameter.data = upload(parameter.data.to(torch.float32), device)
             parameter.requires_grad_(True)
             trained[key] = parameter
     return adapted, trained

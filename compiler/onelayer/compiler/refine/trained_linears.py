@@ -12,6 +12,7 @@ from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
 from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.factors.quantize import dequantize_matrix, quantize_matrix
 from onelayer.compiler.factors.stored_forms import FactorDtype
+from onelayer.compiler.machine.transfers import upload
 
 
 class TrainedLinear:
@@ -26,7 +27,7 @@ class TrainedLinear:
     def __init__(self, emulator: Emulator, name: str, dtype: torch.dtype, device: torch.device) -> None:
         self.factor_dtype, self.dtype = emulator.facts.quantized_dtype, dtype
         self.masters = {
-            ending: master.to(device, torch.float32).contiguous()
+            ending: upload(master.to(torch.float32).contiguous(), device)
             for ending, master in self.read(emulator, name).items()
         }
         self.rounded: dict[str, torch.Tensor] = {}
