@@ -20,7 +20,7 @@ from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.compile.expert_factors import ExpertCalls, OneAtATime, Place, check_finite, places_of, stacked
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.linear_moments import MomentHooks
-from onelayer.compiler.compile.solving import Solved, solve_all
+from onelayer.compiler.compile.solving import Solved, in_turn, solve_all
 from onelayer.compiler.compile.writer import StoredLinear, StoredStack
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
@@ -69,7 +69,7 @@ class CodedCompilation(Compilation):
             sides = replace(shared(moments, expected), outputs=hooks.output_weights(name, expected))
             return self._code(name, weight, moments, sides, self.ranks[name], self.settings.code_width, expected)
 
-        return solve_all(inputs, solve, self.device)
+        return solve_all(in_turn(inputs), solve, self.device)
 
     def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
         """Yield the stacks of experts, coded unless they are too small for codes."""

@@ -16,7 +16,7 @@ from onelayer.compiler.compile.resume import UnitRecord
 from onelayer.compiler.compile.selection import Choice
 from onelayer.compiler.compile.settings import ResolvedSettings
 from onelayer.compiler.compile.shared_moments import add_up_moments, settle_grids
-from onelayer.compiler.compile.solving import Solved, solve_all
+from onelayer.compiler.compile.solving import Solved, in_turn, solve_all
 from onelayer.compiler.compile.writer import EmulatorWriter, StoredLinear, StoredStack
 from onelayer.compiler.emulators.facts import DENSE, DOWN, UP
 from onelayer.compiler.emulators.figures import LinearFigures
@@ -212,7 +212,7 @@ class Compilation:
             weight, moments, rank = weight_of(linears[name]), gathered[name], self.ranks[name]
             return self._compress(name, weight, moments, rank, expected, None, with_dense, outputs)
 
-        return solve_all(gathered, solve, self.device)
+        return solve_all(in_turn(gathered), solve, self.device)
 
     def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
         return compress_stacks(calls, self.stack_ranks, self._compress)

@@ -4,7 +4,7 @@ In: a solution of each linear, queued on the device. Out: what is stored of it, 
 unit. A linear whose solution expected what did not hold, such as factors of full rank, is solved again with waits.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,13 +53,19 @@ def solve_all(
                 raise
             begun[key] = None  # it went on with what did not hold
             again.append(key)
-        return_free_memory()  # otherwise the next solver's memory adds to the holes that this one leaves
     arrivals.wait()
     again += [key for key, found in begun.items() if found is not None and found[1] is not None and not found[1]]
     for key in again:
         begun[key] = _begin(solve(key, LOOKING), LOOKING, arrivals)
     arrivals.wait()
     return {key: found[0].stored() for key, found in begun.items() if found is not None}
+
+
+def in_turn(keys: Iterable[K]) -> Iterator[K]:
+    """Yield keys; after each, give free memory back: the next solver's would add to the holes that this one leaves."""
+    for key in keys:
+        yield key
+        return_free_memory()
 
 
 def _begin(solved: Solved, expected: Expectations, arrivals: Arrivals) -> tuple[Solved, torch.Tensor | None]:
