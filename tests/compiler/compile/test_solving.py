@@ -39,7 +39,7 @@ class Solver:
         )
 
 
-def test_linears_whose_conditions_did_not_hold_are_solved_again_with_the_same_result() -> None:
+def test_what_did_not_hold_is_solved_again_with_the_same_result() -> None:
     rows = {"full": 40, "starved": 3, "known to be": 2, "breaking": 40}
     queued, looking = Solver(rows, breaks="breaking"), Solver(rows)
     found = solve_all(rows, queued, DEVICE, void={"known to be"})
