@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from helpers.hashes import hashes
+from helpers.hashes import hashes, tree_hashes
 from helpers.peft_adapters import load_original, random_adapter
 from helpers.tiny_models import causal, tiny_tokenizer
 from onelayer.compiler import (
@@ -147,3 +147,7 @@ def test_a_hard_link_and_a_touch_of_nothing_read_change_nothing(
 
     monkeypatch.setattr(Meter, "__enter__", linked)
     run("merge", at, tmp_path / "out")
+    assert (tmp_path / "linked").exists()
+    monkeypatch.undo()
+    run("merge", at, tmp_path / "calm")
+    assert tree_hashes(tmp_path / "out") == tree_hashes(tmp_path / "calm")
