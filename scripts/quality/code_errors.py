@@ -21,7 +21,7 @@ import torch
 from scipy import fft, linalg  # type: ignore[import-untyped]
 
 from onelayer.compiler.codes.encode import decode, encode
-from onelayer.compiler.codes.forms import CodeWidth, code_width, coded_ranks
+from onelayer.compiler.codes.forms import CodeShape, fitting_codes
 from onelayer.compiler.codes.moments import BlockGram, block_products
 from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights
@@ -121,17 +121,21 @@ def compare_outputs(linears: list[Linear], given: argparse.Namespace) -> None:
             print(f"{linear.name}: {name}: {held / 1e6:.2f}, {seconds:.2f}, {forward:.4f}, {both:.4f}", flush=True)
 
 
+def codes_of(linear: Linear, keep_bytes: float) -> tuple[CodeShape, int]:
+    """Return the codes that compile chooses for a linear by itself, and the rank of its factors."""
+    coded = fitting_codes({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, every=True)
+    assert coded is not None
+    shape, ranks = coded
+    return shape, ranks[""] or 0
+
+
 def residual_of(linear: Linear, keep_bytes: float) -> tuple[torch.Tensor, int, torch.Tensor]:
     """Return what codes leave of a weight, the rank of its factors, and a root of the moments of the inputs."""
-    width = code_width(keep_bytes)
-    ranks = None if width is None else coded_ranks({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, width)
-    assert width is not None
-    assert ranks is not None
-    assert ranks[""] is not None
+    shape, rank = codes_of(linear, keep_bytes)
     moments = moments_of(linear.calibration.x)
-    coded = encode(linear.W, moments, width, len(linear.calibration.x))
+    coded = encode(linear.W, moments, shape, len(linear.calibration.x))
     kept = decode(coded, linear.W.shape[1], torch.float32)
-    return linear.W - kept, ranks[""], Sides.of_inputs(moments).S[0]
+    return linear.W - kept, rank, Sides.of_inputs(moments).S[0]
 
 
 # ---- rotation ---------------------------------------------------------------------------------------------------
@@ -149,9 +153,9 @@ def randomized_hadamard(size: int) -> torch.Tensor:
 def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
     """Print the errors of codes with and without a rotation."""
 
-    def ways(linear: Linear, width: CodeWidth, rank: int) -> dict[str, tuple[float, float]]:
+    def ways(linear: Linear, shape: CodeShape, rank: int) -> dict[str, tuple[float, float]]:
         Q = randomized_hadamard(linear.W.shape[1])
-        return {"as it is": coded_errors(linear, width, rank), "rotated": coded_errors(linear, width, rank, Q)}
+        return {"as it is": coded_errors(linear, shape, rank), "rotated": coded_errors(linear, shape, rank, Q)}
 
     _compare(linears, given, ways)
 
@@ -159,11 +163,11 @@ def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
 def compare_rounds(linears: list[Linear], given: argparse.Namespace) -> None:
     """Print the errors of codes that trust their moments wholly, and of codes and factors made in turns."""
 
-    def ways(linear: Linear, width: CodeWidth, rank: int) -> dict[str, tuple[float, float]]:
-        found = {"once": coded_errors(linear, width, rank)}
-        found["moments as exact"] = coded_errors(linear, width, rank, exact=True)
-        found |= {f"{count} rounds": coded_errors(linear, width, rank, rounds=count) for count in (2, 3)}
-        return found | {"factors first": coded_errors(linear, width, rank, factors_first=True)}
+    def ways(linear: Linear, shape: CodeShape, rank: int) -> dict[str, tuple[float, float]]:
+        found = {"once": coded_errors(linear, shape, rank)}
+        found["moments as exact"] = coded_errors(linear, shape, rank, exact=True)
+        found |= {f"{count} rounds": coded_errors(linear, shape, rank, rounds=count) for count in (2, 3)}
+        return found | {"factors first": coded_errors(linear, shape, rank, factors_first=True)}
 
     _compare(linears, given, ways)
 
@@ -175,11 +179,7 @@ def _compare(linears: list[Linear], given: argparse.Namespace, ways: Any) -> Non
         for linear in linears:
             if linear.name == HEAD:
                 continue
-            width = code_width(keep_bytes)
-            assert width is not None
-            ranks = coded_ranks({"": (len(linear.W), linear.W.shape[1])}, keep_bytes, width)
-            assert ranks is not None
-            found = ways(linear, width, ranks[""] or 0)
+            found = ways(linear, *codes_of(linear, keep_bytes))
             first = next(iter(found.values()))
             for way, errors in found.items():
                 shares.setdefault(way, []).append((errors[0] / first[0], errors[1] / first[1]))
@@ -194,7 +194,7 @@ def _compare(linears: list[Linear], given: argparse.Namespace, ways: Any) -> Non
 
 def coded_errors(
     linear: Linear,
-    width: CodeWidth,
+    code: CodeShape,
     rank: int,
     Q: torch.Tensor | None = None,
     *,
@@ -217,7 +217,7 @@ def coded_errors(
 
     low = factored(W) if factors_first else torch.zeros_like(W)
     for _ in range(rounds):
-        kept = decode(encode(W - low, moments, width, math.inf if exact else rows), W.shape[1], torch.float32)
+        kept = decode(encode(W - low, moments, code, math.inf if exact else rows), W.shape[1], torch.float32)
         low = factored(W - kept)
     kept = kept + low
     return linear.errors(linear.W - (kept if Q is None else (kept.double() @ Q.T).float()))

@@ -26,6 +26,7 @@ from helpers.pretend_runs import (
 from helpers.resident_gradients import with_lora
 from onelayer.compiler.codes import residual
 from onelayer.compiler.codes.encode import encode
+from onelayer.compiler.codes.forms import CodeShape
 from onelayer.compiler.compile import coded as coding
 from onelayer.compiler.correct import choose
 from onelayer.compiler.emulators.reader import Emulator
@@ -210,13 +211,13 @@ def test_linears_that_are_not_small_are_solved_without_float64(rank: int) -> Non
 
 @pytest.mark.usefixtures("pretend")
 def test_codes_hold_one_decoded_weight_more_than_nf4() -> None:
-    shape, quantization = (256, 384), Quantization("nf4", torch.float32)
+    shape, code, quantization = (256, 384), CodeShape(2, 4), Quantization("nf4", torch.float32)
     W, peaks = torch.randn(shape), []
-    codes, codebook = encode(W, torch.eye(shape[1])[None], 4).packed()
+    codes, codebook = encode(W, torch.eye(shape[1])[None], code).packed()
     common: dict[str, Any] = {"in_features": shape[1], "out_features": shape[0], "bias": False}
     for linear, tensors in (
         (QuantizedLinear(None, quantization, **common), [quantize_matrix(W, "nf4")]),
-        (CodedLinear(4, None, quantization, **common), [codes, codebook]),
+        (CodedLinear(code, None, quantization, **common), [codes, codebook]),
     ):
         for name, tensor in zip(linear.factors, tensors, strict=True):
             linear.get_parameter(name).data = tensor

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.loss_moments import moments
 from helpers.tiny_models import VOCAB, save_tiny, seeded, tiny_tokenizer
+from onelayer.compiler.codes import forms
 from onelayer.compiler.codes.encode import decode, unpacked
-from onelayer.compiler.codes.forms import coded_bytes, coded_ranks, direction_bytes
+from onelayer.compiler.codes.forms import coded_bytes, direction_bytes, fitting_codes
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.command import compile_emulator
 from onelayer.compiler.compile.settings import CompileSettings
@@ -24,6 +25,7 @@ from onelayer.compiler.refine.command import refine_emulator
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 2, "what is the sum of two and three ?", "name a city ; rome"]
 KEEP_BYTES = 0.25
+CODE = (2, 6)  # neighbors and bits: with finer codes no rank would be left for linears this small
 
 
 def build() -> Any:
@@ -68,7 +70,7 @@ def test_figures_are_those_of_what_is_stored(source: Path, emulator: Path) -> No
     rows = {row["name"]: row for row in json.loads((emulator / "emulator.json").read_text())["linears"]}
     assert len(rows) == 14
     assert {row["form"] for row in rows.values()} == {"coded"}
-    assert all(row["rank"] > 0 and row["code_width"] == 3 for row in rows.values())
+    assert all(row["rank"] > 0 and (row["code_width"], row["code_bits"]) == CODE for row in rows.values())
     for name, row in rows.items():
         W = original.get_submodule(name).weight.detach().double()
         E = W - opened.factors(name)[0].double()
@@ -86,7 +88,8 @@ def test_codes_with_factors_are_nearer_than_codes_alone(source: Path, emulator: 
     for name in opened.facts.codes:
         W = original.get_submodule(name).weight.detach().double()
         read, width = opened.checkpoint.read, W.shape[1]
-        codes = decode(unpacked(read(name + ".lr_codes"), read(name + ".lr_codebook"), width), width, torch.float32)
+        stored = unpacked(read(name + ".lr_codes"), read(name + ".lr_codebook"), width, opened.facts.code_bits)
+        codes = decode(stored, width, torch.float32)
         alone, together = W - codes.double(), W - opened.factors(name)[0].double()
         assert ((together @ H[name]) * together).sum() < ((alone @ H[name]) * alone).sum()
 
@@ -94,7 +97,7 @@ def test_codes_with_factors_are_nearer_than_codes_alone(source: Path, emulator: 
 def test_an_emulator_takes_the_bytes_asked_for_and_loads_by_stock_means(source: Path, emulator: Path) -> None:
     document = json.loads((emulator / "emulator.json").read_text())
     assert 0.97 * KEEP_BYTES <= document["kept_bytes_share"] <= KEEP_BYTES
-    assert document["format_version"] == 3
+    assert document["format_version"] == 5
     model: Any = LlamaForCausalLM.from_pretrained(emulator)
     opened = Emulator.open(emulator)
     x = torch.randn(5, 128)
@@ -117,6 +120,28 @@ def test_gradients_of_a_coded_linear_are_those_of_its_weight(emulator: Path) -> 
     W = opened.factors(name)[0]
     wanted = torch.autograd.grad((x @ W.T).square().sum(), x)[0]
     torch.testing.assert_close(x.grad, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_codes_of_eight_bits_as_compiled_before_are_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "CODE_SHAPES", (forms.CodeShape(4, 8),))
+    directory = coded(source, tmp_path / "emulator")
+    written = Emulator.open(directory)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["quantization_config"].pop("code_bits") == 8
+    config["quantization_config"]["format_version"] = 3
+    (directory / "config.json").write_text(json.dumps(config))
+    opened, model = Emulator.open(directory), LlamaForCausalLM.from_pretrained(directory)
+    for name in opened.facts.codes:
+        W, linear = opened.factors(name)[0], model.get_submodule(name)
+        assert torch.equal(W, written.factors(name)[0])
+        codes, residual = opened.coded(name)
+        assert residual is not None
+        values = codes.codebook.float()[codes.codes.long()].flatten(1) * codes.scales.float()
+        torch.testing.assert_close(W, values + residual[0] @ residual[1])
+        x = torch.randn(5, W.shape[1])
+        torch.testing.assert_close(linear(x), x @ W.T, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_compile_gives_the_same_bytes(source: Path, emulator: Path, tmp_path: Path) -> None:
@@ -151,7 +176,7 @@ def test_a_model_without_a_loss_is_weighted_by_inputs(tmp_path: Path, capfd: pyt
         ({"keep_bytes": None, "ratio": 0.25}, "--ratio: codes have no ratio"),
         ({"factor_dtype": "int8"}, "--form coded: stores its factors in nf4"),
         ({"rank_allocation": "spectrum"}, "--form coded: stores its factors in nf4"),
-        ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.078 or more"),
+        ({"keep_bytes": 0.05}, "--form coded: needs --keep-bytes 0.072 or more"),
         ({"keep_bytes": 0.3}, "every weight fits whole in nf4"),
     ],
 )
@@ -187,8 +212,8 @@ def test_a_share_of_bytes_alone_chooses_codes(source: Path, emulator: Path, tmp_
         ({}, "coded"),
         ({"keep_bytes": 0.265}, "coded"),
         ({"keep_bytes": 0.266}, "factors"),
-        ({"keep_bytes": 0.0782}, "coded"),
-        ({"keep_bytes": 0.078}, "factors"),
+        ({"keep_bytes": 0.0719}, "coded"),
+        ({"keep_bytes": 0.0718}, "factors"),
         ({"ratio": 0.2}, "factors"),
         ({"factor_dtype": "nf4"}, "factors"),
         ({"rank_allocation": "uniform"}, "factors"),
@@ -198,20 +223,21 @@ def test_a_share_of_bytes_alone_chooses_codes(source: Path, emulator: Path, tmp_
 def test_the_form_by_what_is_given(settings: Any, form: str) -> None:
     resolved = CompileSettings.of(settings).resolved(2, is_bfloat16=True)
     assert resolved.form == form
-    assert (resolved.code_width is not None) == (form == "coded")
     assert {"form", "backward"} <= resolved.recorded().keys() or form == "factors"
 
 
 def test_ranks_of_residuals_spend_the_budget() -> None:
     shapes = {"wide": (1536, 576), "small": (192, 576), "narrow": (8, 64)}
-    ranks = coded_ranks(shapes, 0.145, 4)
-    assert ranks is not None
+    coded = fitting_codes(shapes, 0.145)
+    assert coded is not None
+    code, ranks = coded
     assert ranks["narrow"] is None
-    stored = sum(coded_bytes(*shapes[name], 4, ranks[name] or 0) for name in ("wide", "small"))
+    stored = sum(coded_bytes(*shapes[name], code, ranks[name] or 0) for name in ("wide", "small"))
     stored += linear_bytes(8, 64, None, "nf4", 2)
     budget = 2 * 0.145 * sum(rows * columns for rows, columns in shapes.values())
     assert budget - direction_bytes(1536, 576) - direction_bytes(192, 576) < stored <= budget
-    assert coded_ranks({"small": (192, 576)}, 0.13, 4) is None, "codes and codebook leave no rank"
+    assert fitting_codes(shapes, 0.145, every=True) is None, "one is quantized whole"
+    assert fitting_codes({"small": (96, 96)}, 0.145) is None, "codes and codebook leave no rank"
 
 
 def test_a_stopped_compile_goes_on_to_the_same_bytes(

@@ -13,6 +13,7 @@ import onelayer.runtime  # noqa: F401  # registers the loader of emulators
 from helpers.hashes import hashes
 from helpers.mixtures import WIDE_MIXTURES, compiled, error_of, logits, save_mixture, weight_of, what_experts_read
 from helpers.resident_gradients import batch_for, distance, gradients, with_lora
+from onelayer.compiler.codes.forms import code_row_bytes
 from onelayer.compiler.compile import job
 from onelayer.compiler.data.tokens import load_tokenizer
 from onelayer.compiler.emulators.facts import CODEBOOK, CODES, DOWN, UP
@@ -20,6 +21,7 @@ from onelayer.compiler.emulators.reader import Emulator
 from onelayer.compiler.emulators.slice import slice_emulator
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.evaluate.command import evaluate_model
+from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 from onelayer.compiler.inspect import inspect_path
 from onelayer.compiler.refine.command import refine_emulator
 from onelayer.runtime import train_lora
@@ -43,7 +45,7 @@ def test_experts_are_codes_of_the_size_asked_for_with_true_figures(mixture: tupl
     model, root = mixture
     emulator, read = Emulator.open(root / "emulator"), what_experts_read(model, root)
     document = json.loads((root / "emulator" / "emulator.json").read_text())
-    assert document["format_version"] == 4
+    assert document["format_version"] == 5
     assert 0.95 * KEEP_BYTES <= document["kept_bytes_share"] <= KEEP_BYTES
     assert {row["form"] for row in document["stacks"]} == {"coded"}
     assert len(document["stacks"]) == 4
@@ -99,7 +101,8 @@ def test_refinement_trains_the_codebooks_scales_and_factors_of_experts(
         first, last = (each.stack(name) for each in (before, after))
         for ending in (CODEBOOK, UP, DOWN):
             assert not torch.equal(first[ending], last[ending]), name
-        codes = -(-facts.shape[2] // (facts.code_width or 1))
+        assert facts.code_shape is not None
+        codes = code_row_bytes(facts.shape[2], facts.code_shape) - SCALE_BYTES
         assert torch.equal(first[CODES][..., :codes], last[CODES][..., :codes])
         assert not torch.equal(first[CODES], last[CODES]), "the scales after the codes are trained"
     # What was trained is what is stored: computed by stock transformers, the emulator is nearer on these rows too.

@@ -188,8 +188,8 @@ def edited(emulator: Path, output: Path, **fields: Any) -> Path:
 
 
 def test_unknown_format_version_is_refused(folders: Folders, tmp_path: Path) -> None:
-    later = edited(folders("llama")[2], tmp_path / "later", format_version=5)
-    with pytest.raises(InputError, match=r"format_version is 5, this onelayer reads 4"):
+    later = edited(folders("llama")[2], tmp_path / "later", format_version=6)
+    with pytest.raises(InputError, match=r"format_version is 6, this onelayer reads 5"):
         transformers.AutoModelForCausalLM.from_pretrained(later)
 
 

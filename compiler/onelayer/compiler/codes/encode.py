@@ -1,17 +1,19 @@
 """A weight and the moments of its inputs in, codes out, and back. Pure.
 
-W ~ scale * C[codes]: `width` neighbors in a row of W (out, in) are one row of the codebook C (256, width) times a
+W ~ scale * C[windows]: `width` neighbors in a row of W (out, in) are one row of the codebook C (256, width) times a
 scale. Columns are coded in order, and the columns to the right make up for the error of those on the left, as GPTQ does
 (arXiv 2210.17323) with codebooks of vectors (arXiv 2402.15319). Shape letters: O outputs, I inputs, d code width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from onelayer.compiler.codes.codebook import normal_codebook
-from onelayer.compiler.codes.forms import CODEBOOK_ROWS, CodeWidth, group_size
+from onelayer.compiler.codes.forms import CodeShape, group_size
+from onelayer.compiler.codes.search import best_windows
+from onelayer.compiler.codes.windows import packed_windows, windows
 from onelayer.compiler.factors.expectations import LOOKING, Expectations, cholesky
 from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 from onelayer.compiler.machine.transfers import upload
@@ -19,19 +21,24 @@ from onelayer.compiler.machine.transfers import upload
 # Added to the moments' diagonal, as shares of its mean: directions that calibration hardly saw count a little, the more
 # so the fewer rows it had for each of them. Measured: half the inputs by the rows is near the best for 1536 to 14,000.
 LEAST_DAMPING, DAMPING_PER_ROW = 1e-2, 0.5
-# Errors within this many columns are handed on one by one, beyond it all at once, so that large products do the work.
-LAZY_COLUMNS = 128
 # A padded column after the last input costs nothing: its entry in the feedback is this large.
 FREE = 1e6
 
 
+_AS_ONE = {4: torch.int32, 8: torch.int64}  # numbers that a codebook's row can be moved as, by their bytes
+
+
 @dataclass(frozen=True)
 class Coded:
-    """A coded weight: `codes` uint8 (O, ceil(I / d)), `scales` (O, groups) and `codebook` (256, d), both bfloat16."""
+    """A coded weight: `codes` of `bits` bits, uint8 (O, bytes), `scales` (O, groups) and `codebook` (256, d).
+
+    Scales and codebook are bfloat16 where they are stored.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
     codebook: torch.Tensor
+    bits: int
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes with scales, and the codebook, as rows of bytes, which no cast of a model changes."""
@@ -39,57 +46,69 @@ class Coded:
         return rows, self.codebook.contiguous().view(torch.uint8)
 
 
-def unpacked(rows: torch.Tensor, codebook: torch.Tensor, in_features: int) -> Coded:
-    """Read packed codes back; views where that is possible."""
+def unpacked(rows: torch.Tensor, codebook: torch.Tensor, in_features: int, bits: int) -> Coded:
+    """Read packed codes of `bits` bits back; views where that is possible."""
     scale_bytes = SCALE_BYTES * -(-in_features // group_size(in_features))
     scales = rows[:, -scale_bytes:].contiguous().view(torch.bfloat16)
-    return Coded(rows[:, :-scale_bytes], scales, codebook.contiguous().view(torch.bfloat16))
+    return Coded(rows[:, :-scale_bytes], scales, codebook.contiguous().view(torch.bfloat16), bits)
 
 
 def decode(coded: Coded, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """Compute the weight (O, I) that codes stand for, in `dtype`."""
-    return decode_with(coded.codes, coded.codebook.to(dtype), coded.scales.to(dtype), in_features)
+    return decode_with(replace(coded, codebook=coded.codebook.to(dtype), scales=coded.scales.to(dtype)), in_features)
 
 
-def decode_with(codes: torch.Tensor, codebook: torch.Tensor, scales: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Compute scale * C[codes] (O, I); differentiable in the codebook and the scales.
+def decode_with(coded: Coded, in_features: int, first: int = 0) -> torch.Tensor:
+    """Compute scale * C[windows] (O, I), differentiable in the codebook and the scales, from code `first` on.
 
     Without gradients it is scaled in place, so that the weight is held once.
     """
-    values = torch.nn.functional.embedding(codes.int(), codebook).reshape(len(codes), -1)[:, :in_features]
-    if torch.is_grad_enabled() and (codebook.requires_grad or scales.requires_grad):
+    codebook, scales, count = coded.codebook, coded.scales, -(-in_features // coded.codebook.shape[1])
+    chosen = windows(coded.codes, coded.bits, count, first)
+    needs_grad = torch.is_grad_enabled() and (codebook.requires_grad or scales.requires_grad)
+    entries = torch.nn.functional.embedding(chosen.int(), codebook) if needs_grad else _looked_up(chosen, codebook)
+    values = entries.reshape(len(chosen), -1)[:, :in_features]
+    if needs_grad:
         return values * scales.repeat_interleave(group_size(in_features), dim=1)[:, :in_features]
     for part, scale in zip(values.split(group_size(in_features), dim=1), scales.split(1, dim=1), strict=True):
         part.mul_(scale)
     return values
 
 
+def _looked_up(chosen: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Return the rows (O, codes, d) of a codebook. A row as large as a number is moved as one, which takes half."""
+    whole = _AS_ONE.get(codebook.shape[1] * codebook.element_size())
+    if whole is None:
+        return torch.nn.functional.embedding(chosen.int(), codebook)
+    rows = codebook.detach().contiguous().view(whole).flatten().index_select(0, chosen.flatten().int())
+    return rows.view(codebook.dtype).view(*chosen.shape, -1)
+
+
 def encode(
     W: torch.Tensor,
     moments: torch.Tensor,
-    width: CodeWidth,
+    shape: CodeShape,
     rows: float | torch.Tensor = math.inf,
     expected: Expectations = LOOKING,
 ) -> Coded:
     """Code W (O, I) for inputs of the given second moments, blocks (B, b, b) along their diagonal, over so many rows.
 
-    Every code is the nearest at its turn, in the metric of what the columns to its right cannot make up for.
+    Codes follow the best path, in the metric of what the columns to their right cannot make up for.
     """
-    W, in_features, block = W.to(torch.float32), W.shape[1], moments.shape[-1]
+    W, block = W.to(torch.float32), moments.shape[-1]
     scales = _scales(W)
-    codebook = upload(normal_codebook(width), W.device)
-    left = torch.nn.functional.pad(W, (0, -in_features % width)).clone()
-    codes = torch.empty(len(W), left.shape[1] // width, dtype=torch.uint8, device=W.device)
+    codebook = upload(normal_codebook(shape), W.device)
     share = DAMPING_PER_ROW * block / torch.as_tensor(rows, dtype=torch.float64).clamp_min(1)
     damping = share.clamp_min(LEAST_DAMPING)
+    found: list[torch.Tensor] = []
     for index, known in enumerate(moments):
-        start = index * block
-        end = min(start + block, in_features)
-        stop = left.shape[1] if end == in_features else end
-        feedback = _feedback(known[: end - start, : end - start], stop - start, damping, expected)
-        scale = scales[:, index : index + 1].to(torch.float32)
-        _encode_block(left[:, start:stop], scale, feedback, codebook, codes[:, start // width :])
-    return Coded(codes, scales, codebook.to(torch.bfloat16))
+        part = W[:, index * block : (index + 1) * block] / scales[:, index : index + 1].to(torch.float32)
+        size = part.shape[1]
+        left = torch.nn.functional.pad(part, (0, -size % shape.width))
+        feedback = _feedback(known[:size, :size], left.shape[1], damping, expected)
+        found.append(best_windows(left, feedback, codebook, shape.bits, found[-1][:, -1] if found else None))
+    codes = packed_windows(torch.cat(found, dim=1), shape.bits)
+    return Coded(codes, scales, codebook.to(torch.bfloat16), shape.bits)
 
 
 def _scales(W: torch.Tensor) -> torch.Tensor:
@@ -114,32 +133,3 @@ def _feedback(known: torch.Tensor, size: int, damping: torch.Tensor, expected: E
     padded = FREE * torch.eye(size, dtype=upper.dtype, device=upper.device)
     padded[: len(upper), : len(upper)] = upper
     return padded
-
-
-def _encode_block(
-    left: torch.Tensor, scale: torch.Tensor, feedback: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor
-) -> None:
-    """Code the columns of `left` (O, C), which holds the weight and takes up the errors, by one scale a row, (O, 1)."""
-    width, columns = codebook.shape[1], left.shape[1]
-    step = width * max(1, LAZY_COLUMNS // width)
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        errors = torch.zeros(len(left), stop - start, device=left.device)
-        near = feedback[start:stop, start:stop]
-        for first in range(0, stop - start, width):
-            own = slice(start + first, start + first + width)
-            # A triangle whose diagonal is positive has an inverse, so nobody looks whether this one failed.
-            inverse = torch.linalg.inv_ex(near[first : first + width, first : first + width]).inverse
-            chosen = nearest((left[:, own] / scale) @ inverse, codebook @ inverse)
-            codes[:, own.start // width] = chosen.to(torch.uint8)
-            error = (left[:, own] - codebook[chosen] * scale) @ inverse
-            errors[:, first : first + width] = error
-            left[:, own.stop : stop] -= error @ near[first : first + width, first + width :]
-        left[:, stop:] -= errors @ feedback[start:stop, stop:]
-
-
-def nearest(points: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Return the nearest of the codebook's rows (256, d) to each of the points (N, d)."""
-    assert len(codebook) == CODEBOOK_ROWS
-    lengths = codebook.square().sum(dim=1)
-    return torch.addmm(lengths[None], points, codebook.T, alpha=-2).argmin(dim=1)

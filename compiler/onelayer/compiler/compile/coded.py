@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from onelayer.compiler.codes.encode import Coded, decode, encode
-from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeWidth
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeShape
 from onelayer.compiler.codes.moments import BlockGram
 from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.compile.expert_factors import ExpertCalls, OneAtATime, Place, check_finite, places_of, stacked
@@ -67,20 +67,20 @@ class CodedCompilation(Compilation):
         def solve(name: str, expected: Expectations) -> Solved:
             moments, weight = inputs[name], weight_of(linears[name]).to(torch.float32)
             sides = replace(shared(moments, expected), outputs=hooks.output_weights(name, expected))
-            return self._code(name, weight, moments, sides, self.ranks[name], self.settings.code_width, expected)
+            return self._code(name, weight, moments, sides, self.ranks[name], self.chosen.code, expected)
 
         return solve_all(in_turn(inputs), solve, self.device)
 
     def _stacks(self, calls: ExpertCalls) -> Iterator[tuple[str, StoredStack]]:
         """Yield the stacks of experts, coded unless they are too small for codes."""
-        if (width := self.chosen.stack_width) is None:
+        if (shape := self.chosen.stack_code) is None:
             yield from super()._stacks(calls)
             return
 
         def code(
             name: str, weight: torch.Tensor, moments: BlockGram, rank: int | None, expected: Expectations
         ) -> Solved:
-            return self._code(name, weight, moments, Sides.of_inputs(moments.blocks, expected), rank, width, expected)
+            return self._code(name, weight, moments, Sides.of_inputs(moments.blocks, expected), rank, shape, expected)
 
         yield from code_stacks(calls, self.stack_ranks, code)
 
@@ -91,26 +91,26 @@ class CodedCompilation(Compilation):
         moments: BlockGram,
         sides: Sides,
         rank: int | None,
-        width: CodeWidth | None,
+        code: CodeShape | None,
         expected: Expectations,
     ) -> Solved:
         """Compress a weight (out, in) to the form that the plan chose for it."""
         dtype = self.streamed.dtype
-        if width is None or rank is None:
-            width = None  # codes of a small weight would be no smaller than the whole weight, quantized
+        if code is None or rank is None:
+            code = None  # codes of a small weight would be no smaller than the whole weight, quantized
             stored, kept = _whole(W, RESIDUAL_DTYPE, dtype)
         else:
-            coded = encode(W, moments.blocks, width, moments.finite_rows, expected)
+            coded = encode(W, moments.blocks, code, moments.finite_rows, expected)
             stored, kept = _coded(W, coded, sides, rank, dtype, self.settings.seed, expected)
         numbers = (sides.energy(W), sides.energy(W - kept))
-        figures = partial(_figures, name, W.shape, width, rank, sides.outputs is not None)
+        figures = partial(_figures, name, W.shape, code, rank, sides.outputs is not None)
         return Solved(stored, numbers, figures)
 
 
 def _figures(
     name: str,
     shape: torch.Size,
-    width: CodeWidth | None,
+    code: CodeShape | None,
     rank: int | None,
     is_weighted: bool,
     energies: torch.Tensor,
@@ -120,7 +120,7 @@ def _figures(
     pairs = zip(lost.tolist(), energies.tolist(), strict=True)
     forward, both = ((part / all_ if all_ > 0 else 0.0) ** 0.5 for part, all_ in pairs)
     energy, gradient_error = float(energies[0]), both if is_weighted else None
-    return LinearFigures.of_codes(name, shape, width, rank, energy, forward, gradient_error)
+    return LinearFigures.of_codes(name, shape, code, rank, energy, forward, gradient_error)
 
 
 def _whole(W: torch.Tensor, factor_dtype: FactorDtype, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:

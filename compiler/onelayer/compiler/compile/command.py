@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 import transformers
 
+from onelayer.compiler.codes.forms import CodeShape
 from onelayer.compiler.compile.coded import CodedCompilation
 from onelayer.compiler.compile.job import Compilation
 from onelayer.compiler.compile.outcome import CompileResult, compile_result, remarks, spectrum_ranks, tell_unvisited
@@ -81,15 +82,15 @@ def compile_emulator(
             "onelayer train will refuse its emulator; train with PEFT yourself, or polish the original"
         )
     check_companions(streamed.checkpoint.directory)
-    resolved, ranks = _chosen(streamed, asked)
+    resolved, ranks, code = _chosen(streamed, asked)
     is_quantized = resolved.factor_dtype is not None
     check_library(resolved.factor_dtype)
-    chosen = Choice(ranks, choose_stacks(streamed, resolved.ratio, quantized=is_quantized))
-    if (width := resolved.code_width) is not None:
-        coded = choose_stack_codes(streamed, chosen.stacks, resolved.share, width)
-        chosen = chosen if coded is None else Choice(ranks, coded, width)
+    chosen = Choice(ranks, choose_stacks(streamed, resolved.ratio, quantized=is_quantized), code)
+    if code is not None and (coded := choose_stack_codes(streamed, chosen.stacks, resolved.share)) is not None:
+        stack_code, stacks = coded
+        chosen = Choice(ranks, stacks, code, stack_code)
     copies = copies_on_disk(resolved.rank_allocation, quantized=is_quantized)
-    stored = emulator_bytes(streamed, ranks, chosen.stacks, resolved.factor_dtype, width, chosen.stack_width)
+    stored = emulator_bytes(streamed, ranks, chosen.stacks, resolved.factor_dtype, code, chosen.stack_code)
     check_disk(output, copies * stored)
     # A relative path would be taken for a Hub id from another working directory.
     name = str(Path(model).absolute()) if Path(model).exists() else str(model)
@@ -97,18 +98,19 @@ def compile_emulator(
     return _compile(streamed, chosen, calibration, output, base, resolved)
 
 
-def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSettings, Ranks]:
-    """Resolve the settings for a model, and choose a rank for each of its linears.
+def _chosen(streamed: StreamedModel, asked: CompileSettings) -> tuple[ResolvedSettings, Ranks, CodeShape | None]:
+    """Resolve the settings for a model, choose a rank for each of its linears, and their codes, if they are coded.
 
     Raises `InputError` if codes are asked for and its linears are too small for them.
     """
     resolved = asked.resolved(streamed.dtype.itemsize, is_bfloat16=streamed.dtype == torch.bfloat16)
     widest, is_quantized = widest_ratio(resolved.ratio, resolved.rank_allocation), resolved.factor_dtype is not None
     ranks = choose_ranks(streamed, widest, quantized=is_quantized)
-    if (width := resolved.code_width) is None:
-        return resolved, ranks
-    if (coded := choose_codes(streamed, ranks, resolved.share, width)) is not None:
-        return resolved, coded
+    if resolved.form != "coded":
+        return resolved, ranks, None
+    if (coded := choose_codes(streamed, ranks, resolved.share)) is not None:
+        code, coded_ranks = coded
+        return resolved, coded_ranks, code
     if asked.form == "coded":
         raise InputError(
             f"--form coded: the linears of {streamed.checkpoint.directory} are too small for codes within --keep-bytes "

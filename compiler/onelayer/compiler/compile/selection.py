@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeWidth, coded_bytes, coded_ranks, group_size
+from onelayer.compiler.codes.forms import RESIDUAL_DTYPE, CodeShape, coded_bytes, fitting_codes, group_size
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import rank_for
 from onelayer.compiler.factors.stored_forms import FactorDtype, kept_values, linear_bytes
@@ -29,11 +29,15 @@ Ranks = Mapping[str, int | None]
 
 @dataclass(frozen=True)
 class Choice:
-    """The ranks of all that is compressed: of linears, and of stacks of experts, coded in `stack_width` if given."""
+    """The ranks of all that is compressed: of linears, coded in `code`, and of stacks of experts, in `stack_code`.
+
+    Without these codes there are factors alone.
+    """
 
     linears: Ranks
     stacks: Ranks
-    stack_width: CodeWidth | None = None
+    code: CodeShape | None = None
+    stack_code: CodeShape | None = None
 
 
 def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
@@ -62,13 +66,13 @@ def choose_ranks(streamed: StreamedModel, ratio: float, quantized: bool = False)
 
 
 def choose_codes(
-    streamed: StreamedModel, names: Collection[str], share: float, width: CodeWidth
-) -> dict[str, int | None] | None:
-    """Choose the rank of each named linear's residual factors, for all together to take `share` of their 16-bit size.
+    streamed: StreamedModel, names: Collection[str], share: float
+) -> tuple[CodeShape, dict[str, int | None]] | None:
+    """Choose codes and the rank of each named linear's residual factors, for all to take `share` of their 16-bit size.
 
-    None if codes do not fit, see `coded_ranks`.
+    None if codes do not fit, see `fitting_codes`.
     """
-    return coded_ranks({name: weight_shape(streamed.model.get_submodule(name)) for name in names}, share, width)
+    return fitting_codes({name: weight_shape(streamed.model.get_submodule(name)) for name in names}, share)
 
 
 def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False) -> dict[str, int | None]:
@@ -88,12 +92,11 @@ def choose_stacks(streamed: StreamedModel, ratio: float, quantized: bool = False
 
 
 def choose_stack_codes(
-    streamed: StreamedModel, names: Collection[str], share: float, width: CodeWidth
-) -> dict[str, int | None] | None:
+    streamed: StreamedModel, names: Collection[str], share: float
+) -> tuple[CodeShape, dict[str, int | None]] | None:
     """Like `choose_codes`, for the experts of the named stacks; None also if some of them would not be coded."""
     shapes = {name: shape[1:] for name, shape in stack_shapes(streamed).items() if name in names}
-    ranks = coded_ranks(shapes, share, width)
-    return None if ranks is None or None in ranks.values() else ranks
+    return fitting_codes(shapes, share, every=True)
 
 
 def saved_parameters(streamed: StreamedModel, ranks: Ranks, stacks: Ranks) -> int:
@@ -115,28 +118,28 @@ def emulator_bytes(
     ranks: Ranks,
     stacks: Ranks,
     factor_dtype: FactorDtype | None,
-    width: CodeWidth | None = None,
-    stack_width: CodeWidth | None = None,
+    code: CodeShape | None = None,
+    stack_code: CodeShape | None = None,
 ) -> int:
-    """Bytes of the weights of an emulator of these ranks; of the residual factors of codes of `width`, if given.
+    """Bytes of the weights of an emulator of these ranks; of the residual factors of codes of shape `code`, if given.
 
-    Experts are codes of `stack_width`, if given.
+    Experts are codes of `stack_code`, if given.
     """
     dtype_bytes = streamed.dtype.itemsize
     total = stored_parameters(streamed) * dtype_bytes
     for name, (count, out_features, in_features) in stack_shapes(streamed).items():
         if name in stacks:
             kept = linear_bytes(out_features, in_features, stacks[name], factor_dtype, dtype_bytes)
-            if stack_width is not None and (rank := stacks[name]) is not None:
-                kept = coded_bytes(out_features, in_features, stack_width, rank)
+            if stack_code is not None and (rank := stacks[name]) is not None:
+                kept = coded_bytes(out_features, in_features, stack_code, rank)
             total += count * (kept - dtype_bytes * out_features * in_features)
     for unit in streamed.units:
         for name, module in unit_linears(unit):
             if name in ranks:
                 shape = weight_shape(module)
                 kept = linear_bytes(*shape, ranks[name], factor_dtype, dtype_bytes)
-                if width is not None and (rank := ranks[name]) is not None:
-                    kept = coded_bytes(*shape, width, rank)
+                if code is not None and (rank := ranks[name]) is not None:
+                    kept = coded_bytes(*shape, code, rank)
                 total += kept - dtype_bytes * shape[0] * shape[1]
     return total
 
@@ -243,27 +246,27 @@ def _expert_workspace(
     comes once more for the larger stack, which is put together from its parts. From a card it moves to the host, and
     moments are taken of rows in float32.
     """
-    ranks, width, stored, solvers = chosen.stacks, chosen.stack_width, [], []
+    ranks, code, stored, solvers = chosen.stacks, chosen.stack_code, [], []
     shapes = [found.shape(leaf)[1:] for leaf in found.leaves]
     for leaf, shape in zip(found.leaves, shapes, strict=True):
         if (path := found.path(leaf)) not in ranks:
             continue
         rank = ranks[path]
-        if width is not None and rank is not None:
+        if code is not None and rank is not None:
             solvers.append(coding_bytes([shape], 0, 0, on_gpu))
-            stored.append(coded_bytes(*shape, width, rank))
+            stored.append(coded_bytes(*shape, code, rank))
         else:
             expert = CompiledShape(*shape, rank, value_bytes, factor_dtype)
             solvers.append(expert.solver_bytes)
             stored.append(expert.stored_bytes)
     sides = [min(shape) for shape in shapes]
     moments = 2 * moment_bytes(sides)
-    if width is not None:  # those of the inputs, whatever is narrow
+    if code is not None:  # those of the inputs, whatever is narrow
         moments = 2 * sum(8 * columns * group_size(columns) for _, columns in shapes)
     solver, count = max(solvers), found.shape(found.opening)[0]
     rows = EXPERT_ROWS * sum(map(sum, shapes)) * (8 + 8)
     batch = rows_at_once * expert_width(found) * 8
     if on_gpu:
-        adding = rows // 2 + adding_bytes(max(sides) if width is None else max(columns for _, columns in shapes))
+        adding = rows // 2 + adding_bytes(max(sides) if code is None else max(columns for _, columns in shapes))
         return max(moments + max(adding, solver + 2 * max(stored)), batch)
     return max(moments + solver + rows + count * (sum(stored) + max(stored)), batch)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import Field, model_validator
 
-from onelayer.compiler.codes.forms import LEAST_SHARE, RESIDUAL_DTYPE, CodeWidth, are_codes_best, code_width
+from onelayer.compiler.codes.forms import LEAST_SHARE, RESIDUAL_DTYPE, are_codes_best
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.ranks import Allocation, Solver
 from onelayer.compiler.factors.stored_forms import (
@@ -119,7 +119,7 @@ class CompileSettings(EmulatorSize, Sampling, Batched, Seeded, Resumable, Revise
                 f"--form coded: stores its factors in {RESIDUAL_DTYPE}, with uniform ranks; leave --factor-dtype and "
                 "--rank-allocation out"
             )
-        if code_width(self.share) is None:
+        if self.share < LEAST_SHARE:
             raise InputError(
                 f"--form coded: needs --keep-bytes {LEAST_SHARE:.3f} or more; give --form factors for less"
             )
@@ -155,11 +155,6 @@ class ResolvedSettings(CompileSettings):
     def _one_size(self) -> Self:
         """Replace the check of what was asked for: here both sizes are known."""
         return self
-
-    @property
-    def code_width(self) -> CodeWidth | None:
-        """The code width of all coded linears; None without codes."""
-        return code_width(self.share) if self.form == "coded" else None
 
     def recorded(self, *without: str) -> dict[str, Any]:
         """Leave out what only codes have, if there are none, and a pass back that did not run: older records stay."""

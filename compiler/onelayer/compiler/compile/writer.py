@@ -13,7 +13,6 @@ import torch
 from onelayer.compiler.compile.resume import UnitRecord, WorkDirectory
 from onelayer.compiler.dequantize.formats import without_quantization
 from onelayer.compiler.emulators.directory import (
-    CODED_STACKS_VERSION,
     CODES_VERSION,
     DIFFUSERS_INDEX,
     DIFFUSERS_WEIGHTS,
@@ -154,9 +153,7 @@ class EmulatorWriter:
 
     @property
     def _version(self) -> int:
-        if any(figures.form == "coded" for figures in self.stacks.values()):
-            return CODED_STACKS_VERSION
-        if any(figures.form == "coded" for figures in self.linears.values()):
+        if any(figures.form == "coded" for figures in (*self.stacks.values(), *self.linears.values())):
             return CODES_VERSION
         return STACKS_VERSION if self.stacks else FORMAT_VERSION
 
@@ -177,11 +174,16 @@ class EmulatorWriter:
             name: {
                 "shape": figures.shape,
                 "rank": figures.rank if figures.form != "dense" else None,
-                **({"code_width": figures.code_width} if figures.form == "coded" else {}),
+                **(
+                    {field: getattr(figures, field) for field in ("code_width", "code_bits")}
+                    if figures.form == "coded"
+                    else {}
+                ),
             }
             for name, figures in self.stacks.items()
         }
         codes = {name: figures.code_width for name, figures in linears.items() if figures.form == "coded"}
+        bits = next((linears[name].code_bits for name in codes), None)  # the same for all
         document["quantization_config"] = {
             "quant_method": "onelayer",
             "format_version": self._version,
@@ -190,7 +192,7 @@ class EmulatorWriter:
             },
             "factor_dtype": self.factor_dtype or dtype,
             **(packed if self.factor_dtype is not None else {}),
-            **({"codes": codes} if codes else {}),
+            **({"codes": codes, "code_bits": bits} if codes else {}),
             **({"stacks": stacks} if stacks else {}),
             "base_model": base["model"],
             "base_revision": base["revision"],

@@ -89,8 +89,8 @@ def copy_beside_weights(source: Path, target: Path) -> None:
 FORMAT_VERSION = 1
 # The version of an emulator with compressed experts: a reader that does not know them would load random weights there.
 STACKS_VERSION = 2
-# With codes, and with codes of experts.
-CODES_VERSION, CODED_STACKS_VERSION = 3, 4
+# With codes, of linears or of experts. Versions 3 and 4 had codes of eight bits, and are still read.
+CODES_VERSION = 5
 INDEX_FILE = "emulator.safetensors.index.json"
 # diffusers refuses a method that nobody registered, so emulators of its models can have the names that it looks for.
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"

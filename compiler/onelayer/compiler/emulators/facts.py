@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from onelayer.compiler.codes.forms import CODEBOOK_ROWS, ENTRY_BYTES, CodeWidth, code_row_bytes
+from onelayer.compiler.codes.forms import CODEBOOK_ROWS, ENTRY_BYTES, CodeBits, CodeShape, CodeWidth, code_row_bytes
 from onelayer.compiler.factors.stored_forms import FactorDtype, known_factor_dtype, row_bytes
 
 UP, DOWN, DENSE, CODES, CODEBOOK = ".lr_up", ".lr_down", ".lr_dense", ".lr_codes", ".lr_codebook"
@@ -27,8 +27,8 @@ WeightsFile = Literal["emulator.safetensors.index.json", "emulator.safetensors"]
 class StackFacts(BaseModel):
     """A compressed stack: (E, out, in) of the stack that was replaced, and the rank of its experts' factors.
 
-    Without a rank, its matrices are quantized whole. With a code width, they are codes, and the factors hold what the
-    codes leave out.
+    Without a rank, its matrices are quantized whole. With a code width, they are codes of so many bits, and the factors
+    hold what the codes leave out.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -36,6 +36,12 @@ class StackFacts(BaseModel):
     shape: tuple[int, int, int]
     rank: int | None
     code_width: CodeWidth | None = None
+    code_bits: CodeBits = 8
+
+    @property
+    def code_shape(self) -> CodeShape | None:
+        """The shape of the codes, if there are any."""
+        return None if self.code_width is None else CodeShape(self.code_width, self.code_bits)
 
     @property
     def full_rank(self) -> int:
@@ -54,21 +60,22 @@ class EmulatorFacts(BaseModel):
 
     If the factors are quantized, `shapes` holds (out, in) of every compressed module, modules in `quantized_dense` keep
     their whole weight, and all are used in `unpacked_dtype`. `stacks` are the compressed stacks of experts by the name
-    of the parameter. `codes` are the code widths of modules whose weight is coded; those of them that are in `ranks`
-    have residual factors too. An emulator with stacks has format version 2, one with codes 3, one with coded stacks
-    4; older readers refuse them.
+    of the parameter. `codes` are the code widths of modules whose weight is coded, in `code_bits` bits; those of them
+    that are in `ranks` have residual factors too. An emulator with stacks has format version 2, one with codes of eight
+    bits 3, with coded stacks 4, with codes of fewer bits 5; older readers refuse them.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     quant_method: Literal["onelayer"]
-    format_version: Literal[1, 2, 3, 4]
+    format_version: Literal[1, 2, 3, 4, 5]
     ranks: dict[str, int]
     factor_dtype: str | None = None
     unpacked_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     shapes: dict[str, tuple[int, int]] = {}
     quantized_dense: tuple[str, ...] = ()
     codes: dict[str, CodeWidth] = {}
+    code_bits: CodeBits = 8
     stacks: dict[str, StackFacts] = {}
     base_model: str
     base_revision: str | None = None
@@ -99,6 +106,11 @@ class EmulatorFacts(BaseModel):
         whole = (*self.quantized_dense, *self.codes)
         return {**self.ranks, **{name: min(self.shapes[name]) for name in whole}}
 
+    def code_shape(self, module: str) -> CodeShape | None:
+        """Return the shape of a module's codes, if it has any."""
+        width = self.codes.get(module)
+        return None if width is None else CodeShape(width, self.code_bits)
+
     def linear_sizes(self, module: str) -> dict[str, tuple[int | None, int | None]]:
         """Return the shapes of the tensors that replace a linear's weight, by the ending of their names.
 
@@ -116,9 +128,9 @@ class EmulatorFacts(BaseModel):
                 UP: (rank, row_bytes(out_features, factor_dtype)),
                 DOWN: (rank, row_bytes(in_features, factor_dtype)),
             }
-        if (width := self.codes.get(module)) is not None:
-            sizes[CODES] = (out_features, code_row_bytes(in_features, width))
-            sizes[CODEBOOK] = (CODEBOOK_ROWS, ENTRY_BYTES * width)
+        if (code := self.code_shape(module)) is not None:
+            sizes[CODES] = (out_features, code_row_bytes(in_features, code))
+            sizes[CODEBOOK] = (CODEBOOK_ROWS, ENTRY_BYTES * code.width)
         return sizes
 
 
@@ -135,7 +147,7 @@ def stack_sizes(facts: StackFacts, factor_dtype: FactorDtype | None) -> dict[str
         UP: (count, rank, row_bytes(out_features, factor_dtype)),
         DOWN: (count, rank, row_bytes(in_features, factor_dtype)),
     }
-    if (width := facts.code_width) is not None:
-        sizes[CODES] = (count, out_features, code_row_bytes(in_features, width))
-        sizes[CODEBOOK] = (count, CODEBOOK_ROWS, ENTRY_BYTES * width)
+    if (code := facts.code_shape) is not None:
+        sizes[CODES] = (count, out_features, code_row_bytes(in_features, code))
+        sizes[CODEBOOK] = (count, CODEBOOK_ROWS, ENTRY_BYTES * code.width)
     return sizes

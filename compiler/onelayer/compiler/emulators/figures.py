@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from onelayer.compiler.codes.forms import CodeWidth
+from onelayer.compiler.codes.forms import CodeBits, CodeShape, CodeWidth
 from onelayer.compiler.emulators.facts import ENDINGS, stack_tensor
 from onelayer.compiler.factors.factorize import FactorFigures
 from onelayer.compiler.factors.stored_forms import REFERENCE_BYTES
@@ -30,9 +30,10 @@ class LinearSummary(Result):
 
     `error` is that of the factors as stored, `unquantised_error` that of the same factors before they were quantized
     (None if they are not), `optimal_error` the least possible at this rank, which the `fast` solver does not know.
-    `form` "dense" is a whole weight, quantized, with its full rank. "coded" is codes of `code_width` with residual
-    factors of `rank`; `gradient_error` weighs the error by the loss's gradients at the output too (None without a pass
-    back). Factors that a pass back weighs have all errors, singular values and energies weighted like that.
+    `form` "dense" is a whole weight, quantized, with its full rank. "coded" is codes of `code_bits` bits for
+    `code_width` neighbors with residual factors of `rank`; `gradient_error` weighs the error by the loss's gradients at
+    the output too (None without a pass back). Factors that a pass back weighs have all errors, singular values and
+    energies weighted like that.
     `float64_solves` counts matrices that float64 had to solve again: float32 did not certify the accuracy.
     """
 
@@ -43,6 +44,7 @@ class LinearSummary(Result):
     unquantised_error: float | None = None
     form: Literal["factors", "dense", "coded"] = "factors"
     code_width: CodeWidth | None = None
+    code_bits: CodeBits | None = None
     gradient_error: float | None = None
     float64_solves: int = 0
 
@@ -120,18 +122,19 @@ class LinearFigures(LinearSummary):
         cls,
         name: str,
         shape: torch.Size,
-        width: CodeWidth | None,
+        code: CodeShape | None,
         rank: int | None,
         energy: float,
         error: float,
         gradient_error: float | None,
     ) -> "LinearFigures":
-        """Collect the figures of a coded weight (out, in), or of one quantized whole if there is no width."""
+        """Collect the figures of a coded weight (out, in), or of one quantized whole if there is no code."""
         figures = cls.of_dense(name, shape, energy, error)
         rounded = None if gradient_error is None else round_significant(gradient_error, FIGURE_DIGITS)
-        if width is None:
+        if code is None:
             return figures.model_copy(update={"gradient_error": rounded})
-        coded = {"form": "coded", "rank": rank, "code_width": width, "dense_error": None, "gradient_error": rounded}
+        shape_of_codes = {"code_width": code.width, "code_bits": code.bits}
+        coded = {"form": "coded", "rank": rank, **shape_of_codes, "dense_error": None, "gradient_error": rounded}
         return figures.model_copy(update={**coded, "optimal_error": None, "unquantised_error": None})
 
     def as_dense(self, shape: tuple[int, int]) -> "LinearFigures":
@@ -201,6 +204,7 @@ class StackFigures(LinearFigures):
             rank=first.rank,
             form=first.form,
             code_width=first.code_width,
+            code_bits=first.code_bits,
             error=together([item.error for item in experts]),
             optimal_error=if_known("optimal_error"),
             unquantised_error=if_known("unquantised_error"),

@@ -98,14 +98,15 @@ class Emulator:
         return self._coded(
             {ending: self.checkpoint.read(module + ending) for ending in self.facts.linear_sizes(module)},
             self.facts.shapes[module],
+            self.facts.code_bits,
         )
 
     def _coded(
-        self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]
+        self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int], bits: int
     ) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
         from onelayer.compiler.codes.encode import unpacked
 
-        codes = unpacked(held[CODES], held[CODEBOOK], shape[1])
+        codes = unpacked(held[CODES], held[CODEBOOK], shape[1], bits)
         if UP not in held:
             return codes, None
         up, down = self._dequantized(held, shape)
@@ -136,18 +137,18 @@ class Emulator:
         own = {ending: tensor[expert] for ending, tensor in held.items()}
         if self.facts.quantized_dtype is None:
             return own[UP], own[DOWN]
-        shape = self.facts.stacks[name].shape[1:]
+        facts = self.facts.stacks[name]
+        shape = facts.shape[1:]
         if CODES in own:
-            return self._decoded(*self._coded(own, shape), shape), None
+            return self._decoded(*self._coded(own, shape, facts.code_bits), shape), None
         return self._dequantized(own, shape)
 
     def coded_expert(
         self, name: str, held: "Mapping[str, torch.Tensor]", expert: int
     ) -> "tuple[Coded, tuple[torch.Tensor, torch.Tensor] | None]":
         """Like `coded`, for one expert of a coded stack that `stack` has read."""
-        return self._coded(
-            {ending: tensor[expert] for ending, tensor in held.items()}, self.facts.stacks[name].shape[1:]
-        )
+        facts, own = self.facts.stacks[name], {ending: tensor[expert] for ending, tensor in held.items()}
+        return self._coded(own, facts.shape[1:], facts.code_bits)
 
     def _dequantized(
         self, held: "Mapping[str, torch.Tensor]", shape: tuple[int, int]

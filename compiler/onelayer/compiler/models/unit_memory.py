@@ -7,7 +7,7 @@ give for one batch, experts as in `routed_width`; for several units it is that o
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from onelayer.compiler.codes.forms import CODE_WIDTHS, DECODED_VALUES, OUTPUT_BLOCK, group_size
+from onelayer.compiler.codes.forms import CODE_SHAPES, DECODED_VALUES, OUTPUT_BLOCK, group_size, search_bytes
 from onelayer.compiler.factors.stored_forms import FactorDtype, linear_bytes
 
 # What libraries and the allocator take on first use whatever the model: measured 20 to 50 MB on a CPU.
@@ -239,12 +239,12 @@ def coding_bytes(
 ) -> int:
     """Bound what coding the linears (out, in) of a unit holds in addition to its weights.
 
-    `inputs` are the features of what they read, once for linears that read the same; None if each reads its own.
-    The moments of the inputs and, with `backward`, of the gradients at the outputs of all of them in float64, with the
+    `inputs` are the features of what they read, once for linears that read the same; None if each reads its own. The
+    moments of the inputs and, with `backward`, of the gradients at the outputs of all of them in float64, with the
     `graph` of one micro-batch while they are gathered; then the factors of both sides of one, its weight in float32
-    seven times as it is coded and its residual solved, and what is stored of it and of the one before. Before that,
-    slices of the `head` and their gradients. A host keeps holes of each while it has the others. Kept unit inputs are
-    not in it: they lie on the host, or in files if the host is the device.
+    seven times as it is coded and its residual solved, the paths of the search for codes, and what is stored of it and
+    of the one before. Before that, slices of the `head` and their gradients. A host keeps holes of each while it has
+    the others. Kept unit inputs are not in it: they lie on the host, or in files if the host is the device.
     """
     linears = list(shapes)
     read = [columns for _, columns in linears] if inputs is None else list(inputs)
@@ -254,7 +254,8 @@ def coding_bytes(
         8 * columns * group_size(columns) + outputs for (_, columns), outputs in zip(linears, of_outputs, strict=True)
     ]
     values = max((rows * columns for rows, columns in linears), default=0)
-    solver = 4 * max(own, default=0) + (7 * 4 + 1) * values
+    search = max((search_bytes(*shape, min(code.bits for code in CODE_SHAPES)) for shape in linears), default=0)
+    solver = 4 * max(own, default=0) + (7 * 4 + 1) * values + search
     return max(sides + max(graph, solver), head) if on_gpu else sides + solver + graph + head
 
 
@@ -274,11 +275,11 @@ def weighing_bytes(shapes: Iterable[tuple[int, int]], graph: int, head: int) -> 
 def decoding_bytes(values: int, value_bytes: int) -> int:
     """Bound what a product with a coded weight of `values` holds while it runs.
 
-    What is decoded at once twice, since a product may compute in another dtype, and its codes as numbers of four bytes
-    that a look-up takes, one for at least three values.
+    What is decoded at once twice, since a product may compute in another dtype, and for each of its codes, one for at
+    least two values, a window of one byte and the number of four bytes that a look-up takes.
     """
     values = min(values, DECODED_VALUES)
-    return values * 2 * value_bytes + 4 * -(-values // CODE_WIDTHS[0])
+    return values * 2 * value_bytes + 5 * -(-values // min(shape.width for shape in CODE_SHAPES))
 
 
 def code_training_bytes(values: int) -> int:

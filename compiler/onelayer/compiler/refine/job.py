@@ -269,10 +269,10 @@ def refine_workspace(
 
 def _trained_values(emulator: Emulator, name: str) -> int:
     """Count the trained values of one linear: of codes, the codebook, the scales and the residual factors."""
-    width = emulator.facts.codes.get(name)
-    if width is None:
+    code = emulator.facts.code_shape(name)
+    if code is None:
         return emulator.kept_values(name)
-    return trained_code_values(*emulator.shape(name), width, emulator.facts.ranks.get(name, 0))
+    return trained_code_values(*emulator.shape(name), code.width, emulator.facts.ranks.get(name, 0))
 
 
 def _trained_stack_values(stack: StackFacts) -> int:

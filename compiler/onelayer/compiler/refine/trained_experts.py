@@ -18,7 +18,7 @@ class TrainedStack(TrainedCodes):
         """Read the masters from an emulator."""
         held, (count, _, self.in_features) = emulator.stack(name), emulator.facts.stacks[name].shape
         experts = [emulator.coded_expert(name, held, expert) for expert in range(count)]
-        self.codes = torch.stack([coded.codes for coded, _ in experts])
+        self.codes, self.bits = torch.stack([coded.codes for coded, _ in experts]), experts[0][0].bits
         factors = [residual for _, residual in experts if residual is not None]
         return {
             CODEBOOK: torch.stack([coded.codebook for coded, _ in experts]),
@@ -42,7 +42,7 @@ class TrainedStack(TrainedCodes):
 
         def product(expert: int, x: torch.Tensor) -> torch.Tensor:
             used = {ending: part[expert] for ending, part in parts.items()}
-            return times_coded(x, self.codes[expert], used, self.in_features, twice=twice)
+            return times_coded(x, self.codes[expert], self.bits, used, self.in_features, twice=twice)
 
         return product
 
@@ -50,7 +50,9 @@ class TrainedStack(TrainedCodes):
         """Return the tensors as an emulator stores them, by ending, from the masters on the host."""
         assert self.factor_dtype is not None
         experts = [
-            coded_tensors(codes, {ending: master[expert] for ending, master in arrived.items()}, self.factor_dtype)
+            coded_tensors(
+                codes, self.bits, {ending: master[expert] for ending, master in arrived.items()}, self.factor_dtype
+            )
             for expert, codes in enumerate(self.codes)
         ]
         return {ending: torch.stack([expert[ending] for expert in experts]) for ending in experts[0]}

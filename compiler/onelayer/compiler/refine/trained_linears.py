@@ -89,7 +89,7 @@ class TrainedCodes(TrainedLinear):
     def read(self, emulator: Emulator, name: str) -> dict[str, torch.Tensor]:
         """Read the masters from an emulator."""
         coded, residual = emulator.coded(name)
-        self.codes, self.in_features = coded.codes, emulator.facts.shapes[name][1]
+        self.codes, self.bits, self.in_features = coded.codes, coded.bits, emulator.facts.shapes[name][1]
         masters = {CODEBOOK: coded.codebook, SCALES: coded.scales}
         return masters if residual is None else {**masters, UP: residual[0].T, DOWN: residual[1]}
 
@@ -101,7 +101,7 @@ class TrainedCodes(TrainedLinear):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, twice: bool = False) -> torch.Tensor:
         """Multiply as the emulator does, (N, in) -> (N, out); with `twice`, the product has a second derivative."""
-        y = times_coded(x, self.codes, self.rounded, self.in_features, twice=twice)
+        y = times_coded(x, self.codes, self.bits, self.rounded, self.in_features, twice=twice)
         return y if bias is None else y + bias.to(y.dtype)
 
     def to_store(self) -> dict[str, torch.Tensor]:
@@ -111,29 +111,27 @@ class TrainedCodes(TrainedLinear):
     def stored(self, arrived: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the tensors as an emulator stores them, by ending, from the masters on the host."""
         assert self.factor_dtype is not None
-        return coded_tensors(self.codes, arrived, self.factor_dtype)
+        return coded_tensors(self.codes, self.bits, arrived, self.factor_dtype)
 
 
 def times_coded(
-    x: torch.Tensor, codes: torch.Tensor, used: Mapping[str, torch.Tensor], in_features: int, *, twice: bool
+    x: torch.Tensor, codes: torch.Tensor, bits: int, used: Mapping[str, torch.Tensor], in_features: int, *, twice: bool
 ) -> torch.Tensor:
-    """Multiply (N, in) by a coded weight with residual factors, if there are any, to (N, out); `used` by ending.
+    """Multiply (N, in) by a weight coded in `bits` with residual factors, if it has any, to (N, out); `used` by ending.
 
     With `twice`, the product has a second derivative: autograd's own, which keeps the weight.
     """
-    codes = codes.to(x.device)
-    if twice:
-        y = x @ decode_with(codes, used[CODEBOOK], used[SCALES], in_features).to(x.dtype).T
-    else:
-        y = coded_product(x, codes, used[CODEBOOK], used[SCALES], in_features)
+    coded = Coded(codes.to(x.device), used[SCALES], used[CODEBOOK], bits)
+    y = x @ decode_with(coded, in_features).to(x.dtype).T if twice else coded_product(x, coded, in_features)
     return y + (x @ used[DOWN].to(x.dtype).T) @ used[UP].to(x.dtype) if UP in used else y
 
 
 def coded_tensors(
-    codes: torch.Tensor, masters: Mapping[str, torch.Tensor], factor_dtype: FactorDtype
+    codes: torch.Tensor, bits: int, masters: Mapping[str, torch.Tensor], factor_dtype: FactorDtype
 ) -> dict[str, torch.Tensor]:
-    """Return what is stored of a coded weight, by ending, from its codes and masters on the host."""
-    rows, codebook = Coded(codes, masters[SCALES].to(torch.bfloat16), masters[CODEBOOK].to(torch.bfloat16)).packed()
+    """Return what is stored of a weight coded in `bits`, by ending, from its codes and masters on the host."""
+    scales, codebook = (masters[ending].to(torch.bfloat16) for ending in (SCALES, CODEBOOK))
+    rows, codebook = Coded(codes, scales, codebook, bits).packed()
     factors = {ending: quantize_matrix(masters[ending], factor_dtype) for ending in (UP, DOWN) if ending in masters}
     return {CODES: rows, CODEBOOK: codebook, **factors}
 

@@ -54,7 +54,7 @@ class DiffusersEmulatorQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         settings = self.quantization_config
-        replaced = replace_linears(model, settings.modules, settings.quantization, settings.codes)
+        replaced = replace_linears(model, settings.modules, settings.quantization, settings.code_shapes)
         if len(replaced) != len(settings.modules):
             raise InputError(f"config.json: quantization_config.ranks names modules that {type(model).__name__} lacks")
 

@@ -41,8 +41,8 @@ class CompressedStack:
             return nn.functional.linear(nn.functional.linear(x, held[DOWN]), held[UP])
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.facts.code_width is not None:
-            return product_with_codes(x, held, (out_features, in_features), self.quantization)
+        if (code := self.facts.code_shape) is not None:
+            return product_with_codes(x, held, (out_features, in_features), code.bits, self.quantization)
         if self.facts.rank is None:
             return quantized_product(x, held[DENSE], in_features, self.quantization, rows_are_outputs=True)
         x = quantized_product(x, held[DOWN], in_features, self.quantization, rows_are_outputs=True)

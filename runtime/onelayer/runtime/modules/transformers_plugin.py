@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from onelayer.compiler.codes.forms import CodeWidth
+from onelayer.compiler.codes.forms import CodeBits, CodeShape
 from onelayer.compiler.emulators.facts import StackFacts, WeightsFile
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 METHOD = "onelayer"
-FORMAT_VERSIONS = (1, 2, 3, 4)  # 2: with stacks of experts, 3: with codes, 4: with codes of experts
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)  # 2: with stacks of experts, 3 and 4: with codes of 8 bits, 5: of fewer
 
 
 @register_quantization_config(METHOD)
@@ -58,6 +58,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         unpacked_dtype: str | None = None,
         quantized_dense: Sequence[str] = (),
         stacks: Mapping[str, Any] | None = None,
+        code_bits: CodeBits = 8,
         quant_method: str = METHOD,
         **provenance: Any,
     ) -> None:
@@ -77,7 +78,8 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.weights_file = weights_file
         self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
         self.quantized_dense = list(quantized_dense)
-        self.codes, self.stacks = dict(provenance.pop("codes", {})), dict(stacks or {})
+        self.codes, self.code_bits = dict(provenance.pop("codes", {})), code_bits
+        self.stacks = dict(stacks or {})
         vars(self).update(provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         optional = ["weights_file", "factor_dtype", "unpacked_dtype"]
         optional += ["quantized_dense"] if self.quantization is None else []
         optional += ["codes", "stacks"]
+        optional += [] if self.codes else ["code_bits"]
         return {name: value for name, value in fields.items() if name not in optional or value}
 
     @property
@@ -96,6 +99,11 @@ class EmulatorConfig(QuantizationConfigMixin):
             return None
         check_library(factor_dtype)
         return Quantization(factor_dtype, getattr(torch, str(self.unpacked_dtype)))
+
+    @property
+    def code_shapes(self) -> dict[str, CodeShape]:
+        """The shape of the codes of every coded module."""
+        return {name: CodeShape(width, self.code_bits) for name, width in self.codes.items()}
 
     @property
     def modules(self) -> dict[str, int | None]:
@@ -125,7 +133,7 @@ class EmulatorQuantizer(HfQuantizer):
     ) -> None:
         settings = self.quantization_config
         quicken_half_products()  # a trainer that is not ours asks for no device of ours
-        replaced = replace_linears(model, settings.modules, settings.quantization, settings.codes)
+        replaced = replace_linears(model, settings.modules, settings.quantization, settings.code_shapes)
         experts = replace_stacks(model, settings.stacks, settings.quantization)
         factors = [name for module in replaced for name in module.factors]
         _check_folder(model, checkpoint_files or [])
@@ -156,11 +164,11 @@ def replace_linears(
     model: "PreTrainedModel",
     ranks: Mapping[str, int | None],
     quantization: Quantization | None,
-    codes: Mapping[str, CodeWidth],
+    codes: Mapping[str, CodeShape],
 ) -> list[CompressedLinear]:
     """Replace every named linear of an empty model by a `CompressedLinear`; return the new modules.
 
-    Those in `codes` are coded, in the code width that it names.
+    Those in `codes` are coded, in the shape that it names.
     A folder can be loaded as a different class than it was written from, with or without the head. So names are looked
     up with and without the base model's prefix, and a head's linear that this class lacks is skipped.
     """
@@ -209,7 +217,7 @@ def _compressed(
     module: nn.Module,
     rank: int | None,
     quantization: Quantization | None,
-    width: CodeWidth | None,
+    code: CodeShape | None,
 ) -> CompressedLinear:
     """Build the empty replacement of a linear, or of GPT-2's `Conv1D`, whose weight is (in, out), on its device."""
     if not isinstance(module, nn.Linear | Conv1D):
@@ -225,8 +233,8 @@ def _compressed(
         "was_conv1d": isinstance(module, Conv1D),
     }
     compressed: CompressedLinear
-    if quantization is not None and width is not None:
-        compressed = CodedLinear(width, rank, quantization, **common)
+    if quantization is not None and code is not None:
+        compressed = CodedLinear(code, rank, quantization, **common)
     elif quantization is not None:
         compressed = QuantizedLinear(rank=rank, quantization=quantization, **common)
     elif rank is not None:

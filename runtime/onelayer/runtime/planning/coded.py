@@ -1,4 +1,4 @@
-"""Counts what an emulator of codes holds, from shapes alone: code width, ranks, bytes and values. Torch-free.
+"""Counts what an emulator of codes holds, from shapes alone: code shape, ranks, bytes and values. Torch-free.
 
 A size is given as for factors in the dtype of residuals: as `ratio`, the share of values that would take as many bytes.
 """
@@ -11,10 +11,9 @@ from onelayer.compiler.codes.forms import (
     LEAST_SHARE,
     RESIDUAL_DTYPE,
     WHOLE_SHARE,
-    CodeWidth,
-    code_width,
+    CodeShape,
     coded_bytes,
-    coded_ranks,
+    fitting_codes,
     trained_code_values,
 )
 from onelayer.compiler.factors.stored_forms import linear_bytes
@@ -26,12 +25,12 @@ LEAST_RATIO = LEAST_SHARE / WHOLE_SHARE
 
 @dataclass(frozen=True)
 class CodedEmulator:
-    """Codes of linears or of experts: their width, and the rank of the residual factors by (out, in).
+    """Codes of linears or of experts: their shape, and the rank of the residual factors by (out, in).
 
     The rank None means that a weight is quantized whole.
     """
 
-    width: CodeWidth
+    code: CodeShape
     ranks: Mapping[tuple[int, int], int | None]
 
     def rank(self, linear: LinearShape) -> int | None:
@@ -41,13 +40,13 @@ class CodedEmulator:
     def stored_bytes(self, linear: LinearShape) -> int:
         """Count the bytes of what replaces a linear."""
         shape, rank = (linear.out_features, linear.in_features), self.rank(linear)
-        return linear_bytes(*shape, None, RESIDUAL_DTYPE, 0) if rank is None else coded_bytes(*shape, self.width, rank)
+        return linear_bytes(*shape, None, RESIDUAL_DTYPE, 0) if rank is None else coded_bytes(*shape, self.code, rank)
 
     def trained_values(self, linear: LinearShape) -> int:
         """Count the values that a refinement trains: codebook, scales and residual factors, or the whole weight."""
         if (rank := self.rank(linear)) is None:
             return linear.parameters
-        return trained_code_values(linear.out_features, linear.in_features, self.width, rank)
+        return trained_code_values(linear.out_features, linear.in_features, self.code.width, rank)
 
     def computed_values(self, linear: LinearShape) -> int:
         """Count the weights that compute one token: all of the decoded weight, and those of the residual factors."""
@@ -57,33 +56,32 @@ class CodedEmulator:
 @lru_cache
 def coded_emulator(shapes: ModelShapes, ratio: float) -> CodedEmulator | None:
     """Return what compile makes of a model with codes; None if its linears are too small for codes at this ratio."""
-    share = share_of(ratio)
-    if (width := code_width(share)) is None:
-        return None
     linears = {
         f"{place} {linear.name}": (linear.out_features, linear.in_features)
         for place, block in enumerate(shapes.blocks)
         for linear in block.compressible
     }
-    ranks = coded_ranks(linears, share, width)
-    return None if ranks is None else CodedEmulator(width, {linears[name]: rank for name, rank in ranks.items()})
+    return _emulator(linears, fitting_codes(linears, share_of(ratio)))
 
 
 @lru_cache
 def coded_experts(shapes: ModelShapes, ratio: float) -> CodedEmulator | None:
     """Return what compile makes of the experts with codes; None if there are none, or they become factors."""
-    share = share_of(ratio)
-    if (width := code_width(share)) is None:
-        return None
     stacks = {
         f"{place} {stack.name}": (stack.out_features, stack.in_features)
         for place, block in enumerate(shapes.blocks)
         for stack in block.stacks
     }
-    ranks = coded_ranks(stacks, share, width)
-    if ranks is None or None in ranks.values():
+    return _emulator(stacks, fitting_codes(stacks, share_of(ratio), every=True))
+
+
+def _emulator(
+    shapes: Mapping[str, tuple[int, int]], coded: tuple[CodeShape, dict[str, int | None]] | None
+) -> CodedEmulator | None:
+    if coded is None:
         return None
-    return CodedEmulator(width, {stacks[name]: rank for name, rank in ranks.items()})
+    code, ranks = coded
+    return CodedEmulator(code, {shapes[name]: rank for name, rank in ranks.items()})
 
 
 def share_of(ratio: float) -> float:

@@ -32,8 +32,10 @@ def compile_summary(document: Mapping[str, Any]) -> str:
     """Format the sizes, the linears and expert stacks with the largest errors, the experts left dense, and the cost."""
     before, after = document["parameters_before"], document["parameters_after"]
     dtype = document["factor_dtype"] or "the original's dtype"
-    width = next((row["code_width"] for row in document["linears"] if row["form"] == "coded"), None)
-    form = f"ratio {document['ratio']:.4g}, factors" if width is None else f"codes of {width} neighbors, factors"
+    coded = next((row for row in document["linears"] if row["form"] == "coded"), None)
+    form = f"ratio {document['ratio']:.4g}, factors"
+    if coded is not None:
+        form = f"codes of {coded['code_bits']} bits for {coded['code_width']} neighbors, factors"
     head = (
         f"{document['output']}: {after:,} of {before:,} parameters ({after / before:.1%}), "
         f"{document['kept_bytes_share']:.1%} of the layers' bytes at 16 bits\n"
