@@ -13,7 +13,7 @@ import torch
 from onelayer.compiler.codes.codebook import normal_codebook
 from onelayer.compiler.codes.forms import CodeShape, group_size
 from onelayer.compiler.codes.search import best_windows
-from onelayer.compiler.codes.windows import packed_windows, windows
+from onelayer.compiler.codes.windows import looked_up, packed_windows, windows
 from onelayer.compiler.factors.expectations import LOOKING, Expectations, cholesky
 from onelayer.compiler.factors.stored_forms import SCALE_BYTES
 from onelayer.compiler.machine.transfers import upload
@@ -23,9 +23,6 @@ from onelayer.compiler.machine.transfers import upload
 LEAST_DAMPING, DAMPING_PER_ROW = 1e-2, 0.5
 # A padded column after the last input costs nothing: its entry in the feedback is this large.
 FREE = 1e6
-
-
-_AS_ONE = {4: torch.int32, 8: torch.int64}  # numbers that a codebook's row can be moved as, by their bytes
 
 
 @dataclass(frozen=True)
@@ -66,22 +63,13 @@ def decode_with(coded: Coded, in_features: int, first: int = 0) -> torch.Tensor:
     codebook, scales, count = coded.codebook, coded.scales, -(-in_features // coded.codebook.shape[1])
     chosen = windows(coded.codes, coded.bits, count, first)
     needs_grad = torch.is_grad_enabled() and (codebook.requires_grad or scales.requires_grad)
-    entries = torch.nn.functional.embedding(chosen.int(), codebook) if needs_grad else _looked_up(chosen, codebook)
+    entries = torch.nn.functional.embedding(chosen.int(), codebook) if needs_grad else looked_up(chosen, codebook)
     values = entries.reshape(len(chosen), -1)[:, :in_features]
     if needs_grad:
         return values * scales.repeat_interleave(group_size(in_features), dim=1)[:, :in_features]
     for part, scale in zip(values.split(group_size(in_features), dim=1), scales.split(1, dim=1), strict=True):
         part.mul_(scale)
     return values
-
-
-def _looked_up(chosen: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Return the rows (O, codes, d) of a codebook. A row as large as a number is moved as one, which takes half."""
-    whole = _AS_ONE.get(codebook.shape[1] * codebook.element_size())
-    if whole is None:
-        return torch.nn.functional.embedding(chosen.int(), codebook)
-    rows = codebook.detach().contiguous().view(whole).flatten().index_select(0, chosen.flatten().int())
-    return rows.view(codebook.dtype).view(*chosen.shape, -1)
 
 
 def encode(

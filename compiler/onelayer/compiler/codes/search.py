@@ -13,6 +13,10 @@ from functools import partial
 import torch
 
 from onelayer.compiler.codes.forms import CODEBOOK_ROWS, LAZY_COLUMNS, rows_at_once
+from onelayer.compiler.codes.windows import looked_up
+
+# What a path costs that may not be taken: more than any other, and finite.
+GIVEN_UP = 1e30
 
 
 def best_windows(
@@ -22,7 +26,7 @@ def best_windows(
     bits: int,
     before: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the windows (O, C / d) that stand for `left` (O, C), in units of the scale, which takes up the errors.
+    """Return the windows (O, C / d) that stand for `left` (O, C), in units of the scale.
 
     `feedback` (C, C) is the upper Cholesky factor of the inverse of the moments of the columns. `before` (O) are the
     windows to the left of the first, if there are any.
@@ -30,15 +34,22 @@ def best_windows(
     blocks = feedback.unflatten(0, (-1, codebook.shape[1])).unflatten(2, (-1, codebook.shape[1]))
     # A triangle whose diagonal is positive has an inverse, so nobody looks whether these failed.
     inverses = torch.linalg.inv_ex(blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)).inverse
-    search = partial(_Search, feedback=feedback, inverses=inverses, choices=codebook @ inverses, bits=bits)
+    search = partial(_Search, feedback=_times(feedback, inverses), choices=codebook @ inverses, bits=bits)
     rows = rows_at_once(bits)
     starts = [None] * -(-len(left) // rows) if before is None else before.split(rows)
-    return torch.cat([search(part).windows(start) for part, start in zip(left.split(rows), starts, strict=True)])
+    parts = zip(left.split(rows), starts, strict=True)
+    return torch.cat([search(_times(part, inverses)).windows(start) for part, start in parts])
+
+
+def _times(M: torch.Tensor, inverses: torch.Tensor) -> torch.Tensor:
+    """Multiply the columns of each code by its inverse: in these units, an error's square is what it costs."""
+    by_code = M.unflatten(1, (len(inverses), -1)).transpose(0, 1)
+    return torch.bmm(by_code, inverses).transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The paths of some columns: their windows (O, S, codes) and errors (O, S, columns)."""
+    """The paths of some columns: their windows (S, O, codes) and errors (S, O, columns)."""
 
     start: int
     stop: int
@@ -47,53 +58,56 @@ class _Block:
 
 
 class _Search:
-    """A search over some rows. Distances of code n are measured times `inverses[n]`; `choices[n]` is the codebook so.
+    """A search over some rows, in units in which an error's square is what columns to the right cannot make up for.
 
-    That is the metric of what the columns to the right cannot make up for.
+    `choices[n]` is the codebook in the units of code n. `left` takes up the errors.
     """
 
-    def __init__(
-        self, left: torch.Tensor, feedback: torch.Tensor, inverses: torch.Tensor, choices: torch.Tensor, bits: int
-    ) -> None:
-        self.left, self.feedback, self.inverses, self.choices, self.bits = left, feedback, inverses, choices, bits
+    def __init__(self, left: torch.Tensor, feedback: torch.Tensor, choices: torch.Tensor, bits: int) -> None:
+        self.left, self.feedback, self.choices, self.bits = left, feedback, choices, bits
         self.rows, self.width, device = len(left), choices.shape[2], left.device
         self.following = 1 << bits
         self.states = CODEBOOK_ROWS // self.following
-        self.numbers = torch.arange(self.states, device=device)
-        self.offsets = torch.arange(self.rows, device=device)[:, None] * self.states
+        self.every = torch.arange(self.rows, device=device)
+        self.numbers = torch.arange(self.states, device=device)[:, None]
+        # A window is a state and the code that continues it. Its last bits are the state that it leads to.
+        windows = torch.arange(CODEBOOK_ROWS, dtype=torch.int32, device=device)
+        self.leading = (windows // self.states).view(self.states, self.following, 1)
+        lengths = choices.square().sum(dim=2, keepdim=True)
+        terms = torch.cat([-2 * choices, lengths, torch.ones_like(lengths)], dim=2)
+        self.terms = terms.view(-1, self.states, self.following, self.width + 2)
         self.found = torch.empty(self.rows, left.shape[1] // self.width, dtype=torch.uint8, device=device)
 
     def windows(self, began: torch.Tensor | None) -> torch.Tensor:
         """Search block by block; each decides the one before. The first begins with the last bits of windows (O)."""
         columns, step = self.left.shape[1], self.width * max(1, LAZY_COLUMNS // self.width)
-        costs = self.left.new_zeros(self.rows, self.states)
+        costs = self.left.new_zeros(self.states, self.rows)
         if began is not None:
-            costs = torch.where(self.numbers == began[:, None] % self.states, costs, torch.inf)
+            costs.masked_fill_(self.numbers != began % self.states, GIVEN_UP)
         before: _Block | None = None
         for start in range(0, columns, step):
             block, costs, roots = self._block(start, min(start + step, columns), before, costs)
             if before is not None:
-                root = roots.gather(1, costs.argmin(dim=1, keepdim=True))
-                self._decide(before, root[:, 0], block.stop)
+                root = roots.gather(0, costs.argmin(dim=0, keepdim=True))
+                self._decide(before, root[0], block.stop)
                 # Paths from another start are given up: what they need is decided otherwise now.
-                costs = torch.where(roots == root, costs, torch.inf)
-            costs = costs - costs.amin(dim=1, keepdim=True)
+                costs = costs.masked_fill(roots != root, GIVEN_UP)
+            costs = costs - costs.amin(dim=0)
             before = block
         if before is not None:
-            self._decide(before, costs.argmin(dim=1), columns)
+            self._decide(before, costs.argmin(dim=0), columns)
         return self.found
 
     def _decide(self, block: _Block, chosen: torch.Tensor, taken: int) -> None:
         """Take one path (O,) of a block; columns from `taken` on take up its errors."""
-        every = torch.arange(self.rows, device=chosen.device)
-        self.found[:, block.start // self.width : block.stop // self.width] = block.windows[every, chosen]
-        self.left[:, taken:] -= block.errors[every, chosen] @ self.feedback[block.start : block.stop, taken:]
+        self.found[:, block.start // self.width : block.stop // self.width] = block.windows[chosen, self.every]
+        self.left[:, taken:] -= block.errors[chosen, self.every] @ self.feedback[block.start : block.stop, taken:]
 
     def _block(
         self, start: int, stop: int, before: _Block | None, costs: torch.Tensor
     ) -> tuple[_Block, torch.Tensor, torch.Tensor]:
-        """Extend all paths by some columns; return them, what they cost, and the states (O, S) that they come from."""
-        wanted = self.left[:, None, start:stop].expand(-1, self.states, -1).flatten(0, 1)  # (O S, columns)
+        """Extend all paths by some columns; return them, what they cost, and the states (S, O) that they come from."""
+        wanted = self.left[:, start:stop].expand(self.states, -1, -1).flatten(0, 1)  # (S O, columns)
         if before is not None:
             handed_on = self.feedback[before.start : before.stop, start:stop]
             wanted = wanted.addmm(before.errors.flatten(0, 1), handed_on, alpha=-1)
@@ -101,45 +115,48 @@ class _Search:
         steps = []
         for first in range(0, stop - start, self.width):
             last, number = first + self.width, (start + first) // self.width
-            points, choices = wanted[:, : self.width] @ self.inverses[number], self.choices[number]
-            costs, chosen = self._cheapest(points, choices, costs)
-            parents = self._parents(chosen)
-            errors = points.index_select(0, parents) - choices.index_select(0, chosen.flatten())
+            costs, chosen = self._cheapest(wanted[:, : self.width], self.terms[number], costs)
+            wanted = wanted.index_select(0, self._parents(chosen))
+            errors = wanted[:, : self.width] - looked_up(chosen.flatten(), self.choices[number])
             steps.append((chosen.to(torch.uint8), errors))
-            if last < stop - start:
-                wanted = wanted[:, self.width :].index_select(0, parents)
-                wanted.addmm_(errors, near[first:last, last:], alpha=-1)
+            wanted = wanted[:, self.width :].addmm_(errors, near[first:last, last:], alpha=-1)
         return self._traced(start, stop, steps, costs)
 
     def _parents(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Return the places (O S) of the paths that windows (O, S) continue."""
-        return (self.offsets + (chosen >> self.bits)).flatten()
+        """Return the places (S O) of the paths that windows (S, O) continue."""
+        return ((chosen >> self.bits).int() * self.rows + self.every).flatten()
 
     def _cheapest(
-        self, points: torch.Tensor, choices: torch.Tensor, costs: torch.Tensor
+        self, points: torch.Tensor, terms: torch.Tensor, costs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the costs (O, S) of the best path to every state, and its window, from `points` (O S, d)."""
-        shape = self.rows, self.states, 1
-        reached = (costs.flatten() + points.square().sum(dim=1)).view(shape)
-        reached = reached + choices.square().sum(dim=1).view(self.states, self.following)
-        for entry in range(self.width):
-            values = choices[:, entry].view(self.states, self.following)
-            reached.addcmul_(points[:, entry].view(shape), values, value=-2)
-        # A window is a state and the code that continues it; its last bits are the state that it leads to.
-        costs, leading = reached.view(self.rows, self.following, self.states).min(dim=1)
-        return costs, leading * self.states + self.numbers
+        """Return the costs (S, O) of the best path to every state, and its window, from `points` (S O, d).
+
+        Costs are no less than 0, so their bits compare as they do. The last bits, as many as a code has, hold what
+        leads to the state, so that one pass finds both: costs are exact to 2 ** -16 or better.
+        """
+        lengths = costs.flatten()
+        for entry in points.unbind(1):
+            lengths = lengths.addcmul(entry, entry)
+        factors = torch.cat([points.T, torch.ones_like(lengths)[None], lengths[None]]).unflatten(1, (self.states, -1))
+        reached = torch.bmm(terms, factors.transpose(0, 1)).clamp_min_(0.0).view(torch.int32)  # (S, K, O)
+        reached.bitwise_and_(-self.following).bitwise_or_(self.leading)
+        if self.states > self.following:
+            best = reached.unflatten(0, (self.following, -1)).amin(dim=0).flatten(0, 1)
+        else:
+            best = reached.amin(dim=0).unflatten(0, (-1, self.states)).amin(dim=0)
+        leading = best & (self.following - 1)
+        return (best - leading).view(torch.float32), leading.long() * self.states + self.numbers
 
     def _traced(
         self, start: int, stop: int, steps: list[tuple[torch.Tensor, torch.Tensor]], costs: torch.Tensor
     ) -> tuple[_Block, torch.Tensor, torch.Tensor]:
         """Follow the best path of every state back to where the block begins."""
-        shape = self.rows, self.states
-        windows = torch.empty(*shape, len(steps), dtype=torch.uint8, device=costs.device)
-        errors = costs.new_empty(*shape, len(steps), self.width)
-        places = (self.offsets + self.numbers).flatten()
-        for number in range(len(steps) - 1, -1, -1):
-            chosen, error = steps[number]
-            windows[:, :, number] = chosen.flatten().index_select(0, places).view(shape)
-            errors[:, :, number] = error.index_select(0, places).view(*shape, self.width)
+        shape = self.states, self.rows
+        windows, errors = list[torch.Tensor](), list[torch.Tensor]()
+        places = (self.numbers * self.rows + self.every).flatten()
+        for chosen, error in reversed(steps):
+            windows.append(chosen.flatten().index_select(0, places))
+            errors.append(error.index_select(0, places))
             places = self._parents(chosen).index_select(0, places)
-        return _Block(start, stop, windows, errors.flatten(2)), costs, places.view(shape) - self.offsets
+        found = torch.stack(windows[::-1], dim=1).view(*shape, -1), torch.cat(errors[::-1], dim=1).view(*shape, -1)
+        return _Block(start, stop, *found), costs, places.view(shape) // self.rows
