@@ -1,11 +1,12 @@
 """Compares ways to make codes on some linears of a real model, by their error on held-out rows.
 
-    python -m scripts.quality.code_errors outputs rotation rounds --model DIR --data train.jsonl
+    python -m scripts.quality.code_errors outputs rotation rounds windows --model DIR --data train.jsonl
 
 `outputs`: ways to hold G, the moments of the gradients at a linear's outputs, by which the low-rank part is chosen:
 bytes, processor seconds of gathering and solving, and errors. `rotation`: codes of the weight as it is, and of the
 weight whose inputs are rotated by a randomized Hadamard transform. `rounds`: codes that take their moments as exact,
-and codes and factors that are made again in turns, or in the other order. "forward" is the squared relative error of
+and codes and factors that are made again in turns, or in the other order. `windows`: codes of one byte, and codes whose
+windows overlap, each with the factors that it leaves room for. "forward" is the squared relative error of
 the outputs, "both" that of the outputs weighted by the gradients that flow back to them.
 """
 
@@ -21,7 +22,7 @@ import torch
 from scipy import fft, linalg  # type: ignore[import-untyped]
 
 from onelayer.compiler.codes.encode import decode, encode
-from onelayer.compiler.codes.forms import CodeShape, fitting_codes
+from onelayer.compiler.codes.forms import CODE_SHAPES, CodeShape, CodeWidth, coded_bytes, direction_bytes, fitting_codes
 from onelayer.compiler.codes.moments import BlockGram, block_products
 from onelayer.compiler.codes.residual import Sides, product_of, residual_factors
 from onelayer.compiler.factors.moments import OUTPUT_DAMPING, OutputWeights
@@ -29,6 +30,7 @@ from scripts.quality.code_linears import HEAD, Linear, Rows, moments_of, read_li
 
 OUTPUT_BLOCK = 64
 BLOCKS, SKETCHES = (1, 16, 64, 256), (16, 64)
+BYTE_WIDTHS: tuple[CodeWidth, ...] = (3, 4, 5, 6, 8)
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -153,7 +155,8 @@ def randomized_hadamard(size: int) -> torch.Tensor:
 def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
     """Print the errors of codes with and without a rotation."""
 
-    def ways(linear: Linear, shape: CodeShape, rank: int) -> dict[str, tuple[float, float]]:
+    def ways(linear: Linear, keep_bytes: float) -> dict[str, tuple[float, float]]:
+        shape, rank = codes_of(linear, keep_bytes)
         Q = randomized_hadamard(linear.W.shape[1])
         return {"as it is": coded_errors(linear, shape, rank), "rotated": coded_errors(linear, shape, rank, Q)}
 
@@ -163,11 +166,28 @@ def compare_rotation(linears: list[Linear], given: argparse.Namespace) -> None:
 def compare_rounds(linears: list[Linear], given: argparse.Namespace) -> None:
     """Print the errors of codes that trust their moments wholly, and of codes and factors made in turns."""
 
-    def ways(linear: Linear, shape: CodeShape, rank: int) -> dict[str, tuple[float, float]]:
+    def ways(linear: Linear, keep_bytes: float) -> dict[str, tuple[float, float]]:
+        shape, rank = codes_of(linear, keep_bytes)
         found = {"once": coded_errors(linear, shape, rank)}
         found["moments as exact"] = coded_errors(linear, shape, rank, exact=True)
         found |= {f"{count} rounds": coded_errors(linear, shape, rank, rounds=count) for count in (2, 3)}
         return found | {"factors first": coded_errors(linear, shape, rank, factors_first=True)}
+
+    _compare(linears, given, ways)
+
+
+def compare_windows(linears: list[Linear], given: argparse.Namespace) -> None:
+    """Print the errors of codes of one byte, the finest that leave a quarter bit, and of all whose windows overlap."""
+
+    def ways(linear: Linear, keep_bytes: float) -> dict[str, tuple[float, float]]:
+        sides = len(linear.W), linear.W.shape[1]
+        budget, found = int(2 * keep_bytes * linear.W.numel()), dict[str, tuple[float, float]]()
+        widest = next((width for width in BYTE_WIDTHS if 8 / width + 0.25 <= 16 * keep_bytes), BYTE_WIDTHS[-1])
+        for shape in (CodeShape(widest, 8), *CODE_SHAPES):
+            rank = (budget - coded_bytes(*sides, shape, 0)) // direction_bytes(*sides)
+            if rank > 0:
+                found[f"{shape.bits} bits for {shape.width}"] = coded_errors(linear, shape, rank)
+        return found
 
     _compare(linears, given, ways)
 
@@ -179,11 +199,11 @@ def _compare(linears: list[Linear], given: argparse.Namespace, ways: Any) -> Non
         for linear in linears:
             if linear.name == HEAD:
                 continue
-            found = ways(linear, *codes_of(linear, keep_bytes))
+            found = ways(linear, keep_bytes)
             first = next(iter(found.values()))
             for way, errors in found.items():
                 shares.setdefault(way, []).append((errors[0] / first[0], errors[1] / first[1]))
-            told = "; ".join(f"{way} {pairs[-1][0]:.3f}, {pairs[-1][1]:.3f}" for way, pairs in shares.items())
+            told = "; ".join(f"{way} {shares[way][-1][0]:.3f}, {shares[way][-1][1]:.3f}" for way in found)
             print(
                 f"{keep_bytes}: {linear.name}: forward {first[0]:.4f}, both {first[1]:.4f}; times that: {told}",
                 flush=True,
@@ -223,7 +243,12 @@ def coded_errors(
     return linear.errors(linear.W - (kept if Q is None else (kept.double() @ Q.T).float()))
 
 
-COMPARED = {"outputs": compare_outputs, "rotation": compare_rotation, "rounds": compare_rounds}
+COMPARED = {
+    "outputs": compare_outputs,
+    "rotation": compare_rotation,
+    "rounds": compare_rounds,
+    "windows": compare_windows,
+}
 
 
 def main() -> None:

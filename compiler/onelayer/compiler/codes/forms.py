@@ -49,7 +49,7 @@ LONGEST_GROUP, GROUP_STEP = 4096, 120
 # as many more have come. Then all columns to the right take up the errors at once, so that large products do the work.
 LAZY_COLUMNS = 32
 # A search holds at most this many values of paths at once; rows do not know of each other.
-PATH_VALUES = 1 << 20
+PATH_VALUES = 1 << 22
 # Moments of the gradients at a linear's outputs are kept in diagonal blocks of this many.
 OUTPUT_BLOCK = 64
 # A product decodes at most this many values at once, so that it never holds the whole weight of a wide linear.

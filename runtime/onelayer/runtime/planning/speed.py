@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from onelayer.compiler.codes.forms import CODEBOOK_ROWS, group_size
+from onelayer.compiler.codes.forms import group_size
 from onelayer.compiler.correct.candidates import FIRST_ROWS, FIRST_SHARE, runs_per_row
 from onelayer.compiler.refine.settings import RefineSettings
 from onelayer.compiler.results import Result, round_significant
@@ -19,6 +19,9 @@ READ_SECONDS = 0.5
 SECONDS_DIGITS = 2  # durations are rough
 # Roughly what an eigenproblem of side s costs, divided by s**3, in operations at the measured rate.
 EIGEN_FLOPS = 30
+# What a search for the code of one value takes, in the same units: 0.7 microseconds of one core that does 35 in a
+# nanosecond (manifests/LOG.md, codes whose windows overlap).
+SEARCH_FLOPS = 25_000
 # Arithmetic per parameter and token: forward, gradients of the inputs, and forward again if layers are recomputed.
 FORWARD = BACKWARD = RECOMPUTE = 2
 # The defaults of refine: its samples, and the samples of all steps of a layer together.
@@ -118,7 +121,7 @@ def coded_seconds(speed: Speed, shapes: ModelShapes, tokens: int) -> tuple[float
     linears = [(linear, 1) for block in shapes.blocks for linear in block.compressible]
     linears += [(stack, block.experts.count) for block in shapes.blocks if block.experts for stack in block.stacks]
     search = sum(
-        count * linear.parameters * (2 * CODEBOOK_ROWS + group_size(linear.in_features)) for linear, count in linears
+        count * linear.parameters * (SEARCH_FLOPS + group_size(linear.in_features)) for linear, count in linears
     )
     read = shapes.stored_bytes / speed.read_bytes_per_second
     back = (RECOMPUTE + BACKWARD) * shapes.active_parameters * tokens
