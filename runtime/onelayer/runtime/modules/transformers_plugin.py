@@ -58,7 +58,6 @@ class EmulatorConfig(QuantizationConfigMixin):
         unpacked_dtype: str | None = None,
         quantized_dense: Sequence[str] = (),
         stacks: Mapping[str, Any] | None = None,
-        code_bits: CodeBits = 8,
         quant_method: str = METHOD,
         **provenance: Any,
     ) -> None:
@@ -78,7 +77,8 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.weights_file = weights_file
         self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
         self.quantized_dense = list(quantized_dense)
-        self.codes, self.code_bits = dict(provenance.pop("codes", {})), code_bits
+        self.codes = dict(provenance.pop("codes", {}))
+        self.code_bits: CodeBits = provenance.pop("code_bits", 8)
         self.stacks = dict(stacks or {})
         vars(self).update(provenance)
 
