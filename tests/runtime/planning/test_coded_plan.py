@@ -72,11 +72,11 @@ def test_what_is_counted_is_what_a_compile_makes(tmp_path: Path) -> None:
         loads.note(unit, torch.empty(1, 16, 1, device="meta"), None)
     inputs = {unit.position: [128, 128, 128, 192] for unit in streamed.units if unit.is_block}  # q, k, v read the same
     promised = streamed.largest_unit_bytes + selection.coded_workspace(
-        streamed, selection.Choice(ranks, {}), loads, on_gpu=False, inputs=inputs
+        streamed, selection.Choice(ranks, {}, code), loads, on_gpu=False, inputs=inputs
     )
     # On a host the pass adds the unit that is read ahead and a reserve; norms count as matrices in neither.
     further = streamed.largest_unit_bytes + RESERVE_BYTES
-    assert promised == pytest.approx(coded_compile_bytes(shapes, 16, on_gpu=False) + further, rel=0.01)
+    assert promised == pytest.approx(coded_compile_bytes(shapes, ratio, 16, on_gpu=False) + further, rel=0.01)
 
 
 def test_experts_are_counted_as_the_codes_that_a_compile_makes(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_dry_run_counts_codes(tmp_path: Path) -> None:
         for kind, costs in (("compile", compile_costs), ("train", train_costs))
     )
     assert compiled.read_bytes == 2 * 2 * shapes.parameters, "one pass forward, one back"
-    assert compiled.peak_bytes == coded_compile_bytes(shapes, 512)
+    assert compiled.peak_bytes == coded_compile_bytes(shapes, 0.145 / WHOLE_SHARE, 512)
     assert compiled.write_bytes == emulator_bytes(shapes, 0.145 / WHOLE_SHARE, "coded")
     planned = PlannedRun(1, 512, coded=True, allocation="uniform", on_gpu=shows_gpu())
     assert trained.peak_bytes == train_memory(shapes, compiled.write_bytes, planned).peak

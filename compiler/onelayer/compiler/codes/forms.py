@@ -101,12 +101,14 @@ def rows_at_once(bits: int) -> int:
 
 
 def search_bytes(out_features: int, in_features: int, bits: int) -> int:
-    """Bound what a search for codes of so many bits holds: paths, their errors and distances, in float32.
+    """Bound what a search for codes of so many bits holds, in float32, as measured: paths, their errors and distances.
 
-    That are six times the values of all paths in a block, and the codebook in the metric of every code.
+    That are five times the values of all paths in a block, the weight three times, feedback twice, and the codebook in
+    the units of every code, with its terms.
     """
     paths = min(out_features, rows_at_once(bits)) * LAZY_COLUMNS << (WINDOW_BITS - bits)
-    return 4 * (6 * paths + CODEBOOK_ROWS * min(in_features, group_size(in_features)))
+    columns = group_size(in_features)
+    return 4 * (5 * paths + 3 * out_features * in_features + (2 * columns + 3 * CODEBOOK_ROWS) * columns)
 
 
 def trained_code_values(out_features: int, in_features: int, width: int, rank: int) -> int:

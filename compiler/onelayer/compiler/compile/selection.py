@@ -174,12 +174,13 @@ def coded_workspace(
     known which read the same.
     """
     head = head_workspace(streamed, loads.most_rows) if backward else 0
-    worst = 0
+    assert chosen.code is not None
+    worst, bits = 0, chosen.code.bits
     for unit in streamed.units:
         shapes = [weight_shape(module) for name, module in unit_linears(unit) if name in chosen.linears]
         graph = graph_bytes(loads.values(streamed, unit), streamed.dtype.itemsize, on_gpu)
         ahead = 0 if on_gpu else unit.weight_bytes
-        coding = coding_bytes(shapes, graph, head, on_gpu, (inputs or {}).get(unit.position), backward)
+        coding = coding_bytes(shapes, graph, head, on_gpu, bits, (inputs or {}).get(unit.position), backward)
         rows, value_bytes = loads.rows(unit), streamed.dtype.itemsize
         experts = [
             _expert_workspace(found, chosen, rows, value_bytes, RESIDUAL_DTYPE, on_gpu)
@@ -253,7 +254,7 @@ def _expert_workspace(
             continue
         rank = ranks[path]
         if code is not None and rank is not None:
-            solvers.append(coding_bytes([shape], 0, 0, on_gpu))
+            solvers.append(coding_bytes([shape], 0, 0, on_gpu, code.bits))
             stored.append(coded_bytes(*shape, code, rank))
         else:
             expert = CompiledShape(*shape, rank, value_bytes, factor_dtype)

@@ -234,17 +234,19 @@ def coding_bytes(
     graph: int,
     head: int,
     on_gpu: bool,
+    bits: int,
     inputs: Iterable[int] | None = None,
     backward: bool = True,
 ) -> int:
-    """Bound what coding the linears (out, in) of a unit holds in addition to its weights.
+    """Bound what coding the linears (out, in) of a unit in `bits` bits holds in addition to its weights.
 
     `inputs` are the features of what they read, once for linears that read the same; None if each reads its own. The
     moments of the inputs and, with `backward`, of the gradients at the outputs of all of them in float64, with the
     `graph` of one micro-batch while they are gathered; then the factors of both sides of one, its weight in float32
-    seven times as it is coded and its residual solved, the paths of the search for codes, and what is stored of it and
-    of the one before. Before that, slices of the `head` and their gradients. A host keeps holes of each while it has
-    the others. Kept unit inputs are not in it: they lie on the host, or in files if the host is the device.
+    three times and the paths of the search as it is coded, or seven times as its residual is solved, with what is
+    stored of it and of the one before. Before that, slices of the `head` and their gradients. A host keeps holes of
+    each while it has the others. Kept unit inputs are not in it: they lie on the host, or in files if the host is the
+    device.
     """
     linears = list(shapes)
     read = [columns for _, columns in linears] if inputs is None else list(inputs)
@@ -254,8 +256,8 @@ def coding_bytes(
         8 * columns * group_size(columns) + outputs for (_, columns), outputs in zip(linears, of_outputs, strict=True)
     ]
     values = max((rows * columns for rows, columns in linears), default=0)
-    search = max((search_bytes(*shape, min(code.bits for code in CODE_SHAPES)) for shape in linears), default=0)
-    solver = 4 * max(own, default=0) + (7 * 4 + 1) * values + search
+    search = max((search_bytes(*shape, bits) for shape in linears), default=0)
+    solver = max(own, default=0) + max(3 * max(own, default=0) + (7 * 4 + 1) * values, search)
     return max(sides + max(graph, solver), head) if on_gpu else sides + solver + graph + head
 
 

@@ -1,6 +1,6 @@
 """Predicts the device peak of every pass over the original, from shapes alone. Torch-free."""
 
-from onelayer.compiler.codes.forms import group_size
+from onelayer.compiler.codes.forms import WINDOW_BITS, group_size
 from onelayer.compiler.correct.candidates import CANDIDATES
 from onelayer.compiler.correct.memory import CorrectedShape, correction_bytes, trial_bytes
 from onelayer.compiler.factors.ranks import Allocation, rank_for
@@ -216,27 +216,28 @@ def compile_bytes(
             weighing_bytes(block.compressible_sides, _graph(shapes, block, batch_tokens), head) for block in factored
         )
         return max(peak + weighed for peak, weighed in zip(peaks, back, strict=True))
-    return max([*peaks, coded_compile_bytes(shapes, batch_tokens)] if coded else peaks)
+    return max([*peaks, coded_compile_bytes(shapes, ratio, batch_tokens)] if coded else peaks)
 
 
-def coded_compile_bytes(shapes: ModelShapes, batch_tokens: int, on_gpu: bool = True) -> int:
+def coded_compile_bytes(shapes: ModelShapes, ratio: float, batch_tokens: int, on_gpu: bool = True) -> int:
     """Bound what a compile to codes holds on the device: the largest block, and what coding its linears takes."""
-    head = _head_bytes(shapes, batch_tokens)
+    head, found = _head_bytes(shapes, batch_tokens), (coded_emulator(shapes, ratio), coded_experts(shapes, ratio))
+    bits = [WINDOW_BITS if emulator is None else emulator.code.bits for emulator in found]
 
     def coding(block: BlockShape) -> int:
         graph = _graph(shapes, block, batch_tokens, on_gpu=on_gpu)
-        linears = coding_bytes(block.compressible_sides, graph, head, on_gpu, inputs_read(block))
-        return max(linears, _coded_expert_bytes(shapes, block))
+        linears = coding_bytes(block.compressible_sides, graph, head, on_gpu, bits[0], inputs_read(block))
+        return max(linears, _coded_expert_bytes(shapes, block, bits[1]))
 
     return max(block.parameters * shapes.value_bytes + coding(block) for block, _ in shapes.kinds)
 
 
-def _coded_expert_bytes(shapes: ModelShapes, block: BlockShape) -> int:
+def _coded_expert_bytes(shapes: ModelShapes, block: BlockShape, bits: int) -> int:
     """Count what one expert holds while it is coded: moments of its rows and of all tokens, some rows, the solver."""
     experts = [(stack.out_features, stack.in_features) for stack in block.stacks]
     moments = 2 * sum(8 * columns * group_size(columns) for _, columns in experts)
     rows = EXPERT_ROWS * sum(map(sum, experts)) * shapes.value_bytes
-    return moments + max([rows, *(coding_bytes([expert], 0, 0, on_gpu=True) for expert in experts)])
+    return moments + max([rows, *(coding_bytes([expert], 0, 0, True, bits) for expert in experts)])
 
 
 def _graph(shapes: ModelShapes, block: BlockShape, batch_tokens: int, *, on_gpu: bool = True) -> int:
