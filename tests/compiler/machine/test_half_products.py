@@ -93,13 +93,13 @@ def test_a_process_on_a_slow_cpu_multiplies_by_way_of_float32() -> None:
     assert found["refused"] == 2
 
 
-def gradients_of_attention(block_bytes: int, masked: bool) -> list[bool]:
+def gradients_of_attention(block_bytes: int, masked: bool, heads: int) -> list[bool]:
     """Tell which gradients in bfloat16 are those in float32, rounded once, on a CPU that needs that."""
     torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False  # type: ignore[attr-defined]
     quicken_half_products()
     half_products.BLOCK_BYTES = block_bytes
     aten = torch.ops.aten
-    halves = random((2, 3, 5, 8), (2, 3, 6, 8), (2, 3, 6, 8), (2, 3, 5, 8), dtype=torch.bfloat16)
+    halves = random((2, heads, 5, 8), (2, 3, 6, 8), (2, 3, 6, 8), (2, heads, 5, 8), dtype=torch.bfloat16)
     mask = random((2, 1, 5, 6), dtype=torch.bfloat16)[0] if masked else None
     out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(*halves[:3], attn_mask=mask)
 
@@ -116,11 +116,14 @@ def gradients_of_attention(block_bytes: int, masked: bool) -> list[bool]:
     return [torch.equal(half, wide.bfloat16()) for half, wide in pairs]
 
 
-@pytest.mark.parametrize(("block_bytes", "is_ours"), [(8 << 20, True), (2000, True), (100, False)])
+@pytest.mark.parametrize(("block_bytes", "is_ours"), [(8 << 20, True), (3000, True), (100, False)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_on_a_slow_cpu_has_gradients_rounded_once(block_bytes: int, is_ours: bool, masked: bool) -> None:
+@pytest.mark.parametrize("heads", [3, 6])
+def test_attention_on_a_slow_cpu_has_gradients_rounded_once(
+    block_bytes: int, is_ours: bool, masked: bool, heads: int
+) -> None:
     with ProcessPoolExecutor(1, mp_context=fork_server()) as pool:
-        found = pool.submit(gradients_of_attention, block_bytes, masked).result(timeout=100)
+        found = pool.submit(gradients_of_attention, block_bytes, masked, heads).result(timeout=100)
     assert all(found) == is_ours
 
 

@@ -97,22 +97,26 @@ def _attention_kernel(slow: Set[torch.dtype]) -> Callable[..., Any]:
     def kernel(keys: Any, grad: torch.Tensor, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
         (key, value, out, logsumexp, *settings), mask = rest, options.pop("attn_mask", None)
         tensors = (grad, query, key, value, out)
-        heads, (queries, depth), tokens = query.shape[1], query.shape[-2:], key.shape[-2]
-        # Of one head: the operands and the gradients, in float32, and a mask.
-        head_bytes = _VALUE_BYTES * (4 * (queries + tokens) * depth + (mask is not None) * queries * tokens)
-        if query.dtype not in slow or key.shape[1] != heads or head_bytes > BLOCK_BYTES:
+        heads, (queries, depth), (pairs, tokens) = query.shape[1], query.shape[-2:], key.shape[1:3]
+        sharing = heads // pairs
+        # Of one head of keys with the heads that share it: the operands and the gradients, in float32, and masks.
+        own = sharing * queries * (4 * depth + (mask is not None) * tokens)
+        head_bytes = _VALUE_BYTES * (own + 4 * tokens * depth)
+        if query.dtype not in slow or head_bytes > BLOCK_BYTES:
             return below.call_boxed(keys, *tensors, logsumexp, *settings, attn_mask=mask, **options)
         gradients = [torch.empty_like(tensor) for tensor in (query, key, value)]
         if mask is not None:
             mask = mask.expand(len(query), heads, queries, tokens)
         for row in range(len(query)):
-            for group in _slices(heads, BLOCK_BYTES // max(1, head_bytes)):
-                place = slice(row, row + 1), group
-                wide = [tensor[place].float() for tensor in tensors]
+            for group in _slices(pairs, BLOCK_BYTES // max(1, head_bytes)):
+                shared = slice(row, row + 1), group
+                place = shared[0], slice(sharing * group.start, sharing * group.stop)
+                places = (place, place, shared, shared, place)
+                wide = [tensor[at].float() for tensor, at in zip(tensors, places, strict=True)]
                 masks = None if mask is None else mask[place].float()
                 found = below.call_boxed(keys, *wide, logsumexp[place], *settings, attn_mask=masks, **options)
-                for gradient, part in zip(gradients, found, strict=True):
-                    gradient[place] = part
+                for gradient, part, at in zip(gradients, found, (place, shared, shared), strict=True):
+                    gradient[at] = part
         return tuple(gradients)
 
     return kernel
