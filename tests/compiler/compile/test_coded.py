@@ -240,9 +240,8 @@ def test_ranks_of_residuals_spend_the_budget() -> None:
     assert fitting_codes({"small": (96, 96)}, 0.145) is None, "codes and codebook leave no rank"
 
 
-def test_a_stopped_compile_goes_on_to_the_same_bytes(
-    source: Path, emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stopped_after_a_unit(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Stop a compile once a unit is coded; return a linear of that unit."""
     real, coded_units = CodedCompilation.compressed, list[str]()
 
     def dying(self: Any, linears: Any, hooks: Any) -> Any:
@@ -253,10 +252,28 @@ def test_a_stopped_compile_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(CodedCompilation, "compressed", dying)
     with pytest.raises(KeyboardInterrupt):
-        coded(source, tmp_path / "again")
-    assert ".layers.1." in coded_units[0], "units are written on the way back"
+        coded(source, output)
     monkeypatch.undo()
+    return coded_units[0]
+
+
+def test_a_stopped_compile_goes_on_to_the_same_bytes(
+    source: Path, emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = stopped_after_a_unit(source, tmp_path / "again", monkeypatch)
+    assert ".layers.1." in name, "units are written on the way back"
     coded(source, tmp_path / "again")
+    assert Emulator.open(tmp_path / "again").digest == Emulator.open(emulator).digest
+
+
+def test_units_of_other_codes_are_not_taken_up(
+    source: Path, emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "CODE_SHAPES", (forms.CodeShape(3, 8),))  # as an earlier version would choose
+    stopped_after_a_unit(source, tmp_path / "again", monkeypatch)
+    with pytest.raises(InputError, match="codes"):
+        coded(source, tmp_path / "again")
+    coded(source, tmp_path / "again", resume=False)
     assert Emulator.open(tmp_path / "again").digest == Emulator.open(emulator).digest
 
 

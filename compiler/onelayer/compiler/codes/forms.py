@@ -41,7 +41,8 @@ CODE_SHAPES = (
     CodeShape(4, 4),
 )
 # A window of so many bits chooses one of the rows of a codebook, whose entries are bfloat16.
-WINDOW_BITS, CODEBOOK_ROWS, ENTRY_BYTES = 8, 256, 2
+WINDOW_BITS: Literal[8] = 8
+CODEBOOK_ROWS, ENTRY_BYTES = 1 << WINDOW_BITS, 2
 # At most this many neighbors in a row share one bfloat16 scale, and the moments of the inputs are kept for as many at a
 # time. Longer rows are split into equal groups, of a multiple of all code widths.
 LONGEST_GROUP, GROUP_STEP = 4096, 120

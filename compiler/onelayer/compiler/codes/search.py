@@ -120,7 +120,8 @@ class _Search:
             errors = wanted[:, : self.width] - looked_up(chosen.flatten(), self.choices[number])
             steps.append((chosen.to(torch.uint8), errors))
             wanted = wanted[:, self.width :].addmm_(errors, near[first:last, last:], alpha=-1)
-        return self._traced(start, stop, steps, costs)
+        windows, errors, roots = self._traced(steps)
+        return _Block(start, stop, windows, errors), costs, roots
 
     def _parents(self, chosen: torch.Tensor) -> torch.Tensor:
         """Return the places (S O) of the paths that windows (S, O) continue."""
@@ -147,10 +148,8 @@ class _Search:
         leading = best & (self.following - 1)
         return (best - leading).view(torch.float32), leading.long() * self.states + self.numbers
 
-    def _traced(
-        self, start: int, stop: int, steps: list[tuple[torch.Tensor, torch.Tensor]], costs: torch.Tensor
-    ) -> tuple[_Block, torch.Tensor, torch.Tensor]:
-        """Follow the best path of every state back to where the block begins."""
+    def _traced(self, steps: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Follow the best path of every state back: its windows and errors, as in `_Block`, and where it began."""
         shape = self.states, self.rows
         windows, errors = list[torch.Tensor](), list[torch.Tensor]()
         places = (self.numbers * self.rows + self.every).flatten()
@@ -159,4 +158,4 @@ class _Search:
             errors.append(error.index_select(0, places))
             places = self._parents(chosen).index_select(0, places)
         found = torch.stack(windows[::-1], dim=1).view(*shape, -1), torch.cat(errors[::-1], dim=1).view(*shape, -1)
-        return _Block(start, stop, *found), costs, places.view(shape) // self.rows
+        return *found, places.view(shape) // self.rows

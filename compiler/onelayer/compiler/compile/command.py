@@ -137,9 +137,11 @@ def _compile(
     keeps = settings.backward and device.type == "cpu"
     spill_pool = SpillPool(0 if keeps and settings.host_memory_bytes is None else settings.host_memory_bytes)
     facts = _facts(settings, data, device)
+    # Another version may choose other codes for the same settings: its units are not taken up.
+    codes = {} if chosen.code is None else {"codes": [chosen.code, chosen.stack_code]}
     with (
         StopRequest() as stop,
-        WorkDirectory.open(output, {"base": base, **facts}, settings.resume) as work,
+        WorkDirectory.open(output, {"base": base, **facts, **codes}, settings.resume) as work,
         Meter(device) as meter,
     ):
         writer = EmulatorWriter(work, streamed, settings.factor_dtype)

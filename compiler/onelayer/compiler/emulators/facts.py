@@ -4,7 +4,15 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from onelayer.compiler.codes.forms import CODEBOOK_ROWS, ENTRY_BYTES, CodeBits, CodeShape, CodeWidth, code_row_bytes
+from onelayer.compiler.codes.forms import (
+    CODEBOOK_ROWS,
+    ENTRY_BYTES,
+    WINDOW_BITS,
+    CodeBits,
+    CodeShape,
+    CodeWidth,
+    code_row_bytes,
+)
 from onelayer.compiler.factors.stored_forms import FactorDtype, known_factor_dtype, row_bytes
 
 UP, DOWN, DENSE, CODES, CODEBOOK = ".lr_up", ".lr_down", ".lr_dense", ".lr_codes", ".lr_codebook"
@@ -36,7 +44,7 @@ class StackFacts(BaseModel):
     shape: tuple[int, int, int]
     rank: int | None
     code_width: CodeWidth | None = None
-    code_bits: CodeBits = 8
+    code_bits: CodeBits = WINDOW_BITS
 
     @property
     def code_shape(self) -> CodeShape | None:
@@ -75,7 +83,7 @@ class EmulatorFacts(BaseModel):
     shapes: dict[str, tuple[int, int]] = {}
     quantized_dense: tuple[str, ...] = ()
     codes: dict[str, CodeWidth] = {}
-    code_bits: CodeBits = 8
+    code_bits: CodeBits = WINDOW_BITS
     stacks: dict[str, StackFacts] = {}
     base_model: str
     base_revision: str | None = None

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from onelayer.compiler.codes.forms import CodeBits, CodeShape
+from onelayer.compiler.codes.forms import WINDOW_BITS, CodeBits, CodeShape
 from onelayer.compiler.emulators.facts import StackFacts, WeightsFile
 from onelayer.compiler.errors import InputError
 from onelayer.compiler.factors.quantize import check_library
@@ -78,7 +78,7 @@ class EmulatorConfig(QuantizationConfigMixin):
         self.factor_dtype, self.unpacked_dtype = factor_dtype, unpacked_dtype
         self.quantized_dense = list(quantized_dense)
         self.codes = dict(provenance.pop("codes", {}))
-        self.code_bits: CodeBits = provenance.pop("code_bits", 8)
+        self.code_bits: CodeBits = provenance.pop("code_bits", WINDOW_BITS)
         self.stacks = dict(stacks or {})
         vars(self).update(provenance)
 
